@@ -1,0 +1,37 @@
+"""Git Re-Basin, done right: align, merge and measure any two torch models. See README.md."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "trace": "tracing",
+    "verify": "tracing",
+    "compose": "tracing",
+    "PermutationSpec": "spec",
+    "Permutation": "spec",
+    "weight_matching": "matching",
+    "interpolate": "merging",
+    "barrier": "evaluation",
+    "RebasinError": "errors",
+}
+# Loaded on first use: `import rebasin` stays quick, and a command's --help need not wait for torch.
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from .errors import RebasinError
+    from .evaluation import barrier
+    from .matching import weight_matching
+    from .merging import interpolate
+    from .spec import Permutation, PermutationSpec
+    from .tracing import compose, trace, verify
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'rebasin' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)

@@ -1,0 +1,29 @@
+"""Every error a user can meet. Each message is one sentence: what was wrong, where, and what to do."""
+
+
+class RebasinError(ValueError):
+    """Base of all errors that bad input causes; anything else is a bug of ours."""
+
+
+class SpecMismatchError(RebasinError):
+    """A state, permutation or spec does not fit the spec it is used with."""
+
+
+class TraceError(RebasinError):
+    """The model could not be exported or walked."""
+
+
+class VerificationError(RebasinError):
+    """A permutation changed the function that it must preserve."""
+
+
+class CheckpointError(RebasinError):
+    """A file, or a mapping of tensors, is damaged or is not what was expected."""
+
+
+class DataError(RebasinError):
+    """A data set is missing, truncated or of an unknown layout."""
+
+
+class ConfigError(RebasinError):
+    """An option, or a combination of options, that the run cannot honour."""

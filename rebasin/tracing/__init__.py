@@ -1,0 +1,55 @@
+"""The symmetry engine: any model in, a proved `PermutationSpec` out. See docs/engine.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import TraceError
+from ..spec import PermutationSpec
+from .build import build
+from .export import compose, export
+from .rules import RULES
+from .solve import solve
+from .verify import VerificationReport, verify
+from .walk import walk
+
+__all__ = ["VerificationReport", "compose", "trace", "verify"]
+
+
+def trace(model: nn.Module, *args: Any, **kwargs: Any) -> PermutationSpec:
+    """The permutation symmetries of `model`, derived from what it computes on these example inputs.
+
+    Weights and inputs may be on the meta device: only shapes are used. The model is traced in evaluation mode and
+    left as it was. A permutation of the spec leaves every floating point output unchanged; what the engine can't
+    express stays in place and is listed in `spec.pins`. Use `verify` to prove the result numerically, and `compose`
+    to trace several modules together.
+
+    Raises:
+        TraceError: the model can't be exported; the message names the line and what to do.
+    """
+    if not isinstance(model, nn.Module):
+        raise TraceError(
+            f"rebasin.trace needs a torch.nn.Module, not {type(model).__name__}; wrap a function of modules with"
+            f" rebasin.compose(function, name=module, ...)."
+        )
+    state = model.state_dict(keep_vars=True)
+    aliases = _aliases(state)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    shapes = {n: tuple(t.shape) for n, t in state.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    buffers = frozenset(shapes.keys() - parameters)
+    constraints = walk(export(model, args, kwargs, RULES), aliases)
+    return build(constraints, solve(constraints), shapes, buffers, aliases)
+
+
+def _aliases(state: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Further names of a tensor that the state dict has under several: tied weights."""
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, tensor in state.items():
+        original = first.setdefault(id(tensor), name)
+        if original != name:
+            aliases[name] = original
+    return aliases

@@ -1,0 +1,194 @@
+"""Any module or function of modules -> an ATen graph, without weights and without changing the model.
+
+`torch.export` runs the model on fake tensors: meta parameters are enough, SDXL takes half a minute and no memory.
+Operators for which the engine has no rule, and in-place ones, are rewritten by PyTorch's own decompositions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TraceError
+
+
+def named_outputs(output: Any, name: str = "output") -> dict[str, Tensor]:
+    """The floating point tensors in a model's output, by name; caches and other opaque objects are left out."""
+    if isinstance(output, Tensor):
+        return {name: output} if output.is_floating_point() or output.is_complex() else {}
+    if isinstance(output, Mapping):
+        parts: Any = output.items()
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        parts = [(f.name, getattr(output, f.name)) for f in dataclasses.fields(output)]
+    elif hasattr(output, "_asdict"):
+        parts = output._asdict().items()
+    elif isinstance(output, list | tuple):
+        parts = enumerate(output)
+    elif hasattr(output, "sample") and hasattr(output, "mode") and hasattr(output, "parameters"):
+        return named_outputs(output.parameters, f"{name}.parameters")  # a VAE's latent distribution
+    else:
+        return {}
+    found: dict[str, Tensor] = {}
+    for key, value in parts:
+        found.update(named_outputs(value, f"{name}.{key}"))
+    return found
+
+
+class _Names:
+    """Where the forward pass notes its outputs' names: export restores a module's own attributes afterwards."""
+
+    names: tuple[str, ...] = ()
+
+
+class _Flat(nn.Module):
+    """The model with its outputs as a plain tuple, whatever class it returns."""
+
+    def __init__(self, model: nn.Module, record: _Names):
+        super().__init__()
+        self.model = model
+        self._record = record
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        outputs = named_outputs(self.model(*args, **kwargs))
+        self._record.names = tuple(outputs)
+        return tuple(outputs.values())
+
+
+class Composed(nn.Module):
+    """Several modules under names and the function that computes with them; see `rebasin.compose`."""
+
+    def __init__(self, function: Callable[..., Any], modules: Mapping[str, nn.Module]):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self._function = function
+        self._names = tuple(modules)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*(getattr(self, name) for name in self._names), *args, **kwargs)
+
+
+def compose(function: Callable[..., Any], **modules: nn.Module) -> nn.Module:
+    """One module out of several, to trace what they compute together (a joint spec).
+
+    `function(*modules, *args, **kwargs)` gets the modules in the order given; parameters are named `name.parameter`.
+
+        joint = compose(lambda te, unet, ids, x, t: unet(x, t, te(ids)[0]), text_encoder=te, unet=unet)
+        spec = rebasin.trace(joint, ids, latents, timestep)
+    """
+    return Composed(function, modules)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """eval() for the time being, restored module by module; attention fast paths off, they hide their operators."""
+    modes = [(module, module.training) for module in model.modules()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, mode in modes:
+            module.training = mode
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A graph, the names of its outputs, and which graph input is which tensor of the state."""
+
+    module: torch.fx.GraphModule
+    outputs: tuple[str, ...]
+    states: Mapping[str, str]  # placeholder -> parameter or persistent buffer
+    constants: Mapping[str, Tensor | None]  # placeholder -> value of a constant or non-persistent buffer
+
+
+def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Collection[str]) -> Exported:
+    """Export `model` for these example inputs; `known` are the operators that need no decomposition.
+
+    Raises:
+        TraceError: the model can't be exported; the message has the line and what to do.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+    record = _Names()
+    flat = _Flat(model, record)
+    with warnings.catch_warnings(), evaluation_mode(model), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(flat, args, kwargs, strict=False)
+            table = _decompositions(program.graph_module, known)
+            if table is not None:
+                program = program.run_decompositions(table)
+        except Exception as error:
+            raise TraceError(_explain(error)) from error
+    signature = program.graph_signature
+    strip = len("model.")
+    persistent = set(model.state_dict(keep_vars=True))
+    states, constants = {}, {}
+    for node, name in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
+        if name[strip:] in persistent:
+            states[node] = name[strip:]
+        else:
+            constants[node] = program.constants.get(name)
+    for node, name in signature.inputs_to_lifted_tensor_constants.items():
+        constants[node] = program.constants.get(name)
+    return Exported(program.graph_module, record.names, states, constants)
+
+
+def _decompositions(graph: torch.fx.GraphModule, known: Collection[str]) -> dict[Any, Any] | None:
+    """The decompositions for operators without a rule; None if the graph can be walked as it is."""
+    from torch._decomp import decomposition_table
+
+    table: dict[Any, Any] = {}
+    rewrite = False
+    for module in graph.modules():
+        if not isinstance(module, torch.fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            if not isinstance(node.target, torch._ops.OpOverload):
+                continue
+            rewrite |= node.target._schema.is_mutable
+            if operator_name(node.target) not in known and torch.Tag.pointwise not in node.target.tags:
+                found = decomposition_table.get(node.target)
+                if found is not None:
+                    table[node.target] = found
+    return table if rewrite or table else None
+
+
+def operator_name(target: torch._ops.OpOverload) -> str:
+    return target._schema.name.removeprefix("aten::")
+
+
+def source_line(node: torch.fx.Node) -> str:
+    """Where in the model `node` comes from: the module's path and the innermost line of the model's own code."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0].removeprefix("model").removeprefix(".") if stack else ""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    lines = [(f, n) for f, n in lines if "/torch/" not in f and not f.endswith("tracing/export.py")]
+    line = f"{'/'.join(lines[-1][0].split('/')[-2:])}:{lines[-1][1]}" if lines else ""
+    return ", ".join(part for part in (path, line) if part) or "the model's forward"
+
+
+def _explain(error: Exception) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    own = [f for f in frames if "/rebasin/tracing/" not in f.filename]
+    where = f" at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""
+    if not where:
+        lines = re.findall(r'File "([^"]+)", line (\d+)', str(error))
+        lines = [(f, n) for f, n in lines if "/torch/" not in f and "/rebasin/tracing/" not in f]
+        where = f" at {lines[-1][0]}:{lines[-1][1]}" if lines else ""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"The model can't be exported{where}: {first[:300]}; if its control flow depends on data, trace the submodule"
+        f" that does the computing, or a function of modules (rebasin.compose) that avoids it."
+    )

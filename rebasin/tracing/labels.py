@@ -1,0 +1,324 @@
+"""Labels: which neurons live along which dimensions of an activation, and the three moves all rules are made of.
+
+A tensor's label is a tuple of **factors**. A factor is an integer array of the tensor's rank that holds a distinct
+element (see `constraints`) for each index along the dimensions it covers, and has size 1 on the others; factors
+cover disjoint dimensions. A hidden layer [batch, token, C] has one factor of shape (1, 1, C), queries
+[batch, head, token, d] one of shape (1, H, 1, d). A dimension that no factor covers is **plain**: its indices are
+what they are (batch, token, space), unless the tensor is known not to vary along it (**uniform**, extent 1).
+
+Under a legal permutation g the tensor at a position moves to where every factor's element has been moved by g.
+
+    combine   elementwise operators: broadcast, tie what meets, mark what meets a plain dimension
+    contract  sums over a dimension: what remains of a factor are the sets of elements summed together
+    reshape   moves the labels exactly as the data moves
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .constraints import Constraints
+
+Factor = np.ndarray
+
+
+def covered(factor: Factor) -> tuple[int, ...]:
+    """The dimensions along which the factor has neurons."""
+    return tuple(d for d, n in enumerate(factor.shape) if n > 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Label:
+    """`shape` is the tensor's, except that a uniform dimension counts 1."""
+
+    shape: tuple[int, ...]
+    factors: tuple[Factor, ...] = ()
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def plain(self) -> tuple[int, ...]:
+        """Dimensions along which the tensor varies without having neurons there."""
+        taken = {d for f in self.factors for d in covered(f)}
+        return tuple(d for d, n in enumerate(self.shape) if n > 1 and d not in taken)
+
+    def factor_on(self, dim: int) -> Factor | None:
+        return next((f for f in self.factors if f.shape[dim] > 1), None)
+
+    def permute(self, order: Sequence[int]) -> Label:
+        return Label(tuple(self.shape[d] for d in order), tuple(f.transpose(order) for f in self.factors))
+
+    def expand_rank(self, positions: Iterable[int]) -> Label:
+        """Insert dimensions of size 1 at `positions` (of the result, ascending)."""
+        shape, factors = list(self.shape), list(self.factors)
+        for p in positions:
+            shape.insert(p, 1)
+            factors = [np.expand_dims(f, p) for f in factors]
+        return Label(tuple(shape), tuple(factors))
+
+    def drop(self, dims: Iterable[int]) -> Label:
+        """Remove dimensions of which no factor covers any; the caller has dealt with them."""
+        gone = set(dims)
+        kept = [d for d in range(self.ndim) if d not in gone]
+        return Label(
+            tuple(self.shape[d] for d in kept), tuple(f.reshape([f.shape[d] for d in kept]) for f in self.factors)
+        )
+
+    def right_align(self, ndim: int) -> Label:
+        return self.expand_rank([0] * (ndim - self.ndim))
+
+    def map_factors(self, new: Sequence[Factor]) -> Label:
+        return Label(self.shape, tuple(f for f in new if f.size > 1))
+
+
+def flat_index(shape: Sequence[int], dims: Sequence[int]) -> np.ndarray:
+    """An array of `len(shape)` dimensions, full-sized on `dims`, that numbers the index tuples along them."""
+    sizes = [n if d in dims else 1 for d, n in enumerate(shape)]
+    return np.arange(math.prod(sizes)).reshape(sizes)
+
+
+def combine(constraints: Constraints, operands: Sequence[Label]) -> Label:
+    """The label of an elementwise operator's result; records what the operator ties together.
+
+    Factors that meet on the same dimensions are tied element by element. A factor that meets one on more dimensions
+    (a gate for each head on [head, d]) makes sets of the finer one's elements. A plain dimension of one operand
+    that meets neurons of another marks them by their index: they never swap.
+    """
+    ndim = max(o.ndim for o in operands)
+    operands = [o.right_align(ndim) for o in operands]
+    shape = tuple(max(o.shape[d] for o in operands) for d in range(ndim))
+    result: list[Factor] = []
+    for together in _connected([f for o in operands for f in o.factors]):
+        dims = sorted({d for f in together for d in covered(f)})
+        finest = next((f for f in together if len(covered(f)) == len(dims)), None)
+        if finest is None:
+            finest = constraints.fresh(np.zeros([shape[d] if d in dims else 1 for d in range(ndim)], dtype=np.int64))
+        for factor in together:
+            if factor.shape == finest.shape:
+                constraints.tie(finest, factor)
+            else:
+                constraints.member(finest, factor)
+        for operand in operands:
+            fixed = [d for d in operand.plain if d in dims]
+            if fixed:
+                constraints.mark(finest, flat_index(finest.shape, fixed), "meets values that have no neurons")
+        result.append(finest)
+    return Label(shape, tuple(result))
+
+
+def _connected(factors: list[Factor]) -> list[list[Factor]]:
+    """Factors in lists that share dimensions, in order of first appearance."""
+    groups: list[tuple[set[int], list[Factor]]] = []
+    for factor in factors:
+        dims, members = set(covered(factor)), [factor]
+        rest = []
+        for other_dims, others in groups:
+            if other_dims & dims:
+                dims, members = dims | other_dims, others + members
+            else:
+                rest.append((other_dims, others))
+        groups = [*rest, (dims, members)]
+    return [members for _, members in groups]
+
+
+def contract(constraints: Constraints, label: Label, dims: Iterable[int], keep: bool = False) -> Label:
+    """Sum (or mean, maximum, ...) over `dims`: a factor wholly inside vanishes, one partly inside leaves its sets."""
+    gone = {d % label.ndim for d in dims} if label.ndim else set()
+    factors = []
+    for factor in label.factors:
+        inside = [d for d in covered(factor) if d not in gone]
+        if len(inside) == len(covered(factor)):
+            factors.append(factor)
+        elif inside:
+            factors.append(constraints.sets_of(factor, tuple(inside)))
+    shape = tuple(1 if d in gone else n for d, n in enumerate(label.shape))
+    result = Label(shape, tuple(factors))
+    return result if keep else result.drop(gone)
+
+
+def normalise(constraints: Constraints, label: Label, dims: Iterable[int]) -> Label:
+    """Softmax, layer norm and the like over `dims`: the result keeps its neurons, what is summed together is a set."""
+    contract(constraints, label, dims)
+    return label
+
+
+def fix(constraints: Constraints, label: Label, dims: Iterable[int], why: str | None) -> Label:
+    """Make `dims` plain: neurons along them may not move there, those along other dimensions still may."""
+    gone = {d % label.ndim for d in dims}
+    factors = []
+    for factor in label.factors:
+        inside = [d for d in covered(factor) if d in gone]
+        if inside:
+            constraints.mark(factor, flat_index(factor.shape, inside), why)
+            rest = tuple(d for d in covered(factor) if d not in gone)
+            if rest:
+                factors.append(constraints.sets_of(factor, rest))
+        else:
+            factors.append(factor)
+    return Label(label.shape, tuple(factors))
+
+
+def pin(constraints: Constraints, label: Label, why: str) -> Label:
+    """Nothing of this tensor may move."""
+    for factor in label.factors:
+        constraints.pin(factor, why)
+    return Label(label.shape)
+
+
+def take(constraints: Constraints, label: Label, dim: int, index: np.ndarray, piece: int | None) -> Label:
+    """The positions `index` along `dim`; `piece` not None marks those neurons: a part is not the whole."""
+    factors = []
+    for factor in label.factors:
+        if factor.shape[dim] > 1:
+            factor = np.take(factor, index, axis=dim)
+            if piece is not None:
+                constraints.mark(factor, np.asarray(piece), "is cut out of its dimension")
+        factors.append(factor)
+    shape = list(label.shape)
+    shape[dim] = len(index) if shape[dim] > 1 else 1
+    return Label(tuple(shape), tuple(f for f in factors if f.size > 1))
+
+
+def distinct(constraints: Constraints, factor: Factor, roles: np.ndarray) -> Factor:
+    """`factor` if its elements are distinct, else copies of them that `roles` (same shape) tell apart."""
+    if np.unique(factor).size == factor.size:
+        return factor
+    copies = constraints.fresh(np.broadcast_to(roles, factor.shape))
+    constraints.tie(factor, copies)
+    return copies
+
+
+def reshape(constraints: Constraints, label: Label, old: Sequence[int], new: Sequence[int]) -> Label:
+    """The label after `view(new)` of a tensor of shape `old`; moves labels exactly as the data moves.
+
+    Where a labelled and a plain dimension merge (convolution, flatten, linear), a neuron occurs several times along
+    the new dimension: its occurrences become copies that keep their place (role). Where two factors merge, their
+    pairs become elements that belong to both.
+    """
+    segments = _segments(old, new)
+    factors = list(label.factors)
+    for ins, outs in segments:  # two factors that the same segment mixes must be one before
+        here = [f for f in factors if any(d in ins for d in covered(f))]
+        if len(here) > 1 and not _clean_split(here, old, ins, new, outs):
+            dims = {d for f in here for d in covered(f)}
+            joint = constraints.fresh(np.zeros([n if d in dims else 1 for d, n in enumerate(old)], dtype=np.int64))
+            for f in here:
+                constraints.member(joint, f)
+            factors = [f for f in factors if not any(f is h for h in here)] + [joint]
+    moved = [_reshape_factor(constraints, f, old, new, segments) for f in factors]
+    shape = list(new)
+    for ins, outs in segments:
+        if all(label.shape[d] == 1 for d in ins):
+            for d in outs:
+                shape[d] = 1
+    return Label(tuple(shape), tuple(f for f in moved if f.size > 1))
+
+
+def _segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Split a reshape into the smallest runs of input and output dimensions of equal product."""
+    segments, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        ins, outs = [], []
+        p = q = 1
+        if i < len(old):
+            ins, p, i = [i], old[i], i + 1
+        if j < len(new):
+            outs, q, j = [j], new[j], j + 1
+        while p != q or not ins or not outs:
+            if (p < q or not ins) and i < len(old):
+                ins, p, i = [*ins, i], p * old[i], i + 1
+            elif j < len(new):
+                outs, q, j = [*outs, j], q * new[j], j + 1
+            else:
+                break
+        segments.append((ins, outs))
+    return segments
+
+
+def _move(array: np.ndarray, old: Sequence[int], new: Sequence[int], ins: list[int], outs: list[int]) -> np.ndarray:
+    """Expand `array` (rank of `old`) on the segment `ins` and give that segment the output dimensions instead."""
+    lead, tail = array.shape[: ins[0]] if ins else array.shape, array.shape[ins[-1] + 1 :] if ins else ()
+    middle = np.broadcast_to(array, [*lead, *(old[d] for d in ins), *tail])
+    return middle.reshape([*lead, *(new[d] for d in outs), *tail])
+
+
+def _varies(array: np.ndarray, axis: int) -> bool:
+    return bool(array.shape[axis] > 1 and (array != np.take(array, [0], axis=axis)).any())
+
+
+def _clean_split(factors: list[Factor], old: Sequence[int], ins: list[int], new: Sequence[int], outs: list[int]) -> bool:
+    """Whether the reshape of one segment keeps the factors on output dimensions of their own."""
+    sizes_in, sizes_out = [old[d] for d in ins], [new[d] for d in outs]
+    used: set[int] = set()
+    for factor in factors:
+        mine = [k for k, d in enumerate(ins) if factor.shape[d] > 1]
+        numbers = np.broadcast_to(flat_index(sizes_in, mine), sizes_in).reshape(sizes_out)
+        others = np.broadcast_to(flat_index(sizes_in, [k for k in range(len(ins)) if k not in mine]), sizes_in)
+        others = others.reshape(sizes_out)
+        dims = {k for k in range(len(outs)) if _varies(numbers, k)}
+        if dims & used or any(_varies(others, k) for k in dims):
+            return False
+        used |= dims
+    return True
+
+
+def _reshape_factor(
+    constraints: Constraints,
+    factor: Factor,
+    old: Sequence[int],
+    new: Sequence[int],
+    segments: list[tuple[list[int], list[int]]],
+) -> Factor:
+    array, roles = factor, np.zeros([1] * len(old), dtype=np.int64)
+    mixed = False
+    shift_old, done = list(old), 0  # dimensions before `done` are already those of `new`
+    for ins, outs in segments:
+        if not ins or not outs:  # a leading or trailing 1 appears or disappears
+            at = done
+            if outs:
+                for _ in outs:
+                    array, roles = np.expand_dims(array, at), np.expand_dims(roles, at)
+                    shift_old.insert(at, 1)
+            else:
+                for _ in ins:
+                    array, roles = np.squeeze(array, at), np.squeeze(roles, at)
+                    shift_old.pop(at)
+            done += len(outs)
+            continue
+        at = list(range(done, done + len(ins)))
+        target_sizes = [new[d] for d in outs]
+        mapped_new = [*shift_old[:done], *target_sizes]
+        labelled = [d for d in at if array.shape[d] > 1]
+        plain = [d for d in at if array.shape[d] == 1 and shift_old[d] > 1]
+        places = list(range(done, done + len(outs)))
+        if not labelled:
+            array = array.reshape([*array.shape[:done], *[1] * len(outs), *array.shape[done + len(ins) :]])
+            roles = roles.reshape([*roles.shape[:done], *[1] * len(outs), *roles.shape[done + len(ins) :]])
+        else:
+            moved = _move(array, shift_old, mapped_new, at, places)
+            place = np.broadcast_to(flat_index([shift_old[d] for d in at], [d - done for d in plain]),
+                                    [shift_old[d] for d in at]).reshape(target_sizes)
+            numbers = np.broadcast_to(flat_index([shift_old[d] for d in at], [d - done for d in labelled]),
+                                      [shift_old[d] for d in at]).reshape(target_sizes)
+            keep = [k for k in range(len(outs)) if _varies(numbers, k)]
+            cut = tuple(slice(None) if k in keep else slice(0, 1) for k in range(len(outs)))
+            array = moved[(*[slice(None)] * done, *cut)]
+            place = place[cut]
+            roles = roles.reshape([*roles.shape[:done], *[1] * len(outs), *roles.shape[done + len(ins) :]])
+            if any(_varies(place, k) for k in range(place.ndim)):
+                mixed = True
+                lead, tail = [1] * done, [1] * (array.ndim - done - len(outs))
+                roles = roles * (int(place.max()) + 1) + place.reshape([*lead, *place.shape, *tail])
+        shift_old = [*shift_old[:done], *target_sizes, *shift_old[done + len(ins) :]]
+        done += len(outs)
+    if mixed:
+        copies = constraints.fresh(np.broadcast_to(roles, array.shape))
+        constraints.tie(array, copies)
+        return copies
+    return np.ascontiguousarray(array)

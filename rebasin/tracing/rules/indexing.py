@@ -1,0 +1,90 @@
+"""Look-ups by index: the dimension looked into is fixed, the others keep their neurons."""
+
+from __future__ import annotations
+
+from ..labels import Label, combine, fix, pin
+from .registry import Call, Result, Traced, rule
+
+
+@rule("embedding")
+def embedding(call: Call) -> Result:
+    weight, index = call.tensor("weight"), call.tensor("indices")
+    pin(call.constraints, index.label, "is used as an index")
+    table = fix(call.constraints, weight.label, [0], "is looked up by index")
+    table = Label((1, table.shape[1]), table.factors)
+    rows = table.drop([0]).right_align(len(call.shape))
+    return Label((*index.label.shape, rows.shape[-1]), rows.factors)
+
+
+@rule("index_select")
+def index_select(call: Call) -> Result:
+    x, dim = call.tensor("self"), call.args["dim"] % call.tensor("self").ndim
+    label = fix(call.constraints, x.label, [dim], "is looked up by index")
+    shape = list(label.shape)
+    shape[dim] = call.shape[dim]
+    return Label(tuple(shape), label.factors)
+
+
+@rule("gather", "take_along_dim")
+def gather(call: Call) -> Result:
+    x, index, dim = call.tensor("self"), call.tensor("index"), call.args["dim"]
+    dim %= x.ndim
+    label = fix(call.constraints, x.label, [dim], "is looked up by index")
+    shape = list(label.shape)
+    shape[dim] = 1
+    return combine(call.constraints, [Label(tuple(shape), label.factors), Label(index.shape, index.label.factors)])
+
+
+@rule("index")
+def index(call: Call) -> Result:
+    """x[i, :, j, ...]: indexed dimensions are replaced by those of the broadcast indices."""
+    x, indices = call.tensor("self"), list(call.args["indices"])
+    used = [d for d, i in enumerate(indices) if isinstance(i, Traced)]
+    for d in used:
+        pin(call.constraints, indices[d].label, "is used as an index")
+    label = fix(call.constraints, x.label, used, "is looked up by index")
+    if any(indices[d].value is not None and indices[d].value.dtype.is_floating_point for d in used):
+        pin(call.constraints, label, "is used as an index")
+        return Label(call.shape)
+    width = len(call.shape) - (x.ndim - len(used))  # dimensions that the indices bring (a mask covers several)
+    adjacent = used == list(range(used[0], used[-1] + 1))
+    if any(indices[d].ndim and _is_mask(indices[d]) for d in used) or width < 0:
+        pin(call.constraints, label, "is looked up by a mask")
+        return Label(call.shape)
+    at = used[0] if adjacent else 0
+    kept = label.drop(used)
+    result = kept.expand_rank(range(at, at + width))
+    shape = list(result.shape)
+    shape[at : at + width] = call.shape[at : at + width]
+    return Label(tuple(shape), result.factors)
+
+
+def _is_mask(traced: Traced) -> bool:
+    return traced.value is not None and str(traced.value.dtype) == "torch.bool"
+
+
+@rule("index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "masked_scatter",
+      "select_scatter", "slice_scatter")  # fmt: skip
+def write(call: Call) -> Result:
+    """Writing into part of a tensor: with neurons on other dimensions only, it is elementwise there; else fixed."""
+    x = call.tensor("self")
+    source = next((call.args[n] for n in ("src", "source", "values") if isinstance(call.args.get(n), Traced)), None)
+    if call.name in ("select_scatter", "slice_scatter") and source is not None:
+        dim = call.args["dim"] % x.ndim
+        label = fix(call.constraints, x.label, [dim], "is written into in part")
+        piece = source.label.expand_rank([dim]) if call.name == "select_scatter" else source.label
+        piece = fix(call.constraints, piece, [dim], "is written into a part")
+        piece = Label(tuple(1 if d == dim else n for d, n in enumerate(piece.shape)), piece.factors)
+        base = Label(tuple(1 if d == dim else n for d, n in enumerate(label.shape)), label.factors)
+        joined = combine(call.constraints, [base, piece])
+        return Label(tuple(call.shape[d] if d == dim else n for d, n in enumerate(joined.shape)), joined.factors)
+    for value in call.args.values():
+        if isinstance(value, Traced):
+            pin(call.constraints, value.label, "is written by index")
+        elif isinstance(value, list | tuple):
+            for item in value:
+                if isinstance(item, Traced):
+                    pin(call.constraints, item.label, "is written by index")
+    return Label(call.shape)
+
+

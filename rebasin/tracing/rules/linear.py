@@ -1,0 +1,161 @@
+"""Linear maps. All of them are products summed over a shared dimension: align, `combine`, `contract`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..constraints import Constraints
+from ..labels import Label, combine, contract, fix, reshape
+from .registry import Call, Result, rule
+
+
+def matrix_product(c: Constraints, a: Label, b: Label) -> Label:
+    """[..., m, k] @ [..., k, n] -> [..., m, n]."""
+    order = [*range(b.ndim - 2), b.ndim - 1, b.ndim - 2]
+    left = a.expand_rank([a.ndim - 1])  # [..., m, 1, k]
+    right = b.permute(order).expand_rank([b.ndim - 2])  # [..., 1, n, k]
+    return contract(c, combine(c, [left, right]), [-1])
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "linalg_matmul")
+def matmul(call: Call) -> Result:
+    names = ("self", "other") if "other" in call.args else ("self", "mat2") if "mat2" in call.args else ("self", "vec")
+    if names[1] not in call.args:
+        names = ("self", "tensor")
+    a, b = (call.tensor(name).label for name in names)
+    vector_a, vector_b = a.ndim == 1, b.ndim == 1
+    a = a.expand_rank([0]) if vector_a else a
+    b = b.expand_rank([1]) if vector_b else b
+    result = matrix_product(call.constraints, a, b)
+    gone = ([result.ndim - 2] if vector_a else []) + ([result.ndim - 1] if vector_b else [])
+    return result.drop(gone)
+
+
+@rule("addmm", "baddbmm", "addmv", "addbmm")
+def addmm(call: Call) -> Result:
+    tensors = [call.tensor(name).label for name in call.args if name in ("mat1", "mat2", "batch1", "batch2")]
+    return combine(call.constraints, [call.tensor("self").label, matrix_product(call.constraints, *tensors)])
+
+
+@rule("linear")
+def linear(call: Call) -> Result:
+    c, x, weight, bias = call.constraints, call.tensor("input").label, call.tensor("weight").label, call.optional("bias")
+    if weight.ndim == 1:
+        weight = weight.expand_rank([0])
+    product = contract(c, combine(c, [x.expand_rank([x.ndim - 1]), weight]), [-1])
+    result = combine(c, [product, bias.label]) if bias is not None else product
+    return result.drop([result.ndim - 1]) if call.tensor("weight").ndim == 1 else result
+
+
+@rule("einsum")
+def einsum(call: Call) -> Result:
+    """Each operand is laid out over all the letters, multiplied, and summed over those that the result lacks."""
+    c = call.constraints
+    equation = call.args["equation"].replace(" ", "")
+    left, _, right = equation.partition("->")
+    terms = left.split(",")
+    labels = [t.label for t in call.args["tensors"]]
+    free = [n for n in range(26 * 2) if chr(65 + n if n < 26 else 71 + n) not in equation]
+    dots = [chr(65 + n if n < 26 else 71 + n) for n in free]
+    rank = max([label.ndim - len(t.replace("...", "")) for t, label in zip(terms, labels, strict=True) if "..." in t] or [0])
+    spread = [
+        t.replace("...", "".join(dots[rank - (label.ndim - len(t.replace("...", ""))) : rank]))
+        for t, label in zip(terms, labels, strict=True)
+    ]
+    if "->" in equation:
+        right = right.replace("...", "".join(dots[:rank]))
+    else:
+        joined = "".join(spread)
+        right = "".join(dots[:rank]) + "".join(sorted(x for x in set(joined) if joined.count(x) == 1 and x not in dots[:rank]))
+    letters = list(dict.fromkeys([*right, *"".join(spread)]))
+    laid = []
+    for term, label in zip(spread, labels, strict=True):
+        if len(set(term)) < len(term):  # a diagonal
+            label = fix(c, label, range(label.ndim), "is read along a diagonal")
+            return Label(call.shape)
+        order = sorted(range(len(term)), key=lambda d, term=term: letters.index(term[d]))
+        label = label.permute(order)
+        laid.append(label.expand_rank([k for k, x in enumerate(letters) if x not in term]))
+    return contract(c, combine(c, laid), range(len(right), len(letters)))
+
+
+@rule("outer", "ger")
+def outer(call: Call) -> Result:
+    a, b = call.tensor("self").label, call.tensor("vec2").label
+    return combine(call.constraints, [a.expand_rank([1]), b.expand_rank([0])])
+
+
+@rule("bilinear")
+def bilinear(call: Call) -> Result:
+    c = call.constraints
+    x, y, weight = (call.tensor(n).label for n in ("input1", "input2", "weight"))
+    left = x.expand_rank([x.ndim - 1, x.ndim + 1])  # [..., 1, i, 1]
+    right = y.expand_rank([y.ndim - 1, y.ndim])  # [..., 1, 1, j]
+    result = contract(c, combine(c, [left, right, weight]), [-2, -1])
+    bias = call.optional("bias")
+    return combine(c, [result, bias.label]) if bias is not None else result
+
+
+@rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution",
+      "_convolution")  # fmt: skip
+def convolution(call: Call) -> Result:
+    """[N, C_in, *space] and [C_out, C_in / groups, *kernel] (transposed: [C_in, C_out / groups, *kernel])."""
+    c, x, weight = call.constraints, call.tensor("input"), call.tensor("weight")
+    groups = int(call.args.get("groups", 1))
+    transposed = bool(call.args.get("transposed", False)) or "transpose" in call.name
+    space = range(len(call.shape) - (weight.ndim - 2), len(call.shape))
+    if x.ndim == weight.ndim - 1:  # no batch dimension
+        image = fix(c, x.label, range(1, x.ndim), "is convolved over").expand_rank([0])
+    else:
+        image = fix(c, x.label, range(2, x.ndim), "is convolved over")
+    kernel = fix(c, weight.label, range(2, weight.ndim), None)
+    image = Label(image.shape[:2], tuple(f.reshape(f.shape[:2]) for f in image.factors))
+    kernel = Label(kernel.shape[:2], tuple(f.reshape(f.shape[:2]) for f in kernel.factors))
+    if transposed:
+        kernel = kernel.permute([1, 0])
+    if groups == 1:
+        product = contract(c, combine(c, [image.expand_rank([1]), kernel]), [-1])  # [N, C_out]
+    else:
+        product = _grouped(c, image, kernel, weight.shape, groups, transposed)
+    bias = call.optional("bias")
+    if bias is not None:
+        product = combine(c, [product, bias.label])
+    result = product.expand_rank(range(2, 2 + len(space)))
+    result = Label((*result.shape[:2], *call.shape[-len(space) :]) if len(space) else result.shape, result.factors)
+    return result.drop([0]) if x.ndim == weight.ndim - 1 else result
+
+
+def _grouped(
+    c: Constraints, image: Label, kernel: Label, weight_shape: tuple[int, ...], groups: int, transposed: bool
+) -> Label:
+    """Output channels move freely inside their group, groups move as wholes.
+
+    The input channels of a group keep their place in it: all groups share that axis of the weight (transposed: the
+    output channels do), so moving it in one group only is no permutation of an axis.
+    """
+    n_in = image_channels = weight_shape[0] if transposed else weight_shape[1] * groups
+    n_out = weight_shape[1] * groups if transposed else weight_shape[0]
+    image = reshape(c, image, (max(image.shape[0], 1), image_channels), (max(image.shape[0], 1), groups, n_in // groups))
+    shared = "is an axis that all groups of the convolution share"
+    if transposed:
+        kernel = fix(c, kernel, [0], shared)  # [C_out / g, C_in]
+        inputs = reshape(c, Label((n_in,), tuple(f.reshape(-1) for f in kernel.factors)), (n_in,), (groups, n_in // groups))
+        both = combine(c, [image, inputs.right_align(3)])
+        per_group = contract(c, both, [-1])  # [N, g]
+        size = n_out // groups
+        outs = c.fresh(np.tile(np.arange(size), (groups, 1)))  # told apart by their place in the group
+        if size > 1:
+            c.mark(outs, np.arange(size)[None, :], shared)
+        grid = combine(c, [per_group.expand_rank([2]), Label((1, groups, size), (outs[None],) if outs.size > 1 else ())])
+        return reshape(c, grid, (max(grid.shape[0], 1), groups, size), (max(grid.shape[0], 1), n_out))
+    kernel = fix(c, kernel, [1], shared)  # [C_out, C_in / g]
+    image = Label(image.shape, image.factors)
+    if n_in // groups > 1:
+        for factor in image.factors:
+            if factor.shape[1] > 1 and factor.shape[2] > 1:
+                c.mark(factor, np.arange(n_in // groups)[None, None, :], shared)
+    per_group = contract(c, image, [-1])  # [N, g]
+    outputs = Label((n_out,), tuple(f.reshape(-1) for f in kernel.factors if f.shape[0] > 1))
+    outputs = reshape(c, outputs, (n_out,), (groups, n_out // groups))
+    grid = combine(c, [per_group.expand_rank([2]), outputs.right_align(3)])
+    return reshape(c, grid, (max(grid.shape[0], 1), groups, n_out // groups), (max(grid.shape[0], 1), n_out))

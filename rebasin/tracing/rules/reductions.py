@@ -1,0 +1,65 @@
+"""Sums, means, norms and extrema: over all neurons of a factor they are invariant, over some they make sets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..labels import Label, contract, fix, normalise
+from .registry import Call, Result, rule
+
+
+def dimensions(value: Any, ndim: int) -> list[int]:
+    if value is None or value == []:
+        return list(range(ndim))
+    return [d % ndim for d in ([value] if isinstance(value, int) else value)] if ndim else []
+
+
+@rule("sum", "mean", "amax", "amin", "prod", "std", "var", "logsumexp", "norm", "linalg_vector_norm", "nansum", "all",
+      "any", "median", "max", "min", "var_mean", "std_mean")  # fmt: skip
+def reduction(call: Call) -> Result:
+    x = call.tensor("self")
+    if call.optional("other") is not None:  # max(a, b) of two tensors
+        from .elementwise import pointwise
+
+        return pointwise(call)
+    dims = dimensions(call.args.get("dim"), x.ndim)
+    keep = bool(call.args.get("keepdim"))
+    label = contract(call.constraints, x.label, dims, keep)
+    if isinstance(call.out, list | tuple):
+        # max over dim gives indices, too: they name positions, so the neurons searched through may not move.
+        if call.name in ("max", "min", "median"):
+            label = contract(call.constraints, fix(call.constraints, x.label, dims, "is searched for a position"), dims, keep)
+        return [label] * len(call.out)
+    return label
+
+
+@rule("argmax", "argmin", "topk", "sort", "argsort", "cumsum", "cumprod", "kthvalue", "cummax", "diff", "unfold")
+def positional(call: Call) -> Result:
+    x = call.tensor("self")
+    name = "dim" if "dim" in call.args else "dimension"
+    dims = dimensions(call.args.get(name), x.ndim)
+    label = fix(call.constraints, x.label, dims, "depends on the order of its values")
+    outs = call.out if isinstance(call.out, list | tuple) else [call.out]
+    if any(len(o.shape) != x.ndim for o in outs):
+        if call.name == "unfold":
+            label = label.expand_rank([label.ndim])
+            label = Label(tuple(outs[0].shape), label.factors)
+        else:
+            label = label.drop(dims)
+    else:
+        label = Label(tuple(o if s > 1 or d in dims else 1 for d, (o, s) in enumerate(zip(outs[0].shape, label.shape, strict=True))),
+                      label.factors)
+    return [label] * len(outs) if isinstance(call.out, list | tuple) else label
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin")
+def softmax(call: Call) -> Result:
+    return normalise(call.constraints, call.tensor("self").label, dimensions(call.args["dim"], call.tensor("self").ndim))
+
+
+@rule("cosine_similarity")
+def cosine(call: Call) -> Result:
+    from ..labels import combine
+
+    both = combine(call.constraints, [call.tensor("x1").label, call.tensor("x2").label])
+    return contract(call.constraints, both, dimensions(call.args["dim"], both.ndim))

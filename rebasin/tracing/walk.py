@@ -1,0 +1,160 @@
+"""One walk over the exported graph: every tensor gets its label, every operator its rule."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .constraints import Constraints
+from .export import Exported, operator_name, source_line
+from .labels import Label, pin
+from .rules import RULES, Call, Traced, labels_of
+from .rules.elementwise import pointwise
+
+
+def walk(exported: Exported, aliases: Mapping[str, str]) -> Constraints:
+    """Record what the graph requires of its neurons; tied parameters (`aliases`) are the same neurons."""
+    constraints = Constraints()
+    known: dict[str, Traced] = {}
+    inputs: list[Any] = []
+    for node in exported.module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        fake = node.meta.get("val")
+        if node.name in exported.states and isinstance(fake, Tensor):
+            name = exported.states[node.name]
+            name = aliases.get(name, name)
+            if name not in known:
+                known[name] = _state(constraints, name, fake)
+            inputs.append(known[name])
+        elif isinstance(fake, Tensor):
+            value = exported.constants.get(node.name)
+            inputs.append(_constant(fake, value))
+        else:
+            inputs.append(fake)
+    outputs = _interpret(constraints, exported.module, inputs)
+    constraints.reason = "output"
+    final = list(labels_of(outputs))[-len(exported.outputs) :]  # updated buffers, if any, come first
+    for name, traced in zip(exported.outputs, final, strict=True):
+        pin(constraints, traced.label, f"is the model's output {name.removeprefix('output.')}")
+    return constraints
+
+
+def _state(constraints: Constraints, name: str, fake: Tensor) -> Traced:
+    """A parameter or buffer: each of its axes is a factor of its own."""
+    shape = tuple(fake.shape)
+    if not fake.is_floating_point():
+        return Traced(Label(shape), shape)
+    factors = []
+    for axis, size in enumerate(shape):
+        if size > 1:
+            elements = constraints.axis(name, axis, size)
+            factors.append(elements.reshape([size if d == axis else 1 for d in range(len(shape))]))
+    return Traced(Label(shape, tuple(factors)), shape)
+
+
+def _constant(fake: Tensor, value: Tensor | None) -> Traced:
+    """An input (no value) or constant; a dimension along which a constant does not vary is uniform."""
+    shape = tuple(fake.shape)
+    if value is None or value.is_meta or value.numel() > 1 << 24:
+        return Traced(Label(shape), shape)
+    extent = tuple(
+        1 if n > 1 and bool((value == value.narrow(d, 0, 1)).all()) else n for d, n in enumerate(shape)
+    )
+    return Traced(Label(extent), shape, value)
+
+
+def _interpret(constraints: Constraints, module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    values: dict[torch.fx.Node, Any] = {}
+    feed = iter(inputs)
+    last_use = _last_uses(module.graph)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(feed)
+        elif node.op == "get_attr":
+            target = _attribute(module, str(node.target))
+            values[node] = _constant(target, target) if isinstance(target, Tensor) else target
+        elif node.op == "call_function":
+            args = torch.fx.map_arg(node.args, lambda n: values[n])
+            kwargs = torch.fx.map_arg(node.kwargs, lambda n: values[n])
+            values[node] = _call(constraints, node, list(args), dict(kwargs))
+        elif node.op == "output":
+            return torch.fx.map_arg(node.args[0], lambda n: values[n])
+        for dead in last_use.get(node, ()):
+            values.pop(dead, None)
+    raise AssertionError("a graph without output")
+
+
+def _last_uses(graph: torch.fx.Graph) -> dict[torch.fx.Node, list[torch.fx.Node]]:
+    seen: set[torch.fx.Node] = set()
+    uses: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    for node in reversed(list(graph.nodes)):
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                uses.setdefault(node, []).append(source)
+    return uses
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Any:
+    target: Any = module
+    for part in path.split("."):
+        target = getattr(target, part)
+    return target
+
+
+def _call(constraints: Constraints, node: torch.fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    if node.target is operator.getitem:
+        return args[0][args[1]]
+    out = node.meta.get("val")
+    submodule = next((i for i, a in enumerate(args) if isinstance(a, torch.fx.GraphModule)), None)
+    if submodule is not None and "wrap_with" in str(node.target):  # autocast, set_grad_enabled: a region of code
+        return _interpret(constraints, args[submodule], args[submodule + 1 :])
+    if not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(out, Tensor | list | tuple):
+            return out  # arithmetic on plain numbers
+        return _unknown(constraints, node, [*args, *kwargs.values()], out)
+    name = operator_name(node.target)
+    named = {}
+    for position, argument in enumerate(node.target._schema.arguments):
+        if position < len(args):
+            named[argument.name] = args[position]
+        elif argument.name in kwargs:
+            named[argument.name] = kwargs[argument.name]
+        else:
+            named[argument.name] = argument.default_value
+    if out is None or not any(isinstance(o, Tensor) for o in (out if isinstance(out, list | tuple) else [out])):
+        return out  # assertions on metadata
+    constraints.reason = f"{name} at {source_line(node)}"
+    rule = RULES.get(name) or (pointwise if torch.Tag.pointwise in node.target.tags else None)
+    if rule is None:
+        return _unknown(constraints, node, list(named.values()), out)
+    labels = rule(Call(constraints, name, named, out))
+    if isinstance(labels, Label):
+        return _traced(labels, out)
+    return [_traced(label, o) if isinstance(o, Tensor) else o for label, o in zip(labels, out, strict=False)]
+
+
+def _traced(label: Label, out: Tensor) -> Traced:
+    shape = tuple(out.shape)
+    if label.ndim != len(shape) or any(n not in (1, s) for n, s in zip(label.shape, shape, strict=True)):
+        raise AssertionError(f"a rule gave a label of shape {label.shape} for a tensor of shape {shape}")
+    factors = tuple(f for f in label.factors if f.size > 1)
+    return Traced(Label(label.shape, factors), shape)
+
+
+def _unknown(constraints: Constraints, node: torch.fx.Node, arguments: list[Any], out: Any) -> Any:
+    """An operator without a rule: nothing that goes through it may move."""
+    constraints.reason = f"{node.target} at {source_line(node)}"
+    for argument in arguments:
+        for traced in labels_of(argument):
+            pin(constraints, traced.label, "has no rule")
+    if isinstance(out, Tensor):
+        return Traced(Label(tuple(out.shape)), tuple(out.shape))
+    return [Traced(Label(tuple(o.shape)), tuple(o.shape)) if isinstance(o, Tensor) else o for o in out]
+
+
