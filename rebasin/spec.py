@@ -453,29 +453,30 @@ def _is_member(group: Group, dst: Node, src: Node, index: Mapping[str, np.ndarra
         image = index[group.cells[dst.cell].name][to_array(dst.neurons)]
         return bool(np.array_equal(np.sort(image), np.sort(to_array(src.neurons))))
     assert isinstance(src, Branch)
-    owner = {int(x): j for j, child in enumerate(src.children) for x in _leading(child)}
-    order = []
+    owner = {(c, int(x)): j for j, child in enumerate(src.children) for c, x in _leading(child)}
+    order: list[int] = []
     for child in dst.children:
         leaf = first_leaf(child)
-        chosen = owner.get(int(index[group.cells[leaf.cell].name][leaf.neurons[0]]))
-        if dst.moves == "fixed":
-            chosen = len(order)  # children of different kinds may have neurons of the same number
+        chosen = owner.get((leaf.cell, int(index[group.cells[leaf.cell].name][leaf.neurons[0]])))
         if chosen is None:
             return False
         order.append(chosen)
+    if dst.moves == "fixed" and order != list(range(len(order))):
+        return False
     if sorted(order) != list(range(len(order))) or (isinstance(dst.moves, tuple) and tuple(order) not in dst.moves):
         return False
     return all(_is_member(group, c, src.children[j], index) for c, j in zip(dst.children, order, strict=True))
 
 
-def _leading(node: Node) -> np.ndarray:
-    """All neurons that may stand first in the first leaf of `node` (its blocks may be permuted inside, too)."""
+def _leading(node: Node) -> Iterator[tuple[int, int]]:
+    """All (cell, neuron) that may stand first in the first leaf of `node`: its blocks may be permuted inside, too."""
     if isinstance(node, Leaf):
-        return to_array(node.neurons)
-    if node.moves == "fixed":
-        return _leading(node.children[0])
-    heads = range(len(node.children)) if node.moves == "any" else sorted({m[0] for m in node.moves})
-    return np.concatenate([_leading(node.children[j]) for j in heads])
+        for neuron in to_array(node.neurons):
+            yield node.cell, int(neuron)
+        return
+    heads = {"fixed": [0], "any": range(len(node.children))}.get(str(node.moves)) or sorted({m[0] for m in node.moves})
+    for j in heads:
+        yield from _leading(node.children[int(j)])
 
 
 def _structure(node: Node) -> str:

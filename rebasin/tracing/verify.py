@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import VerificationError
 from ..spec import Permutation, PermutationSpec
@@ -71,7 +73,10 @@ def verify(
     dtype = dtype or next((p.dtype for p in model.parameters()), torch.float32)
     dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     tolerance = 1e-9 if dtype == torch.float64 else 1e-5
-    probe = copy.deepcopy(model).to(dtype)
+    probe = copy.deepcopy(model)
+    for tensor in (*probe.parameters(), *probe.buffers()):  # not probe.to(): some models guard it
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
     if randomise:
         _randomise(probe, seed)
     args, kwargs = torch.utils._pytree.tree_map_only(
@@ -80,9 +85,13 @@ def verify(
     state = {name: tensor.detach().clone() for name, tensor in probe.state_dict().items()}
     permutation = permutation or spec.random(seed)
 
+    own = probe.state_dict()
+
     def outputs(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        probe.load_state_dict(state, strict=True)
-        with torch.no_grad(), evaluation_mode(probe), _same_random_numbers(seed):
+        for name, tensor in own.items():  # in place: tied weights stay tied, and no loading hook interferes
+            tensor.copy_(state[name])
+        precision = _DoublePrecision() if dtype == torch.float64 else contextlib.nullcontext()
+        with torch.no_grad(), evaluation_mode(probe), _same_random_numbers(seed), precision:
             return {n: t.double() for n, t in named_outputs(probe(*args, **kwargs)).items()}
 
     expected = outputs(state)
@@ -153,6 +162,25 @@ def _randomise(model: nn.Module, seed: int) -> None:
                 buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator).to(buffer))
             elif name.endswith("running_mean"):
                 buffer.add_(normal(buffer), alpha=0.3)
+
+
+class _DoublePrecision(TorchDispatchMode):
+    """Models that compute a norm or an angle in float32 on purpose do it in float64 here, or 1e-9 means nothing."""
+
+    def __enter__(self) -> Any:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # what integers become
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        torch.set_default_dtype(self.default)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in (torch.float32, torch.float16, torch.bfloat16):
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
 
 
 class _same_random_numbers:

@@ -54,3 +54,11 @@ def layer_norm(call: Call) -> Result:
     normalise(call.constraints, x, range(x.ndim - dims, x.ndim))
     affine = [t.label for t in (call.optional("weight"), call.optional("bias")) if t is not None]
     return _as_outputs(call, combine(call.constraints, [x, *affine]))
+
+
+@rule("_weight_norm", "_weight_norm_interface")
+def weight_norm(call: Call) -> Result:
+    """v / |v| * g, the norm taken over all dimensions but `dim`."""
+    v, dim = call.tensor("v").label, call.args.get("dim", 0)
+    normalise(call.constraints, v, [d for d in range(v.ndim) if d != dim % v.ndim])
+    return _as_outputs(call, combine(call.constraints, [v, call.tensor("g").label]))

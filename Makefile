@@ -1,0 +1,46 @@
+# Git Re-Basin. `make` alone lists what can be made; everything happens in .venv (an existing one is used as it is).
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+PY := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help: ## show this help
+	@echo "Git Re-Basin: align the neurons of two models, then merge them."
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "The first call creates .venv with PYTHON=$(PYTHON) and installs the package there (about 1.6 GB);"
+	@echo "PIP_ARGS='...' is passed to pip, ARGS='...' to the job or to pytest:"
+	@echo "  make demo ARGS='model=mlp seed=1'"
+	@echo "  make test ARGS='-k spec -x'"
+
+demo: .venv/.installed ## run the main job: align and merge two tiny Stable Diffusion UNets (see outputs/)
+	$(PY) -m rebasin.run $(ARGS)
+
+test: .venv/.installed-dev ## run the tests
+	$(PY) -m pytest $(ARGS)
+
+lint: .venv/.installed-dev ## check style (ruff) and types (pyright)
+	$(PY) -m ruff check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+clean: ## remove .venv, outputs and caches
+	rm -rf .venv outputs multirun dist build .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11; name another one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# Stamps: once installed, a call costs nothing until pyproject.toml changes.
+.venv/.installed: pyproject.toml | .venv/bin/python
+	$(PY) -m pip install --quiet $(PIP_ARGS) -e .
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml | .venv/bin/python
+	$(PY) -m pip install --quiet $(PIP_ARGS) -e '.[dev]'
+	@touch .venv/.installed $@

@@ -1,0 +1,111 @@
+"""How a run calls a matching algorithm: by its config alone, so a new one is one file and one config."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import get_method
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from .configuration import resolved
+from .errors import ConfigError
+from .matching import MatchResult
+from .matching.pair import Pair
+from .spec import PermutationSpec
+
+if TYPE_CHECKING:
+    from .tasks import Task
+
+Progress = Callable[[dict[str, Any]], None]
+State = Mapping[str, Tensor]
+
+
+SUPPLY = ("spec", "state_a", "state_b", "model_a", "model_b", "objective", "batches", "seed", "progress")
+"""What a run can give an algorithm, by the name of the argument."""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A matching function and its options."""
+
+    name: str
+    function: Callable[..., MatchResult]
+    options: Mapping[str, Any]
+
+    def __call__(
+        self,
+        task: Task,
+        spec: PermutationSpec,
+        state_a: State,
+        state_b: State,
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> MatchResult:
+        """Find the permutation that brings B to A."""
+        make: dict[str, Callable[[], Any]] = {
+            "spec": lambda: spec,
+            "state_a": lambda: state_a,
+            "state_b": lambda: state_b,
+            "model_a": lambda: _loaded(task.model, state_a),
+            "model_b": lambda: _loaded(task.model, state_b),
+            "objective": lambda: task.objective,
+            "batches": lambda: task.batches["train"],
+            "seed": lambda: seed,
+            "progress": lambda: progress,
+        }
+        wanted = [name for name in inspect.signature(self.function).parameters if name in SUPPLY]
+        return self.function(**{name: make[name]() for name in wanted}, **self.options)
+
+
+def load_algorithm(algo: DictConfig) -> Algorithm:
+    """The algorithm of the config group `algo`.
+
+    `_target_` names its function. Of what a run has (SUPPLY) it will get what its signature asks for; all
+    other fields but the name are its options.
+
+    Raises:
+        ConfigError: an option that the function does not have, or an argument that a run can't supply.
+    """
+    function = get_method(algo["_target_"])
+    takes = {k: v for k, v in inspect.signature(function).parameters.items() if k not in SUPPLY}
+    options = {name: value for name, value in resolved(algo).items() if name not in ("_target_", "name")}
+    unknown = [name for name in options if name not in takes]
+    if unknown:
+        raise ConfigError(
+            f"algo={algo.name} has no option {unknown[0]!r}; it has {', '.join(takes) or 'none'}."
+        )
+    missing = [name for name, p in takes.items() if p.default is p.empty and name not in options]
+    if missing:
+        raise ConfigError(f"algo={algo.name} needs {missing[0]!r}, which a run lacks; set algo.{missing[0]}.")
+    return Algorithm(algo.name, function, options)
+
+
+def naive(spec: PermutationSpec, state_a: State, state_b: State) -> MatchResult:
+    """No alignment: the identity, with the figures that other methods are compared with."""
+    pair = Pair(spec, state_a, state_b)
+    return MatchResult(
+        permutation=spec.identity(),
+        objective=pair.objective,
+        history=(),
+        converged=True,
+        moved=0,
+        seconds=0.0,
+        initial_objective=pair.objective,
+        distance_before=pair.distance,
+        distance_after=pair.distance,
+        sweeps=0,
+        restarts=(pair.objective,),
+    )
+
+
+def _loaded(model: nn.Module, state: State) -> nn.Module:
+    """A copy of `model` with the weights of `state`."""
+    loaded = copy.deepcopy(model)
+    loaded.load_state_dict(dict(state))
+    return loaded

@@ -1,0 +1,227 @@
+"""Images with class labels: scikit-learn's digits, MNIST and Fashion-MNIST.
+
+Images are float32 in [0, 1], shaped (n, 1, height, width), without any further normalisation (as in Git
+Re-Basin's MNIST experiments); labels are int64.
+"""
+
+import hashlib
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rebasin.checkpoints import atomic_path
+from rebasin.data.idx import read_idx
+from rebasin.errors import DataError
+
+NAMES = ("digits", "mnist", "fashion_mnist")
+DIGITS = tuple("0123456789")
+GARMENTS = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+# The four parts of MNIST-like data: names of the IDX files, and keys of .npz files (keras' first).
+PARTS = {
+    "train_x": ("train-images-idx3-ubyte", ("x_train", "train_images", "train_x")),
+    "train_y": ("train-labels-idx1-ubyte", ("y_train", "train_labels", "train_y")),
+    "test_x": ("t10k-images-idx3-ubyte", ("x_test", "test_images", "test_x")),
+    "test_y": ("t10k-labels-idx1-ubyte", ("y_test", "test_labels", "test_y")),
+}
+
+# Public addresses and the MD5 sums that their publishers give for the .gz files.
+SOURCES: dict[str, tuple[str, dict[str, str]]] = {
+    "mnist": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        {
+            "train_x": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "train_y": "d53e105ee54ea40749a09fcbcd1e9432",
+            "test_x": "9fb629c4189551a2d022fa330f9573f3",
+            "test_y": "ec29112dd5afa0611ce80d1b7f02629c",
+        },
+    ),
+    "fashion_mnist": (
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        {
+            "train_x": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "train_y": "25c81989df183df01b3e8a0aad5dffbe",
+            "test_x": "bef4ecab320f06d8554ea6380940ec79",
+            "test_y": "bb300cfdad3c16e7a12a480ee83cd310",
+        },
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images (n, 1, height, width), float32 in [0, 1]; labels (n,), int64; the names of the classes."""
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: tuple[str, ...]
+
+    def batches(self, split: Literal["train", "test"], size: int = 1000) -> list[tuple[Tensor, Tensor]]:
+        """The split in its own order as (x, y) batches of `size` samples, the last one shorter; no copies."""
+        x, y = (self.train_x, self.train_y) if split == "train" else (self.test_x, self.test_y)
+        return list(zip(x.split(size), y.split(size), strict=True))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 of the training part: the same data, however it came here, has the same fingerprint."""
+        digest = hashlib.sha256(repr((tuple(self.train_x.shape), self.classes)).encode())
+        for part in (self.train_x, self.train_y):
+            digest.update(part.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def load(name: str, path: str | Path | None = None, *, download: bool = False) -> Dataset:
+    """Load a data set by name.
+
+    Args:
+        name: "digits" (1,797 8x8 images inside scikit-learn; every fifth image of each class is the test
+            split, 355 in all), "mnist" or "fashion_mnist" (28x28, their own splits).
+        path: for the latter two, an .npz file with x_train, y_train, x_test, y_test (or train_images,
+            train_labels, ...), or a folder with the four IDX files, gzipped or not (or one of these files).
+        download: fetch what `path` (a folder) lacks from the data set's public address and check it by its
+            MD5.
+
+    Raises:
+        DataError: unknown name, missing, truncated or odd file; the sentence names the file.
+    """
+    if name not in NAMES:
+        raise DataError(f"there is no data set '{name}': choose one of {', '.join(NAMES)}.")
+    if name == "digits":
+        if path is not None:
+            raise DataError(
+                "the digits come with scikit-learn and take no path: choose mnist or fashion_mnist for files."
+            )
+        return _digits()
+    if path is None:
+        raise DataError(
+            f"{name} needs a path: pass an .npz file with x_train, y_train, x_test, y_test or a folder with "
+            "the four IDX files (download=true fills the folder)."
+        )
+    path = Path(path).expanduser()
+    if download and path.suffix != ".npz":
+        _download(name, path)
+    arrays = _read_npz(path) if path.suffix == ".npz" else _read_folder(path)
+    classes = GARMENTS if name == "fashion_mnist" else DIGITS
+    train_x, train_y = _checked(
+        arrays["train_x"], arrays["train_y"], f"the training part of {path}", len(classes)
+    )
+    test_x, test_y = _checked(arrays["test_x"], arrays["test_y"], f"the test part of {path}", len(classes))
+    return Dataset(name, train_x, train_y, test_x, test_y, classes)
+
+
+def _digits() -> Dataset:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError(
+            "the digits are part of scikit-learn, which is not installed: pip install scikit-learn."
+        ) from error
+    images, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 16
+    y = torch.from_numpy(labels).long()
+    test = torch.zeros(len(y), dtype=torch.bool)
+    for number in range(10):
+        test[(y == number).nonzero()[4::5]] = True
+    return Dataset("digits", x[~test], y[~test], x[test], y[test], DIGITS)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {part: file[_key(file.files, part, keys, path)] for part, (_, keys) in PARTS.items()}
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}.") from error
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(
+            f"{path} is not a readable .npz file of plain arrays ({error}): fetch it again."
+        ) from error
+
+
+def _key(present: list[str], part: str, keys: tuple[str, ...], path: Path) -> str:
+    for key in keys:
+        if key in present:
+            return key
+    raise DataError(
+        f"{path} has no array {' or '.join(keys)} for {part}: it has {', '.join(present) or 'none'}."
+    )
+
+
+def _read_folder(path: Path) -> dict[str, np.ndarray]:
+    folder = path.parent if path.is_file() else path
+    if not folder.is_dir():
+        raise DataError(f"there is no file or folder {path}.")
+    return {part: read_idx(_find(folder, stem)) for part, (stem, _) in PARTS.items()}
+
+
+def _find(folder: Path, stem: str) -> Path:
+    # Some copies are called train-images.idx3-ubyte.
+    for name in (stem, stem.replace("-idx", ".idx")):
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file():
+                return path
+    raise DataError(
+        f"{folder} has neither {stem} nor {stem}.gz: pass an .npz file or a folder with all four IDX files."
+    )
+
+
+def _checked(x: np.ndarray, y: np.ndarray, where: str, classes: int) -> tuple[Tensor, Tensor]:
+    if x.ndim != 3 or x.shape[0] == 0 or x.shape[1:] != (28, 28) or y.shape != x.shape[:1]:
+        raise DataError(
+            f"{where} has images {x.shape} and labels {y.shape}, but (n, 28, 28) and (n,) were expected."
+        )
+    if x.dtype != np.uint8:
+        raise DataError(f"{where} has images of type {x.dtype}, but uint8 from 0 to 255 was expected.")
+    if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= classes:
+        raise DataError(f"{where} has labels that are not whole numbers from 0 to {classes - 1}.")
+    return torch.from_numpy(x).unsqueeze(1).float() / 255, torch.from_numpy(y.astype(np.int64))
+
+
+def _download(name: str, folder: Path) -> None:
+    address, sums = SOURCES[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, md5 in sums.items():
+        stem = PARTS[part][0]
+        try:
+            _find(folder, stem)
+        except DataError:
+            fetch(f"{address}{stem}.gz", md5, folder / f"{stem}.gz")
+
+
+def fetch(url: str, md5: str, target: Path) -> None:
+    """Fetch `url` into `target`, which appears only when its MD5 is right. Raises DataError."""
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            body = answer.read()
+    except (urllib.error.URLError, OSError) as error:
+        raise DataError(
+            f"{url} could not be fetched ({error}): download it yourself and pass its folder."
+        ) from error
+    if hashlib.md5(body, usedforsecurity=False).hexdigest() != md5:
+        raise DataError(f"{url} is not the expected file (its MD5 differs): download the data set yourself.")
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(body)

@@ -1,0 +1,225 @@
+"""The loss along the straight line between two states, and its barrier.
+
+Two definitions of the barrier are in use and both are reported (Ainsworth et al., "Git Re-Basin",
+2209.04836): the paper's text measures the loss against the line between the endpoints' losses, the paper's
+code against their mean. They agree where the endpoints are equally good.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rebasin.errors import CheckpointError, ConfigError
+from rebasin.merging.interpolate import State, check_names, interpolate_tensor
+
+Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses (lower is better) and other figures along the line from A to B.
+
+    Attributes:
+        lambdas: where it was measured, from 0 (A) to 1 (B).
+        losses: the loss there, exactly as measured.
+        metrics: whatever else `evaluate` returned, by name, one value for each lambda.
+        barrier: max over lambda of loss(lambda) - [(1 - lambda) loss(0) + lambda loss(1)]; never negative.
+        barrier_mean: max over lambda of loss(lambda) - [loss(0) + loss(1)] / 2.
+        argmax: the lambda where `barrier` is reached.
+        seconds: wall time of the whole measurement.
+    A loss that is not a number makes both barriers not a number, with `argmax` at the first such lambda.
+    """
+
+    lambdas: tuple[float, ...]
+    losses: tuple[float, ...]
+    metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    barrier: float = math.nan
+    barrier_mean: float = math.nan
+    argmax: float = math.nan
+    seconds: float = 0.0
+
+    @classmethod
+    def measured(
+        cls,
+        lambdas: Sequence[float],
+        losses: Sequence[float],
+        metrics: Mapping[str, Sequence[float]] | None = None,
+        seconds: float = 0.0,
+    ) -> "Curve":
+        """Build a curve from its points; the barriers are computed here.
+
+        Raises ConfigError unless the lambdas rise from 0 to 1 and every series has one value for each of
+        them.
+        """
+        grid = tuple(float(lam) for lam in lambdas)
+        values = tuple(float(loss) for loss in losses)
+        series = {name: tuple(float(v) for v in column) for name, column in (metrics or {}).items()}
+        if len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or any(b <= a for a, b in pairwise(grid)):
+            raise ConfigError("the lambdas of a curve must rise from 0 to 1, both ends included.")
+        for name, column in {"loss": values, **series}.items():
+            if len(column) != len(grid):
+                raise ConfigError(f"the curve has {len(grid)} lambdas but {len(column)} values of '{name}'.")
+        excess = [loss - _line(values, lam) for lam, loss in zip(grid, values, strict=True)]
+        top = _argmax(excess)
+        return cls(
+            lambdas=grid,
+            losses=values,
+            metrics=series,
+            barrier=excess[top],
+            barrier_mean=values[_argmax(values)] - (values[0] + values[-1]) / 2,
+            argmax=grid[top],
+            seconds=seconds,
+        )
+
+    def drop(self, metric: str) -> float:
+        """The barrier of a figure that is better when higher (accuracy): max of line minus value, >= 0."""
+        if metric not in self.metrics:
+            known = ", ".join(self.metrics) or "none"
+            raise ConfigError(f"this curve has no metric '{metric}': it has {known}.")
+        values = self.metrics[metric]
+        gaps = [_line(values, lam) - value for lam, value in zip(self.lambdas, values, strict=True)]
+        return gaps[_argmax(gaps)]
+
+    def at(self, lam: float) -> float:
+        """The loss at the measured lambda nearest to `lam`; an odd number of points has the midpoint, 0.5."""
+        return self.losses[min(range(len(self.lambdas)), key=lambda i: abs(self.lambdas[i] - lam))]
+
+
+def barrier(
+    model: nn.Module,
+    state_a: State,
+    state_b: State,
+    evaluate: Evaluate,
+    points: int = 25,
+    progress: Progress | None = None,
+) -> Curve:
+    """Evaluate `points` equally spaced models on the line from A to B, both endpoints included.
+
+    BatchNorm's running statistics are part of the states and are interpolated with the rest. Each point is
+    rounded to A's dtype first, as the saved merge would be, and then loaded into `model`; when this returns,
+    or raises, the model's tensors and training flags are as they were.
+
+    Args:
+        model: the architecture; its own weights do not matter and do not change.
+        state_a, state_b: mappings from the names of `model.state_dict()` to tensors, lazy ones too (each
+            tensor is then read once for each point). Names that the model ties to a given one may be absent.
+        evaluate: takes the model, returns the loss, or a mapping with "loss" and other figures.
+        points: 2 or more; 25 is the paper's.
+        progress: called after each point with stage, step, total, lam, loss, seconds.
+
+    Raises:
+        CheckpointError: the states do not fit each other or the model; names the tensor.
+        ConfigError: fewer than 2 points, or `evaluate` returns something else.
+    """
+    if points < 2:
+        raise ConfigError(f"a barrier needs at least 2 points (the endpoints), but points={points}.")
+    started = time.perf_counter()
+    check_names(state_a, state_b)
+    lambdas = [step / (points - 1) for step in range(points)]
+    losses: list[float] = []
+    columns: dict[str, list[float]] = {}
+    with _restored(model) as slots:
+        _check_slots(slots, state_a)
+        for step, lam in enumerate(lambdas):
+            with torch.no_grad():
+                for name in state_a:
+                    slots[name].copy_(
+                        _fitting(name, interpolate_tensor(name, state_a[name], state_b[name], lam), slots)
+                    )
+            figures = _figures(evaluate(model))
+            if step and figures.keys() != {"loss", *columns}:
+                raise ConfigError(
+                    "evaluate must return the same figures every time, but their names changed."
+                )
+            losses.append(figures.pop("loss"))
+            for name, value in figures.items():
+                columns.setdefault(name, []).append(value)
+            if progress is not None:
+                event = {
+                    "stage": "barrier",
+                    "step": step + 1,
+                    "total": points,
+                    "lam": lam,
+                    "loss": losses[-1],
+                }
+                progress({**event, "seconds": time.perf_counter() - started})
+    return Curve.measured(lambdas, losses, columns, seconds=time.perf_counter() - started)
+
+
+def _line(values: Sequence[float], lam: float) -> float:
+    return (1 - lam) * values[0] + lam * values[-1]
+
+
+def _argmax(values: Sequence[float]) -> int:
+    for index, value in enumerate(values):
+        if math.isnan(value):
+            return index
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def _figures(result: float | Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(result, Mapping):
+        return {"loss": float(result)}
+    if "loss" not in result:
+        raise ConfigError(
+            f"evaluate must return a number or a mapping with 'loss', but got {sorted(result)}."
+        )
+    return {name: float(value) for name, value in result.items()}
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Give the model's own tensors by name, to be overwritten; put back values and training flags after."""
+    slots = {
+        name: tensor.detach()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)  # a module's extra state may be anything
+    }
+    meta = [name for name, tensor in slots.items() if tensor.is_meta]
+    if meta:
+        raise CheckpointError(
+            f"the model's tensor '{meta[0]}' is on the meta device: give a model with real tensors."
+        )
+    values = {name: tensor.clone() for name, tensor in slots.items()}
+    training = {module: module.training for module in model.modules()}
+    try:
+        yield slots
+    finally:
+        with torch.no_grad():
+            for name, value in values.items():
+                slots[name].copy_(value)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _check_slots(slots: Mapping[str, Tensor], state: State) -> None:
+    unknown = [name for name in state if name not in slots]
+    if unknown:
+        raise CheckpointError(
+            f"tensor '{unknown[0]}' of the endpoints is not in the model: give their own architecture."
+        )
+    names = set(state)  # `in` would read the tensor of a lazy mapping
+    given = {slots[name].data_ptr() for name in names}
+    missing = [name for name, slot in slots.items() if name not in names and slot.data_ptr() not in given]
+    if missing:
+        raise CheckpointError(
+            f"the model's tensor '{missing[0]}' is not in the endpoints: give their own architecture."
+        )
+
+
+def _fitting(name: str, value: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
+    # copy_ would broadcast a wrong shape without a word.
+    if value.shape != slots[name].shape:
+        raise CheckpointError(
+            f"tensor '{name}' has shape {tuple(value.shape)} in the endpoints and "
+            f"{tuple(slots[name].shape)} in the model: give their own architecture."
+        )
+    return value

@@ -1,0 +1,18 @@
+"""Bringing one model's neurons into the order of another's: one algorithm a file."""
+
+from .assignment import Assignment, Costs, assign
+from .linear import linear_assignment
+from .result import MatchResult, MatchState, Sweep, Update
+from .weights import weight_matching
+
+__all__ = [
+    "Assignment",
+    "Costs",
+    "MatchResult",
+    "MatchState",
+    "Sweep",
+    "Update",
+    "assign",
+    "linear_assignment",
+    "weight_matching",
+]

@@ -1,0 +1,124 @@
+"""Cost matrices from weights: what the objective gains from neuron j of B at the place of neuron i of A.
+
+With everything else held fixed, the objective is linear in the permutation P of one cell (Ainsworth et al.,
+section 3.2): a parameter W that the cell meets on an axis contributes <A, P pi(B)> = sum_i <A_i,
+pi(B)_p(i)>, its slices along that axis. So
+
+    C[i, j] = sum over the cell's sites of  w * <A_i, pi(B)_j>  =  sum over sites of  w * A @ pi(B)^T
+
+with each tensor laid out as [neurons, everything else]. Weight matrices, convolution kernels, biases and
+norm affines all enter that way. pi(B) has every permutation found so far applied, the cell's own included: j
+counts places, not original neurons, and the identity stands for leaving things as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..spec import Indices, Site, indices, to_array
+from .pair import Pair
+
+Choose = Callable[[str, int], bool]
+"""(parameter, axis) -> whether the site is to be counted."""
+
+
+class WeightCosts:
+    """Answers `assignment.Costs` from a pair of endpoints, computing only the blocks that are asked for."""
+
+    def __init__(self, pair: Pair, choose: Choose | None = None) -> None:
+        """`choose` leaves sites out; buffers are always left out."""
+        self.pair = pair
+        self.choose = choose
+        names = pair.parameters
+        double = bool(names) and all(x(names[0]).dtype == torch.float64 for x in (pair.a, pair.b))
+        self.dtype = torch.float64 if double else torch.float32
+
+    def sites(self, cell: str) -> list[tuple[str, int, list[Site]]]:
+        """The (parameter, axis, its sites) at which the cell counts."""
+        by_axis: dict[tuple[str, int], list[Site]] = {}
+        for site in self.pair.spec.cells[cell].sites:
+            counts = site.parameter not in self.pair.spec.buffers
+            if counts and (self.choose is None or self.choose(site.parameter, site.axis)):
+                by_axis.setdefault((site.parameter, site.axis), []).append(site)
+        return [(parameter, axis, sites) for (parameter, axis), sites in by_axis.items()]
+
+    def block(self, cell: str, neurons: Indices) -> Tensor:
+        """C of `neurons` at each other's places, [k, k]."""
+        return self._products(cell, neurons, 1)[0]
+
+    def diagonal(self, cell: str, blocks: Sequence[Indices]) -> list[Tensor]:
+        """The blocks on C's diagonal, those of one size in one batch of products."""
+        found: list[Tensor | None] = [None] * len(blocks)
+        order = sorted(range(len(blocks)), key=lambda k: len(blocks[k]))
+        for _, members in groupby(order, key=lambda k: len(blocks[k])):
+            chosen = list(members)
+            together = indices(np.concatenate([to_array(blocks[k]) for k in chosen]))
+            for k, product in zip(chosen, self._products(cell, together, len(chosen)), strict=True):
+                found[k] = product
+        return [block for block in found if block is not None]
+
+    def potentials(self, cell: str, neurons: Indices) -> Tensor:
+        """Half the squared norm of each neuron of pi(B), [k], weighted like C: it makes the argmax a nearest
+        neighbour.
+        """
+        total = torch.zeros(len(neurons), dtype=self.dtype, device=self.pair.device)
+        for parameter, axis, sites in self.sites(cell):
+            weight = self.pair.weight[parameter]
+            for part in _parts(self.pair.b(parameter), axis, sites, neurons):
+                total += part.to(self.dtype).square().sum(dim=1) * (weight / 2)
+        return total
+
+    def _products(self, cell: str, neurons: Indices, count: int) -> Tensor:
+        """[count, k, k] for `count` blocks of k neurons each, which `neurons` lists one after the other."""
+        k = len(neurons) // count
+        total = torch.zeros(count, k, k, dtype=self.dtype, device=self.pair.device)
+        vectors_a, vectors_b = [], []
+        for parameter, axis, sites in self.sites(cell):
+            weight = self.pair.weight[parameter]
+            a, b = self.pair.a(parameter), self.pair.b(parameter)
+            for x, y in zip(_parts(a, axis, sites, neurons), _parts(b, axis, sites, neurons), strict=True):
+                x, y = x.to(self.dtype), y.to(self.dtype)
+                if x.shape[1] == 1:
+                    vectors_a.append(x * weight)
+                    vectors_b.append(y)
+                else:
+                    _add(total, x, y, weight)
+        if vectors_a:  # biases and norm affines: one product of rank m instead of m outer products
+            _add(total, torch.cat(vectors_a, dim=1), torch.cat(vectors_b, dim=1), 1.0)
+        return total
+
+
+def _add(total: Tensor, a: Tensor, b: Tensor, weight: float) -> None:
+    """total [count, k, k] += weight * a @ b^T, block by block; a and b are [count * k, m]."""
+    count, k, _ = total.shape
+    if count == 1:
+        total[0].addmm_(a, b.T, alpha=weight)
+    else:
+        total.baddbmm_(a.reshape(count, k, -1), b.reshape(count, k, -1).transpose(1, 2), alpha=weight)
+
+
+def _parts(tensor: Tensor, axis: int, sites: Sequence[Site], neurons: Indices) -> list[Tensor]:
+    """The slices of `neurons` along `axis`, laid out as [k, everything else]; views of `tensor` wherever
+    that is possible.
+
+    A cell with few sites on the axis (the halves of a GEGLU) gives one part a site, one with many (every
+    pixel of a flattened channel) one part with the sites side by side.
+    """
+    positions = [_positions(site, neurons) for site in sites]
+    if all(isinstance(p, range) and p.step == 1 for p in positions):
+        return [tensor.narrow(axis, p[0], len(p)).movedim(axis, 0).reshape(len(p), -1) for p in positions]
+    flat = np.stack([to_array(p) for p in positions], axis=1)
+    chosen = tensor.index_select(axis, torch.from_numpy(flat.reshape(-1)).to(tensor.device))
+    return [chosen.movedim(axis, 0).reshape(len(flat), -1)]
+
+
+def _positions(site: Site, neurons: Indices) -> Indices:
+    """Where `neurons` sit on the site's axis."""
+    if isinstance(neurons, range):
+        return site.positions[neurons.start : neurons.stop : neurons.step]
+    return indices(to_array(site.positions)[neurons])

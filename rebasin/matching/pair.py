@@ -1,0 +1,231 @@
+"""The two endpoints while B is brought to A: A as it is, B under the permutation found so far.
+
+Nothing of the caller's is changed. B's tensors are read through until a permutation moves them; only those
+that moved are held here, in their own dtype, so that aligning two nearly identical models costs hardly any
+memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..spec import Group, Permutation, PermutationSpec, to_array
+
+CHUNK = 1 << 17  # elements that are widened to float64 at a time: they stay in the cache
+
+
+@dataclass(frozen=True)
+class Move:
+    """A group's rearrangement, computed but not yet made: its tensors, their inner products with A, and its
+    gain.
+    """
+
+    tensors: Mapping[str, Tensor]
+    dots: Mapping[str, float]
+    gain: float
+
+
+class Pair:
+    """A, pi(B), and the objective `sum_k w_k <A_k, pi(B)_k>` over the parameters k that the spec permutes.
+
+    Each parameter counts once, under one of its names if it is tied; buffers do not count. Sums are float64.
+
+    Attributes:
+        index: pi, cell name -> int64 [size], `new[i] = old[index[i]]`.
+        weight: w_k; 1, or 1 / (|A_k| |B_k|) if normalised by tensor.
+        squares: (|A_k|^2, |B_k|^2) of every counted parameter.
+        dots: <A_k, pi(B)_k> of every counted parameter.
+    """
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        state_a: Mapping[str, Tensor],
+        state_b: Mapping[str, Tensor],
+        *,
+        normalize: Literal["tensor"] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Read and check both endpoints; pi is the identity.
+
+        Raises:
+            SpecMismatchError: a tensor is missing or has another shape than the spec's.
+            CheckpointError: a tensor is not floating point or has NaN or infinite values.
+        """
+        self.spec = spec
+        self.device = torch.device(device)
+        self.parameters = tuple(name for name in spec.axes if name not in spec.buffers)
+        self._a, self._b = state_a, state_b
+        self._key_a, self._key_b = _keys(spec, state_a, "A"), _keys(spec, state_b, "B")
+        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._moved: dict[str, Tensor] = {}
+        self.index = {name: np.arange(cell.size) for name, cell in spec.cells.items()}
+        self.squares: dict[str, tuple[float, float]] = {}
+        self._distances: dict[str, float] = {}
+        self._naive_dots: dict[str, float] = {}
+        for name in spec.axes:
+            aa, bb, ab, distance = _moments(self.a(name), self.b(name))
+            for square, what, key in ((aa, "A", self._key_a[name]), (bb, "B", self._key_b[name])):
+                if not math.isfinite(square):
+                    raise CheckpointError(
+                        f"Tensor {key!r} of {what} has NaN or infinite values: the checkpoint is damaged or"
+                        f" its training diverged, so it can't be aligned."
+                    )
+            if name not in spec.buffers:
+                self.squares[name], self._naive_dots[name], self._distances[name] = (aa, bb), ab, distance
+        self.dots = dict(self._naive_dots)
+        self.weight = {
+            name: 1.0 if normalize is None or aa * bb == 0 else 1 / math.sqrt(aa * bb)
+            for name, (aa, bb) in self.squares.items()
+        }
+
+    def a(self, name: str) -> Tensor:
+        """A's tensor `name`, on the device, in its own dtype."""
+        return self._read("a", name, self._a, self._key_a)
+
+    def b(self, name: str) -> Tensor:
+        """pi(B)'s tensor `name`, on the device, in its own dtype."""
+        moved = self._moved.get(name)
+        return self._read("b", name, self._b, self._key_b) if moved is None else moved
+
+    def _read(self, side: str, name: str, state: Mapping[str, Tensor], keys: Mapping[str, str]) -> Tensor:
+        if self.device.type == "cpu":
+            return state[keys[name]].detach().cpu()
+        if (side, name) not in self._kept:  # over the bus once
+            self._kept[side, name] = state[keys[name]].detach().to(self.device)
+        return self._kept[side, name]
+
+    @property
+    def permutation(self) -> Permutation:
+        """A copy of pi."""
+        return Permutation(self.spec, {name: index.copy() for name, index in self.index.items()})
+
+    @property
+    def objective(self) -> float:
+        return math.fsum(self.weight[name] * dot for name, dot in self.dots.items())
+
+    @property
+    def distance(self) -> float:
+        """|A - pi(B)|, over the parameters that the spec permutes."""
+        now = {name: _moments(self.a(name), self.b(name))[3] for name in self._moved}
+        return math.sqrt(math.fsum((self._distances | now).values()))
+
+    @property
+    def scale(self) -> float:
+        """The largest value that the objective could have, by Cauchy and Schwarz."""
+        return math.fsum(self.weight[name] * math.sqrt(aa * bb) for name, (aa, bb) in self.squares.items())
+
+    def set(self, permutation: Permutation) -> None:
+        """Make `permutation` pi."""
+        if all(np.array_equal(index, self.index[name]) for name, index in permutation.index.items()):
+            return
+        self._moved = {}
+        self.index = {name: np.array(index) for name, index in permutation.index.items()}
+        for name in self.parameters:
+            moves = permutation.axes_of(name)
+            if moves:
+                self._moved[name] = _permuted(self.b(name), moves)
+            self.dots[name] = inner(self.a(name), self._moved[name]) if moves else self._naive_dots[name]
+
+    def propose(self, group: Group, index: Mapping[str, np.ndarray]) -> Move:
+        """What it would do to the objective if the neurons of `group` moved by `index`, relative to where
+        they are now.
+        """
+        relative = {cell.name: index[cell.name] for cell in group.cells}
+        tensors, dots, gains = {}, {}, []
+        for name in touched(group, self.spec):
+            moves = list(_axes(self.spec, name, relative))
+            if moves:
+                tensors[name] = _permuted(self.b(name), moves)
+                dots[name] = inner(self.a(name), tensors[name])
+                gains.append(self.weight[name] * (dots[name] - self.dots[name]))
+        return Move(tensors, dots, math.fsum(gains))
+
+    def make(self, move: Move, index: Mapping[str, np.ndarray]) -> None:
+        """Carry out a proposed move."""
+        self._moved.update(move.tensors)
+        self.dots.update(move.dots)
+        for cell, relative in index.items():
+            self.index[cell] = self.index[cell][relative]
+
+
+def touched(group: Group, spec: PermutationSpec) -> list[str]:
+    """The parameters (no buffers) on which `group` acts."""
+    return list(
+        dict.fromkeys(s.parameter for c in group.cells for s in c.sites if s.parameter not in spec.buffers)
+    )
+
+
+def inner(a: Tensor, b: Tensor) -> float:
+    """<a, b> with products and sums in float64."""
+    return _summed([x.dot(y) for x, y in _chunks(a, b)])
+
+
+def _moments(a: Tensor, b: Tensor) -> tuple[float, float, float, float]:
+    """|a|^2, |b|^2, <a, b> and |a - b|^2, float64; <a, b> to the bit as `inner` has it."""
+    parts: tuple[list[Tensor], ...] = ([], [], [], [])
+    for x, y in _chunks(a, b):
+        for part, (u, v) in zip(parts, ((x, x), (y, y), (x, y), (x - y, x - y)), strict=True):
+            part.append(u.dot(v))
+    aa, bb, ab, distance = map(_summed, parts)
+    return aa, bb, ab, distance
+
+
+def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both tensors piece by piece, flat and in float64."""
+    size = CHUNK if a.device.type == "cpu" else 64 * CHUNK
+    for x, y in zip(a.reshape(-1).split(size), b.reshape(-1).split(size), strict=True):
+        yield x.double(), y.double()
+
+
+def _summed(parts: list[Tensor]) -> float:
+    return math.fsum(torch.stack(parts).tolist()) if parts else 0.0
+
+
+def _axes(
+    spec: PermutationSpec, name: str, index: Mapping[str, np.ndarray]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The (axis, int64 index [axis size]) pairs by which the cells in `index` move tensor `name`."""
+    for axis, sites in spec.axes[name].items():
+        full = np.arange(spec.shapes[name][axis])
+        for cell, site in sites:
+            if cell in index:
+                positions = to_array(site.positions)
+                full[positions] = positions[index[cell]]
+        if not np.array_equal(full, np.arange(full.size)):
+            yield axis, full
+
+
+def _permuted(tensor: Tensor, moves: list[tuple[int, np.ndarray]]) -> Tensor:
+    for axis, index in moves:
+        tensor = tensor.index_select(axis, torch.from_numpy(index).to(tensor.device))
+    return tensor
+
+
+def _keys(spec: PermutationSpec, state: Mapping[str, Tensor], what: str) -> dict[str, str]:
+    """Under which of its names `state` has each permuted tensor; checks that it has them all, and as
+    numbers.
+    """
+    spec.check(state, what)
+    other = {}
+    for alias, name in spec.aliases.items():
+        if alias in state:
+            other.setdefault(name, alias)
+    keys = {name: name if name in state else other[name] for name in spec.axes}
+    dtype_of = getattr(state, "dtype_of", None)
+    for key in keys.values():
+        dtype = dtype_of(key) if dtype_of is not None else state[key].dtype
+        if not dtype.is_floating_point:
+            raise CheckpointError(
+                f"Tensor {key!r} of {what} is {str(dtype).removeprefix('torch.')}, not floating point:"
+                f" convert a quantised checkpoint to floating point first."
+            )
+    return keys

@@ -1,0 +1,40 @@
+"""The paper's networks, built by name, and their training on first use."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from rebasin.data.classification import Dataset
+from rebasin.errors import ConfigError
+from rebasin.models.mlp import MLP
+from rebasin.models.resnet import ResNet
+from rebasin.models.vgg import VGG
+
+CLASSIFIERS: dict[str, type[nn.Module]] = {"mlp": MLP, "vgg": VGG, "resnet": ResNet}
+
+__all__ = ["CLASSIFIERS", "MLP", "VGG", "ResNet", "build", "fitting_options"]
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    """Build a classifier by name; `options` are its constructor's.
+
+    Raises:
+        ConfigError: an unknown name or option, with the valid ones.
+    """
+    if name not in CLASSIFIERS:
+        raise ConfigError(f"there is no classifier '{name}': choose one of {', '.join(CLASSIFIERS)}.")
+    known = list(inspect.signature(CLASSIFIERS[name]).parameters)
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise ConfigError(f"model '{name}' has no option '{unknown[0]}': it has {', '.join(known)}.")
+    return CLASSIFIERS[name](**options)
+
+
+def fitting_options(name: str, dataset: Dataset, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`options` plus the sizes that follow from the data: `inputs` or `channels`, and `classes`."""
+    _, channels, *size = dataset.train_x.shape
+    sizes = {"inputs": channels * math.prod(size)} if name == "mlp" else {"channels": channels}
+    return {**sizes, "classes": len(dataset.classes), **(options or {})}

@@ -1,0 +1,151 @@
+"""Classifiers trained on first use and kept on disk, under a hash of all that determines the result."""
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rebasin.checkpoints import load_safetensors, save_safetensors
+from rebasin.data.classification import Dataset
+from rebasin.errors import CheckpointError
+from rebasin.models import build, fitting_options
+from rebasin.models.train import RECIPES, Progress, Recipe, train
+
+# Raise it when a change of the models or of the loop changes the trained weights.
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained classifier.
+
+    Attributes:
+        name, options: what to give to `rebasin.models.build`.
+        state: names to tensors, on the CPU.
+        history: the mean training loss of each epoch, as seen during the epoch.
+        seconds: what the training took, also when it was done earlier.
+        cached: whether the weights came from the cache.
+        path: the file in the cache; it may be missing where the cache cannot be written.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    state: Mapping[str, Tensor]
+    history: tuple[float, ...]
+    seconds: float
+    cached: bool
+    path: Path
+
+    def model(self) -> nn.Module:
+        """A new model with these weights, in eval mode."""
+        model = build(self.name, **self.options)
+        model.load_state_dict(self.state)
+        return model.eval()
+
+
+def trained(
+    name: str,
+    dataset: Dataset,
+    options: Mapping[str, Any] | None = None,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+    device: str = "cpu",
+) -> Trained:
+    """Train classifier `name` on the training part of `dataset`, or take it from the cache.
+
+    Args:
+        options: of the model (`width`, `norm`, ...); the sizes that the data determines are filled in.
+        recipe: by default `RECIPES[name]`.
+        seed: of the start weights and of the order of the samples.
+        cache: the folder; by default `cache_dir()`. A damaged file in it is replaced, with a warning.
+        progress: as in `rebasin.models.train.train`, with model and seed too; not called for a cached model.
+
+    Raises:
+        ConfigError: unknown model or option, or the training diverged.
+    """
+    options = fitting_options(name, dataset, options)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = build(name, **options)
+    recipe = recipe or RECIPES[name]
+    config = {
+        "version": VERSION,
+        "torch": torch.__version__,
+        "device": torch.device(device).type,
+        "model": name,
+        "options": options,
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "data": dataset.fingerprint,
+    }
+    key = json.dumps(config, sort_keys=True)
+    folder = Path(cache).expanduser() if cache is not None else cache_dir()
+    path = folder / f"{name}-{dataset.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    if path.exists():
+        try:
+            state, metadata = _load(path, key, model)
+            history = tuple(json.loads(metadata["history"]))
+            return Trained(name, options, state, history, float(metadata["seconds"]), True, path)
+        except CheckpointError as error:
+            warnings.warn(f"{error} The model is trained anew.", stacklevel=2)
+
+    started = time.perf_counter()
+    x, y = dataset.train_x.to(device), dataset.train_y.to(device)
+    history = train(model.to(device), x, y, recipe, seed, _named(progress, name, seed))
+    state = {key: tensor.detach().cpu().clone() for key, tensor in model.state_dict().items()}
+    seconds = time.perf_counter() - started
+    metadata = {
+        "config": key,
+        "sha256": _digest(state),
+        "history": json.dumps(history),
+        "seconds": repr(seconds),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_safetensors(path, state, metadata)
+    except (OSError, CheckpointError) as error:
+        warnings.warn(f"the trained model could not be kept in {folder} ({error}).", stacklevel=2)
+    return Trained(name, options, state, history, seconds, False, path)
+
+
+def cache_dir() -> Path:
+    """REBASIN_CACHE if set, else `rebasin` in XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("REBASIN_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rebasin"
+
+
+def _named(progress: Progress | None, name: str, seed: int) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda event: progress({**event, "model": name, "seed": seed})
+
+
+def _load(path: Path, key: str, model: nn.Module) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    file = load_safetensors(path)
+    metadata = file.metadata
+    if metadata.get("config") != key or not {"sha256", "history", "seconds"} <= metadata.keys():
+        raise CheckpointError(f"{path} was not written for this model.")
+    state = {name: file[name].clone() for name in file}  # copies, so that nothing keeps the file mapped
+    if _digest(state) != metadata["sha256"] or state.keys() != model.state_dict().keys():
+        raise CheckpointError(f"{path} is damaged: its tensors are not those that were written.")
+    return state, metadata
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].contiguous()
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

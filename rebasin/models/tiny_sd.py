@@ -1,0 +1,282 @@
+"""The embedded default: a tiny but real Stable Diffusion, trained on handwritten digits, with four UNets.
+
+Every part is the library's own class at a small size: AutoencoderKL (1x32x32 images <-> 4x8x8 latents),
+CLIPTokenizer, CLIPTextModel and UNet2DConditionModel with cross attention, GroupNorm, GEGLU and skip
+concatenations, like Stable Diffusion 1.5. The UNets share text encoder, VAE and scheduler:
+
+    seed0, seed1   trained independently: other initial weights, other order of the data, other noise
+    low, high      seed0 fine-tuned on the digits 0 to 4 and on the digits 5 to 9
+
+scripts/train_tiny_sd.py makes them from nothing; assets/tiny_sd/training.json says how they were made and how
+good they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from rebasin.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+ASSETS = Path(__file__).parent / "assets" / "tiny_sd"
+UNETS = ("seed0", "seed1", "low", "high")
+
+CONTEXT = 16  # tokens in a prompt, start and end included
+HIDDEN = 64  # width of the text encoder and of the UNets' cross attention
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+T = TypeVar("T")
+
+
+# Loading ----------------------------------------------------------------------------------------------------
+
+
+def load_unet(
+    name: str = "seed0", dtype: torch.dtype = torch.float32, path: str | Path | None = None
+) -> UNet2DConditionModel:
+    """One of the UNETS in eval mode. `path`: a folder of your own, made by scripts/train_tiny_sd.py.
+
+    Raises CheckpointError for an unknown name or a folder that is missing or damaged.
+    """
+    root = Path(path) if path is not None else ASSETS
+    found = sorted(folder.name.removeprefix("unet_") for folder in root.glob("unet_*"))
+    known = UNETS if path is None else tuple(found)
+    if name not in known:
+        raise CheckpointError(
+            f"there is no UNet {name!r} in {root}: choose one of {', '.join(known) or '(it has none)'}."
+        )
+    return _load(UNet2DConditionModel, root / f"unet_{name}", torch_dtype=dtype).eval()
+
+
+def load_vae(dtype: torch.dtype = torch.float32, path: str | Path | None = None) -> AutoencoderKL:
+    """The shared autoencoder in eval mode: images [n, 1, 32, 32] in -1..1 <-> latents [n, 4, 8, 8]."""
+    return _load(AutoencoderKL, _folder("vae", path), torch_dtype=dtype).eval()
+
+
+def load_text_encoder(dtype: torch.dtype = torch.float32, path: str | Path | None = None) -> CLIPTextModel:
+    """The shared text encoder in eval mode: token ids [n, 16] -> last hidden states [n, 16, 64]."""
+    return _load(CLIPTextModel, _folder("text_encoder", path), dtype=dtype).eval()
+
+
+def load_tokenizer(path: str | Path | None = None) -> CLIPTokenizer:
+    """The tokenizer: byte-level BPE, every word of the captions is one token, any other text is spelt out."""
+    return _load(CLIPTokenizer, _folder("tokenizer", path))
+
+
+def load_scheduler(path: str | Path | None = None) -> DDIMScheduler:
+    """The noise schedule that the UNets were trained on (epsilon prediction)."""
+    return _load(DDIMScheduler, _folder("scheduler", path))
+
+
+def load_pipeline(
+    unet: str | UNet2DConditionModel = "seed0",
+    dtype: torch.dtype = torch.float32,
+    path: str | Path | None = None,
+) -> StableDiffusionPipeline:
+    """A ready StableDiffusionPipeline; images come out as 32x32 grey PIL images, white ink on black paper.
+
+    unet: one of UNETS, or a UNet of the same architecture, such as a merged one.
+    path: a folder of your own in the layout of scripts/train_tiny_sd.py instead of the embedded one.
+    """
+    model = load_unet(unet, dtype, path) if isinstance(unet, str) else unet
+    return build_pipeline(
+        model,
+        load_vae(dtype, path),
+        load_text_encoder(dtype, path),
+        load_tokenizer(path),
+        load_scheduler(path),
+    )
+
+
+def build_pipeline(
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    scheduler: DDIMScheduler,
+) -> StableDiffusionPipeline:
+    """The pipeline of these parts, without safety checker and without a progress bar."""
+    with _quiet():
+        # Imported here: it loads half of diffusers, and complains at length where torchvision is missing.
+        from diffusers import StableDiffusionPipeline
+
+        pipeline = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,  # pyright: ignore[reportArgumentType]  (any scheduler with this interface works)
+            safety_checker=None,  # pyright: ignore[reportArgumentType]
+            feature_extractor=None,  # pyright: ignore[reportArgumentType]
+            requires_safety_checker=False,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _folder(part: str, path: str | Path | None) -> Path:
+    return (Path(path) if path is not None else ASSETS) / part
+
+
+def _load(kind: type[T], folder: Path, **options: Any) -> T:
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}: give one that scripts/train_tiny_sd.py made.")
+    try:
+        with _quiet():
+            return kind.from_pretrained(str(folder), local_files_only=True, **options)  # pyright: ignore
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{folder} is damaged or incomplete ({reason}): restore it or train it anew."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and advice from the libraries while our own small files are read."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    loggers = [logging.getLogger("transformers"), logging.getLogger("diffusers")]
+    levels = [logger.level for logger in loggers]
+    transformers_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+# Architecture -----------------------------------------------------------------------------------------------
+
+
+def new_unet(seed: int) -> UNet2DConditionModel:
+    """A UNet with random weights: Stable Diffusion 1.5's shape with two levels, 0.80 M parameters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            mid_block_type="UNetMidBlock2DCrossAttn",
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            norm_num_groups=8,
+            cross_attention_dim=HIDDEN,
+            attention_head_dim=4,  # in this class the number of heads, as in Stable Diffusion 1.5
+        )
+
+
+def new_vae(seed: int) -> AutoencoderKL:
+    """An autoencoder with random weights that halves the image twice, 0.24 M parameters. Set scaling_factor
+    after training.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoencoderKL(
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(16, 32, 32),
+            layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            latent_channels=4,
+            norm_num_groups=8,
+            sample_size=32,
+        )
+
+
+def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """A CLIP text model of width 64 with two layers of four heads."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=4 * HIDDEN,
+        projection_dim=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """DDPM's linear schedule: unlike Stable Diffusion's, it ends in pure noise, also for latents as small as
+    8x8.
+    """
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        prediction_type="epsilon",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+    )
+
+
+def new_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
+    """CLIP's byte-level BPE with as many merges as it takes to make every word of `texts` one token."""
+    symbols = _byte_symbols()
+    merges = _learn_merges(Counter(word for text in texts for word in text.split()))
+    tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(pair) for pair in merges), START, END]
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=CONTEXT
+    )
+
+
+def _byte_symbols() -> list[str]:
+    """One printable character for each of the 256 bytes: printable Latin-1 stands for itself, the rest is
+    moved behind it.
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    moved = 256 - len(printable)
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(moved)]
+
+
+def _learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
+    """Byte pair encoding: join the most frequent pair, ties in alphabetical order, until every word is one
+    symbol.
+    """
+    spelt = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    merges: list[tuple[str, str]] = []
+    while True:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, symbols in spelt.items():
+            for pair in pairwise(symbols):
+                pairs[pair] += words[word]
+        if not pairs:
+            return merges
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for symbols in spelt.values():
+            i = 0
+            while i < len(symbols) - 1:
+                if (symbols[i], symbols[i + 1]) == best:
+                    symbols[i : i + 2] = ["".join(best)]
+                i += 1

@@ -1,0 +1,371 @@
+"""Training of the embedded tiny Stable Diffusion, stage by stage: autoencoder, text encoder, UNets.
+
+Each function trains one part and returns it with a record of figures. All randomness of step s comes from a
+generator seeded with (seed, s), and the learning rate is a function of s, so that a run that was interrupted
+continues exactly where it stopped. Progress goes through a callback (stage, step, steps, loss); nothing is
+printed here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from rebasin.checkpoints import load_safetensors, save_safetensors
+from rebasin.data import captioned_digits as digits
+from rebasin.models import tiny_sd
+
+Progress = Callable[[str, int, int, float], None]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one stage of training does. The learning rate rises over the first tenth and then falls to zero as
+    a cosine.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    weight_decay: float = 0.01
+    ema: float = 0.0  # decay of the averaged weights; 0: no averaging
+    checkpoint_every: int = 250
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """One-cycle schedule at a step counted from 0."""
+    warm = max(1, recipe.steps // 10)
+    if step < warm:
+        return recipe.learning_rate * (step + 1) / warm
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
+
+
+def train(
+    stage: str,
+    model: torch.nn.Module,
+    recipe: Recipe,
+    loss_at: Callable[[torch.Generator, np.random.Generator], torch.Tensor],
+    progress: Progress,
+    checkpoint: Path | None = None,
+) -> dict[str, float]:
+    """AdamW on `loss_at`, in place; the model ends with its averaged weights if the recipe has an EMA.
+
+    loss_at draws its own batch from the two generators, which are seeded with (seed, step). `checkpoint`:
+    safetensors file with weights and optimiser state, written every recipe.checkpoint_every steps and removed
+    at the end; training resumes from it. Returns steps, seconds (over all sittings) and the mean loss of the
+    last twentieth of the steps.
+    """
+    named = dict(model.named_parameters())
+    parameters = list(named.values())
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    averaged = {name: p.detach().clone() for name, p in named.items()} if recipe.ema else {}
+    losses: list[float] = []
+    seconds = 0.0
+    if checkpoint is not None and checkpoint.is_file():
+        losses, seconds = _resume(checkpoint, named, averaged, optimizer)
+
+    torch_rng = torch.Generator()
+    model.train()
+    started = time.monotonic() - seconds
+    for step in range(len(losses), recipe.steps):
+        torch_rng.manual_seed(recipe.seed * 10_000_019 + step)
+        loss = loss_at(torch_rng, np.random.default_rng((recipe.seed, step)))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        optimizer.step()
+        if averaged:
+            # The average follows quickly at first, so that it forgets the random initial weights.
+            decay = min(recipe.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(averaged.values()), [p.detach() for p in parameters], 1 - decay)
+        losses.append(loss.item())
+        progress(stage, step + 1, recipe.steps, losses[-1])
+        if checkpoint is not None and (step + 1) % recipe.checkpoint_every == 0:
+            _save(checkpoint, named, averaged, optimizer, losses, time.monotonic() - started)
+    if averaged:
+        with torch.no_grad():
+            for name, value in averaged.items():
+                named[name].copy_(value)
+    model.eval()
+    tail = losses[-max(1, recipe.steps // 20) :]
+    return {
+        "steps": recipe.steps,
+        "seconds": round(time.monotonic() - started, 1),
+        "train_loss": float(np.mean(tail)),
+    }
+
+
+def _save(path: Path, named, averaged, optimizer, losses: list[float], seconds: float) -> None:
+    tensors = {f"model/{name}": p.detach() for name, p in named.items()}
+    tensors |= {f"average/{name}": value for name, value in averaged.items()}
+    for name, p in named.items():
+        tensors |= {f"{key}/{name}": optimizer.state[p][key] for key in MOMENTS}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_safetensors(path, tensors, {"losses": json.dumps(losses), "seconds": repr(seconds)})
+
+
+def _resume(path: Path, named, averaged, optimizer) -> tuple[list[float], float]:
+    file = load_safetensors(path)
+    losses, seconds = json.loads(file.metadata["losses"]), float(file.metadata["seconds"])
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(file[f"model/{name}"])
+            moments = {key: file[f"{key}/{name}"].clone().to(p.device) for key in MOMENTS}
+            optimizer.state[p] = {"step": torch.tensor(float(len(losses))), **moments}
+        for name, value in averaged.items():
+            value.copy_(file[f"average/{name}"])
+    return losses, seconds
+
+
+# Autoencoder ------------------------------------------------------------------------------------------------
+
+
+def train_vae(
+    images: np.ndarray, recipe: Recipe, device: str, progress: Progress, checkpoint: Path | None = None
+) -> tuple[AutoencoderKL, dict[str, float]]:
+    """An autoencoder of images uint8 [n, 28, 28]; its scaling_factor makes the latents' standard deviation 1.
+
+    Loss: squared plus absolute error of the pixels and 1e-3 times the KL divergence, each a mean over its
+    elements.
+    """
+    vae = tiny_sd.new_vae(recipe.seed).to(device)
+
+    def loss_at(rng: torch.Generator, choose: np.random.Generator) -> torch.Tensor:
+        pixels = digits.to_pixels(images[choose.integers(0, len(images), recipe.batch_size)]).to(device)
+        posterior = vae.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return F.mse_loss(decoded, pixels) + F.l1_loss(decoded, pixels) + 1e-3 * kl
+
+    record = train("vae", vae, recipe, loss_at, progress, checkpoint)
+    vae.register_to_config(scaling_factor=1.0)
+    vae.register_to_config(scaling_factor=float(1.0 / digits.encode_latents(vae, images[:5000]).std()))
+    record["scaling_factor"] = vae.config.scaling_factor
+    return vae, record
+
+
+@torch.no_grad()
+def reconstruction_error(vae: AutoencoderKL, images: np.ndarray) -> float:
+    """Mean squared error per pixel (in -1..1) of decoding the latents of images uint8 [n, 28, 28]."""
+    parameter = next(vae.parameters())
+    total = 0.0
+    for i in range(0, len(images), 250):
+        pixels = digits.to_pixels(images[i : i + 250]).to(parameter.device)
+        total += F.mse_loss(vae.decode(vae.encode(pixels).latent_dist.mode()).sample, pixels).item() * len(
+            pixels
+        )
+    return total / len(images)
+
+
+# Text encoder -----------------------------------------------------------------------------------------------
+
+
+def train_text_encoder(
+    images: np.ndarray,
+    labels: np.ndarray,
+    tokenizer: CLIPTokenizer,
+    recipe: Recipe,
+    device: str,
+    progress: Progress,
+    checkpoint: Path | None = None,
+) -> tuple[CLIPTextModel, dict[str, float]]:
+    """CLIP in miniature on (image, caption) pairs; the image tower is thrown away.
+
+    The contrastive loss of CLIP with one change: within a batch many captions are true of many images ("a
+    seven" of all sevens), so the target of an image is spread evenly over all captions that are true of it,
+    and the other way round.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        text = tiny_sd.text_config(tokenizer).to_dict()
+        vision = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+            "num_channels": 1,
+            "projection_dim": tiny_sd.HIDDEN,
+        }
+        clip = CLIPModel(
+            CLIPConfig(text_config=text, vision_config=vision, projection_dim=tiny_sd.HIDDEN)
+        ).to(device)
+        text_model = CLIPTextModel(tiny_sd.text_config(tokenizer))
+    ink = digits.inks(images)
+    tokens = tokenizer(
+        [caption for caption, _, _ in digits.CAPTIONS],
+        padding="max_length",
+        max_length=tiny_sd.CONTEXT,
+        return_tensors="pt",
+    ).input_ids
+    caption_digit = np.array([d for _, d, _ in digits.CAPTIONS])
+    caption_ink = np.array([digits.INKS.index(i) for _, _, i in digits.CAPTIONS])
+
+    def batch(source: np.ndarray, choose: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and truth [b images, b captions]. A tenth of the captions is empty, which is true of every
+        image.
+        """
+        numbers = digits.caption_numbers(labels[source], ink[source], choose)
+        numbers[choose.random(len(numbers)) < 0.1] = digits.EMPTY_CAPTION
+        same_digit = (caption_digit[numbers] == labels[source][:, None]) | (numbers == digits.EMPTY_CAPTION)
+        same_ink = (caption_ink[numbers] == ink[source][:, None]) | (caption_ink[numbers] == 1)
+        pixels = digits.to_pixels(images[source]).to(device)
+        logits = clip(input_ids=tokens[numbers].to(device), pixel_values=pixels).logits_per_image
+        return logits, torch.from_numpy(same_digit & same_ink).float().to(device)
+
+    def loss_at(rng: torch.Generator, choose: np.random.Generator) -> torch.Tensor:
+        logits, truth = batch(choose.integers(0, len(images) - 1000, recipe.batch_size), choose)
+        by_image = F.cross_entropy(logits, truth / truth.sum(1, keepdim=True))
+        by_text = F.cross_entropy(logits.T, truth.T / truth.T.sum(1, keepdim=True))
+        return (by_image + by_text) / 2
+
+    record = train("text_encoder", clip, recipe, loss_at, progress, checkpoint)
+    # Images that the training never drew: which plain caption, and which of thin and bold, fits best?
+    with torch.no_grad():
+        held = np.arange(len(images) - 1000, len(images))
+        pixels = digits.to_pixels(images[held]).to(device)
+        logits = clip(input_ids=tokens.to(device), pixel_values=pixels).logits_per_image.cpu()
+    plain = torch.tensor(
+        [d for caption, d, _ in digits.CAPTIONS if caption.startswith("a handwritten digit")]
+    )
+    rows = [
+        i for i, (caption, _, _) in enumerate(digits.CAPTIONS) if caption.startswith("a handwritten digit")
+    ]
+    record["digit_accuracy"] = float(
+        (plain[logits[:, rows].argmax(1)] == torch.from_numpy(labels[held])).float().mean()
+    )
+    extreme = np.flatnonzero(ink[held] != 1)
+    text_of = {caption: i for i, (caption, _, _) in enumerate(digits.CAPTIONS)}
+    words = [digits.WORDS[d] for d in labels[held][extreme]]
+    thin = logits[extreme, [text_of[f"a thin {word}"] for word in words]]
+    bold = logits[extreme, [text_of[f"a bold {word}"] for word in words]]
+    record["ink_accuracy"] = float(((bold > thin).numpy() == (ink[held][extreme] == 2)).mean())
+
+    trained = {name.removeprefix("text_model."): value for name, value in clip.state_dict().items()}
+    text_model.load_state_dict({name: trained[name] for name in text_model.state_dict()})
+    return text_model.to(device).eval(), record
+
+
+# UNets ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training data of the UNets, computed once: latents [n, 4, 8, 8], labels and ink [n], caption states
+    [151, 16, hidden].
+    """
+
+    latents: torch.Tensor
+    labels: np.ndarray
+    ink: np.ndarray
+    states: torch.Tensor
+
+    def only(self, wanted: tuple[int, ...]) -> Corpus:
+        """The part with these digits."""
+        keep = np.isin(self.labels, wanted)
+        return Corpus(self.latents[torch.from_numpy(keep)], self.labels[keep], self.ink[keep], self.states)
+
+
+def make_corpus(
+    latents: torch.Tensor, images: np.ndarray, labels: np.ndarray, text_encoder, tokenizer
+) -> Corpus:
+    """From latents [n, 4, 8, 8] (captioned_digits.encode_latents) of images uint8 [n, 28, 28]; lives on the
+    latents' device.
+    """
+    states = digits.embed_captions(text_encoder, tokenizer, [text for text, _, _ in digits.CAPTIONS])
+    return Corpus(latents, labels, digits.inks(images), states.to(latents.device))
+
+
+def train_unet(
+    stage: str,
+    unet: UNet2DConditionModel,
+    corpus: Corpus,
+    recipe: Recipe,
+    device: str,
+    progress: Progress,
+    checkpoint: Path | None = None,
+) -> tuple[UNet2DConditionModel, dict[str, float]]:
+    """Epsilon prediction on the corpus; a tenth of the captions is empty, for classifier-free guidance."""
+    unet = copy.deepcopy(unet).to(device)
+    alphas = tiny_sd.new_scheduler().alphas_cumprod.to(device)
+
+    def loss_at(rng: torch.Generator, choose: np.random.Generator) -> torch.Tensor:
+        source = choose.integers(0, len(corpus.labels), recipe.batch_size)
+        numbers = digits.caption_numbers(corpus.labels[source], corpus.ink[source], choose)
+        numbers[choose.random(len(numbers)) < 0.1] = digits.EMPTY_CAPTION
+        # One timestep from each of equal parts of the range: the loss of a batch varies less.
+        parts = (np.arange(recipe.batch_size) + choose.random(recipe.batch_size)) / recipe.batch_size
+        timesteps = torch.from_numpy((parts * len(alphas)).astype(np.int64)).to(device)
+        clean = corpus.latents[torch.from_numpy(source).to(device)]
+        noise = torch.randn(clean.shape, generator=rng).to(device)
+        alpha = alphas[timesteps][:, None, None, None]
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        condition = corpus.states[torch.from_numpy(numbers).to(device)]
+        return F.mse_loss(unet(noisy, timesteps, encoder_hidden_states=condition).sample, noise)
+
+    record = train(stage, unet, recipe, loss_at, progress, checkpoint)
+    return unet, record
+
+
+@torch.no_grad()
+def denoising_loss(unet: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> float:
+    """Mean squared error of the predicted noise over batches of captioned_digits.denoising_batches."""
+    alphas = tiny_sd.new_scheduler().alphas_cumprod
+    total, count = 0.0, 0
+    for batch in batches:
+        alpha = alphas[batch["timesteps"]][:, None, None, None]
+        noisy = alpha.sqrt() * batch["latents"] + (1 - alpha).sqrt() * batch["noise"]
+        device = next(unet.parameters()).device
+        output = unet(noisy.to(device), batch["timesteps"].to(device), batch["condition"].to(device)).sample
+        total += F.mse_loss(output.cpu(), batch["noise"], reduction="sum").item()
+        count += noisy.numel()
+    return total / count
+
+
+# A judge of samples -----------------------------------------------------------------------------------------
+
+
+def train_classifier(
+    images: np.ndarray, labels: np.ndarray, recipe: Recipe, device: str, progress: Progress
+) -> torch.nn.Module:
+    """A small convolutional classifier of pixels [n, 1, 32, 32] in -1..1 that judges the samples; it is not
+    kept.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        layers: list[torch.nn.Module] = []
+        for inside, outside in ((1, 16), (16, 32), (32, 64)):
+            layers += [torch.nn.Conv2d(inside, outside, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+        model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(64 * 16, 10)).to(device)
+
+    def loss_at(rng: torch.Generator, choose: np.random.Generator) -> torch.Tensor:
+        source = choose.integers(0, len(images), recipe.batch_size)
+        truth = torch.from_numpy(labels[source]).to(device)
+        return F.cross_entropy(model(digits.to_pixels(images[source]).to(device)), truth)
+
+    train("classifier", model, recipe, loss_at, progress)
+    return model
+
+
+@torch.no_grad()
+def classify(classifier: torch.nn.Module, images: np.ndarray) -> np.ndarray:
+    """Digits int64 [n] of images uint8 [n, 28, 28]."""
+    device = next(classifier.parameters()).device
+    return classifier(digits.to_pixels(images).to(device)).argmax(1).cpu().numpy()

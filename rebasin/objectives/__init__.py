@@ -1,0 +1,7 @@
+"""What "good" means: losses with one interface, used for matching, evaluation and search alike."""
+
+from rebasin.objectives.base import Objective
+from rebasin.objectives.cross_entropy import CrossEntropy
+from rebasin.objectives.denoising import Denoising
+
+__all__ = ["CrossEntropy", "Denoising", "Objective"]

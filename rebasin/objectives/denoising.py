@@ -1,0 +1,136 @@
+"""The training loss of a diffusion model: how well it predicts the noise, the velocity or the flow.
+
+With x0 the clean latents, e the noise and abar = alphas_cumprod[t]:
+
+    epsilon        input sqrt(abar) x0 + sqrt(1 - abar) e    target e                                  [1]
+    v_prediction   the same input                            target sqrt(abar) e - sqrt(1 - abar) x0   [2]
+    flow           input (1 - s) x0 + s e, with s = t / T    target e - x0                             [3]
+
+[1] Ho et al., 2006.11239. [2] Salimans and Ho, 2202.00512. [3] Liu et al., 2209.03003.
+
+A batch is a mapping with `latents` and `noise` (n, ...), `timesteps` (n,), and `condition`, the text states
+(n, tokens, width) or None. Noise and timesteps are drawn once with a seed, by whoever makes the batches: so
+two models are comparable to the last digit.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from rebasin.errors import ConfigError, DataError
+from rebasin.objectives.base import mean_over_batches
+
+Prediction = Literal["epsilon", "v_prediction", "flow"]
+
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Denoising:
+    """Mean squared error of what a denoiser predicts, averaged over samples and elements.
+
+    The model is called as `model(noisy, timesteps, encoder_hidden_states=condition).sample`, the calling
+    convention of diffusers' conditional UNets (without a condition, `encoder_hidden_states` is left out).
+
+    Attributes:
+        prediction: what the model predicts; the `prediction_type` of its scheduler, or "flow".
+        alphas_cumprod: (T,) of the scheduler; needed by epsilon and v_prediction.
+        min_snr_gamma: weight each sample by min(snr, gamma) / snr for epsilon, / (snr + 1) for v_prediction,
+            where snr = abar / (1 - abar) (Hang et al., 2303.09556; 5 is their gamma). None: no weights.
+        flow_timesteps: T of flow matching; the model sees t = s T, which may be fractional.
+
+    Raises:
+        ConfigError: an unknown prediction, or alphas_cumprod or min_snr_gamma that do not go with it.
+    """
+
+    prediction: Prediction = "epsilon"
+    alphas_cumprod: Tensor | None = None
+    min_snr_gamma: float | None = None
+    flow_timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.prediction not in get_args(Prediction):
+            raise ConfigError(
+                f"unknown prediction '{self.prediction}': choose one of {', '.join(get_args(Prediction))}."
+            )
+        if self.prediction == "flow":
+            if self.min_snr_gamma is not None:
+                raise ConfigError(
+                    "min_snr_gamma is defined for epsilon and v_prediction only: leave it out for flow."
+                )
+        elif self.alphas_cumprod is None or self.alphas_cumprod.ndim != 1:
+            raise ConfigError(
+                f"prediction '{self.prediction}' needs the scheduler's alphas_cumprod, a vector of length T."
+            )
+        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
+            raise ConfigError(f"min_snr_gamma is {self.min_snr_gamma}, but it must be positive.")
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean (weighted) squared error of the batch, a differentiable scalar in float32."""
+        return self._errors(model, batch).mean()
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+        """{"loss": mean (weighted) squared error over all samples}."""
+        return mean_over_batches(model, batches, self._measure)
+
+    def noisy_and_target(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The model's input and what it should return, both shaped like the latents.
+
+        Raises DataError where shapes or timesteps do not fit.
+        """
+        latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
+        if latents.shape != noise.shape or timesteps.shape != latents.shape[:1]:
+            raise DataError(
+                f"a denoising batch has latents {tuple(latents.shape)}, noise {tuple(noise.shape)} and "
+                f"timesteps {tuple(timesteps.shape)}, but noise must be shaped like latents, with one "
+                "timestep for each."
+            )
+        if self.prediction == "flow":
+            share = _per_sample(timesteps.to(latents) / self.flow_timesteps, latents)
+            return (1 - share) * latents + share * noise, noise - latents
+        signal = _per_sample(self._alphas(timesteps).sqrt().to(latents.dtype), latents)
+        spread = _per_sample((1 - self._alphas(timesteps)).sqrt().to(latents.dtype), latents)
+        target = noise if self.prediction == "epsilon" else signal * noise - spread * latents
+        return signal * latents + spread * noise, target
+
+    def weights(self, timesteps: Tensor) -> Tensor:
+        """(n,) the weight of each sample's error: ones without `min_snr_gamma`."""
+        if self.min_snr_gamma is None:
+            return torch.ones(len(timesteps), device=timesteps.device)
+        alphas = self._alphas(timesteps)
+        snr = alphas / (1 - alphas)
+        if self.prediction == "v_prediction":
+            return snr.clamp(max=self.min_snr_gamma) / (snr + 1)
+        # The same as min(snr, gamma) / snr, and 1 where snr is 0.
+        return (self.min_snr_gamma / snr).clamp(max=1)
+
+    def _alphas(self, timesteps: Tensor) -> Tensor:
+        assert self.alphas_cumprod is not None  # checked in __post_init__
+        steps = len(self.alphas_cumprod)
+        if timesteps.is_floating_point() or not bool(((timesteps >= 0) & (timesteps < steps)).all()):
+            raise DataError(f"the timesteps of a denoising batch must be integers from 0 to {steps - 1}.")
+        return self.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
+
+    def _errors(self, model: nn.Module, batch: Batch) -> Tensor:
+        noisy, target = self.noisy_and_target(batch)
+        timesteps, condition = batch["timesteps"], batch.get("condition")
+        given = {} if condition is None else {"encoder_hidden_states": condition}
+        predicted = model(noisy, timesteps, **given).sample
+        if predicted.shape != target.shape:  # the subtraction would broadcast
+            raise ConfigError(
+                f"the model returned {tuple(predicted.shape)} where '{self.prediction}' has a target of "
+                f"{tuple(target.shape)}: models that also predict the variance are not supported."
+            )
+        errors = (predicted.float() - target.float()).square().flatten(1).mean(1)
+        return self.weights(timesteps) * errors
+
+    def _measure(self, model: nn.Module, batch: Batch) -> tuple[Mapping[str, Tensor], int]:
+        return {"loss": self._errors(model, batch).mean()}, len(batch["timesteps"])
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,125 @@
+"""The three questions a reader has, answered from the numbers: is it legal, did it help, what did it cost.
+
+The words are chosen by the figures alone, so a run that did not help says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .results import Results
+
+NEGLIGIBLE = 0.02
+"""A barrier below this share of the endpoints' loss is called none."""
+
+Tone = Literal["good", "mixed", "bad", "neutral"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`short` is a word or two, `text` one or two sentences."""
+
+    question: str
+    short: str
+    text: str
+    tone: Tone
+
+
+def answers(results: Results) -> tuple[Answer, Answer, Answer]:
+    """Answers to the three questions, in the order of the page."""
+    return _legal(results), _helped(results), _cost(results)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`value` with `digits` significant digits, without exponents where they can be avoided."""
+    if value is None:
+        return "not finite"
+    if value == 0:
+        return "0"
+    if 1e-4 <= abs(value) < 1e5:
+        magnitude = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+        leading = 0
+        small = abs(value)
+        while small < 0.1:
+            small *= 10
+            leading += 1
+        return f"{value:.{max(digits - magnitude, 0) + leading}f}"
+    return f"{value:.{digits - 1}e}"
+
+
+def primary(results: Results) -> tuple[str, dict, dict]:
+    """The split that the answers speak of (held-out data where measured), its naive and its aligned curve."""
+    curves = results["curves"]
+    split = "heldout" if "heldout" in curves else next(iter(curves))
+    return split, curves[split]["naive"], curves[split]["aligned"]
+
+
+def _legal(results: Results) -> Answer:
+    checks = results["verify"]
+    worst = max(check["max_relative_error"] for check in checks.values())
+    legal = all(check["passed"] for check in checks.values())
+    parts = ", ".join(f"{name} {number(check['max_relative_error'], 2)}" for name, check in checks.items())
+    _, naive, aligned = primary(results)
+    text = (
+        f"A random permutation of all {results['spec']['neurons']:,} neurons changed the outputs by at most"
+        f" {number(worst, 2)} relative ({parts}). Loss of B before and after it was permuted:"
+        f" {number(naive['losses'][-1], 6)} and {number(aligned['losses'][-1], 6)}."
+    )
+    return Answer("Is it legal?", "Yes" if legal else "No", text, "good" if legal else "bad")
+
+
+def _helped(results: Results) -> Answer:
+    question = "Did it help?"
+    split, naive, aligned = primary(results)
+    before, after = naive["barrier"], aligned["barrier"]
+    endpoints = (naive["losses"][0] + naive["losses"][-1]) / 2
+    where = {"heldout": "held-out data", "train": "training data"}.get(split, split)
+    measured = (
+        f"the barrier on {where} was {number(before)} (the endpoints' mean loss is {number(endpoints)})"
+    )
+    if results["algorithm"] == "naive":
+        return Answer(question, "Not aligned", f"This is the baseline: {measured}.", "neutral")
+    moved, total = results["match"]["moved"], results["match"]["neurons"]
+    if before is None or after is None:
+        return Answer(
+            question, "Unclear", "A loss on the line is not finite, so there is no barrier to compare.", "bad"
+        )
+    none_before = before <= NEGLIGIBLE * abs(endpoints)
+    if moved == 0:
+        if none_before:
+            text = f"No neuron moved, and there is no barrier to remove: {measured}. Nothing to do here."
+            return Answer(question, "Nothing to do", text, "neutral")
+        text = f"No neuron moved although there is a barrier: {measured}. This method saw nothing to align."
+        return Answer(question, "No", text, "bad")
+    if none_before:
+        text = (
+            f"There was no barrier to remove: {measured}. Moving {moved:,} of {total:,} neurons"
+            f" left it at {number(after)}."
+        )
+        return Answer(question, "Nothing to do", text, "neutral")
+    share = after / before
+    change = (
+        f"The barrier on {where} went from {number(before)} to {number(after)}, {max(share, 0):.0%} of naive"
+    )
+    detail = f"{moved:,} of {total:,} neurons moved"
+    if after <= NEGLIGIBLE * abs(endpoints):
+        return Answer(question, "Yes", f"{change}; it is gone. {detail}.", "good")
+    if share <= 0.5:
+        return Answer(question, "Yes", f"{change}; a part remains. {detail}.", "good")
+    if share <= 0.95:
+        return Answer(question, "A little", f"{change}; most of it remains. {detail}.", "mixed")
+    verdict = "unchanged, within 5 %" if share < 1.05 else "it is higher than without aligning"
+    return Answer(question, "No", f"{change}: {verdict}. {detail}.", "bad")
+
+
+def _cost(results: Results) -> Answer:
+    seconds, match = results["seconds"], results["match"]
+    sweeps = match["sweeps"]
+    steps = f" ({sweeps} {'sweep' if sweeps == 1 else 'sweeps'})" if sweeps else ""
+    end = "" if match["converged"] else " It stopped before it converged."
+    text = (
+        f"Aligning took {seconds['align']:.1f} s{steps}, deriving and verifying the spec"
+        f" {seconds['spec'] + seconds['verify']:.1f} s, evaluating {seconds['evaluate']:.1f} s.{end}"
+    )
+    return Answer("What did it cost?", f"{seconds['total']:.0f} s", text, "neutral")

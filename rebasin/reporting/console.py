@@ -1,0 +1,136 @@
+"""What the terminal shows: one line of progress for each stage, then a short table and the paths."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .answers import answers, number
+from .html import curve_rows
+from .results import Results
+
+if TYPE_CHECKING:
+    from ..spec import PermutationSpec
+    from ..tasks import Task
+
+TONES = {"good": "green", "mixed": "yellow", "bad": "red", "neutral": "default"}
+
+FILES = {
+    "report.html": "read this first",
+    "curve.png": "the loss from A to B",
+    "samples.png": "images of A, B and the midpoints",
+    "permutation.safetensors": "the permutation found, with its spec",
+    "aligned.safetensors": "B brought to A",
+    "merged.safetensors": "the merge",
+    "results.json": "every figure",
+    "config.yaml": "the resolved configuration",
+    "wandb": "offline run (upload: wandb sync)",
+}
+
+
+class Console:
+    """Shows the stages of a run; `progress` is the callback that algorithms and evaluation report to."""
+
+    def __init__(self, console: RichConsole | None = None):
+        self.console = console or RichConsole(highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._details = ""
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Show `name`, a bar and the seconds while the block runs; one line remains."""
+        self._details = ""
+        started = time.perf_counter()
+        with Progress(
+            TextColumn("{task.description:<9}", markup=False),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[details]}", markup=False),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        ) as self._bar:
+            self._task = self._bar.add_task(name, total=None, details="")
+            try:
+                yield
+            finally:
+                self._bar = None
+                self.seconds[name] = time.perf_counter() - started
+        self.console.print(
+            f"{name:<9} [dim]{self.seconds[name]:6.1f} s[/dim]  {escape(self._details)}".rstrip()
+        )
+
+    def say(self, text: str) -> None:
+        """What the current stage found; it stays on the stage's line."""
+        self._details = text
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, details=text)
+
+    def progress(self, event: Mapping[str, Any]) -> None:
+        """Show an event: stage and step, and any of total, objective, loss, moved."""
+        parts = [f"{event['stage']} {event['step']}" + (f"/{event['total']}" if event.get("total") else "")]
+        parts += [
+            f"{key} {number(event[key], 6)}" for key in ("objective", "loss") if event.get(key) is not None
+        ]
+        if event.get("moved") is not None:
+            parts.append(f"moved {event['moved']:,}")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(
+                self._task, completed=event["step"], total=event.get("total"), details=", ".join(parts)
+            )
+
+    def plan(
+        self, task: Task, specs: Mapping[str, PermutationSpec], config: Mapping[str, Any], folder: Path
+    ) -> None:
+        """What a run would do, and the specs: the one that is aligned in full, the others in a line."""
+        a, b = task.labels
+        lines = [
+            "",
+            f"Would verify the specs of {', '.join(specs)};",
+            f"align B ({b}) to A ({a}), the {task.aligned}, by {config['algo']['name']};",
+            f"merge at lambda {config['lam']};",
+            f"evaluate {config['objective']['name']} at {config['evaluate']['points']} points on"
+            f" {', '.join(config['evaluate']['splits'])} data;",
+            f"and leave the result in {folder}.",
+            "",
+            f"{task.aligned}: {specs[task.aligned].summary()}",
+        ]
+        lines += [
+            f"\n{name}: {spec.summary().splitlines()[0]}"
+            for name, spec in specs.items()
+            if name != task.aligned
+        ]
+        self.console.print("\n".join(lines), markup=False)
+
+    def summary(self, results: Results, folder: Path) -> None:
+        """The three answers, the table of curves, and where the files are."""
+        self.console.print()
+        rows = curve_rows(results)
+        accuracy = any(row["accuracy"] for row in rows)
+        columns = {"split": "data", "kind": "merge", "a": "loss A", "b": "loss B"}
+        columns |= {"midpoint": "midpoint", "barrier": "barrier"}
+        columns |= {"accuracy": "accuracy at midpoint"} if accuracy else {}
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for key, title in columns.items():
+            table.add_column(title, justify="left" if key in ("split", "kind") else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[key] for key in columns))
+        self.console.print(table)
+        self.console.print()
+        for answer in answers(results):
+            color = TONES[answer.tone]
+            self.console.print(f"{answer.question} [bold {color}]{answer.short}.[/] {escape(answer.text)}")
+        self.console.print()
+        for name, meaning in FILES.items():
+            if (folder / name).exists():
+                self.console.print(f"{escape(str(folder / name))}  [dim]{meaning}[/dim]")

@@ -1,0 +1,93 @@
+"""curve.png: the loss (and accuracy) on the line from A to B, before and after aligning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .answers import number
+from .results import Results
+from .style import INK, LINES, MUTED, RC, figure, save_png
+
+SPLITS = {"heldout": "held-out data", "train": "training data"}
+
+
+def draw_curves(results: Results) -> Figure:
+    """One row for each split; the loss on the left and, for classifiers, the accuracy on the right."""
+    curves: dict[str, dict[str, Any]] = results["curves"]
+    accuracy = any("accuracy" in kind["metrics"] for split in curves.values() for kind in split.values())
+    fig = figure(9.6 if accuracy else 6.4, 3.8 * len(curves))
+    with mpl.rc_context(RC):
+        axes = fig.subplots(len(curves), 2 if accuracy else 1, squeeze=False)
+        for row, (split, kinds) in zip(axes, curves.items(), strict=True):
+            if results["algorithm"] == "naive":
+                kinds = {"naive": kinds["naive"]}
+            _loss_panel(row[0], kinds, f"Loss on {SPLITS.get(split, split)}", results["endpoints"])
+            if accuracy:
+                _metric_panel(
+                    row[1], kinds, "accuracy", f"Accuracy on {SPLITS.get(split, split)}", results["endpoints"]
+                )
+    return fig
+
+
+def save_curves(results: Results, path: Path) -> Path:
+    """Draw the curves into the PNG file `path`."""
+    return save_png(draw_curves(results), path)
+
+
+def _loss_panel(ax: Axes, kinds: dict[str, Any], title: str, endpoints: dict[str, str]) -> None:
+    lambdas = np.asarray(next(iter(kinds.values()))["lambdas"])
+    ends = next(iter(kinds.values()))["losses"]
+    ax.plot([0, 1], [ends[0], ends[-1]], color=MUTED, linestyle=":", linewidth=1.2, zorder=1)
+    highest = max((curve["barrier"] or 0) for curve in kinds.values())
+    for i, (name, curve) in enumerate(kinds.items()):
+        losses = np.asarray(curve["losses"], dtype=float)
+        ax.plot(lambdas, losses, label=f"{name}: barrier {number(curve['barrier'])}", zorder=3, **LINES[name])
+        if (curve["barrier"] or 0) > 0.08 * highest:
+            shift = 0.012 * (2 * i - len(kinds) + 1)  # side by side where both maxima are at the same lambda
+            _mark_barrier(ax, curve, LINES[name]["color"], shift)
+    ax.plot([0, 1], [ends[0], ends[-1]], "o", color=INK, markersize=6, zorder=4, clip_on=False)
+    _frame(ax, title, "loss (lower is better)", endpoints)
+
+
+def _mark_barrier(ax: Axes, curve: dict[str, Any], color: str, shift: float) -> None:
+    """A double arrow from the line between the endpoints up to the curve, where the difference is largest."""
+    losses = curve["losses"]
+    x = curve["argmax"] + shift
+    top = float(np.interp(x, curve["lambdas"], losses))
+    bottom = (1 - x) * losses[0] + x * losses[-1]
+    ax.annotate(
+        "",
+        xy=(x, top),
+        xytext=(x, bottom),
+        arrowprops={"arrowstyle": "<->", "color": color, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0},
+        zorder=2,
+    )
+
+
+def _metric_panel(
+    ax: Axes, kinds: dict[str, Any], metric: str, title: str, endpoints: dict[str, str]
+) -> None:
+    for name, curve in kinds.items():
+        values = np.asarray(curve["metrics"][metric], dtype=float)
+        middle = float(np.interp(0.5, curve["lambdas"], values))
+        ax.plot(curve["lambdas"], values, label=f"{name}: midpoint {middle:.1%}", zorder=3, **LINES[name])
+        ax.plot([0, 1], values[[0, -1]], "o", color=INK, markersize=6, zorder=4, clip_on=False)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    _frame(ax, title, metric, endpoints)
+
+
+def _frame(ax: Axes, title: str, label: str, endpoints: dict[str, str]) -> None:
+    ax.set_title(title, pad=24)
+    ax.set_xlabel("λ, share of B")
+    ax.set_ylabel(label)
+    ax.set_xlim(-0.02, 1.02)
+    ax.set_xticks(
+        [0, 0.25, 0.5, 0.75, 1], [f"0\nA: {endpoints['a']}", "0.25", "0.5", "0.75", f"1\nB: {endpoints['b']}"]
+    )
+    ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=2, columnspacing=1.5)

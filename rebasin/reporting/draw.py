@@ -1,0 +1,52 @@
+"""The files of a run: tensors, figures, pictures, page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ..checkpoints import save_safetensors, write_text
+from ..spec import Permutation
+from .curve import save_curves
+from .html import save_html
+from .results import Results, save_results
+from .samples import Samples, save_samples
+
+
+def save_tensors(
+    folder: Path,
+    permutation: Permutation,
+    aligned: Mapping[str, Tensor],
+    merged: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+) -> None:
+    """Write the permutation, B aligned, and the merge; the headers say what they are."""
+    about = {
+        "model": config["model"]["name"],
+        "algorithm": config["algo"]["name"],
+        "seed": str(config["seed"]),
+        "spec_hash": permutation.spec.hash,
+    }
+    permutation.save(folder / "permutation.safetensors")
+    save_safetensors(folder / "aligned.safetensors", aligned, {**about, "content": "B, permuted"})
+    save_safetensors(
+        folder / "merged.safetensors", merged, {**about, "content": f"merge at lambda {config['lam']}"}
+    )
+
+
+def leave(results: Results, samples: Samples | None, config: Mapping[str, Any], folder: Path) -> None:
+    """Write results.json, config.yaml, samples.png, curve.png and report.html."""
+    save_results(folder, results)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+    if samples is not None:
+        save_samples(samples, folder / "samples.png")
+    draw(results, folder)
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Write curve.png and report.html; a samples.png that is in `folder` is shown on the page."""
+    return [save_curves(results, folder / "curve.png"), save_html(results, folder)]

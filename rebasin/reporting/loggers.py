@@ -1,0 +1,139 @@
+"""Where a run's figures also go: nowhere, or to Weights & Biases (offline unless the config says else)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import ConfigError
+from .metrics import metrics
+from .results import Results
+
+MODES = ("offline", "online", "disabled")
+
+
+class Logger(Protocol):
+    def event(self, event: dict[str, Any]) -> None:
+        """A progress event of an algorithm, while it runs."""
+        ...
+
+    def results(self, results: Results, folder: Path) -> None:
+        """The run's results and the pictures in its folder, at the end."""
+        ...
+
+
+@contextmanager
+def open_logger(config: Mapping[str, Any], run: Mapping[str, Any], folder: Path) -> Iterator[Logger]:
+    """The logger of the config group `logger`, closed at the end, as failed if the block raises.
+
+    config: the group; run: the run's whole configuration; folder: the run's, where all files stay.
+    """
+    if config["name"] == "none":
+        yield NoLogger()
+        return
+    if config["mode"] not in MODES:
+        raise ConfigError(f"logger.mode is {config['mode']!r}; choose one of {', '.join(MODES)}.")
+    with _inside(folder):
+        logger = WandbLogger(config, run, folder)
+        try:
+            yield logger
+        except BaseException:
+            logger.close(failed=True)
+            raise
+        logger.close(failed=False)
+
+
+def both(*listeners: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """One progress callback that passes each event to all `listeners`."""
+
+    def progress(event: dict[str, Any]) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return progress
+
+
+class NoLogger:
+    """`logger=none`; wandb is not even imported."""
+
+    def event(self, event: dict[str, Any]) -> None:
+        pass
+
+    def results(self, results: Results, folder: Path) -> None:
+        pass
+
+
+class WandbLogger:
+    """One wandb run: progress while matching, then the curves as a table, the pictures, and `metrics`."""
+
+    def __init__(self, config: Mapping[str, Any], run: Mapping[str, Any], folder: Path):
+        import wandb
+
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=config["project"],
+            entity=config["entity"],
+            group=config["group"],
+            tags=[str(tag) for tag in config["tags"]]
+            or [run["model"]["name"], run["data"]["name"], run["algo"]["name"]],
+            name=f"{run['model']['name']}-{run['algo']['name']}-seed{run['seed']}",
+            job_type="merge",
+            mode=config["mode"],
+            dir=folder,
+            config=dict(run),
+            settings=wandb.Settings(silent=True, console="off", save_code=False, x_disable_stats=True),
+        )
+
+    def event(self, event: dict[str, Any]) -> None:
+        stage = event.get("stage")
+        numbers = {
+            f"{stage}/{key}": value
+            for key, value in event.items()
+            if key not in ("stage", "total") and isinstance(value, (int, float))
+        }
+        if numbers:
+            self._run.log(numbers)
+
+    def results(self, results: Results, folder: Path) -> None:
+        logged: dict[str, Any] = {"curves": self._table(results)}
+        for name in ("curve", "samples"):
+            path = folder / f"{name}.png"
+            if path.is_file():
+                logged[name] = self._wandb.Image(str(path))
+        self._run.log(logged)
+        self._run.summary.update(metrics(results))
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+    def _table(self, results: Results) -> Any:
+        names = sorted(
+            {m for kinds in results["curves"].values() for c in kinds.values() for m in c["metrics"]}
+        )
+        table = self._wandb.Table(columns=["split", "merge", "lambda", "loss", *names])
+        for split, kinds in results["curves"].items():
+            for kind, curve in kinds.items():
+                for i, lam in enumerate(curve["lambdas"]):
+                    others = (
+                        curve["metrics"][name][i] if name in curve["metrics"] else None for name in names
+                    )
+                    table.add_data(split, kind, lam, curve["losses"][i], *others)
+        return table
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Keep wandb's caches in the run's folder, too, unless the user has chosen places for them."""
+    home = str(folder.resolve() / "wandb" / ".home")
+    names = ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR")
+    chosen = [name for name in names if name not in os.environ]
+    os.environ.update(dict.fromkeys(chosen, home))
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        yield
+    finally:
+        for name in chosen:
+            os.environ.pop(name, None)

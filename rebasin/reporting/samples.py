@@ -1,0 +1,48 @@
+"""samples.png: what the endpoints and the midpoints generate from the same prompts and the same noise."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from PIL.Image import Image
+
+from .style import INK, MUTED, RC, figure, save_png
+
+
+@dataclass(frozen=True)
+class Samples:
+    """`rows[label][i]` is what the model `label` made from `prompts[i]`; its noise depends on i alone."""
+
+    prompts: Sequence[str]
+    rows: Mapping[str, Sequence[Image]]
+
+
+def draw_samples(samples: Samples) -> Figure:
+    """One row for each model, one column for each prompt."""
+    columns = len(samples.prompts)
+    fig = figure(1.5 + 1.05 * columns, 0.55 + 1.08 * len(samples.rows))
+    with mpl.rc_context({**RC, "axes.grid": False}):
+        axes = fig.subplots(len(samples.rows), columns, squeeze=False)
+        for row, (label, images) in zip(axes, samples.rows.items(), strict=True):
+            for ax, image in zip(row, images, strict=True):
+                # Nearest neighbour: small images are shown as they are, not smoothed into something better.
+                ax.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
+                ax.set_xticks([])
+                ax.set_yticks([])
+                ax.spines[:].set_visible(False)
+            row[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8, color=INK, fontsize=10)
+        for ax, prompt in zip(axes[0], samples.prompts, strict=True):
+            text = "\n".join(textwrap.wrap(prompt, 15)) or "(no prompt)"
+            ax.set_title(text, fontsize=7.5, fontweight="normal", color=MUTED, loc="center")
+    return fig
+
+
+def save_samples(samples: Samples, path: Path) -> Path:
+    """Draw the grid into the PNG file `path`."""
+    return save_png(draw_samples(samples), path)

@@ -1,0 +1,97 @@
+"""The main job, `python -m rebasin.run`: load -> spec -> verify -> align -> merge -> evaluate -> report.
+
+This file reads like the method; the steps themselves are in the modules that it calls.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from .configuration import launch, resolved
+
+if TYPE_CHECKING:
+    from .reporting.console import Console
+    from .reporting.results import Results
+
+
+def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> Results | None:
+    """Do the job that `cfg` describes and leave everything in `folder`; returns the content of results.json.
+
+    With `dry_run=true` it shows the plan and the spec, and returns None before any endpoint is loaded.
+
+    Raises:
+        RebasinError: an input is missing or does not fit; one sentence says which and what to do.
+    """
+    # Late: torch, diffusers and matplotlib take seconds to import, and --help and --cfg need none of them.
+    from . import reporting, steps
+    from .align import load_algorithm
+    from .merging import interpolate
+    from .tasks import load_task
+    from .tracing import trace
+
+    config = resolved(cfg)
+    steps.settle(cfg)
+    with console.stage("load"):
+        algorithm = load_algorithm(cfg.algo)
+        task = load_task(cfg)
+    with console.stage("spec"):
+        specs = {name: trace(part.model, *part.args, **part.kwargs) for name, part in task.parts.items()}
+        spec = specs[task.aligned]
+        console.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
+    if cfg.dry_run:
+        console.plan(task, specs, config, folder)
+        return None
+
+    with reporting.open_logger(cfg.logger, config, folder) as logger:
+        with console.stage("verify"):
+            checks = steps.verify_all(task, specs)
+            console.say(
+                f"largest relative error {max(check['max_relative_error'] for check in checks.values()):.1e}"
+            )
+        with console.stage("endpoints"):
+            state_a, state_b = task.endpoints(console.progress)
+            console.say(f"A: {task.labels[0]}, B: {task.labels[1]}")
+        with console.stage("align"):
+            progress = reporting.both(console.progress, logger.event)
+            match = algorithm(task, spec, state_a, state_b, seed=cfg.seed, progress=progress)
+            aligned = match.permutation.apply(state_b)
+            console.say(f"{algorithm.name}: {match.moved:,} of {spec.neurons:,} neurons moved")
+        with console.stage("merge"):
+            merged = interpolate(state_a, aligned, cfg.lam)
+            console.say(f"lambda {cfg.lam}")
+        with console.stage("evaluate"):
+            curves = steps.evaluate(cfg, task, state_a, state_b, aligned, match, console.progress)
+            console.say(steps.barriers(curves))
+        with console.stage("sample"):
+            samples = steps.sample(task, state_a, state_b, aligned, cfg.seed)
+        with console.stage("report"):
+            reporting.save_tensors(folder, match.permutation, aligned, merged, config)
+            results = reporting.collect(config, task, spec, checks, match, curves, console.seconds, command)
+            reporting.leave(results, samples, config, folder)
+            logger.results(results, folder)
+    console.summary(results, folder)
+    return results
+
+
+def job(cfg: DictConfig) -> None:
+    """What Hydra calls, once for each run of a sweep."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about image processors at import
+    from .reporting.console import Console
+    from .reporting.results import command_line
+
+    hydra = HydraConfig.get()
+    run(cfg, Path(hydra.runtime.output_dir), Console(), command_line(hydra.overrides.task))
+
+
+def main() -> None:
+    """`python -m rebasin.run`."""
+    launch(job)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""What a run works on, put together from the configuration: architecture, endpoints, objective, data.
+
+`cfg.model.task` names the function that builds the task: a new kind of model is a file here and a config.
+"""
+
+from rebasin.tasks.base import Part, Task, load_task
+
+__all__ = ["Part", "Task", "load_task"]

@@ -1,0 +1,75 @@
+"""The interface between models and the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.utils import get_method
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..objectives import Objective
+from ..reporting.samples import Samples
+
+State = Mapping[str, Tensor]
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A module and an example call of it: what `trace` and `verify` need."""
+
+    model: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything a run needs to know about its models and data; algorithms see its fields only.
+
+    Attributes:
+        parts: the components whose symmetries are derived and verified, by name.
+        aligned: the name of the part that is aligned and merged; the others are shared by both endpoints.
+        labels: what A and B are called.
+        endpoints: load (or train) A and B; called once, after the spec is known. Takes a progress callback.
+        objective: what good means.
+        batches: split ("train", "heldout") -> batches of the objective.
+        sampler: states by label, and a seed -> images from the same prompts and noise; None: no images.
+    """
+
+    parts: Mapping[str, Part]
+    aligned: str
+    labels: tuple[str, str]
+    endpoints: Callable[[Progress | None], tuple[State, State]]
+    objective: Objective
+    batches: Mapping[str, Sequence[Any]]
+    sampler: Callable[[Mapping[str, State], int], Samples] | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The architecture that is aligned; its own weights do not matter."""
+        return self.parts[self.aligned].model
+
+
+def load_task(cfg: DictConfig) -> Task:
+    """The task that `cfg` describes.
+
+    Raises:
+        ConfigError: model, data and objective do not go together.
+        DataError, CheckpointError: a file is missing or damaged.
+    """
+    return get_method(cfg.model.task)(cfg)
+
+
+def require(cfg: DictConfig, group: str, kind: str) -> None:
+    """Raise `ConfigError` unless the chosen config of `group` is of the `kind` that the model needs."""
+    found = cfg[group].get("kind")
+    if found != kind:
+        raise ConfigError(
+            f"model={cfg.model.name} needs {group} of the kind {kind!r}, but {group}={cfg[group].name} is"
+            f" {found!r}; leave {group} out to get the one that goes with the model."
+        )

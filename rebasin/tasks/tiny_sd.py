@@ -1,0 +1,100 @@
+"""The embedded tiny Stable Diffusion: align two of its UNets; the VAE and the text encoder are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from ..checkpoints import load_safetensors
+from ..data.captioned_digits import WORDS, Split, denoising_batches, to_pixels
+from ..data.captioned_digits import load as load_images
+from ..models import tiny_sd
+from ..reporting.samples import Samples
+from .base import Part, Progress, State, Task, require
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def load(cfg: DictConfig) -> Task:
+    """Two UNets (`model.a`, `model.b`) on captioned digits (`data`), with a denoising objective."""
+    require(cfg, "data", "captioned images")
+    require(cfg, "objective", "denoising")
+    root = Path(cfg.model.path).expanduser() if cfg.model.path else None
+    unet = tiny_sd.load_unet(cfg.model.a, path=root)
+    tiny_sd.load_unet(cfg.model.b, path=root)  # a missing B is told now, not after minutes
+    vae, text_encoder = tiny_sd.load_vae(path=root), tiny_sd.load_text_encoder(path=root)
+    tokenizer, scheduler = tiny_sd.load_tokenizer(root), tiny_sd.load_scheduler(root)
+
+    def batches(split: Split, n: int, seed: int) -> list[dict[str, torch.Tensor]]:
+        return denoising_batches(
+            vae, text_encoder, tokenizer, scheduler, split=split, n=n, batch_size=cfg.data.batch_size,
+            seed=seed, path=cfg.data.path,
+        )  # fmt: skip
+
+    train, heldout = (
+        batches("train", cfg.data.train, cfg.seed + 1),
+        batches("test", cfg.data.heldout, cfg.seed),
+    )
+    objective = instantiate(cfg.objective.object, alphas_cumprod=scheduler.alphas_cumprod)
+
+    def endpoints(progress: Progress | None) -> tuple[State, State]:
+        return _read(cfg.model.a, root), _read(cfg.model.b, root)
+
+    def sampler(states: Mapping[str, State], seed: int) -> Samples:
+        return sample(unet, states, cfg.model.samples, cfg.model.steps, cfg.model.guidance, seed, root)
+
+    example = heldout[0]
+    images, _ = load_images("test", cfg.data.path)
+    tokens = tokenizer(["a handwritten seven", ""], padding="max_length", return_tensors="pt").input_ids
+    return Task(
+        parts={
+            "unet": Part(unet, (example["latents"][:2], example["timesteps"][:2], example["condition"][:2])),
+            "vae": Part(vae, (to_pixels(images[:2]),)),
+            "text_encoder": Part(text_encoder, (tokens,)),
+        },
+        aligned="unet",
+        labels=(cfg.model.a, cfg.model.b),
+        endpoints=endpoints,
+        objective=objective,
+        batches={"train": train, "heldout": heldout},
+        sampler=sampler if cfg.model.samples > 0 else None,
+    )
+
+
+def sample(
+    unet: UNet2DConditionModel,
+    states: Mapping[str, State],
+    count: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    root: Path | None = None,
+) -> Samples:
+    """`count` images from each state, digit by digit; image i starts from the same noise in every row.
+
+    unet: the architecture; its weights are put back afterwards.
+    """
+    prompts = [f"a handwritten {WORDS[i % len(WORDS)]}" for i in range(count)]
+    pipeline = tiny_sd.load_pipeline(unet, path=root)
+    original = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    rows = {}
+    try:
+        for label, state in states.items():
+            unet.load_state_dict(dict(state))
+            noise = [torch.Generator().manual_seed(1000 * seed + i) for i in range(count)]
+            rows[label] = pipeline(
+                prompts, generator=noise, num_inference_steps=steps, guidance_scale=guidance
+            ).images  # pyright: ignore[reportAttributeAccessIssue]
+    finally:
+        unet.load_state_dict(original)
+    return Samples(prompts, rows)
+
+
+def _read(name: str, root: Path | None) -> State:
+    """The weights as they are stored, in their own type: what is saved afterwards has it, too."""
+    return dict(load_safetensors((root or tiny_sd.ASSETS) / f"unet_{name}" / WEIGHTS))

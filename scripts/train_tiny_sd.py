@@ -1,0 +1,314 @@
+"""Train the embedded tiny Stable Diffusion from nothing: autoencoder, text encoder, four UNets.
+
+    python scripts/train_tiny_sd.py --data mnist.npz --out my_tiny_sd
+
+--data is an .npz with x_train, y_train, x_test, y_test (or train_images, ...), or a folder with MNIST's four
+IDX files. The stages run in this order, each with its own checkpoint; run the same command again to continue
+after an interruption:
+
+    vae           autoencoder, 1x32x32 images <-> 4x8x8 latents
+    text          CLIP text encoder, contrastively against a small image tower, and its tokenizer
+    seed0, seed1  two UNets from different random weights and orders of the data
+    low, high     seed0 fine-tuned on the digits 0-4 and on the digits 5-9
+    evaluate      losses on held-out digits, midpoints, accuracy of samples, the picture of samples
+
+On two CPU cores all of it takes about an hour and a half; to use both, run `--only vae` beside `--only text`,
+then `--only seed0` beside `--only seed1`, in two terminals, and the whole command at the end. On a GPU
+(--device cuda) it takes minutes. The result is a folder that rebasin.models.tiny_sd.load_pipeline(path=...)
+reads, with the figures in training.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from rebasin.checkpoints import atomic_path, load_safetensors, save_safetensors, write_text
+from rebasin.data import captioned_digits as digits
+from rebasin.errors import RebasinError
+from rebasin.models import tiny_sd
+from rebasin.models import tiny_sd_training as training
+from rebasin.models.tiny_sd_training import Recipe
+
+STAGES = ("vae", "text", "seed0", "seed1", "low", "high", "evaluate")
+RECIPES = {
+    "vae": Recipe(steps=1200, batch_size=32, learning_rate=2e-3, seed=0),
+    "text": Recipe(steps=2000, batch_size=128, learning_rate=1e-3, seed=0, weight_decay=0.1),
+    "seed0": Recipe(steps=3200, batch_size=32, learning_rate=2e-3, seed=0, ema=0.998),
+    "seed1": Recipe(steps=3200, batch_size=32, learning_rate=2e-3, seed=1, ema=0.998),
+    "low": Recipe(steps=320, batch_size=32, learning_rate=5e-4, seed=2, ema=0.99),
+    "high": Recipe(steps=320, batch_size=32, learning_rate=5e-4, seed=2, ema=0.99),
+    "classifier": Recipe(steps=1500, batch_size=64, learning_rate=2e-3, seed=0),
+}
+FINE_TUNED_ON = {"low": (0, 1, 2, 3, 4), "high": (5, 6, 7, 8, 9)}
+GUIDANCE, SAMPLING_STEPS = 3.0, 25
+
+
+class Bars:
+    """One progress bar per stage."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def __call__(self, stage: str, step: int, steps: int, loss: float) -> None:
+        if self.bar is None or self.bar.desc != stage:
+            self.bar = tqdm(total=steps, initial=step - 1, desc=stage, mininterval=2.0)
+        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.bar.update(1)
+        if step == steps:
+            self.bar.close()
+            self.bar = None
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    out = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    images, labels = digits.load("train", options.data)
+    if options.sample:
+        write_sample(options.data, options.sample)
+    for stage in [options.only] if options.only else STAGES:
+        if stage != "evaluate" and (out / "records" / f"{stage}.json").is_file():
+            print(f"{stage}: already trained in {out}")
+            continue
+        run_stage(stage, out, images, labels, options)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="the digits: an .npz file or a folder of IDX files"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("tiny_sd"), help="folder to write (default: %(default)s)"
+    )
+    parser.add_argument("--only", choices=STAGES, help="run one stage; the stages before it must be there")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; more than one rarely pays (default: 1)"
+    )
+    parser.add_argument(
+        "--picture", type=Path, help="where to write the picture of samples (default: OUT/samples.png)"
+    )
+    parser.add_argument(
+        "--sample", type=Path, help="also write the embedded 1,000 + 1,000 digits to this .npz"
+    )
+    parser.add_argument(
+        "--quick", type=float, default=1.0, help="share of the steps, to try the script (default: 1)"
+    )
+    return parser.parse_args()
+
+
+def run_stage(
+    stage: str, out: Path, images: np.ndarray, labels: np.ndarray, options: argparse.Namespace
+) -> None:
+    if stage == "evaluate":
+        evaluate(out, images, labels, options)
+        return
+    recipe = RECIPES[stage]
+    recipe = Recipe(**{**vars(recipe), "steps": max(20, int(recipe.steps * options.quick))})
+    checkpoint = out / "checkpoints" / f"{stage}.safetensors"
+    common = {"device": options.device, "progress": Bars(), "checkpoint": checkpoint}
+    if stage == "vae":
+        model, record = training.train_vae(images, recipe, **common)
+        place(model.half(), out / "vae")
+    elif stage == "text":
+        tokenizer = tiny_sd.new_tokenizer(text for text, _, _ in digits.CAPTIONS)
+        model, record = training.train_text_encoder(images, labels, tokenizer, recipe, **common)
+        place(tokenizer, out / "tokenizer")
+        place(tiny_sd.new_scheduler(), out / "scheduler")
+        place(model.half(), out / "text_encoder")
+    else:
+        corpus = make_corpus(out, images, labels, options.device)
+        if stage in FINE_TUNED_ON:
+            start, corpus = tiny_sd.load_unet("seed0", path=out), corpus.only(FINE_TUNED_ON[stage])
+        else:
+            start = tiny_sd.new_unet(recipe.seed)
+        model, record = training.train_unet(stage, start, corpus, recipe, **common)
+        place(model.half(), out / f"unet_{stage}")
+    record |= {"parameters": sum(p.numel() for p in model.parameters()), "recipe": vars(recipe)}
+    write_json(
+        out / "records" / f"{stage}.json",
+        record | {"data": fingerprint(options.data), "machine": machine(options)},
+    )
+    checkpoint.unlink(missing_ok=True)
+    print(f"{stage}: " + ", ".join(f"{k} {v:.5g}" for k, v in record.items() if isinstance(v, int | float)))
+
+
+def make_corpus(out: Path, images: np.ndarray, labels: np.ndarray, device: str) -> training.Corpus:
+    """Latents and caption states. The latents are computed once and kept beside the checkpoints."""
+    cache = out / "checkpoints" / "latents.safetensors"
+    if not cache.is_file():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        save_safetensors(
+            cache, {"latents": digits.encode_latents(tiny_sd.load_vae(path=out).to(device), images)}
+        )
+    return training.make_corpus(
+        load_safetensors(cache)["latents"].clone().to(device),
+        images,
+        labels,
+        tiny_sd.load_text_encoder(path=out),
+        tiny_sd.load_tokenizer(out),
+    )
+
+
+def evaluate(out: Path, images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) -> None:
+    """Losses on held-out digits, midpoints without aligning, and whether a classifier reads the samples as
+    prompted.
+    """
+    test_images, test_labels = digits.load("test", options.data)
+    vae, text_encoder = tiny_sd.load_vae(path=out), tiny_sd.load_text_encoder(path=out)
+    tokenizer, scheduler = tiny_sd.load_tokenizer(out), tiny_sd.load_scheduler(out)
+    batches = digits.denoising_batches(
+        vae, text_encoder, tokenizer, scheduler, "test", n=2000, batch_size=250, seed=0, path=options.data
+    )
+    unets = {name: tiny_sd.load_unet(name, path=out) for name in tiny_sd.UNETS}
+    losses = {name: training.denoising_loss(unet, batches) for name, unet in unets.items()}
+    losses["random weights"] = training.denoising_loss(tiny_sd.new_unet(0), batches)
+    for a, b in (("seed0", "seed1"), ("low", "high")):
+        middle = tiny_sd.new_unet(0)
+        other = unets[b].state_dict()
+        middle.load_state_dict({k: (v + other[k]) / 2 for k, v in unets[a].state_dict().items()})
+        losses[f"naive midpoint of {a} and {b}"] = training.denoising_loss(middle, batches)
+
+    classifier = training.train_classifier(images, labels, RECIPES["classifier"], options.device, Bars())
+    judged = training.classify(classifier, test_images)
+    accuracy = {"test images": float((judged == test_labels).mean())}
+    rows = []
+    for name, unet in unets.items():
+        samples = sample(tiny_sd.build_pipeline(unet, vae, text_encoder, tokenizer, scheduler), copies=20)
+        judged = training.classify(classifier, samples[:, 2:-2, 2:-2])
+        right = judged == np.tile(np.arange(10), 20)
+        accuracy[name] = float(right.mean())
+        if name in FINE_TUNED_ON:
+            accuracy[f"{name} on its own digits"] = float(
+                right[np.isin(np.tile(np.arange(10), 20), FINE_TUNED_ON[name])].mean()
+            )
+        rows.append(samples[:10])
+    draw(rows, options.picture or out / "samples.png")
+
+    stages = {stage: json.loads((out / "records" / f"{stage}.json").read_text()) for stage in STAGES[:-1]}
+    report = {
+        "data": fingerprint(options.data),
+        "machine": machine(options),
+        "held_out_denoising_loss": losses,
+        "held_out_reconstruction_mse": training.reconstruction_error(vae, test_images[:2000]),
+        "sample_accuracy": accuracy,
+        "sampling": {
+            "prompt": "a handwritten <digit>",
+            "guidance": GUIDANCE,
+            "ddim_steps": SAMPLING_STEPS,
+            "samples": 200,
+        },
+        "stages": stages,
+    }
+    write_json(out / "training.json", report)
+    print(json.dumps({k: report[k] for k in ("held_out_denoising_loss", "sample_accuracy")}, indent=1))
+
+
+def sample(pipeline: diffusers.StableDiffusionPipeline, copies: int) -> np.ndarray:
+    """uint8 [copies * 10, 32, 32]: the digits 0 to 9, `copies` times, each from its own fixed noise."""
+    prompts = [f"a handwritten {word}" for word in digits.WORDS]
+    parts = []
+    for copy in range(copies):
+        generators = [torch.Generator().manual_seed(1000 * copy + d) for d in range(10)]
+        images = pipeline(
+            prompts,
+            num_inference_steps=SAMPLING_STEPS,
+            guidance_scale=GUIDANCE,
+            generator=generators,
+            output_type="np",
+        ).images  # pyright: ignore[reportAttributeAccessIssue]
+        parts.append(np.round(images[..., 0] * 255).astype(np.uint8))
+    return np.concatenate(parts)
+
+
+def draw(rows: list[np.ndarray], path: Path) -> None:
+    """Rows: the UNets; columns: zero to nine; dark ink on white paper, three times enlarged."""
+    scale, left, top, cell = 3, 70, 24, 32 * 3 + 4
+    picture = Image.new("L", (left + 10 * cell, top + len(rows) * cell), 255)
+    pen = ImageDraw.Draw(picture)
+    for column, word in enumerate(digits.WORDS):
+        pen.text((left + column * cell + cell // 2, top // 2), word, fill=0, anchor="mm")
+    for row, (name, samples) in enumerate(zip(tiny_sd.UNETS, rows, strict=True)):
+        pen.text((left // 2, top + row * cell + cell // 2), name, fill=0, anchor="mm")
+        for column, image in enumerate(samples):
+            tile = Image.fromarray(255 - image).resize((32 * scale, 32 * scale), Image.Resampling.NEAREST)
+            picture.paste(tile, (left + column * cell + 2, top + row * cell + 2))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, optimize=True)
+    print(f"samples: {path}")
+
+
+def write_sample(data: Path, path: Path) -> None:
+    """The digits that the repo carries: 100 of each digit from either split, drawn with seed 0."""
+    arrays = {}
+    for split in digits.SPLITS:
+        images, labels = digits.load(split, data)
+        rng = np.random.default_rng(0)
+        chosen = np.concatenate(
+            [rng.choice(np.flatnonzero(labels == d), 100, replace=False) for d in range(10)]
+        )
+        chosen = rng.permutation(chosen)
+        arrays |= {f"x_{split}": images[chosen], f"y_{split}": labels[chosen].astype(np.uint8)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as partial:
+        np.savez_compressed(partial, **arrays)
+    print(f"sample: {path}")
+
+
+def place(part, folder: Path) -> None:
+    """save_pretrained beside the folder, then rename, so that a folder that exists is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        part.save_pretrained(Path(temporary) / "part")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(Path(temporary) / "part", folder)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def fingerprint(data: Path) -> dict[str, str]:
+    files = sorted(data.iterdir()) if data.is_dir() else [data]
+    return {f.name: "sha256 " + hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
+
+
+def machine(options: argparse.Namespace) -> dict[str, str | int]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "device": options.device,
+        "threads": options.threads,
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RebasinError as error:
+        sys.exit(f"error: {error}")

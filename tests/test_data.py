@@ -1,0 +1,198 @@
+"""Loading of classification data, and what is said about files that are not right."""
+
+import gzip
+import hashlib
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rebasin.data import load
+from rebasin.data.classification import PARTS, fetch
+from rebasin.data.idx import read_idx
+from rebasin.errors import DataError
+
+KERAS = {"train_x": "x_train", "train_y": "y_train", "test_x": "x_test", "test_y": "y_test"}
+
+
+def arrays(seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {
+        part: random.integers(0, 256, (n, 28, 28), np.uint8)
+        if part.endswith("x")
+        else np.arange(n, dtype=np.uint8) % 10
+        for part, n in {"train_x": 30, "train_y": 30, "test_x": 10, "test_y": 10}.items()
+    }
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_folder(folder: Path, packed: bool, dotted: bool = False) -> dict[str, np.ndarray]:
+    content = arrays()
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, (stem, _) in PARTS.items():
+        name = stem.replace("-idx", ".idx") if dotted else stem
+        body = idx_bytes(content[part])
+        (folder / f"{name}{'.gz' if packed else ''}").write_bytes(gzip.compress(body) if packed else body)
+    return content
+
+
+def test_digits():
+    data = load("digits")
+    assert data.train_x.shape == (1442, 1, 8, 8)
+    assert data.test_x.shape == (355, 1, 8, 8)
+    assert (data.train_x.dtype, data.train_y.dtype) == (torch.float32, torch.int64)
+    assert (float(data.train_x.min()), float(data.train_x.max())) == (0, 1)
+    assert data.classes == tuple("0123456789")
+    share = torch.bincount(data.test_y) / (torch.bincount(data.test_y) + torch.bincount(data.train_y))
+    assert share.min() > 0.19
+    assert share.max() < 0.21
+    # No image is in both parts.
+    train, test = ({tuple(row.tolist()) for row in x.flatten(1)} for x in (data.train_x, data.test_x))
+    assert not train & test
+    assert load("digits").fingerprint == data.fingerprint
+
+
+def test_batches():
+    data = load("digits")
+    parts = data.batches("test", size=100)
+    assert [len(y) for _, y in parts] == [100, 100, 100, 55]
+    assert torch.cat([x for x, _ in parts]).equal(data.test_x)
+    assert sum(len(y) for _, y in data.batches("train")) == 1442
+
+
+def check(data, content):
+    assert data.train_x.shape == (30, 1, 28, 28)
+    np.testing.assert_array_equal(
+        (data.train_x[:, 0] * 255).round().numpy().astype(np.uint8), content["train_x"]
+    )
+    np.testing.assert_array_equal(data.test_y.numpy(), content["test_y"])
+    assert data.train_x.max() <= 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dotted", [False, True])
+def test_idx_folders(tmp_path, packed, dotted):
+    content = write_folder(tmp_path, packed, dotted)
+    check(load("mnist", tmp_path), content)
+    check(load("mnist", next(tmp_path.iterdir())), content)  # one of the files stands for its folder
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_npz_files_with_any_of_the_usual_keys(tmp_path, number):
+    content = arrays()
+    named = {PARTS[part][1][number]: value for part, value in content.items()}
+    np.savez_compressed(tmp_path / "m.npz", allow_pickle=False, **named)
+    data = load("fashion_mnist", str(tmp_path / "m.npz"))
+    check(data, content)
+    assert data.classes[9] == "Ankle boot"
+    write_folder(tmp_path / "idx", packed=True)
+    assert load("fashion_mnist", tmp_path / "idx").fingerprint == data.fingerprint
+    assert load("mnist", tmp_path / "idx").fingerprint != data.fingerprint
+
+
+def test_requests_that_cannot_be_met(tmp_path):
+    with pytest.raises(DataError, match="digits, mnist, fashion_mnist"):
+        load("cifar")
+    with pytest.raises(DataError, match="take no path"):
+        load("digits", tmp_path)
+    with pytest.raises(DataError, match=r"needs a path.*npz.*IDX"):
+        load("mnist")
+    with pytest.raises(DataError, match=r"nowhere\.npz"):
+        load("mnist", tmp_path / "nowhere.npz")
+    with pytest.raises(DataError, match="nowhere"):
+        load("mnist", tmp_path / "nowhere")
+    with pytest.raises(DataError, match="train-images-idx3-ubyte"):
+        load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "not an IDX file"),
+        (b"\0\0\x08", "not an IDX file"),
+        (b"PK\x03\x04 something else", "not an IDX file"),
+        (b"\0\0\x0d\x01\0\0\0\x01\0\0\0\0", "not an IDX file of unsigned bytes"),
+        (b"\0\0\x08\x03\0\0\0\x02", "ends inside its header"),
+        (b"\0\0\x08\x01\0\0\0\x05abc", "should hold 5 bytes of data but has only 3"),
+        (b"\0\0\x08\x01\0\0\0\x02abc", "should hold 2 bytes of data but has more"),
+        (b"\0\0\x08\x02\xff\xff\xff\xff\xff\xff\xff\xff", "too large to be true"),
+        (gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcde" * 9)[:-12], "cannot be read|has more|not an IDX"),
+        (gzip.compress(bytes(200))[:30], "cannot be read|not an IDX file"),
+    ],
+)
+def test_odd_idx_files_are_named(tmp_path, body, words):
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(body)
+    with pytest.raises(DataError, match=words) as caught:
+        read_idx(path)
+    assert str(path) in str(caught.value)
+
+
+def test_odd_npz_files_are_named(tmp_path):
+    path = tmp_path / "m.npz"
+    content = {KERAS[part]: value for part, value in arrays().items()}
+    np.savez_compressed(path, allow_pickle=False, **content)
+    whole = path.read_bytes()
+    with np.errstate(all="ignore"):
+        for body in (whole[: len(whole) // 2], b"", b"text", whole[:3000] + bytes(200) + whole[3200:]):
+            path.write_bytes(body)
+            with pytest.raises(DataError, match=r"m\.npz"):
+                load("mnist", path)
+    for change, words in (
+        ({"x_train": None}, "no array x_train"),
+        ({"y_train": np.zeros(29, np.uint8)}, "images .* and labels"),
+        ({"x_test": np.zeros((10, 784), np.uint8)}, "expected"),
+        ({"x_test": np.zeros((10, 28, 28), np.float64)}, "uint8"),
+        ({"y_test": np.full(10, 10)}, "from 0 to 9"),
+        ({"y_test": np.full(10, 0.5)}, "from 0 to 9"),
+        ({"x_train": np.array([{"a": 1}], dtype=object)}, "plain arrays"),
+    ):
+        changed = {name: value for name, value in {**content, **change}.items() if value is not None}
+        np.savez(path, **changed)
+        with pytest.raises(DataError, match=words) as caught:
+            load("mnist", path)
+        assert "m.npz" in str(caught.value)
+
+
+def test_fetched_files_are_checked(tmp_path):
+    source = tmp_path / "source.gz"
+    source.write_bytes(b"some data")
+    md5 = hashlib.md5(b"some data").hexdigest()
+    fetch(source.as_uri(), md5, tmp_path / "copy.gz")
+    assert (tmp_path / "copy.gz").read_bytes() == b"some data"
+    with pytest.raises(DataError, match="MD5 differs"):
+        fetch(source.as_uri(), "0" * 32, tmp_path / "wrong.gz")
+    with pytest.raises(DataError, match="could not be fetched"):
+        fetch((tmp_path / "absent").as_uri(), md5, tmp_path / "wrong.gz")
+    assert not (tmp_path / "wrong.gz").exists()
+
+
+def test_a_complete_folder_is_not_fetched_again(tmp_path):
+    content = write_folder(tmp_path, packed=False)
+    check(load("mnist", tmp_path, download=True), content)
+
+
+def real_file(name: str) -> Path:
+    folders = [os.environ.get("REBASIN_DATA"), Path(__file__).parents[2] / "shared" / "data"]
+    for folder in folders:
+        if folder and (Path(folder) / f"{name}.npz").is_file():
+            return Path(folder) / f"{name}.npz"
+    pytest.skip(f"no {name}.npz: set REBASIN_DATA to a folder that has it")
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"), [("mnist", 0.1307, 0.3081), ("fashion_mnist", 0.2860, 0.3528)]
+)
+def test_the_real_files(name, mean, std):
+    data = load(name, real_file(name))
+    assert data.train_x.shape == (60000, 1, 28, 28)
+    assert data.test_x.shape == (10000, 1, 28, 28)
+    assert float(data.train_x.mean()) == pytest.approx(mean, abs=1e-4)
+    assert float(data.train_x.std()) == pytest.approx(std, abs=1e-4)
+    assert len(torch.bincount(data.train_y)) == 10

@@ -1,0 +1,211 @@
+"""The classifiers, their training, and the cache of trained ones."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from rebasin.data import Dataset, load
+from rebasin.errors import ConfigError
+from rebasin.evaluation import barrier
+from rebasin.models import build, fitting_options
+from rebasin.models.cache import Trained, cache_dir, trained
+from rebasin.models.norms import ChannelLayerNorm
+from rebasin.models.train import RECIPES, Recipe, train
+from rebasin.objectives import CrossEntropy
+
+SHORT = Recipe(epochs=2, batch_size=48)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load("digits")
+
+
+@pytest.fixture(scope="module")
+def small() -> Dataset:
+    """49 digits: with batches of 48, a single one is left over."""
+    full = load("digits")
+    return replace(full, train_x=full.train_x[:49], train_y=full.train_y[:49])
+
+
+ALL = [
+    ("mlp", {"width": 8, "depth": 1}),
+    ("mlp", {"width": 8, "depth": 5}),
+    *[
+        ("vgg", {"width": 2, "depth": depth, "norm": norm})
+        for depth in (11, 16)
+        for norm in ("layer", "batch", "none")
+    ],
+    *[("resnet", {"width": 0.25, "norm": norm}) for norm in ("layer", "batch", "group")],
+    ("resnet", {"width": 0.5, "blocks": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), ALL)
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (28, 3)])
+def test_shapes_on_small_images(name, options, size, channels):
+    sizes = {"inputs": channels * size * size} if name == "mlp" else {"channels": channels}
+    model = build(name, classes=7, **sizes, **options).eval()
+    assert model(torch.rand(3, channels, size, size)).shape == (3, 7)
+
+
+@pytest.mark.parametrize(("name", "options"), ALL)
+def test_training_lowers_the_loss(name, options, small, tmp_path):
+    recipe = Recipe(epochs=8, batch_size=16, learning_rate=3e-3)
+    result = trained(name, small, options, recipe, cache=tmp_path)
+    assert len(result.history) == 8
+    assert result.history[-1] < result.history[0]
+
+
+def test_parameter_counts_of_the_papers_networks():
+    # Git Re-Basin's specs: 8 tensors in the MLP, 58 in VGG16, 65 in ResNet20.
+    assert len(list(build("mlp", inputs=784, width=512).parameters())) == 8
+    assert len(list(build("vgg", width=8).parameters())) == 58
+    assert len(list(build("resnet").parameters())) == 65
+    assert build("mlp", inputs=784, width=512).layers[1].weight.shape == (512, 512)  # pyright: ignore
+
+
+def test_channel_layer_norm_is_taken_at_each_pixel_and_commutes_with_permutations():
+    norm = ChannelLayerNorm(6)
+    x = torch.randn(2, 6, 3, 4) * 3 + 1
+    y = norm(x)
+    torch.testing.assert_close(y.mean(1), torch.zeros(2, 3, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(y.var(1, unbiased=False), torch.ones(2, 3, 4), atol=1e-4, rtol=0)
+    order = torch.tensor([3, 1, 5, 0, 4, 2])
+    torch.testing.assert_close(norm(x[:, order]), y[:, order])
+
+
+def test_mistakes_in_options_name_the_valid_ones():
+    with pytest.raises(ConfigError, match="mlp, vgg, resnet"):
+        build("lenet")
+    with pytest.raises(ConfigError, match=r"no option 'hidden'.*width"):
+        build("mlp", hidden=3)
+    with pytest.raises(ConfigError, match="depth 11 or 16"):
+        build("vgg", depth=13)
+    with pytest.raises(ConfigError, match="layer, batch, group"):
+        build("resnet", norm="none")
+    with pytest.raises(ConfigError, match="3 groups"):
+        build("resnet", norm="group", groups=3)
+    with pytest.raises(ConfigError, match="adam, sgd"):
+        Recipe(optimizer="lion")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="positive"):
+        build("mlp", width=0)
+
+
+def test_sizes_follow_from_the_data(digits):
+    assert fitting_options("mlp", digits, {"width": 4}) == {"inputs": 64, "classes": 10, "width": 4}
+    assert fitting_options("vgg", digits) == {"channels": 1, "classes": 10}
+
+
+def test_training_is_reproducible_and_leaves_the_global_seed_alone(small, tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = trained("resnet", small, {"width": 0.25}, SHORT, seed=3, cache=tmp_path / "one")
+    assert torch.rand(3).equal(expected)
+    again = trained("resnet", small, {"width": 0.25}, SHORT, seed=3, cache=tmp_path / "two")
+    other = trained("resnet", small, {"width": 0.25}, SHORT, seed=4, cache=tmp_path / "one")
+    assert first.history == again.history
+    assert all(first.state[name].equal(again.state[name]) for name in first.state)
+    assert not any(result.cached for result in (first, again, other))
+    assert not all(first.state[name].equal(other.state[name]) for name in first.state)
+    assert first.path != other.path
+
+
+def test_cosine_warmup_and_progress(small):
+    events = []
+    recipe = Recipe(
+        epochs=3, batch_size=16, optimizer="sgd", schedule="cosine", warmup_epochs=1, weight_decay=1e-3
+    )
+    history = train(build("mlp", width=4), small.train_x, small.train_y, recipe, progress=events.append)
+    assert [(e["stage"], e["step"], e["total"]) for e in events] == [("train", i, 3) for i in (1, 2, 3)]
+    assert tuple(e["loss"] for e in events) == history
+
+
+def test_divergence_is_told(small):
+    recipe = Recipe(epochs=50, optimizer="sgd", learning_rate=1e6)
+    with pytest.raises(ConfigError, match="lower the learning rate"):
+        train(build("mlp"), small.train_x, small.train_y, recipe)
+
+
+def test_the_cache_is_used(small, tmp_path):
+    events = []
+    first = trained("vgg", small, {"width": 2, "depth": 11, "norm": "batch"}, SHORT, cache=tmp_path)
+    second = trained(
+        "vgg",
+        small,
+        {"width": 2, "depth": 11, "norm": "batch"},
+        SHORT,
+        cache=tmp_path,
+        progress=events.append,
+    )
+    assert (first.cached, second.cached, events) == (False, True, [])
+    assert first.history == second.history
+    assert first.seconds == second.seconds
+    assert all(first.state[name].equal(second.state[name]) for name in first.state)
+    assert not second.model().training
+    assert second.model()(small.test_x).equal(first.model()(small.test_x))
+    assert [path.name for path in tmp_path.iterdir()] == [first.path.name]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "text", "renamed"])
+def test_a_damaged_cache_file_is_noticed_and_replaced(damage, small, tmp_path):
+    def get(seed: int = 0) -> Trained:
+        return trained("mlp", small, {"width": 4}, SHORT, seed=seed, cache=tmp_path)
+
+    good = get()
+    content = bytearray(good.path.read_bytes())
+    if damage == "truncated":
+        content = content[:-9]
+    elif damage == "flipped":
+        content[-5] ^= 1
+    elif damage == "renamed":
+        content = bytearray(get(seed=1).path.read_bytes())
+    else:
+        content = bytearray(b"" if damage == "emptied" else b"not a checkpoint")
+    good.path.write_bytes(content)
+    with pytest.warns(UserWarning, match=good.path.name):
+        again = get()
+    assert not again.cached
+    assert all(good.state[name].equal(again.state[name]) for name in good.state)
+    assert get().cached
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_the_training(small, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(UserWarning, match="could not be kept"):
+        assert not trained("mlp", small, {"width": 4}, SHORT, cache=tmp_path / "file").cached
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("REBASIN_CACHE", str(tmp_path / "own"))
+    assert cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("REBASIN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "rebasin"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir().parts[-2:] == (".cache", "rebasin")
+
+
+def test_the_default_mlp_learns_the_digits_and_has_a_barrier(digits, tmp_path):
+    ends = [trained("mlp", digits, {"width": 32}, seed=seed, cache=tmp_path) for seed in (0, 1)]
+    objective, held_out, train_part = CrossEntropy(), digits.batches("test"), digits.batches("train")
+    for end in ends:
+        assert objective.evaluate(end.model(), held_out)["accuracy"] > 0.93
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curve = barrier(
+            ends[0].model(),
+            ends[0].state,
+            ends[1].state,
+            lambda m: objective.evaluate(m, train_part),
+            points=11,
+        )
+    assert curve.barrier > 1  # two independent trainings: 1.5 to 3.7 over many pairs of seeds at width 32
+    assert 0 < curve.argmax < 1
+    assert curve.metrics["accuracy"][0] > 0.98
+    assert RECIPES["mlp"] == Recipe()
+    assert isinstance(ends[0].model(), nn.Module)

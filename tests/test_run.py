@@ -1,0 +1,324 @@
+"""The main job on a tiny MLP: what it leaves, that it repeats to the bit, what it says to mistakes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console as RichConsole
+
+from rebasin import paths, report, steps
+from rebasin.align import load_algorithm
+from rebasin.checkpoints import load_metadata, load_safetensors
+from rebasin.configuration import check_types, explain
+from rebasin.errors import ConfigError, VerificationError
+from rebasin.paths import config_dir
+from rebasin.reporting.console import Console
+from rebasin.reporting.results import load_results
+from rebasin.run import run
+from rebasin.spec import Permutation
+from rebasin.tasks import load_task
+
+TINY = ["model=mlp", "model.width=16", "model.depth=2", "model.recipe.epochs=8", "evaluate.points=5"]
+TENSORS = ("permutation.safetensors", "aligned.safetensors", "merged.safetensors")
+
+
+def configured(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def execute(folder: Path, *overrides: str) -> tuple[dict, str]:
+    """Results and console text of a run in this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    console = RichConsole(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
+    cfg = configured(*TINY, "logger=none", *overrides)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", None)  # without a logger it must not even be imported
+        results = run(cfg, folder, Console(console), command="python -m rebasin.run ...")
+    return results or {}, console.export_text()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Trained networks are kept for this module only."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REBASIN_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict, str]:
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, *execute(folder)
+
+
+def test_a_run_leaves_everything_and_tells_where(finished):
+    folder, results, text = finished
+    for name in (*TENSORS, "results.json", "config.yaml", "curve.png", "report.html"):
+        assert (folder / name).stat().st_size > 100, name
+        assert name in text
+    assert _timeless(load_results(folder)) == _timeless({"format": 1, **results})
+    page = (folder / "report.html").read_text()
+    for question in ("Is it legal?", "Did it help?", "What did it cost?"):
+        assert question in page
+        assert question in text
+    assert 'src="data:image/png;base64,' in page
+    assert "http" not in page.split("</style>")[1], "the page must need nothing from outside"
+    assert OmegaConf.load(folder / "config.yaml") == OmegaConf.create(results["config"])
+
+
+def test_the_figures_and_the_tensors_belong_together(finished):
+    folder, results, _ = finished
+    aligned, merged = (load_safetensors(folder / name) for name in TENSORS[1:])
+    permutation = Permutation.load(folder / TENSORS[0])
+    assert results["match"]["moved"] == permutation.moved() > 0
+    assert results["verify"]["mlp"]["max_relative_error"] < 1e-5
+    assert load_metadata(folder / TENSORS[1])["spec_hash"] == results["spec"]["hash"]
+
+    cfg = configured(*TINY)
+    task = load_task(cfg)
+    state_a, state_b = task.endpoints(None)
+    for name, tensor in permutation.apply(state_b).items():
+        assert torch.equal(aligned[name], tensor)
+        torch.testing.assert_close(merged[name], (state_a[name] + tensor) / 2)
+    task.model.load_state_dict(dict(merged))
+    midpoint = task.objective.evaluate(task.model, task.batches["heldout"])
+    curve = results["curves"]["heldout"]["aligned"]
+    assert curve["lambdas"][2] == 0.5
+    assert curve["losses"][2] == pytest.approx(midpoint["loss"], rel=1e-6)
+    assert curve["metrics"]["accuracy"][2] == pytest.approx(midpoint["accuracy"])
+    assert curve["barrier"] < results["curves"]["heldout"]["naive"]["barrier"]
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(finished, tmp_path):
+    folder, results, _ = finished
+    again, _ = execute(tmp_path / "again")
+    other, _ = execute(tmp_path / "other", "seed=1")
+    for name in TENSORS:
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
+        assert (tmp_path / "other" / name).read_bytes() != (folder / name).read_bytes(), name
+    assert _timeless(again) == _timeless(results)
+    assert other["endpoints"] == {"a": "seed 2", "b": "seed 3"}
+
+
+def _timeless(value):
+    if isinstance(value, dict):
+        return {key: _timeless(item) for key, item in value.items() if key != "seconds"}
+    return [_timeless(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def test_naive_says_that_it_is_the_baseline(tmp_path):
+    results, text = execute(tmp_path, "algo=naive")
+    assert results["match"]["moved"] == 0
+    assert "Not aligned" in text
+    state_b = load_task(configured(*TINY)).endpoints(None)[1]
+    aligned = load_safetensors(tmp_path / "aligned.safetensors")
+    assert all(torch.equal(aligned[name], tensor) for name, tensor in state_b.items())
+
+
+def test_dry_run_shows_the_spec_and_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("REBASIN_CACHE", str(tmp_path / "cache"))
+    results, text = execute(tmp_path / "run", "dry_run=true")
+    assert results == {}
+    assert "align B (seed 1) to A (seed 0), the mlp, by weight_matching" in text
+    assert "layers.0.weight[0]" in text
+    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
+
+
+def test_report_draws_again_from_results_alone(finished, tmp_path, capsys):
+    folder, _, _ = finished
+    (tmp_path / "results.json").write_text((folder / "results.json").read_text())
+    assert report.main([str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_text() == (folder / "report.html").read_text()
+    assert (tmp_path / "curve.png").read_bytes() == (folder / "curve.png").read_bytes()
+    capsys.readouterr()
+    assert report.main([str(tmp_path / "nothing")]) == 2
+    assert capsys.readouterr().err.startswith("Error: There is no ")
+    (tmp_path / "results.json").write_text('{"format": 99}')
+    assert report.main([str(tmp_path)]) == 2
+
+
+def test_a_model_brings_its_data_and_objective_unless_told_otherwise():
+    choices = lambda *o: tuple(configured(*o)[group].name for group in ("model", "data", "objective"))  # noqa: E731
+    assert choices() == ("tiny_sd", "captioned_digits", "denoising")
+    assert choices("model=mlp") == ("mlp", "digits", "cross_entropy")
+    assert choices("data=mnist", "model=resnet20") == ("resnet20", "mnist", "cross_entropy")
+    for overrides in (["model=mlp", "data=captioned_digits"], ["model=mlp", "objective=denoising"]):
+        with pytest.raises(ConfigError, match="leave .* out to get the one that goes with the model"):
+            load_task(configured(*overrides))
+
+
+def test_illegal_permutations_do_not_get_into_the_report():
+    cfg = configured(*TINY)
+    task = load_task(cfg)
+    state_a, state_b = task.endpoints(None)
+    scrambled = dict(state_b) | {"layers.1.weight": state_b["layers.1.weight"].flip(0)}
+    match = load_algorithm(cfg.algo)(task, _spec(task), state_a, state_b)
+    with pytest.raises(VerificationError, match="loss of B on heldout"):
+        steps.evaluate(cfg, task, state_a, state_b, scrambled, match)
+
+
+def _spec(task):
+    from rebasin.tracing import trace
+
+    return trace(task.model, *task.parts[task.aligned].args)
+
+
+def own_algorithm(spec, batches, model_b, *, strength: int, seed: int = 0) -> Any:
+    return spec, batches, model_b, strength, seed
+
+
+def test_an_algorithm_is_one_function_and_one_config():
+    algo = OmegaConf.create({"name": "own", "_target_": f"{__name__}.own_algorithm", "strength": 3})
+    task = load_task(configured(*TINY))
+    spec = _spec(task)
+    state_a, state_b = task.endpoints(None)
+    got: Any = load_algorithm(algo)(task, spec, state_a, state_b, seed=5)
+    assert got[0] is spec
+    assert got[1] is task.batches["train"]
+    assert torch.equal(got[2].state_dict()["layers.0.weight"], state_b["layers.0.weight"])
+    assert got[3:] == (3, 5)
+    with pytest.raises(ConfigError, match="algo=own has no option 'strenth'; it has strength"):
+        load_algorithm(OmegaConf.create({**algo, "strenth": 3}))
+    with pytest.raises(ConfigError, match="needs 'strength'"):
+        load_algorithm(OmegaConf.create({"name": "own", "_target_": f"{__name__}.own_algorithm"}))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.width=wide", "model.width is 'wide', but it takes a whole number."),
+        ("seed=null", "seed is null, but it takes a whole number."),
+        ("seed=true", "seed is True, but it takes a whole number."),
+        ("evaluate.splits=heldout", "evaluate.splits is 'heldout', but it takes a list, for example [a,b]."),
+        ("model.recipe=fast", "model.recipe is 'fast', but it has options of its own: epochs, batch_size"),
+        ("lam=1", None),
+        ("model.seeds=[3,4]", None),
+    ],
+)
+def test_values_are_checked_against_the_type_of_their_default(override, sentence):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("config", overrides=["model=mlp", override], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    if sentence is None:
+        check_types(cfg)
+    else:
+        with pytest.raises(ConfigError) as error:
+            check_types(cfg)
+        assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["evaluate.splits=[test]"], "evaluate.splits is ['test']; it takes some of train, heldout."),
+        (["evaluate.points=1"], "evaluate.points is 1"),
+        (["seed=-1"], "seed is -1"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_loaded(overrides, sentence):
+    with pytest.raises(ConfigError) as error:
+        steps.settle(configured(*overrides))
+    assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["model.widht=3", "model=mlp"],
+            "There is no option 'model.widht'; did you mean 'model.width'? The options",
+        ),
+        (["alog=naive"], "There is no option 'alog'; did you mean 'algo'? The options there are seed, lam"),
+        (["seed.x=1"], "'seed' has no options of its own."),
+        (["+seed=1"], "The option 'seed' exists already; write it without the leading +."),
+        (["model=vgg"], "There is no model 'vgg'; choose one of mlp, resnet20, tiny_sd, vgg16."),
+        (["seed=["], "'seed=[' can't be read; write GROUP=CHOICE or OPTION=VALUE"),
+        (["model=null"], "A group takes the name of one of its choices"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_explained(overrides, sentence):
+    with pytest.raises(Exception) as error:
+        configured(*overrides)
+    assert explain(error.value, overrides).startswith(sentence)
+
+
+def shell(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **env}
+    root = str(paths.PACKAGE.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "rebasin.run", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["algo=foo"], "Error: There is no algo 'foo'; choose one of naive, weight_matching."),
+        (
+            ["seeed=1"],
+            "Error: There is no option 'seeed'; did you mean 'seed'? The options there are seed, lam,",
+        ),
+        (["model=mlp", "data=mnist", "data.path=/nope"], "Error: there is no file or folder /nope."),
+    ],
+)
+def test_a_mistake_costs_one_sentence_and_exit_code_2(arguments, sentence, tmp_path):
+    done = shell(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(sentence)
+    assert done.stderr.count("\n") == 1
+
+
+def test_hydra_full_error_still_shows_the_traceback(tmp_path):
+    done = shell("algo=foo", cwd=tmp_path, HYDRA_FULL_ERROR="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_help_and_cfg_work_from_any_folder(tmp_path):
+    text = shell("--help", cwd=tmp_path).stdout
+    for part in ("algo: naive, weight_matching", "model: mlp, resnet20, tiny_sd, vgg16", "EXAMPLES"):
+        assert part in text
+    printed = shell("--cfg", "job", "model=mlp", cwd=tmp_path).stdout
+    assert OmegaConf.select(OmegaConf.create(printed), "data.name") == "digits"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_sweeps_and_keeps_an_offline_wandb_run_in_each_folder(tmp_path):
+    """One process for two things, because starting one takes seconds."""
+    home = tmp_path / "home"
+    home.mkdir()
+    done = shell("--multirun", *TINY, "logger=none,wandb", cwd=tmp_path, HOME=str(home))
+    assert done.returncode == 0, done.stderr
+    plain, logged = sorted((tmp_path / "outputs" / "sweeps").glob("*/*"))[-2:]
+    assert load_results(plain)["curves"] == load_results(logged)["curves"]
+    assert not (plain / "wandb").exists()
+    assert "model.width=16" in load_results(logged)["command"]
+    (log,) = logged.glob("wandb/offline-run-*/run-*.wandb")
+    for name in ("barrier/heldout/loss", "midpoint/heldout/accuracy", "match/moved", "curves"):
+        assert name.encode() in log.read_bytes(), name
+    assert list(logged.glob("wandb/offline-run-*/files/media/images/curve*.png"))
+    assert not [path for path in home.rglob("*wandb*") if path.is_file()]
+
+
+def test_configs_are_found_in_a_checkout_and_in_a_wheel(tmp_path, monkeypatch):
+    assert config_dir() in (paths.PACKAGE.parent / "configs", paths.PACKAGE / "configs")
+    for package, configs in (("wheel", "wheel/configs"), ("checkout/rebasin", "checkout/configs")):
+        (tmp_path / package).mkdir(parents=True)
+        monkeypatch.setattr(paths, "PACKAGE", tmp_path / package)
+        with pytest.raises(ConfigError, match="install git-rebasin again"):
+            config_dir()
+        (tmp_path / configs).mkdir()
+        (tmp_path / configs / "config.yaml").touch()
+        assert config_dir() == tmp_path / configs
