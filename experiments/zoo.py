@@ -115,11 +115,17 @@ _HF["clip_vision"] = _hf("CLIPVisionModel", "CLIPVisionConfig",
 _HF["bert"] = _hf("BertModel", "BertConfig", _TEXT, _text)
 _HF["bert_mlm_tied"] = _hf("BertForMaskedLM", "BertConfig", _TEXT, _text)
 _HF["roberta"] = _hf("RobertaModel", "RobertaConfig", _TEXT, _text)
-_HF["gpt2"] = _hf("GPT2LMHeadModel", "GPT2Config", dict(n_embd=32, n_layer=2, n_head=4, vocab_size=64), _decoder)
+_HF["gpt2"] = _hf(
+    "GPT2LMHeadModel", "GPT2Config", dict(n_embd=32, n_layer=2, n_head=4, vocab_size=64), _decoder
+)
 _HF["llama_gqa"] = _hf("LlamaForCausalLM", "LlamaConfig", {**_TEXT, "num_key_value_heads": 2}, _decoder)
-_HF["mistral"] = _hf("MistralForCausalLM", "MistralConfig", {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}, _decoder)
+_HF["mistral"] = _hf(
+    "MistralForCausalLM", "MistralConfig", {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}, _decoder
+)
 _HF["qwen2"] = _hf("Qwen2ForCausalLM", "Qwen2Config", {**_TEXT, "num_key_value_heads": 2}, _decoder)
-_HF["qwen3_qk_norm"] = _hf("Qwen3ForCausalLM", "Qwen3Config", {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}, _decoder)
+_HF["qwen3_qk_norm"] = _hf(
+    "Qwen3ForCausalLM", "Qwen3Config", {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}, _decoder
+)
 _HF["t5"] = _hf("T5ForConditionalGeneration", "T5Config",
                 dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64, decoder_start_token_id=0),
                 lambda c: {"input_ids": _ids(c.vocab_size), "decoder_input_ids": _ids(c.vocab_size, 5), "use_cache": False})  # fmt: skip
@@ -150,9 +156,15 @@ def _unet(real_config: dict[str, Any], small: dict[str, Any]) -> Builder:
         kwargs: dict[str, Any] = {}
         if config.get("addition_embed_type") == "text_time":
             pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-            kwargs = {"added_cond_kwargs": {"text_embeds": torch.randn(1, pooled), "time_ids": torch.rand(1, 6) * 8}}
+            kwargs = {
+                "added_cond_kwargs": {"text_embeds": torch.randn(1, pooled), "time_ids": torch.rand(1, 6) * 8}
+            }
         size = 16
-        inputs = (torch.randn(1, 4, size, size), torch.tensor([7]), torch.randn(1, 5, config["cross_attention_dim"]))
+        inputs = (
+            torch.randn(1, 4, size, size),
+            torch.tensor([7]),
+            torch.randn(1, 5, config["cross_attention_dim"]),
+        )
         return UNet2DConditionModel(**config), inputs, kwargs
 
     return build
@@ -277,6 +289,8 @@ def pixart_transformer(real: bool) -> Built:
 def dit(real: bool) -> Built:
     from diffusers import DiTTransformer2DModel
 
-    small = dict(sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=4, num_embeds_ada_norm=10)
+    small = dict(
+        sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=4, num_embeds_ada_norm=10
+    )
     model = DiTTransformer2DModel(**({} if real else small))
     return model, (torch.randn(1, 4, 8, 8),), dict(timestep=torch.tensor([7]), class_labels=torch.tensor([3]))

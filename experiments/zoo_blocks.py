@@ -16,7 +16,9 @@ BLOCKS: dict[str, Callable[[], Built]] = {}
 class Apply(nn.Module):
     """Named modules and a function of them: a whole model in two lines."""
 
-    def __init__(self, function: Callable[..., Any], parameters: dict[str, Tensor] | None = None, **modules: nn.Module):
+    def __init__(
+        self, function: Callable[..., Any], parameters: dict[str, Tensor] | None = None, **modules: nn.Module
+    ):
         super().__init__()
         self.function = function
         for name, value in (parameters or {}).items():
@@ -43,7 +45,11 @@ def tokens(width: int = 5, length: int = 4) -> tuple[Tensor]:
 
 @block
 def mlp() -> Built:
-    return nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 9), nn.GELU(), nn.Linear(9, 4)), (torch.randn(2, 5),), {}
+    return (
+        nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 9), nn.GELU(), nn.Linear(9, 4)),
+        (torch.randn(2, 5),),
+        {},
+    )
 
 
 @block
@@ -65,56 +71,107 @@ def conv2d_gap() -> Built:
 
 @block
 def conv3d() -> Built:
-    return nn.Sequential(nn.Conv3d(3, 8, 2), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 4, 2)), (torch.randn(2, 3, 4, 4, 4),), {}
+    return (
+        nn.Sequential(nn.Conv3d(3, 8, 2), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 4, 2)),
+        (torch.randn(2, 3, 4, 4, 4),),
+        {},
+    )
 
 
 @block
 def conv_transpose() -> Built:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(), nn.Conv2d(6, 3, 1)), image(), {}
+    return (
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(), nn.Conv2d(6, 3, 1)
+        ),
+        image(),
+        {},
+    )
 
 
 @block
 def conv_flatten_linear() -> Built:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 6), nn.ReLU(), nn.Linear(6, 4)), image(), {}
+    return (
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 6), nn.ReLU(), nn.Linear(6, 4)
+        ),
+        image(),
+        {},
+    )
 
 
 @block
 def depthwise() -> Built:
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 4, 1))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 4, 1)
+    )
     return net, image(), {}
 
 
 @block
 def depthwise_multiplier() -> Built:
-    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 24, 3, groups=8), nn.ReLU(), nn.Conv2d(24, 4, 1)), image(), {}
+    return (
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 24, 3, groups=8), nn.ReLU(), nn.Conv2d(24, 4, 1)),
+        image(),
+        {},
+    )
 
 
 @block
 def grouped_conv() -> Built:
-    return nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU(), nn.Conv2d(12, 16, 3, groups=4), nn.ReLU(), nn.Conv2d(16, 4, 1)), image(), {}
+    return (
+        nn.Sequential(
+            nn.Conv2d(3, 12, 1), nn.ReLU(), nn.Conv2d(12, 16, 3, groups=4), nn.ReLU(), nn.Conv2d(16, 4, 1)
+        ),
+        image(),
+        {},
+    )
 
 
 @block
 def grouped_conv_transpose() -> Built:
-    net = nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU(), nn.ConvTranspose2d(12, 16, 2, groups=4), nn.ReLU(), nn.Conv2d(16, 4, 1))
+    net = nn.Sequential(
+        nn.Conv2d(3, 12, 1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(12, 16, 2, groups=4),
+        nn.ReLU(),
+        nn.Conv2d(16, 4, 1),
+    )
     return net, image(), {}
 
 
 @block
 def pixel_shuffle() -> Built:
-    net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.PixelUnshuffle(2), nn.Conv2d(20, 3, 1))
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 1),
+        nn.PixelShuffle(2),
+        nn.ReLU(),
+        nn.Conv2d(4, 5, 1),
+        nn.PixelUnshuffle(2),
+        nn.Conv2d(20, 3, 1),
+    )
     return net, image(), {}
 
 
 @block
 def channel_shuffle() -> Built:
-    net = nn.Sequential(nn.Conv2d(3, 12, 1), nn.ChannelShuffle(3), nn.Conv2d(12, 12, 3, groups=12), nn.ReLU(), nn.Conv2d(12, 3, 1))
+    net = nn.Sequential(
+        nn.Conv2d(3, 12, 1),
+        nn.ChannelShuffle(3),
+        nn.Conv2d(12, 12, 3, groups=12),
+        nn.ReLU(),
+        nn.Conv2d(12, 3, 1),
+    )
     return net, image(), {}
 
 
 @block
 def batch_norm() -> Built:
-    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)), image(), {}
+    return (
+        nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)),
+        image(),
+        {},
+    )
 
 
 @block
@@ -124,12 +181,20 @@ def layer_norm() -> Built:
 
 @block
 def group_norm() -> Built:
-    return nn.Sequential(nn.Conv2d(3, 12, 3), nn.GroupNorm(4, 12), nn.SiLU(), nn.Conv2d(12, 4, 1)), image(), {}
+    return (
+        nn.Sequential(nn.Conv2d(3, 12, 3), nn.GroupNorm(4, 12), nn.SiLU(), nn.Conv2d(12, 4, 1)),
+        image(),
+        {},
+    )
 
 
 @block
 def instance_norm() -> Built:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.ReLU(), nn.Conv2d(8, 4, 1)), image(), {}
+    return (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.ReLU(), nn.Conv2d(8, 4, 1)),
+        image(),
+        {},
+    )
 
 
 @block
@@ -139,7 +204,11 @@ def rms_norm() -> Built:
 
 @block
 def local_response_norm() -> Built:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(3), nn.ReLU(), nn.Conv2d(8, 4, 1)), image(), {}
+    return (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(3), nn.ReLU(), nn.Conv2d(8, 4, 1)),
+        image(),
+        {},
+    )
 
 
 @block
@@ -164,7 +233,16 @@ def geglu() -> Built:
 
 @block
 def swiglu() -> Built:
-    return Apply(lambda m, x: m.o(F.silu(m.g(x)) * m.u(x)), g=nn.Linear(5, 12), u=nn.Linear(5, 12), o=nn.Linear(12, 4)), tokens(), {}
+    return (
+        Apply(
+            lambda m, x: m.o(F.silu(m.g(x)) * m.u(x)),
+            g=nn.Linear(5, 12),
+            u=nn.Linear(5, 12),
+            o=nn.Linear(12, 4),
+        ),
+        tokens(),
+        {},
+    )
 
 
 @block
@@ -192,6 +270,7 @@ def concat_skip() -> Built:
 @block
 def concat_skip_group_norm() -> Built:
     """Widths 16 + 8 under GroupNorm(4): groups of 6 straddle the seam."""
+
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.n1(F.relu(m.a(x)))
         z = m.n2(F.relu(m.b(y)))
@@ -204,6 +283,7 @@ def concat_skip_group_norm() -> Built:
 @block
 def concat_of_halves() -> Built:
     """The halves of a layer are treated differently and put back together: they may not mix."""
+
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.a(x)
         return m.h(torch.cat([F.relu(y[..., :6]), torch.tanh(y[..., 6:])], -1))
@@ -214,6 +294,7 @@ def concat_of_halves() -> Built:
 @block
 def interleaved_copies() -> Built:
     """x and relu(x) concatenated out of step: which copy is which may not be confused."""
+
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.a(x)
         return m.h(torch.cat([y[..., :2], F.relu(y), y[..., 2:]], -1))
@@ -223,24 +304,46 @@ def interleaved_copies() -> Built:
 
 @block
 def flipped_sum() -> Built:
-    return Apply(lambda m, x: m.h((y := m.a(x)) * torch.sigmoid(y.flip(-1))), a=nn.Linear(5, 8), h=nn.Linear(8, 4)), tokens(), {}
+    return (
+        Apply(
+            lambda m, x: m.h((y := m.a(x)) * torch.sigmoid(y.flip(-1))), a=nn.Linear(5, 8), h=nn.Linear(8, 4)
+        ),
+        tokens(),
+        {},
+    )
 
 
 @block
 def cut_flatten() -> Built:
     """conv, flatten, and a slice that loses the first and the last position."""
-    return Apply(lambda m, x: m.h(F.relu(m.a(x)).flatten(1)[:, 1:-1]), a=nn.Conv2d(3, 6, 3), h=nn.Linear(6 * 16 - 2, 4)), image(), {}
+    return (
+        Apply(
+            lambda m, x: m.h(F.relu(m.a(x)).flatten(1)[:, 1:-1]),
+            a=nn.Conv2d(3, 6, 3),
+            h=nn.Linear(6 * 16 - 2, 4),
+        ),
+        image(),
+        {},
+    )
 
 
 @block
 def linear_unflatten_conv() -> Built:
-    net = nn.Sequential(nn.Linear(5, 6 * 16), nn.ReLU(), nn.Unflatten(1, (6, 4, 4)), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 1))
+    net = nn.Sequential(
+        nn.Linear(5, 6 * 16),
+        nn.ReLU(),
+        nn.Unflatten(1, (6, 4, 4)),
+        nn.Conv2d(6, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 3, 1),
+    )
     return net, (torch.randn(2, 5),), {}
 
 
 @block
 def mixer() -> Built:
     """Token mixing and channel mixing: two independent kinds of neurons on one tensor."""
+
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.e(x)
         y = y + m.t2(F.gelu(m.t1(m.n(y).transpose(1, 2)))).transpose(1, 2)
@@ -265,7 +368,9 @@ def handwritten_attention() -> Built:
     def forward(m: Any, x: Tensor) -> Tensor:
         b, t, _ = x.shape
         y = m.e(x)
-        q, k, v = (layer(y).view(b, t, 4, 4).permute(0, 2, 1, 3).reshape(b * 4, t, 4) for layer in (m.q, m.k, m.v))
+        q, k, v = (
+            layer(y).view(b, t, 4, 4).permute(0, 2, 1, 3).reshape(b * 4, t, 4) for layer in (m.q, m.k, m.v)
+        )
         a = torch.softmax(torch.bmm(q, k.transpose(1, 2)) / 2, -1)
         return m.h(y + m.o(torch.bmm(a, v).view(b, 4, t, 4).permute(0, 2, 1, 3).reshape(b, t, 16)))
 
@@ -300,11 +405,16 @@ def transformer_encoder() -> Built:
 @block
 def linear_attention() -> Built:
     """k^T v first: neurons of k and of v live on one tensor."""
+
     def forward(m: Any, x: Tensor) -> Tensor:
         q, k, v = F.elu(m.q(x)) + 1, F.elu(m.k(x)) + 1, m.v(x)
         return m.o(q @ (k.transpose(1, 2) @ v) / (q @ k.sum(1, keepdim=True).transpose(1, 2)))
 
-    return Apply(forward, q=nn.Linear(5, 8), k=nn.Linear(5, 8), v=nn.Linear(5, 6), o=nn.Linear(6, 3)), tokens(), {}
+    return (
+        Apply(forward, q=nn.Linear(5, 8), k=nn.Linear(5, 8), v=nn.Linear(5, 6), o=nn.Linear(6, 3)),
+        tokens(),
+        {},
+    )
 
 
 @block
@@ -318,7 +428,11 @@ def rope_gqa() -> Built:
         k, v = turn(k).repeat_interleave(2, 1), v.repeat_interleave(2, 1)
         return m.o(F.scaled_dot_product_attention(turn(q), k, v).transpose(1, 2).reshape(b, t, 16))
 
-    return Apply(forward, q=nn.Linear(5, 16), k=nn.Linear(5, 8), v=nn.Linear(5, 8), o=nn.Linear(16, 3)), tokens(), {}
+    return (
+        Apply(forward, q=nn.Linear(5, 16), k=nn.Linear(5, 8), v=nn.Linear(5, 8), o=nn.Linear(16, 3)),
+        tokens(),
+        {},
+    )
 
 
 @block
@@ -330,7 +444,11 @@ def alibi_scale_per_head() -> Built:
         return m.o((a @ v).transpose(1, 2).reshape(b, t, 12))
 
     layers = {name: nn.Linear(5, 12) for name in "qkv"}
-    return Apply(forward, {"scale": torch.rand(4), "bias": torch.randn(4, 4, 4)}, o=nn.Linear(12, 3), **layers), tokens(), {}
+    return (
+        Apply(forward, {"scale": torch.rand(4), "bias": torch.randn(4, 4, 4)}, o=nn.Linear(12, 3), **layers),
+        tokens(),
+        {},
+    )
 
 
 @block
@@ -346,12 +464,26 @@ def qk_norm() -> Built:
 
 @block
 def lstm() -> Built:
-    return Apply(lambda m, x: m.h(m.r(x)[0]), r=nn.LSTM(5, 7, num_layers=2, batch_first=True), h=nn.Linear(7, 3)), tokens(), {}
+    return (
+        Apply(
+            lambda m, x: m.h(m.r(x)[0]), r=nn.LSTM(5, 7, num_layers=2, batch_first=True), h=nn.Linear(7, 3)
+        ),
+        tokens(),
+        {},
+    )
 
 
 @block
 def gru() -> Built:
-    return Apply(lambda m, x: m.h(m.r(x)[0]), r=nn.GRU(5, 7, batch_first=True, bidirectional=True), h=nn.Linear(14, 3)), tokens(), {}
+    return (
+        Apply(
+            lambda m, x: m.h(m.r(x)[0]),
+            r=nn.GRU(5, 7, batch_first=True, bidirectional=True),
+            h=nn.Linear(14, 3),
+        ),
+        tokens(),
+        {},
+    )
 
 
 @block
@@ -359,17 +491,34 @@ def embedding_tied() -> Built:
     def forward(m: Any, ids: Tensor) -> Tensor:
         return F.linear(m.b(F.relu(m.a(m.e(ids)))), m.e.weight)
 
-    return Apply(forward, e=nn.Embedding(11, 8), a=nn.Linear(8, 12), b=nn.Linear(12, 8)), (torch.randint(0, 11, (2, 4)),), {}
+    return (
+        Apply(forward, e=nn.Embedding(11, 8), a=nn.Linear(8, 12), b=nn.Linear(12, 8)),
+        (torch.randint(0, 11, (2, 4)),),
+        {},
+    )
 
 
 @block
 def embedding_untied() -> Built:
-    return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 11)), (torch.randint(0, 11, (2, 4)),), {}
+    return (
+        nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 11)),
+        (torch.randint(0, 11, (2, 4)),),
+        {},
+    )
 
 
 @block
 def shared_module() -> Built:
-    return Apply(lambda m, x: m.h(m.s(F.relu(m.s(m.e(x))))), e=nn.Linear(5, 8), s=nn.Linear(8, 8), h=nn.Linear(8, 3)), tokens(), {}
+    return (
+        Apply(
+            lambda m, x: m.h(m.s(F.relu(m.s(m.e(x))))),
+            e=nn.Linear(5, 8),
+            s=nn.Linear(8, 8),
+            h=nn.Linear(8, 3),
+        ),
+        tokens(),
+        {},
+    )
 
 
 @block
@@ -391,6 +540,7 @@ def two_inputs_two_outputs() -> Built:
 @block
 def gram_matrix() -> Built:
     """The channels of one layer on both dimensions of a tensor (style losses, XCA)."""
+
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.a(x).transpose(1, 2)
         return m.h((y @ y.transpose(1, 2)).softmax(-1) @ y).transpose(1, 2)
@@ -416,4 +566,8 @@ def position_embedding() -> Built:
 @block
 def unknown_operator() -> Built:
     """An FFT over the channels knows their order."""
-    return Apply(lambda m, x: m.h(torch.fft.rfft(m.a(x)).abs()), a=nn.Linear(5, 8), h=nn.Linear(5, 3)), tokens(), {}
+    return (
+        Apply(lambda m, x: m.h(torch.fft.rfft(m.a(x)).abs()), a=nn.Linear(5, 8), h=nn.Linear(5, 3)),
+        tokens(),
+        {},
+    )

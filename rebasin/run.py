@@ -6,6 +6,7 @@ This file reads like the method; the steps themselves are in the modules that it
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,7 +81,9 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
 
 def job(cfg: DictConfig) -> None:
     """What Hydra calls, once for each run of a sweep."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about image processors at import
+    # No advice from the libraries about image processors and schedulers, which are as they should be.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     from .reporting.console import Console
     from .reporting.results import command_line
 

@@ -287,3 +287,68 @@ def test_overlapping_partitions_keep_their_automorphisms() -> None:
     (group,) = spec.groups
     assert isinstance(group.tree, Branch) and len(group.tree.moves) == 2
     rebasin.verify(model, spec, torch.randn(2, 3, 4, 4), dtype=torch.float64, seed=1).require()
+
+
+def _small_unet(**changes):
+    from diffusers import UNet2DConditionModel
+
+    config = dict(in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
+                  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=4, cross_attention_dim=32,
+                  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))  # fmt: skip
+    return UNet2DConditionModel(**{**config, **changes})
+
+
+def test_joint_text_encoder_and_unet() -> None:
+    """The hidden state of CLIP becomes permutable together with the cross attention that reads it."""
+    text, _, inputs = ZOO["transformers"]["clip_text"](False)
+    unet = _small_unet()
+    args = (inputs["input_ids"], torch.randn(1, 4, 8, 8), torch.tensor([3]))
+    alone = rebasin.trace(text, **inputs)
+    joint = rebasin.compose(
+        lambda te, un, ids, x, t: un(x, t, te(input_ids=ids)[0]).sample, text_encoder=text, unet=unet
+    )
+    spec = rebasin.trace(joint, *args)
+    both = [
+        g for g in spec
+        if len({s.parameter.split(".")[0] for c in g.cells for s in c.sites}) == 2
+    ]  # fmt: skip
+    assert not any("embed" in s.parameter for c in alone.cells.values() for s in c.sites)
+    assert [g.structure for g in both] == ["S32"]
+    rebasin.verify(joint, spec, *args, dtype=torch.float64).require()
+
+
+def test_joint_unet_and_controlnet() -> None:
+    from diffusers import ControlNetModel
+
+    unet = _small_unet()
+    control = ControlNetModel.from_unet(unet, conditioning_channels=3)
+
+    def both(cn, un, x, t, h, hint):
+        down, middle = cn(x, t, h, hint, return_dict=False)
+        return un(x, t, h, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
+
+    joint = rebasin.compose(both, controlnet=control, unet=unet)
+    args = (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 3, 32), torch.randn(1, 3, 64, 64))
+    spec = rebasin.trace(joint, *args)
+    assert any({s.parameter.split(".")[0] for c in g.cells for s in c.sites} == {"controlnet", "unet"} for g in spec)
+    assert spec.coverage().one > 0.999
+    rebasin.verify(joint, spec, *args, dtype=torch.float64).require()
+
+
+def test_spec_cache(tmp_path, monkeypatch) -> None:
+    """Models of installed packages are cached; another shape or input is another key; own code is never cached."""
+    monkeypatch.setenv("REBASIN_CACHE", str(tmp_path))
+    files = lambda: list((tmp_path / "specs").glob("*.json")) if (tmp_path / "specs").exists() else []  # noqa: E731
+    net = lambda width: nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))  # noqa: E731
+    first = rebasin.trace(net(8), torch.randn(1, 4))
+    assert len(files()) == 1 and rebasin.trace(net(8), torch.randn(1, 4)) == first and len(files()) == 1
+    assert len(rebasin.trace(net(9), torch.randn(1, 4)).cells["0"].sites[0].positions) == 9
+    assert len(files()) == 2
+    files()[0].write_text("{}")
+    files()[1].write_text("{}")
+    assert rebasin.trace(net(8), torch.randn(1, 4)) == first  # a damaged entry is traced again
+    model, args, kwargs = BLOCKS["geglu"](False)
+    rebasin.trace(model, *args, **kwargs)
+    assert len(files()) == 2
+    monkeypatch.setenv("REBASIN_CACHE", "off")
+    assert rebasin.trace(net(8), torch.randn(1, 4)) == first

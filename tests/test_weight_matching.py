@@ -105,7 +105,7 @@ def attention() -> PermutationSpec:
 
 
 def recurrent() -> PermutationSpec:
-    """A recurrent matrix, which its group meets on both axes: the objective is quadratic in its permutation."""
+    """A recurrent matrix: its group meets it on both axes, and the objective is quadratic."""
     return PermutationSpec(
         (free("h", 32, ("in", 0), ("b", 0), ("again", 0), ("again", 1), ("out", 1)),),
         {"in": (32, 10), "b": (32,), "again": (32, 32), "out": (4, 32)},
@@ -180,6 +180,54 @@ def test_a_planted_permutation_is_recovered_completely(name: str, noise: float, 
     assert result.distance_after <= result.distance_before
     if noise == 0:
         assert result.distance_after == 0
+
+
+def networks() -> dict[str, tuple[Any, tuple[Tensor, ...], dict[str, Tensor]]]:
+    """Real models, their specs to be traced: (model, example arguments, example keywords)."""
+    from transformers import ViTConfig, ViTModel
+
+    from rebasin.models import MLP, VGG, ResNet
+    from rebasin.models.tiny_sd import new_unet
+
+    images = (torch.zeros(2, 3, 16, 16),)
+    vit = ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=16,
+        patch_size=4,
+    )
+    unet = new_unet(0)
+    denoise = {
+        "sample": torch.zeros(1, unet.config["in_channels"], 8, 8),
+        "timestep": torch.tensor([1]),
+        "encoder_hidden_states": torch.zeros(1, 8, unet.config["cross_attention_dim"]),
+    }
+    return {
+        "mlp": (MLP(width=64), (torch.zeros(2, 64),), {}),
+        "vgg": (VGG(11, 16, "batch"), images, {}),
+        "resnet": (ResNet(1, "batch", blocks=1), images, {}),
+        "resnet with group norm": (ResNet(1, "group", blocks=1), images, {}),
+        "vision transformer": (ViTModel(vit).eval(), images, {}),
+        "diffusion unet": (unet, (), denoise),
+    }
+
+
+def test_planted_permutations_of_real_networks_are_recovered() -> None:
+    import rebasin
+
+    for name, (model, args, kwargs) in networks().items():
+        spec = rebasin.trace(model, *args, **kwargs)
+        for noise in (0.0, 0.1, 0.3, 1.0):
+            a, b, back = planted(spec, noise)
+            for init in ("identity", "forward") if noise < 1 else ("forward",):
+                result = weight_matching(spec, a, b, init=init)
+                right = sum(int((i == back.index[n]).sum()) for n, i in result.permutation.index.items())
+                assert right >= (1 if noise < 1 else 0.92) * spec.neurons, (name, noise, init)
+                assert result.converged
+                if init == "forward" and noise < 1:
+                    assert result.sweeps == 1  # the first guess was it already
 
 
 @pytest.mark.parametrize("name", SPECS)

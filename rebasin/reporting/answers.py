@@ -73,6 +73,8 @@ def _helped(results: Results) -> Answer:
     question = "Did it help?"
     split, naive, aligned = primary(results)
     before, after = naive["barrier"], aligned["barrier"]
+    if before is None or after is None:
+        return Answer(question, "Unclear", "A loss on the line is not finite: nothing to compare.", "bad")
     endpoints = (naive["losses"][0] + naive["losses"][-1]) / 2
     where = {"heldout": "held-out data", "train": "training data"}.get(split, split)
     measured = (
@@ -81,10 +83,6 @@ def _helped(results: Results) -> Answer:
     if results["algorithm"] == "naive":
         return Answer(question, "Not aligned", f"This is the baseline: {measured}.", "neutral")
     moved, total = results["match"]["moved"], results["match"]["neurons"]
-    if before is None or after is None:
-        return Answer(
-            question, "Unclear", "A loss on the line is not finite, so there is no barrier to compare.", "bad"
-        )
     none_before = before <= NEGLIGIBLE * abs(endpoints)
     if moved == 0:
         if none_before:

@@ -42,7 +42,7 @@ def save_curves(results: Results, path: Path) -> Path:
 
 def _loss_panel(ax: Axes, kinds: dict[str, Any], title: str, endpoints: dict[str, str]) -> None:
     lambdas = np.asarray(next(iter(kinds.values()))["lambdas"])
-    ends = next(iter(kinds.values()))["losses"]
+    ends = np.asarray(next(iter(kinds.values()))["losses"], dtype=float)
     ax.plot([0, 1], [ends[0], ends[-1]], color=MUTED, linestyle=":", linewidth=1.2, zorder=1)
     highest = max((curve["barrier"] or 0) for curve in kinds.values())
     for i, (name, curve) in enumerate(kinds.items()):

@@ -41,9 +41,10 @@ def collect(
     seconds: Mapping[str, float],
     command: str = "",
 ) -> Results:
-    """Everything about a run as plain data; these are the keys of results.json."""
+    """Everything about a run as plain data, with the keys of results.json; null is what is not finite."""
     coverage = spec.coverage()
-    return {
+    results = {
+        "format": FORMAT,
         "name": f"{config['model']['name']}-{config['algo']['name']}",
         "model": config["model"]["name"],
         "data": config["data"]["name"],
@@ -91,6 +92,7 @@ def collect(
         "config": dict(config),
         "command": command,
     }
+    return _plain(results)
 
 
 def command_line(overrides: Sequence[str]) -> str:
@@ -112,8 +114,8 @@ def environment() -> dict[str, Any]:
 
 
 def save_results(folder: Path, results: Mapping[str, Any]) -> Path:
-    """Write results.json; numbers that JSON lacks (infinities, NaN) become null."""
-    text = json.dumps(_plain({"format": FORMAT, **results}), indent=1, allow_nan=False)
+    """Write results.json."""
+    text = json.dumps(results, indent=1, allow_nan=False)
     return write_text(folder / NAME, text + "\n")
 
 
@@ -126,7 +128,7 @@ def load_results(folder: str | os.PathLike[str]) -> Results:
     path = Path(folder) / NAME
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"There is no {path}; name the folder of a finished run.") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} can't be read as JSON: {error}.") from error

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -46,7 +46,8 @@ def load(cfg: DictConfig) -> Task:
         return _read(cfg.model.a, root), _read(cfg.model.b, root)
 
     def sampler(states: Mapping[str, State], seed: int) -> Samples:
-        return sample(unet, states, cfg.model.samples, cfg.model.steps, cfg.model.guidance, seed, root)
+        pipeline = tiny_sd.build_pipeline(unet, vae, text_encoder, tokenizer, scheduler)
+        return sample(pipeline, states, cfg.model.samples, cfg.model.steps, cfg.model.guidance, seed)
 
     example = heldout[0]
     images, _ = load_images("test", cfg.data.path)
@@ -67,29 +68,27 @@ def load(cfg: DictConfig) -> Task:
 
 
 def sample(
-    unet: UNet2DConditionModel,
+    pipeline: StableDiffusionPipeline,
     states: Mapping[str, State],
     count: int,
     steps: int,
     guidance: float,
     seed: int,
-    root: Path | None = None,
 ) -> Samples:
     """`count` images from each state, digit by digit; image i starts from the same noise in every row.
 
-    unet: the architecture; its weights are put back afterwards.
+    The weights of the pipeline's UNet are put back afterwards.
     """
     prompts = [f"a handwritten {WORDS[i % len(WORDS)]}" for i in range(count)]
-    pipeline = tiny_sd.load_pipeline(unet, path=root)
+    unet = pipeline.unet
     original = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     rows = {}
     try:
         for label, state in states.items():
             unet.load_state_dict(dict(state))
             noise = [torch.Generator().manual_seed(1000 * seed + i) for i in range(count)]
-            rows[label] = pipeline(
-                prompts, generator=noise, num_inference_steps=steps, guidance_scale=guidance
-            ).images  # pyright: ignore[reportAttributeAccessIssue]
+            made = pipeline(prompts, generator=noise, num_inference_steps=steps, guidance_scale=guidance)
+            rows[label] = made.images  # pyright: ignore[reportAttributeAccessIssue]
     finally:
         unet.load_state_dict(original)
     return Samples(prompts, rows)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import TraceError
 from ..spec import PermutationSpec
+from . import cache
 from .build import build
 from .export import compose, export
 from .rules import RULES
@@ -25,7 +26,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> PermutationSpec:
     Weights and inputs may be on the meta device: only shapes are used. The model is traced in evaluation mode and
     left as it was. A permutation of the spec leaves every floating point output unchanged; what the engine can't
     express stays in place and is listed in `spec.pins`. Use `verify` to prove the result numerically, and `compose`
-    to trace several modules together.
+    to trace several modules together. Specs of models from installed packages are cached on disk by a hash of the
+    architecture (`REBASIN_CACHE` sets the folder, `REBASIN_CACHE=off` turns it off).
 
     Raises:
         TraceError: the model can't be exported; the message names the line and what to do.
@@ -35,13 +37,19 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> PermutationSpec:
             f"rebasin.trace needs a torch.nn.Module, not {type(model).__name__}; wrap a function of modules with"
             f" rebasin.compose(function, name=module, ...)."
         )
+    key = cache.fingerprint(model, args, kwargs)
+    cached = cache.load(key)
+    if cached is not None:
+        return cached
     state = model.state_dict(keep_vars=True)
     aliases = _aliases(state)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     shapes = {n: tuple(t.shape) for n, t in state.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
     buffers = frozenset(shapes.keys() - parameters)
     constraints = walk(export(model, args, kwargs, RULES), aliases)
-    return build(constraints, solve(constraints), shapes, buffers, aliases)
+    spec = build(constraints, solve(constraints), shapes, buffers, aliases)
+    cache.store(key, spec)
+    return spec
 
 
 def _aliases(state: dict[str, torch.Tensor]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..spec import Branch, Cell, Group, Leaf, Node, PermutationSpec, Pin, Site, first_leaf, indices
+from ..spec import Branch, Cell, Group, Leaf, Node, PermutationSpec, Pin, Site, indices
 from .constraints import Constraints
 from .solve import Part, Solution
 
@@ -85,8 +85,7 @@ class _Builder:
                         for k, c in enumerate(node.children)]  # fmt: skip
             return Branch(tuple(children), node.moves)  # type: ignore[arg-type]
 
-        tree = convert(part, ())
-        return Group(cells[first_leaf(tree).cell].name.split("[")[0], cells, tree)
+        return Group(cells[0].name, cells, convert(part, ()))
 
     @staticmethod
     def orbit(node: Part, child: int) -> int:

@@ -1,0 +1,133 @@
+"""The words and pictures of a report follow from the figures, also from bad ones."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rebasin.evaluation import Curve
+from rebasin.reporting import draw
+from rebasin.reporting.answers import answers, number
+from rebasin.reporting.metrics import metrics
+from rebasin.reporting.results import environment
+from rebasin.reporting.samples import Samples, save_samples
+
+
+def curve(height: float | None, accuracy: bool = False) -> dict[str, Any]:
+    grid = np.linspace(0, 1, 5)
+    losses = list(1 + (height or 0) * 4 * grid * (1 - grid))
+    extra = {"accuracy": list(0.9 - 0.5 * grid * (1 - grid))} if accuracy else {}
+    data = asdict(Curve.measured(list(grid), losses, extra))
+    if height is None:  # what results.json makes of a loss that is no number
+        data |= {"losses": [1.0, 1.0, None, 1.0, 1.0], "barrier": None, "barrier_mean": None}
+    return data
+
+
+def results(before: float | None, after: float | None, **changes: Any) -> dict[str, Any]:
+    coverage = {"one": 0.999, "both": 0.9}
+    check = {"max_relative_error": 2e-7, "passed": True, "groups": 3, "neurons": 60, "coverage": coverage}
+    base = {
+        "format": 1, "name": "net-weight_matching", "model": "net", "data": "digits", "seed": 0, "lam": 0.5,
+        "algorithm": "weight_matching", "endpoints": {"a": "one", "b": "two"}, "aligned_part": "net",
+        "spec": {"hash": "x", "groups": 3, "cells": 3, "neurons": 60, "pins": 2, "coverage": coverage},
+        "verify": {"net": check},
+        "match": {
+            "objective": 5.0, "moved": 50, "neurons": 60, "converged": True, "seconds": 1.0, "sweeps": 1,
+            "history": [{"sweep": 1, "objective": 5.0, "groups": 3, "moved": 50, "seconds": 1.0}],
+        },
+        "distance": {"naive": 3.0, "aligned": 2.0},
+        "curves": {"heldout": {"naive": curve(before), "aligned": curve(after)}},
+        "seconds": {"spec": 1.0, "verify": 1.0, "align": 1.0, "evaluate": 1.0, "total": 4.0},
+        "environment": environment(), "config": {"seed": 0}, "command": "python -m rebasin.run",
+    }  # fmt: skip
+    return base | changes
+
+
+def unmoved(**more: Any) -> dict[str, Any]:
+    return {"match": results(0, 0)["match"] | {"moved": 0, "sweeps": 1} | more}
+
+
+@pytest.mark.parametrize(
+    ("case", "short", "words"),
+    [
+        (results(1.0, 0.01), "Yes", "from 1.00 to 0.0100, 1% of naive; it is gone. 50 of 60 neurons moved."),
+        (results(1.0, 0.4), "Yes", "40% of naive; a part remains."),
+        (results(1.0, 0.8), "A little", "80% of naive; most of it remains."),
+        (results(1.0, 1.0), "No", "100% of naive: unchanged, within 5 %."),
+        (results(1.0, 1.5), "No", "150% of naive: it is higher than without aligning."),
+        (results(0.01, 0.01), "Nothing to do", "There was no barrier to remove"),
+        (results(0.0, 0.0, **unmoved()), "Nothing to do", "No neuron moved, and there is no barrier"),
+        (results(1.0, 1.0, **unmoved()), "No", "No neuron moved although there is a barrier"),
+        (
+            results(1.0, 1.0, algorithm="naive"),
+            "Not aligned",
+            "This is the baseline: the barrier on held-out",
+        ),
+        (results(None, 0.1), "Unclear", "not finite"),
+    ],
+)
+def test_whether_it_helped_is_said_as_the_figures_have_it(case, short, words):
+    legal, helped, _ = answers(case)
+    assert (legal.short, helped.short) == ("Yes", short)
+    assert words in helped.text
+
+
+def test_a_failed_proof_and_an_unfinished_search_are_said():
+    case = results(1.0, 0.1, **unmoved(converged=False))
+    case["verify"]["net"] |= {"passed": False, "max_relative_error": 0.3}
+    legal, _, cost = answers(case)
+    assert (legal.short, legal.tone) == ("No", "bad")
+    assert "0.30" in legal.text
+    assert "It stopped before it converged." in cost.text
+
+
+@pytest.mark.parametrize("accuracy", [False, True])
+@pytest.mark.parametrize("before", [1.0, 0.0, None])
+def test_every_kind_of_result_can_be_drawn(tmp_path, before, accuracy):
+    case = results(before, 0.5)
+    if accuracy:
+        case["curves"] = {
+            split: {kind: curve(0.5, accuracy=True) for kind in ("naive", "aligned")}
+            for split in ("train", "heldout")
+        }
+    picture, page = draw(case, tmp_path)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    assert ("accuracy at the midpoint" in text) == accuracy
+    assert "Samples" not in text
+    assert all(isinstance(value, float) for value in metrics(case).values())
+
+
+def test_samples_are_on_the_page_when_they_are_in_the_folder(tmp_path):
+    tile = Image.new("L", (8, 8), 99)
+    save_samples(Samples(["a seven", ""], {"A": [tile, tile], "B": [tile, tile]}), tmp_path / "samples.png")
+    _, page = draw(results(1.0, 0.5), tmp_path)
+    assert page.read_text().count("data:image/png;base64,") == 2
+
+
+def test_names_from_outside_are_escaped(tmp_path):
+    _, page = draw(results(1.0, 0.5, endpoints={"a": "<script>alert(1)</script>", "b": "b"}), tmp_path)
+    assert "<script>" not in page.read_text()
+
+
+def test_metrics_have_stable_names():
+    case = results(1.0, 0.25)
+    found = metrics(case)
+    assert found["barrier/heldout/loss"] == 0.25
+    assert found["naive/barrier/heldout/loss"] == 1.0
+    assert found["midpoint/heldout/loss"] == 1.25
+    assert found["match/l2_before"] == 3.0
+    assert found["verify/net"] == 2e-7
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (1234.5, "1234"), (12.345, "12.3"), (0.98765, "0.988"), (0.0321, "0.0321"),
+     (0.00098, "0.000980"),     (1e-7, "1.00e-07"), (-0.5, "-0.500"), (None, "not finite")],
+)  # fmt: skip
+def test_numbers_have_three_significant_digits(value, text):
+    assert number(value) == text

@@ -1,0 +1,36 @@
+"""torchvision's architectures, in a process of their own: its wheel breaks other imports on a CPU build of torch.
+
+The whole list is in docs/architectures.md (`python -m experiments.architectures`); here is a sample of its kinds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _vision() -> Path | None:
+    """Where `make test` puts torchvision: beside the environment, so that only this test sees it."""
+    folders = [os.environ.get("REBASIN_VISION", ""), str(ROOT / ".venv" / "vision"), str(Path(sys.prefix) / "vision")]
+    return next((Path(f) for f in folders if f and (Path(f) / "torchvision").is_dir()), None)
+
+
+def test_torchvision_sample() -> None:
+    folder = _vision()
+    if folder is None and importlib.util.find_spec("torchvision") is None:
+        pytest.skip("no torchvision: pip install --no-deps --target .venv/vision torchvision==0.28.0")
+    names = ["resnet18", "resnext50_32x4d", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_1", "vgg11"]
+    command = [sys.executable, "-m", "experiments.architectures", "--family", "torchvision"]
+    for name in names:
+        command += ["--only", name]
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), str(folder or "")]))
+    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert "NO" not in run.stdout.split()
