@@ -63,20 +63,27 @@ def examine(family: str, name: str) -> Row:
 
 def markdown(rows: list[Row]) -> str:
     lines = [
-        "# Architectures", "",
+        "# Architectures",
+        "",
         "Made by `python -m experiments.architectures`"
-        f" (torch {torch.__version__}, {platform.machine()}, one thread; tracing seconds on a busy machine).", "",
-        "`fp32` and `fp64`: largest relative change of any output under a random member of the group, small random-weight",
-        "model, norms and biases randomised. Coverage at the published size: share of parameters with at least one, and of",
-        "matrices with both, axes permuted. What is missing is mostly classes, vocabularies, inputs and outputs, and models",
-        "whose output *is* their residual stream (encoders without a head: trace them with what reads them).", "",
-    ]  # fmt: skip
+        f" (torch {torch.__version__}, {platform.machine()}, one thread; tracing seconds on a busy machine).",
+        "",
+        "`fp32`, `fp64`: the relative change of any output under a random member of the group (random weights,",
+        "model, norms and biases randomised). Coverage at the published size: share with one,",
+        "matrices with both, axes permuted. Missing are mostly classes, vocabularies, inputs, outputs and models",
+        "whose output *is* their residual stream (encoders without a head: trace them with what reads them).",
+        "",
+    ]
     for family in ZOO:
         mine = [r for r in rows if r["family"] == family]
         if not mine:
             continue
-        lines += [f"## {family}", "", "| architecture | sound | fp32 | fp64 | parameters | groups | one | both | trace s | pinned by |",
-                  "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines += [
+            f"## {family}",
+            "",
+            "| architecture | sound | fp32 | fp64 | parameters | groups | one | both | trace s | pinned by |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
         for r in mine:
             if "error" in r:
                 lines.append(f"| {r['name']} | **no** | {r['error']} | | | | | | | |")
@@ -114,8 +121,17 @@ def main(
     rows = [examine(f, n) for f, n in track(work, description="architectures")]
     table = Table("architecture", "sound", "fp32", "fp64", "one", "both", "seconds")
     for r in rows:
-        cells = [r.get("error", "")] if "error" in r else [
-            f"{r['fp32']:.0e}", f"{r['fp64']:.0e}", f"{r['one']:.2%}", f"{r['both']:.1%}", f"{r['seconds']:.1f}"]  # fmt: skip
+        cells = (
+            [r.get("error", "")]
+            if "error" in r
+            else [
+                f"{r['fp32']:.0e}",
+                f"{r['fp64']:.0e}",
+                f"{r['one']:.2%}",
+                f"{r['both']:.1%}",
+                f"{r['seconds']:.1f}",
+            ]
+        )
         table.add_row(f"{r['family']}/{r['name']}", "yes" if r["sound"] else "NO", *cells)
     typer.echo("")
     import rich

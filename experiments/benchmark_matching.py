@@ -1,21 +1,22 @@
 """How fast weight matching is, and how good, against three yardsticks measured in the same run.
 
-    matmul   one product of two square matrices, timed here, scaled to the floating point operations of one sweep:
-             what the cost matrices alone would take at best
+    matmul   one product of two square matrices, timed here, scaled to the floating point operations of one
+             sweep: what the cost matrices alone would take at best
     loop     the paper's algorithm written down plainly (`plain_loop` below), on the same spec
     peer     the PyPI package `rebasin`, which has our import name and so needs an environment of its own:
                  python -m venv peer && peer/bin/pip install torch numpy scipy tqdm graphviz torchview
                  peer/bin/pip install --no-deps rebasin
 
-    python -m experiments.benchmark_matching                                  # small networks, no peer, a minute
-    python -m experiments.benchmark_matching --peer peer/bin/python           # with the peer
-    python -m experiments.benchmark_matching --cases sd15 --pairs near        # full size, by shape
-    python -m experiments.benchmark_matching --scaling                        # cost against width and depth, a plot
+    python -m experiments.benchmark_matching                               # small networks, without the peer
+    python -m experiments.benchmark_matching --peer peer/bin/python        # with it
+    python -m experiments.benchmark_matching --cases sd15 --pairs near     # full size, by shape
+    python -m experiments.benchmark_matching --scaling                     # cost against width and depth
 
-Every measurement runs in a process of its own, so that its peak memory (which includes both endpoints) is its own.
-Endpoints are random: `random` pairs are drawn independently, with nothing to find, which is the hardest case; `near` is A plus
-10 % noise, like two fine-tunes of one base; `planted` is that under a hidden permutation, which must be found again.
-Writes matching.json and matching.md (and scaling.json, scaling.png) to --out.
+Every measurement runs in a process of its own, so that its peak memory (which includes both endpoints) is its
+own. Endpoints are random: `random` pairs are drawn independently, with nothing to find, which is the hardest
+case; `near` is A plus 10 % noise, like two fine-tunes of one base; `planted` is that under a hidden
+permutation, which must be found again. Writes matching.json and matching.md (or scaling.json and scaling.png)
+to --out.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -243,8 +245,8 @@ def plain_loop(
 ) -> tuple[Any, int, list[float]]:
     """The paper's algorithm as it reads: all groups in random order, until a sweep without progress.
 
-    Every cost matrix anew and whole, every assignment by scipy. Returns the permutation, the number of sweeps and the
-    seconds of each.
+    Every cost matrix anew and whole, every assignment by scipy. Returns the permutation, the number of sweeps
+    and the seconds of each.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -350,14 +352,18 @@ def work(options: argparse.Namespace) -> None:
     if options.method == "peer":
         _work_peer(options, case)
         return
+    import scipy.optimize  # noqa: F401  (loading libraries is not what is measured)
+
+    import rebasin.matching  # noqa: F401
+
     spec, tracing = traced(case)
     a, b = endpoints(spec, case, options.pair, options.seed)
     figures: dict[str, Any] = {"tracing": tracing, "flops": flops(spec), "neurons": spec.neurons}
     if options.method == "endpoints":
-        np.savez(
-            options.endpoints,
-            **{f"{s}/{n}": t.numpy() for s, m in (("a", a), ("b", b)) for n, t in m.items()},
-        )
+        arrays: dict[str, Any] = {
+            f"{s}/{n}": t.numpy() for s, m in (("a", a), ("b", b)) for n, t in m.items()
+        }
+        np.savez(options.endpoints, **arrays)
         _report(options, figures | {"objective": inner(spec, a, b)})
         return
     if options.method == "judge":  # what the peer made of B, measured like ours
@@ -407,8 +413,10 @@ def _work_peer(options: argparse.Namespace, case: Case) -> None:
         "cpu": time.process_time() - cpu,
         "tracing": made - wall,
     }
-    aligned = {n: t.detach().numpy() for n, t in models[1].state_dict().items() if t.is_floating_point()}
-    np.savez(options.aligned, **aligned)  # pyright: ignore[reportArgumentType]
+    aligned: dict[str, Any] = {
+        n: t.detach().numpy() for n, t in models[1].state_dict().items() if t.is_floating_point()
+    }
+    np.savez(options.aligned, **aligned)
     _report(options, figures)
 
 
@@ -427,12 +435,12 @@ def _function_error(case: Case, before: State, after: State) -> float:
 
 
 def _matmul_rate(size: int = 4096) -> dict[str, float]:
-    """Floating point operations a second of a float32 product, by wall clock and by CPU seconds; the best of three."""
+    """Floating point operations a second, of wall clock and of CPU time; float32, the best of three."""
     x = torch.randn(size, size)
     wall, cpu = [], []
     for _ in range(3):
         began = time.perf_counter(), time.process_time()
-        x @ x
+        torch.mm(x, x)
         wall.append(time.perf_counter() - began[0])
         cpu.append(time.process_time() - began[1])
     return {"wall": 2 * size**3 / min(wall), "cpu": 2 * size**3 / min(cpu)}
@@ -587,9 +595,7 @@ def scaling(options: argparse.Namespace) -> None:
         (d, 256) for d in (1, 4, 8, 16, 32)
     ]:
         sizes = [256] + [width] * depth + [10]
-        layers = [m for n, o in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(n, o), nn.ReLU())][
-            :-1
-        ]
+        layers = [m for n, o in pairwise(sizes) for m in (nn.Linear(n, o), nn.ReLU())][:-1]
         spec = rebasin.trace(nn.Sequential(*layers), torch.zeros(2, 256))
         torch.manual_seed(options.seed)
         a, b = ({n: torch.randn(s) / s[-1] ** 0.5 for n, s in spec.shapes.items()} for _ in range(2))

@@ -4,6 +4,9 @@
 `torch.device("meta")` for coverage by shape; `real=False` is small enough to compute with.
 """
 
+# Configs are dicts with keys of many types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -34,12 +37,33 @@ for _name, _build in zoo_blocks.BLOCKS.items():
 # ---------------------------------------------------------------------------------------------- torchvision
 
 TORCHVISION = {
-    "alexnet": 64, "vgg11": 32, "vgg16": 32, "vgg16_bn": 32, "resnet18": 32, "resnet50": 32, "resnext50_32x4d": 32,
-    "wide_resnet50_2": 32, "densenet121": 32, "googlenet": 64, "inception_v3": 96, "squeezenet1_1": 64,
-    "mobilenet_v2": 32, "mobilenet_v3_small": 32, "mobilenet_v3_large": 32, "efficientnet_b0": 32,
-    "efficientnet_v2_s": 32, "regnet_x_400mf": 32, "regnet_y_400mf": 32, "shufflenet_v2_x1_0": 32, "mnasnet1_0": 32,
-    "convnext_tiny": 32, "vit_b_16": 224, "swin_t": 64, "swin_v2_t": 64, "maxvit_t": 224,
-}  # fmt: skip
+    "alexnet": 64,
+    "vgg11": 32,
+    "vgg16": 32,
+    "vgg16_bn": 32,
+    "resnet18": 32,
+    "resnet50": 32,
+    "resnext50_32x4d": 32,
+    "wide_resnet50_2": 32,
+    "densenet121": 32,
+    "googlenet": 64,
+    "inception_v3": 96,
+    "squeezenet1_1": 64,
+    "mobilenet_v2": 32,
+    "mobilenet_v3_small": 32,
+    "mobilenet_v3_large": 32,
+    "efficientnet_b0": 32,
+    "efficientnet_v2_s": 32,
+    "regnet_x_400mf": 32,
+    "regnet_y_400mf": 32,
+    "shufflenet_v2_x1_0": 32,
+    "mnasnet1_0": 32,
+    "convnext_tiny": 32,
+    "vit_b_16": 224,
+    "swin_t": 64,
+    "swin_v2_t": 64,
+    "maxvit_t": 224,
+}
 
 
 def import_torchvision() -> Any:
@@ -81,8 +105,13 @@ def _ids(vocabulary: int, length: int = 7) -> torch.Tensor:
     return torch.randint(5, min(vocabulary, 60), (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def _hf(model_class: str, config_class: str, small: dict[str, Any], inputs: Callable[[Any], dict[str, Any]],
-        **always: Any) -> Builder:  # fmt: skip
+def _hf(
+    model_class: str,
+    config_class: str,
+    small: dict[str, Any],
+    inputs: Callable[[Any], dict[str, Any]],
+    **always: Any,
+) -> Builder:
     def build(real: bool) -> Built:
         import transformers
 
@@ -109,9 +138,19 @@ def _pixels(config: Any) -> dict[str, Any]:
 
 _HF = ZOO["transformers"]
 _HF["clip_text"] = _hf("CLIPTextModel", "CLIPTextConfig", {**_TEXT, "eos_token_id": 1}, _text)
-_HF["clip_vision"] = _hf("CLIPVisionModel", "CLIPVisionConfig",
-                         dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-                              image_size=16, patch_size=8), _pixels)  # fmt: skip
+_HF["clip_vision"] = _hf(
+    "CLIPVisionModel",
+    "CLIPVisionConfig",
+    dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=8,
+    ),
+    _pixels,
+)
 _HF["bert"] = _hf("BertModel", "BertConfig", _TEXT, _text)
 _HF["bert_mlm_tied"] = _hf("BertForMaskedLM", "BertConfig", _TEXT, _text)
 _HF["roberta"] = _hf("RobertaModel", "RobertaConfig", _TEXT, _text)
@@ -126,24 +165,60 @@ _HF["qwen2"] = _hf("Qwen2ForCausalLM", "Qwen2Config", {**_TEXT, "num_key_value_h
 _HF["qwen3_qk_norm"] = _hf(
     "Qwen3ForCausalLM", "Qwen3Config", {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}, _decoder
 )
-_HF["t5"] = _hf("T5ForConditionalGeneration", "T5Config",
-                dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64, decoder_start_token_id=0),
-                lambda c: {"input_ids": _ids(c.vocab_size), "decoder_input_ids": _ids(c.vocab_size, 5), "use_cache": False})  # fmt: skip
-_HF["vit"] = _hf("ViTModel", "ViTConfig",
-                 dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16,
-                      patch_size=8), _pixels)  # fmt: skip
-_HF["whisper_tiny"] = _hf("WhisperModel", "WhisperConfig",
-                          dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-                               decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=64,
-                               num_mel_bins=8, max_source_positions=10, max_target_positions=12, pad_token_id=0,
-                               bos_token_id=1, eos_token_id=2, decoder_start_token_id=1),
-                          lambda c: {"input_features": torch.randn(1, c.num_mel_bins, 2 * c.max_source_positions),
-                                     "decoder_input_ids": _ids(c.vocab_size, 5), "use_cache": False})  # fmt: skip
+_HF["t5"] = _hf(
+    "T5ForConditionalGeneration",
+    "T5Config",
+    dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64, decoder_start_token_id=0),
+    lambda c: {
+        "input_ids": _ids(c.vocab_size),
+        "decoder_input_ids": _ids(c.vocab_size, 5),
+        "use_cache": False,
+    },
+)
+_HF["vit"] = _hf(
+    "ViTModel",
+    "ViTConfig",
+    dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=8,
+    ),
+    _pixels,
+)
+_HF["whisper_tiny"] = _hf(
+    "WhisperModel",
+    "WhisperConfig",
+    dict(
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        vocab_size=64,
+        num_mel_bins=8,
+        max_source_positions=10,
+        max_target_positions=12,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    ),
+    lambda c: {
+        "input_features": torch.randn(1, c.num_mel_bins, 2 * c.max_source_positions),
+        "decoder_input_ids": _ids(c.vocab_size, 5),
+        "use_cache": False,
+    },
+)
 
 
 # ------------------------------------------------------------------------------------------------ diffusers
 
-_SD = dict(in_channels=4, out_channels=4, layers_per_block=2)
+_SD: dict[str, Any] = dict(in_channels=4, out_channels=4, layers_per_block=2)
 _CROSS_DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 _CROSS_UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 
@@ -172,30 +247,69 @@ def _unet(real_config: dict[str, Any], small: dict[str, Any]) -> Builder:
 
 _D = ZOO["diffusers"]
 _D["sd15_unet"] = _unet(
-    dict(block_out_channels=(320, 640, 1280, 1280), down_block_types=_CROSS_DOWN, up_block_types=_CROSS_UP,
-         cross_attention_dim=768, attention_head_dim=8),
-    dict(block_out_channels=(32, 64, 128, 128), cross_attention_dim=24, norm_num_groups=16))  # fmt: skip
+    dict(
+        block_out_channels=(320, 640, 1280, 1280),
+        down_block_types=_CROSS_DOWN,
+        up_block_types=_CROSS_UP,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+    ),
+    dict(block_out_channels=(32, 64, 128, 128), cross_attention_dim=24, norm_num_groups=16),
+)
 _D["sd21_unet"] = _unet(
-    dict(block_out_channels=(320, 640, 1280, 1280), down_block_types=_CROSS_DOWN, up_block_types=_CROSS_UP,
-         cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
-    dict(block_out_channels=(32, 64, 128, 128), cross_attention_dim=24, norm_num_groups=16,
-         attention_head_dim=(2, 4, 8, 8)))  # fmt: skip
-SDXL = dict(
-    block_out_channels=(320, 640, 1280), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=2048,
-    attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10), use_linear_projection=True,
-    addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)  # fmt: skip
-_D["sdxl_unet"] = _unet(SDXL, dict(
-    block_out_channels=(32, 64, 128), cross_attention_dim=24, norm_num_groups=16, attention_head_dim=(2, 4, 8),
-    transformer_layers_per_block=(1, 2, 3), addition_time_embed_dim=8, projection_class_embeddings_input_dim=64))  # fmt: skip
+    dict(
+        block_out_channels=(320, 640, 1280, 1280),
+        down_block_types=_CROSS_DOWN,
+        up_block_types=_CROSS_UP,
+        cross_attention_dim=1024,
+        attention_head_dim=(5, 10, 20, 20),
+        use_linear_projection=True,
+    ),
+    dict(
+        block_out_channels=(32, 64, 128, 128),
+        cross_attention_dim=24,
+        norm_num_groups=16,
+        attention_head_dim=(2, 4, 8, 8),
+    ),
+)
+SDXL: dict[str, Any] = dict(
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=2048,
+    attention_head_dim=(5, 10, 20),
+    transformer_layers_per_block=(1, 2, 10),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+_D["sdxl_unet"] = _unet(
+    SDXL,
+    dict(
+        block_out_channels=(32, 64, 128),
+        cross_attention_dim=24,
+        norm_num_groups=16,
+        attention_head_dim=(2, 4, 8),
+        transformer_layers_per_block=(1, 2, 3),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64,
+    ),
+)
 
 
 @entry("diffusers")
 def unet2d(real: bool) -> Built:
     from diffusers import UNet2DModel
 
-    small = dict(sample_size=16, block_out_channels=(32, 64), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                 up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=8, attention_head_dim=8)  # fmt: skip
+    small: dict[str, Any] = dict(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=8,
+    )
     return UNet2DModel(**({} if real else small)), (torch.randn(1, 3, 32, 32), torch.tensor([7])), {}
 
 
@@ -205,8 +319,12 @@ def autoencoder_kl(real: bool) -> Built:
 
     channels = (128, 256, 512, 512) if real else (32, 64)
     model = AutoencoderKL(
-        block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels), layers_per_block=2, norm_num_groups=32 if real else 16)  # fmt: skip
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        layers_per_block=2,
+        norm_num_groups=32 if real else 16,
+    )
     return model, (torch.randn(1, 3, 16, 16),), {}
 
 
@@ -221,75 +339,145 @@ def autoencoder_tiny(real: bool) -> Built:
 def controlnet(real: bool) -> Built:
     from diffusers import ControlNetModel
 
-    small = dict(block_out_channels=(32, 64, 128, 128), cross_attention_dim=24, norm_num_groups=16,
-                 conditioning_embedding_out_channels=(8, 16))  # fmt: skip
+    small: dict[str, Any] = dict(
+        block_out_channels=(32, 64, 128, 128),
+        cross_attention_dim=24,
+        norm_num_groups=16,
+        conditioning_embedding_out_channels=(8, 16),
+    )
     model = ControlNetModel(**(dict(cross_attention_dim=768) if real else small))
     scale = 8 if real else 2
-    return model, (torch.randn(1, 4, 16, 16), torch.tensor([7]), torch.randn(1, 5, 768 if real else 24),
-                   torch.randn(1, 3, 16 * scale, 16 * scale)), {}  # fmt: skip
+    return (
+        model,
+        (
+            torch.randn(1, 4, 16, 16),
+            torch.tensor([7]),
+            torch.randn(1, 5, 768 if real else 24),
+            torch.randn(1, 3, 16 * scale, 16 * scale),
+        ),
+        {},
+    )
 
 
 @entry("diffusers")
 def sd3_transformer(real: bool) -> Built:
     from diffusers import SD3Transformer2DModel
 
-    small = dict(sample_size=8, num_layers=3, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=24,
-                 caption_projection_dim=32, pooled_projection_dim=16, pos_embed_max_size=8)  # fmt: skip
+    small: dict[str, Any] = dict(
+        sample_size=8,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=24,
+        caption_projection_dim=32,
+        pooled_projection_dim=16,
+        pos_embed_max_size=8,
+    )
     model = SD3Transformer2DModel(**({} if real else small))
     c = model.config
-    return model, (), dict(
-        hidden_states=torch.randn(1, c.in_channels, 8, 8), timestep=torch.tensor([7]),
-        encoder_hidden_states=torch.randn(1, 5, c.joint_attention_dim),
-        pooled_projections=torch.randn(1, c.pooled_projection_dim))  # fmt: skip
+    return (
+        model,
+        (),
+        dict(
+            hidden_states=torch.randn(1, c.in_channels, 8, 8),
+            timestep=torch.tensor([7]),
+            encoder_hidden_states=torch.randn(1, 5, c.joint_attention_dim),
+            pooled_projections=torch.randn(1, c.pooled_projection_dim),
+        ),
+    )
 
 
 @entry("diffusers")
 def sd35_transformer_qk_norm(real: bool) -> Built:
     from diffusers import SD3Transformer2DModel
 
-    small = dict(sample_size=8, num_layers=3, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=24,
-                 caption_projection_dim=32, pooled_projection_dim=16, pos_embed_max_size=8)  # fmt: skip
+    small: dict[str, Any] = dict(
+        sample_size=8,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=24,
+        caption_projection_dim=32,
+        pooled_projection_dim=16,
+        pos_embed_max_size=8,
+    )
     model = SD3Transformer2DModel(**({} if real else small), qk_norm="rms_norm", dual_attention_layers=(0,))
     c = model.config
-    return model, (), dict(
-        hidden_states=torch.randn(1, c.in_channels, 8, 8), timestep=torch.tensor([7]),
-        encoder_hidden_states=torch.randn(1, 5, c.joint_attention_dim),
-        pooled_projections=torch.randn(1, c.pooled_projection_dim))  # fmt: skip
+    return (
+        model,
+        (),
+        dict(
+            hidden_states=torch.randn(1, c.in_channels, 8, 8),
+            timestep=torch.tensor([7]),
+            encoder_hidden_states=torch.randn(1, 5, c.joint_attention_dim),
+            pooled_projections=torch.randn(1, c.pooled_projection_dim),
+        ),
+    )
 
 
 @entry("diffusers")
 def flux_transformer(real: bool) -> Built:
     from diffusers import FluxTransformer2DModel
 
-    small = dict(in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-                 joint_attention_dim=24, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=True)  # fmt: skip
+    small: dict[str, Any] = dict(
+        in_channels=8,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
     model = FluxTransformer2DModel(**(dict(guidance_embeds=True) if real else small))
     c = model.config
-    return model, (), dict(
-        hidden_states=torch.randn(1, 6, c.in_channels), encoder_hidden_states=torch.randn(1, 5, c.joint_attention_dim),
-        pooled_projections=torch.randn(1, c.pooled_projection_dim), timestep=torch.tensor([0.5]),
-        img_ids=torch.rand(6, 3) * 4, txt_ids=torch.zeros(5, 3), guidance=torch.tensor([3.5]))  # fmt: skip
+    return (
+        model,
+        (),
+        dict(
+            hidden_states=torch.randn(1, 6, c.in_channels),
+            encoder_hidden_states=torch.randn(1, 5, c.joint_attention_dim),
+            pooled_projections=torch.randn(1, c.pooled_projection_dim),
+            timestep=torch.tensor([0.5]),
+            img_ids=torch.rand(6, 3) * 4,
+            txt_ids=torch.zeros(5, 3),
+            guidance=torch.tensor([3.5]),
+        ),
+    )
 
 
 @entry("diffusers")
 def pixart_transformer(real: bool) -> Built:
     from diffusers import PixArtTransformer2DModel
 
-    small = dict(sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=4, caption_channels=24,
-                 cross_attention_dim=32)  # fmt: skip
+    small: dict[str, Any] = dict(
+        sample_size=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_channels=24,
+        cross_attention_dim=32,
+    )
     model = PixArtTransformer2DModel(**({**small} if not real else {}), use_additional_conditions=False)
     c = model.config
-    return model, (), dict(
-        hidden_states=torch.randn(1, 4, 8, 8), timestep=torch.tensor([7]),
-        encoder_hidden_states=torch.randn(1, 5, c.caption_channels),
-        added_cond_kwargs={"resolution": None, "aspect_ratio": None})  # fmt: skip
+    return (
+        model,
+        (),
+        dict(
+            hidden_states=torch.randn(1, 4, 8, 8),
+            timestep=torch.tensor([7]),
+            encoder_hidden_states=torch.randn(1, 5, c.caption_channels),
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        ),
+    )
 
 
 @entry("diffusers")
 def dit(real: bool) -> Built:
     from diffusers import DiTTransformer2DModel
 
-    small = dict(
+    small: dict[str, Any] = dict(
         sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=4, num_embeds_ada_norm=10
     )
     model = DiTTransformer2DModel(**({} if real else small))

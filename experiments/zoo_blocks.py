@@ -1,5 +1,8 @@
 """Building blocks in isolation: one for each way in which a neuron can be used."""
 
+# Configs are dicts with keys of many types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -17,7 +20,7 @@ class Apply(nn.Module):
     """Named modules and a function of them: a whole model in two lines."""
 
     def __init__(
-        self, function: Callable[..., Any], parameters: dict[str, Tensor] | None = None, **modules: nn.Module
+        self, function: Callable[..., Any], parameters: dict[str, Tensor] | None = None, **modules: Any
     ):
         super().__init__()
         self.function = function
@@ -54,8 +57,17 @@ def mlp() -> Built:
 
 @block
 def residual_mlp() -> Built:
-    return Apply(lambda m, x: m.h((y := m.e(x)) + m.b(F.relu(m.a(y)))), e=nn.Linear(5, 12), a=nn.Linear(12, 20),
-                 b=nn.Linear(20, 12), h=nn.Linear(12, 4)), (torch.randn(2, 5),), {}  # fmt: skip
+    return (
+        Apply(
+            lambda m, x: m.h((y := m.e(x)) + m.b(F.relu(m.a(y)))),
+            e=nn.Linear(5, 12),
+            a=nn.Linear(12, 20),
+            b=nn.Linear(20, 12),
+            h=nn.Linear(12, 4),
+        ),
+        (torch.randn(2, 5),),
+        {},
+    )
 
 
 @block
@@ -257,14 +269,32 @@ def layer_scale_squeeze_excite() -> Built:
         gate = torch.sigmoid(m.up(F.relu(m.down(y.mean((2, 3), keepdim=True)))))
         return m.head(y + m.gamma * (y * gate))
 
-    return Apply(forward, {"gamma": torch.full((8, 1, 1), 0.1)}, stem=nn.Conv2d(3, 8, 3), down=nn.Conv2d(8, 4, 1),
-                 up=nn.Conv2d(4, 8, 1), head=nn.Conv2d(8, 3, 1)), image(), {}  # fmt: skip
+    return (
+        Apply(
+            forward,
+            {"gamma": torch.full((8, 1, 1), 0.1)},
+            stem=nn.Conv2d(3, 8, 3),
+            down=nn.Conv2d(8, 4, 1),
+            up=nn.Conv2d(4, 8, 1),
+            head=nn.Conv2d(8, 3, 1),
+        ),
+        image(),
+        {},
+    )
 
 
 @block
 def concat_skip() -> Built:
-    return Apply(lambda m, x: m.h(torch.cat([y := F.relu(m.a(x)), F.relu(m.b(y))], 1)), a=nn.Conv2d(3, 6, 1),
-                 b=nn.Conv2d(6, 8, 1), h=nn.Conv2d(14, 3, 1)), image(), {}  # fmt: skip
+    return (
+        Apply(
+            lambda m, x: m.h(torch.cat([y := F.relu(m.a(x)), F.relu(m.b(y))], 1)),
+            a=nn.Conv2d(3, 6, 1),
+            b=nn.Conv2d(6, 8, 1),
+            h=nn.Conv2d(14, 3, 1),
+        ),
+        image(),
+        {},
+    )
 
 
 @block
@@ -276,8 +306,19 @@ def concat_skip_group_norm() -> Built:
         z = m.n2(F.relu(m.b(y)))
         return m.h(m.n3(torch.cat([z, y], 1)))
 
-    return Apply(forward, a=nn.Conv2d(3, 8, 1), n1=nn.GroupNorm(4, 8), b=nn.Conv2d(8, 16, 1), n2=nn.GroupNorm(4, 16),
-                 n3=nn.GroupNorm(4, 24), h=nn.Conv2d(24, 3, 1)), image(), {}  # fmt: skip
+    return (
+        Apply(
+            forward,
+            a=nn.Conv2d(3, 8, 1),
+            n1=nn.GroupNorm(4, 8),
+            b=nn.Conv2d(8, 16, 1),
+            n2=nn.GroupNorm(4, 16),
+            n3=nn.GroupNorm(4, 24),
+            h=nn.Conv2d(24, 3, 1),
+        ),
+        image(),
+        {},
+    )
 
 
 @block
@@ -349,8 +390,20 @@ def mixer() -> Built:
         y = y + m.t2(F.gelu(m.t1(m.n(y).transpose(1, 2)))).transpose(1, 2)
         return m.h(y + m.c2(F.gelu(m.c1(y))))
 
-    return Apply(forward, e=nn.Linear(5, 8), n=nn.LayerNorm(8), t1=nn.Linear(4, 6), t2=nn.Linear(6, 4), c1=nn.Linear(8, 12),
-                 c2=nn.Linear(12, 8), h=nn.Linear(8, 3)), tokens(), {}  # fmt: skip
+    return (
+        Apply(
+            forward,
+            e=nn.Linear(5, 8),
+            n=nn.LayerNorm(8),
+            t1=nn.Linear(4, 6),
+            t2=nn.Linear(6, 4),
+            c1=nn.Linear(8, 12),
+            c2=nn.Linear(12, 8),
+            h=nn.Linear(8, 3),
+        ),
+        tokens(),
+        {},
+    )
 
 
 @block
@@ -391,8 +444,16 @@ def einsum_attention() -> Built:
 
 @block
 def multihead_attention() -> Built:
-    return Apply(lambda m, x: m.h(m.a(y := m.e(x), y, y)[0] + y), e=nn.Linear(5, 16), a=nn.MultiheadAttention(16, 4, batch_first=True),
-                 h=nn.Linear(16, 3)), tokens(), {}  # fmt: skip
+    return (
+        Apply(
+            lambda m, x: m.h(m.a(y := m.e(x), y, y)[0] + y),
+            e=nn.Linear(5, 16),
+            a=nn.MultiheadAttention(16, 4, batch_first=True),
+            h=nn.Linear(16, 3),
+        ),
+        tokens(),
+        {},
+    )
 
 
 @block
@@ -523,8 +584,14 @@ def shared_module() -> Built:
 
 @block
 def functional_parameters() -> Built:
-    return Apply(lambda m, x: F.linear(F.relu(F.linear(x, m.a, m.b)), m.c), {"a": torch.randn(9, 5), "b": torch.randn(9),
-                 "c": torch.randn(3, 9)}), tokens(), {}  # fmt: skip
+    return (
+        Apply(
+            lambda m, x: F.linear(F.relu(F.linear(x, m.a, m.b)), m.c),
+            {"a": torch.randn(9, 5), "b": torch.randn(9), "c": torch.randn(3, 9)},
+        ),
+        tokens(),
+        {},
+    )
 
 
 @block
@@ -559,8 +626,16 @@ def max_over_channels() -> Built:
 
 @block
 def position_embedding() -> Built:
-    return Apply(lambda m, x: m.h(F.gelu(torch.cat([m.c.expand(x.shape[0], -1, -1), m.e(x)], 1) + m.p)[:, 0]),
-                 {"c": torch.randn(1, 1, 8), "p": torch.randn(1, 5, 8)}, e=nn.Linear(5, 8), h=nn.Linear(8, 3)), tokens(), {}  # fmt: skip
+    return (
+        Apply(
+            lambda m, x: m.h(F.gelu(torch.cat([m.c.expand(x.shape[0], -1, -1), m.e(x)], 1) + m.p)[:, 0]),
+            {"c": torch.randn(1, 1, 8), "p": torch.randn(1, 5, 8)},
+            e=nn.Linear(5, 8),
+            h=nn.Linear(8, 3),
+        ),
+        tokens(),
+        {},
+    )
 
 
 @block

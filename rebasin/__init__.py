@@ -20,7 +20,18 @@ _PUBLIC = {
 }
 # Loaded on first use: `import rebasin` stays quick, and a command's --help need not wait for torch.
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "Permutation",
+    "PermutationSpec",
+    "RebasinError",
+    "__version__",
+    "barrier",
+    "compose",
+    "interpolate",
+    "trace",
+    "verify",
+    "weight_matching",
+]
 
 if TYPE_CHECKING:
     from .errors import RebasinError
@@ -29,7 +40,6 @@ if TYPE_CHECKING:
     from .merging import interpolate
     from .spec import Permutation, PermutationSpec
     from .tracing import compose, trace, verify
-
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:

@@ -255,7 +255,9 @@ class PermutationSpec:
             data = json.loads(text)
             version = data["format"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise SpecMismatchError("This text is not a permutation spec: it is no JSON with a 'format'.") from error
+            raise SpecMismatchError(
+                "This text is not a permutation spec: it is no JSON with a 'format'."
+            ) from error
         if version != FORMAT:
             raise SpecMismatchError(
                 f"The permutation spec has format {version}, but this version reads {FORMAT}; trace the model again."
@@ -268,7 +270,9 @@ class PermutationSpec:
             pins=tuple(Pin(*pin) for pin in data["pins"]),
         )
         if spec.hash != data["hash"]:
-            raise SpecMismatchError("The permutation spec is damaged: its hash does not fit; trace the model again.")
+            raise SpecMismatchError(
+                "The permutation spec is damaged: its hash does not fit; trace the model again."
+            )
         return spec
 
     def _payload(self) -> dict[str, Any]:
@@ -391,7 +395,7 @@ class Permutation:
                 header = file.metadata() or {}
                 if "spec" not in header:
                     raise CheckpointError(f"{path} holds no permutation: its header has no spec.")
-                index = {name: file.get_tensor(name).numpy().astype(np.int64) for name in file.keys()}
+                index = {name: file.get_tensor(name).numpy().astype(np.int64) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} can't be read as a permutation file: {error}.") from error
         spec = PermutationSpec.from_json(header["spec"])
@@ -463,7 +467,9 @@ def _is_member(group: Group, dst: Node, src: Node, index: Mapping[str, np.ndarra
         order.append(chosen)
     if dst.moves == "fixed" and order != list(range(len(order))):
         return False
-    if sorted(order) != list(range(len(order))) or (isinstance(dst.moves, tuple) and tuple(order) not in dst.moves):
+    if sorted(order) != list(range(len(order))) or (
+        isinstance(dst.moves, tuple) and tuple(order) not in dst.moves
+    ):
         return False
     return all(_is_member(group, c, src.children[j], index) for c, j in zip(dst.children, order, strict=True))
 
@@ -474,7 +480,9 @@ def _leading(node: Node) -> Iterator[tuple[int, int]]:
         for neuron in to_array(node.neurons):
             yield node.cell, int(neuron)
         return
-    heads = {"fixed": [0], "any": range(len(node.children))}.get(str(node.moves)) or sorted({m[0] for m in node.moves})
+    heads = {"fixed": [0], "any": range(len(node.children))}.get(str(node.moves)) or sorted(
+        {m[0] for m in node.moves}
+    )
     for j in heads:
         yield from _leading(node.children[int(j)])
 
@@ -488,7 +496,7 @@ def _structure(node: Node) -> str:
         return f"{one} wr S{len(inner)}" if one != "(S1)" and one != "S1" else f"S{len(inner)}"
     counted: list[tuple[str, int]] = []
     for text in inner:
-        text = text if text.isalnum() or node.moves == "fixed" and " x " not in text else f"({text})"
+        text = text if text.isalnum() or (node.moves == "fixed" and " x " not in text) else f"({text})"
         if counted and counted[-1][0] == text:
             counted[-1] = (text, counted[-1][1] + 1)
         else:
@@ -524,7 +532,7 @@ def _node_to(node: Node) -> list[Any]:
 def _node_from(data: list[Any]) -> Node:
     if data[0] == "leaf":
         return Leaf(data[1], _unpack(data[2]))
-    moves = data[1] if isinstance(data[1], str) else tuple(tuple(m) for m in data[1])
+    moves: Any = data[1] if isinstance(data[1], str) else tuple(tuple(m) for m in data[1])
     return Branch(tuple(_node_from(child) for child in data[2]), moves)
 
 

@@ -18,7 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def _vision() -> Path | None:
     """Where `make test` puts torchvision: beside the environment, so that only this test sees it."""
-    folders = [os.environ.get("REBASIN_VISION", ""), str(ROOT / ".venv" / "vision"), str(Path(sys.prefix) / "vision")]
+    folders = [
+        os.environ.get("REBASIN_VISION", ""),
+        str(ROOT / ".venv" / "vision"),
+        str(Path(sys.prefix) / "vision"),
+    ]
     return next((Path(f) for f in folders if f and (Path(f) / "torchvision").is_dir()), None)
 
 
@@ -26,11 +30,20 @@ def test_torchvision_sample() -> None:
     folder = _vision()
     if folder is None and importlib.util.find_spec("torchvision") is None:
         pytest.skip("no torchvision: pip install --no-deps --target .venv/vision torchvision==0.28.0")
-    names = ["resnet18", "resnext50_32x4d", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_1", "vgg11"]
+    names = [
+        "resnet18",
+        "resnext50_32x4d",
+        "mobilenet_v3_small",
+        "shufflenet_v2_x1_0",
+        "squeezenet1_1",
+        "vgg11",
+    ]
     command = [sys.executable, "-m", "experiments.architectures", "--family", "torchvision"]
     for name in names:
         command += ["--only", name]
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), str(folder or "")]))
-    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    run = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert "NO" not in run.stdout.split()

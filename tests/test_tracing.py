@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,9 +87,13 @@ def _members(group: Group) -> list[dict[str, np.ndarray]]:
                 yield [(dst, order)]
             return
         n = len(dst.children)
-        orders = {"fixed": [tuple(range(n))], "any": list(itertools.permutations(range(n)))}.get(str(dst.moves), dst.moves)
+        orders = dst.moves
+        if isinstance(orders, str):
+            orders = [tuple(range(n))] if orders == "fixed" else list(itertools.permutations(range(n)))
         for order in orders:
-            for parts in itertools.product(*(list(of(c, src.children[j])) for c, j in zip(dst.children, order, strict=True))):
+            for parts in itertools.product(
+                *(list(of(c, src.children[j])) for c, j in zip(dst.children, order, strict=True))
+            ):
                 yield [x for part in parts for x in part]
 
     found = []
@@ -102,8 +107,14 @@ def _members(group: Group) -> list[dict[str, np.ndarray]]:
 
 TINY = {
     "attention": (lambda: _attention(4, 2), (torch.randn(2, 3, 5),)),
-    "group_norm": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1)), (torch.randn(2, 3, 3, 3),)),
-    "grouped": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 2, 1)), (torch.randn(2, 3, 3, 3),)),
+    "group_norm": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1)),
+        (torch.randn(2, 3, 3, 3),),
+    ),
+    "grouped": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 2, 1)),
+        (torch.randn(2, 3, 3, 3),),
+    ),
     "geglu": (lambda: _geglu(3), (torch.randn(2, 5),)),
 }
 
@@ -143,7 +154,7 @@ def test_brute_force(name: str) -> None:
     build, args = TINY[name]
     model = build()
     spec = rebasin.trace(model, *args)
-    (group,) = [g for g in spec]
+    (group,) = spec
     members = _members(group)
     key = lambda index: tuple(tuple(int(x) for x in index[c.name]) for c in group.cells)  # noqa: E731
     legal = {key(m) for m in members}
@@ -151,16 +162,17 @@ def test_brute_force(name: str) -> None:
 
     def error(index) -> float:
         p = Permutation(spec, index)
-        return rebasin.verify(model, spec, *args, permutation=p, dtype=torch.float64, find_guilty=False).max_relative_error
+        return rebasin.verify(
+            model, spec, *args, permutation=p, dtype=torch.float64, find_guilty=False
+        ).max_relative_error
 
-    checked = 0
-    for orders in itertools.product(*(itertools.permutations(range(c.size)) for c in group.cells)):
+    every = itertools.product(*(itertools.permutations(range(c.size)) for c in group.cells))
+    for checked, orders in enumerate(every):
         index = {c.name: np.array(o) for c, o in zip(group.cells, orders, strict=True)}
         inside = key(index) in legal
         assert spec.contains(Permutation(spec, index)) == inside
         if inside or checked % 7 == 0:  # legal ones all, illegal ones a sample
             assert (error(index) < 1e-9) == inside, index
-        checked += 1
 
 
 def test_wrong_permutations_are_caught() -> None:
@@ -176,7 +188,9 @@ def test_wrong_permutations_are_caught() -> None:
 
     model, args = TINY["attention"][0](), TINY["attention"][1]
     spec = rebasin.trace(model, *args)
-    for cell in spec.cells.values():  # two heads of two: swap a neuron between heads; swap heads in one cell alone
+    for (
+        cell
+    ) in spec.cells.values():  # two heads of two: swap a neuron between heads; swap heads in one cell alone
         for order in ([0, 2, 1, 3], [2, 3, 0, 1]):
             index = {**spec.identity().index, cell.name: np.array(order)}
             assert not spec.contains(Permutation(spec, index))
@@ -189,7 +203,8 @@ def test_a_spec_that_forgets_a_tensor_fails(forgotten: str) -> None:
     x = torch.randn(2, 3, 4, 4)
     data = rebasin.trace(model, x)
     cells = [
-        type(c)(c.name, c.size, tuple(s for s in c.sites if s.parameter != forgotten)) for c in data.groups[0].cells
+        type(c)(c.name, c.size, tuple(s for s in c.sites if s.parameter != forgotten))
+        for c in data.groups[0].cells
     ]
     assert any(len(a.sites) < len(b.sites) for a, b in zip(cells, data.groups[0].cells, strict=True))
     broken = PermutationSpec((Group("g", tuple(cells), data.groups[0].tree),), data.shapes, data.buffers)
@@ -201,14 +216,16 @@ def test_geglu_halves_untied_fails() -> None:
     spec = rebasin.trace(model, *args)
     cell = spec.groups[0].cells[0]
     only_first = tuple(s for s in cell.sites if s.positions[0] < 3 or s.axis == 1)
-    broken = PermutationSpec((Group("g", (type(cell)("g", cell.size, only_first),), spec.groups[0].tree),), spec.shapes)
+    broken = PermutationSpec(
+        (Group("g", (type(cell)("g", cell.size, only_first),), spec.groups[0].tree),), spec.shapes
+    )
     assert not rebasin.verify(model, broken, *args).passed
 
 
 def test_meta_model_gives_the_same_spec() -> None:
     with torch.device("meta"):
         meta = ZOO["diffusers"]["sd15_unet"](False)[0]
-    model, args, kwargs, spec = traced("diffusers", "sd15_unet")
+    _, args, kwargs, spec = traced("diffusers", "sd15_unet")
     assert rebasin.trace(meta, *args, **kwargs) == spec
 
 
@@ -230,8 +247,12 @@ def test_joint_spec_frees_the_text_encoder() -> None:
     joint = rebasin.compose(lambda te, un, x: un(te(x)), text_encoder=text, unet=unet)
     spec = rebasin.trace(joint, torch.randn(1, 3))
     assert [s.parameter for s in spec.groups[0].cells[0].sites] == [
-        "text_encoder.0.weight", "text_encoder.0.bias", "text_encoder.1.weight", "text_encoder.1.bias", "unet.weight",
-    ]  # fmt: skip
+        "text_encoder.0.weight",
+        "text_encoder.0.bias",
+        "text_encoder.1.weight",
+        "text_encoder.1.bias",
+        "unet.weight",
+    ]
     rebasin.verify(joint, spec, torch.randn(4, 3)).require()
 
 
@@ -292,9 +313,17 @@ def test_overlapping_partitions_keep_their_automorphisms() -> None:
 def _small_unet(**changes):
     from diffusers import UNet2DConditionModel
 
-    config = dict(in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
-                  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=4, cross_attention_dim=32,
-                  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))  # fmt: skip
+    config: dict[str, Any] = dict(
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        attention_head_dim=4,
+        cross_attention_dim=32,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
     return UNet2DConditionModel(**{**config, **changes})
 
 
@@ -308,10 +337,7 @@ def test_joint_text_encoder_and_unet() -> None:
         lambda te, un, ids, x, t: un(x, t, te(input_ids=ids)[0]).sample, text_encoder=text, unet=unet
     )
     spec = rebasin.trace(joint, *args)
-    both = [
-        g for g in spec
-        if len({s.parameter.split(".")[0] for c in g.cells for s in c.sites}) == 2
-    ]  # fmt: skip
+    both = [g for g in spec if len({s.parameter.split(".")[0] for c in g.cells for s in c.sites}) == 2]
     assert not any("embed" in s.parameter for c in alone.cells.values() for s in c.sites)
     assert [g.structure for g in both] == ["S32"]
     rebasin.verify(joint, spec, *args, dtype=torch.float64).require()
@@ -330,7 +356,9 @@ def test_joint_unet_and_controlnet() -> None:
     joint = rebasin.compose(both, controlnet=control, unet=unet)
     args = (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 3, 32), torch.randn(1, 3, 64, 64))
     spec = rebasin.trace(joint, *args)
-    assert any({s.parameter.split(".")[0] for c in g.cells for s in c.sites} == {"controlnet", "unet"} for g in spec)
+    assert any(
+        {s.parameter.split(".")[0] for c in g.cells for s in c.sites} == {"controlnet", "unet"} for g in spec
+    )
     assert spec.coverage().one > 0.999
     rebasin.verify(joint, spec, *args, dtype=torch.float64).require()
 

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ..checkpoints import save_safetensors, write_text
+from ..checkpoints import load_metadata, load_safetensors, save_safetensors, write_text
 from ..spec import Permutation
 from .curve import save_curves
 from .html import save_html
@@ -31,7 +31,11 @@ def save_tensors(
         "seed": str(config["seed"]),
         "spec_hash": permutation.spec.hash,
     }
-    permutation.save(folder / "permutation.safetensors")
+    path = folder / "permutation.safetensors"
+    permutation.save(path, {**about, "content": "the permutation that brings B to A, and its spec"})
+    save_safetensors(
+        path, load_safetensors(path), load_metadata(path)
+    )  # again, with the header in a fixed order
     save_safetensors(folder / "aligned.safetensors", aligned, {**about, "content": "B, permuted"})
     save_safetensors(
         folder / "merged.safetensors", merged, {**about, "content": f"merge at lambda {config['lam']}"}

@@ -44,7 +44,9 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> PermutationSpec:
     state = model.state_dict(keep_vars=True)
     aliases = _aliases(state)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    shapes = {n: tuple(t.shape) for n, t in state.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    shapes = {
+        n: tuple(t.shape) for n, t in state.items() if isinstance(t, torch.Tensor) and t.is_floating_point()
+    }
     buffers = frozenset(shapes.keys() - parameters)
     constraints = walk(export(model, args, kwargs, RULES), aliases)
     spec = build(constraints, solve(constraints), shapes, buffers, aliases)

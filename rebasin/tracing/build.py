@@ -81,8 +81,10 @@ class _Builder:
             if node.classes is not None:
                 cell = kinds.index((node.colour, *path))
                 return Leaf(cell, indices(np.searchsorted(members[cell], node.classes)))
-            children = [convert(c, path if node.moves == "any" else (*path, self.orbit(node, k)))
-                        for k, c in enumerate(node.children)]  # fmt: skip
+            children = [
+                convert(c, path if node.moves == "any" else (*path, self.orbit(node, k)))
+                for k, c in enumerate(node.children)
+            ]
             return Branch(tuple(children), node.moves)  # type: ignore[arg-type]
 
         return Group(cells[0].name, cells, convert(part, ()))
@@ -93,7 +95,9 @@ class _Builder:
 
     def cell(self, classes: np.ndarray) -> Cell:
         width = int(self.first[classes[0] + 1] - self.first[classes[0]])
-        table = self.elements[self.first[classes][:, None] + np.arange(width)]  # [neurons, places of one neuron]
+        table = self.elements[
+            self.first[classes][:, None] + np.arange(width)
+        ]  # [neurons, places of one neuron]
         axes = self.axis[table]
         if (axes != axes[0]).any():
             raise AssertionError("the neurons of a cell sit on different axes")
@@ -105,7 +109,9 @@ class _Builder:
         return Cell(self.name(sites), len(classes), sites)
 
     def rank(self, site: Site) -> int:
-        return next(k for k, a in enumerate(self.axes) if (a.parameter, a.axis) == (site.parameter, site.axis))
+        return next(
+            k for k, a in enumerate(self.axes) if (a.parameter, a.axis) == (site.parameter, site.axis)
+        )
 
     def name(self, sites: tuple[Site, ...]) -> str:
         site = next((s for s in sites if s.axis == 0), sites[0])

@@ -81,7 +81,9 @@ def _attributes(module: nn.Module) -> list[Any]:
 
 
 def _describe(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | torch.device | torch.Size):
+    if value is None or isinstance(
+        value, bool | int | float | str | bytes | torch.dtype | torch.device | torch.Size
+    ):
         return str(value) if isinstance(value, torch.dtype | torch.device) else value
     if isinstance(value, Tensor):
         return ["tensor", list(value.shape), str(value.dtype), value.is_meta]
@@ -92,7 +94,7 @@ def _describe(value: Any) -> Any:
         return sorted(map(repr, items)) if isinstance(value, set | frozenset) else items
     if isinstance(value, nn.Module):
         return ["module", _code(type(value)), _attributes(value)]
-    if isinstance(value, type) or callable(value) and hasattr(value, "__qualname__"):
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return ["code", _code(value)]
     if hasattr(value, "to_dict"):
         return [type(value).__qualname__, _describe(value.to_dict())]

@@ -57,7 +57,7 @@ class Constraints:
         return self._take(size)
 
     def fresh(self, roles: np.ndarray) -> Elements:
-        """Helper elements, one for each entry of `roles` and of its shape; the role tells copies of one neuron apart."""
+        """Helper elements in the shape of `roles`; the role tells copies of one neuron apart."""
         self.helpers.append(HelperElements(self.size, roles.ravel()))
         return self._take(roles.size).reshape(roles.shape)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..errors import TraceError
 
@@ -26,14 +27,16 @@ def named_outputs(output: Any, name: str = "output") -> dict[str, Tensor]:
         return {name: output} if output.is_floating_point() or output.is_complex() else {}
     if isinstance(output, Mapping):
         parts: Any = output.items()
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        parts = [(f.name, getattr(output, f.name)) for f in dataclasses.fields(output)]
     elif hasattr(output, "_asdict"):
         parts = output._asdict().items()
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        parts = [(f.name, getattr(output, f.name)) for f in dataclasses.fields(output)]
     elif isinstance(output, list | tuple):
         parts = enumerate(output)
     elif hasattr(output, "sample") and hasattr(output, "mode") and hasattr(output, "parameters"):
-        return named_outputs(output.parameters, f"{name}.parameters")  # a VAE's latent distribution
+        return named_outputs(
+            output.parameters, f"{name}.parameters"
+        )  # a VAE's latent distribution
     else:
         return {}
     found: dict[str, Tensor] = {}
@@ -112,14 +115,16 @@ class Exported:
     constants: Mapping[str, Tensor | None]  # placeholder -> value of a constant or non-persistent buffer
 
 
-def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Collection[str]) -> Exported:
+def export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Collection[str]
+) -> Exported:
     """Export `model` for these example inputs; `known` are the operators that need no decomposition.
 
     Raises:
         TraceError: the model can't be exported; the message has the line and what to do.
     """
     if any(p.is_meta for p in model.parameters()):
-        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     record = _Names()
     flat = _Flat(model, record)
     with warnings.catch_warnings(), evaluation_mode(model), torch.no_grad():

@@ -67,7 +67,8 @@ class Label:
         gone = set(dims)
         kept = [d for d in range(self.ndim) if d not in gone]
         return Label(
-            tuple(self.shape[d] for d in kept), tuple(f.reshape([f.shape[d] for d in kept]) for f in self.factors)
+            tuple(self.shape[d] for d in kept),
+            tuple(f.reshape([f.shape[d] for d in kept]) for f in self.factors),
         )
 
     def right_align(self, ndim: int) -> Label:
@@ -98,7 +99,9 @@ def combine(constraints: Constraints, operands: Sequence[Label]) -> Label:
         dims = sorted({d for f in together for d in covered(f)})
         finest = next((f for f in together if len(covered(f)) == len(dims)), None)
         if finest is None:
-            finest = constraints.fresh(np.zeros([shape[d] if d in dims else 1 for d in range(ndim)], dtype=np.int64))
+            finest = constraints.fresh(
+                np.zeros([shape[d] if d in dims else 1 for d in range(ndim)], dtype=np.int64)
+            )
         for factor in together:
             if factor.shape == finest.shape:
                 constraints.tie(finest, factor)
@@ -207,7 +210,9 @@ def reshape(constraints: Constraints, label: Label, old: Sequence[int], new: Seq
         here = [f for f in factors if any(d in ins for d in covered(f))]
         if len(here) > 1 and not _clean_split(here, old, ins, new, outs):
             dims = {d for f in here for d in covered(f)}
-            joint = constraints.fresh(np.zeros([n if d in dims else 1 for d, n in enumerate(old)], dtype=np.int64))
+            joint = constraints.fresh(
+                np.zeros([n if d in dims else 1 for d, n in enumerate(old)], dtype=np.int64)
+            )
             for f in here:
                 constraints.member(joint, f)
             factors = [f for f in factors if not any(f is h for h in here)] + [joint]
@@ -241,7 +246,9 @@ def _segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], l
     return segments
 
 
-def _move(array: np.ndarray, old: Sequence[int], new: Sequence[int], ins: list[int], outs: list[int]) -> np.ndarray:
+def _move(
+    array: np.ndarray, old: Sequence[int], new: Sequence[int], ins: list[int], outs: list[int]
+) -> np.ndarray:
     """Expand `array` (rank of `old`) on the segment `ins` and give that segment the output dimensions instead."""
     lead, tail = array.shape[: ins[0]] if ins else array.shape, array.shape[ins[-1] + 1 :] if ins else ()
     middle = np.broadcast_to(array, [*lead, *(old[d] for d in ins), *tail])
@@ -252,14 +259,18 @@ def _varies(array: np.ndarray, axis: int) -> bool:
     return bool(array.shape[axis] > 1 and (array != np.take(array, [0], axis=axis)).any())
 
 
-def _clean_split(factors: list[Factor], old: Sequence[int], ins: list[int], new: Sequence[int], outs: list[int]) -> bool:
+def _clean_split(
+    factors: list[Factor], old: Sequence[int], ins: list[int], new: Sequence[int], outs: list[int]
+) -> bool:
     """Whether the reshape of one segment keeps the factors on output dimensions of their own."""
     sizes_in, sizes_out = [old[d] for d in ins], [new[d] for d in outs]
     used: set[int] = set()
     for factor in factors:
         mine = [k for k, d in enumerate(ins) if factor.shape[d] > 1]
         numbers = np.broadcast_to(flat_index(sizes_in, mine), sizes_in).reshape(sizes_out)
-        others = np.broadcast_to(flat_index(sizes_in, [k for k in range(len(ins)) if k not in mine]), sizes_in)
+        others = np.broadcast_to(
+            flat_index(sizes_in, [k for k in range(len(ins)) if k not in mine]), sizes_in
+        )
         others = others.reshape(sizes_out)
         dims = {k for k in range(len(outs)) if _varies(numbers, k)}
         if dims & used or any(_varies(others, k) for k in dims):
@@ -302,10 +313,13 @@ def _reshape_factor(
             roles = roles.reshape([*roles.shape[:done], *[1] * len(outs), *roles.shape[done + len(ins) :]])
         else:
             moved = _move(array, shift_old, mapped_new, at, places)
-            place = np.broadcast_to(flat_index([shift_old[d] for d in at], [d - done for d in plain]),
-                                    [shift_old[d] for d in at]).reshape(target_sizes)
-            numbers = np.broadcast_to(flat_index([shift_old[d] for d in at], [d - done for d in labelled]),
-                                      [shift_old[d] for d in at]).reshape(target_sizes)
+            place = np.broadcast_to(
+                flat_index([shift_old[d] for d in at], [d - done for d in plain]), [shift_old[d] for d in at]
+            ).reshape(target_sizes)
+            numbers = np.broadcast_to(
+                flat_index([shift_old[d] for d in at], [d - done for d in labelled]),
+                [shift_old[d] for d in at],
+            ).reshape(target_sizes)
             keep = [k for k in range(len(outs)) if _varies(numbers, k)]
             cut = tuple(slice(None) if k in keep else slice(0, 1) for k in range(len(outs)))
             array = moved[(*[slice(None)] * done, *cut)]

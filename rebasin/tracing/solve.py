@@ -51,7 +51,11 @@ class Part:
 
     @property
     def first(self) -> int:
-        return int(self.classes[0]) if self.classes is not None else min((c.first for c in self.children), default=0)
+        return (
+            int(self.classes[0])
+            if self.classes is not None
+            else min((c.first for c in self.children), default=0)
+        )
 
     def log_size(self) -> float:
         if self.classes is not None:
@@ -106,7 +110,9 @@ def _slots(constraints: Constraints, neuron: np.ndarray) -> Hash:
     for number, axis in enumerate(constraints.axes):
         place[axis.start : axis.start + axis.size] = mix(number)[0]
     for number, helper in enumerate(constraints.helpers):
-        place[helper.start : helper.start + helper.roles.size] = mix(len(constraints.axes) + number, helper.roles)
+        place[helper.start : helper.start + helper.roles.size] = mix(
+            len(constraints.axes) + number, helper.roles
+        )
     order = np.lexsort((place, neuron))  # stable: equal ones stay in the order of position
     same = (neuron[order][1:] == neuron[order][:-1]) & (place[order][1:] == place[order][:-1])
     start = np.concatenate([[0], np.where(same, 0, np.arange(1, order.size))]) if order.size else order
@@ -156,7 +162,9 @@ def _edges(constraints: Constraints, neuron: np.ndarray, slot: Hash, signature: 
     member, block, codes, families = member[order], block[order], codes[order], families[order]
     new = np.concatenate([[True], (member[1:] != member[:-1]) | (block[1:] != block[:-1])])
     starts = np.flatnonzero(new)
-    return Edges(member[new], block[new], np.add.reduceat(codes, starts), np.minimum.reduceat(families, starts))
+    return Edges(
+        member[new], block[new], np.add.reduceat(codes, starts), np.minimum.reduceat(families, starts)
+    )
 
 
 def _single_members(edges: Edges, signature: Hash) -> tuple[np.ndarray, np.ndarray] | None:
@@ -228,7 +236,7 @@ def _solve_connected(classes: np.ndarray, colour: Hash, edges: Edges) -> Part:
     if spanning.any():
         return _without(classes, _surroundings(colour, edges, _SPAN), edges, spanning)
     refined = _refine(colour, edges)
-    values, inverse, counts = np.unique(refined, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(refined, return_inverse=True, return_counts=True)
     alone = is_block & (counts[inverse] == 1)
     if alone.any():
         return _without(classes, refined, edges, alone)
@@ -264,14 +272,21 @@ def _automorphisms(classes: np.ndarray, colour: Hash, edges: Edges, is_block: np
     belongs = np.zeros(n, dtype=np.uint64)
     np.add.at(belongs, edges.member, mix(_ROOT, edges.code, edges.block))
     kind = np.where(is_block, mix(_ROOT, np.arange(n)), mix(colour, belongs))  # sets are atoms of their own
-    _, representative, atom, size = np.unique(kind, return_index=True, return_inverse=True, return_counts=True)
+    _, representative, atom, size = np.unique(
+        kind, return_index=True, return_inverse=True, return_counts=True
+    )
     if atom.max() >= 2000:
         return None
     quotient_edges = np.unique(np.stack([atom[edges.member], atom[edges.block]]), axis=1)
-    code = {(int(a), int(b)): c for a, b, c in zip(atom[edges.member], atom[edges.block], edges.code, strict=True)}
-    q = Edges(quotient_edges[0], quotient_edges[1],
-              np.array([code[int(a), int(b)] for a, b in quotient_edges.T], dtype=np.uint64),
-              np.zeros(quotient_edges.shape[1], dtype=np.int64))  # fmt: skip
+    code = {
+        (int(a), int(b)): c for a, b, c in zip(atom[edges.member], atom[edges.block], edges.code, strict=True)
+    }
+    q = Edges(
+        quotient_edges[0],
+        quotient_edges[1],
+        np.array([code[int(a), int(b)] for a, b in quotient_edges.T], dtype=np.uint64),
+        np.zeros(quotient_edges.shape[1], dtype=np.int64),
+    )
     base = mix(colour[representative], size)
     blocks = np.flatnonzero(is_block[representative])
     values, counts = np.unique(base[blocks], return_counts=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from ..errors import VerificationError
 from ..spec import Permutation, PermutationSpec
@@ -79,7 +80,7 @@ def verify(
             tensor.data = tensor.data.to(dtype)
     if randomise:
         _randomise(probe, seed)
-    args, kwargs = torch.utils._pytree.tree_map_only(
+    args, kwargs = tree_map_only(
         Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs)
     )
     state = {name: tensor.detach().clone() for name, tensor in probe.state_dict().items()}
@@ -103,10 +104,13 @@ def verify(
     guilty: tuple[str, ...] = ()
     if find_guilty and not all(e < tolerance for e in found.values()):
         bad = _bisect(
-            [g.name for g in spec], lambda names: max(errors(_only(spec, permutation, names)).values()) >= tolerance
+            [g.name for g in spec],
+            lambda names: max(errors(_only(spec, permutation, names)).values()) >= tolerance,
         )
         guilty = tuple(bad)
-    return VerificationReport(found, tolerance, str(dtype).removeprefix("torch."), permutation.moved(), guilty)
+    return VerificationReport(
+        found, tolerance, str(dtype).removeprefix("torch."), permutation.moved(), guilty
+    )
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -112,7 +112,9 @@ def _call(constraints: Constraints, node: torch.fx.Node, args: list[Any], kwargs
         return args[0][args[1]]
     out = node.meta.get("val")
     submodule = next((i for i, a in enumerate(args) if isinstance(a, torch.fx.GraphModule)), None)
-    if submodule is not None and "wrap_with" in str(node.target):  # autocast, set_grad_enabled: a region of code
+    if submodule is not None and "wrap_with" in str(
+        node.target
+    ):  # autocast, set_grad_enabled: a region of code
         return _interpret(constraints, args[submodule], args[submodule + 1 :])
     if not isinstance(node.target, torch._ops.OpOverload):
         if not isinstance(out, Tensor | list | tuple):
@@ -127,7 +129,9 @@ def _call(constraints: Constraints, node: torch.fx.Node, args: list[Any], kwargs
             named[argument.name] = kwargs[argument.name]
         else:
             named[argument.name] = argument.default_value
-    if out is None or not any(isinstance(o, Tensor) for o in (out if isinstance(out, list | tuple) else [out])):
+    if out is None or not any(
+        isinstance(o, Tensor) for o in (out if isinstance(out, list | tuple) else [out])
+    ):
         return out  # assertions on metadata
     constraints.reason = f"{name} at {source_line(node)}"
     rule = RULES.get(name) or (pointwise if torch.Tag.pointwise in node.target.tags else None)
@@ -135,6 +139,7 @@ def _call(constraints: Constraints, node: torch.fx.Node, args: list[Any], kwargs
         return _unknown(constraints, node, list(named.values()), out)
     labels = rule(Call(constraints, name, named, out))
     if isinstance(labels, Label):
+        assert isinstance(out, Tensor)
         return _traced(labels, out)
     return [_traced(label, o) if isinstance(o, Tensor) else o for label, o in zip(labels, out, strict=False)]
 
@@ -156,5 +161,3 @@ def _unknown(constraints: Constraints, node: torch.fx.Node, arguments: list[Any]
     if isinstance(out, Tensor):
         return Traced(Label(tuple(out.shape)), tuple(out.shape))
     return [Traced(Label(tuple(o.shape)), tuple(o.shape)) if isinstance(o, Tensor) else o for o in out]
-
-

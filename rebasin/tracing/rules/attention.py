@@ -7,8 +7,12 @@ from .linear import matrix_product
 from .registry import Call, Result, rule
 
 
-@rule("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu",
-      "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention")  # fmt: skip
+@rule(
+    "scaled_dot_product_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_flash_attention",
+)
 def attention(call: Call) -> Result:
     """q [..., H, T, d], k [..., H, S, d], v [..., H, S, e].
 

@@ -16,12 +16,55 @@ def pointwise(call: Call) -> Result:
 
 # Pointwise in effect, though PyTorch does not tag them so. Dropout is off (evaluation mode).
 rule(
-    "clone", "contiguous", "to", "_to_copy", "detach", "detach_", "alias", "lift_fresh_copy", "lift_fresh", "dropout",
-    "feature_dropout", "native_dropout", "type_as", "positive", "fill", "masked_fill", "where", "relu6", "hardtanh",
-    "rrelu", "logical_not", "nan_to_num", "float_power", "true_divide", "square", "conj", "view_as_real_copy",
-    "celu", "selu", "hardswish", "hardsigmoid", "mish", "silu", "gelu", "elu", "leaky_relu", "softplus", "log_sigmoid",
-    "threshold", "clip", "clamp", "multiply", "subtract", "divide", "addcmul", "addcdiv", "lerp", "copy",
-)(pointwise)  # fmt: skip
+    "clone",
+    "contiguous",
+    "to",
+    "_to_copy",
+    "detach",
+    "detach_",
+    "alias",
+    "lift_fresh_copy",
+    "lift_fresh",
+    "dropout",
+    "feature_dropout",
+    "native_dropout",
+    "type_as",
+    "positive",
+    "fill",
+    "masked_fill",
+    "where",
+    "relu6",
+    "hardtanh",
+    "rrelu",
+    "logical_not",
+    "nan_to_num",
+    "float_power",
+    "true_divide",
+    "square",
+    "conj",
+    "view_as_real_copy",
+    "celu",
+    "selu",
+    "hardswish",
+    "hardsigmoid",
+    "mish",
+    "silu",
+    "gelu",
+    "elu",
+    "leaky_relu",
+    "softplus",
+    "log_sigmoid",
+    "threshold",
+    "clip",
+    "clamp",
+    "multiply",
+    "subtract",
+    "divide",
+    "addcmul",
+    "addcdiv",
+    "lerp",
+    "copy",
+)(pointwise)
 
 
 @rule("prelu", "_prelu_kernel")
@@ -32,14 +75,44 @@ def prelu(call: Call) -> Result:
     return combine(call.constraints, [x.label, weight])
 
 
-@rule("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full",
-      "scalar_tensor", "empty", "empty_like", "new_empty")  # fmt: skip
+@rule(
+    "zeros",
+    "ones",
+    "full",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "scalar_tensor",
+    "empty",
+    "empty_like",
+    "new_empty",
+)
 def constant(call: Call) -> Result:
     return Label((1,) * len(call.shape))  # the same value everywhere: it has no place to be moved from
 
 
-@rule("arange", "linspace", "eye", "tril", "triu", "rand", "randn", "rand_like", "randn_like", "randint", "bernoulli",
-      "one_hot", "sym_size", "tril_indices", "triu_indices", "meshgrid", "cartesian_prod")  # fmt: skip
+@rule(
+    "arange",
+    "linspace",
+    "eye",
+    "tril",
+    "triu",
+    "rand",
+    "randn",
+    "rand_like",
+    "randn_like",
+    "randint",
+    "bernoulli",
+    "one_hot",
+    "sym_size",
+    "tril_indices",
+    "triu_indices",
+    "meshgrid",
+    "cartesian_prod",
+)
 def varying(call: Call) -> Result:
     from ..labels import pin
 

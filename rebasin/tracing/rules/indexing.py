@@ -32,7 +32,9 @@ def gather(call: Call) -> Result:
     label = fix(call.constraints, x.label, [dim], "is looked up by index")
     shape = list(label.shape)
     shape[dim] = 1
-    return combine(call.constraints, [Label(tuple(shape), label.factors), Label(index.shape, index.label.factors)])
+    return combine(
+        call.constraints, [Label(tuple(shape), label.factors), Label(index.shape, index.label.factors)]
+    )
 
 
 @rule("index")
@@ -46,7 +48,9 @@ def index(call: Call) -> Result:
     if any(indices[d].value is not None and indices[d].value.dtype.is_floating_point for d in used):
         pin(call.constraints, label, "is used as an index")
         return Label(call.shape)
-    width = len(call.shape) - (x.ndim - len(used))  # dimensions that the indices bring (a mask covers several)
+    width = len(call.shape) - (
+        x.ndim - len(used)
+    )  # dimensions that the indices bring (a mask covers several)
     adjacent = used == list(range(used[0], used[-1] + 1))
     if any(indices[d].ndim and _is_mask(indices[d]) for d in used) or width < 0:
         pin(call.constraints, label, "is looked up by a mask")
@@ -63,12 +67,23 @@ def _is_mask(traced: Traced) -> bool:
     return traced.value is not None and str(traced.value.dtype) == "torch.bool"
 
 
-@rule("index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "masked_scatter",
-      "select_scatter", "slice_scatter")  # fmt: skip
+@rule(
+    "index_put",
+    "scatter",
+    "scatter_add",
+    "scatter_reduce",
+    "index_add",
+    "index_copy",
+    "masked_scatter",
+    "select_scatter",
+    "slice_scatter",
+)
 def write(call: Call) -> Result:
     """Writing into part of a tensor: with neurons on other dimensions only, it is elementwise there; else fixed."""
     x = call.tensor("self")
-    source = next((call.args[n] for n in ("src", "source", "values") if isinstance(call.args.get(n), Traced)), None)
+    source = next(
+        (call.args[n] for n in ("src", "source", "values") if isinstance(call.args.get(n), Traced)), None
+    )
     if call.name in ("select_scatter", "slice_scatter") and source is not None:
         dim = call.args["dim"] % x.ndim
         label = fix(call.constraints, x.label, [dim], "is written into in part")
@@ -77,7 +92,9 @@ def write(call: Call) -> Result:
         piece = Label(tuple(1 if d == dim else n for d, n in enumerate(piece.shape)), piece.factors)
         base = Label(tuple(1 if d == dim else n for d, n in enumerate(label.shape)), label.factors)
         joined = combine(call.constraints, [base, piece])
-        return Label(tuple(call.shape[d] if d == dim else n for d, n in enumerate(joined.shape)), joined.factors)
+        return Label(
+            tuple(call.shape[d] if d == dim else n for d, n in enumerate(joined.shape)), joined.factors
+        )
     for value in call.args.values():
         if isinstance(value, Traced):
             pin(call.constraints, value.label, "is written by index")
@@ -86,5 +103,3 @@ def write(call: Call) -> Result:
                 if isinstance(item, Traced):
                     pin(call.constraints, item.label, "is written by index")
     return Label(call.shape)
-
-

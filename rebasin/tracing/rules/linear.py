@@ -19,7 +19,13 @@ def matrix_product(c: Constraints, a: Label, b: Label) -> Label:
 
 @rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "linalg_matmul")
 def matmul(call: Call) -> Result:
-    names = ("self", "other") if "other" in call.args else ("self", "mat2") if "mat2" in call.args else ("self", "vec")
+    names = (
+        ("self", "other")
+        if "other" in call.args
+        else ("self", "mat2")
+        if "mat2" in call.args
+        else ("self", "vec")
+    )
     if names[1] not in call.args:
         names = ("self", "tensor")
     a, b = (call.tensor(name).label for name in names)
@@ -39,7 +45,12 @@ def addmm(call: Call) -> Result:
 
 @rule("linear")
 def linear(call: Call) -> Result:
-    c, x, weight, bias = call.constraints, call.tensor("input").label, call.tensor("weight").label, call.optional("bias")
+    c, x, weight, bias = (
+        call.constraints,
+        call.tensor("input").label,
+        call.tensor("weight").label,
+        call.optional("bias"),
+    )
     if weight.ndim == 1:
         weight = weight.expand_rank([0])
     product = contract(c, combine(c, [x.expand_rank([x.ndim - 1]), weight]), [-1])
@@ -57,7 +68,10 @@ def einsum(call: Call) -> Result:
     labels = [t.label for t in call.args["tensors"]]
     free = [n for n in range(26 * 2) if chr(65 + n if n < 26 else 71 + n) not in equation]
     dots = [chr(65 + n if n < 26 else 71 + n) for n in free]
-    rank = max([label.ndim - len(t.replace("...", "")) for t, label in zip(terms, labels, strict=True) if "..." in t] or [0])
+    rank = max(
+        [label.ndim - len(t.replace("...", "")) for t, label in zip(terms, labels, strict=True) if "..." in t]
+        or [0]
+    )
     spread = [
         t.replace("...", "".join(dots[rank - (label.ndim - len(t.replace("...", ""))) : rank]))
         for t, label in zip(terms, labels, strict=True)
@@ -66,7 +80,9 @@ def einsum(call: Call) -> Result:
         right = right.replace("...", "".join(dots[:rank]))
     else:
         joined = "".join(spread)
-        right = "".join(dots[:rank]) + "".join(sorted(x for x in set(joined) if joined.count(x) == 1 and x not in dots[:rank]))
+        right = "".join(dots[:rank]) + "".join(
+            sorted(x for x in set(joined) if joined.count(x) == 1 and x not in dots[:rank])
+        )
     letters = list(dict.fromkeys([*right, *"".join(spread)]))
     laid = []
     for term, label in zip(spread, labels, strict=True):
@@ -96,8 +112,16 @@ def bilinear(call: Call) -> Result:
     return combine(c, [result, bias.label]) if bias is not None else result
 
 
-@rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution",
-      "_convolution")  # fmt: skip
+@rule(
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "convolution",
+    "_convolution",
+)
 def convolution(call: Call) -> Result:
     """[N, C_in, *space] and [C_out, C_in / groups, *kernel] (transposed: [C_in, C_out / groups, *kernel])."""
     c, x, weight = call.constraints, call.tensor("input"), call.tensor("weight")
@@ -121,7 +145,9 @@ def convolution(call: Call) -> Result:
     if bias is not None:
         product = combine(c, [product, bias.label])
     result = product.expand_rank(range(2, 2 + len(space)))
-    result = Label((*result.shape[:2], *call.shape[-len(space) :]) if len(space) else result.shape, result.factors)
+    result = Label(
+        (*result.shape[:2], *call.shape[-len(space) :]) if len(space) else result.shape, result.factors
+    )
     return result.drop([0]) if x.ndim == weight.ndim - 1 else result
 
 
@@ -135,18 +161,24 @@ def _grouped(
     """
     n_in = image_channels = weight_shape[0] if transposed else weight_shape[1] * groups
     n_out = weight_shape[1] * groups if transposed else weight_shape[0]
-    image = reshape(c, image, (max(image.shape[0], 1), image_channels), (max(image.shape[0], 1), groups, n_in // groups))
+    image = reshape(
+        c, image, (max(image.shape[0], 1), image_channels), (max(image.shape[0], 1), groups, n_in // groups)
+    )
     shared = "is an axis that all groups of the convolution share"
     if transposed:
         kernel = fix(c, kernel, [0], shared)  # [C_out / g, C_in]
-        inputs = reshape(c, Label((n_in,), tuple(f.reshape(-1) for f in kernel.factors)), (n_in,), (groups, n_in // groups))
+        inputs = reshape(
+            c, Label((n_in,), tuple(f.reshape(-1) for f in kernel.factors)), (n_in,), (groups, n_in // groups)
+        )
         both = combine(c, [image, inputs.right_align(3)])
         per_group = contract(c, both, [-1])  # [N, g]
         size = n_out // groups
         outs = c.fresh(np.tile(np.arange(size), (groups, 1)))  # told apart by their place in the group
         if size > 1:
             c.mark(outs, np.arange(size)[None, :], shared)
-        grid = combine(c, [per_group.expand_rank([2]), Label((1, groups, size), (outs[None],) if outs.size > 1 else ())])
+        grid = combine(
+            c, [per_group.expand_rank([2]), Label((1, groups, size), (outs[None],) if outs.size > 1 else ())]
+        )
         return reshape(c, grid, (max(grid.shape[0], 1), groups, size), (max(grid.shape[0], 1), n_out))
     kernel = fix(c, kernel, [1], shared)  # [C_out, C_in / g]
     image = Label(image.shape, image.factors)

@@ -21,12 +21,20 @@ def _as_outputs(call: Call, label: Label) -> Result:
     return [label, *(Label((1,) * len(o.shape)) for o in call.out[1:])]
 
 
-@rule("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "_native_batch_norm_legit",
-      "cudnn_batch_norm", "instance_norm")  # fmt: skip
+@rule(
+    "batch_norm",
+    "_native_batch_norm_legit_no_training",
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "cudnn_batch_norm",
+    "instance_norm",
+)
 def batch_norm(call: Call) -> Result:
     x = call.tensor("input").label
     if call.name == "instance_norm" or call.args.get("training"):
-        contract(call.constraints, x, [0, *range(2, x.ndim)] if call.name != "instance_norm" else range(2, x.ndim))
+        contract(
+            call.constraints, x, [0, *range(2, x.ndim)] if call.name != "instance_norm" else range(2, x.ndim)
+        )
     return _as_outputs(call, _channelwise(call, x, ("weight", "bias", "running_mean", "running_var")))
 
 

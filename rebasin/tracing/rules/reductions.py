@@ -14,8 +14,26 @@ def dimensions(value: Any, ndim: int) -> list[int]:
     return [d % ndim for d in ([value] if isinstance(value, int) else value)] if ndim else []
 
 
-@rule("sum", "mean", "amax", "amin", "prod", "std", "var", "logsumexp", "norm", "linalg_vector_norm", "nansum", "all",
-      "any", "median", "max", "min", "var_mean", "std_mean")  # fmt: skip
+@rule(
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "prod",
+    "std",
+    "var",
+    "logsumexp",
+    "norm",
+    "linalg_vector_norm",
+    "nansum",
+    "all",
+    "any",
+    "median",
+    "max",
+    "min",
+    "var_mean",
+    "std_mean",
+)
 def reduction(call: Call) -> Result:
     x = call.tensor("self")
     if call.optional("other") is not None:  # max(a, b) of two tensors
@@ -28,12 +46,19 @@ def reduction(call: Call) -> Result:
     if isinstance(call.out, list | tuple):
         # max over dim gives indices, too: they name positions, so the neurons searched through may not move.
         if call.name in ("max", "min", "median"):
-            label = contract(call.constraints, fix(call.constraints, x.label, dims, "is searched for a position"), dims, keep)
+            label = contract(
+                call.constraints,
+                fix(call.constraints, x.label, dims, "is searched for a position"),
+                dims,
+                keep,
+            )
         return [label] * len(call.out)
     return label
 
 
-@rule("argmax", "argmin", "topk", "sort", "argsort", "cumsum", "cumprod", "kthvalue", "cummax", "diff", "unfold")
+@rule(
+    "argmax", "argmin", "topk", "sort", "argsort", "cumsum", "cumprod", "kthvalue", "cummax", "diff", "unfold"
+)
 def positional(call: Call) -> Result:
     x = call.tensor("self")
     name = "dim" if "dim" in call.args else "dimension"
@@ -47,14 +72,21 @@ def positional(call: Call) -> Result:
         else:
             label = label.drop(dims)
     else:
-        label = Label(tuple(o if s > 1 or d in dims else 1 for d, (o, s) in enumerate(zip(outs[0].shape, label.shape, strict=True))),
-                      label.factors)
+        label = Label(
+            tuple(
+                o if s > 1 or d in dims else 1
+                for d, (o, s) in enumerate(zip(outs[0].shape, label.shape, strict=True))
+            ),
+            label.factors,
+        )
     return [label] * len(outs) if isinstance(call.out, list | tuple) else label
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin")
 def softmax(call: Call) -> Result:
-    return normalise(call.constraints, call.tensor("self").label, dimensions(call.args["dim"], call.tensor("self").ndim))
+    return normalise(
+        call.constraints, call.tensor("self").label, dimensions(call.args["dim"], call.tensor("self").ndim)
+    )
 
 
 @rule("cosine_similarity")

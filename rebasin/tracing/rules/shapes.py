@@ -9,8 +9,25 @@ from ..labels import Label, combine, covered, distinct, fix, flat_index, reshape
 from .registry import Call, Result, Traced, rule
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "ravel", "view_copy",
-      "_reshape_alias", "squeeze", "unsqueeze", "atleast_1d", "atleast_2d", "atleast_3d", "squeeze_copy", "unsqueeze_copy")  # fmt: skip
+@rule(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "view_as",
+    "reshape_as",
+    "ravel",
+    "view_copy",
+    "_reshape_alias",
+    "squeeze",
+    "unsqueeze",
+    "atleast_1d",
+    "atleast_2d",
+    "atleast_3d",
+    "squeeze_copy",
+    "unsqueeze_copy",
+)
 def view(call: Call) -> Result:
     x = call.tensor("self")
     if call.name.startswith("unsqueeze"):
@@ -22,15 +39,30 @@ def view(call: Call) -> Result:
     return reshape(call.constraints, x.label, x.shape, call.shape)
 
 
-@rule("permute", "transpose", "t", "numpy_T", "swapaxes", "swapdims", "movedim", "moveaxis", "permute_copy", "mT",
-      "adjoint", "transpose_copy", "matrix_H")  # fmt: skip
+@rule(
+    "permute",
+    "transpose",
+    "t",
+    "numpy_T",
+    "swapaxes",
+    "swapdims",
+    "movedim",
+    "moveaxis",
+    "permute_copy",
+    "mT",
+    "adjoint",
+    "transpose_copy",
+    "matrix_H",
+)
 def permute(call: Call) -> Result:
     x = call.tensor("self")
     order = list(range(x.ndim))
     if "dims" in call.args:
         order = [d % x.ndim for d in call.args["dims"]]
     elif "source" in call.args:
-        sources, targets = ([v] if isinstance(v, int) else list(v) for v in (call.args["source"], call.args["destination"]))
+        sources, targets = (
+            [v] if isinstance(v, int) else list(v) for v in (call.args["source"], call.args["destination"])
+        )
         sources, targets = [s % x.ndim for s in sources], [t % x.ndim for t in targets]
         order = [d for d in order if d not in sources]
         for t, s in sorted(zip(targets, sources, strict=True)):
@@ -103,7 +135,9 @@ def concatenate(c: Constraints, labels: list[Label], shapes: list[tuple[int, ...
         return labels[0]
     along = [label.factor_on(dim) for label in labels]
     if all(f is None for f in along):  # the pieces lie next to each other along a plain dimension
-        joined = combine(c, [Label(tuple(1 if d == dim else n for d, n in enumerate(x.shape)), x.factors) for x in labels])
+        joined = combine(
+            c, [Label(tuple(1 if d == dim else n for d, n in enumerate(x.shape)), x.factors) for x in labels]
+        )
         total = sum(s[dim] for s in shapes)
         return Label(tuple(total if d == dim else n for d, n in enumerate(joined.shape)), joined.factors)
     # Some operands have neurons along dim, perhaps on further dimensions too (heads): bring all to the same ones.
@@ -127,8 +161,13 @@ def concatenate(c: Constraints, labels: list[Label], shapes: list[tuple[int, ...
         parts.append(part)
         roles.append(np.full(size, number))
     whole = distinct(c, np.concatenate(parts, axis=dim), np.concatenate(roles, axis=dim))
-    others = [Label(tuple(1 if d in dims else n for d, n in enumerate(x.shape)),
-                    tuple(f for f in x.factors if not any(d in dims for d in covered(f)))) for x in labels]
+    others = [
+        Label(
+            tuple(1 if d in dims else n for d, n in enumerate(x.shape)),
+            tuple(f for f in x.factors if not any(d in dims for d in covered(f))),
+        )
+        for x in labels
+    ]
     joined = combine(c, others)
     total = sum(s[dim] for s in shapes)
     shape = tuple(total if d == dim else extent[d] for d in range(labels[0].ndim))
@@ -145,7 +184,16 @@ def _closure(dims: list[int], labels: list[Label]) -> list[int]:
         found |= more
 
 
-@rule("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "tensor_split", "unbind", "split_copy")
+@rule(
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "unsafe_chunk",
+    "unsafe_split",
+    "tensor_split",
+    "unbind",
+    "split_copy",
+)
 def split(call: Call) -> Result:
     x, dim = call.tensor("self"), call.args.get("dim", 0)
     dim %= x.ndim
@@ -201,12 +249,22 @@ def rearrange(call: Call) -> Result:
     return label
 
 
-@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
-      "replication_pad2d", "replication_pad3d", "_pad_circular", "_pad_enum")  # fmt: skip
+@rule(
+    "pad",
+    "constant_pad_nd",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
+    "_pad_circular",
+    "_pad_enum",
+)
 def pad(call: Call) -> Result:
     x = call.tensor("self")
     c, label = call.constraints, x.label
-    amounts = call.args.get("pad", call.args.get("padding"))
+    amounts = call.args["pad" if "pad" in call.args else "padding"]
     constant = call.name == "constant_pad_nd" or call.args.get("mode", "") == "constant"
     for k in range(len(amounts) // 2):
         dim = x.ndim - 1 - k
@@ -245,8 +303,10 @@ def pixel_shuffle(call: Call) -> Result:
     old = (*lead, channels, height, width)
     label = reshape(c, label, old, (*lead, channels // r**2, r, r, height, width))
     label = fix(c, label, [n + 1, n + 2], "is shuffled into pixels")
-    return Label((*label.shape[: n + 1], *call.shape[-2:]),
-                 tuple(f.reshape(*f.shape[: n + 1], 1, 1) for f in label.factors))
+    return Label(
+        (*label.shape[: n + 1], *call.shape[-2:]),
+        tuple(f.reshape(*f.shape[: n + 1], 1, 1) for f in label.factors),
+    )
 
 
 @rule("pixel_unshuffle")
@@ -255,8 +315,10 @@ def pixel_unshuffle(call: Call) -> Result:
     *lead, channels, height, width = x.shape
     c, n = call.constraints, len(lead)
     label = fix(c, x.label, [x.ndim - 2, x.ndim - 1], "is shuffled out of pixels")
-    wide = Label((*label.shape[:n + 1], height // r, r, width // r, r),
-                 tuple(f.reshape(*f.shape[: n + 1], 1, 1, 1, 1) for f in label.factors))
+    wide = Label(
+        (*label.shape[: n + 1], height // r, r, width // r, r),
+        tuple(f.reshape(*f.shape[: n + 1], 1, 1, 1, 1) for f in label.factors),
+    )
     wide = wide.permute([*range(n + 1), n + 2, n + 4, n + 1, n + 3])
     return reshape(c, wide, (*lead, channels, r, r, height // r, width // r), call.shape)
 
@@ -270,13 +332,39 @@ def channel_shuffle(call: Call) -> Result:
     return reshape(call.constraints, label.permute(order), [split_shape[d] for d in order], call.shape)
 
 
-@rule("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices",
-      "max_pool3d_with_indices", "max_pool1d_with_indices", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-      "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool1d",
-      "adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
-      "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "upsample_bilinear2d", "_upsample_bilinear2d_aa",
-      "upsample_bicubic2d", "_upsample_bicubic2d_aa", "upsample_linear1d", "upsample_trilinear3d", "lp_pool2d",
-      "fractional_max_pool2d", "im2col")  # fmt: skip
+@rule(
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "max_pool2d_with_indices",
+    "max_pool3d_with_indices",
+    "max_pool1d_with_indices",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d",
+    "upsample_bilinear2d",
+    "_upsample_bilinear2d_aa",
+    "upsample_bicubic2d",
+    "_upsample_bicubic2d_aa",
+    "upsample_linear1d",
+    "upsample_trilinear3d",
+    "lp_pool2d",
+    "fractional_max_pool2d",
+    "im2col",
+)
 def spatial(call: Call) -> Result:
     """Pooling and resizing: channels keep their neurons, space is plain."""
     x = next(call.args[n] for n in ("self", "input") if isinstance(call.args.get(n), Traced))

@@ -1,0 +1,47 @@
+"""Where a search that looks at the loss starts: a cheap alignment by name, or a given permutation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, SpecMismatchError
+from ..spec import Permutation, PermutationSpec
+from .weights import weight_matching
+
+Named = Literal["identity", "weight_matching"]
+Start = Named | Permutation
+
+
+def start_from(
+    start: Start,
+    spec: PermutationSpec,
+    model_a: nn.Module,
+    model_b: nn.Module,
+    batches: Sequence[Any],
+    seed: int,
+    device: torch.device,
+) -> Permutation:
+    """The permutation that `start` stands for; `batches` are those of the search's objective.
+
+    Raises:
+        SpecMismatchError: a given permutation was made for another spec, or is not legal for it.
+        ConfigError: there is no start of that name.
+    """
+    if isinstance(start, Permutation):
+        if not spec.contains(start):
+            raise SpecMismatchError(
+                "The initial permutation is not legal for this spec: it was made for another architecture."
+            )
+        return Permutation(spec, {name: index.copy() for name, index in start.index.items()})
+    if start == "identity":
+        return spec.identity()
+    if start == "weight_matching":
+        state_a, state_b = model_a.state_dict(), model_b.state_dict()
+        return weight_matching(spec, state_a, state_b, seed=seed, device=device).permutation
+    raise ConfigError(
+        f"There is no start {start!r}: init takes {', '.join(get_args(Named))} or a permutation."
+    )

@@ -1,0 +1,311 @@
+"""Where the neurons of a spec can be seen while a model computes: at the outputs and inputs of its modules.
+
+A module whose parameter has a cell's neurons on its output axis (a linear layer's rows, a kernel's output channels,
+a norm's affine) carries these neurons along the channels of what it returns. One that has them on its input axis gets
+them along the channels of what it is given, that is behind the non-linearity, where the paper takes them. So the spec
+tells the places; nothing is listed by hand for any architecture.
+
+For torch's own modules it is known which axis becomes which dimension. Any other module that owns such a parameter is
+asked: it is a place if a random legal permutation of all weights permutes its output, along some dimension, exactly
+as it permutes the axis.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ..spec import Indices, PermutationSpec, Site, to_array
+from ..tracing.export import evaluation_mode, named_outputs
+
+Where = Literal["output", "input", "query", "key", "value"]
+Call = Callable[[nn.Module], Any]
+
+PATTERNS = 64
+"""Sample k looks at the positions of pattern k mod 64: independent of how samples are batched, and quickly made."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """Neuron i of `cell` is at each of `positions[k][i]`, k = 0, 1, ..., of dimension `dim` of a module's tensor.
+
+    `where` is the tensor: the output, the first input, or a projection inside of torch's MultiheadAttention. Further
+    positions of the same neuron (the pixels of a flattened channel) count as further samples.
+    """
+
+    module: str
+    where: Where
+    dim: int
+    cell: str
+    positions: tuple[Indices, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.where}"
+
+    def columns(self, rows: Tensor) -> Tensor:
+        """[samples * positions, cell size] out of rows [samples, channels]."""
+        return torch.cat([_columns(rows, p) for p in self.positions]) if self.positions[1:] else _columns(
+            rows, self.positions[0]
+        )
+
+
+def find_taps(spec: PermutationSpec, model: nn.Module, call: Call) -> list[Tap]:
+    """All taps that `call(model)`, one forward pass on a few samples, really reaches, in the order of execution."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    taps: dict[tuple[Any, ...], Tap] = {}
+    strangers: dict[str, list[str]] = {}
+    for parameter, axes in spec.axes.items():
+        aliases = [alias for alias, target in spec.aliases.items() if target == parameter]
+        for name in (parameter, *aliases):
+            owner, leaf = _owner(name)
+            places = _places(modules[owner])
+            if places is None:
+                strangers.setdefault(owner, []).append(name)
+                continue
+            for axis, sites in axes.items():
+                for place in places.get((leaf, axis), ()):
+                    _collect(taps, modules[owner], owner, place, sites)
+    if strangers:
+        for owner, dim, sites in _ask(spec, model, modules, strangers, call):
+            _collect(taps, modules[owner], owner, _Place("output", dim), sites)
+    return _reached(list(taps.values()), model, modules, call)
+
+
+@dataclass(frozen=True)
+class _Place:
+    where: Where
+    dim: int
+    offset: int = 0  # where the tensor begins on the axis
+    size: int | None = None  # and how long it is; None: the whole axis
+
+
+def _places(module: nn.Module) -> dict[tuple[str, int], tuple[_Place, ...]] | None:
+    """(own parameter, axis) -> where its neurons are seen; None for a module that is not torch's own."""
+    kind = type(module)
+    out_last, in_last = (_Place("output", -1),), (_Place("input", -1),)
+    if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
+        return {("weight", 0): out_last, ("bias", 0): out_last, ("weight", 1): in_last}
+    for dims, (conv, transposed) in enumerate(_CONVOLUTIONS, start=2):
+        out, into = (_Place("output", -dims),), (_Place("input", -dims),)
+        if isinstance(module, conv) and kind.forward is conv.forward:
+            return {("weight", 0): out, ("bias", 0): out} | ({("weight", 1): into} if module.groups == 1 else {})
+        if isinstance(module, transposed) and kind.forward is transposed.forward:
+            return {("weight", 0): into, ("bias", 0): out} | ({("weight", 1): out} if module.groups == 1 else {})
+    if isinstance(module, nn.Embedding) and kind.forward is nn.Embedding.forward:
+        return {("weight", 1): out_last}
+    norms = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.PReLU)
+    if any(isinstance(module, norm) and kind.forward is norm.forward for norm in norms):
+        return {(name, 0): (_Place("output", 1),) for name in ("weight", "bias", "running_mean", "running_var")}
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and kind.forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
+        return {(name, 0): out_last for name in ("weight", "bias")} if len(module.normalized_shape) == 1 else {}
+    if isinstance(module, nn.MultiheadAttention) and kind.forward is nn.MultiheadAttention.forward:
+        e = module.embed_dim
+        inner = tuple(_Place(w, -1, k * e, e) for k, w in enumerate(("query", "key", "value")))  # type: ignore[arg-type]
+        return {("in_proj_weight", 0): inner, ("in_proj_bias", 0): inner, ("out_proj.weight", 0): out_last}
+    return None
+
+
+_CONVOLUTIONS = (
+    (nn.Conv1d, nn.ConvTranspose1d),
+    (nn.Conv2d, nn.ConvTranspose2d),
+    (nn.Conv3d, nn.ConvTranspose3d),
+)
+
+
+def _owner(parameter: str) -> tuple[str, str]:
+    """Module and own name of a parameter; a weight that is computed from others (weight norm) counts as itself."""
+    parameter = re.sub(r"\.parametrizations\.(\w+)\.original\d*$", r".\1", parameter)
+    parameter = re.sub(r"^parametrizations\.(\w+)\.original\d*$", r"\1", parameter)
+    owner, _, leaf = parameter.rpartition(".")
+    return owner, re.sub(r"^weight_(g|v|orig)$", "weight", leaf)
+
+
+def _collect(
+    taps: dict[tuple[Any, ...], Tap],
+    module: nn.Module,
+    name: str,
+    place: _Place,
+    sites: Sequence[tuple[str, Site]],
+) -> None:
+    """Add a tap for each cell among `sites`; weight and bias, or two names of one module, give the same one."""
+    by_cell: dict[str, list[Indices]] = {}
+    for cell, site in sites:
+        found = _within(site.positions, place)
+        if found is not None:
+            by_cell.setdefault(cell, []).append(found)
+    for cell, positions in by_cell.items():
+        # The halves of a gated layer are two quantities; the pixels of a flattened channel are one.
+        whole = all(isinstance(p, range) and p.step == 1 for p in positions)
+        for part in [[p] for p in positions] if whole else [positions]:
+            key = (id(module), place.where, place.dim, cell, tuple(int(p[0]) for p in part))
+            taps.setdefault(key, Tap(name, place.where, place.dim, cell, tuple(part)))
+
+
+def _within(positions: Indices, place: _Place) -> Indices | None:
+    if place.size is None:
+        return positions
+    array = to_array(positions) - place.offset
+    if array.min() < 0 or array.max() >= place.size:
+        return None
+    return range(positions.start - place.offset, positions.stop - place.offset, positions.step) if isinstance(
+        positions, range
+    ) else array
+
+
+def _columns(rows: Tensor, positions: Indices) -> Tensor:
+    if isinstance(positions, range):
+        return rows[:, positions.start : positions.stop : positions.step]
+    return rows.index_select(1, torch.from_numpy(positions).to(rows.device))
+
+
+# Reading ----------------------------------------------------------------------------------------------------
+
+
+def tensor_at(module: nn.Module, where: Where, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor:
+    """The tensor that a tap looks at, from a call of its module."""
+    if where == "output":
+        return output if isinstance(output, Tensor) else next(iter(named_outputs(output).values()))
+    if where == "input":
+        return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+    assert isinstance(module, nn.MultiheadAttention)
+    number = ("query", "key", "value").index(where)
+    given = args[number] if len(args) > number else kwargs[where]
+    rows = slice(number * module.embed_dim, (number + 1) * module.embed_dim)
+    bias = None if module.in_proj_bias is None else module.in_proj_bias[rows]
+    projected = F.linear(given, module.in_proj_weight[rows], bias)
+    return projected if module.batch_first or projected.ndim < 3 else projected.transpose(0, 1)
+
+
+def sample_rows(tensor: Tensor, dim: int, tokens: int | None, seed: int, first: int) -> tuple[Tensor, int]:
+    """[samples * positions, channels] of a module's tensor, and its number of samples.
+
+    The first of the other dimensions counts the samples, the rest are positions (tokens, pixels). Of more than
+    `tokens` positions, that many are taken: for sample number k, `first` being the number of the first one, always
+    the same.
+    """
+    moved = tensor.movedim(dim, -1)
+    if moved.ndim < 2:
+        moved = moved[None]
+    samples, *shape, channels = moved.shape
+    count = int(np.prod(shape))
+    if tokens is None or count <= tokens:
+        return moved.reshape(-1, channels), samples
+    chosen = torch.from_numpy(_patterns(count, tokens, seed)[(first + np.arange(samples)) % PATTERNS]).to(tensor.device)
+    number = torch.arange(samples, device=tensor.device)[:, None].expand_as(chosen)
+    return moved[(number, *torch.unravel_index(chosen, shape))].reshape(-1, channels), samples
+
+
+_CACHE: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _patterns(count: int, tokens: int, seed: int) -> np.ndarray:
+    """int64 [PATTERNS, tokens]: positions below `count`, drawn without repetition within a row."""
+    key = (count, tokens, seed)
+    if key not in _CACHE:
+        if len(_CACHE) > 100:
+            _CACHE.clear()
+        rng = np.random.default_rng([seed, count])
+        _CACHE[key] = np.stack([rng.permutation(count)[:tokens] for _ in range(PATTERNS)])
+    return _CACHE[key]
+
+
+@contextmanager
+def hooked(modules: Mapping[str, nn.Module], hook: Callable[[str, nn.Module, Any, Any, Any], None]) -> Iterator[None]:
+    """Call `hook(name, module, args, kwargs, output)` after each call of each module, inside the block only."""
+    handles = []
+    try:
+        for name, module in modules.items():
+
+            def after(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                hook(name, module, args, kwargs, output)
+
+            handles.append(module.register_forward_hook(after, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# Finding ----------------------------------------------------------------------------------------------------
+
+
+def _reached(taps: list[Tap], model: nn.Module, modules: Mapping[str, nn.Module], call: Call) -> list[Tap]:
+    """The taps whose module is called, in the order of the first calls, with the channels that they expect."""
+    order: dict[str, int] = {}
+    by_module: dict[str, list[Tap]] = {}
+    fits: set[int] = set()
+    for tap in taps:
+        by_module.setdefault(tap.module, []).append(tap)
+
+    def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        order.setdefault(name, len(order))
+        for tap in by_module[name]:
+            tensor = tensor_at(module, tap.where, args, kwargs, output)
+            last = max(int(to_array(p).max()) for p in tap.positions)
+            if tensor.ndim >= abs(tap.dim) and tensor.shape[tap.dim] > last:
+                fits.add(id(tap))
+
+    with torch.no_grad(), evaluation_mode(model), hooked({name: modules[name] for name in by_module}, hook):
+        call(model)
+    return sorted((tap for tap in taps if id(tap) in fits), key=lambda tap: order[tap.module])
+
+
+def _ask(
+    spec: PermutationSpec,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    strangers: Mapping[str, Sequence[str]],
+    call: Call,
+) -> Iterator[tuple[str, int, Sequence[tuple[str, Site]]]]:
+    """(module, dimension, sites) of modules whose output moves as an axis of theirs does, by experiment."""
+    permutation = spec.random(seed=0)
+    before = _outputs(model, {name: modules[name] for name in strangers}, call)
+    moved = copy.deepcopy(model)
+    moved.load_state_dict(permutation.apply(model.state_dict()))
+    others = dict(moved.named_modules(remove_duplicate=False))
+    after = _outputs(moved, {name: others[name] for name in strangers}, call)
+    for owner, parameters in strangers.items():
+        if owner not in before or before[owner].shape != after.get(owner, before[owner][:0]).shape:
+            continue
+        was, now = before[owner], after[owner]
+        tolerance = max(1e-3, 30 * torch.finfo(was.dtype).eps)
+        limit = tolerance * float(was.double().norm())
+        seen: set[int] = set()
+        for parameter in parameters:
+            axes = spec.axes[spec.aliases.get(parameter, parameter)]
+            for axis, index in permutation.axes_of(parameter):
+                chosen = torch.from_numpy(index).to(was.device)
+                for dim in range(1 if was.ndim > 1 else 0, was.ndim):
+                    if dim in seen or was.shape[dim] != len(index):
+                        continue
+                    expected = was.index_select(dim, chosen)
+                    off = float((now.double() - expected.double()).norm())
+                    if off <= limit < float((now.double() - was.double()).norm()) / 10:
+                        seen.add(dim)
+                        yield owner, dim, axes[axis]
+
+
+def _outputs(model: nn.Module, modules: Mapping[str, nn.Module], call: Call) -> dict[str, Tensor]:
+    """The first output of each module's first call."""
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        tensors = list(named_outputs(output).values())
+        if tensors and name not in found:
+            found[name] = tensors[0].clone()
+
+    with torch.no_grad(), evaluation_mode(model), hooked(modules, hook):
+        call(model)
+    return found
