@@ -38,10 +38,12 @@ clean: ## remove .venv, outputs and caches
 
 # Stamps: once installed, a call costs nothing until pyproject.toml changes.
 .venv/.installed: pyproject.toml | .venv/bin/python
+	@echo "Installing into .venv, about 1.6 GB; this takes some minutes once."
 	$(PY) -m pip install --quiet $(PIP_ARGS) -e .
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml | .venv/bin/python
+	@echo "Installing into .venv, about 1.6 GB; this takes some minutes once."
 	$(PY) -m pip install --quiet $(PIP_ARGS) -e '.[dev]'
 	@# torchvision breaks other imports where there is no CUDA: it lies aside, for the one test that asks for it.
 	$(PY) -m pip install --quiet $(PIP_ARGS) --no-deps --target .venv/vision 'torchvision>=0.26,<0.29'

@@ -646,3 +646,34 @@ def unknown_operator() -> Built:
         tokens(),
         {},
     )
+
+
+@block
+def cut_position_table() -> Built:
+    """A table longer than the example: the rows that it never reaches may not move."""
+    return (
+        Apply(
+            lambda m, x: m.h(F.gelu(m.e(x) + m.p[: x.shape[1]])),
+            {"p": torch.randn(9, 8)},
+            e=nn.Linear(5, 8),
+            h=nn.Linear(8, 3),
+        ),
+        tokens(),
+        {},
+    )
+
+
+@block
+def complex_rope() -> Built:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (layer(x).view(b, t, 4, 4).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        angle = torch.polar(torch.ones(t, 2), torch.arange(t)[:, None] * torch.tensor([1.0, 0.1]))
+        q, k = (
+            torch.view_as_real(torch.view_as_complex(y.reshape(b, 4, t, 2, 2)) * angle).flatten(3)
+            for y in (q, k)
+        )
+        return m.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, 16))
+
+    layers = {name: nn.Linear(5, 16) for name in "qkv"}
+    return Apply(forward, o=nn.Linear(16, 3), **layers), tokens(), {}

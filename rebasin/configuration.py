@@ -89,6 +89,8 @@ def explain(error: Exception, arguments: Iterable[str] = ()) -> str:
             " value with brackets, commas, spaces or an equals sign."
         )
     message = str(error)
+    if isinstance(error, RebasinError):
+        return message
     if message.startswith("Config group override must be"):
         return "A group takes the name of one of its choices, GROUP=CHOICE; --help lists them."
     if found := re.match(r"Could not override '([^']+)'", message):
@@ -106,9 +108,17 @@ def check_types(cfg: DictConfig) -> None:
     Raises:
         ConfigError: names the option, its value, and what it takes.
     """
-    choices = HydraConfig.get().runtime.choices
-    groups = [f"{group}={choice}" for group, choice in choices.items() if _is_group(group) and choice]
-    _compare(_composed(groups), cfg, "")
+    choices = {g: c for g, c in HydraConfig.get().runtime.choices.items() if (config_dir() / g).is_dir()}
+    ours = [
+        f"{group}={choice}"
+        for group, choice in choices.items()
+        if group != "hydra" and _exists(group, choice)
+    ]
+    defaults = _composed(ours)
+    for key in defaults:
+        # A choice from a folder of the user's own (--config-dir) has no defaults here.
+        if key not in choices or _exists(key, choices[key]):
+            _compare(defaults[key], cfg[key], str(key))
 
 
 def _compare(default: Any, value: Any, path: str) -> None:
@@ -151,16 +161,12 @@ def _no_option(name: str, arguments: Iterable[str]) -> str:
 
 def _group_choices(arguments: Iterable[str]) -> list[str]:
     """Those of the command line's arguments that choose a valid config of a group."""
-    found = []
-    for argument in arguments:
-        group, _, choice = argument.partition("=")
-        if (config_dir() / group / f"{choice}.yaml").is_file():
-            found.append(argument)
-    return found
+    return [argument for argument in arguments if _exists(*argument.partition("=")[::2])]
 
 
-def _is_group(group: str) -> bool:
-    return group != "hydra" and "/" not in group and "@" not in group and (config_dir() / group).is_dir()
+def _exists(group: object, choice: object) -> bool:
+    """Whether the package has this config."""
+    return (config_dir() / str(group) / f"{choice}.yaml").is_file()
 
 
 def _composed(overrides: list[str]) -> DictConfig:

@@ -36,6 +36,7 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
     from .tracing import trace
 
     config = resolved(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
     steps.settle(cfg)
     with console.stage("load"):
         algorithm = load_algorithm(cfg.algo)

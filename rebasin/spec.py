@@ -373,7 +373,8 @@ class Permutation:
         """A safetensors file with one int32 tensor a cell; its header has the spec, so the file stands alone."""
         target = Path(path)
         tensors = {name: torch.from_numpy(p.astype(np.int32)) for name, p in self.index.items()}
-        header = {**(metadata or {}), "spec": self.spec.to_json(), "spec_hash": self.spec.hash}
+        # One entry only: safetensors writes several in another order in each process, and files should be equal.
+        header = {"spec": json.dumps({**json.loads(self.spec.to_json()), "metadata": dict(metadata or {})})}
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
         os.close(handle)
         try:

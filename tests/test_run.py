@@ -40,7 +40,7 @@ def execute(folder: Path, *overrides: str) -> tuple[dict, str]:
     """Results and console text of a run in this process."""
     folder.mkdir(parents=True, exist_ok=True)
     console = RichConsole(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
-    cfg = configured(*TINY, "logger=none", *overrides)
+    cfg = configured(*overrides, "logger=none")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", None)  # without a logger it must not even be imported
         results = run(cfg, folder, Console(console), command="python -m rebasin.run ...")
@@ -59,7 +59,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, dict, str]:
     folder = tmp_path_factory.mktemp("finished")
-    return folder, *execute(folder)
+    return folder, *execute(folder, *TINY)
 
 
 def test_a_run_leaves_everything_and_tells_where(finished):
@@ -102,8 +102,8 @@ def test_the_figures_and_the_tensors_belong_together(finished):
 
 def test_same_seed_same_bytes_other_seed_other_bytes(finished, tmp_path):
     folder, results, _ = finished
-    again, _ = execute(tmp_path / "again")
-    other, _ = execute(tmp_path / "other", "seed=1")
+    again, _ = execute(tmp_path / "again", *TINY)
+    other, _ = execute(tmp_path / "other", *TINY, "seed=1")
     for name in TENSORS:
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
         assert (tmp_path / "other" / name).read_bytes() != (folder / name).read_bytes(), name
@@ -118,7 +118,7 @@ def _timeless(value):
 
 
 def test_naive_says_that_it_is_the_baseline(tmp_path):
-    results, text = execute(tmp_path, "algo=naive")
+    results, text = execute(tmp_path, *TINY, "algo=naive")
     assert results["match"]["moved"] == 0
     assert "Not aligned" in text
     state_b = load_task(configured(*TINY)).endpoints(None)[1]
@@ -128,12 +128,32 @@ def test_naive_says_that_it_is_the_baseline(tmp_path):
 
 def test_dry_run_shows_the_spec_and_trains_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("REBASIN_CACHE", str(tmp_path / "cache"))
-    results, text = execute(tmp_path / "run", "dry_run=true")
+    results, text = execute(tmp_path / "run", *TINY, "dry_run=true")
     assert results == {}
     assert "align B (seed 1) to A (seed 0), the mlp, by weight_matching" in text
     assert "layers.0.weight[0]" in text
     assert list((tmp_path / "run").iterdir()) == []
     assert not list((tmp_path / "cache").rglob("mlp-*"))
+
+
+def test_the_default_job_aligns_two_stable_diffusion_unets(tmp_path):
+    from rebasin.models import tiny_sd
+
+    small = ["data.train=10", "data.heldout=20", "evaluate.points=3", "model.samples=2", "model.steps=2"]
+    results, _ = execute(tmp_path, *small)
+    assert results["endpoints"] == {"a": "seed0", "b": "seed1"}
+    assert set(results["verify"]) == {"unet", "vae", "text_encoder"}
+    assert all(check["max_relative_error"] < 1e-5 for check in results["verify"].values())
+    naive, aligned = (results["curves"]["heldout"][kind]["losses"] for kind in ("naive", "aligned"))
+    assert aligned[-1] == pytest.approx(naive[-1], rel=1e-4)
+    assert aligned[1] != naive[1]
+    stored = load_safetensors(tiny_sd.ASSETS / "unet_seed1" / "diffusion_pytorch_model.safetensors")
+    for name in TENSORS[1:]:
+        left = load_safetensors(tmp_path / name)
+        assert {n: (left.shape_of(n), left.dtype_of(n)) for n in left} == {
+            n: (stored.shape_of(n), stored.dtype_of(n)) for n in stored
+        }
+    assert "data:image/png;base64," in (tmp_path / "report.html").read_text().split("<h2>Samples</h2>")[1]
 
 
 def test_report_draws_again_from_results_alone(finished, tmp_path, capsys):

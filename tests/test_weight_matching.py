@@ -4,6 +4,7 @@ holds.
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from rebasin.errors import CheckpointError, ConfigError, SpecMismatchError
-from rebasin.matching import MatchState, weight_matching
-from rebasin.matching.assignment import assign
+from rebasin.matching import MatchState, exchange_losses, weight_matching
+from rebasin.matching.assignment import assign, leaves
 from rebasin.matching.costs import WeightCosts
 from rebasin.matching.pair import Pair, inner
 from rebasin.matching.schedule import neighbours, order_of, run_in_order, sharing
@@ -571,6 +572,27 @@ def test_the_same_in_every_process() -> None:
     }  # fmt: skip
     assert len(outputs) == 1
     assert outputs.pop()
+
+
+@pytest.mark.parametrize("name", ["mlp", "group_norm", "attention"])
+def test_exchange_losses_are_what_the_best_exchange_costs(name: str) -> None:
+    spec = SPECS[name]()
+    a, b = draw(spec, 1), draw(spec, 2)
+    found = weight_matching(spec, a, b).permutation
+    losses = exchange_losses(spec, a, b, found)
+    best = objective(spec, a, found.apply(b))
+    for group in spec:
+        least = math.inf
+        for leaf in leaves(group.tree):
+            cell = group.cells[leaf.cell].name
+            for i, j in itertools.combinations(leaf.neurons, 2):
+                index = found.index[cell].copy()
+                index[[i, j]] = index[[j, i]]
+                swapped = Permutation(spec, {**found.index, cell: index})
+                least = min(least, best - objective(spec, a, swapped.apply(b)))
+        assert losses[group.name] == pytest.approx(least, rel=1e-3, abs=1e-3)
+        assert least > 0
+    assert exchange_losses(recurrent(), *(draw(recurrent(), s) for s in (1, 2)), recurrent().identity()) == {}
 
 
 def test_bad_weights_are_named_before_any_work() -> None:

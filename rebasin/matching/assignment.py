@@ -109,16 +109,16 @@ def assign(
     source: Costs = GivenCosts(costs) if isinstance(costs, Mapping) else costs
     index = {cell.name: np.arange(cell.size) for cell in group.cells}
     value = gain = 0.0
-    leaves: dict[int, list[Indices]] = {}
+    free: dict[int, list[Indices]] = {}
     for unit in independent(group.tree) if units is None else units:
         if isinstance(unit, Leaf):
-            leaves.setdefault(unit.cell, []).append(unit.neurons)
+            free.setdefault(unit.cell, []).append(unit.neurons)
             continue
         table = _table(group, [unit], source)
         reached = table.arrange(0, 0, index, tolerance)
         value += reached
         gain += reached - table.in_place(0)
-    for cell, blocks in leaves.items():
+    for cell, blocks in free.items():
         name = group.cells[cell].name
         for neurons, matrix in zip(blocks, source.diagonal(name, blocks), strict=True):
             column, reached, gained = linear_assignment(
@@ -137,6 +137,11 @@ def independent(tree: Node) -> list[Node]:
     if isinstance(tree, Branch) and tree.moves == "fixed":
         return [unit for child in tree.children for unit in independent(child)]
     return [tree]
+
+
+def leaves(node: Node) -> list[Leaf]:
+    """All leaves of a tree, in order."""
+    return [node] if isinstance(node, Leaf) else [leaf for child in node.children for leaf in leaves(child)]
 
 
 class _Table(Protocol):

@@ -34,9 +34,7 @@ class WeightCosts:
         """`choose` leaves sites out; buffers are always left out."""
         self.pair = pair
         self.choose = choose
-        names = pair.parameters
-        double = bool(names) and all(x(names[0]).dtype == torch.float64 for x in (pair.a, pair.b))
-        self.dtype = torch.float64 if double else torch.float32
+        self.dtype = pair.dtype
 
     def sites(self, cell: str) -> list[tuple[str, int, list[Site]]]:
         """The (parameter, axis, its sites) at which the cell counts."""
@@ -63,9 +61,7 @@ class WeightCosts:
         return [block for block in found if block is not None]
 
     def potentials(self, cell: str, neurons: Indices) -> Tensor:
-        """Half the squared norm of each neuron of pi(B), [k], weighted like C: it makes the argmax a nearest
-        neighbour.
-        """
+        """Half the squared norm of each neuron of pi(B), [k], weighted like C (see linear.py)."""
         total = torch.zeros(len(neurons), dtype=self.dtype, device=self.pair.device)
         for parameter, axis, sites in self.sites(cell):
             weight = self.pair.weight[parameter]

@@ -128,7 +128,7 @@ class _Inside(nn.Module):
             with narrow:
                 loss = self.objective.loss(self.model, batch)
             found = torch.autograd.grad(loss, leaves, allow_unused=True)
-        return float(loss), found
+        return float(loss.detach()), found
 
     def evaluate(self, narrow: Any, batches: Sequence[Any]) -> float:
         with narrow:

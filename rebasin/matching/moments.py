@@ -79,7 +79,10 @@ class Moments:
             return cross.div_(count).addr_(self.mean_a, self.mean_b)
         if kind == "covariance":
             return cross.div_(count)
-        a, b = _inverse_root(self.square_a, self.mean_a, count), _inverse_root(self.square_b, self.mean_b, count)
+        a, b = (
+            _inverse_root(self.square_a, self.mean_a, count),
+            _inverse_root(self.square_b, self.mean_b, count),
+        )
         return cross.mul_(a[:, None]).mul_(b)
 
     @property

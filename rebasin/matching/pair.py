@@ -43,6 +43,7 @@ class Pair:
         weight: w_k; 1, or 1 / (|A_k| |B_k|) if normalised by tensor.
         squares: (|A_k|^2, |B_k|^2) of every counted parameter.
         dots: <A_k, pi(B)_k> of every counted parameter.
+        dtype: of cost matrices; float32, but float64 if the endpoints are.
     """
 
     def __init__(
@@ -68,11 +69,14 @@ class Pair:
         self._kept: dict[tuple[str, str], Tensor] = {}
         self._moved: dict[str, Tensor] = {}
         self.index = {name: np.arange(cell.size) for name, cell in spec.cells.items()}
+        narrow = False
         self.squares: dict[str, tuple[float, float]] = {}
         self._distances: dict[str, float] = {}
         self._naive_dots: dict[str, float] = {}
         for name in spec.axes:
-            aa, bb, ab, distance = _moments(self.a(name), self.b(name))
+            a, b = self.a(name), self.b(name)
+            narrow |= torch.float64 not in (a.dtype, b.dtype)
+            aa, bb, ab, distance = _moments(a, b)
             for square, what, key in ((aa, "A", self._key_a[name]), (bb, "B", self._key_b[name])):
                 if not math.isfinite(square):
                     raise CheckpointError(
@@ -82,6 +86,7 @@ class Pair:
             if name not in spec.buffers:
                 self.squares[name], self._naive_dots[name], self._distances[name] = (aa, bb), ab, distance
         self.dots = dict(self._naive_dots)
+        self.dtype = torch.float32 if narrow else torch.float64
         self.weight = {
             name: 1.0 if normalize is None or aa * bb == 0 else 1 / math.sqrt(aa * bb)
             for name, (aa, bb) in self.squares.items()

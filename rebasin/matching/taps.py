@@ -56,8 +56,10 @@ class Tap:
 
     def columns(self, rows: Tensor) -> Tensor:
         """[samples * positions, cell size] out of rows [samples, channels]."""
-        return torch.cat([_columns(rows, p) for p in self.positions]) if self.positions[1:] else _columns(
-            rows, self.positions[0]
+        return (
+            torch.cat([_columns(rows, p) for p in self.positions])
+            if self.positions[1:]
+            else _columns(rows, self.positions[0])
         )
 
 
@@ -100,16 +102,27 @@ def _places(module: nn.Module) -> dict[tuple[str, int], tuple[_Place, ...]] | No
     for dims, (conv, transposed) in enumerate(_CONVOLUTIONS, start=2):
         out, into = (_Place("output", -dims),), (_Place("input", -dims),)
         if isinstance(module, conv) and kind.forward is conv.forward:
-            return {("weight", 0): out, ("bias", 0): out} | ({("weight", 1): into} if module.groups == 1 else {})
+            return {("weight", 0): out, ("bias", 0): out} | (
+                {("weight", 1): into} if module.groups == 1 else {}
+            )
         if isinstance(module, transposed) and kind.forward is transposed.forward:
-            return {("weight", 0): into, ("bias", 0): out} | ({("weight", 1): out} if module.groups == 1 else {})
+            return {("weight", 0): into, ("bias", 0): out} | (
+                {("weight", 1): out} if module.groups == 1 else {}
+            )
     if isinstance(module, nn.Embedding) and kind.forward is nn.Embedding.forward:
         return {("weight", 1): out_last}
     norms = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.PReLU)
     if any(isinstance(module, norm) and kind.forward is norm.forward for norm in norms):
-        return {(name, 0): (_Place("output", 1),) for name in ("weight", "bias", "running_mean", "running_var")}
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and kind.forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
-        return {(name, 0): out_last for name in ("weight", "bias")} if len(module.normalized_shape) == 1 else {}
+        return {
+            (name, 0): (_Place("output", 1),) for name in ("weight", "bias", "running_mean", "running_var")
+        }
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and kind.forward in (
+        nn.LayerNorm.forward,
+        nn.RMSNorm.forward,
+    ):
+        return (
+            {(name, 0): out_last for name in ("weight", "bias")} if len(module.normalized_shape) == 1 else {}
+        )
     if isinstance(module, nn.MultiheadAttention) and kind.forward is nn.MultiheadAttention.forward:
         e = module.embed_dim
         inner = tuple(_Place(w, -1, k * e, e) for k, w in enumerate(("query", "key", "value")))  # type: ignore[arg-type]
@@ -159,9 +172,11 @@ def _within(positions: Indices, place: _Place) -> Indices | None:
     array = to_array(positions) - place.offset
     if array.min() < 0 or array.max() >= place.size:
         return None
-    return range(positions.start - place.offset, positions.stop - place.offset, positions.step) if isinstance(
-        positions, range
-    ) else array
+    return (
+        range(positions.start - place.offset, positions.stop - place.offset, positions.step)
+        if isinstance(positions, range)
+        else array
+    )
 
 
 def _columns(rows: Tensor, positions: Indices) -> Tensor:
@@ -173,7 +188,9 @@ def _columns(rows: Tensor, positions: Indices) -> Tensor:
 # Reading ----------------------------------------------------------------------------------------------------
 
 
-def tensor_at(module: nn.Module, where: Where, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor:
+def tensor_at(
+    module: nn.Module, where: Where, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> Tensor:
     """The tensor that a tap looks at, from a call of its module."""
     if where == "output":
         return output if isinstance(output, Tensor) else next(iter(named_outputs(output).values()))
@@ -202,7 +219,9 @@ def sample_rows(tensor: Tensor, dim: int, tokens: int | None, seed: int, first: 
     count = int(np.prod(shape))
     if tokens is None or count <= tokens:
         return moved.reshape(-1, channels), samples
-    chosen = torch.from_numpy(_patterns(count, tokens, seed)[(first + np.arange(samples)) % PATTERNS]).to(tensor.device)
+    chosen = torch.from_numpy(_patterns(count, tokens, seed)[(first + np.arange(samples)) % PATTERNS]).to(
+        tensor.device
+    )
     number = torch.arange(samples, device=tensor.device)[:, None].expand_as(chosen)
     return moved[(number, *torch.unravel_index(chosen, shape))].reshape(-1, channels), samples
 
@@ -222,7 +241,9 @@ def _patterns(count: int, tokens: int, seed: int) -> np.ndarray:
 
 
 @contextmanager
-def hooked(modules: Mapping[str, nn.Module], hook: Callable[[str, nn.Module, Any, Any, Any], None]) -> Iterator[None]:
+def hooked(
+    modules: Mapping[str, nn.Module], hook: Callable[[str, nn.Module, Any, Any, Any], None]
+) -> Iterator[None]:
     """Call `hook(name, module, args, kwargs, output)` after each call of each module, inside the block only."""
     handles = []
     try:

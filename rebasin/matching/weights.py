@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..spec import Group, Indices, Node, Permutation, PermutationSpec
-from .assignment import Assignment, assign, independent
+from .assignment import Assignment, assign, independent, leaves
 from .costs import WeightCosts
 from .initial import Init, start
 from .linear import TOLERANCE
@@ -272,14 +272,9 @@ class _Inert:
 
 def _meets_itself(group: Group, unit: Node) -> bool:
     """Whether the subtree's own neurons meet on two axes of a tensor."""
-    cells = {leaf.cell for leaf in _leaves(unit)}
+    cells = {leaf.cell for leaf in leaves(unit)}
     part = replace(group, cells=tuple(group.cells[c] for c in sorted(cells)))
     return any(len(axes) > 1 for axes in axes_met(part).values())
-
-
-def _leaves(node: Node) -> list[Any]:
-    children = getattr(node, "children", None)
-    return [node] if children is None else [leaf for child in children for leaf in _leaves(child)]
 
 
 def _out_of_place(permutation: Permutation) -> dict[str, int]:

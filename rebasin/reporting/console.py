@@ -131,6 +131,8 @@ class Console:
             color = TONES[answer.tone]
             self.console.print(f"{answer.question} [bold {color}]{answer.short}.[/] {escape(answer.text)}")
         self.console.print()
+        shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        self.console.print(f"In {escape(str(shown))}:")
         for name, meaning in FILES.items():
             if (folder / name).exists():
-                self.console.print(f"{escape(str(folder / name))}  [dim]{meaning}[/dim]")
+                self.console.print(f"  {name:<24}  [dim]{meaning}[/dim]")

@@ -47,7 +47,9 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> PermutationSpec:
     shapes = {
         n: tuple(t.shape) for n, t in state.items() if isinstance(t, torch.Tensor) and t.is_floating_point()
     }
-    buffers = frozenset(shapes.keys() - parameters)
+    # Tables that a model keeps as buffers (sinusoidal positions) are matched like weights; statistics only follow.
+    statistics = ("running_mean", "running_var")
+    buffers = frozenset(n for n in shapes.keys() - parameters if n.split(".")[-1] in statistics)
     constraints = walk(export(model, args, kwargs, RULES), aliases)
     spec = build(constraints, solve(constraints), shapes, buffers, aliases)
     cache.store(key, spec)

@@ -23,11 +23,17 @@ class _Builder:
         own = np.flatnonzero(self.axis >= 0)
         self.elements = own[np.lexsort((solution.slot[own], solution.neuron[own]))]
         classes = int(solution.neuron.max()) + 1 if size else 0
+        # Rows that these inputs never reach (a table of positions cut to their length) are not free: they are unknown.
+        self.used = np.zeros(classes, dtype=bool)
+        for a, b in (*constraints.ties, *constraints.members):
+            self.used[solution.neuron[a]] = self.used[solution.neuron[b]] = True
+        for elements, _, _ in constraints.marks:
+            self.used[solution.neuron[elements]] = True
         self.first = np.searchsorted(solution.neuron[self.elements], np.arange(classes + 1))
         self.names: set[str] = set()
 
     def has_sites(self, classes: np.ndarray) -> bool:
-        return bool(self.first[classes[0] + 1] > self.first[classes[0]])
+        return bool(self.used[classes[0]] and self.first[classes[0] + 1] > self.first[classes[0]])
 
     def prune(self, part: Part, moving: bool) -> Part | None:
         """Without what has no place in any parameter and, where nothing around moves, without single neurons."""

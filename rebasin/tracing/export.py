@@ -133,7 +133,7 @@ def export(
             program = torch.export.export(flat, args, kwargs, strict=False)
             table = _decompositions(program.graph_module, known)
             if table is not None:
-                program = program.run_decompositions(table)
+                program = _decompose(program, table)
         except Exception as error:
             raise TraceError(_explain(error)) from error
     signature = program.graph_signature
@@ -148,6 +148,14 @@ def export(
     for node, name in signature.inputs_to_lifted_tensor_constants.items():
         constants[node] = program.constants.get(name)
     return Exported(program.graph_module, record.names, states, constants)
+
+
+def _decompose(program: torch.export.ExportedProgram, table: dict[Any, Any]) -> torch.export.ExportedProgram:
+    """Some decompositions write in place, which export refuses: then those operators stay, and are pinned."""
+    try:
+        return program.run_decompositions(table)
+    except AssertionError:
+        return program.run_decompositions({})
 
 
 def _decompositions(graph: torch.fx.GraphModule, known: Collection[str]) -> dict[Any, Any] | None:

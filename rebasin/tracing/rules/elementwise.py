@@ -30,6 +30,8 @@ rule(
     "native_dropout",
     "type_as",
     "positive",
+    "polar",
+    "complex",
     "fill",
     "masked_fill",
     "where",

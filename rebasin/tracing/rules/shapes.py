@@ -395,3 +395,16 @@ def unsupported_shape(call: Call) -> Result:
 
     pin(call.constraints, call.tensor("self").label, "is read along a diagonal")
     return Label(call.shape)
+
+
+@rule("view_as_complex")
+def as_complex(call: Call) -> Result:
+    """The pair (real, imaginary) along the last dimension becomes one number: it can't be split or turned round."""
+    x = call.tensor("self")
+    return fix(call.constraints, x.label, [x.ndim - 1], "is part of a complex number").drop([x.ndim - 1])
+
+
+@rule("view_as_real")
+def as_real(call: Call) -> Result:
+    label = call.tensor("self").label.expand_rank([call.tensor("self").ndim])
+    return Label(tuple(call.shape), label.factors)
