@@ -216,6 +216,58 @@ _HF["whisper_tiny"] = _hf(
 )
 
 
+def _logits(builder: Builder, output: str = "logits") -> Builder:
+    """One output only: without the hidden states among its outputs a model's residual stream is free."""
+
+    def build(real: bool) -> Built:
+        import rebasin
+
+        model, _, inputs = builder(real)
+        names = tuple(inputs)
+        head = rebasin.compose(
+            lambda m, *values: m(**dict(zip(names, values, strict=True)))[output], model=model
+        )
+        return head, tuple(inputs.values()), {}
+
+    return build
+
+
+def _head(name: str, model_class: str, config_class: str, like: str, output: str = "logits") -> None:
+    small, inputs = _SMALL[like]
+    _HF[name] = _logits(_hf(model_class, config_class, small, inputs), output)
+
+
+_SMALL: dict[str, tuple[dict[str, Any], Callable[[Any], dict[str, Any]]]] = {
+    "text": (_TEXT, _text),
+    "clip_text": ({**_TEXT, "eos_token_id": 1, "projection_dim": 12}, _text),
+    "vit": (
+        dict(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            image_size=16,
+            patch_size=8,
+        ),
+        _pixels,
+    ),
+}
+_HF["t5_logits"] = _logits(_HF["t5"])
+_head("roberta_mlm_logits", "RobertaForMaskedLM", "RobertaConfig", "text")
+_head("clip_text_projection", "CLIPTextModelWithProjection", "CLIPTextConfig", "clip_text", "text_embeds")
+_head("vit_classifier_logits", "ViTForImageClassification", "ViTConfig", "vit")
+
+
+def _whisper(real: bool) -> Built:
+    import transformers
+
+    _, _, inputs = _HF["whisper_tiny"](real)
+    base = _HF["whisper_tiny"](real)[0]
+    return transformers.WhisperForConditionalGeneration(base.config), (), inputs  # type: ignore[arg-type]
+
+
+_HF["whisper_tiny_logits"] = _logits(_whisper)
+
 # ------------------------------------------------------------------------------------------------ diffusers
 
 _SD: dict[str, Any] = dict(in_channels=4, out_channels=4, layers_per_block=2)
@@ -459,7 +511,9 @@ def pixart_transformer(real: bool) -> Built:
         caption_channels=24,
         cross_attention_dim=32,
     )
-    model = PixArtTransformer2DModel(**({**small} if not real else {}), use_additional_conditions=False)
+    published: dict[str, Any] = dict(caption_channels=4096, cross_attention_dim=1152, sample_size=64)
+    config = {**(published if real else small), "use_additional_conditions": False}
+    model = PixArtTransformer2DModel(**config)
     c = model.config
     return (
         model,

@@ -172,9 +172,7 @@ def make_corpus(out: Path, images: np.ndarray, labels: np.ndarray, device: str) 
 
 
 def evaluate(out: Path, images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) -> None:
-    """Losses on held-out digits, midpoints without aligning, and whether a classifier reads the samples as
-    prompted.
-    """
+    """Losses on held-out digits, naive midpoints, and whether a classifier reads the samples as prompted."""
     test_images, test_labels = digits.load("test", options.data)
     vae, text_encoder = tiny_sd.load_vae(path=out), tiny_sd.load_text_encoder(path=out)
     tokenizer, scheduler = tiny_sd.load_tokenizer(out), tiny_sd.load_scheduler(out)

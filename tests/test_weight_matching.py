@@ -592,7 +592,8 @@ def test_exchange_losses_are_what_the_best_exchange_costs(name: str) -> None:
                 least = min(least, best - objective(spec, a, swapped.apply(b)))
         assert losses[group.name] == pytest.approx(least, rel=1e-3, abs=1e-3)
         assert least > 0
-    assert exchange_losses(recurrent(), *(draw(recurrent(), s) for s in (1, 2)), recurrent().identity()) == {}
+    quadratic = recurrent()
+    assert exchange_losses(quadratic, draw(quadratic, 1), draw(quadratic, 2), quadratic.identity()) == {}
 
 
 def test_bad_weights_are_named_before_any_work() -> None:

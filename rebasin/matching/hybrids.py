@@ -114,14 +114,12 @@ def activation_and_weight(
     require_seen(statistics, fallback=weight > 0)
     pair = Pair(spec, model_a.state_dict(), model_b.state_dict())
     sum_ = _Sum(pair, statistics, statistic, weight)
+    unseen = statistics.unseen
     del statistics
     initial, distance = sum_.objective, pair.distance
     for group in spec:  # where the activations lead
-        seen = {
-            cell.name: sum_.activations[cell.name] for cell in group.cells if cell.name in sum_.activations
-        }
-        if len(seen) == len(group.cells):
-            found = assign(group, seen)
+        if group not in unseen:
+            found = assign(group, sum_.activations)
             pair.make(pair.propose(group, found.index), found.index)
     history = [Sweep(0, sum_.objective, pair.permutation.moved())]
     near, dirty = neighbours(spec), set(range(len(spec)))
@@ -171,11 +169,11 @@ class _Sum:
     ) -> None:
         self.pair = pair
         self.weights = WeightCosts(pair)
-        seen = list(dict.fromkeys(tap.cell for tap in statistics.taps))
-        largest = sum(statistics.largest(cell, statistic) for cell in seen)
+        cells = list(pair.spec.cells)
+        largest = sum(statistics.largest(cell, statistic) for cell in cells)
         self.share = weight / pair.scale if pair.scale else 0.0
         scale = (1 - weight) / largest if largest else 0.0
-        self.activations = {cell: statistics.costs(cell, statistic).mul_(scale) for cell in seen}
+        self.activations = {cell: statistics.costs(cell, statistic).mul_(scale) for cell in cells}
 
     @property
     def objective(self) -> float:
@@ -185,8 +183,6 @@ class _Sum:
 
     def _value(self, cell: str, relative: np.ndarray) -> float:
         """The activations' part of a cell if its neurons moved by `relative` from where they are."""
-        if cell not in self.activations:
-            return 0.0
         index = torch.from_numpy(self.pair.index[cell][relative])
         return float(self.activations[cell].gather(1, index[:, None]).sum())
 
@@ -225,8 +221,6 @@ class _Costs:
 
     def _with_activations(self, cell: str, neurons: Indices, block: Tensor) -> Tensor:
         total = block.double() * self.sum_.share
-        if cell in self.sum_.activations:
-            rows = torch.from_numpy(to_array(neurons))
-            columns = torch.from_numpy(self.sum_.pair.index[cell])[rows]
-            total += self.sum_.activations[cell][rows[:, None], columns].to(total.device)
-        return total
+        rows = torch.from_numpy(to_array(neurons))
+        columns = torch.from_numpy(self.sum_.pair.index[cell])[rows]
+        return total + self.sum_.activations[cell][rows[:, None], columns].to(total.device)

@@ -4,9 +4,8 @@ Most assignments that occur while two models are aligned are easy, and to prove 
 than to solve it from nothing. A row's largest entry bounds what the row can contribute, so if the rows'
 argmaxima are all different, they are an optimal assignment. The same holds after any number has been
 subtracted from each column, because every assignment loses the same total. Half the squared norm of the
-column's neuron is a good number to
-subtract: the argmax of `a_i . b_j - |b_j|^2 / 2` is the nearest neighbour of a_i, whatever the norms. What
-neither test decides goes to scipy's exact solver.
+column's neuron is a good number to subtract: the argmax of `a_i . b_j - |b_j|^2 / 2` is the nearest neighbour
+of a_i, whatever the norms. What neither test decides goes to scipy's exact solver.
 """
 
 from __future__ import annotations

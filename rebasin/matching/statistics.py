@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from ..checkpoints import load_safetensors, save_safetensors
 from ..errors import CheckpointError, ConfigError, DataError, SpecMismatchError
 from ..objectives import Objective
-from ..spec import Group, PermutationSpec
+from ..spec import Group, Leaf, Node, PermutationSpec
 from ..tracing.export import evaluation_mode
 from .moments import Moments, Statistic
 from .taps import Tap, find_taps, hooked, sample_rows, tensor_at
@@ -55,17 +55,23 @@ class ActivationStatistics:
 
     @cached_property
     def unseen(self) -> tuple[Group, ...]:
-        """The groups with a cell that no tap shows."""
+        """The groups of whose arrangement the taps show nothing, or not all: some choice has no cell that is seen."""
         seen = {tap.cell for tap in self.taps}
-        return tuple(group for group in self.spec if any(cell.name not in seen for cell in group.cells))
+        return tuple(group for group in self.spec if _undecided(group, group.tree, seen))
 
     @property
     def bytes(self) -> int:
         return sum(m.bytes for m in self.moments)
 
     def costs(self, cell: str, statistic: Statistic) -> Tensor:
-        """[size, size] float64 on the CPU: rows are A's neurons, columns B's; the mean over the cell's taps."""
+        """[size, size] float64 on the CPU: rows are A's neurons, columns B's; the mean over the cell's taps.
+
+        Zeros for a cell that no tap shows: others of its group decide.
+        """
         seen = [m for tap, m in zip(self.taps, self.moments, strict=True) if tap.cell == cell]
+        if not seen:
+            size = self.spec.cells[cell].size
+            return torch.zeros(size, size, dtype=torch.float64)
         total = seen[0].statistic(statistic)
         for moments in seen[1:]:
             total += moments.statistic(statistic)
@@ -74,6 +80,8 @@ class ActivationStatistics:
     def largest(self, cell: str, statistic: Statistic) -> float:
         """What no permutation of the cell can exceed, by Cauchy and Schwarz."""
         seen = [m for tap, m in zip(self.taps, self.moments, strict=True) if tap.cell == cell]
+        if not seen:
+            return 0.0
         if statistic == "pearson":
             return float(self.spec.cells[cell].size)
         shares = []
@@ -285,6 +293,8 @@ class _Pair:
             for key in self.keys[name]:
                 tensor = tensor_at(module, self.members[key][0][0].where, args, kwargs, output)
                 seen = self.seen[side]
+                if tensor is None:
+                    continue
                 rows, samples = sample_rows(tensor, key[2], self.tokens, self.seed, seen[key])
                 seen[key] += samples
                 self.sums.append((key, rows.sum(dtype=torch.float64)))
@@ -371,6 +381,21 @@ def _required(model: nn.Module) -> int:
 
 
 _END = object()
+
+
+def _undecided(group: Group, node: Node, seen: Collection[str]) -> bool:
+    """Whether something below `node` can be arranged in several ways that no cell that was seen tells apart."""
+    if isinstance(node, Leaf):
+        return len(node.neurons) > 1 and group.cells[node.cell].name not in seen
+    if node.moves != "fixed" and len(node.children) > 1 and not _cells(group, node) & set(seen):
+        return True
+    return any(_undecided(group, child, seen) for child in node.children)
+
+
+def _cells(group: Group, node: Node) -> set[str]:
+    if isinstance(node, Leaf):
+        return {group.cells[node.cell].name}
+    return set().union(*(_cells(group, child) for child in node.children))
 
 
 def _key(tap: Tap) -> Key:

@@ -29,12 +29,13 @@ from torch import Tensor, nn
 from ..errors import ConfigError, DataError
 from ..objectives import Objective
 from ..spec import Permutation, PermutationSpec
+from .activations import moved_per_group
 from .midpoint import Autocast, Ends
 from .pair import Pair
 from .result import MatchResult
 from .starts import Start, start_from
 from .straight_through_result import Step, StraightThroughResult
-from .weights import _out_of_place, weight_matching
+from .weights import weight_matching
 
 Optimizer = Literal["sgd", "adam"]
 Schedule = Literal["constant", "cosine"]
@@ -86,7 +87,9 @@ def straight_through(
         heldout: more of them, by which the best permutation is chosen. Default: the last fifth of `batches`,
             which then gives no gradients (a single batch has to do for both). Data that results are reported
             on belongs in neither.
-        init: where the search starts: "identity", "weight_matching", or a permutation.
+        init: where the search starts: "identity", "weight_matching", "activation_then_weight" (by the
+            activations on `batches`, then by the weights), "best" (the best of these on the held-out batches),
+            or a permutation.
         steps: gradient steps. The paper makes 12,500 and more.
         optimizer, lr, momentum, schedule: of the auxiliary weights. The paper has SGD, 1e-2, 0.9 and a
             constant rate; `momentum` is Adam's first beta, too. "cosine" ends at 0.
@@ -130,8 +133,6 @@ def straight_through(
     clock = _Clock()
 
     with ends.ready(checkpointing):
-        with clock("start"):
-            start = start_from(init, spec, model_a, model_b, batches, seed, ends.device)
         with clock("scoring"):
             endpoints = ends.endpoints(select)
 
@@ -139,8 +140,12 @@ def straight_through(
                 return ends.evaluate(ends.midpoint(candidate), select) - sum(endpoints) / 2
 
             naive = score(spec.identity())
-            lowest = start_score = naive if start.is_identity else score(start)
             means = [sum(ends.endpoints([batch])) / 2 for batch in learn]
+        with clock("start"):
+            start = start_from(
+                init, spec, model_a, model_b, objective, batches, seed, ends.device, score
+            )
+            lowest = start_score = naive if start.is_identity else score(start)
         if not math.isfinite(naive + start_score + sum(means)):
             raise DataError(
                 "The loss of an endpoint, or of their midpoint, is not a finite number on some batch."
@@ -202,7 +207,7 @@ def straight_through(
         distance_before=distance_before,
         distance_after=pair.distance,
         sweeps=sweeps,
-        moved_per_group=_out_of_place(best),
+        moved_per_group=moved_per_group(best),
         **{f"seconds_{part}": seconds for part, seconds in clock.total.items()},
     )
 

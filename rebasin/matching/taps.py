@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..spec import Indices, PermutationSpec, Site, to_array
+from ..spec import Indices, Permutation, PermutationSpec, Site, to_array
 from ..tracing.export import evaluation_mode, named_outputs
 
 Where = Literal["output", "input", "query", "key", "value"]
@@ -64,14 +64,18 @@ class Tap:
 
 
 def find_taps(spec: PermutationSpec, model: nn.Module, call: Call) -> list[Tap]:
-    """All taps that `call(model)`, one forward pass on a few samples, really reaches, in the order of execution."""
+    """All taps that `call(model)`, a forward pass on a few samples, really reaches, in the order of execution.
+
+    A tensor on which another dimension than the channels may be one of neurons, too (a mixer's), is no tap if it is:
+    its positions in A and B do not correspond.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     taps: dict[tuple[Any, ...], Tap] = {}
     strangers: dict[str, list[str]] = {}
     for parameter, axes in spec.axes.items():
         aliases = [alias for alias, target in spec.aliases.items() if target == parameter]
         for name in (parameter, *aliases):
-            owner, leaf = _owner(name)
+            owner, leaf = _owner(name, modules)
             places = _places(modules[owner])
             if places is None:
                 strangers.setdefault(owner, []).append(name)
@@ -79,10 +83,38 @@ def find_taps(spec: PermutationSpec, model: nn.Module, call: Call) -> list[Tap]:
             for axis, sites in axes.items():
                 for place in places.get((leaf, axis), ()):
                     _collect(taps, modules[owner], owner, place, sites)
-    if strangers:
-        for owner, dim, sites in _ask(spec, model, modules, strangers, call):
-            _collect(taps, modules[owner], owner, _Place("output", dim), sites)
-    return _reached(list(taps.values()), model, modules, call)
+    wanted: dict[str, set[Where]] = {owner: {"output"} for owner in strangers}
+    for tap in taps.values():
+        wanted.setdefault(tap.module, set()).add(tap.where)
+    sizes = {spec.shapes[parameter][axis] for parameter, axes in spec.axes.items() for axis in axes}
+    known = {(tap.module, tap.where): tap for tap in taps.values()}
+
+    def keep(name: str, where: Where, tensor: Tensor) -> bool:
+        if name in strangers:
+            return True
+        dim = known[name, where].dim % tensor.ndim
+        return any(d != dim and tensor.shape[d] in sizes for d in range(1, tensor.ndim))
+
+    seen = _watch(model, wanted, call, keep)
+    unsure = {(name, where): first for (name, where), first in seen.items() if isinstance(first, Tensor)}
+    found = [tap for tap in taps.values() if (tap.module, tap.where) in seen]
+    if unsure:
+        permutation = spec.random(seed=0)
+        moved = copy.deepcopy(model)
+        moved.load_state_dict(permutation.apply(model.state_dict()))
+        asked: dict[str, set[Where]] = {}
+        for name, where in unsure:
+            asked.setdefault(name, set()).add(where)
+        after = _watch(moved, asked, call, lambda *_: True)
+        compare = _Compare(spec, permutation, unsure, after)
+        found = [tap for tap in found if (tap.module, tap.where) not in unsure or compare.confirms(tap)]
+        more: dict[tuple[Any, ...], Tap] = {}
+        for owner, parameters in strangers.items():
+            for dim, sites in compare.answers(owner, parameters):
+                _collect(more, modules[owner], owner, _Place("output", dim), sites)
+        found += more.values()
+    order = {key: number for number, key in enumerate(seen)}
+    return sorted(found, key=lambda tap: order[tap.module, tap.where])
 
 
 @dataclass(frozen=True)
@@ -124,7 +156,7 @@ def _places(module: nn.Module) -> dict[tuple[str, int], tuple[_Place, ...]] | No
             {(name, 0): out_last for name in ("weight", "bias")} if len(module.normalized_shape) == 1 else {}
         )
     if isinstance(module, nn.MultiheadAttention) and kind.forward is nn.MultiheadAttention.forward:
-        e = module.embed_dim
+        e = module.embed_dim  # other widths of keys and values have weights of their own
         inner = tuple(_Place(w, -1, k * e, e) for k, w in enumerate(("query", "key", "value")))  # type: ignore[arg-type]
         return {("in_proj_weight", 0): inner, ("in_proj_bias", 0): inner, ("out_proj.weight", 0): out_last}
     return None
@@ -137,11 +169,14 @@ _CONVOLUTIONS = (
 )
 
 
-def _owner(parameter: str) -> tuple[str, str]:
+def _owner(parameter: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
     """Module and own name of a parameter; a weight that is computed from others (weight norm) counts as itself."""
     parameter = re.sub(r"\.parametrizations\.(\w+)\.original\d*$", r".\1", parameter)
     parameter = re.sub(r"^parametrizations\.(\w+)\.original\d*$", r"\1", parameter)
     owner, _, leaf = parameter.rpartition(".")
+    parent, _, last = owner.rpartition(".")
+    if last == "out_proj" and isinstance(modules[parent], nn.MultiheadAttention):  # used, but never called
+        return parent, f"out_proj.{leaf}"
     return owner, re.sub(r"^weight_(g|v|orig)$", "weight", leaf)
 
 
@@ -190,12 +225,12 @@ def _columns(rows: Tensor, positions: Indices) -> Tensor:
 
 def tensor_at(
     module: nn.Module, where: Where, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-) -> Tensor:
-    """The tensor that a tap looks at, from a call of its module."""
+) -> Tensor | None:
+    """The tensor that a tap looks at, from a call of its module; None if there is none."""
     if where == "output":
-        return output if isinstance(output, Tensor) else next(iter(named_outputs(output).values()))
+        return output if isinstance(output, Tensor) else next(iter(named_outputs(output).values()), None)
     if where == "input":
-        return args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     assert isinstance(module, nn.MultiheadAttention)
     number = ("query", "key", "value").index(where)
     given = args[number] if len(args) > number else kwargs[where]
@@ -259,74 +294,72 @@ def hooked(
             handle.remove()
 
 
-# Finding ----------------------------------------------------------------------------------------------------
+# Asking -----------------------------------------------------------------------------------------------------
 
 
-def _reached(taps: list[Tap], model: nn.Module, modules: Mapping[str, nn.Module], call: Call) -> list[Tap]:
-    """The taps whose module is called, in the order of the first calls, with the channels that they expect."""
-    order: dict[str, int] = {}
-    by_module: dict[str, list[Tap]] = {}
-    fits: set[int] = set()
-    for tap in taps:
-        by_module.setdefault(tap.module, []).append(tap)
-
-    def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        order.setdefault(name, len(order))
-        for tap in by_module[name]:
-            tensor = tensor_at(module, tap.where, args, kwargs, output)
-            last = max(int(to_array(p).max()) for p in tap.positions)
-            if tensor.ndim >= abs(tap.dim) and tensor.shape[tap.dim] > last:
-                fits.add(id(tap))
-
-    with torch.no_grad(), evaluation_mode(model), hooked({name: modules[name] for name in by_module}, hook):
-        call(model)
-    return sorted((tap for tap in taps if id(tap) in fits), key=lambda tap: order[tap.module])
-
-
-def _ask(
-    spec: PermutationSpec,
+def _watch(
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    strangers: Mapping[str, Sequence[str]],
+    wanted: Mapping[str, Collection[Where]],
     call: Call,
-) -> Iterator[tuple[str, int, Sequence[tuple[str, Site]]]]:
-    """(module, dimension, sites) of modules whose output moves as an axis of theirs does, by experiment."""
-    permutation = spec.random(seed=0)
-    before = _outputs(model, {name: modules[name] for name in strangers}, call)
-    moved = copy.deepcopy(model)
-    moved.load_state_dict(permutation.apply(model.state_dict()))
-    others = dict(moved.named_modules(remove_duplicate=False))
-    after = _outputs(moved, {name: others[name] for name in strangers}, call)
-    for owner, parameters in strangers.items():
-        if owner not in before or before[owner].shape != after.get(owner, before[owner][:0]).shape:
-            continue
-        was, now = before[owner], after[owner]
-        tolerance = max(1e-3, 30 * torch.finfo(was.dtype).eps)
-        limit = tolerance * float(was.double().norm())
-        seen: set[int] = set()
-        for parameter in parameters:
-            axes = spec.axes[spec.aliases.get(parameter, parameter)]
-            for axis, index in permutation.axes_of(parameter):
-                chosen = torch.from_numpy(index).to(was.device)
-                for dim in range(1 if was.ndim > 1 else 0, was.ndim):
-                    if dim in seen or was.shape[dim] != len(index):
-                        continue
-                    expected = was.index_select(dim, chosen)
-                    off = float((now.double() - expected.double()).norm())
-                    if off <= limit < float((now.double() - was.double()).norm()) / 10:
-                        seen.add(dim)
-                        yield owner, dim, axes[axis]
-
-
-def _outputs(model: nn.Module, modules: Mapping[str, nn.Module], call: Call) -> dict[str, Tensor]:
-    """The first output of each module's first call."""
-    found: dict[str, Tensor] = {}
+    keep: Callable[[str, Where, Tensor], bool],
+) -> dict[tuple[str, Where], Tensor | None]:
+    """Which of the wanted tensors occur in a forward pass, in order; copies of those to keep, else None."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[tuple[str, Where], Tensor | None] = {}
 
     def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        tensors = list(named_outputs(output).values())
-        if tensors and name not in found:
-            found[name] = tensors[0].clone()
+        # What goes in is there before what comes out: "last" is to mean the last.
+        for where in sorted(wanted[name], key=lambda w: w == "output"):
+            tensor = tensor_at(module, where, args, kwargs, output)
+            if tensor is not None and (name, where) not in found:
+                found[name, where] = tensor.clone() if keep(name, where, tensor) else None
 
-    with torch.no_grad(), evaluation_mode(model), hooked(modules, hook):
+    with torch.no_grad(), evaluation_mode(model), hooked({name: modules[name] for name in wanted}, hook):
         call(model)
     return found
+
+
+@dataclass(frozen=True)
+class _Compare:
+    """Tensors before and after all weights were permuted: what moves with which axis?"""
+
+    spec: PermutationSpec
+    permutation: Permutation
+    before: Mapping[tuple[str, Where], Tensor]
+    after: Mapping[tuple[str, Where], Tensor | None]
+
+    def confirms(self, tap: Tap) -> bool:
+        """Whether the tensor of a tap moves along its dimension as its cell does, and otherwise not at all."""
+        was, now = self.before[tap.module, tap.where], self.after.get((tap.module, tap.where))
+        if now is None or now.shape != was.shape:
+            return False
+        index = self.permutation.index[tap.cell]
+        for positions in tap.positions:
+            place = torch.from_numpy(to_array(positions))
+            expected = was.index_select(tap.dim, place[index].to(was.device))
+            if not _close(now.index_select(tap.dim, place.to(was.device)), expected):
+                return False
+        return True
+
+    def answers(
+        self, owner: str, parameters: Sequence[str]
+    ) -> Iterator[tuple[int, Sequence[tuple[str, Site]]]]:
+        """(dimension, sites) along which the module's output moves as an axis of its own parameters does."""
+        was, now = self.before.get((owner, "output")), self.after.get((owner, "output"))
+        if was is None or now is None or was.shape != now.shape or _close(was, now):
+            return
+        seen: set[int] = set()
+        for parameter in parameters:
+            axes = self.spec.axes[self.spec.aliases.get(parameter, parameter)]
+            for axis, index in self.permutation.axes_of(parameter):
+                for dim in range(1 if was.ndim > 1 else 0, was.ndim):
+                    if dim not in seen and was.shape[dim] == len(index):
+                        expected = was.index_select(dim, torch.from_numpy(index).to(was.device))
+                        if _close(now, expected):
+                            seen.add(dim)
+                            yield dim, axes[axis]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = max(1e-3, 30 * torch.finfo(a.dtype).eps)
+    return float((a.double() - b.double()).norm()) <= tolerance * float(b.double().norm())
