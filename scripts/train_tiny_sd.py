@@ -29,6 +29,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -157,11 +158,10 @@ def run_stage(
 def make_corpus(out: Path, images: np.ndarray, labels: np.ndarray, device: str) -> training.Corpus:
     """Latents and caption states. The latents are computed once and kept beside the checkpoints."""
     cache = out / "checkpoints" / "latents.safetensors"
+    vae: Any = tiny_sd.load_vae(path=out)
     if not cache.is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        save_safetensors(
-            cache, {"latents": digits.encode_latents(tiny_sd.load_vae(path=out).to(device), images)}
-        )
+        save_safetensors(cache, {"latents": digits.encode_latents(vae.to(device), images)})
     return training.make_corpus(
         load_safetensors(cache)["latents"].clone().to(device),
         images,
@@ -223,7 +223,7 @@ def evaluate(out: Path, images: np.ndarray, labels: np.ndarray, options: argpars
     print(json.dumps({k: report[k] for k in ("held_out_denoising_loss", "sample_accuracy")}, indent=1))
 
 
-def sample(pipeline: diffusers.StableDiffusionPipeline, copies: int) -> np.ndarray:
+def sample(pipeline: Any, copies: int) -> np.ndarray:
     """uint8 [copies * 10, 32, 32]: the digits 0 to 9, `copies` times, each from its own fixed noise."""
     prompts = [f"a handwritten {word}" for word in digits.WORDS]
     parts = []
@@ -235,7 +235,7 @@ def sample(pipeline: diffusers.StableDiffusionPipeline, copies: int) -> np.ndarr
             guidance_scale=GUIDANCE,
             generator=generators,
             output_type="np",
-        ).images  # pyright: ignore[reportAttributeAccessIssue]
+        ).images
         parts.append(np.round(images[..., 0] * 255).astype(np.uint8))
     return np.concatenate(parts)
 

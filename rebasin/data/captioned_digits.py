@@ -9,7 +9,7 @@ carries information that the digit alone does not.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ def captions(images: np.ndarray, labels: np.ndarray, seed: int = 0) -> list[str]
 
 
 @torch.no_grad()
-def embed_captions(text_encoder: torch.nn.Module, tokenizer, texts: list[str]) -> torch.Tensor:
+def embed_captions(text_encoder: torch.nn.Module, tokenizer: Any, texts: list[str]) -> torch.Tensor:
     """Last hidden states float32 [n, 16, hidden] of n captions, padded as the pipeline pads them."""
     device = next(text_encoder.parameters()).device
     length = tokenizer.model_max_length
@@ -128,7 +128,7 @@ def embed_captions(text_encoder: torch.nn.Module, tokenizer, texts: list[str]) -
 
 
 @torch.no_grad()
-def encode_latents(vae: torch.nn.Module, images: np.ndarray, batch_size: int = 250) -> torch.Tensor:
+def encode_latents(vae: Any, images: np.ndarray, batch_size: int = 250) -> torch.Tensor:
     """Latents float32 [n, 4, 8, 8] of images uint8 [n, 28, 28]: the posterior's mode times scaling_factor."""
     parameter = next(vae.parameters())
     parts = [
@@ -141,10 +141,10 @@ def encode_latents(vae: torch.nn.Module, images: np.ndarray, batch_size: int = 2
 
 
 def denoising_batches(
-    vae: torch.nn.Module,
+    vae: Any,
     text_encoder: torch.nn.Module,
-    tokenizer,
-    scheduler,
+    tokenizer: Any,
+    scheduler: Any,
     split: Split = "test",
     n: int = 1000,
     batch_size: int = 100,

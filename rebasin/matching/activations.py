@@ -251,6 +251,6 @@ def require_seen(statistics: ActivationStatistics, fallback: bool) -> None:
     if statistics.unseen and not fallback:
         more = f" and {len(statistics.unseen) - 1} more" if statistics.unseen[1:] else ""
         raise ConfigError(
-            f"The neurons of group {statistics.unseen[0].name!r}{more} never appear at the output or input of a module that"
-            f" is called: allow fallback_to_weights, or use weight matching."
+            f"The neurons of group {statistics.unseen[0].name!r}{more} never appear at an input or output"
+            f" of a module that is called: allow fallback_to_weights, or use weight matching."
         )

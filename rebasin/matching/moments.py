@@ -52,18 +52,18 @@ class Moments:
             return
         total = self.count + samples
         share = samples / total
-        (x, mean_x), (y, mean_y) = _centred(x), _centred(y)
+        x, mean_x, square_x = _centred(x)
+        y, mean_y, square_y = _centred(y)
         delta_a, delta_b = mean_x - self.mean_a, mean_y - self.mean_b
         spread = self.count * share  # what the two means being apart adds: count * samples / total
-        for square, rows, delta in ((self.square_a, x, delta_a), (self.square_b, y, delta_b)):
-            square += rows.square().sum(dim=0, dtype=torch.float64) + spread * delta.square()
-        if spread:  # the same for the products, as one more row
-            x = torch.cat([x, (spread**0.5 * delta_a).to(x)[None]])
-            y = torch.cat([y, (spread**0.5 * delta_b).to(y)[None]])
+        self.square_a += square_x + spread * delta_a.square()
+        self.square_b += square_y + spread * delta_b.square()
         if self.cross.dtype == x.dtype == y.dtype:
             self.cross.addmm_(x.T, y)
         else:
             self.cross += x.T @ y.to(x.dtype)
+        if spread:
+            self.cross.addr_(delta_a.to(self.cross), delta_b.to(self.cross), alpha=spread)
         self.mean_a += share * delta_a
         self.mean_b += share * delta_b
         self.count = total
@@ -94,11 +94,12 @@ class Moments:
         return {name: getattr(self, name) for name in names}
 
 
-def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x minus its mean, float32 (float64 if x is), and the mean, float64."""
+def _centred(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x minus its mean, float32 (float64 if x is); the mean and the centred sum of squares, float64."""
     x = x if x.dtype == torch.float64 else x.float()
-    mean = x.mean(dim=0, dtype=torch.float64)
-    return x - mean.to(x.dtype), mean
+    mean = x.mean(dim=0)
+    x = x - mean
+    return x, mean.double(), x.square().sum(dim=0).double()
 
 
 def _inverse_root(square: Tensor, mean: Tensor, count: int) -> Tensor:

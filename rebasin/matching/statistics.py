@@ -229,7 +229,7 @@ def activation_statistics(
             for side, model in enumerate((model_a, model_b)):
                 with pair.watching(model, side):
                     call(model, _to_device(batch, model))
-                pair.check(side, done)
+            pair.check(done)
             if checkpoint is not None:
                 checkpoint(ActivationState(options, done, pair.seen[0], moments, perf_counter() - began))
             report()
@@ -284,7 +284,6 @@ class _Pair:
         self.seen = (seen, dict(seen))  # samples of A and of B, for each tensor
         self.tokens, self.seed = tokens, seed
         self.waiting: dict[Key, deque[Tensor]] = {key: deque() for key in self.members}
-        self.sums: list[tuple[Key, Tensor]] = []
 
     def watching(self, model: nn.Module, side: int) -> ExitStack:
         modules = {name: model.get_submodule(name) for name in self.keys}
@@ -297,7 +296,6 @@ class _Pair:
                     continue
                 rows, samples = sample_rows(tensor, key[2], self.tokens, self.seed, seen[key])
                 seen[key] += samples
-                self.sums.append((key, rows.sum(dtype=torch.float64)))
                 if side:
                     self._meet(key, rows)
                 else:  # a copy: what follows may change the tensor in place
@@ -317,24 +315,26 @@ class _Pair:
         for tap, moments in self.members[key]:
             moments.add(tap.columns(x), tap.columns(y))
 
-    def check(self, side: int, batch: int) -> None:
-        """After a forward pass: everything was finite, and nothing is left over.
+    def check(self, batch: int) -> None:
+        """After both forward passes: everything was finite, and nothing is left over.
 
         Raises:
             DataError: the first module with NaN or infinite values, side and batch.
         """
-        if self.sums:
-            finite = torch.stack([total.cpu() for _, total in self.sums]).isfinite().tolist()
-            bad = next((key for (key, _), fine in zip(self.sums, finite, strict=True) if not fine), None)
-            if bad is not None:
-                raise DataError(
-                    f"Batch {batch} gives NaN or infinite values at the {bad[1]} of {bad[0]!r} in {'AB'[side]}: leave"
-                    f" the batch out, or run the models in float32 if they are in half precision."
-                )
-        self.sums.clear()
-        left = next((key for key, waiting in self.waiting.items() if waiting), None) if side else None
+        left = next((key for key, waiting in self.waiting.items() if waiting), None)
         if left is not None:
             raise _different(left)
+        members = [(key, own) for key, group in self.members.items() for _, own in group]
+        for side in "AB":
+            means = [own.mean_a if side == "A" else own.mean_b for _, own in members]
+            if means and not bool(torch.cat(means).isfinite().all()):
+                module, where, _ = next(
+                    key for (key, _), mean in zip(members, means, strict=True) if not mean.isfinite().all()
+                )
+                raise DataError(
+                    f"Batch {batch} gives NaN or infinite values at the {where} of {module!r} in {side}: leave the"
+                    f" batch out, or run the models in float32 if they are in half precision."
+                )
 
 
 def _different(key: Key) -> SpecMismatchError:

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -96,7 +98,7 @@ def find_taps(spec: PermutationSpec, model: nn.Module, call: Call) -> list[Tap]:
         return any(d != dim and tensor.shape[d] in sizes for d in range(1, tensor.ndim))
 
     seen = _watch(model, wanted, call, keep)
-    unsure = {(name, where): first for (name, where), first in seen.items() if isinstance(first, Tensor)}
+    unsure = {place: first.copy for place, first in seen.items() if first.copy is not None}
     found = [tap for tap in taps.values() if (tap.module, tap.where) in seen]
     if unsure:
         permutation = spec.random(seed=0)
@@ -113,8 +115,11 @@ def find_taps(spec: PermutationSpec, model: nn.Module, call: Call) -> list[Tap]:
             for dim, sites in compare.answers(owner, parameters):
                 _collect(more, modules[owner], owner, _Place("output", dim), sites)
         found += more.values()
-    order = {key: number for number, key in enumerate(seen)}
-    return sorted(found, key=lambda tap: order[tap.module, tap.where])
+    order = {place: number for number, place in enumerate(seen)}
+    found.sort(key=lambda tap: order[tap.module, tap.where])
+    # One tensor may be read by several layers (queries, keys and values): it is looked at once.
+    once = {(seen[t.module, t.where].place, t.dim, t.cell, _starts(t.positions)): t for t in reversed(found)}
+    return [tap for tap in found if tap in set(once.values())]
 
 
 @dataclass(frozen=True)
@@ -197,8 +202,12 @@ def _collect(
         # The halves of a gated layer are two quantities; the pixels of a flattened channel are one.
         whole = all(isinstance(p, range) and p.step == 1 for p in positions)
         for part in [[p] for p in positions] if whole else [positions]:
-            key = (id(module), place.where, place.dim, cell, tuple(int(p[0]) for p in part))
+            key = (id(module), place.where, place.dim, cell, _starts(part))
             taps.setdefault(key, Tap(name, place.where, place.dim, cell, tuple(part)))
+
+
+def _starts(positions: Sequence[Indices]) -> tuple[int, ...]:
+    return tuple(int(p[0]) for p in positions)
 
 
 def _within(positions: Indices, place: _Place) -> Indices | None:
@@ -247,32 +256,29 @@ def sample_rows(tensor: Tensor, dim: int, tokens: int | None, seed: int, first: 
     `tokens` positions, that many are taken: for sample number k, `first` being the number of the first one, always
     the same.
     """
+    if tensor.ndim < 2:
+        tensor = tensor[None]
     moved = tensor.movedim(dim, -1)
-    if moved.ndim < 2:
-        moved = moved[None]
     samples, *shape, channels = moved.shape
     count = int(np.prod(shape))
     if tokens is None or count <= tokens:
         return moved.reshape(-1, channels), samples
-    chosen = torch.from_numpy(_patterns(count, tokens, seed)[(first + np.arange(samples)) % PATTERNS]).to(
-        tensor.device
-    )
-    number = torch.arange(samples, device=tensor.device)[:, None].expand_as(chosen)
-    return moved[(number, *torch.unravel_index(chosen, shape))].reshape(-1, channels), samples
+    chosen = _positions(count, tokens, seed, first % PATTERNS, samples, tensor.device)
+    if dim % tensor.ndim == 1:  # channels first: gathered as they lie
+        picked = tensor.flatten(2).gather(2, chosen[:, None].expand(-1, channels, -1)).transpose(1, 2)
+    else:
+        picked = moved.reshape(samples, count, channels).gather(
+            1, chosen[:, :, None].expand(-1, -1, channels)
+        )
+    return picked.reshape(-1, channels), samples
 
 
-_CACHE: dict[tuple[int, int, int], np.ndarray] = {}
-
-
-def _patterns(count: int, tokens: int, seed: int) -> np.ndarray:
-    """int64 [PATTERNS, tokens]: positions below `count`, drawn without repetition within a row."""
-    key = (count, tokens, seed)
-    if key not in _CACHE:
-        if len(_CACHE) > 100:
-            _CACHE.clear()
-        rng = np.random.default_rng([seed, count])
-        _CACHE[key] = np.stack([rng.permutation(count)[:tokens] for _ in range(PATTERNS)])
-    return _CACHE[key]
+@lru_cache(maxsize=256)
+def _positions(count: int, tokens: int, seed: int, first: int, samples: int, device: torch.device) -> Tensor:
+    """int64 [samples, tokens]: positions below `count`, drawn without repetition for each sample."""
+    rng = np.random.default_rng([seed, count])
+    patterns = np.stack([rng.permutation(count)[:tokens] for _ in range(PATTERNS)])
+    return torch.from_numpy(patterns[(first + np.arange(samples)) % PATTERNS]).to(device)
 
 
 @contextmanager
@@ -297,22 +303,37 @@ def hooked(
 # Asking -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """A tensor that occurred: the first place at which it did, and a copy if it was to be kept."""
+
+    place: tuple[str, Where]
+    copy: Tensor | None
+
+
 def _watch(
     model: nn.Module,
     wanted: Mapping[str, Collection[Where]],
     call: Call,
     keep: Callable[[str, Where, Tensor], bool],
-) -> dict[tuple[str, Where], Tensor | None]:
-    """Which of the wanted tensors occur in a forward pass, in order; copies of those to keep, else None."""
+) -> dict[tuple[str, Where], _Seen]:
+    """Which of the wanted tensors occur in a forward pass, in order."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[tuple[str, Where], Tensor | None] = {}
+    found: dict[tuple[str, Where], _Seen] = {}
+    alive: dict[int, tuple[weakref.ref[Tensor], int, tuple[str, Where]]] = {}
 
     def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         # What goes in is there before what comes out: "last" is to mean the last.
         for where in sorted(wanted[name], key=lambda w: w == "output"):
             tensor = tensor_at(module, where, args, kwargs, output)
-            if tensor is not None and (name, where) not in found:
-                found[name, where] = tensor.clone() if keep(name, where, tensor) else None
+            if tensor is None or (name, where) in found:
+                continue
+            known = alive.get(id(tensor))
+            if known is None or known[0]() is not tensor or known[1] != tensor._version:
+                known = weakref.ref(tensor), tensor._version, (name, where)
+                alive[id(tensor)] = known
+            copied = tensor.clone() if keep(name, where, tensor) else None
+            found[name, where] = _Seen(known[2], copied)
 
     with torch.no_grad(), evaluation_mode(model), hooked({name: modules[name] for name in wanted}, hook):
         call(model)
@@ -326,11 +347,11 @@ class _Compare:
     spec: PermutationSpec
     permutation: Permutation
     before: Mapping[tuple[str, Where], Tensor]
-    after: Mapping[tuple[str, Where], Tensor | None]
+    after: Mapping[tuple[str, Where], _Seen]
 
     def confirms(self, tap: Tap) -> bool:
         """Whether the tensor of a tap moves along its dimension as its cell does, and otherwise not at all."""
-        was, now = self.before[tap.module, tap.where], self.after.get((tap.module, tap.where))
+        was, now = self.before[tap.module, tap.where], self._after(tap.module, tap.where)
         if now is None or now.shape != was.shape:
             return False
         index = self.permutation.index[tap.cell]
@@ -345,7 +366,7 @@ class _Compare:
         self, owner: str, parameters: Sequence[str]
     ) -> Iterator[tuple[int, Sequence[tuple[str, Site]]]]:
         """(dimension, sites) along which the module's output moves as an axis of its own parameters does."""
-        was, now = self.before.get((owner, "output")), self.after.get((owner, "output"))
+        was, now = self.before.get((owner, "output")), self._after(owner, "output")
         if was is None or now is None or was.shape != now.shape or _close(was, now):
             return
         seen: set[int] = set()
@@ -358,6 +379,9 @@ class _Compare:
                         if _close(now, expected):
                             seen.add(dim)
                             yield dim, axes[axis]
+
+    def _after(self, module: str, where: Where) -> Tensor | None:
+        return self.after[module, where].copy if (module, where) in self.after else None
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

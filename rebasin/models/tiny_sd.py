@@ -39,6 +39,7 @@ CONTEXT = 16  # tokens in a prompt, start and end included
 HIDDEN = 64  # width of the text encoder and of the UNets' cross attention
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 T = TypeVar("T")
 
 
@@ -191,13 +192,16 @@ def new_vae(seed: int) -> AutoencoderKL:
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        blocks: dict[str, Any] = {  # the library declares these as tuples of one
+            "block_out_channels": (16, 32, 32),
+            "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3,
+        }
         return AutoencoderKL(
+            **blocks,
             in_channels=1,
             out_channels=1,
-            block_out_channels=(16, 32, 32),
             layers_per_block=1,
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
             latent_channels=4,
             norm_num_groups=8,
             sample_size=32,
@@ -206,7 +210,9 @@ def new_vae(seed: int) -> AutoencoderKL:
 
 def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     """A CLIP text model of width 64 with two layers of four heads."""
+    special: dict[str, Any] = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
     return CLIPTextConfig(
+        **special,
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
         intermediate_size=4 * HIDDEN,
@@ -214,9 +220,6 @@ def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
 
 
@@ -240,7 +243,7 @@ def new_scheduler() -> DDIMScheduler:
 def new_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
     """CLIP's byte-level BPE with as many merges as it takes to make every word of `texts` one token."""
     symbols = _byte_symbols()
-    merges = _learn_merges(Counter(word for text in texts for word in text.split()))
+    merges: Any = _learn_merges(Counter(word for text in texts for word in text.split()))
     tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(pair) for pair in merges), START, END]
     return CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=CONTEXT

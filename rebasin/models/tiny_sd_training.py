@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,7 +144,8 @@ def train_vae(
     Loss: squared plus absolute error of the pixels and 1e-3 times the KL divergence, each a mean over its
     elements.
     """
-    vae = tiny_sd.new_vae(recipe.seed).to(device)
+    vae: Any = tiny_sd.new_vae(recipe.seed)
+    vae.to(device)
 
     def loss_at(rng: torch.Generator, choose: np.random.Generator) -> torch.Tensor:
         pixels = digits.to_pixels(images[choose.integers(0, len(images), recipe.batch_size)]).to(device)
@@ -161,7 +163,7 @@ def train_vae(
 
 
 @torch.no_grad()
-def reconstruction_error(vae: AutoencoderKL, images: np.ndarray) -> float:
+def reconstruction_error(vae: Any, images: np.ndarray) -> float:
     """Mean squared error per pixel (in -1..1) of decoding the latents of images uint8 [n, 28, 28]."""
     parameter = next(vae.parameters())
     total = 0.0
@@ -204,9 +206,9 @@ def train_text_encoder(
             "num_channels": 1,
             "projection_dim": tiny_sd.HIDDEN,
         }
-        clip = CLIPModel(
-            CLIPConfig(text_config=text, vision_config=vision, projection_dim=tiny_sd.HIDDEN)
-        ).to(device)
+        configuration = CLIPConfig(text_config=text, vision_config=vision, projection_dim=tiny_sd.HIDDEN)
+        clip: Any = CLIPModel(configuration)
+        clip.to(device)
         text_model = CLIPTextModel(tiny_sd.text_config(tokenizer))
     ink = digits.inks(images)
     tokens = tokenizer(
@@ -260,7 +262,7 @@ def train_text_encoder(
 
     trained = {name.removeprefix("text_model."): value for name, value in clip.state_dict().items()}
     text_model.load_state_dict({name: trained[name] for name in text_model.state_dict()})
-    return text_model.to(device).eval(), record
+    return text_model.eval(), record
 
 
 # UNets ------------------------------------------------------------------------------------------------------
@@ -303,7 +305,8 @@ def train_unet(
     checkpoint: Path | None = None,
 ) -> tuple[UNet2DConditionModel, dict[str, float]]:
     """Epsilon prediction on the corpus; a tenth of the captions is empty, for classifier-free guidance."""
-    unet = copy.deepcopy(unet).to(device)
+    model: Any = copy.deepcopy(unet)
+    model.to(device)
     alphas = tiny_sd.new_scheduler().alphas_cumprod.to(device)
 
     def loss_at(rng: torch.Generator, choose: np.random.Generator) -> torch.Tensor:
@@ -318,10 +321,10 @@ def train_unet(
         alpha = alphas[timesteps][:, None, None, None]
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         condition = corpus.states[torch.from_numpy(numbers).to(device)]
-        return F.mse_loss(unet(noisy, timesteps, encoder_hidden_states=condition).sample, noise)
+        return F.mse_loss(model(noisy, timesteps, encoder_hidden_states=condition).sample, noise)
 
-    record = train(stage, unet, recipe, loss_at, progress, checkpoint)
-    return unet, record
+    record = train(stage, model, recipe, loss_at, progress, checkpoint)
+    return model, record
 
 
 @torch.no_grad()
