@@ -14,6 +14,7 @@ _PUBLIC = {
     "PermutationSpec": "spec",
     "Permutation": "spec",
     "weight_matching": "matching",
+    "activation_matching": "matching",
     "interpolate": "merging",
     "barrier": "evaluation",
     "RebasinError": "errors",
@@ -25,6 +26,7 @@ __all__ = [
     "PermutationSpec",
     "RebasinError",
     "__version__",
+    "activation_matching",
     "barrier",
     "compose",
     "interpolate",
@@ -36,7 +38,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .errors import RebasinError
     from .evaluation import barrier
-    from .matching import weight_matching
+    from .matching import activation_matching, weight_matching
     from .merging import interpolate
     from .spec import Permutation, PermutationSpec
     from .tracing import compose, trace, verify

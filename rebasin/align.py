@@ -25,7 +25,10 @@ Progress = Callable[[dict[str, Any]], None]
 State = Mapping[str, Tensor]
 
 
-SUPPLY = ("spec", "state_a", "state_b", "model_a", "model_b", "objective", "batches", "seed", "progress")
+SUPPLY = (
+    "spec", "state_a", "state_b", "model_a", "model_b", "objective", "batches", "pipeline", "captions", "seed",
+    "progress",
+)  # fmt: skip
 """What a run can give an algorithm, by the name of the argument."""
 
 
@@ -56,6 +59,8 @@ class Algorithm:
             "model_b": lambda: _loaded(task.model, state_b),
             "objective": lambda: task.objective,
             "batches": lambda: task.batches["train"],
+            "pipeline": lambda: task.pipeline,
+            "captions": lambda: task.captions,
             "seed": lambda: seed,
             "progress": lambda: progress,
         }

@@ -12,7 +12,7 @@ after an interruption:
     low, high     seed0 fine-tuned on the digits 0-4 and on the digits 5-9
     evaluate      losses on held-out digits, midpoints, accuracy of samples, the picture of samples
 
-On two CPU cores all of it takes about an hour and a half; to use both, run `--only vae` beside `--only text`,
+On two CPU cores all of it takes about an hour and a quarter; to use both, run `--only vae` beside `--only text`,
 then `--only seed0` beside `--only seed1`, in two terminals, and the whole command at the end. On a GPU
 (--device cuda) it takes minutes. The result is a folder that rebasin.models.tiny_sd.load_pipeline(path=...)
 reads, with the figures in training.json.
@@ -279,6 +279,10 @@ def place(part, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         part.save_pretrained(Path(temporary) / "part")
+        for config in (Path(temporary) / "part").glob("*.json"):
+            settings = json.loads(config.read_text())
+            if settings.pop("_name_or_path", None) is not None:  # a fine-tune's base: a path of this machine
+                write_json(config, settings)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(Path(temporary) / "part", folder)
 

@@ -285,7 +285,7 @@ def shell(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["algo=foo"], "Error: There is no algo 'foo'; choose one of naive, weight_matching."),
+        (["algo=foo"], "Error: There is no algo 'foo'; choose one of activation_and_weight, "),
         (
             ["seeed=1"],
             "Error: There is no option 'seeed'; did you mean 'seed'? The options there are seed, lam,",
@@ -308,7 +308,7 @@ def test_hydra_full_error_still_shows_the_traceback(tmp_path):
 
 def test_help_and_cfg_work_from_any_folder(tmp_path):
     text = shell("--help", cwd=tmp_path).stdout
-    for part in ("algo: naive, weight_matching", "model: mlp, resnet20, tiny_sd, vgg16", "EXAMPLES"):
+    for part in ("algo: activation_and_weight, activation_matching, ", "model: mlp, resnet20, tiny_sd, vgg16", "EXAMPLES"):
         assert part in text
     printed = shell("--cfg", "job", "model=mlp", cwd=tmp_path).stdout
     assert OmegaConf.select(OmegaConf.create(printed), "data.name") == "digits"

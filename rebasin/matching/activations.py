@@ -115,7 +115,8 @@ def activation_matching(
             they can be seen (queries and keys: where they are written).
         sites: of several such places of a residual stream, "all" (or None), the "last" one (REPAIR's end of a
             stage), or those in a list of module names; a group that none of these shows keeps all of its places.
-        tokens: look at that many positions (pixels, tokens) of each sample, drawn by `seed`; None: at all.
+        tokens: look at that many positions (pixels, tokens) of each sample, drawn by `seed`; None or 0: at all of
+            them.
         objective: batches are this objective's; its loss is what calls the models.
         forward: calls a model on a batch, `forward(model, batch)`. Without it and without objective, a tensor or
             (tensor, labels) is the model's input, a tuple its arguments, a mapping its keyword arguments.

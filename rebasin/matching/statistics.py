@@ -172,8 +172,9 @@ def activation_statistics(
         ConfigError: an option, a module name, or the state to continue from, does not fit.
     """
     began = perf_counter() - (resume_from.seconds if resume_from is not None else 0.0)
-    if tokens is not None and tokens < 1:
-        raise ConfigError(f"tokens is {tokens}, but at least one position of each sample must be looked at.")
+    if tokens is not None and tokens < 0:
+        raise ConfigError(f"tokens is {tokens}, but it takes a number of positions, or 0 for all of them.")
+    tokens = tokens or None
     if reads not in ("inputs", "outputs", "both"):
         raise ConfigError(f"The reads {reads!r} are unknown: give 'inputs', 'outputs' or 'both'.")
     if precision not in (None, "float32", "float64"):

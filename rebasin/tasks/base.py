@@ -39,6 +39,8 @@ class Task:
         objective: what good means.
         batches: split ("train", "heldout") -> batches of the objective.
         sampler: states by label, and a seed -> images from the same prompts and noise; None: no images.
+        pipeline: a model in place of the aligned part -> its diffusion pipeline; None: it belongs to none.
+        captions: prompts that the models were made for.
     """
 
     parts: Mapping[str, Part]
@@ -48,6 +50,8 @@ class Task:
     objective: Objective
     batches: Mapping[str, Sequence[Any]]
     sampler: Callable[[Mapping[str, State], int], Samples] | None = None
+    pipeline: Callable[[nn.Module], Any] | None = None
+    captions: Sequence[str] = ()
 
     @property
     def model(self) -> nn.Module:
