@@ -150,6 +150,9 @@ class PermutationSpec:
     aliases: Mapping[str, str] = field(default_factory=dict)
     pins: tuple[Pin, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"PermutationSpec({self.neurons:,} neurons in {len(self.groups)} groups, {self.hash[:12]})"
+
     def __len__(self) -> int:
         return len(self.groups)
 
@@ -312,6 +315,9 @@ class Permutation:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Permutation({self.moved():,} of {self.spec.neurons:,} neurons moved)"
 
     def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`state` with its neurons permuted; tensors that do not move are passed on, nothing is changed in place.

@@ -205,3 +205,19 @@ def test_bad_requests():
         barrier(nn.Linear(1, 1), line(0), line(1), lambda _: {"accuracy": 1.0}, points=2)
     with pytest.raises(CheckpointError, match="meta"):
         barrier(nn.Linear(1, 1, device="meta"), line(0), line(1), quadratic, points=2)
+
+
+def test_an_endpoint_may_be_the_models_own_state() -> None:
+    """`model.state_dict()` shares memory with the model, which barrier writes to: the curve must not notice."""
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    copy = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def loss(m: nn.Module) -> float:
+        return sum(float(p.detach().square().sum()) for p in m.parameters())
+
+    expected = barrier(nn.Linear(3, 2), copy, other.state_dict(), loss, points=5)
+    for a, b in ((model.state_dict(), other.state_dict()), (other.state_dict(), model.state_dict())):
+        got = barrier(model, a, b, loss, points=5)
+        losses = got.losses if a["weight"].data_ptr() == model.weight.data_ptr() else got.losses[::-1]
+        assert losses == pytest.approx(expected.losses)
+        assert all(torch.equal(copy[name], tensor) for name, tensor in model.state_dict().items())

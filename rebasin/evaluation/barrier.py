@@ -128,11 +128,13 @@ def barrier(
     columns: dict[str, list[float]] = {}
     with _restored(model) as slots:
         _check_slots(slots, state_a)
+        own = {tensor.untyped_storage().data_ptr() for tensor in slots.values()}
+        end_a, end_b = _Apart(state_a, own), _Apart(state_b, own)
         for step, lam in enumerate(lambdas):
             with torch.no_grad():
                 for name in state_a:
                     slots[name].copy_(
-                        _fitting(name, interpolate_tensor(name, state_a[name], state_b[name], lam), slots)
+                        _fitting(name, interpolate_tensor(name, end_a[name], end_b[name], lam), slots)
                     )
             figures = _figures(evaluate(model))
             if step and figures.keys() != {"loss", *columns}:
@@ -152,6 +154,23 @@ def barrier(
                 }
                 progress({**event, "seconds": time.perf_counter() - started})
     return Curve.measured(lambdas, losses, columns, seconds=time.perf_counter() - started)
+
+
+class _Apart:
+    """A state's tensors, copied where they are the model's own (`model.state_dict()`), which is written to."""
+
+    def __init__(self, state: State, own: set[int]):
+        self.state, self.own = state, own
+        self.copies: dict[str, Tensor] = {}
+        for name in state:
+            if isinstance(state, dict) and self._is_own(state[name]):
+                self.copies[name] = state[name].detach().clone()
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self.own and tensor.numel() > 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.copies[name] if name in self.copies else self.state[name]
 
 
 def _line(values: Sequence[float], lam: float) -> float:

@@ -123,8 +123,8 @@ def prompt_activation_matching(
             chosen = list(prompts or captions) or read_prompts()
         part = next(name for name in DENOISERS if getattr(pipeline_a, name, None) is model_a)
         batches = sampled_batches(
-            (pipeline_a, pipeline_b), chosen[: count or None], parts=(part,), steps=steps, points=points, guidance=guidance,
-            batch_size=batch_size, seed=seed,
+            (pipeline_a, pipeline_b), chosen[: count or None], parts=(part,), steps=steps, points=points,
+            guidance=guidance, batch_size=batch_size, seed=seed,
         )[part]  # fmt: skip
     found = activation_matching(
         spec, model_a, model_b, batches, statistic=statistic, reads=reads, sites=sites, tokens=tokens,

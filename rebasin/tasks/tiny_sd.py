@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from ..checkpoints import load_safetensors
-from ..data.captioned_digits import CAPTIONS, WORDS, Split, denoising_batches, to_pixels
+from ..data.captioned_digits import PLAIN_TEMPLATES, WORDS, Split, denoising_batches, to_pixels
 from ..data.captioned_digits import load as load_images
 from ..models import tiny_sd
 from ..reporting.samples import Samples
@@ -65,7 +65,7 @@ def load(cfg: DictConfig) -> Task:
         batches={"train": train, "heldout": heldout},
         sampler=sampler if cfg.model.samples > 0 else None,
         pipeline=lambda unet: tiny_sd.load_pipeline(unet, path=root),
-        captions=[f"a handwritten {word}" for word in WORDS] + [text for text, _, _ in CAPTIONS if text],
+        captions=[template.format(digit=word) for template in PLAIN_TEMPLATES for word in WORDS],
     )
 
 
