@@ -12,10 +12,10 @@ after an interruption:
     low, high     seed0 fine-tuned on the digits 0-4 and on the digits 5-9
     evaluate      losses on held-out digits, midpoints, accuracy of samples, the picture of samples
 
-On two CPU cores all of it takes about an hour and a quarter; to use both, run `--only vae` beside `--only text`,
-then `--only seed0` beside `--only seed1`, in two terminals, and the whole command at the end. On a GPU
-(--device cuda) it takes minutes. The result is a folder that rebasin.models.tiny_sd.load_pipeline(path=...)
-reads, with the figures in training.json.
+All of it takes about an hour and a quarter on one busy CPU core; to use two, run `--only vae` beside
+`--only text`, then `--only seed0` beside `--only seed1`, in two terminals, and the whole command at the end.
+--device cuda trains on a GPU. rebasin.models.tiny_sd.load_pipeline(path=...) reads the resulting folder,
+whose training.json holds the figures.
 """
 
 from __future__ import annotations

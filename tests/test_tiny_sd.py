@@ -62,7 +62,7 @@ def test_fine_tunes_stay_near_their_base_and_are_better_on_their_own_digits(part
     for name, other, own in (("low", "high", (0, 1, 2, 3, 4)), ("high", "low", (5, 6, 7, 8, 9))):
         assert 0.01 < distance(unets["seed0"], unets[name]) < 0.3
         theirs = digits.denoising_batches(*parts, split="test", n=200, seed=1, digits=own)
-        # Against each other; the base, which is told the digit by the caption, is already about as good on it.
+        # Against each other: the base, told the digit by the caption, is already about as good.
         assert denoising_loss(unets[name], theirs) < denoising_loss(unets[other], theirs)
 
 

@@ -172,8 +172,8 @@ class _Sum:
         cells = list(pair.spec.cells)
         largest = sum(statistics.largest(cell, statistic) for cell in cells)
         self.share = weight / pair.scale if pair.scale else 0.0
-        scale = (1 - weight) / largest if largest else 0.0
-        self.activations = {cell: statistics.costs(cell, statistic).mul_(scale) for cell in cells}
+        self.scale = (1 - weight) / largest if largest else 0.0
+        self.activations = {cell: statistics.costs(cell, statistic) for cell in cells}
 
     @property
     def objective(self) -> float:
@@ -184,7 +184,7 @@ class _Sum:
     def _value(self, cell: str, relative: np.ndarray) -> float:
         """The activations' part of a cell if its neurons moved by `relative` from where they are."""
         index = torch.from_numpy(self.pair.index[cell][relative])
-        return float(self.activations[cell].gather(1, index[:, None]).sum())
+        return self.scale * float(self.activations[cell].gather(1, index[:, None]).sum())
 
     def improve(self, group: Group) -> Update:
         """Bring a group to its best arrangement given all others, if that gains."""
@@ -223,4 +223,5 @@ class _Costs:
         total = block.double() * self.sum_.share
         rows = torch.from_numpy(to_array(neurons))
         columns = torch.from_numpy(self.sum_.pair.index[cell])[rows]
-        return total + self.sum_.activations[cell][rows[:, None], columns].to(total.device)
+        activations = self.sum_.activations[cell][rows[:, None], columns]
+        return total.add_(activations.to(total.device), alpha=self.sum_.scale)

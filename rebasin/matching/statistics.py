@@ -251,6 +251,7 @@ def choose(spec: PermutationSpec, taps: Sequence[Tap], reads: Reads, sites: Site
         close = difflib.get_close_matches(name, modules, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ConfigError(f"The module {name!r} of the sites shows no neurons that can move{hint}")
+    order = {id(tap): number for number, tap in enumerate(taps)}
     chosen: list[Tap] = []
     for cell in spec.cells:
         own = [tap for tap in taps if tap.cell == cell]
@@ -258,6 +259,8 @@ def choose(spec: PermutationSpec, taps: Sequence[Tap], reads: Reads, sites: Site
             own = [tap for tap in own if tap.module in named] or own
         if reads != "both":
             own = [tap for tap in own if (tap.where == "input") == (reads == "inputs")] or own
+        once = {tap.content: tap for tap in reversed(own)}.values()
+        own = sorted(once, key=lambda tap: order[id(tap)])
         if sites == "last" and own:
             own = [tap for tap in own if (tap.module, tap.where) == (own[-1].module, own[-1].where)]
         chosen += own

@@ -17,7 +17,7 @@ import re
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -43,7 +43,8 @@ class Tap:
     """Neuron i of `cell` is at each of `positions[k][i]`, k = 0, 1, ..., of dimension `dim` of a module's tensor.
 
     `where` is the tensor: the output, the first input, or a projection inside of torch's MultiheadAttention. Further
-    positions of the same neuron (the pixels of a flattened channel) count as further samples.
+    positions of the same neuron (the pixels of a flattened channel) count as further samples. `source` is where the
+    same tensor was met first: queries, keys and values read one.
     """
 
     module: str
@@ -51,10 +52,16 @@ class Tap:
     dim: int
     cell: str
     positions: tuple[Indices, ...]
+    source: tuple[str, Where] | None = None
 
     @property
     def name(self) -> str:
         return f"{self.module}.{self.where}"
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """Equal for taps that look at the same numbers."""
+        return self.source, self.dim, self.cell, _starts(self.positions)
 
     def columns(self, rows: Tensor) -> Tensor:
         """[samples * positions, cell size] out of rows [samples, channels]."""
@@ -117,9 +124,7 @@ def find_taps(spec: PermutationSpec, model: nn.Module, call: Call) -> list[Tap]:
         found += more.values()
     order = {place: number for number, place in enumerate(seen)}
     found.sort(key=lambda tap: order[tap.module, tap.where])
-    # One tensor may be read by several layers (queries, keys and values): it is looked at once.
-    once = {(seen[t.module, t.where].place, t.dim, t.cell, _starts(t.positions)): t for t in reversed(found)}
-    return [tap for tap in found if tap in set(once.values())]
+    return [replace(tap, source=seen[tap.module, tap.where].place) for tap in found]
 
 
 @dataclass(frozen=True)
