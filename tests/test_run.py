@@ -308,7 +308,8 @@ def test_hydra_full_error_still_shows_the_traceback(tmp_path):
 
 def test_help_and_cfg_work_from_any_folder(tmp_path):
     text = shell("--help", cwd=tmp_path).stdout
-    for part in ("algo: activation_and_weight, activation_matching, ", "model: mlp, resnet20, tiny_sd, vgg16", "EXAMPLES"):
+    models = "model: mlp, resnet20, tiny_sd, vgg16"
+    for part in ("algo: activation_and_weight, activation_matching, ", models, "EXAMPLES"):
         assert part in text
     printed = shell("--cfg", "job", "model=mlp", cwd=tmp_path).stdout
     assert OmegaConf.select(OmegaConf.create(printed), "data.name") == "digits"
