@@ -46,7 +46,11 @@ from rebasin.reporting.style import figure, save_png
 
 State = Mapping[str, Tensor]
 BINS = 10
-EPOCHS_AND_BATCH = {"digits": (60, 64), "mnist": (100, 500), "fashion_mnist": (100, 500)}  # the paper's: 100, 500
+EPOCHS_AND_BATCH = {
+    "digits": (60, 64),
+    "mnist": (100, 500),
+    "fashion_mnist": (100, 500),
+}  # the paper's: 100, 500
 console = Console()
 
 
@@ -129,7 +133,8 @@ def row(
 
 def mean_row(n: int, rows: list[Row]) -> Row:
     names = ("train_accuracy", "train_loss", "test_accuracy", "test_loss", "ece")
-    return Row(n, "members", *(sum(getattr(r, name) for r in rows) / len(rows) for name in names))
+    means = {name: sum(getattr(r, name) for r in rows) / len(rows) for name in names}
+    return replace(rows[0], models=n, method="members", **means)
 
 
 def table(rows: list[Row]) -> str:
@@ -153,7 +158,12 @@ def draw(bins: Mapping[str, Bins], n: int, path: Path) -> None:
     fig = figure(5.6, 4.6)
     ax = fig.add_subplot()
     ax.plot([0, 1], [0, 1], color="#6b7280", linestyle=":", linewidth=1.2, label="perfectly calibrated")
-    looks = zip(("#6b7280", "#D55E00", "#009E73", "#0072B2"), ("v", "o", "^", "s"), ("-.", "--", "-", "-"), strict=True)
+    looks = zip(
+        ("#6b7280", "#D55E00", "#009E73", "#0072B2"),
+        ("v", "o", "^", "s"),
+        ("-.", "--", "-", "-"),
+        strict=True,
+    )
     for (name, one), (color, marker, line) in zip(bins.items(), looks, strict=True):
         seen = one.share > 0
         x, y = one.confidence[seen].numpy(), one.accuracy[seen].numpy()
@@ -165,7 +175,9 @@ def draw(bins: Mapping[str, Bins], n: int, path: Path) -> None:
     save_png(fig, path)
 
 
-def members_of(data: Dataset, n: int, width: int, depth: int, recipe: Recipe, cache: Path | None) -> list[Trained]:
+def members_of(
+    data: Dataset, n: int, width: int, depth: int, recipe: Recipe, cache: Path | None
+) -> list[Trained]:
     found = []
     for seed in range(n):
         one = trained("mlp", half(data, seed), {"width": width, "depth": depth}, recipe, seed, cache)
@@ -176,15 +188,21 @@ def members_of(data: Dataset, n: int, width: int, depth: int, recipe: Recipe, ca
 
 
 def main(
-    data: Annotated[str, typer.Option(help="digits (comes with scikit-learn), mnist or fashion_mnist")] = "digits",
+    data: Annotated[
+        str, typer.Option(help="digits (comes with scikit-learn), mnist or fashion_mnist")
+    ] = "digits",
     path: Annotated[
         Path | None, typer.Option(help="for the latter two: an .npz file or a folder with the IDX files")
     ] = None,
-    download: Annotated[bool, typer.Option(help="fill the folder PATH from the public address first")] = False,
+    download: Annotated[
+        bool, typer.Option(help="fill the folder PATH from the public address first")
+    ] = False,
     sizes: Annotated[str, typer.Option(help="the numbers of models, with commas")] = "2,4,8,16,32",
     width: Annotated[int, typer.Option(help="neurons in each hidden layer; the paper has 512")] = 256,
     depth: Annotated[int, typer.Option(help="hidden layers")] = 3,
-    epochs: Annotated[int | None, typer.Option(help="by default 60 on the digits, else the paper's 100")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="by default 60 on the digits, else the paper's 100")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the matching; network i is trained with seed i")] = 0,
     cache: Annotated[Path | None, typer.Option(help="where trained networks are kept")] = None,
     out: Annotated[Path, typer.Option(help="the folder for the table, the JSON and the figure")] = Path(
@@ -218,7 +236,9 @@ def main(
     console.print(f"written to {out}")
 
 
-def compare(nets: list[Trained], data: Dataset, counts: list[int], seed: int) -> tuple[list[Row], dict[str, Bins]]:
+def compare(
+    nets: list[Trained], data: Dataset, counts: list[int], seed: int
+) -> tuple[list[Row], dict[str, Bins]]:
     """The rows for every N, and the reliability of the methods at the last one."""
     model = nets[0].model()
     spec = rebasin.trace(model, data.train_x[:2])
@@ -238,12 +258,16 @@ def compare(nets: list[Trained], data: Dataset, counts: list[int], seed: int) ->
         train, test = (torch.stack([o[k] for o in outputs[:n]]) for k in (0, 1))
         rows.append(mean_row(n, single[:n]))
         of_naive = logits_of(model, naive, data.train_x), logits_of(model, naive, data.test_x)
-        rows.append(replace(row(n, "naive mean", data, *of_naive), distance=results["MergeMany"].distance_before))
+        rows.append(
+            replace(row(n, "naive mean", data, *of_naive), distance=results["MergeMany"].distance_before)
+        )
         rows.append(row(n, "ensemble", data, train.mean(dim=0), test.mean(dim=0)))
         merged_test: dict[str, Tensor] = {}
         for name, result in results.items():
             merged_test[name] = logits_of(model, result.merged, data.test_x)
-            rows.append(row(n, name, data, logits_of(model, result.merged, data.train_x), merged_test[name], result))
+            rows.append(
+                row(n, name, data, logits_of(model, result.merged, data.train_x), merged_test[name], result)
+            )
         bins = {
             "members, pooled": reliability(test.flatten(0, 1), data.test_y.repeat(n)),
             "naive mean": reliability(of_naive[1], data.test_y),

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import rebasin
 from experiments.zoo import ZOO
 from experiments.zoo_blocks import BLOCKS, Apply
+from rebasin.align import load_algorithm
 from rebasin.data.prompts import captioned_images, read_prompts
 from rebasin.data.sampled import chosen_steps, encoded_batches, sampled_batches
 from rebasin.errors import CheckpointError, ConfigError, DataError, SpecMismatchError
@@ -31,7 +34,9 @@ from rebasin.matching.statistics import call_model
 from rebasin.matching.taps import find_taps, sample_rows
 from rebasin.models import MLP, VGG, ResNet, tiny_sd
 from rebasin.objectives import CrossEntropy, Denoising
+from rebasin.paths import config_dir
 from rebasin.spec import Permutation, PermutationSpec
+from rebasin.tasks import load_task
 from rebasin.tracing.verify import _randomise
 
 
@@ -108,7 +113,7 @@ def test_planted_permutations_of_building_blocks_are_found(name):
             return torch.randn(t.shape, generator=generator)
         return torch.randint(5, 60, t.shape, generator=generator)
 
-    batches = [torch.utils._pytree.tree_map_only(Tensor, fresh, (args, kwargs)) for _ in range(20)]
+    batches = [pytree.tree_map_only(Tensor, fresh, (args, kwargs)) for _ in range(20)]
     found = rebasin.activation_matching(spec, model, other, batches, reads="both")
     assert found.permutation == answer
     assert found.fallback == ()
@@ -224,8 +229,9 @@ def test_dead_neurons_give_no_nan_and_stay_where_they_may():
     with torch.no_grad():
         for model, dead in ((a, (3, 4)), (b, (4, 7))):
             for neuron in dead:
-                model.layers[0].weight[neuron] = 0
-                model.layers[0].bias[neuron] = 0.1 if neuron == 4 else -1.0  # constant, and never active
+                model.state_dict()["layers.0.weight"][neuron] = 0
+                # Constant, and never active.
+                model.state_dict()["layers.0.bias"][neuron] = 0.1 if neuron == 4 else -1.0
     x = torch.rand(80, 64)
     spec = rebasin.trace(a, x[:2])
     for statistic in ("pearson", "covariance", "inner_product"):
@@ -276,7 +282,7 @@ def test_sites_of_a_residual_stream_can_be_chosen():
 
 
 def test_what_follows_may_change_a_tensor_in_place():
-    def build() -> nn.Module:
+    def build() -> nn.Sequential:
         net = nn.Sequential(nn.Linear(5, 12), nn.ReLU(inplace=True), nn.Linear(12, 9), nn.ReLU(inplace=True))
         return net.append(nn.Linear(9, 3)).eval()
 
@@ -430,6 +436,29 @@ def test_groups_that_no_module_shows_are_named_or_matched_by_their_weights():
     assert found.fallback == ("a",)
 
 
+@pytest.mark.parametrize("name", ["activation_matching", "activation_then_weight", "activation_and_weight"])
+def test_a_run_can_choose_it_by_name(name):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose(
+            "config", overrides=["model=mlp", "model.width=8", "model.recipe.epochs=1", f"algo={name}"]
+        )
+        prompts = compose("config", overrides=["algo=activation_matching_prompts"]).algo
+    assert load_algorithm(prompts).function is prompt_activation_matching
+    task = load_task(cfg)
+    spec = rebasin.trace(task.model, *task.parts["mlp"].args)
+    states = task.endpoints(None)
+    found = load_algorithm(cfg.algo)(task, spec, *states)
+    direct = {
+        "activation_then_weight": activation_then_weight,
+        "activation_and_weight": activation_and_weight,
+    }
+    models = [copy.deepcopy(task.model) for _ in states]
+    for model, state in zip(models, states, strict=True):
+        model.load_state_dict(dict(state))
+    again = direct.get(name, rebasin.activation_matching)(spec, *models, task.batches["train"])
+    assert found.permutation == again.permutation
+
+
 # Bad input --------------------------------------------------------------------------------------------------
 
 
@@ -452,7 +481,7 @@ def test_bad_input_costs_one_sentence():
         match(a, b, [x, bad])
     broken = copy.deepcopy(b)
     with torch.no_grad():
-        broken.layers[1].bias[2] = float("nan")
+        broken.state_dict()["layers.1.bias"][2] = float("nan")
     with pytest.raises(
         DataError, match=r"Batch 1 gives NaN or infinite values at the input of 'layers.2' in B"
     ):

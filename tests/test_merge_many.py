@@ -6,7 +6,9 @@ import json
 import weakref
 from collections.abc import Iterator, Mapping
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +59,9 @@ def mlp() -> PermutationSpec:
 
 def mlp_state(seed: int) -> State:
     torch.manual_seed(seed)
-    return {n: t.clone() for n, t in build("mlp", inputs=12, width=32, classes=5, depth=2).state_dict().items()}
+    return {
+        n: t.clone() for n, t in build("mlp", inputs=12, width=32, classes=5, depth=2).state_dict().items()
+    }
 
 
 def alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
@@ -159,7 +163,7 @@ def test_the_distance_never_rises_and_is_what_it_says(init, weights) -> None:
     spec, states = convolutional(), [state_of(k) for k in range(5)]
     result = merge_many(spec, states, init=init, weights=weights)
     distances = [one.distance for one in result.history]
-    assert all(b <= a * (1 + 1e-7) for a, b in zip(distances, distances[1:], strict=False))
+    assert all(b <= a * (1 + 1e-7) for a, b in pairwise(distances))
     assert distances[0] == result.distance_before and distances[-1] == result.distance < distances[0]
     assert result.converged and result.history[-1].number == result.passes
 
@@ -190,7 +194,9 @@ def test_statistics_move_along_and_counters_are_the_firsts() -> None:
         torch.testing.assert_close(result.merged[name], expected.mean(dim=0))
     assert torch.equal(result.merged["1.num_batches_tracked"], states[0]["1.num_batches_tracked"])
     # What the spec does not permute is averaged, too.
-    torch.testing.assert_close(result.merged["8.bias"], torch.stack([s["8.bias"] for s in states]).mean(dim=0))
+    torch.testing.assert_close(
+        result.merged["8.bias"], torch.stack([s["8.bias"] for s in states]).mean(dim=0)
+    )
 
 
 def test_half_precision_is_averaged_in_float32() -> None:
@@ -259,7 +265,9 @@ def test_resumed_anywhere_it_ends_the_same_to_the_bit(tmp_path: Path, init) -> N
     for path in (*saved[:5], *saved[5:-1:9], saved[-1]):
         result = merge_many(spec, states, init=init, resume_from=ManyState.load(path))
         assert result.permutations == whole.permutations and alike(result.merged, whole.merged)
-        assert [(p.distance, p.moved) for p in result.history] == [(p.distance, p.moved) for p in whole.history]
+        assert [(p.distance, p.moved) for p in result.history] == [
+            (p.distance, p.moved) for p in whole.history
+        ]
         assert result.converged
     with pytest.raises(ConfigError, match="seed"):
         merge_many(spec, states, init=init, seed=1, resume_from=ManyState.load(saved[0]))
@@ -301,7 +309,11 @@ def test_bad_models_are_named_before_any_work(tmp_path: Path, monkeypatch: pytes
             with pytest.raises(error, match=told):
                 function(spec, [*good, bad])
 
-    refuse({**state_of(3), "0.weight": torch.full((12, 2, 3, 3), torch.nan)}, CheckpointError, r"0\.weight.*\[3\].*NaN")
+    refuse(
+        {**state_of(3), "0.weight": torch.full((12, 2, 3, 3), torch.nan)},
+        CheckpointError,
+        r"0\.weight.*\[3\].*NaN",
+    )
     refuse({**state_of(3), "8.bias": torch.full((5,), torch.inf)}, CheckpointError, r"8\.bias.*\[3\]")
     refuse({**state_of(3), "0.weight": torch.zeros(12, 2, 5, 5)}, SpecMismatchError, r"0\.weight.*\[3\]")
     refuse({**state_of(3), "8.bias": torch.zeros(6)}, CheckpointError, r"8\.bias.*\[3\]")
@@ -320,7 +332,7 @@ def test_bad_models_are_named_before_any_work(tmp_path: Path, monkeypatch: pytes
 
 def test_bad_options() -> None:
     spec, states = mlp(), [mlp_state(k) for k in range(3)]
-    for options, told in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         (dict(weights=[1, 2]), "weights"),
         (dict(weights=[1, 2, 0]), "positive"),
         (dict(weights=[1, 2, float("nan")]), "positive"),
@@ -331,7 +343,8 @@ def test_bad_options() -> None:
         (dict(match={"normalize": "tensor"}), "normalize"),
         (dict(match={"init": "random"}), "forward"),
         (dict(init=[spec.identity()] * 4), "permutations"),
-    ):
+    )
+    for options, told in cases:
         with pytest.raises(ConfigError, match=told):
             merge_many(spec, states, **options)
     with pytest.raises(SpecMismatchError, match=r"\[1\]"):

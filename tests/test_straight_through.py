@@ -172,7 +172,9 @@ def test_it_never_ends_worse_than_its_start(digits: Pair, options: dict[str, Any
     found = digits.search(heldout=digits.batches[:2], batches=digits.batches[2:], **options)
     assert found.objective <= found.start_objective
     assert digits.excess(found.permutation, digits.batches[:2]) <= found.start_objective + 1e-6
-    assert digits.excess(digits.spec.identity(), digits.batches[:2]) == pytest.approx(found.initial_objective, abs=1e-5)
+    assert digits.excess(digits.spec.identity(), digits.batches[:2]) == pytest.approx(
+        found.initial_objective, abs=1e-5
+    )
 
 
 def test_it_lowers_the_loss_well_below_weight_matching(digits: Pair):
@@ -202,7 +204,9 @@ def test_what_it_tells_adds_up(digits: Pair):
 def test_train_losses_are_those_of_the_midpoint_before_the_step(small: Pair):
     found = small.search(steps=1, batches=small.batches[:1], init="identity", lr=0.0)
     again = small.search(steps=2, batches=small.batches[:1], init="identity", lr=0.0)
-    assert found.history[1].train == pytest.approx(small.excess(found.permutation, small.batches[:1]), abs=1e-6)
+    assert found.history[1].train == pytest.approx(
+        small.excess(found.permutation, small.batches[:1]), abs=1e-6
+    )
     assert again.history[2].train == again.history[1].train and again.history[2].moved == 0
 
 
@@ -219,14 +223,18 @@ def test_projecting_every_few_steps(digits: Pair):
     assert {step.number for step in found.history if step.moved} <= {0, 4, 8, 12, 14}
     assert any(step.moved for step in found.history[1:])
     assert found.sweeps < digits.search(steps=14, lr=0.02).sweeps
-    assert found.history[-1].heldout is not None or found.history[-1].moved == 0, "what the last steps led to counts"
+    assert found.history[-1].heldout is not None or found.history[-1].moved == 0, (
+        "what the last steps led to counts"
+    )
 
 
 def test_scoring_every_few_steps(digits: Pair):
     found = digits.search(steps=20, lr=0.05, evaluate_every=6)
     numbers = [step.number for step in found.history if step.heldout is not None]
     assert len(numbers) > 2
-    assert all(later - earlier >= 6 for earlier, later in zip(numbers, numbers[1:], strict=False) if later != 20)
+    assert all(
+        later - earlier >= 6 for earlier, later in zip(numbers, numbers[1:], strict=False) if later != 20
+    )
 
 
 # Where it starts --------------------------------------------------------------------------------------------
@@ -270,7 +278,9 @@ class Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(5, 8)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()) for _ in range(3))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()) for _ in range(3)
+        )
         self.head = nn.Linear(8, 3)
         self.again = nn.Linear(8, 3)
         self.again.weight = self.head.weight
@@ -416,5 +426,3 @@ def test_an_objective_that_diverges_is_told(small: Pair):
 
     with pytest.raises(ConfigError, match="not finite"):
         straight_through(small.spec, small.a, small.b, Steep(), small.batches, steps=2)
-
-

@@ -128,7 +128,7 @@ def encoded_batches(
         )
     if not images:
         raise DataError("there are no images to encode: give at least one.")
-    size = size or unet.config.sample_size * pipeline.vae_scale_factor
+    side = size or unet.config.sample_size * pipeline.vae_scale_factor
     channels = vae.config.in_channels
     pipeline.scheduler.set_timesteps(steps)
     times = pipeline.scheduler.timesteps[chosen_steps(points, steps)]
@@ -137,7 +137,7 @@ def encoded_batches(
     with torch.no_grad():
         for start in range(0, len(images), batch_size):
             now = images[start : start + batch_size]
-            pixels = torch.stack([_pixels(path, size, channels) for path, _ in now]).to(vae.device, vae.dtype)
+            pixels = torch.stack([_pixels(path, side, channels) for path, _ in now]).to(vae.device, vae.dtype)
             latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
             noise = torch.stack(
                 [

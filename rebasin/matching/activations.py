@@ -11,6 +11,9 @@ assignment.py, and neurons that are seen at several places have the mean of the 
 
 The choice of C is the paper's own: E[z_A z_B] for its MLPs, correlation for its VGG. A sum of products is ruled by
 the neurons of large scale; where scales differ (deep and normalised networks, diffusion) correlation is better.
+
+Neurons that are dead on the data go with nothing. Where that leaves several arrangements equally good, the one of
+them that brings the weights closest is taken.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..objectives import Objective
-from ..spec import Group, Permutation, PermutationSpec
+from ..spec import Permutation, PermutationSpec
 from .assignment import assign
+from .joint import Joint, moved
 from .moments import Statistic
 from .pair import Pair
 from .result import MatchResult, Sweep, Update
@@ -40,9 +44,10 @@ from .statistics import (
     Sites,
     activation_statistics,
 )
-from .weights import improve
 
-FALLBACK_SWEEPS = 100
+TIES = 1e-6
+"""The weights' share where they decide what activations leave open; no difference between activations is as small."""
+TIE_SWEEPS = 100
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,9 @@ def activation_matching(
         resume_from=resume_from,
     )  # fmt: skip
     require_seen(statistics, fallback_to_weights)
-    found = match_statistics(statistics, model_a.state_dict(), model_b.state_dict(), statistic=statistic)
+    solved = _solve(statistics, statistic)
+    del statistics  # for large models gigabytes, which measuring the result can use
+    found = _finish(solved, model_a.state_dict(), model_b.state_dict())
     if progress is not None:
         progress(
             {
@@ -164,71 +171,103 @@ def match_statistics(
 ) -> ActivationResult:
     """The best permutation for statistics at hand, so that one pass over the data serves several choices.
 
-    The states are the two models' weights: for the distances, and for the groups that no tap shows.
+    The states are the two models' weights: for the distances, and for what the statistics leave open.
     """
-    began = perf_counter()
     check_statistic(statistic)
+    return _finish(_solve(statistics, statistic), state_a, state_b)
+
+
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    """What the statistics have to say; they themselves may go."""
+
+    spec: PermutationSpec
+    index: Mapping[str, np.ndarray]
+    gains: Sequence[float]  # of each group
+    left: Mapping[str, Tensor]  # the costs of groups for which something is left open
+    largest: float  # what the objective could be at most
+    objective: float
+    initial_objective: float
+    about: Mapping[str, Any]  # further fields of the result
+    seconds: float
+
+
+def _solve(statistics: ActivationStatistics, statistic: Statistic) -> _Solved:
+    """The assignment of every group that was seen; the others stay."""
+    began = perf_counter()
     spec = statistics.spec
     index: dict[str, np.ndarray] = {}
-    updates: list[Update] = []
+    gains: list[float] = []
     scores: dict[str, tuple[float, float]] = {}
+    left: dict[str, Tensor] = {}
     initial = reached = 0.0
     for group in spec:
+        costs = {cell.name: statistics.costs(cell.name, statistic) for cell in group.cells}
         if group in statistics.unseen:
             index |= {cell.name: np.arange(cell.size) for cell in group.cells}
+            gains.append(0.0)
+            left |= costs
             continue
-        costs = {cell.name: statistics.costs(cell.name, statistic) for cell in group.cells}
         found = assign(group, costs)
         index |= found.index
-        updates.append(Update(group.name, found.gain, sum(moved(p) for p in found.index.values())))
+        gains.append(found.gain)
         initial += found.value - found.gain
         reached += found.value
         scores[group.name] = ((found.value - found.gain) / group.neurons, found.value / group.neurons)
+        if any(_silent(matrix) for matrix in costs.values()):
+            left |= costs
+    about = {
+        "statistic": statistic,
+        "scores": scores,
+        "places": statistics.places(),
+        "fallback": tuple(group.name for group in statistics.unseen),
+        "batches": statistics.batches,
+        "statistics_bytes": statistics.bytes,
+    }
+    seconds = statistics.seconds + perf_counter() - began
+    largest = sum(statistics.largest(cell, statistic) for cell in spec.cells)
+    return _Solved(spec, index, gains, left, largest, reached, initial, about, seconds)
+
+
+def _finish(
+    solved: _Solved, state_a: Mapping[str, Tensor], state_b: Mapping[str, Tensor]
+) -> ActivationResult:
+    """Let the weights decide what is open, and measure."""
+    began = perf_counter()
+    spec = solved.spec
     pair = Pair(spec, state_a, state_b)
     distance = pair.distance
-    pair.set(Permutation(spec, index))
-    updates += _by_weights(pair, statistics.unseen)
+    pair.set(Permutation(spec, solved.index))
+    open_ = [group for group in spec if group.cells[0].name in solved.left]
+    Joint(pair, solved.left, solved.largest, TIES).descend(open_, "forward", 0, TIE_SWEEPS)
     permutation = pair.permutation
-    seconds = perf_counter() - began
+    updates = tuple(
+        Update(group.name, gain, sum(moved(permutation.index[cell.name]) for cell in group.cells))
+        for group, gain in zip(spec, solved.gains, strict=True)
+    )
+    seconds = solved.seconds + perf_counter() - began
+    start = Sweep(0, solved.initial_objective, 0)
     return ActivationResult(
         permutation=permutation,
-        objective=reached,
-        history=(Sweep(0, initial, 0), Sweep(1, reached, permutation.moved(), tuple(updates), seconds)),
+        objective=solved.objective,
+        history=(start, Sweep(1, solved.objective, permutation.moved(), updates, seconds)),
         converged=True,
         moved=permutation.moved(),
-        seconds=statistics.seconds + seconds,
-        initial_objective=initial,
+        seconds=seconds,
+        initial_objective=solved.initial_objective,
         distance_before=distance,
         distance_after=pair.distance,
         sweeps=1,
-        restarts=(reached,),
+        restarts=(solved.objective,),
         moved_per_group=moved_per_group(permutation),
-        statistic=statistic,
-        scores=scores,
-        places=statistics.places(),
-        fallback=tuple(group.name for group in statistics.unseen),
-        batches=statistics.batches,
-        statistics_bytes=statistics.bytes,
+        **solved.about,
     )
 
 
-def _by_weights(pair: Pair, groups: Sequence[Group]) -> list[Update]:
-    """Weight matching of these groups alone, all others being settled."""
-    gains = [0.0] * len(groups)
-    for _ in range(FALLBACK_SWEEPS):
-        made = [improve(pair, group) for group in groups]
-        gains = [gain + update.gain for gain, update in zip(gains, made, strict=True)]
-        if not any(update.moved for update in made):
-            break
-    return [
-        Update(group.name, gain, sum(moved(pair.index[cell.name]) for cell in group.cells))
-        for group, gain in zip(groups, gains, strict=True)
-    ]
-
-
-def moved(index: np.ndarray) -> int:
-    """How many neurons do not stay where they are."""
-    return int(np.count_nonzero(index != np.arange(index.size)))
+def _silent(costs: Tensor) -> bool:
+    """Whether a neuron of A or B goes with nothing at all."""
+    zero = costs == 0
+    return bool(zero.all(dim=0).any() or zero.all(dim=1).any())
 
 
 def moved_per_group(permutation: Permutation) -> dict[str, int]:

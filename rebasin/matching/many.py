@@ -69,8 +69,8 @@ def merge_many(
 ) -> ManyResult:
     """Bring N models to each other, each to the mean of the others by weight matching, and average them.
 
-    One model is open at a time. Beside it there are the running mean and, in the end, the result: about three
-    models in memory, however many there are.
+    One model is open at a time. Beside it there are the running mean and, in the end, the result: no more
+    than three models in memory, however many there are.
 
     Args:
         spec: the architecture's symmetries.
@@ -99,118 +99,40 @@ def merge_many(
     began = perf_counter()
     if max_passes < 1:
         raise ConfigError("Merging many models needs max_passes of at least 1.")
-    options = _match_options(match)
-    first_start = options.pop("init", "identity")
     models = _Models(spec, states, weights)
     n = len(models)
     if anchor is not None and not 0 <= anchor < n:
         raise ConfigError(f"The anchor {anchor} is none of the models 0 to {n - 1}.")
-    unmoved: list[Permutation | None] = [spec.identity()] * n
-    current = _begin(spec, init, n)
-    fingerprint = _fingerprint(models, init, current, order, seed, first_start, options)
+    run = _Run(models, init, order, seed, match, resume_from)
+    began -= run.seconds
 
-    mean = _Mean(models)
-    if resume_from is None:
-        mean.gather(unmoved)
-        distance_before = mean.distance
-        if current != unmoved and None not in current:
-            mean.gather(current)
-        history: list[Pass] = [Pass(0, mean.distance)]
-        resumed = None
-        settled, matches = set(), 0
-        if n == 1:
-            current = unmoved
-    else:
-        _check_resumable(resume_from, fingerprint)
-        began -= resume_from.seconds
-        distance_before, history = resume_from.distance_before, list(resume_from.history)
-        settled, matches = set(resume_from.settled), resume_from.matches
-        resumed = resume_from
-
-    converged = n == 1
-    while not converged and len(history) <= max_passes:
-        pass_began = perf_counter()
-        if resumed is not None:
-            begun, turns, steps, done = list(resumed.begun), resumed.order, list(resumed.steps), resumed.done
-            current = list(begun)
-            mean.gather(begun)
-            for i in turns[:done]:  # the same sums as then, so that no bit differs
-                mean.exchange(i, begun[i], resumed.current[i])
-                current[i] = resumed.current[i]
-            resumed = None
-        else:
-            if len(history) == 1 or history[-1].moved:
-                mean.gather(current)
-            begun, steps, done = list(current), [], 0
-            turns = _turns(order, n, seed, len(history) - 1, current)
-        for i in turns[done:]:
-            if len(settled) == n:
-                break
-            started = perf_counter()
-            before, found = current[i], None
-            if not mean.inside - {i}:
-                after = before or spec.identity()  # the first of all: the others come to it
-            else:
-                mean.remove(i, before)
-                fresh = before is None or (first_start != "identity" and len(history) == 1)
-                state = models.open(i)
-                found = _match(spec, mean.tensors, state, before, first_start if fresh else None, seed + matches, options)
-                del state
-                after, matches = found.permutation, matches + 1
-            mean.add(i, after)
-            current[i] = after
-            moved = _moved(before, after)
-            if moved or before is None:
-                settled.clear()
-            # A model matched to a mean that some are not yet part of is to be looked at again.
-            if None not in current and (found is None or found.converged):
-                settled.add(i)
-            steps.append(Step(i, moved, perf_counter() - started))
-            done += 1
-            seconds = perf_counter() - began
+    while not run.converged and len(run.history) <= max_passes:
+        while run.to_do:
+            i = run.to_do[0]
+            objective = run.bring_closer(i)
+            run.seconds = perf_counter() - began
             if checkpoint is not None:
-                state_now = ManyState(
-                    fingerprint, tuple(begun), tuple(current), tuple(turns), done, frozenset(settled), matches,
-                    tuple(history), tuple(steps), distance_before, seconds,
-                )  # fmt: skip
-                checkpoint(state_now)
+                checkpoint(run.state())
             if progress is not None:
-                progress(
-                    {
-                        "stage": "merge many",
-                        "pass": len(history),
-                        "step": done,
-                        "total": n,
-                        "model": i,
-                        "objective": found.objective if found is not None else 0.0,
-                        "moved": moved,
-                        "seconds": seconds,
-                    }
-                )
-        moved = sum(step.moved for step in steps)
-        if moved or None in begun:
-            mean.gather(current)
-            if None in begun and mean.distance > history[0].distance:
-                # Joining one by one was a bad start; the promise is that the distance never rises.
-                current, moved = [p or spec.identity() for p in _begin(spec, init, n)], n
-                settled.clear()
-                mean.gather(current)
-        history.append(Pass(len(history), mean.distance, moved, tuple(steps), perf_counter() - pass_began))
-        converged = len(settled) == n
-    distance, objective = mean.distance, mean.objective
-    del mean
-    permutations = [p if p is not None else spec.identity() for p in current]
+                event = {"stage": "merge many", "pass": len(run.history), "step": len(run.steps), "total": n}
+                event |= {"model": i, "objective": objective, "moved": run.steps[-1].moved}
+                progress(event | {"seconds": run.seconds})
+        run.end_pass()
+
+    permutations = [p or spec.identity() for p in run.current]
     if anchor is not None and not permutations[anchor].is_identity:
         back = permutations[anchor].invert()
         permutations = [back.compose(p) for p in permutations]
+    distance, objective = run.mean.distance, run.mean.objective
+    run.mean.tensors = {}  # makes room for the result
     return ManyResult(
         permutations=tuple(permutations),
         merged=models.average(permutations),
         objective=objective,
         distance=distance,
-        distance_before=distance_before,
-        history=tuple(history),
-        converged=converged,
+        distance_before=run.distance_before,
+        history=tuple(run.history),
+        converged=run.converged,
         moved=sum(p.moved() for p in permutations),
         weights=models.shares,
         seconds=perf_counter() - began,
@@ -246,7 +168,9 @@ def match_to_pivot(
     mean = _Mean(models)
     mean.gather([spec.identity()] * n)
     distance_before = mean.distance
-    pairs = list(combinations(range(n), 2)) if pivot == "best" else [(pivot, i) for i in range(n) if i != pivot]
+    pairs = (
+        list(combinations(range(n), 2)) if pivot == "best" else [(pivot, i) for i in range(n) if i != pivot]
+    )
     to: dict[tuple[int, int], Permutation] = {}  # (i, j): brings j to i
     apart = np.zeros((n, n))
     steps: list[Step] = []
@@ -288,6 +212,136 @@ def match_to_pivot(
     )
 
 
+class _Run:
+    """A merge under way. At any time `current[i](theta_i)` is model i as it is by now; None: it is yet to join.
+
+    Attributes:
+        to_do: the models whose turn is still to come in this pass; empty when all are settled.
+        settled: models known to be best where they are as long as no other moves.
+    """
+
+    def __init__(
+        self,
+        models: _Models,
+        init: Start,
+        order: Order,
+        seed: int,
+        match: Mapping[str, Any] | None,
+        resumed: ManyState | None,
+    ) -> None:
+        self.models, self.spec, self.seed = models, models.spec, seed
+        self.order: Order = order
+        self.options = _match_options(match)
+        self.first_start = self.options.pop("init", "identity")
+        self.begin = _begin(self.spec, init, len(models))
+        self.fingerprint = _fingerprint(models, init, self.begin, order, seed, self.first_start, self.options)
+        self.mean = _Mean(models)
+        if resumed is not None:
+            self._restore(resumed)
+            return
+        self.mean.gather([self.spec.identity()] * len(models))
+        self.distance_before = self.mean.distance
+        if not isinstance(init, str) and None not in self.begin:
+            self.mean.gather(self.begin)
+        self.history = [Pass(0, self.mean.distance)]
+        self.settled, self.matches, self.seconds = set[int](), 0, 0.0
+        self.converged = len(models) == 1
+        self.current = list(self.begin)
+        if not self.converged:
+            self._begin_pass()
+
+    def bring_closer(self, i: int) -> float:
+        """Match model i to the mean of the others, and give back the objective that was reached."""
+        started = perf_counter()
+        before, found = self.current[i], None
+        if not self.mean.inside - {i}:
+            after = before or self.spec.identity()  # the first of all: the others come to it
+        else:
+            self.mean.remove(i, before)
+            found = self._match(i, before)
+            after = found.permutation
+            self.matches += 1
+        self.mean.add(i, after)
+        self.current[i] = after
+        moved = _moved(before, after)
+        if moved or before is None:
+            self.settled.clear()
+        # A model matched to a mean that some are not yet part of is to be looked at again.
+        if None not in self.current and (found is None or found.converged):
+            self.settled.add(i)
+        self.steps.append(Step(i, moved, perf_counter() - started))
+        return found.objective if found is not None else 0.0
+
+    @property
+    def to_do(self) -> tuple[int, ...]:
+        return () if len(self.settled) == len(self.models) else self.turns[len(self.steps) :]
+
+    def end_pass(self) -> None:
+        moved = sum(step.moved for step in self.steps)
+        self.mean.gather(self.current)
+        if None in self.begun and self.mean.distance > self.history[0].distance:
+            # Joining one by one was a bad start; the promise is that the distance never rises.
+            self.current, moved = [p or self.spec.identity() for p in self.begin], len(self.models)
+            self.settled.clear()
+            self.mean.gather(self.current)
+        seconds = sum(step.seconds for step in self.steps)
+        self.history.append(Pass(len(self.history), self.mean.distance, moved, tuple(self.steps), seconds))
+        self.converged = len(self.settled) == len(self.models)
+        if not self.converged:
+            self._begin_pass()
+
+    def state(self) -> ManyState:
+        return ManyState(
+            options=self.fingerprint,
+            begun=self.begun,
+            current=tuple(self.current),
+            order=self.turns,
+            done=len(self.steps),
+            settled=frozenset(self.settled),
+            matches=self.matches,
+            history=tuple(self.history),
+            steps=tuple(self.steps),
+            distance_before=self.distance_before,
+            seconds=self.seconds,
+        )
+
+    def _begin_pass(self) -> None:
+        if None in self.current:
+            self.mean.gather(self.current)
+        self.begun, self.steps = tuple(self.current), list[Step]()
+        n = len(self.models)
+        if n == 2:  # who moves is only a matter of the arrangement in which both end: let it be the first's
+            self.turns = (0, 1) if self.current[0] is None else (1, 0)
+        else:
+            self.turns = tuple(order_of(self.order, n, self.seed, 0, len(self.history) - 1))
+
+    def _restore(self, state: ManyState) -> None:
+        _check_resumable(state, self.fingerprint)
+        self.distance_before, self.seconds = state.distance_before, state.seconds
+        self.history, self.steps, self.turns = list(state.history), list(state.steps), state.order
+        self.settled, self.matches, self.converged = set(state.settled), state.matches, False
+        self.begun, self.current = state.begun, list(state.current)
+        self.mean.gather(self.begun)
+        for i in self.turns[: state.done]:  # the same sums as then, so that no bit differs
+            self.mean.remove(i, self.begun[i])
+            after = self.current[i]
+            assert after is not None
+            self.mean.add(i, after)
+
+    def _match(self, i: int, before: Permutation | None) -> MatchResult:
+        """Match model i to the mean, from where it is or from the first start, but never for the worse."""
+        state, seed = self.models.open(i), self.seed + self.matches
+        if before is None or (
+            self.first_start != "identity" and len(self.history) == 1 and before.is_identity
+        ):
+            found = weight_matching(
+                self.spec, self.mean.tensors, state, init=self.first_start, seed=seed, **self.options
+            )
+            if before is None or found.objective > found.initial_objective:
+                return found
+        return weight_matching(self.spec, self.mean.tensors, state, init=before, seed=seed, **self.options)
+
+
 class _Models:
     """The N models, checked, and read one at a time.
 
@@ -297,7 +351,9 @@ class _Models:
         squares: |theta_i|^2 over the parameters that the spec permutes.
     """
 
-    def __init__(self, spec: PermutationSpec, states: Sequence[Source], weights: Sequence[float] | None) -> None:
+    def __init__(
+        self, spec: PermutationSpec, states: Sequence[Source], weights: Sequence[float] | None
+    ) -> None:
         self.spec, self.sources = spec, tuple(states)
         if isinstance(states, (str, Mapping)) or not self.sources:
             raise ConfigError("There is nothing to merge: give a list of at least one model.")
@@ -341,7 +397,12 @@ class _Models:
         return merged
 
     def _average_one(
-        self, i: int, permutation: Permutation, share: float, merged: dict[str, Tensor], dtypes: dict[str, torch.dtype]
+        self,
+        i: int,
+        permutation: Permutation,
+        share: float,
+        merged: dict[str, Tensor],
+        dtypes: dict[str, torch.dtype],
     ) -> None:
         state = self.open(i)
         for name in state:
@@ -356,7 +417,10 @@ class _Models:
         state, what = self.open(i), self.name(i)
         self.spec.check(state, what)
         names = set(state)
-        for one, other, has, lacks in ((names, layout, what, self.name(0)), (layout, names, self.name(0), what)):
+        for one, other, has, lacks in (
+            (names, layout, what, self.name(0)),
+            (layout, names, self.name(0), what),
+        ):
             missing = [name for name in one if name not in other]
             if missing:
                 raise CheckpointError(
@@ -439,11 +503,6 @@ class _Mean:
             if permutation is not None:
                 self.add(i, permutation, measure=True)
 
-    def exchange(self, i: int, before: Permutation | None, after: Permutation | None) -> None:
-        self.remove(i, before)
-        assert after is not None
-        self.add(i, after)
-
     def add(self, i: int, permutation: Permutation, *, measure: bool = False) -> None:
         """Take model i in, in its arrangement `permutation`; with `measure` add to `spread`, too."""
         state, weight, old = self.models.open(i), self.models.weights[i], self.weight
@@ -475,24 +534,6 @@ class _Mean:
             mean.lerp_(tensor, -self.models.weights[i] / rest)
 
 
-def _match(
-    spec: PermutationSpec,
-    mean: State,
-    state: State,
-    before: Permutation | None,
-    start: str | None,
-    seed: int,
-    options: Mapping[str, Any],
-) -> MatchResult:
-    """Match `state` to `mean`, from where it is (`before`) or from a fresh `start`, but never for the worse."""
-    if start is not None:
-        init: Any = start
-        found = weight_matching(spec, mean, state, init=init, seed=seed, **options)
-        if before is None or (before.is_identity and found.objective > found.initial_objective):
-            return found
-    return weight_matching(spec, mean, state, init=before or "identity", seed=seed, **options)
-
-
 def _begin(spec: PermutationSpec, init: Start, n: int) -> list[Permutation | None]:
     """Each model's permutation, None for those that are to join in the first pass."""
     if isinstance(init, str):
@@ -513,12 +554,6 @@ def _begin(spec: PermutationSpec, init: Start, n: int) -> list[Permutation | Non
     return [*given, *[None] * (n - len(given))]
 
 
-def _turns(order: Order, n: int, seed: int, number: int, current: Sequence[Permutation | None]) -> list[int]:
-    if n == 2:  # who moves is only a matter of the arrangement in which both end: let it be the first's
-        return [0, 1] if current[0] is None else [1, 0]
-    return order_of(order, n, seed, 0, number)
-
-
 def _moved(before: Permutation | None, after: Permutation) -> int:
     """How many neurons are at another place than before."""
     if before is None:
@@ -530,9 +565,13 @@ def _match_options(match: Mapping[str, Any] | None) -> dict[str, Any]:
     options = dict(match or {})
     for name in options:
         if name not in OPTIONS:
-            raise ConfigError(f"The matching of many models has no option {name!r}: it has {', '.join(OPTIONS)}.")
+            raise ConfigError(
+                f"The matching of many models has no option {name!r}: it has {', '.join(OPTIONS)}."
+            )
     if options.get("init", "identity") not in ("identity", "forward"):
-        raise ConfigError(f"A matching among many starts at 'identity' or 'forward', not {options['init']!r}.")
+        raise ConfigError(
+            f"A matching among many starts at 'identity' or 'forward', not {options['init']!r}."
+        )
     return options
 
 

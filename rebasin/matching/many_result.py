@@ -167,9 +167,7 @@ class ManyState:
         def permutations(which: Literal["begun", "current"]) -> tuple[Permutation | None, ...]:
             present = set(plain["present"][which])
             return tuple(
-                Permutation(
-                    spec, {c: file[f"{which}/{i}/{c}"].numpy().astype(np.int64) for c in spec.cells}
-                )
+                Permutation(spec, {c: file[f"{which}/{i}/{c}"].numpy().astype(np.int64) for c in spec.cells})
                 if i in present
                 else None
                 for i in range(len(plain["order"]))
@@ -195,4 +193,5 @@ class ManyState:
 
 
 def _pass_from(data: dict[str, Any]) -> Pass:
-    return Pass(**(data | {"steps": tuple(Step(**step) for step in data["steps"])}))
+    steps = tuple(Step(**step) for step in data["steps"])
+    return Pass(data["number"], data["distance"], data["moved"], steps, data["seconds"])

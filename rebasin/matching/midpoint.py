@@ -30,6 +30,7 @@ class Ends:
     """Models A and B as tensors on a device, and what lies half-way between A and pi(B).
 
     Attributes:
+        spec: the architecture's symmetries.
         a, b: name -> tensor, for parameters (each under one name) and buffers; never changed.
         moved: the names that the spec moves.
         free: those of them that are parameters: only they can make a difference to the search.
@@ -44,6 +45,7 @@ class Ends:
         device: torch.device,
         autocast: Autocast | None = None,
     ) -> None:
+        self.spec = spec
         self._inside = _Inside(model_a, objective)
         self._autocast = autocast
         self.device = device

@@ -42,8 +42,8 @@ class Moments:
 
     @classmethod
     def zeros(cls, n: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Moments:
-        vectors = [torch.zeros(n, dtype=torch.float64, device=device) for _ in range(4)]
-        return cls(0, *vectors, torch.zeros(n, n, dtype=dtype, device=device))
+        a, b, c, d = torch.zeros(4, n, dtype=torch.float64, device=device).unbind()
+        return cls(0, a, b, c, d, torch.zeros(n, n, dtype=dtype, device=device))
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Take in samples x of A and y of B, [samples, n] each, of any floating point type."""

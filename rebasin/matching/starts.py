@@ -56,7 +56,8 @@ def start_from(
     if start == "best":
         names: tuple[Named, ...] = ("identity", "weight_matching", "activation_then_weight")
         found = [
-            start_from(name, spec, model_a, model_b, objective, batches, seed, device, score) for name in names
+            start_from(name, spec, model_a, model_b, objective, batches, seed, device, score)
+            for name in names
         ]
         return min(found, key=score)
     raise ConfigError(

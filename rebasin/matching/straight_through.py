@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, Literal, get_args
 
@@ -30,11 +29,13 @@ from ..errors import ConfigError, DataError
 from ..objectives import Objective
 from ..spec import Permutation, PermutationSpec
 from .activations import moved_per_group
+from .best_seen import BestSeen
+from .loss_descent import descend
 from .midpoint import Autocast, Ends
 from .pair import Pair
 from .result import MatchResult
 from .starts import Start, start_from
-from .straight_through_result import Step, StraightThroughResult
+from .straight_through_result import StraightThroughResult
 from .weights import weight_matching
 
 Optimizer = Literal["sgd", "adam"]
@@ -67,6 +68,7 @@ def straight_through(
     clip: float | None = None,
     accumulate: int = 1,
     evaluate_every: int = 1,
+    refine: int = 0,
     autocast: Autocast | None = None,
     checkpointing: bool = False,
     seed: int = 0,
@@ -103,13 +105,15 @@ def straight_through(
         accumulate: batches that one step averages over.
         evaluate_every: a new permutation is scored on the held-out batches if so many steps have passed since
             the last one was. The last always is.
+        refine: passes of `loss_descent.descend` over the groups at the end, from the best permutation on: slower
+            steps that are verified before they are made. The paper has none.
         autocast: "bf16" computes losses and gradients in bfloat16 where torch deems that safe.
         checkpointing: keep only the activations between blocks, for a third more time.
         seed: of the order of the batches, and of the groups in each projection.
         device: where to compute; default: where `model_a` is.
-        progress: called after each step with stage, step, total, objective (the best so far on the held-out
-            batches), loss, heldout (None if not scored), moved, seconds, seconds_projection, seconds_gradient
-            (of this step), and the best permutation so far as `permutation`.
+        progress: called after each step and pass with stage, step, total, objective (the best so far on the
+            held-out batches), loss, heldout (None if not scored), moved, seconds, seconds_projection,
+            seconds_gradient (of this step), and the best permutation so far as `permutation`.
 
     Raises:
         SpecMismatchError, CheckpointError: models, spec and initial permutation do not go together.
@@ -122,93 +126,74 @@ def straight_through(
     _check_choices(autocast=(autocast, Autocast))
     _check_range(1, steps=steps, project_every=project_every, projection_sweeps=projection_sweeps)
     _check_range(1, accumulate=accumulate, evaluate_every=evaluate_every)
-    _check_range(0, lr=lr, clip=clip)
+    _check_range(0, lr=lr, clip=clip, refine=refine)
     _check_range(0, 0.9999, momentum=momentum)
     learn, select = _split(batches) if heldout is None else (batches, heldout)
     if not learn or not select:
-        raise DataError("The straight-through estimator needs a batch to learn from and one to select by.")
-    if device is None:
-        device = next(model_a.parameters()).device
-    ends = Ends(spec, model_a, model_b, objective, torch.device(device), autocast)
-    clock = _Clock()
+        raise DataError(
+            "The straight-through estimator needs at least one batch to learn from and one to select by."
+        )
+    where = torch.device(next(model_a.parameters()).device if device is None else device)
+    ends = Ends(spec, model_a, model_b, objective, where, autocast)
+    share = 0.5 if represents == "b_endpoint" else 1.0  # of the midpoint's gradient that belongs to w
+    nearest = represents == "midpoint" and projection == "l2"
 
     with ends.ready(checkpointing):
-        with clock("scoring"):
-            endpoints = ends.endpoints(select)
-
-            def score(candidate: Permutation) -> float:
-                return ends.evaluate(ends.midpoint(candidate), select) - sum(endpoints) / 2
-
-            naive = score(spec.identity())
-            means = [sum(ends.endpoints([batch])) / 2 for batch in learn]
-        with clock("start"):
-            start = start_from(
-                init, spec, model_a, model_b, objective, batches, seed, ends.device, score
+        seen = BestSeen(ends, select, steps + refine, progress)
+        with seen.clock("start"):
+            permutation = start_from(
+                init, spec, model_a, model_b, objective, batches, seed, where, seen.score
             )
-            lowest = start_score = naive if start.is_identity else score(start)
-        if not math.isfinite(naive + start_score + sum(means)):
-            raise DataError(
-                "The loss of an endpoint, or of their midpoint, is not a finite number on some batch."
-            )
-
-        auxiliary = _Auxiliary(ends, optimizer, lr, momentum)
-        order = _endless(len(learn), seed)
-        best = permutation = scored = start
-        best_step = scored_at = sweeps = 0
+        seen.start(permutation)
         midpoint = ends.midpoint(permutation)
-        history: list[Step] = []
+        auxiliary = _Auxiliary(ends, optimizer, lr, momentum)
+        draw = _Draws(ends, learn, accumulate, seed)
+        sweeps = 0
 
-        for step in range(steps + 1):  # step 0: w = A, and pi(B) is the nearest to that
-            clock.lap()
+        for step in range(steps + 1):  # step 0: w = A, and pi(B) is what lies nearest to it
             train = norm = None
-            reached = start_score if step == 0 else None
-            if step > 0:
-                with clock("gradient"):
-                    chosen = [next(order) for _ in range(accumulate)]
-                    loss, slope = ends.gradient(midpoint, [learn[i] for i in chosen])
-                    train = loss - sum(means[i] for i in chosen) / accumulate
-                    share = 0.5 if represents == "b_endpoint" else 1.0  # of the midpoint that w stands for
-                    norm = auxiliary.descend(slope, share, _rate(schedule, lr, step, steps), clip)
             moved = 0
+            if step > 0:
+                chosen = next(draw)
+                with seen.clock("gradient"):
+                    loss, slope = ends.gradient(midpoint, chosen)
+                    norm = auxiliary.descend(slope, share, _rate(schedule, lr, step, steps), clip)
+                train = loss - draw.endpoints_mean()
             if step % project_every == 0 or step == steps:
-                with clock("projection"):
-                    nearest = represents == "midpoint" and projection == "l2"
-                    draw = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
-                    match = auxiliary.project(permutation, nearest, projection_sweeps, draw)
-                    moved, sweeps = _differences(match.permutation, permutation), sweeps + match.sweeps
-                    permutation = match.permutation
+                with seen.clock("projection"):
+                    match = auxiliary.project(permutation, nearest, projection_sweeps, _mixed(seed, step))
+                    sweeps += match.sweeps
+                    moved = _differences(match.permutation, permutation)
                     if moved:
+                        permutation = match.permutation
                         midpoint = ends.midpoint(permutation)
-            due = step - scored_at >= evaluate_every or step in (0, steps)
-            if due and permutation != scored:
-                with clock("scoring"):
-                    reached = score(permutation)
-                scored, scored_at = permutation, step
-                if reached < lowest:  # never true of a loss that is not a number
-                    best, lowest, best_step = permutation, reached, step
-            history.append(Step(step, train, reached, lowest, moved, norm, *clock.lap()))
-            if progress is not None:
-                progress(_event(history[-1], steps, perf_counter() - began, best))
+            due = step - seen.scored_at >= evaluate_every or step in (0, steps)
+            seen.step("step" if step else "start", permutation, due, train, moved, norm)
 
-    pair = Pair(spec, ends.a, ends.b, device=ends.device)
-    distance_before = pair.distance
-    pair.set(best)
+        for made in descend(ends, seen.best, draw, refine, _mixed(seed, steps + 1)):
+            for part, seconds in made.seconds.items():
+                seen.seconds[part] += seconds
+            seen.step("pass", made.permutation, True, made.after - draw.endpoints_mean(), made.moved)
+
+    pair = Pair(spec, ends.a, ends.b, device=where)
+    before = pair.distance
+    pair.set(seen.best)
     return StraightThroughResult(
-        permutation=best,
-        objective=lowest,
-        history=tuple(history),
-        converged=best_step <= (1 - SETTLED) * steps,
-        moved=best.moved(),
+        permutation=seen.best,
+        objective=seen.objective,
+        history=tuple(seen.history),
+        converged=seen.best_step <= (1 - SETTLED) * (len(seen.history) - 1),
+        moved=seen.best.moved(),
         seconds=perf_counter() - began,
-        best_step=best_step,
-        start_objective=start_score,
-        initial_objective=naive,
-        endpoints=endpoints,
-        distance_before=distance_before,
+        best_step=seen.best_step,
+        start_objective=seen.first,
+        initial_objective=seen.naive,
+        endpoints=seen.endpoints,
+        distance_before=before,
         distance_after=pair.distance,
         sweeps=sweeps,
-        moved_per_group=moved_per_group(best),
-        **{f"seconds_{part}": seconds for part, seconds in clock.total.items()},
+        moved_per_group=moved_per_group(seen.best),
+        **{f"seconds_{part}": seconds for part, seconds in seen.seconds.items()},
     )
 
 
@@ -260,24 +245,28 @@ class _Auxiliary:
         )
 
 
-class _Clock:
-    """Wall time of the parts of a search, in total and since the last lap."""
+class _Draws:
+    """Lists of `count` batches, all batches in a random order, then in another one, and so on."""
 
-    def __init__(self) -> None:
-        self.total = {"start": 0.0, "projection": 0.0, "gradient": 0.0, "scoring": 0.0}
-        self._before = dict(self.total)
+    def __init__(self, ends: Ends, batches: Sequence[Any], count: int, seed: int) -> None:
+        self._ends, self._batches, self._count = ends, batches, count
+        self._numbers = _endless(len(batches), seed)
+        self._means: dict[int, float] = {}
+        self._drawn: list[int] = []
 
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        began = perf_counter()
-        yield
-        self.total[part] += perf_counter() - began
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        return self
 
-    def lap(self) -> tuple[float, float, float]:
-        """Seconds of projection, gradient and scoring since the last call."""
-        since = [self.total[part] - self._before[part] for part in ("projection", "gradient", "scoring")]
-        self._before = dict(self.total)
-        return since[0], since[1], since[2]
+    def __next__(self) -> Sequence[Any]:
+        self._drawn = [next(self._numbers) for _ in range(self._count)]
+        return [self._batches[number] for number in self._drawn]
+
+    def endpoints_mean(self) -> float:
+        """The mean of A's and B's losses on what was drawn last; each batch is evaluated once."""
+        for number in self._drawn:
+            if number not in self._means:
+                self._means[number] = sum(self._ends.endpoints([self._batches[number]])) / 2
+        return sum(self._means[number] for number in self._drawn) / self._count
 
 
 def _split(batches: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -307,20 +296,9 @@ def _differences(new: Permutation, old: Permutation) -> int:
     return sum(int(np.count_nonzero(index != old.index[name])) for name, index in new.index.items())
 
 
-def _event(step: Step, steps: int, seconds: float, best: Permutation) -> dict[str, Any]:
-    return {
-        "stage": "straight-through",
-        "step": step.number,
-        "total": steps,
-        "objective": step.objective,
-        "loss": step.train,
-        "heldout": step.heldout,
-        "moved": step.moved,
-        "seconds": seconds,
-        "seconds_projection": step.seconds_projection,
-        "seconds_gradient": step.seconds_gradient,
-        "permutation": best,
-    }
+def _mixed(seed: int, step: int) -> int:
+    """A seed of its own for each step."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
 def _check_choices(**given: tuple[str | None, Any]) -> None:

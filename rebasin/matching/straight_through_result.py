@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..spec import Permutation
 
 
 @dataclass(frozen=True)
 class Step:
-    """One gradient step, and the projection after it if there was one; number 0 is the start.
-
-    Losses are at the midpoint, minus the mean of A's and B's on the same batches.
+    """One step of the search; losses are at the midpoint, minus the mean of A's and B's on the same batches.
 
     Attributes:
-        number: how many gradient steps were made.
-        train: on this step's batches, before the step. None at the start.
-        heldout: on the held-out batches, after the projection. None where it was not measured.
+        number: 0 is the start, at which there is a projection only.
+        kind: "start", "step" (of the gradient, with a projection if there was one), or "pass" (over all groups,
+            in the refinement at the end).
+        train: on the batches of the step, before the step, or after the pass. None at the start.
+        heldout: on the held-out batches, after the step. None where it was not measured.
         objective: the lowest of the held-out losses so far.
-        moved: neurons that the projection moved, against the one before.
-        gradient_norm: of this step's gradient by the auxiliary weights, before clipping. None at the start.
-        seconds_projection, seconds_gradient, seconds_scoring: wall time of this step's parts.
+        moved: neurons that the step moved.
+        gradient_norm: of the gradient by the auxiliary weights, before clipping; steps only.
+        seconds_projection, seconds_gradient, seconds_scoring: wall time of its parts; a pass's verdicts are
+            scoring.
     """
 
     number: int
+    kind: Literal["start", "step", "pass"]
     train: float | None
     heldout: float | None
     objective: float
@@ -43,13 +45,13 @@ class StraightThroughResult:
     Losses are on the held-out batches, at the midpoint, minus the mean of A's and B's; lower is better.
 
     Attributes:
-        permutation: the best that was found, `best_step` the step at which, 0 being the start.
+        permutation: the best that was found, at the step `best_step`; 0 is the start.
         objective: its loss; `start_objective` that of the start, `initial_objective` that of a naive merge.
-        history: one entry for each gradient step, the start first.
+        history: the start and every step.
         converged: the last fifth of the steps has brought no improvement.
         moved: neurons that are not where they were in B; `moved_per_group` by group name.
-        seconds: wall time; `seconds_projection`, `seconds_gradient`, `seconds_scoring` and `seconds_start`
-            are parts of it.
+        seconds: wall time; `seconds_start` (finding the start), `seconds_projection`, `seconds_gradient` and
+            `seconds_scoring` are parts of it.
         endpoints: the held-out loss of A and of B.
         distance_before, distance_after: |A - B| and |A - pi(B)| over the parameters that the spec permutes.
         sweeps: of weight matching, in all projections together.

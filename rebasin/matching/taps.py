@@ -335,7 +335,8 @@ def _watch(
                 continue
             known = alive.get(id(tensor))
             if known is None or known[0]() is not tensor or known[1] != tensor._version:
-                known = weakref.ref(tensor), tensor._version, (name, where)
+                place: tuple[str, Where] = (name, where)
+                known = weakref.ref(tensor), tensor._version, place
                 alive[id(tensor)] = known
             copied = tensor.clone() if keep(name, where, tensor) else None
             found[name, where] = _Seen(known[2], copied)

@@ -60,7 +60,15 @@ def teach(
             start, noise = (torch.randn(n, *shape, generator=generator).to(device) for _ in range(2))
             part = torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)
             made = [
-                sample(model, problem, start[half], condition[half], unconditional, steps=steps, guidance=guidance)
+                sample(
+                    model,
+                    problem,
+                    start[half],
+                    condition[half],
+                    unconditional,
+                    steps=steps,
+                    guidance=guidance,
+                )
                 for model, half in ((model_a, slice(0, n // 2)), (model_b, slice(n // 2, n)))
                 if len(start[half])
             ]

@@ -121,7 +121,10 @@ def load(
     for problem, names in (
         ("lacks the tensor", expected.keys() - state.keys()),
         ("has the unknown tensor", state.keys() - expected.keys()),
-        ("has another shape for", {n for n in expected.keys() & state.keys() if expected[n].shape != state[n].shape}),
+        (
+            "has another shape for",
+            {n for n in expected.keys() & state.keys() if expected[n].shape != state[n].shape},
+        ),
     ):
         names = sorted(set(names) - set(BUFFERS))
         if names:
@@ -164,7 +167,9 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise CheckpointError(f"{path} can't be read as weights: {_first_line(error)}.") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} is not ImageReward's: it holds no plain mapping from names to tensors.")
+        raise CheckpointError(
+            f"{path} is not ImageReward's: it holds no plain mapping from names to tensors."
+        )
     return state
 
 
@@ -250,7 +255,9 @@ def _transformers_4() -> Iterator[None]:
 
 
 def _no_pruning(*_: Any) -> Any:
-    raise NotImplementedError("ImageReward's attention heads can't be pruned with this version of transformers")
+    raise NotImplementedError(
+        "ImageReward's attention heads can't be pruned with this version of transformers"
+    )
 
 
 def _invert_attention_mask(self: nn.Module, mask: Tensor) -> Tensor:
