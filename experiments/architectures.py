@@ -71,9 +71,9 @@ def markdown(rows: list[Row]) -> str:
         "Made by `python -m experiments.architectures`"
         f" (torch {torch.__version__}, {platform.machine()}, one thread; tracing seconds on a busy machine).",
         "",
-        "`fp32`, `fp64`: the relative change of any output under a random member of the group (random weights,",
-        "model, norms and biases randomised). Coverage at the published size: share with one,",
-        "matrices with both, axes permuted. Missing are mostly classes, vocabularies, inputs, outputs and models",
+        "`fp32`, `fp64`: largest relative change of an output under a random member of the group (small model, random",
+        "weights, norms and biases randomised). Coverage at the published size: share of the parameters with at least",
+        "one, and of the matrices with both, axes permuted. Missing: mostly classes, vocabularies, inputs, outputs; models",
         "whose output *is* their residual stream (encoders without a head: trace them with what reads them).",
         "",
     ]

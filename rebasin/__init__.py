@@ -17,7 +17,6 @@ _PUBLIC = {
     "activation_matching": "matching",
     "straight_through": "matching.straight_through",
     "merge_many": "matching.many",
-    "activation_matching": "matching",
     "interpolate": "merging",
     "barrier": "evaluation",
     "RebasinError": "errors",

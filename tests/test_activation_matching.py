@@ -242,6 +242,22 @@ def test_dead_neurons_give_no_nan_and_stay_where_they_may():
     assert not costs[3].any() and not costs[4].any() and not costs[:, 7].any()
 
 
+def test_what_dead_neurons_leave_open_is_decided_by_the_weights():
+    model, x = MLP(inputs=64, width=30), torch.rand(200, 64)
+    spec = rebasin.trace(model.eval(), x[:2])
+    _randomise(model, 0)
+    with torch.no_grad():
+        for k in range(3):
+            model.state_dict()[f"layers.{k}.bias"][5 * k : 5 * k + 9] = -1000.0
+    other = copy.deepcopy(model)
+    permutation = spec.random(1)
+    other.load_state_dict(permutation.apply(model.state_dict()))
+    for statistic in ("pearson", "inner_product"):
+        found = rebasin.activation_matching(spec, model, other, [x], statistic=statistic)
+        assert found.permutation == permutation.invert()
+        assert found.fallback == ()
+
+
 def test_memory_does_not_grow_and_float32_sums_are_nearly_the_same(unet):
     model, spec = unet
     other = tiny_sd.new_unet(1).eval()

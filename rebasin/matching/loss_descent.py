@@ -30,6 +30,7 @@ from .weights import improve
 GROW, SHRINK = 1.25, 0.5
 DOUBLINGS = 8
 """If a gradient step is too short to move any neuron, it is made twice as long, so many times."""
+LONGEST = 1e4
 ENOUGH = 1e-6
 """A loss must fall by this share to be called lower."""
 FRUITLESS = 3
@@ -84,7 +85,7 @@ def descend(
             seconds["scoring"] += perf_counter() - began
             tried += 1
             lower = loss < now - ENOUGH * abs(now)
-            part.rate *= GROW if lower else SHRINK
+            part.rate = min(part.rate * (GROW if lower else SHRINK), LONGEST)
             if lower:
                 now, taken = loss, taken + 1
                 aligned.update(changed)
@@ -117,12 +118,14 @@ class _Part:
         size, steepness = _norm([b[name] for name in free]), _norm([slope[name] for name in free])
         if not size > 0 or not 0 < steepness < math.inf:
             return None
+        rate = self.rate
         for _ in range(DOUBLINGS):
-            length = self.rate * size / steepness
+            length = rate * size / steepness
             pair = Pair(self.spec, {**b, **{name: b[name] - length * slope[name] for name in free}}, b)
             if improve(pair, self.group).moved:
+                self.rate = rate
                 return pair.permutation
-            self.rate *= 2
+            rate = min(2 * rate, LONGEST)
         return None
 
 
