@@ -73,7 +73,7 @@ def markdown(rows: list[Row]) -> str:
         "",
         "`fp32`, `fp64`: largest relative change of an output under a random member of the group (small model, random",
         "weights, norms and biases randomised). Coverage at the published size: share of the parameters with at least",
-        "one, and of the matrices with both, axes permuted. Missing: mostly classes, vocabularies, inputs, outputs; models",
+        "one, and of the matrices with both, axes permuted. Missing: vocabularies, inputs, outputs and models",
         "whose output *is* their residual stream (encoders without a head: trace them with what reads them).",
         "",
     ]

@@ -11,11 +11,13 @@ from torch import nn
 from ..errors import ConfigError, SpecMismatchError
 from ..objectives import Objective
 from ..spec import Permutation, PermutationSpec
-from .hybrids import activation_then_weight
+from .hybrids import activation_and_weight, activation_then_weight
 from .weights import weight_matching
 
-Named = Literal["identity", "weight_matching", "activation_then_weight", "best"]
+Named = Literal["identity", "weight_matching", "activation_then_weight", "activation_and_weight", "best"]
 Start = Named | Permutation
+TOKENS = 16
+"""Positions of each sample whose activations are looked at: more did not change what was found."""
 
 
 def start_from(
@@ -53,8 +55,18 @@ def start_from(
             spec, model_a, model_b, batches, objective=objective, seed=seed, device=device
         )
         return found.permutation
+    if start == "activation_and_weight":
+        found = activation_and_weight(
+            spec, model_a, model_b, batches, objective=objective, tokens=TOKENS, seed=seed, device=device
+        )
+        return found.permutation
     if start == "best":
-        names: tuple[Named, ...] = ("identity", "weight_matching", "activation_then_weight")
+        names: tuple[Named, ...] = (
+            "identity",
+            "weight_matching",
+            "activation_then_weight",
+            "activation_and_weight",
+        )
         found = [
             start_from(name, spec, model_a, model_b, objective, batches, seed, device, score)
             for name in names

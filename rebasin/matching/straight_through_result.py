@@ -37,6 +37,11 @@ class Step:
     seconds_gradient: float
     seconds_scoring: float
 
+    @property
+    def seconds(self) -> float:
+        """Wall time of the step."""
+        return self.seconds_projection + self.seconds_gradient + self.seconds_scoring
+
 
 @dataclass(frozen=True)
 class StraightThroughResult:

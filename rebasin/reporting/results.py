@@ -76,7 +76,7 @@ def collect(
                 {
                     "sweep": sweep.number,
                     "objective": sweep.objective,
-                    "groups": len(sweep.updates),
+                    "groups": len(getattr(sweep, "updates", ())),  # a step of the gradient has none
                     "moved": sweep.moved,
                     "seconds": sweep.seconds,
                 }
