@@ -330,6 +330,15 @@ class Permutation:
         self.spec.check(state)
         return {name: self.apply_to(name, state[name]) for name in state}
 
+    def view(self, state: Mapping[str, Tensor]) -> PermutedState:
+        """`state` with its neurons permuted when a tensor is read: what `apply` gives, without holding it.
+
+        Raises:
+            SpecMismatchError: a tensor is missing or has another shape; it names the tensor and both shapes.
+        """
+        self.spec.check(state)
+        return PermutedState(self, state)
+
     def apply_to(self, name: str, tensor: Tensor) -> Tensor:
         """One tensor of a state, by its name: the streaming form of `apply`."""
         for axis, index in self.axes_of(name):
@@ -412,6 +421,30 @@ class Permutation:
         if not spec.contains(permutation):
             raise CheckpointError(f"{path} holds a permutation that its own spec does not allow.")
         return permutation
+
+
+class PermutedState(Mapping[str, Tensor]):
+    """A state seen through a permutation; each tensor is read and moved when it is asked for."""
+
+    def __init__(self, permutation: Permutation, state: Mapping[str, Tensor]) -> None:
+        self.permutation = permutation
+        self.state = state
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.permutation.apply_to(name, self.state[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return _shape_of(self.state, name)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        dtype_of = getattr(self.state, "dtype_of", None)
+        return self.state[name].dtype if dtype_of is None else dtype_of(name)
 
 
 def _is_identity(perm: np.ndarray) -> bool:
