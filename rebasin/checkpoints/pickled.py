@@ -1,0 +1,159 @@
+"""Old .ckpt and .bin files: pickles, read without running anything that is in them.
+
+Only torch's weights-only unpickler touches the file, and it may build nothing but tensors, numbers, text and plain
+containers. It is run without data: what it returns says where in the file each tensor lies, and the bytes are read
+when they are asked for. A file of before PyTorch 1.6 is no zip archive and is read as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..errors import CheckpointError
+from .reader import PathLike, RawFile
+
+
+@dataclass(frozen=True)
+class _Place:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+
+    @property
+    def length(self) -> int:
+        """Elements from the first to the last one of the tensor, whatever its strides."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+
+
+class PickledState(Mapping[str, Tensor]):
+    """The tensors of a .ckpt or .bin file, each read when it is asked for.
+
+    A "state_dict" inside the pickle is unwrapped; what else the pickle holds (steps, optimisers) is in `left_out`.
+
+    Raises:
+        CheckpointError: the file is damaged, is no pickle of tensors, or would run code if it were loaded.
+    """
+
+    def __init__(self, path: PathLike):
+        self.path = Path(path)
+        self.metadata: dict[str, str] = {}
+        self._raw = RawFile(self.path)
+        zipped = zipfile.is_zipfile(self.path)
+        if zipped:
+            _check_stored(self.path)
+        content = _unpickle(self.path, zipped)
+        nested = content.get("state_dict") if isinstance(content, dict) else None
+        tensors = nested if isinstance(nested, dict) else content
+        if not isinstance(tensors, dict) or not any(isinstance(t, Tensor) for t in tensors.values()):
+            raise CheckpointError(f"{path} holds no named tensors, so it is no model.")
+        outside = [str(k) for k in content if k != "state_dict"] if tensors is nested else []
+        self.left_out = (*outside, *(str(k) for k, v in tensors.items() if not isinstance(v, Tensor)))
+        self._whole: dict[str, Tensor] = {}
+        self._places: dict[str, _Place] = {}
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                continue
+            if zipped:
+                self._places[str(name)] = self._place(str(name), tensor)
+            else:
+                self._whole[str(name)] = tensor
+
+    def _place(self, name: str, tensor: Tensor) -> _Place:
+        # Under fake tensors torch notes where in the file a storage begins.
+        offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        if offset is None or tensor.layout != torch.strided:
+            raise CheckpointError(
+                f"Tensor {name!r} of {self.path} is of a kind that can't be read: {tensor.layout}."
+            )
+        place = _Place(
+            tensor.dtype,
+            tuple(tensor.shape),
+            tuple(tensor.stride()),
+            offset + tensor.storage_offset() * tensor.dtype.itemsize,
+        )
+        if place.start + place.length * place.dtype.itemsize > self._raw.size:
+            raise CheckpointError(f"{self.path} is cut off: tensor {name!r} lies behind its end.")
+        return place
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._whole:
+            return self._whole[name].clone()
+        if name not in self._places:
+            raise KeyError(f"{self.path} has no tensor {name!r}.")
+        place = self._places[name]
+        data = self._raw.read(place.start, place.length * place.dtype.itemsize, f"tensor {name!r}")
+        return data.view(place.dtype).as_strided(place.shape, place.stride).contiguous()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places or name in self._whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._whole or self._places)
+
+    def __len__(self) -> int:
+        return len(self._whole or self._places)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return tuple(self._whole[name].shape) if name in self._whole else self._places[name].shape
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self._whole[name].dtype if name in self._whole else self._places[name].dtype
+
+
+def load_pickled(path: PathLike) -> PickledState:
+    """The tensors of a .ckpt or .bin file, lazily; nothing that is in it is run.
+
+    Raises:
+        CheckpointError: see `PickledState`.
+    """
+    return PickledState(path)
+
+
+def is_pickled(path: PathLike) -> bool:
+    """Whether a file looks like what torch.save writes, now or formerly (by its first bytes, not its name)."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    return start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"
+
+
+def _unpickle(path: Path, zipped: bool) -> Any:
+    try:
+        if zipped:
+            with FakeTensorMode():
+                return torch.load(os.fspath(path), weights_only=True, map_location="cpu")
+        return torch.load(os.fspath(path), weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None:
+            raise CheckpointError(f"{path} is a damaged pickle, or none of PyTorch's.") from error
+        raise CheckpointError(
+            f"{path} is refused: to load it, the pickle would have to call {wanted[1]}, which is no tensor and could"
+            " be harmful code; convert the file to safetensors with a tool and on a machine that you trust."
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} is no readable PyTorch file: {reason.rstrip('.')}.") from error
+
+
+def _check_stored(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = next((f for f in archive.infolist() if f.compress_type != zipfile.ZIP_STORED), None)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise CheckpointError(f"{path} is a damaged PyTorch file: {error}.") from error
+    if packed is not None:
+        raise CheckpointError(f"{path} is compressed, which PyTorch's files never are; save it again.")

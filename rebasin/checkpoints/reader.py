@@ -1,0 +1,170 @@
+"""Tensor files as lazy mappings: a tensor is read when it is asked for, into memory of its own.
+
+Files are read, not mapped: the pages of a mapped file count as the memory of the process that touches them, and
+would make two SDXL files 14 GB of it. A tensor that was read is freed as soon as its user drops it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .header import read_header
+
+PathLike = str | os.PathLike[str]
+
+
+class RawFile:
+    """An open file from which bytes are read at given positions; safe to share between threads and forks."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed with this object)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"There is no file {path}.") from error
+        except OSError as error:
+            raise CheckpointError(f"{path} can't be read: {error.strerror or error}.") from error
+        self.size = os.fstat(self.file.fileno()).st_size
+        self._lock = threading.Lock()
+        weakref.finalize(self, self.file.close)
+
+    def read(self, start: int, count: int, what: str) -> Tensor:
+        """`count` bytes from `start` as a new uint8 tensor [count].
+
+        Raises:
+            CheckpointError: the file became shorter meanwhile, or the disk failed; names the file and `what`.
+        """
+        data = torch.empty(count, dtype=torch.uint8)
+        view = data.numpy().data
+        done = 0
+        try:
+            while done < count:
+                got = self._read_at(start + done, view[done:])
+                if not got:
+                    raise CheckpointError(f"{self.path} became shorter while {what} was read from it.")
+                done += got
+        except OSError as error:
+            raise CheckpointError(
+                f"{what} can't be read from {self.path}: {error.strerror or error}."
+            ) from error
+        return data
+
+    def _read_at(self, position: int, view: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self.file.fileno(), [view], position)
+        with self._lock:  # Windows: one position for all
+            self.file.seek(position)
+            return self.file.readinto(view) or 0
+
+
+class LazyState(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read from the disk when it is asked for.
+
+    Shapes and types come from the header (`shape_of`, `dtype_of`) and cost nothing. The header is checked as a
+    whole when the file is opened; names are in its order.
+    """
+
+    def __init__(self, path: PathLike):
+        self.path = Path(path)
+        self._raw = RawFile(self.path)
+        header = read_header(self._raw.file, self.path, self._raw.size)
+        self._entries = header.entries
+        self.metadata: dict[str, str] = dict(header.metadata)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._entries:
+            raise KeyError(f"{self.path} has no tensor {name!r}.")
+        entry = self._entries[name]
+        data = self._raw.read(entry.start, entry.end - entry.start, f"tensor {name!r}")
+        return data.view(entry.dtype).reshape(entry.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"LazyState({str(self.path)!r}, {len(self)} tensors)"
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self._entries[name].dtype
+
+
+class JoinedState(Mapping[str, Tensor]):
+    """Several lazy states as one: the shards of a file that was saved in parts.
+
+    Raises:
+        CheckpointError: two shards have a tensor of the same name.
+    """
+
+    def __init__(self, states: Sequence[Mapping[str, Tensor]]):
+        self.metadata: dict[str, str] = {}
+        self._owner: dict[str, Mapping[str, Tensor]] = {}
+        for state in states:
+            self.metadata |= getattr(state, "metadata", {})
+            for name in state:
+                if name in self._owner:
+                    raise CheckpointError(
+                        f"Tensor {name!r} is in {getattr(self._owner[name], 'path', 'one shard')} and in"
+                        f" {getattr(state, 'path', 'another')}, so these are no shards of one file."
+                    )
+                self._owner[name] = state
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._owner[name][name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._owner
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owner)
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return shape_of(self._owner[name], name)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return dtype_of(self._owner[name], name)
+
+
+def load_safetensors(path: PathLike) -> LazyState:
+    """The tensors of a safetensors file, each read when it is asked for; `.metadata` is the header's.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or no safetensors file; names the file and the tensor.
+    """
+    return LazyState(path)
+
+
+def load_metadata(path: PathLike) -> dict[str, str]:
+    """The metadata in the header of a safetensors file."""
+    return load_safetensors(path).metadata
+
+
+def shape_of(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of a tensor, from the file's header if `state` is lazy."""
+    known = getattr(state, "shape_of", None)
+    return tuple(known(name)) if known is not None else tuple(state[name].shape)
+
+
+def dtype_of(state: Mapping[str, Tensor], name: str) -> torch.dtype:
+    """The type of a tensor, from the file's header if `state` is lazy."""
+    known = getattr(state, "dtype_of", None)
+    return known(name) if known is not None else state[name].dtype
