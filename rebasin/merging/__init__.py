@@ -1,5 +1,9 @@
-"""Combining endpoints that stand in one basis: the straight line between two states."""
+"""Combining models that stand in one basis: the line between two states, and all other merge methods."""
 
-from rebasin.merging.interpolate import interpolate
+from . import methods
+from .interpolate import interpolate
+from .lazy import MergedState
+from .merged import merge
+from .registry import METHODS, Method
 
-__all__ = ["interpolate"]
+__all__ = ["METHODS", "MergedState", "Method", "interpolate", "merge", "methods"]

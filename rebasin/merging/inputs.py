@@ -1,0 +1,99 @@
+"""What the inputs of a merge must be, and reading shapes and dtypes without reading tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .interpolate import State
+
+
+def shape_of(state: State, name: str) -> tuple[int, ...]:
+    """A tensor's shape, from the header where the state is lazy."""
+    known = getattr(state, "shape_of", None)
+    return tuple(known(name)) if known is not None else tuple(state[name].shape)
+
+
+def dtype_of(state: State, name: str) -> torch.dtype:
+    """A tensor's dtype, from the header where the state is lazy."""
+    known = getattr(state, "dtype_of", None)
+    return known(name) if known is not None else state[name].dtype
+
+
+def check_finite(name: str, label: str, tensor: Tensor, first: torch.dtype) -> None:
+    """Every value must be a number.
+
+    Raises:
+        CheckpointError: it has NaN or infinity, or it is an integer tensor where the first model's is not.
+    """
+    if not is_number(tensor.dtype):
+        raise CheckpointError(
+            f"tensor '{name}' is {tensor.dtype} in {label}, but {first} in the first model."
+        )
+    if not is_finite(tensor):
+        wrong = "NaN" if bool(tensor.isnan().any()) else "infinity"
+        raise CheckpointError(
+            f"tensor '{name}' of {label} has a value that is {wrong}: the file is damaged or its training diverged."
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    real = real.to(torch.float32) if real.dtype.itemsize == 1 else real
+    low, high = torch.aminmax(real)  # needs no memory, and NaN wins
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def is_number(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    # The eight-bit floats promote with nothing; everything narrower than float32 is exact in float32.
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Equal to the bit: two tensors with the same NaN (a mask, say) are the same, too."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    if one.numel() == 0:
+        return True
+    bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other.to(one.device))]
+    return torch.equal(*bits)
+
+
+def check_names(one: State, other: State, label: str, other_label: str) -> None:
+    for has, lacks, mine, theirs in ((label, other_label, one, other), (other_label, label, other, one)):
+        names = set(theirs)  # `in` would read the tensor of a lazy mapping
+        missing = [name for name in mine if name not in names]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(
+                f"tensor '{missing[0]}'{more} is in {has} but not in {lacks}: all must have the same architecture."
+            )
+    if all(isinstance(state, dict) or hasattr(state, "shape_of") for state in (one, other)):
+        for name in one:
+            if shape_of(one, name) != shape_of(other, name):
+                raise wrong_shape(name, label, shape_of(one, name), other_label, shape_of(other, name))
+
+
+def check_companion(state: State, companion: State, label: str) -> None:
+    names = set(companion)
+    missing = [name for name in state if name not in names and is_number(dtype_of(state, name))]
+    if missing:
+        raise CheckpointError(
+            f"tensor '{missing[0]}' is in {label} but not in its companion: compute it for the whole."
+        )
+
+
+def wrong_shape(
+    name: str, label: str, shape: tuple[int, ...], other_label: str, other: tuple[int, ...]
+) -> CheckpointError:
+    return CheckpointError(
+        f"tensor '{name}' has shape {shape} in {label} and {other} in {other_label}:"
+        " all must have the same architecture."
+    )

@@ -1,0 +1,191 @@
+"""A merge as a lazy mapping: the tensor of a name is computed when it is read, from that name's inputs alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError
+from .inputs import check_finite, dtype_of, is_finite, is_number, same, shape_of, widened, wrong_shape
+from .interpolate import COUNTERS, State
+from .registry import Method
+from .weights import Weights, fit_weights
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class MergedState(Mapping[str, Tensor]):
+    """The result of `merge`: a mapping whose tensors are computed each time they are read."""
+
+    def __init__(
+        self,
+        method: Method,
+        states: tuple[State, ...],
+        base: State | None,
+        weights: Weights,
+        seed: int,
+        companions: tuple[State, ...],
+        labels: tuple[str, ...],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        progress: Progress | None,
+        options: Mapping[str, Any],
+    ):
+        self.method, self.states, self.base, self.options = method, states, base, dict(options)
+        self.weights, self.seed, self.companions, self.labels = weights, seed, companions, labels
+        self.device, self.dtype, self.progress = device, dtype, progress
+        self._names = tuple(states[0])
+        self._known = frozenset(self._names)
+        self._done: set[str] = set()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, from the first model's header where that is lazy."""
+        return shape_of(self.states[0], name)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The tensor's dtype in the result."""
+        found = dtype_of(self.states[0], name)
+        return self.dtype if self.dtype is not None and found.is_floating_point else found
+
+    def weights_of(self, name: str) -> float | list[float] | None:
+        """What the method gets as weight for this tensor: alpha, shares, scales, or None where it has none."""
+        given = self.weights(name) if callable(self.weights) else self.weights
+        return fit_weights(self.method, given, len(self.states), name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._known:
+            raise KeyError(f"the merge has no tensor {name!r}.")
+        with torch.no_grad():
+            tensor = self._merged(name)
+        if self.progress is not None:
+            self._done.add(name)
+            event = {"stage": "merge", "step": len(self._done), "total": len(self), "name": name}
+            self.progress(event)
+        return tensor
+
+    def _merged(self, name: str) -> Tensor:
+        weight = self.weights_of(name)
+        first = dtype_of(self.states[0], name)
+        if not is_number(first):
+            return self._whole(name, weight)
+        alone = self._alone(weight)
+        if alone is not None:
+            tensor = self._read(name, *alone)
+            if is_number(tensor.dtype) and is_finite(tensor):
+                return self._stored(name, tensor, first, copy=True)
+        tensors = [self._read(name, *source) for source in zip(self.labels, self.states, strict=True)]
+        base = [] if self.base is None else [self._read(name, "the base", self.base)]
+        # Equal tensors need no method. They may even hold infinities: masks are such constants.
+        if all(same(tensors[0], other) for other in (*tensors[1:], *base)):
+            return tensors[0].to(self.dtype_of(name), copy=True)
+        for label, tensor in zip((*self.labels, "the base"), (*tensors, *base), strict=False):
+            check_finite(name, label, tensor, first)
+        return self._stored(name, self._computed(name, weight, tensors, base), first)
+
+    def _computed(
+        self, name: str, weight: float | list[float] | None, tensors: list[Tensor], base: list[Tensor]
+    ) -> Tensor:
+        """The method's result, in the dtype it was computed in, on the first model's device."""
+        where = tensors[0].device
+        companions = [
+            self._read(name, f"the companion of {label}", state)
+            for label, state in zip(self.labels, self.companions, strict=False)
+        ]
+        wide = torch.float32
+        for tensor in (*tensors, *base):
+            wide = torch.promote_types(wide, widened(tensor.dtype))
+        for group in (tensors, base, companions):
+            for i in range(len(group)):  # in place, so that what was read is dropped at once
+                group[i] = self._wide(group[i], wide, where)
+        arguments: dict[str, Any] = {"models": tensors, "a": tensors[0], "b": tensors[-1], "name": name}
+        arguments["base"] = base[0] if base else None
+        arguments["companions"] = companions
+        arguments["generator"] = generator(self.seed, name) if self.method.random else None
+        if self.method.weight is not None:
+            arguments[self.method.weight] = weight
+        given = {key: arguments[key] for key in self.method.takes}
+        result = self.method.function(**given, **self.options)
+        if result.shape != tensors[0].shape:
+            raise ConfigError(
+                f"the merge method '{self.method.name}' made {tuple(result.shape)} of tensor '{name}', which is"
+                f" {tuple(tensors[0].shape)}: a method must keep shapes."
+            )
+        if any(result.data_ptr() == tensor.data_ptr() for tensor in (*tensors, *base)):
+            result = result.clone()
+        return (torch.view_as_complex(result.contiguous()) if wide.is_complex else result).to(where)
+
+    def _wide(self, tensor: Tensor, wide: torch.dtype, where: torch.device) -> Tensor:
+        # Complex numbers are merged as pairs of real ones.
+        tensor = tensor.to(
+            device=self.device or where, dtype=torch.promote_types(widened(tensor.dtype), wide)
+        )
+        return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+    def _alone(self, weight: float | list[float] | None) -> tuple[str, State] | None:
+        """The one input that these weights leave alone, where the method promises it bit for bit."""
+        promise, kind = self.method, self.method.weight
+        if kind == "weights" and promise.one:
+            assert isinstance(weight, list)
+            shares = [i for i, share in enumerate(weight) if share != 0]
+            return (self.labels[shares[0]], self.states[shares[0]]) if len(shares) == 1 else None
+        zero = weight == 0 if kind == "alpha" else kind == "scales" and not any(weight)  # type: ignore[arg-type]
+        if zero and promise.zero == "a":
+            return self.labels[0], self.states[0]
+        if zero and promise.zero == "base" and self.base is not None:
+            return "the base", self.base
+        if kind == "alpha" and weight == 1 and promise.one == "b":
+            return self.labels[-1], self.states[-1]
+        return None
+
+    def _whole(self, name: str, weight: float | list[float] | None) -> Tensor:
+        if name.rsplit(".", 1)[-1] in COUNTERS:
+            _, state = self._alone(weight) or (self.labels[0], self.states[0])
+            return state[name].clone()
+        first = self._read(name, self.labels[0], self.states[0])
+        others = [*zip(self.labels[1:], self.states[1:], strict=True)]
+        for label, state in [*others, *([("the base", self.base)] if self.base is not None else [])]:
+            other = self._read(name, label, state)
+            if is_number(other.dtype) or not torch.equal(
+                first, other.to(device=first.device, dtype=first.dtype)
+            ):
+                raise CheckpointError(
+                    f"integer tensor '{name}' differs between {self.labels[0]} and {label}: integers can't be merged,"
+                    " so make them equal or leave the tensor out."
+                )
+        return first.clone()
+
+    def _read(self, name: str, label: str, state: State) -> Tensor:
+        tensor = state[name].detach()
+        if tuple(tensor.shape) != self.shape_of(name):
+            raise wrong_shape(name, self.labels[0], self.shape_of(name), label, tuple(tensor.shape))
+        return tensor
+
+    def _stored(self, name: str, tensor: Tensor, first: torch.dtype, copy: bool = False) -> Tensor:
+        """Cast to the dtype of the result; a value that does not fit is an error, not an infinity."""
+        dtype = self.dtype if self.dtype is not None and first.is_floating_point else first
+        result = tensor.to(dtype, copy=copy)
+        if not is_finite(result):
+            raise CheckpointError(
+                f"merging tensor '{name}' with '{self.method.name}' gave values that {dtype} can't hold: use smaller"
+                " weights, or a wider dtype."
+            )
+        return result
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers for one tensor, the same on every machine, in every order and in every process."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,137 @@
+"""`merge`: any of the methods on whole states, lazily, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from .inputs import check_companion, check_names
+from .interpolate import State
+from .lazy import MergedState, Progress
+from .registry import METHODS, Method, plan_options
+from .weights import Weights
+
+
+def merge(
+    method: str | Method,
+    states: Sequence[State],
+    *,
+    base: State | None = None,
+    weights: Weights = None,
+    seed: int = 0,
+    companions: Sequence[State] | None = None,
+    labels: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> MergedState:
+    """Merge two or more states that stand in one basis; the result computes a tensor when it is read.
+
+    Nothing is computed here but a check of names and shapes. Every tensor is computed in float32 (or wider, if
+    a model is), stored in the first model's dtype and on its device, and depends on the models, the options,
+    the seed and its own name only. Integer and boolean tensors must be equal in all models and are copied,
+    except BatchNorm's `num_batches_tracked`, which follows the first. A tensor that is equal in all models and
+    the base is copied bit for bit.
+
+    Args:
+        method: a name in METHODS, `mecha:NAME` for a method of the package sd-mecha, or a Method.
+        states: the models, mappings name -> tensor; the first gives order, dtypes and devices.
+        base: the common ancestor, for the methods that need one.
+        weights: one number (share of B, or strength of what is added: the method's `weight` says which), a list
+            with a number for each model, or a function of the tensor's name that gives either: block weights.
+            None: the method's default.
+        seed: of the methods that draw random numbers; each tensor has its own stream.
+        companions: a further state for each model, for the methods that take one (a Fisher information).
+        labels: what to call the models in errors; "A" and "B", or "model 1" and so on.
+        device: where to compute; None: where the first model's tensors are.
+        dtype: of the result's floating tensors; None: those of the first model.
+        progress: called after each tensor with stage, step, total and name.
+        options: those of the method.
+
+    Raises:
+        ConfigError: the method is unknown, or its models, base, weights or options do not fit it.
+        CheckpointError: names or shapes differ; names the tensor. Reading a tensor of the result raises it for
+            integers that differ, and for numbers that are not finite before or after merging.
+    """
+    chosen = find_method(method)
+    labels = tuple(
+        labels or (("A", "B") if len(states) == 2 else (f"model {i + 1}" for i in range(len(states))))
+    )
+    if isinstance(chosen.inputs, int) and len(states) != chosen.inputs:
+        raise ConfigError(
+            f"the merge method '{chosen.name}' takes {chosen.inputs} models, but got {len(states)}."
+        )
+    if len(states) < chosen.least:
+        raise ConfigError(
+            f"the merge method '{chosen.name}' takes {chosen.least} models or more, but got {len(states)}."
+        )
+    if chosen.needs_base and base is None:
+        raise ConfigError(
+            f"the merge method '{chosen.name}' needs a base, the model that all were made from: give one, or choose a"
+            " method without."
+        )
+    if base is not None and not chosen.takes_base:
+        raise ConfigError(f"the merge method '{chosen.name}' has no use for a base: leave it out.")
+    if ("companions" in chosen.takes) != (companions is not None):
+        need = (
+            "needs a companion state (Fisher information) for each model"
+            if companions is None
+            else "takes no companions"
+        )
+        raise ConfigError(f"the merge method '{chosen.name}' {need}.")
+    if companions is not None and len(companions) != len(states):
+        raise ConfigError(
+            f"there are {len(states)} models but {len(companions)} companions: give one for each."
+        )
+    if weights is not None and chosen.weight is None:
+        raise ConfigError(f"the merge method '{chosen.name}' has no weights: leave them out.")
+    filled = chosen.check_options(options)
+
+    others = [(label, state) for label, state in zip(labels[1:], states[1:], strict=True)]
+    if base is not None:
+        others.append(("the base", base))
+    for label, state in others:
+        check_names(states[0], state, labels[0], label)
+    for label, state in zip(labels, companions or (), strict=False):
+        check_companion(states[0], state, label)
+
+    if chosen.plan is not None:
+        own = {key: filled.pop(key) for key in plan_options(chosen.plan)}
+        weights = chosen.plan(states=states, progress=progress, **own)
+    result = MergedState(
+        chosen,
+        tuple(states),
+        base,
+        weights,
+        seed,
+        tuple(companions or ()),
+        labels,
+        device,
+        dtype,
+        progress,
+        filled,
+    )
+    if not callable(weights):
+        result.weights_of("")  # complain now
+    return result
+
+
+def find_method(method: str | Method) -> Method:
+    """The method of this name.
+
+    Raises:
+        ConfigError: there is none; the sentence lists those there are.
+    """
+    if isinstance(method, Method):
+        return method
+    if method.startswith("mecha:"):
+        from .mecha import mecha_method
+
+        return mecha_method(method.removeprefix("mecha:"))
+    if method not in METHODS:
+        raise ConfigError(f"there is no merge method '{method}'; choose one of {', '.join(METHODS)}.")
+    return METHODS[method]

@@ -1,0 +1,185 @@
+"""What a merge method is, and the registry of those there are.
+
+A method is a pure function on the tensors of one name. Its signature says what it takes:
+
+    a, b          the two tensors that it combines, or
+    models        two or more of them, a sequence
+    base          the tensor of the common ancestor (None as default: optional)
+    alpha         one weight
+    weights       a share for each model, together 1
+    scales        a factor for each model but the first
+    companions    a tensor that goes with each model (a Fisher information)
+    generator     random numbers that depend on seed and tensor name only
+    name          the tensor's name
+
+Every other argument has a default and is an option of the method.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..errors import ConfigError
+
+SUPPLY = ("a", "b", "models", "base", "alpha", "weights", "scales", "companions", "generator", "name")
+
+WeightKind = Literal["alpha", "weights", "scales"]
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A merge method: its function on tensors, and what the function promises.
+
+    Attributes:
+        name: what users call it.
+        function: takes tensors of one name, float32 or wider, and gives a tensor of their shape.
+        description: one sentence.
+        formula: in plain text; a, b are the models, c is the base.
+        reference: where it comes from.
+        inputs: 2, or "N" for two or more.
+        least: the smallest number of models.
+        needs_base: it can't do without a base; `takes_base`: it can use one.
+        weight: how it takes weights (see above), None if it has none. `default_weight` is its default.
+        options: its own options and their defaults.
+        zero: what it returns at alpha or scales 0, bit for bit: "a", "base" or None.
+        one: what it returns at alpha 1, bit for bit: "b" or None. Methods with `weights` return a model
+            bit for bit where that has the weight 1, and `one` is "b".
+        self_any_base: merging a model with itself gives the model, whatever the base (and weights in [0, 1]).
+            Every method gives the model where the base equals it, too.
+        random: it draws random numbers.
+        plan: finds the weights from the whole states before any tensor is merged.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    description: str
+    formula: str
+    reference: str
+    inputs: int | str
+    least: int
+    needs_base: bool
+    takes_base: bool
+    weight: WeightKind | None
+    default_weight: float | None
+    options: Mapping[str, Any]
+    zero: Literal["a", "base"] | None = None
+    one: Literal["b"] | None = None
+    self_any_base: bool = True
+    random: bool = False
+    plan: Callable[..., Any] | None = None
+    takes: frozenset[str] = field(default_factory=frozenset)
+
+    def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with their defaults filled in.
+
+        Raises:
+            ConfigError: an option that the method does not have.
+        """
+        known = {**self.options, **plan_options(self.plan)}
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise ConfigError(
+                f"the merge method '{self.name}' has no option '{unknown[0]}'; it has {', '.join(known) or 'none'}."
+            )
+        filled = {**known, **options}
+        missing = [name for name, value in filled.items() if value is inspect.Parameter.empty]
+        if missing:
+            raise ConfigError(f"the merge method '{self.name}' needs the option '{missing[0]}'.")
+        return filled
+
+
+METHODS: dict[str, Method] = {}
+"""All methods by name, in the order of the documentation."""
+
+
+def method(
+    formula: str,
+    reference: str,
+    *,
+    name: str | None = None,
+    zero: Literal["a", "base"] | None = None,
+    one: Literal["b"] | None = None,
+    self_any_base: bool = True,
+    default: float | None = None,
+    least: int = 2,
+    plan: Callable[..., Any] | None = None,
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register a function as a merge method; the first sentence of its docstring is the description."""
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        add(
+            describe(
+                name or function.__name__,
+                function,
+                formula,
+                reference,
+                zero,
+                one,
+                self_any_base,
+                default,
+                least,
+                plan,
+            )
+        )
+        return function
+
+    return register
+
+
+def add(entry: Method) -> None:
+    """Put a method into the registry; a name has one method."""
+    if entry.name in METHODS:
+        raise ConfigError(f"there is a merge method '{entry.name}' already; choose another name.")
+    METHODS[entry.name] = entry
+
+
+def describe(
+    name: str,
+    function: Callable[..., Tensor],
+    formula: str,
+    reference: str,
+    zero: Literal["a", "base"] | None = None,
+    one: Literal["b"] | None = None,
+    self_any_base: bool = True,
+    default: float | None = None,
+    least: int = 2,
+    plan: Callable[..., Any] | None = None,
+) -> Method:
+    """The method that a function's signature and docstring describe."""
+    parameters = inspect.signature(function).parameters
+    kinds: tuple[WeightKind, ...] = ("alpha", "weights", "scales")
+    kind: WeightKind | None = next((k for k in kinds if k in parameters), None)
+    base = parameters.get("base")
+    return Method(
+        name=name,
+        function=function,
+        description=(inspect.getdoc(function) or name).split("\n\n")[0].replace("\n", " "),
+        formula=formula,
+        reference=reference,
+        inputs="N" if "models" in parameters else 2,
+        least=least,
+        needs_base=base is not None and base.default is inspect.Parameter.empty,
+        takes_base=base is not None,
+        weight=kind,
+        default_weight=default,
+        options={k: p.default for k, p in parameters.items() if k not in SUPPLY},
+        zero=zero,
+        one=one,
+        self_any_base=self_any_base,
+        random="generator" in parameters,
+        plan=plan,
+        takes=frozenset(parameters) & frozenset(SUPPLY),
+    )
+
+
+def plan_options(plan: Callable[..., Any] | None) -> dict[str, Any]:
+    """The options of a plan: what it takes beyond states and base."""
+    if plan is None:
+        return {}
+    parameters = inspect.signature(plan).parameters
+    return {k: p.default for k, p in parameters.items() if k not in ("states", "base", "progress")}
