@@ -16,6 +16,7 @@ from .configuration import resolved
 from .errors import ConfigError
 from .matching import MatchResult
 from .matching.pair import Pair
+from .resume import Resume
 from .spec import PermutationSpec
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ SUPPLY = (
     "progress",
 )  # fmt: skip
 """What a run can give an algorithm, by the name of the argument."""
+
+KEPT = ("checkpoint", "resume_from")
+"""What it gives to one that can be continued (see resume.py)."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,9 @@ class Algorithm:
         *,
         seed: int = 0,
         progress: Progress | None = None,
+        resume: Resume | None = None,
     ) -> MatchResult:
-        """Find the permutation that brings B to A."""
+        """Find the permutation that brings B to A; `resume` keeps what an interrupted search can go on from."""
         make: dict[str, Callable[[], Any]] = {
             "spec": lambda: spec,
             "state_a": lambda: state_a,
@@ -65,7 +70,11 @@ class Algorithm:
             "progress": lambda: progress,
         }
         wanted = [name for name in inspect.signature(self.function).parameters if name in SUPPLY]
-        return self.function(**{name: make[name]() for name in wanted}, **self.options)
+        kept = resume.arguments(self.function) if resume is not None else {}
+        result = self.function(**{name: make[name]() for name in wanted}, **kept, **self.options)
+        if resume is not None:
+            resume.finish()
+        return result
 
 
 def load_algorithm(algo: DictConfig) -> Algorithm:
@@ -78,7 +87,7 @@ def load_algorithm(algo: DictConfig) -> Algorithm:
         ConfigError: an option that the function does not have, or an argument that a run can't supply.
     """
     function = get_method(algo["_target_"])
-    takes = {k: v for k, v in inspect.signature(function).parameters.items() if k not in SUPPLY}
+    takes = {k: v for k, v in inspect.signature(function).parameters.items() if k not in SUPPLY + KEPT}
     options = {name: value for name, value in resolved(algo).items() if name not in ("_target_", "name")}
     unknown = [name for name in options if name not in takes]
     if unknown:

@@ -60,7 +60,8 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
             console.say(f"A: {task.labels[0]}, B: {task.labels[1]}")
         with console.stage("align"):
             progress = reporting.both(console.progress, logger.event)
-            match = algorithm(task, spec, state_a, state_b, seed=cfg.seed, progress=progress)
+            resume = steps.resume(cfg, config)
+            match = algorithm(task, spec, state_a, state_b, seed=cfg.seed, progress=progress, resume=resume)
             aligned = match.permutation.apply(state_b)
             console.say(f"{algorithm.name}: {match.moved:,} of {spec.neurons:,} neurons moved")
         with console.stage("merge"):

@@ -14,6 +14,7 @@ from .errors import ConfigError, VerificationError
 from .evaluation import Curve, barrier
 from .matching import MatchResult
 from .merging import interpolate
+from .resume import Resume, resume_file
 from .spec import PermutationSpec
 from .tracing import verify
 
@@ -49,6 +50,12 @@ def settle(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     if cfg.threads > 0:
         torch.set_num_threads(cfg.threads)
+
+
+def resume(cfg: DictConfig, config: Mapping[str, Any]) -> Resume | None:
+    """Where the state of this run's matching is kept while it is unfinished; None without a cache."""
+    file = resume_file(config, cfg.path.cache)
+    return None if file is None else Resume(file, cfg.resume)
 
 
 def verify_all(task: Task, specs: Mapping[str, PermutationSpec]) -> dict[str, dict[str, Any]]:

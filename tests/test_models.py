@@ -11,10 +11,11 @@ from rebasin.data import Dataset, load
 from rebasin.errors import ConfigError
 from rebasin.evaluation import barrier
 from rebasin.models import build, fitting_options
-from rebasin.models.cache import Trained, cache_dir, trained
+from rebasin.models.cache import Trained, trained
 from rebasin.models.norms import ChannelLayerNorm
 from rebasin.models.train import RECIPES, Recipe, train
 from rebasin.objectives import CrossEntropy
+from rebasin.paths import cache_folder
 
 SHORT = Recipe(epochs=2, batch_size=48)
 
@@ -182,12 +183,22 @@ def test_a_cache_that_cannot_be_written_does_not_stop_the_training(small, tmp_pa
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("REBASIN_CACHE", str(tmp_path / "own"))
-    assert cache_dir() == tmp_path / "own"
+    assert cache_folder() == tmp_path / "own"
+    assert cache_folder(tmp_path / "given") == tmp_path / "given"
+    monkeypatch.setenv("REBASIN_CACHE", "off")
+    assert cache_folder() is None
     monkeypatch.delenv("REBASIN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / "rebasin"
+    assert cache_folder() == tmp_path / "rebasin"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_dir().parts[-2:] == (".cache", "rebasin")
+    folder = cache_folder()
+    assert folder is not None and folder.parts[-2:] == (".cache", "rebasin")
+
+
+def test_without_a_cache_nothing_is_left(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = trained("mlp", small, {"width": 4}, SHORT, cache="off")
+    assert first.path is None and not first.cached and not list(tmp_path.iterdir())
 
 
 def test_the_default_mlp_learns_the_digits_and_has_a_barrier(digits, tmp_path):

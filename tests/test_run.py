@@ -18,11 +18,12 @@ from rich.console import Console as RichConsole
 from rebasin import paths, report, steps
 from rebasin.align import load_algorithm
 from rebasin.checkpoints import load_metadata, load_safetensors
-from rebasin.configuration import check_types, explain
+from rebasin.configuration import check_types, explain, resolved
 from rebasin.errors import ConfigError, VerificationError
 from rebasin.paths import config_dir
 from rebasin.reporting.console import Console
 from rebasin.reporting.results import load_results
+from rebasin.resume import Resume
 from rebasin.run import run
 from rebasin.spec import Permutation
 from rebasin.tasks import load_task
@@ -193,6 +194,53 @@ def _spec(task):
     from rebasin.tracing import trace
 
     return trace(task.model, *task.parts[task.aligned].args)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["algo=weight_matching", "algo.init=identity"], ["algo=activation_matching", "data.batch_size=200"]],
+)
+def test_an_interrupted_alignment_goes_on_where_it_stopped(options, tmp_path, monkeypatch):
+    options = [*TINY, *options, f"path.cache={tmp_path / 'cache'}"]
+    stages = ("weight matching", "activations")
+    execute(tmp_path / "whole", *options)
+
+    def interrupted(event):
+        if event["stage"] in stages and event["step"] == 2:
+            raise KeyboardInterrupt
+
+    cfg = configured(*options)
+    task = load_task(cfg)
+    state_a, state_b = task.endpoints(None)
+    kept = steps.resume(cfg, resolved(cfg))
+    assert kept is not None
+    with pytest.raises(KeyboardInterrupt):
+        load_algorithm(cfg.algo)(task, _spec(task), state_a, state_b, progress=interrupted, resume=kept)
+    assert kept.path.exists()
+    seen: list[int] = []
+
+    def note(self, event):
+        if event["stage"] in stages:
+            seen.append(event["step"])
+
+    monkeypatch.setattr(Console, "progress", note)
+    execute(tmp_path / "resumed", *options, "resume=true")
+    assert seen[0] == (
+        2 if "algo=weight_matching" in options else 1
+    )  # the next sweep; the batches done so far
+    assert not kept.path.exists()
+    for name in TENSORS:
+        whole, resumed = (load_safetensors(tmp_path / run / name) for run in ("whole", "resumed"))
+        assert all(torch.equal(whole[tensor], resumed[tensor]) for tensor in whole)
+    assert Permutation.load(tmp_path / "whole" / TENSORS[0]).moved() > 0
+
+
+def test_what_cannot_be_continued_says_so(tmp_path):
+    kept = Resume(tmp_path / "state.safetensors", wanted=True)
+    assert kept.arguments(own_algorithm) == {}
+    kept.path.write_bytes(b"")
+    with pytest.raises(ConfigError, match="can't be continued"):
+        kept.arguments(own_algorithm)
 
 
 def own_algorithm(spec, batches, model_b, *, strength: int, seed: int = 0) -> Any:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from rebasin.data.classification import Dataset
 from rebasin.errors import CheckpointError
 from rebasin.models import build, fitting_options
 from rebasin.models.train import RECIPES, Progress, Recipe, train
+from rebasin.paths import cache_folder
 
 # Raise it when a change of the models or of the loop changes the trained weights.
 VERSION = 1
@@ -33,7 +33,7 @@ class Trained:
         history: the mean training loss of each epoch, as seen during the epoch.
         seconds: what the training took, also when it was done earlier.
         cached: whether the weights came from the cache.
-        path: the file in the cache; it may be missing where the cache cannot be written.
+        path: the file in the cache; it may be missing where the cache cannot be written; None without a cache.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Trained:
     history: tuple[float, ...]
     seconds: float
     cached: bool
-    path: Path
+    path: Path | None
 
     def model(self) -> nn.Module:
         """A new model with these weights, in eval mode."""
@@ -67,7 +67,7 @@ def trained(
         options: of the model (`width`, `norm`, ...); the sizes that the data determines are filled in.
         recipe: by default `RECIPES[name]`.
         seed: of the start weights and of the order of the samples.
-        cache: the folder; by default `cache_dir()`. A damaged file in it is replaced, with a warning.
+        cache: the folder; by default `paths.cache_folder()`. A damaged file in it is replaced, with a warning.
         progress: as in `rebasin.models.train.train`, with model and seed too; not called for a cached model.
 
     Raises:
@@ -89,9 +89,10 @@ def trained(
         "data": dataset.fingerprint,
     }
     key = json.dumps(config, sort_keys=True)
-    folder = Path(cache).expanduser() if cache is not None else cache_dir()
-    path = folder / f"{name}-{dataset.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    if path.exists():
+    folder = cache_folder(cache)
+    file = f"{name}-{dataset.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    path = None if folder is None else folder / file
+    if path is not None and path.exists():
         try:
             state, metadata = _load(path, key, model)
             history = tuple(json.loads(metadata["history"]))
@@ -110,19 +111,13 @@ def trained(
         "history": json.dumps(history),
         "seconds": repr(seconds),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_safetensors(path, state, metadata)
-    except (OSError, CheckpointError) as error:
-        warnings.warn(f"the trained model could not be kept in {folder} ({error}).", stacklevel=2)
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_safetensors(path, state, metadata)
+        except (OSError, CheckpointError) as error:
+            warnings.warn(f"the trained model could not be kept in {folder} ({error}).", stacklevel=2)
     return Trained(name, options, state, history, seconds, False, path)
-
-
-def cache_dir() -> Path:
-    """REBASIN_CACHE if set, else `rebasin` in XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("REBASIN_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rebasin"
 
 
 def _named(progress: Progress | None, name: str, seed: int) -> Progress | None:

@@ -36,6 +36,13 @@ FILES = {
 }
 
 
+def _duration(seconds: float) -> str:
+    """Seconds as people read them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 class Console:
     """Shows the stages of a run; `progress` is the callback that algorithms and evaluation report to."""
 
@@ -44,6 +51,7 @@ class Console:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._details = ""
+        self._first: tuple[str, float, float] | None = None  # stage, step and time of its first event
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -77,17 +85,35 @@ class Console:
             self._bar.update(self._task, details=text)
 
     def progress(self, event: Mapping[str, Any]) -> None:
-        """Show an event: stage and step, and any of total, objective, loss, moved."""
+        """Show an event: stage and step, and any of total, objective, loss, moved, bytes, left.
+
+        Algorithms that know it tell the seconds `left`, or None; for others it follows from step and total.
+        """
         parts = [f"{event['stage']} {event['step']}" + (f"/{event['total']}" if event.get("total") else "")]
         parts += [
             f"{key} {number(event[key], 6)}" for key in ("objective", "loss") if event.get(key) is not None
         ]
         if event.get("moved") is not None:
             parts.append(f"moved {event['moved']:,}")
+        if event.get("bytes"):
+            parts.append(f"statistics {event['bytes'] / 1e9:.2g} GB")
+        left = event["left"] if "left" in event else self._left(event)
+        if left is not None:
+            parts.append(f"{_duration(left)} left")
         if self._bar is not None and self._task is not None:
             self._bar.update(
                 self._task, completed=event["step"], total=event.get("total"), details=", ".join(parts)
             )
+
+    def _left(self, event: Mapping[str, Any]) -> float | None:
+        """The seconds that remain, if a step takes what it took so far; None where there is no telling."""
+        step, total = event["step"], event.get("total")
+        if self._first is None or self._first[0] != event["stage"] or step < self._first[1]:
+            self._first = event["stage"], step, time.perf_counter()
+        done = step - self._first[1]
+        if not total or done <= 0:
+            return None
+        return (time.perf_counter() - self._first[2]) / done * (total - step)
 
     def plan(
         self, task: Task, specs: Mapping[str, PermutationSpec], config: Mapping[str, Any], folder: Path

@@ -21,15 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SpecMismatchError
+from ..paths import cache_folder
 from ..spec import PermutationSpec
-
-
-def cache_folder() -> Path | None:
-    """`REBASIN_CACHE`, else ~/.cache/rebasin; None if `REBASIN_CACHE=off`."""
-    configured = os.environ.get("REBASIN_CACHE", "")
-    if configured == "off":
-        return None
-    return Path(configured) if configured else Path.home() / ".cache" / "rebasin"
 
 
 def load(key: str | None) -> PermutationSpec | None:
