@@ -14,13 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import rebasin.matching.many as many
+import rebasin.matching.many_descent as many_descent
+import rebasin.matching.many_models as many_models
+import rebasin.matching.many_pivot as many_pivot
 from experiments.merge_many_mnist import main
 from rebasin import trace
 from rebasin.checkpoints import save_safetensors
 from rebasin.errors import CheckpointError, ConfigError, SpecMismatchError
 from rebasin.matching import weight_matching
-from rebasin.matching.many import match_to_pivot, merge_many
+from rebasin.matching.many import merge_many
+from rebasin.matching.many_pivot import match_to_pivot
 from rebasin.matching.many_result import ManyState
 from rebasin.merging import interpolate
 from rebasin.models import build
@@ -223,7 +226,7 @@ def test_one_model_at_a_time_is_in_memory() -> None:
 def test_files_are_open_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, states = convolutional(), [state_of(k) for k in range(4)]
     paths = [save_safetensors(tmp_path / f"{k}.safetensors", state) for k, state in enumerate(states)]
-    opened, most, load = [0], [0], many.load_safetensors
+    opened, most, load = [0], [0], many_models.load_safetensors
 
     def closed() -> None:
         opened[0] -= 1
@@ -235,7 +238,7 @@ def test_files_are_open_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
         weakref.finalize(state, closed)
         return state
 
-    monkeypatch.setattr(many, "load_safetensors", counted)
+    monkeypatch.setattr(many_models, "load_safetensors", counted)
     result = merge_many(spec, paths)
     assert most[0] == 1 and opened[0] == 0
     assert alike(result.merged, merge_many(spec, states).merged)
@@ -301,7 +304,8 @@ def test_bad_models_are_named_before_any_work(tmp_path: Path, monkeypatch: pytes
     def no_work(*args, **kwargs):
         raise AssertionError("matching began")
 
-    monkeypatch.setattr(many, "weight_matching", no_work)
+    for module in (many_descent, many_pivot):
+        monkeypatch.setattr(module, "weight_matching", no_work)
     spec, good = convolutional(), [state_of(k) for k in range(3)]
 
     def refuse(bad, error: type[Exception], told: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,9 +45,11 @@ class ManyResult:
     """N models in one arrangement of their neurons, and their mean.
 
     Attributes:
+        method: the one of `many.METHODS` that found them.
         permutations: `permutations[i].apply(states[i])` is model i as it went into the mean.
         merged: the weighted mean of all, name -> tensor in the first model's types; every tensor of the
-            models, not only those that the spec permutes.
+            models, not only those that the spec permutes. Lazy: a tensor is read from the models, one after
+            the other, whenever it is asked for, so keep `dict(result.merged)` or stream it to a file.
         objective: `sum_(i<j) w_i w_j <pi_i(theta_i), pi_j(theta_j)>` over the parameters that the spec
             permutes; with two models of weight 1 that of weight matching.
         distance: root of the weighted mean of |pi_i(theta_i) - mean|^2 over the same parameters, and
@@ -56,12 +58,14 @@ class ManyResult:
         converged: no model can be brought closer to the mean of the others, by matching, than it is.
         moved: neurons that are not where they were, over all models.
         weights: as used, with sum 1.
-        pivot: the model to which all others were matched, or None.
         seconds: wall time, including that before an interruption.
+        pivot: the model to which all others were matched, or None.
+        details: further figures of the method, as JSON can have them.
     """
 
+    method: str
     permutations: tuple[Permutation, ...]
-    merged: dict[str, Tensor]
+    merged: Mapping[str, Tensor]
     objective: float
     distance: float
     distance_before: float
@@ -71,14 +75,20 @@ class ManyResult:
     weights: tuple[float, ...]
     seconds: float
     pivot: int | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def passes(self) -> int:
         return len(self.history) - 1
 
+    def members(self, states: Sequence[Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
+        """The models as they went into the mean, each permuted when it is read."""
+        return [p.view(state) for p, state in zip(self.permutations, states, strict=True)]
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the permutations and the merged weights, as JSON can have it."""
         return {
+            "method": self.method,
             "models": len(self.permutations),
             "weights": list(self.weights),
             "pivot": self.pivot,
@@ -90,7 +100,65 @@ class ManyResult:
             "moved": self.moved,
             "seconds": self.seconds,
             "history": [asdict(one) for one in self.history],
+            "details": dict(self.details),
         }
+
+
+def anchored(permutations: Sequence[Permutation], anchor: int | None) -> tuple[Permutation, ...]:
+    """The same arrangement relative to that of model `anchor`, which then does not move; None: as it is."""
+    if anchor is None or permutations[anchor].is_identity:
+        return tuple(permutations)
+    back = permutations[anchor].invert()
+    return tuple(back.compose(p) for p in permutations)
+
+
+def moved_between(before: Permutation | None, after: Permutation) -> int:
+    """How many neurons are at another place than before."""
+    if before is None:
+        return after.moved()
+    return sum(int(np.count_nonzero(index != before.index[name])) for name, index in after.index.items())
+
+
+def save_permutations(
+    path: str | os.PathLike[str],
+    permutations: Sequence[Permutation],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """One safetensors file of int32 indices, "MODEL/CELL", with the spec in its header; what a further model needs
+    to join the merge later.
+    """
+    tensors = {
+        f"{i}/{cell}": torch.from_numpy(index.astype(np.int32))
+        for i, p in enumerate(permutations)
+        for cell, index in p.index.items()
+    }
+    header = {"permutations": str(len(permutations)), "spec": permutations[0].spec.to_json()}
+    save_safetensors(path, tensors, {**(metadata or {}), **header})
+
+
+def load_permutations(path: str | os.PathLike[str]) -> list[Permutation]:
+    """Read what `save_permutations` wrote.
+
+    Raises:
+        CheckpointError: the file holds no such permutations, is damaged, or holds an illegal one.
+    """
+    file = load_safetensors(Path(path))
+    if not file.metadata.get("permutations", "").isdecimal() or "spec" not in file.metadata:
+        raise CheckpointError(f"{path} holds no permutations of a merge: its header does not tell how many.")
+    spec = PermutationSpec.from_json(file.metadata["spec"])
+    count = int(file.metadata["permutations"])
+    names = {f"{i}/{cell}" for i in range(count) for cell in spec.cells}
+    if set(file) != names or not count:
+        raise CheckpointError(f"{path} is damaged: its tensors are not the cells of its spec.")
+    found = []
+    for i in range(count):
+        index = {cell: file[f"{i}/{cell}"].numpy().astype(np.int64) for cell in spec.cells}
+        found.append(Permutation(spec, index))
+        if not spec.contains(found[-1]):
+            raise CheckpointError(
+                f"{path} holds a permutation (of model {i}) that its own spec does not allow."
+            )
+    return found
 
 
 @dataclass(frozen=True)
