@@ -89,7 +89,7 @@ class MergedState(Mapping[str, Tensor]):
         tensors = [self._read(name, *source) for source in zip(self.labels, self.states, strict=True)]
         base = [] if self.base is None else [self._read(name, "the base", self.base)]
         # Equal tensors need no method. They may even hold infinities: masks are such constants.
-        if all(same(tensors[0], other) for other in (*tensors[1:], *base)):
+        if tensors[0].numel() == 0 or all(same(tensors[0], other) for other in (*tensors[1:], *base)):
             return tensors[0].to(self.dtype_of(name), copy=True)
         for label, tensor in zip((*self.labels, "the base"), (*tensors, *base), strict=False):
             check_finite(name, label, tensor, first)

@@ -1,5 +1,5 @@
 """The merge methods: pure functions on the tensors of one name, each beside its formula and reference."""
 
-from . import linear
+from . import angles, centres, frequency, linear, powers, regions, rotation, soups, ties
 
-__all__ = ["linear"]
+__all__ = ["angles", "centres", "frequency", "linear", "powers", "regions", "rotation", "soups", "ties"]

@@ -1,0 +1,98 @@
+"""Differences from a base that agree in sign, and random subsets of them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ..registry import method
+
+
+@method(
+    "d_i = m_i - c, all but the k largest set to 0; s = sgn(sum d_i) or, by count, sgn(sum sgn d_i);"
+    " c + alpha mean{d_i : sgn d_i = s}",
+    "Yadav et al. 2023, TIES-Merging, 2306.01708; vote=count: sd-mecha's default",
+    zero="base",
+    default=1.0,
+)
+def ties_sum(
+    models: Sequence[Tensor], base: Tensor, alpha: float, k: float = 0.2, vote: str = "mass"
+) -> Tensor:
+    """Trim small differences, elect a sign for each value, and average the differences that have it.
+
+    Options: k is the share of each tensor's differences that is kept, the largest; vote is how the sign is elected,
+    by `mass` (sum of the differences: the paper's, and what sd-mecha's users call TIES-SOUP) or `count` (majority).
+    """
+    if vote not in ("mass", "count"):
+        raise ConfigError(f"the option vote of 'ties_sum' is '{vote}'; it takes mass or count.")
+    deltas = [largest(model - base, k) for model in models]
+    votes = sum((delta if vote == "mass" else delta.sign() for delta in deltas), torch.zeros_like(base))
+    elected = votes.sign()
+    total, count = torch.zeros_like(base), torch.zeros_like(base)
+    for delta in deltas:
+        agrees = (delta.sign() == elected) & (delta != 0)
+        total += delta * agrees
+        count += agrees
+    return base + alpha * total / count.clamp(min=1)
+
+
+def largest(delta: Tensor, k: float) -> Tensor:
+    """`delta` with all but the share k of its values set to 0: the largest magnitudes stay (ties all do)."""
+    if not 0 <= k <= 1:
+        raise ConfigError(f"the option k is {k}, but it is a share between 0 and 1.")
+    kept = round(k * delta.numel())
+    if kept == 0:
+        return torch.zeros_like(delta)
+    if kept == delta.numel():
+        return delta
+    magnitude = delta.abs()
+    threshold = magnitude.flatten().kthvalue(delta.numel() - kept + 1).values
+    return delta * (magnitude >= threshold)
+
+
+@method(
+    "d_i = m_i - c, each value kept with probability q and divided by it; c + alpha mean_i d_i;"
+    " q = 1 - p + window (rank |d| / n - (n + 1) / 2n)",
+    "Yu et al. 2023 (DARE), 2311.03099; the window: Deep et al. 2024 (DELLA), 2406.11617",
+    zero="base",
+    default=1.0,
+    self_any_base=False,
+)
+def dropout(
+    models: Sequence[Tensor],
+    base: Tensor,
+    alpha: float,
+    generator: torch.Generator,
+    probability: float = 0.9,
+    window: float = 0.0,
+    rescale: bool = True,
+) -> Tensor:
+    """Drop most differences from the base at random and enlarge the others, so that the mean stays.
+
+    Options: probability of dropping a value; window makes large differences likelier to stay, from probability +
+    window / 2 for the smallest to probability - window / 2 for the largest; rescale=false leaves the rest as it is.
+    """
+    if not 0 <= probability < 1:
+        raise ConfigError(
+            f"the option probability of 'dropout' is {probability}, but it is from 0 to below 1."
+        )
+    total = torch.zeros_like(base)
+    for model in models:
+        delta = model - base
+        keep = _keep(delta, probability, window)
+        drawn = torch.rand(delta.shape, generator=generator, dtype=torch.float32).to(delta.device) < keep
+        total += torch.where(drawn, delta / keep if rescale else delta, 0)
+    return base + alpha * total / len(models)
+
+
+def _keep(delta: Tensor, probability: float, window: float) -> Tensor:
+    """The probability of each value to stay, of delta's shape."""
+    if window == 0:
+        return torch.full_like(delta, 1 - probability)
+    n = delta.numel()
+    rank = torch.empty(n, dtype=delta.dtype, device=delta.device)
+    order = delta.abs().flatten().argsort(stable=True)
+    rank[order] = torch.arange(1, n + 1, dtype=delta.dtype, device=delta.device)
+    # Never 0: what can't stay can't be made up for.
+    return (1 - probability + window * (rank / n - (n + 1) / (2 * n))).clamp(1e-3, 1).reshape(delta.shape)
