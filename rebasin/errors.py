@@ -27,3 +27,7 @@ class DataError(RebasinError):
 
 class ConfigError(RebasinError):
     """An option, or a combination of options, that the run cannot honour."""
+
+
+class AdapterError(RebasinError):
+    """An adapter (LoRA, ControlNet) that can't follow a permutation, or belongs to another model."""

@@ -1,0 +1,23 @@
+"""Adapters follow their model: what was trained on B (LoRA, LyCORIS, ControlNet) works on the aligned B.
+
+See docs/adapters.md.
+"""
+
+from .controlnet import is_controlnet, joint_controlnet, move_controlnet
+from .keys import AdapterInfo, is_adapter
+from .move import describe_adapter, move_adapter
+from .union import component_of, extend, part, union
+
+__all__ = [
+    "AdapterInfo",
+    "component_of",
+    "describe_adapter",
+    "extend",
+    "is_adapter",
+    "is_controlnet",
+    "joint_controlnet",
+    "move_adapter",
+    "move_controlnet",
+    "part",
+    "union",
+]

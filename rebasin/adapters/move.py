@@ -1,0 +1,143 @@
+"""Moving an adapter that was trained on a model to the permuted model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import AdapterError
+from ..spec import Permutation, PermutationSpec
+from . import names
+from .factors import Moves, move_factor
+from .keys import AdapterInfo, kind_of, split_key
+from .lokr import move_lokr
+from .union import component_of, prefix_of
+
+State = Mapping[str, Tensor]
+
+FIRST_OF = {"down": ".lora_down.weight", "up": ".lora_up.weight", "constant": ".alpha"}
+"""What factors that were none before are called: only kohya's and LyCORIS's files can need new ones."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted module: the adapter's own name for it, what it is in the model, and factor -> key."""
+
+    name: str
+    component: str | None
+    path: str
+    keys: Mapping[str, str]
+
+
+def modules_of(state: State) -> list[Module]:
+    """The modules that an adapter changes, in the order of its keys.
+
+    Raises:
+        AdapterError: a tensor is no part of any kind of adapter that is known here; it is named.
+    """
+    keys: dict[str, dict[str, str]] = {}
+    for key in state:
+        found = split_key(key)
+        if found is None:
+            raise AdapterError(
+                f"Tensor {key!r} is no part of a LoRA or LyCORIS adapter; is this a model, or another kind of adapter?"
+            )
+        keys.setdefault(found[0], {})[found[1]] = key
+    return [Module(name, *names.split_prefix(name), own) for name, own in keys.items()]
+
+
+def describe_adapter(state: State) -> AdapterInfo:
+    """Kinds, components, ranks and naming of an adapter, from names and shapes alone."""
+    modules = modules_of(state)
+    shape_of = getattr(state, "shape_of", None) or (lambda key: state[key].shape)
+    ranks = {
+        int(shape_of(module.keys[factor])[0])
+        for module in modules
+        for factor in ("down", "hada_w1_b", "lokr_w2_b")
+        if factor in module.keys
+    }
+    kohya = any(module.name.startswith(("lora_", "lycoris_")) for module in modules)
+    return AdapterInfo(
+        kinds=Counter(kind_of(module.keys) for module in modules),
+        components=Counter(module.component or "unet" for module in modules),
+        ranks=tuple(sorted(ranks)),
+        naming="kohya" if kohya else "diffusers",
+    )
+
+
+def move_adapter(
+    permutation: Permutation, adapter: State, *, unfold: bool = False, what: str = "the adapter"
+) -> dict[str, Tensor]:
+    """An adapter that does to the permuted model what `adapter` does to the model.
+
+    `permutation.apply(model) + moved == permutation.apply(model + adapter)`, exactly.
+
+    Args:
+        permutation: what was applied to the model: of one component, or of several (see `union`). Modules of
+            components that it does not speak of are passed on.
+        adapter: name -> tensor, as kohya's sd-scripts, diffusers/PEFT or LyCORIS save them: LoRA, LoCon, LoHa,
+            LoKr, full differences, norms, IA3, with DoRA norms or without. Never changed.
+        unfold: write LoKr modules out that can't carry the permutation (see lokr.py).
+
+    Returns:
+        The adapter under its own names; unfolded modules have other factors under the same module.
+
+    Raises:
+        AdapterError: it belongs to another model, or a factor can't carry the permutation; the module is named.
+    """
+    tables = {name: _table(permutation.spec, name) for name in component_of(permutation.spec)}
+    moved: dict[str, Tensor] = {}
+    concerned = 0
+    modules = modules_of(adapter)
+    for module in modules:
+        parameter = _parameter(module, tables, what)
+        if parameter is None:
+            moved |= {key: adapter[key] for key in module.keys.values()}
+            continue
+        concerned += 1
+        shape = permutation.spec.shapes[parameter]
+        index = dict(permutation.axes_of(parameter))
+        for axis in index.keys() - {0, 1}:
+            raise AdapterError(f"Axis {axis} of {parameter!r} is permuted, which an adapter can't follow.")
+        moves = Moves(tuple(shape), index.get(0), index.get(1))
+        factors = {factor: adapter[key] for factor, key in module.keys.items()}
+        if any(factor.startswith("lokr") for factor in factors):
+            result = move_lokr(module.name, factors, moves, unfold)
+        else:
+            result = {f: move_factor(module.name, f, t, moves, factors) for f, t in factors.items()}
+        for factor, tensor in result.items():
+            key = module.keys.get(factor, module.name + FIRST_OF.get(factor, f".{factor}"))
+            moved[key] = tensor
+    if not concerned:
+        raise AdapterError(
+            f"{what} changes none of the components that were aligned ({', '.join(tables) or 'unknown'}), so there is"
+            " nothing to move."
+        )
+    return moved
+
+
+def _table(spec: PermutationSpec, component: str) -> dict[str, str]:
+    prefix = prefix_of(spec, component)
+    own = [name.removeprefix(prefix) for name in spec.shapes if name.startswith(prefix)]
+    return {flat: prefix + module for flat, module in names.table(own).items()}
+
+
+def _parameter(module: Module, tables: Mapping[str, Mapping[str, str]], what: str) -> str | None:
+    """The weight that the module changes, as the spec names it; None if its component was not aligned.
+
+    Raises:
+        AdapterError: the component was, but has no such module.
+    """
+    if module.component is not None and module.component not in tables:
+        return None
+    flat = names.flat(module.path)
+    for component, table in tables.items():
+        if module.component in (None, component) and flat in table:
+            return f"{table[flat]}.weight"
+    raise AdapterError(
+        f"{what} changes a module {module.name!r}, which the aligned {module.component or ' and '.join(tables)} does"
+        " not have: it was trained on another architecture."
+    )

@@ -1,0 +1,64 @@
+"""Which module of which component an adapter's key means.
+
+Adapters name modules in many ways, but all of them spell the path of the module in the model that was trained:
+`unet.down_blocks.0.attentions.0.proj_in` in diffusers, the same with underscores for dots in kohya's files, with
+LDM's block numbers instead of diffusers' in kohya's SDXL files. Paths are compared with underscores for dots, so
+one table per component serves them all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ..checkpoints.keys_unet import from_diffusers
+
+PREFIXES = (
+    ("lora_te2_", "text_encoder_2"),
+    ("lora_te1_", "text_encoder"),
+    ("lora_te_", "text_encoder"),
+    ("lora_unet_", "unet"),
+    ("text_encoder_2.", "text_encoder_2"),
+    ("text_encoder.", "text_encoder"),
+    ("unet.", "unet"),
+    ("te2.", "text_encoder_2"),
+    ("te1.", "text_encoder"),
+    ("lycoris_", ""),
+    ("base_model.model.", ""),
+)
+"""What a key starts with and the component it means; "" is whichever has such a module."""
+
+
+def split_prefix(module: str) -> tuple[str | None, str]:
+    """(component, rest) of an adapter's name for a module; None if the name doesn't tell the component."""
+    component = None
+    found = True
+    while found:
+        found = False
+        for prefix, meaning in PREFIXES:
+            if module.startswith(prefix):
+                module, component, found = module.removeprefix(prefix), meaning or component, True
+                break
+    # The attention processors of older diffusers have names of their own.
+    module = re.sub(r"\.processor\.(to_\w+)$", r".\1", module)
+    module = re.sub(r"(attn\d[._]to_out)$", r"\1.0", module)
+    return component, module
+
+
+def flat(path: str) -> str:
+    """`path` without what writers of adapters disagree on: dots or underscores, and CLIP's outer module."""
+    return path.replace(".", "_").removeprefix("text_model_")
+
+
+def table(parameters: Iterable[str]) -> dict[str, str]:
+    """Flat path -> module, for every module of a component that has parameters of these names.
+
+    A UNet's modules are there under their LDM names, too.
+    """
+    own = set(parameters)
+    found = {flat(module): module for module in dict.fromkeys(name.rpartition(".")[0] for name in own)}
+    for name in own:
+        theirs = from_diffusers(name, own)
+        if theirs is not None:
+            found.setdefault(flat(theirs.rpartition(".")[0]), name.rpartition(".")[0])
+    return found

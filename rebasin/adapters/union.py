@@ -1,0 +1,161 @@
+"""Specs of several components as one, and a permutation carried from one spec into another.
+
+A checkpoint is aligned component by component, but travels as one permutation file: its spec is the disjoint union
+of the components', with parameters named `unet.*`, `vae.*`, `text_encoder.*` (as `rebasin.compose` names them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from ..errors import SpecMismatchError
+from ..spec import Group, Permutation, PermutationSpec, to_array
+
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet", "transformer")
+"""The names of a pipeline's parts, as diffusers names its folders."""
+
+
+def union(permutations: Mapping[str, Permutation]) -> Permutation:
+    """One permutation over the disjoint union of several specs; names get the prefix `component.`.
+
+    The empty name adds no prefix: a joint spec has its components' names already.
+    """
+    groups: list[Group] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    aliases: dict[str, str] = {}
+    buffers: set[str] = set()
+    pins = []
+    index: dict[str, np.ndarray] = {}
+    for name, permutation in permutations.items():
+        before = f"{name}." if name else ""
+        spec = permutation.spec
+        groups += [_renamed(group, before) for group in spec.groups]
+        shapes |= {before + parameter: shape for parameter, shape in spec.shapes.items()}
+        aliases |= {before + alias: before + target for alias, target in spec.aliases.items()}
+        buffers |= {before + buffer for buffer in spec.buffers}
+        pins += [replace(pin, parameter=before + pin.parameter) for pin in spec.pins]
+        index |= {before + cell: perm for cell, perm in permutation.index.items()}
+    return Permutation(
+        PermutationSpec(tuple(groups), shapes, frozenset(buffers), aliases, tuple(pins)), index
+    )
+
+
+def component_of(spec: PermutationSpec) -> tuple[str, ...]:
+    """The components that `spec` speaks of: those of a union, or the one that the parameters' names betray."""
+    first = {name.split(".")[0] for name in spec.shapes}
+    if first <= set(COMPONENTS):
+        return tuple(name for name in COMPONENTS if name in first)
+    if {"conv_in", "time_embedding", "down_blocks"} <= first:
+        return ("unet",)
+    if "text_model" in first or any(name.startswith("encoder.layers.") for name in spec.shapes):
+        return ("text_encoder",)
+    return ("vae",) if {"encoder", "decoder"} <= first else ()
+
+
+def prefix_of(spec: PermutationSpec, component: str) -> str:
+    """What the names of `component` start with in `spec`: `unet.` in a union, nothing in a spec of its own."""
+    return f"{component}." if any(name.startswith(f"{component}.") for name in spec.shapes) else ""
+
+
+def part(permutation: Permutation, spec: PermutationSpec, prefix: str = "") -> Permutation:
+    """`permutation`'s action on one component, as a member of that component's own `spec`.
+
+    Args:
+        permutation: of a union or a joint spec, in which the component's names start with `prefix`.
+
+    Raises:
+        SpecMismatchError: it moves something of the component that `spec` alone keeps in place.
+    """
+    theirs = {name.removeprefix(prefix) for name in permutation.spec.axes if name.startswith(prefix)}
+    _require(theirs, spec)
+    return _carried(permutation, spec, lambda name: prefix + name)
+
+
+def extend(permutation: Permutation, joint: PermutationSpec, prefix: str = "unet.") -> Permutation:
+    """The member of `joint` that acts on `prefix`'s parameters as `permutation` does, and moves nothing else
+    but what must follow.
+
+    Args:
+        permutation: of one component alone, or of a union that has it under the same prefix.
+        joint: the spec of the component together with others; its names there start with `prefix`.
+
+    Raises:
+        SpecMismatchError: `joint` does not allow what `permutation` does.
+    """
+    own = any(name.startswith(prefix) for name in permutation.spec.shapes)
+    theirs = (name for name in permutation.spec.axes if not own or name.startswith(prefix))
+    _require((name if own else prefix + name for name in theirs), joint)
+
+    def source(name: str) -> str | None:
+        if not name.startswith(prefix):
+            return None
+        return name if own else name.removeprefix(prefix)
+
+    return _carried(permutation, joint, source)
+
+
+def _require(names: Iterable[str], spec: PermutationSpec) -> None:
+    for name in names:
+        if name not in spec.shapes:
+            raise SpecMismatchError(
+                f"The permutation moves {name!r}, which the spec at hand does not have: it was made for another"
+                " architecture."
+            )
+
+
+def _carried(
+    permutation: Permutation, spec: PermutationSpec, source: Callable[[str], str | None]
+) -> Permutation:
+    """The member of `spec` that moves each parameter as `permutation` moves `source(parameter)`."""
+    moves: dict[str, dict[int, np.ndarray]] = {}
+
+    def wanted(name: str, axis: int) -> np.ndarray | None:
+        origin = source(name)
+        if origin is None or permutation.spec.aliases.get(origin, origin) not in permutation.spec.shapes:
+            return None
+        if origin not in moves:
+            moves[origin] = dict(permutation.axes_of(origin))
+        return moves[origin].get(axis, np.arange(spec.shapes[name][axis]))
+
+    index: dict[str, np.ndarray] = {}
+    for cell in spec.cells.values():
+        index[cell.name] = np.arange(cell.size)
+        for site in cell.sites:
+            full = wanted(site.parameter, site.axis)
+            if full is not None:
+                positions = to_array(site.positions)
+                order = np.argsort(positions)
+                found = np.searchsorted(positions, full[positions], sorter=order)
+                index[cell.name] = order[np.minimum(found, cell.size - 1)]
+                break
+    carried = Permutation(spec, index)
+    # Each axis must come out as it was wanted: a pinned one, or one tied to another, can't be carried over.
+    for name in spec.shapes:
+        origin = source(name)
+        if origin is None or permutation.spec.aliases.get(origin, origin) not in permutation.spec.shapes:
+            continue
+        there = moves.get(origin) or dict(permutation.axes_of(origin))
+        here = dict(carried.axes_of(name))
+        if there.keys() != here.keys() or any(not np.array_equal(there[a], here[a]) for a in there):
+            raise SpecMismatchError(
+                f"The permutation moves {origin!r} in a way that the spec at hand does not allow; was it made for"
+                " another architecture, or with the text encoder freed?"
+            )
+    if not spec.contains(carried):
+        raise SpecMismatchError("The permutation is not legal for the spec at hand; was it made for another?")
+    return carried
+
+
+def _renamed(group: Group, before: str) -> Group:
+    cells = tuple(
+        replace(
+            cell,
+            name=before + cell.name,
+            sites=tuple(replace(site, parameter=before + site.parameter) for site in cell.sites),
+        )
+        for cell in group.cells
+    )
+    return replace(group, name=before + group.name, cells=cells)
