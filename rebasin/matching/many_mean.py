@@ -111,7 +111,7 @@ class TensorFile(MutableMapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         offset, dtype, shape = self._places[name]
         tensor = torch.empty(shape, dtype=dtype)
-        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        view = tensor.reshape(-1).view(torch.uint8).numpy().data
         self._file.seek(offset)
         if self._file.readinto(view) != len(view):  # pyright: ignore[reportAttributeAccessIssue]
             raise ConfigError(f"The file of the running mean lost tensor {name!r}: is its disk full?")
@@ -124,7 +124,7 @@ class TensorFile(MutableMapping[str, Tensor]):
             self._end += prod(layout[1]) * tensor.dtype.itemsize
         self._file.seek(self._places[name][0])
         try:
-            self._file.write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            self._file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         except OSError as error:
             raise ConfigError(f"The running mean can't be written ({error.strerror}).") from error
 

@@ -1,0 +1,42 @@
+"""The reliability diagram: accuracy against confidence, for one or several classifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..evaluation.calibration import Calibration
+from .style import GRID, MUTED, figure, save_png
+
+LOOKS = (
+    ("#0072B2", "s", "-"),
+    ("#D55E00", "o", "--"),
+    ("#009E73", "^", "-."),
+    ("#CC79A7", "v", ":"),
+    ("#E69F00", "D", "-"),
+    ("#56B4E9", "P", "--"),
+    (MUTED, "X", "-."),
+)
+
+
+def save_reliability(curves: Mapping[str, Calibration], path: Path, title: str = "Reliability") -> Path:
+    """Write a PNG with one line for each of `curves`; below it, where each one's samples are.
+
+    Empty bins are left out. A marker's area is the share of the samples in its bin.
+    """
+    fig = figure(5.8, 6.0)
+    top, bottom = fig.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    top.plot([0, 1], [0, 1], color=MUTED, linestyle=(0, (1, 2)), linewidth=1.2, label="perfectly calibrated")
+    for number, (name, one) in enumerate(curves.items()):
+        color, marker, line = LOOKS[number % len(LOOKS)]
+        bins = [k for k, share in enumerate(one.share) if share > 0]
+        x, y = [one.confidence[k] for k in bins], [one.accuracy[k] for k in bins]
+        top.plot(x, y, color=color, linestyle=line, linewidth=1.5, label=f"{name} (ECE {one.ece:.3f})")
+        top.scatter(x, y, s=[10 + 150 * one.share[k] for k in bins], color=color, marker=marker, alpha=0.8)
+        edges = [k / len(one.share) for k in range(len(one.share) + 1)]
+        bottom.stairs(one.share, edges, color=color, linestyle=line, linewidth=1.3)
+    top.set(xlim=(0, 1.02), ylim=(0, 1.02), ylabel="accuracy", title=title)
+    top.legend(loc="upper left", fontsize=8.5)
+    bottom.set(xlabel="confidence", ylabel="samples", ylim=(0, 1.02))
+    bottom.grid(color=GRID)
+    return save_png(fig, path)

@@ -1,0 +1,168 @@
+"""REPAIR and the reset of statistics: goals are reached, from permuted members, and equal networks stay as they are."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rebasin import trace
+from rebasin.errors import ConfigError, DataError
+from rebasin.matching import weight_matching
+from rebasin.merging.repair import repair, reset_statistics
+from rebasin.models import build
+from rebasin.spec import PermutationSpec
+
+State = dict[str, Tensor]
+X = torch.randn(96, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+BATCHES = list(X.split(40))  # the last one is shorter
+
+
+def network(norm: bool = False, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    middle = [nn.BatchNorm2d(12)] if norm else []
+    return nn.Sequential(
+        nn.Conv2d(2, 12, 3, padding=1, bias=not norm), *middle, nn.ReLU(), nn.Conv2d(12, 10, 3), nn.ReLU(),
+        nn.Flatten(), nn.Linear(40, 16), nn.ReLU(), nn.Linear(16, 5),
+    ).eval()  # fmt: skip
+
+
+@cache
+def spec_of(norm: bool = False) -> PermutationSpec:
+    return trace(network(norm), torch.zeros(2, 2, 4, 4))
+
+
+def state_of(seed: int, norm: bool = False) -> State:
+    return {name: tensor.clone() for name, tensor in network(norm, seed).state_dict().items()}
+
+
+def mean_of(states: list[State], weights=None) -> State:
+    shares = torch.tensor(weights or [1.0] * len(states))
+    return {
+        n: torch.einsum("i,i...->...", shares / shares.sum(), torch.stack([s[n].float() for s in states])).to(
+            states[0][n].dtype
+        )
+        for n in states[0]
+    }
+
+
+def moments(norm: bool, state: State, layer: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a layer's output, over everything at once."""
+    model = network(norm)
+    model.load_state_dict(state)
+    model.eval()
+    assert isinstance(model, nn.Sequential)
+    with torch.no_grad():
+        y = model[: layer + 1](X).double()
+    y = y.movedim(1, -1).reshape(-1, y.shape[1])
+    return y.mean(dim=0), y.std(dim=0, correction=0)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 3.0, 0.5]])
+def test_every_hidden_layer_gets_the_mean_of_the_members_mean_and_standard_deviation(weights) -> None:
+    spec, states = spec_of(), [state_of(k) for k in range(3)]
+    merged = mean_of(states, weights)
+    before = {name: tensor.clone() for name, tensor in merged.items()}
+    found = repair(spec, network(), merged, states, BATCHES, weights=weights)
+    shares = torch.tensor(weights or [1.0] * 3, dtype=torch.float64)
+    shares /= shares.sum()
+    for layer, name in ((0, "0"), (2, "2"), (5, "5")):
+        goals = [moments(False, s, layer) for s in states]
+        mean, std = moments(False, found.state, layer)
+        for k, reached in enumerate((mean, std)):
+            goal = torch.stack([g[k] for g in goals])
+            torch.testing.assert_close(reached, shares @ goal, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(found.state[f"{name}.weight"], merged[f"{name}.weight"])
+        assert found.scales[name] > 1, "unrelated networks' mean varies less than they do"
+    # The output layer has no hidden neurons, and nothing of the caller's is changed.
+    assert torch.equal(found.state["7.weight"], merged["7.weight"]) and not found.left_out
+    assert all(torch.equal(merged[name], before[name]) for name in before)
+
+
+def test_a_merge_of_equal_networks_stays_as_it_is_to_the_bit() -> None:
+    spec, state = spec_of(), state_of(1)
+    found = repair(spec, network(), state, [state] * 3, BATCHES, weights=[0.1, 0.7, 0.3])
+    assert all(torch.equal(found.state[name], state[name]) for name in state)
+    assert set(found.scales.values()) == {1.0} and not found.reset
+    # Copies that were brought into one arrangement, too.
+    moved = spec.random(seed=3).apply(state)
+    back = weight_matching(spec, state, moved).permutation
+    again = repair(spec, network(), state, [state, back.view(moved)], BATCHES)
+    assert all(torch.equal(again.state[name], state[name]) for name in state)
+
+
+def test_goals_of_members_that_are_not_permuted_are_others() -> None:
+    spec, state = spec_of(), state_of(1)
+    wrong = repair(spec, network(), state, [state, spec.random(seed=3).apply(state)], BATCHES)
+    assert not torch.equal(wrong.state["0.bias"], state["0.bias"])
+
+
+def test_layers_without_bias_are_left_out_and_norms_are_rescaled() -> None:
+    spec, states = spec_of(True), [state_of(k, True) for k in range(2)]
+    trained = [reset_statistics(network(True), s, BATCHES) for s in states]
+    found = repair(spec, network(True), mean_of(trained), trained, BATCHES)
+    assert found.left_out == ("0",) and list(found.scales) == ["1", "3", "6"] and found.reset
+    for layer in (1, 3, 6):
+        goals = [moments(True, s, layer) for s in trained]
+        for k, reached in enumerate(moments(True, found.state, layer)):
+            goal = (goals[0][k] + goals[1][k]) / 2
+            torch.testing.assert_close(reached, goal, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_are_averages_over_all_batches() -> None:
+    batches = list(X.split(48))
+    state = state_of(0, True)
+    state["1.num_batches_tracked"] += 7
+    found = reset_statistics(network(True), state, batches)
+    conv = network(True)
+    assert isinstance(conv, nn.Sequential)
+    with torch.no_grad():
+        outputs = [conv[0](batch) for batch in batches]
+    mean = torch.stack([y.mean(dim=(0, 2, 3)) for y in outputs]).mean(dim=0)
+    variance = torch.stack([y.var(dim=(0, 2, 3)) for y in outputs]).mean(dim=0)
+    torch.testing.assert_close(found["1.running_mean"], mean)
+    torch.testing.assert_close(found["1.running_var"], variance)
+    assert int(found["1.num_batches_tracked"]) == 2
+    rest = [name for name in state if not name.startswith("1.running") and "tracked" not in name]
+    assert all(found[name] is state[name] for name in rest)
+    assert int(state["1.num_batches_tracked"]) == 7
+    # Without BatchNorm there is nothing to reset.
+    plain = state_of(0)
+    assert all(reset_statistics(network(), plain, [])[name] is plain[name] for name in plain)
+
+
+def test_a_dead_neuron_is_not_blown_up() -> None:
+    spec, a, b = spec_of(), state_of(0), state_of(1)
+    merged = mean_of([a, b])
+    merged["5.weight"][3] = 0
+    found = repair(spec, network(), merged, [a, b], BATCHES)
+    assert bool(torch.isfinite(found.state["5.weight"]).all())
+    assert torch.equal(found.state["5.weight"][3], merged["5.weight"][3])
+
+
+def test_half_precision_and_the_repaired_layernorm_net_keep_their_types() -> None:
+    def make() -> nn.Module:
+        return build("resnet", width=0.25, blocks=1, classes=3, norm="layer", channels=1).eval()
+
+    model, x = make(), torch.randn(6, 1, 8, 8)
+    spec = trace(model, x[:2])
+    half = [{n: t.half() for n, t in make().state_dict().items()} for _ in range(2)]
+    merged = {n: ((half[0][n].float() + half[1][n].float()) / 2).half() for n in half[0]}
+    found = repair(spec, model, merged, half, [(x, torch.zeros(6).long())])
+    assert {t.dtype for t in found.state.values()} == {torch.float16}
+    assert found.scales and found.state.keys() == merged.keys()
+
+
+def test_what_does_not_fit_is_told() -> None:
+    spec, state = spec_of(), state_of(0)
+    for weights, members in (([1.0], [state] * 2), ([1.0, 0.0], [state] * 2), (None, [])):
+        with pytest.raises(ConfigError, match="weights"):
+            repair(spec, network(), state, members, BATCHES, weights=weights)
+    with pytest.raises(DataError, match="batches"):
+        repair(spec, network(), state, [state], [])
+    with pytest.raises(DataError, match="batches"):
+        reset_statistics(network(True), state_of(0, True), [])
+    with pytest.raises(DataError, match="finite"):
+        repair(spec, network(), state, [state], [torch.full((4, 2, 4, 4), torch.inf)])
