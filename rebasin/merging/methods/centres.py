@@ -1,6 +1,5 @@
 """Centres of several models other than their mean."""
 
-import math
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -44,22 +43,22 @@ def geometric_median(
     models: Sequence[Tensor],
     weights: Sequence[float],
     iterations: int = 100,
-    tolerance: float = 1e-12,
+    tolerance: float = 1e-8,
     eps: float = 1e-12,
 ) -> Tensor:
     """The point with the smallest sum of distances to the models: one outlier among many can't pull it far.
 
-    Two models have no single one; equal weights give their mean. Options: at most so many iterations, until the sum
-    of distances changes by less than tolerance, relative; eps, the smallest distance that is divided by.
+    Two models have no single one; equal weights give their mean. Options: at most so many iterations, until the
+    median moves by less than tolerance times the largest distance; eps, the smallest distance that is divided by.
     """
-    median, before = average(models, weights), math.inf
+    median = average(models, weights)
     for _ in range(iterations):
         distances = [float(torch.linalg.vector_norm(m - median, dtype=torch.float64)) for m in models]
-        objective = sum(w * d for w, d in zip(weights, distances, strict=True))
-        if abs(before - objective) <= tolerance * objective:
-            break
-        before = objective
+        before = median
         median = average(models, [w / max(d, eps) for w, d in zip(weights, distances, strict=True)])
+        moved = float(torch.linalg.vector_norm(median - before, dtype=torch.float64))
+        if moved <= tolerance * max(distances):
+            break
     return median
 
 
