@@ -12,11 +12,11 @@
     python -m experiments.benchmark_matching --cases sd15 --pairs near     # full size, by shape
     python -m experiments.benchmark_matching --scaling                     # cost against width and depth
 
-Every measurement runs in a process of its own, so that its peak memory (which includes both endpoints) is its
-own. Endpoints are random: `random` pairs are drawn independently, with nothing to find, which is the hardest
-case; `near` is A plus 10 % noise, like two fine-tunes of one base; `planted` is that under a hidden
-permutation, which must be found again. Writes matching.json and matching.md (or scaling.json and scaling.png)
-to --out.
+Every measurement runs in a process of its own, so that its peak memory is its own. Endpoints are in memory and
+count; those of full size are fp16 files, read lazily. `random` pairs are drawn independently, with nothing to
+find, which is the hardest case; `near` is A plus 10 % noise, like two fine-tunes of one base; `planted` is that
+under a hidden permutation, which must be found again. Writes matching.json and matching.md (or scaling.json and
+scaling.png) to --out.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ import math
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -43,7 +45,7 @@ from torch import Tensor, nn
 
 # Nothing of ours is imported here: this file is also run by the peer's Python, where `rebasin` is the peer.
 
-State = dict[str, Tensor]
+State = Mapping[str, Tensor]
 
 
 # Networks ---------------------------------------------------------------------------------------------------
@@ -186,14 +188,11 @@ CASES = {
 
 
 def endpoints(spec: Any, case: Case, pair: str, seed: int) -> tuple[State, State]:
-    """Two states that fit `spec`, on the CPU."""
+    """Two states that fit `spec`, on the CPU, of a network that is small enough to be built."""
     torch.manual_seed(seed)
-    if case.by_shape:
-        a = _drawn(spec.shapes)
-    else:
-        a = {k: v.clone() for k, v in case.build().state_dict().items() if v.is_floating_point()}
+    a = {k: v.clone() for k, v in case.build().state_dict().items() if v.is_floating_point()}
     if pair == "random":
-        again = case.build().state_dict() if not case.by_shape else _drawn(spec.shapes)
+        again = case.build().state_dict()
         return a, {name: again[name] for name in a}
     b = {
         name: (t.float() + 0.1 * _spread(t) * torch.randn(t.shape)).to(t.dtype)
@@ -204,8 +203,41 @@ def endpoints(spec: Any, case: Case, pair: str, seed: int) -> tuple[State, State
     return a, spec.random(seed + 1).apply(b) if pair == "planted" else b
 
 
-def _drawn(shapes: Mapping[str, tuple[int, ...]]) -> State:
-    return {n: (torch.randn(s) / math.sqrt(max(1, math.prod(s[1:])))).half() for n, s in shapes.items()}
+class Drawn(Mapping[str, Tensor]):
+    """fp16 weights of full size, each tensor drawn when it is asked for: making a file of them takes no memory."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int, base: Drawn | None = None) -> None:
+        self.shapes, self.seed, self.base = shapes, seed, base
+
+    def __getitem__(self, name: str) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
+        noise = torch.randn(self.shapes[name], generator=generator)
+        if self.base is None:
+            return (noise / math.sqrt(max(1, math.prod(noise.shape[1:])))).half()
+        tensor = self.base[name]
+        return (tensor.float() + 0.1 * _spread(tensor) * noise).half()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return tuple(self.shapes[name])
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return torch.float16
+
+
+def make_files(spec: Any, pair: str, seed: int, folder: Path) -> None:
+    """The endpoints of a network of full size as two files, a.safetensors and b.safetensors."""
+    from rebasin.checkpoints import save_safetensors
+
+    a = Drawn(spec.shapes, seed)
+    b = Drawn(spec.shapes, seed + 1, None if pair == "random" else a)
+    save_safetensors(folder / "a.safetensors", a)
+    save_safetensors(folder / "b.safetensors", spec.random(seed + 1).view(b) if pair == "planted" else b)
 
 
 def _spread(tensor: Tensor) -> float:
@@ -317,6 +349,7 @@ def run_ours(case: Case, a: State, b: State, spec: Any, init: str, seed: int) ->
     result = weight_matching(spec, a, b, init=init, seed=seed)  # pyright: ignore[reportArgumentType]
     return {
         "objective": result.objective,
+        "naive": result.initial_objective,
         "sweeps": result.sweeps,
         "first_sweep": result.history[1].seconds,
         "converged": result.converged,
@@ -357,7 +390,16 @@ def work(options: argparse.Namespace) -> None:
     import rebasin.matching  # noqa: F401
 
     spec, tracing = traced(case)
-    a, b = endpoints(spec, case, options.pair, options.seed)
+    if options.method == "files":
+        make_files(spec, options.pair, options.seed, Path(options.endpoints))
+        _report(options, {})
+        return
+    if case.by_shape:
+        from rebasin.checkpoints import load_safetensors
+
+        a, b = (load_safetensors(Path(options.endpoints) / f"{side}.safetensors") for side in "ab")
+    else:
+        a, b = endpoints(spec, case, options.pair, options.seed)
     figures: dict[str, Any] = {"tracing": tracing, "flops": flops(spec), "neurons": spec.neurons}
     if options.method == "endpoints":
         arrays: dict[str, Any] = {
@@ -381,7 +423,7 @@ def work(options: argparse.Namespace) -> None:
         figures |= run_ours(case, a, b, spec, options.method.removeprefix("ours-"), options.seed)
     figures |= {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     permutation = figures.pop("permutation")
-    figures["naive"] = inner(spec, a, b)
+    figures.setdefault("naive", inner(spec, a, b) if not case.by_shape else math.nan)
     if options.pair == "planted":
         hidden = spec.random(options.seed + 1).invert()
         right = sum(int((permutation.index[n] == i).sum()) for n, i in hidden.index.items())
@@ -498,18 +540,30 @@ def table(options: argparse.Namespace) -> list[dict[str, Any]]:
         case = CASES[name]
         for pair in options.pairs:
             methods = ["ours-identity", "ours-forward"] + ([] if case.by_shape else ["loop"])
+            files = _files(options, name, pair) if case.by_shape else {}
             for method in methods:
-                figures = measure(options, name, pair, method)
+                figures = measure(options, name, pair, method, **files)
                 if "flops" in figures:
                     figures["floor"] = figures["flops"] / rate["wall"]
                     figures["sweep_over_matmul"] = figures["first_sweep"] / figures["floor"]
                     figures["cpu_over_matmul"] = figures["cpu"] / (figures["flops"] / rate["cpu"])
                 rows.append({"case": name, "pair": pair, "method": method, **figures})
                 _say(rows[-1])
+            for folder in files.values():
+                shutil.rmtree(folder)
             if options.peer and case.peer:
                 rows.append({"case": name, "pair": pair, "method": "peer", **_peer(options, name, pair)})
                 _say(rows[-1])
     return rows
+
+
+def _files(options: argparse.Namespace, case: str, pair: str) -> dict[str, Path]:
+    """Endpoints on disk, in a folder that the caller removes."""
+    folder = Path(tempfile.mkdtemp(prefix="rebasin-benchmark-"))
+    made = measure(options, case, pair, "files", endpoints=folder)
+    if "failed" in made:
+        raise SystemExit(f"The endpoints of {case} can't be made: {made['failed']}")
+    return {"endpoints": folder}
 
 
 def _peer(options: argparse.Namespace, case: str, pair: str) -> dict[str, Any]:
