@@ -88,7 +88,9 @@ def load_algorithm(algo: DictConfig) -> Algorithm:
     """
     function = get_method(algo["_target_"])
     takes = {k: v for k, v in inspect.signature(function).parameters.items() if k not in SUPPLY + KEPT}
-    options = {name: value for name, value in resolved(algo).items() if name not in ("_target_", "name")}
+    options = {
+        name: value for name, value in resolved(algo).items() if name not in ("_target_", "name", "many")
+    }
     unknown = [name for name in options if name not in takes]
     if unknown:
         raise ConfigError(

@@ -18,13 +18,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ConfigError, RebasinError
+from .experiments import GROUP as EXPERIMENT
+from .experiments import expand
 from .paths import config_dir
 
 CONFIG = "config"
 VERSION_BASE = "1.3"
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
-INTERNAL = ("name", "kind", "task", "architecture", "_target_", "object")
+INTERNAL = ("name", "kind", "task", "architecture", "_target_", "object", "many")
 """Fields of configs that are not for the command line."""
 
 
@@ -52,6 +54,7 @@ def launch(job: Callable[[DictConfig], Any]) -> None:
     # With this variable Hydra passes exceptions on instead of printing them itself.
     os.environ[FULL_ERROR] = "1"
     try:
+        sys.argv[1:] = expand(sys.argv[1:])
         application(checked)()
     except KeyboardInterrupt:
         sys.exit(130)
@@ -112,7 +115,7 @@ def check_types(cfg: DictConfig) -> None:
     ours = [
         f"{group}={choice}"
         for group, choice in choices.items()
-        if group != "hydra" and _exists(group, choice)
+        if group not in ("hydra", EXPERIMENT) and _exists(group, choice)
     ]
     defaults = _composed(ours)
     for key in defaults:
@@ -161,7 +164,7 @@ def _no_option(name: str, arguments: Iterable[str]) -> str:
 
 def _group_choices(arguments: Iterable[str]) -> list[str]:
     """Those of the command line's arguments that choose a valid config of a group."""
-    return [argument for argument in arguments if _exists(*argument.partition("=")[::2])]
+    return [argument for argument in arguments if _exists(*argument.lstrip("+").partition("=")[::2])]
 
 
 def _exists(group: object, choice: object) -> bool:

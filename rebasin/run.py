@@ -31,10 +31,14 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
     # Late: torch, diffusers and matplotlib take seconds to import, and --help and --cfg need none of them.
     from . import reporting, steps
     from .align import load_algorithm
+    from .judge import in_words, load_judge
     from .merging import interpolate
+    from .run_many import is_many, run_many
     from .tasks import load_task
     from .tracing import trace
 
+    if is_many(cfg):
+        return run_many(cfg, folder, console, command)
     config = resolved(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     steps.settle(cfg)
@@ -48,6 +52,7 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
     if cfg.dry_run:
         console.plan(task, specs, config, folder)
         return None
+    judge = load_judge(cfg, task)
 
     with reporting.open_logger(cfg.logger, config, folder) as logger:
         with console.stage("verify"):
@@ -59,7 +64,10 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
             state_a, state_b = task.endpoints(console.progress)
             console.say(f"A: {task.labels[0]}, B: {task.labels[1]}")
         with console.stage("align"):
-            progress = reporting.both(console.progress, logger.event)
+            snapshots = reporting.Snapshots(
+                task.sampler, state_a, state_b, cfg.sample_every, cfg.seed, folder, logger.picture
+            )
+            progress = reporting.both(console.progress, logger.event, snapshots)
             resume = steps.resume(cfg, config)
             match = algorithm(task, spec, state_a, state_b, seed=cfg.seed, progress=progress, resume=resume)
             aligned = match.permutation.apply(state_b)
@@ -72,9 +80,16 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
             console.say(steps.barriers(curves))
         with console.stage("sample"):
             samples = steps.sample(task, state_a, state_b, aligned, cfg.seed)
+        rewards = None
+        if judge is not None:
+            with console.stage("score"):
+                rewards = judge(task, state_a, state_b, aligned, console.progress)
+                console.say(in_words(rewards))
         with console.stage("report"):
             reporting.save_tensors(folder, match.permutation, aligned, merged, config)
-            results = reporting.collect(config, task, spec, checks, match, curves, console.seconds, command)
+            results = reporting.collect(
+                config, task, spec, checks, match, curves, console.seconds, command, rewards
+            )
             reporting.leave(results, samples, config, folder)
             logger.results(results, folder)
     console.summary(results, folder)

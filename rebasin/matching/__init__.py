@@ -3,10 +3,17 @@
 from .activations import ActivationResult, activation_matching, match_statistics
 from .assignment import Assignment, Costs, assign
 from .certificate import exchange_losses
+from .cycle_consistent import cycle_error, match_cycle_consistently
 from .hybrids import activation_and_weight, activation_then_weight
 from .linear import linear_assignment
+from .many import merge_many
+from .many_activations import match_many_activations
+from .many_descent import match_to_mean
+from .many_pivot import match_by_tree, match_to_pivot, naive_mean
+from .many_result import ManyResult, ManyState, load_permutations, save_permutations
 from .result import MatchResult, MatchState, Sweep, Update
 from .statistics import ActivationState, ActivationStatistics, activation_statistics
+from .straight_through_many import straight_through_many
 from .weights import weight_matching
 
 __all__ = [
@@ -15,6 +22,8 @@ __all__ = [
     "ActivationStatistics",
     "Assignment",
     "Costs",
+    "ManyResult",
+    "ManyState",
     "MatchResult",
     "MatchState",
     "Sweep",
@@ -24,8 +33,19 @@ __all__ = [
     "activation_statistics",
     "activation_then_weight",
     "assign",
+    "cycle_error",
     "exchange_losses",
     "linear_assignment",
+    "load_permutations",
+    "match_by_tree",
+    "match_cycle_consistently",
+    "match_many_activations",
     "match_statistics",
+    "match_to_mean",
+    "match_to_pivot",
+    "merge_many",
+    "naive_mean",
+    "save_permutations",
+    "straight_through_many",
     "weight_matching",
 ]

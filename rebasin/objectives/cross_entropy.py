@@ -27,6 +27,11 @@ class CrossEntropy:
         """{"loss": mean cross entropy in nats, "accuracy": share of right answers, 0 to 1}, all samples."""
         return mean_over_batches(model, batches, _measure)
 
+    def logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(logits (n, classes) float32, labels (n,)): what ensembles and calibration look at."""
+        x, y = batch
+        return _logits(model(x)).float(), y
+
 
 def _measure(model: nn.Module, batch: Batch) -> tuple[Mapping[str, Tensor], int]:
     x, y = batch

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from ..checkpoints import load_metadata, load_safetensors, save_safetensors, write_text
 from ..spec import Permutation
+from . import many
 from .curve import save_curves
 from .html import save_html
 from .results import Results, save_results
 from .samples import Samples, save_samples
+from .search import NAME as SEARCH
+from .search import has_search, save_search
 
 
 def save_tensors(
@@ -52,5 +55,12 @@ def leave(results: Results, samples: Samples | None, config: Mapping[str, Any], 
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Write curve.png and report.html; a samples.png that is in `folder` is shown on the page."""
-    return [save_curves(results, folder / "curve.png"), save_html(results, folder)]
+    """Write curve.png, search.png if there was a search, and report.html, which also shows a samples.png and a
+    steps.png that are in `folder`.
+    """
+    if results.get("kind") == many.KIND:
+        return many.draw(results, folder)
+    drawn = [save_curves(results, folder / "curve.png")]
+    if has_search(results):
+        drawn.append(save_search(results, folder / SEARCH))
+    return [*drawn, save_html(results, folder)]

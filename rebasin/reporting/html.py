@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from ..checkpoints import write_text
 from .answers import answers, number
 from .results import Results
+from .search import has_search, time_split
 
 TEMPLATE = "report.html.j2"
 
@@ -31,7 +32,7 @@ def render_html(results: Results, folder: Path) -> str:
         trim_blocks=True,
     )
     rows = curve_rows(results)
-    samples = folder / "samples.png"
+    pictures = {name: _picture(folder / f"{name}.png") for name in ("samples", "search", "steps")}
     return environment.get_template(TEMPLATE).render(
         r=results,
         answers=answers(results),
@@ -39,8 +40,10 @@ def render_html(results: Results, folder: Path) -> str:
         accuracy=any(row["accuracy"] != "" for row in rows),
         distance={name: number(value) for name, value in results["distance"].items()},
         history_keys=_keys(results["match"]["history"]),
-        curve=_data_uri(folder / "curve.png"),
-        samples=_data_uri(samples) if samples.is_file() else None,
+        curve=data_uri(folder / "curve.png"),
+        **pictures,
+        rewards=reward_rows(results),
+        split=time_split(results["match"]["search"]) if has_search(results) else "",
         config=OmegaConf.to_yaml(OmegaConf.create(results["config"])),
         number=number,
         cell=_cell,
@@ -73,6 +76,20 @@ def curve_rows(results: Results) -> list[dict[str, str]]:
     return rows
 
 
+def reward_rows(results: Results) -> list[dict[str, str]]:
+    """One row of words for each model that was scored, then for each difference."""
+    rewards = results.get("rewards")
+    if rewards is None:
+        return []
+    rows = []
+    for kind in ("models", "differences"):
+        for label, found in rewards[kind].items():
+            low, high = found["low"], found["high"]
+            between = "" if low is None or high is None else f"{number(low)} to {number(high)}"
+            rows.append({"label": label, "mean": number(found["mean"]), "interval": between, "kind": kind})
+    return rows
+
+
 def _keys(history: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for entry in history for key in entry))
 
@@ -83,5 +100,9 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _data_uri(path: Path) -> str:
+def _picture(path: Path) -> str | None:
+    return data_uri(path) if path.is_file() else None
+
+
+def data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -18,6 +18,7 @@ from ..errors import CheckpointError
 
 if TYPE_CHECKING:
     from ..evaluation import Curve
+    from ..evaluation.rewards import Rewards
     from ..matching import MatchResult
     from ..spec import PermutationSpec
     from ..tasks import Task
@@ -40,6 +41,7 @@ def collect(
     curves: Mapping[str, Mapping[str, Curve]],
     seconds: Mapping[str, float],
     command: str = "",
+    rewards: Rewards | None = None,
 ) -> Results:
     """Everything about a run as plain data, with the keys of results.json; null is what is not finite."""
     coverage = spec.coverage()
@@ -72,27 +74,51 @@ def collect(
             "restarts": list(match.restarts),
             "initial_objective": match.initial_objective,
             "moved_per_group": dict(match.moved_per_group),
-            "history": [
-                {
-                    "sweep": sweep.number,
-                    "objective": sweep.objective,
-                    "groups": len(getattr(sweep, "updates", ())),  # a step of the gradient has none
-                    "moved": sweep.moved,
-                    "seconds": sweep.seconds,
-                }
-                for sweep in match.history
-            ],
+            "history": [_entry(step) for step in match.history],
+            **_search(match),
         },
         "distance": {"naive": match.distance_before, "aligned": match.distance_after},
         "curves": {
             split: {kind: asdict(curve) for kind, curve in kinds.items()} for split, kinds in curves.items()
         },
+        "rewards": None if rewards is None else asdict(rewards),
         "seconds": {**seconds, "total": sum(seconds.values())},
         "environment": environment(),
         "config": dict(config),
         "command": command,
     }
-    return _plain(results)
+    return plain(results)
+
+
+def _entry(step: Any) -> dict[str, Any]:
+    """A sweep of a matching, or a step of a search that looks at the loss."""
+    if hasattr(step, "train"):
+        entry = {"step" if name == "number" else name: value for name, value in asdict(step).items()}
+        return {**entry, "seconds": step.seconds}
+    return {
+        "sweep": step.number,
+        "objective": step.objective,
+        "groups": len(step.updates),
+        "moved": step.moved,
+        "seconds": step.seconds,
+    }
+
+
+def _search(match: Any) -> dict[str, Any]:
+    """What only a search that looks at the loss has; losses are minus the mean of A's and B's."""
+    if not hasattr(match, "best_step"):
+        return {}
+    parts = ("start", "projection", "gradient", "scoring")
+    return {
+        "search": {
+            "naive": match.initial_objective,
+            "start": match.start_objective,
+            "best": match.objective,
+            "best_step": match.best_step,
+            "endpoints": list(match.endpoints),
+            "seconds": {part: getattr(match, f"seconds_{part}") for part in parts},
+        }
+    }
 
 
 def command_line(overrides: Sequence[str]) -> str:
@@ -144,15 +170,16 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` as JSON can have it; null is what is not finite."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, (str, bool, int)) or value is None:
         return value
     if hasattr(value, "item"):  # numpy and torch scalars
-        return _plain(value.item())
+        return plain(value.item())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..objectives import Objective
 from ..reporting.samples import Samples
+from .prompted import ImageMaker
 
 State = Mapping[str, Tensor]
 Progress = Callable[[dict[str, Any]], None]
@@ -34,24 +35,26 @@ class Task:
     Attributes:
         parts: the components whose symmetries are derived and verified, by name.
         aligned: the name of the part that is aligned and merged; the others are shared by both endpoints.
-        labels: what A and B are called.
-        endpoints: load (or train) A and B; called once, after the spec is known. Takes a progress callback.
+        labels: what A and B (and further models, for algorithms that take any number) are called.
+        endpoints: load (or train) them; called once, after the spec is known. Takes a progress callback.
         objective: what good means.
         batches: split ("train", "heldout") -> batches of the objective.
         sampler: states by label, and a seed -> images from the same prompts and noise; None: no images.
         pipeline: a model in place of the aligned part -> its diffusion pipeline; None: it belongs to none.
         captions: prompts that the models were made for.
+        maker: how the aligned part makes images of prompts, differentiably; None: it makes none.
     """
 
     parts: Mapping[str, Part]
     aligned: str
-    labels: tuple[str, str]
-    endpoints: Callable[[Progress | None], tuple[State, State]]
+    labels: tuple[str, ...]
+    endpoints: Callable[[Progress | None], tuple[State, ...]]
     objective: Objective
     batches: Mapping[str, Sequence[Any]]
     sampler: Callable[[Mapping[str, State], int], Samples] | None = None
     pipeline: Callable[[nn.Module], Any] | None = None
     captions: Sequence[str] = ()
+    maker: ImageMaker | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -69,11 +72,12 @@ def load_task(cfg: DictConfig) -> Task:
     return get_method(cfg.model.task)(cfg)
 
 
-def require(cfg: DictConfig, group: str, kind: str) -> None:
-    """Raise `ConfigError` unless the chosen config of `group` is of the `kind` that the model needs."""
+def require(cfg: DictConfig, group: str, *kinds: str) -> None:
+    """Raise `ConfigError` unless the chosen config of `group` is of one of the `kinds` that the model can use."""
     found = cfg[group].get("kind")
-    if found != kind:
+    if found not in kinds:
+        wanted = " or ".join(map(repr, kinds))
         raise ConfigError(
-            f"model={cfg.model.name} needs {group} of the kind {kind!r}, but {group}={cfg[group].name} is"
+            f"model={cfg.model.name} needs {group} of the kind {wanted}, but {group}={cfg[group].name} is"
             f" {found!r}; leave {group} out to get the one that goes with the model."
         )

@@ -19,7 +19,7 @@ OWN = ("name", "task", "architecture", "seeds", "recipe")
 
 
 def load(cfg: DictConfig) -> Task:
-    """Two trainings of the network `model` on the images `data`."""
+    """Trainings of the network `model` on the images `data`, from two seeds or more."""
     require(cfg, "data", "labelled images")
     require(cfg, "objective", "classification")
     data = classification.load(cfg.data.name, cfg.data.path, download=cfg.data.download)
@@ -31,30 +31,28 @@ def load(cfg: DictConfig) -> Task:
     recipe = Recipe(**model["recipe"])
     seeds = _seeds(model["seeds"], cfg.seed)
 
-    def endpoints(progress: Progress | None) -> tuple[State, State]:
-        a, b = (
-            trained(model["architecture"], data, options, recipe, seed, cfg.path.cache, progress)
-            for seed in seeds
-        )
-        return a.state, b.state
+    def endpoints(progress: Progress | None) -> tuple[State, ...]:
+        name, cache = model["architecture"], cfg.path.cache
+        return tuple(trained(name, data, options, recipe, seed, cache, progress).state for seed in seeds)
 
     size = cfg.data.batch_size
     heldout = data.batches("test", size)
     return Task(
         parts={cfg.model.name: Part(network, (heldout[0][0][:2],))},
         aligned=cfg.model.name,
-        labels=(f"seed {seeds[0]}", f"seed {seeds[1]}"),
+        labels=tuple(f"seed {seed}" for seed in seeds),
         endpoints=endpoints,
         objective=instantiate(cfg.objective.object),
         batches={"train": data.batches("train", size), "heldout": heldout},
     )
 
 
-def _seeds(chosen: Any, seed: int) -> tuple[int, int]:
+def _seeds(chosen: Any, seed: int) -> tuple[int, ...]:
     if chosen is None:
         return 2 * seed, 2 * seed + 1
-    if not isinstance(chosen, list) or len(chosen) != 2 or not all(isinstance(s, int) for s in chosen):
+    if not isinstance(chosen, list) or not chosen or not all(isinstance(s, int) for s in chosen):
         raise ConfigError(
-            f"model.seeds is {chosen}, but it takes two whole numbers, for example model.seeds=[0,1]."
+            f"model.seeds is {chosen}, but it takes whole numbers, two to align (model.seeds=[0,1]) or more to"
+            f" merge (algo=merge_many model.seeds=[0,1,2,3])."
         )
-    return chosen[0], chosen[1]
+    return tuple(chosen)

@@ -1,0 +1,138 @@
+"""How good a merge of many models is, beside its members, their plain mean, and the ensemble of their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import fsum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..objectives import Objective
+from ..objectives.base import eval_mode
+from .calibration import BINS, Calibration, calibration
+
+State = Mapping[str, Tensor]
+
+MEMBERS, ENSEMBLE = "members", "ensemble"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison.
+
+    Attributes:
+        name: "members" (figures averaged over them), "ensemble" (the mean of their logits: N times the work), or
+            that of a merge.
+        loss: the objective's.
+        barrier: loss minus the (weighted) mean loss of the members: what merging costs; negative where it gains.
+        accuracy: 0 to 1; None for objectives without classes.
+        calibration: None likewise; for the members that of all their answers together.
+    """
+
+    name: str
+    loss: float
+    barrier: float
+    accuracy: float | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def ece(self) -> float | None:
+        return None if self.calibration is None else self.calibration.ece
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = {"name": self.name, "loss": self.loss, "barrier": self.barrier, "accuracy": self.accuracy}
+        return plain | {
+            "ece": self.ece,
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
+        }
+
+
+def compare(
+    model: nn.Module,
+    objective: Objective,
+    batches: Sequence[Any],
+    members: Sequence[State],
+    merges: Mapping[str, State],
+    *,
+    weights: Sequence[float] | None = None,
+    bins: int = BINS,
+) -> list[Row]:
+    """Measure members and merges on the same batches; one of them is in memory at a time.
+
+    An objective with a method `logits(model, batch)` (CrossEntropy has it) gives accuracy, calibration and the
+    ensemble as well. `model` lends its architecture; its weights are not touched. `weights` are those of the
+    members in the ensemble and in the mean of their losses.
+    """
+    raw = [1.0] * len(members) if weights is None else list(weights)
+    shares = [w / fsum(raw) for w in raw]
+    if not hasattr(objective, "logits"):
+        losses = [_loss(model, objective, batches, state) for state in members]
+        mean = fsum(share * loss for share, loss in zip(shares, losses, strict=True))
+        found = {name: _loss(model, objective, batches, state) for name, state in merges.items()}
+        return [
+            Row(MEMBERS, mean, 0.0),
+            *(Row(name, loss, loss - mean) for name, loss in found.items()),
+        ]
+    singles: list[Row] = []
+    probabilities: list[Tensor] = []
+    total: Tensor | None = None
+    labels = torch.zeros(0)
+    for share, state in zip(shares, members, strict=True):
+        logits, labels = _answers(model, objective, batches, state)
+        singles.append(_row(MEMBERS, logits, labels, 0.0, bins))
+        probabilities.append(logits.softmax(dim=1))
+        total = share * logits if total is None else total + share * logits
+    assert total is not None
+    mean = fsum(share * row.loss for share, row in zip(shares, singles, strict=True))
+    pooled = calibration(torch.cat(probabilities), labels.repeat(len(members)), bins=bins)
+    accuracy = fsum(share * (row.accuracy or 0.0) for share, row in zip(shares, singles, strict=True))
+    rows = [Row(MEMBERS, mean, 0.0, accuracy, pooled), _row(ENSEMBLE, total, labels, mean, bins)]
+    for name, state in merges.items():
+        logits, labels = _answers(model, objective, batches, state)
+        rows.append(_row(name, logits, labels, mean, bins))
+    return rows
+
+
+def _row(name: str, logits: Tensor, labels: Tensor, mean: float, bins: int) -> Row:
+    loss = float(F.cross_entropy(logits, labels))
+    accuracy = float((logits.argmax(dim=1) == labels).double().mean())
+    finite = bool(torch.isfinite(logits).all())  # a broken merge may overflow; its loss says so
+    reliability = calibration(logits.softmax(dim=1), labels, bins=bins) if finite else None
+    return Row(name, loss, loss - mean, accuracy, reliability)
+
+
+def _answers(model: nn.Module, objective: Any, batches: Sequence[Any], state: State) -> tuple[Tensor, Tensor]:
+    """Logits [samples, classes], float32, and labels [samples], on the CPU."""
+    logits, labels = [], []
+    with torch.no_grad(), eval_mode(model):
+        for batch in batches:
+            found, y = functional_call(_Inside(model), _named(model, state), (objective.logits, batch))
+            logits.append(found.cpu())
+            labels.append(y.cpu())
+    return torch.cat(logits), torch.cat(labels)
+
+
+def _loss(model: nn.Module, objective: Objective, batches: Sequence[Any], state: State) -> float:
+    found = functional_call(_Inside(model), _named(model, state), (objective.evaluate, batches))
+    return found["loss"]
+
+
+def _named(model: nn.Module, state: State) -> dict[str, Tensor]:
+    own = model.state_dict()
+    return {f"model.{name}": state[name].to(own[name].device, own[name].dtype) for name in own}
+
+
+class _Inside(nn.Module):
+    """What is computed while the model has other tensors than its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, what: Any, data: Any) -> Any:
+        return what(self.model, data)

@@ -1,0 +1,198 @@
+"""The job for many models: load -> spec -> verify -> align all -> merge -> repair -> evaluate -> report."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, ListConfig
+
+from .configuration import resolved
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .evaluation.many import Row
+    from .matching.many_result import ManyResult
+    from .reporting.console import Console
+    from .reporting.results import Results
+    from .spec import PermutationSpec
+    from .tasks import Task
+
+    State = Mapping[str, Tensor]
+
+OWN = ("_target_", "name", "many", "repair")
+"""Fields of an algorithm's config that are no options of its function."""
+
+
+def is_many(cfg: DictConfig) -> bool:
+    """Whether the chosen algorithm is to merge more than two models, or is one for any number.
+
+    Raises:
+        ConfigError: there are other than two models, but the algorithm aligns two.
+    """
+    from hydra.utils import get_method
+
+    seeds = cfg.model.get("seeds")
+    several = isinstance(seeds, ListConfig) and len(seeds) != 2
+    if "states" in inspect.signature(get_method(cfg.algo["_target_"])).parameters:
+        return True
+    if several and not cfg.algo.get("many"):
+        raise ConfigError(
+            f"model.seeds names {len(seeds)} networks, but algo={cfg.algo.name} aligns two: choose"
+            f" algo=merge_many, or algo=naive for their plain mean."
+        )
+    return several
+
+
+def run_many(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> Results | None:
+    """`run` for any number of models: their merge beside members, plain mean and ensemble.
+
+    Raises:
+        RebasinError: an input is missing or does not fit; one sentence says which and what to do.
+    """
+    from . import reporting, steps
+    from .checkpoints import save_safetensors
+    from .matching.many_result import save_permutations
+    from .reporting import many as report
+    from .tasks import load_task
+    from .tracing import trace
+
+    config = resolved(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    steps.settle(cfg)
+    with console.stage("load"):
+        algorithm = _function(cfg)
+        task = load_task(cfg)
+    with console.stage("spec"):
+        specs = {name: trace(part.model, *part.args, **part.kwargs) for name, part in task.parts.items()}
+        spec = specs[task.aligned]
+        console.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
+    if cfg.dry_run:
+        console.say(
+            f"would merge {len(task.labels)} models by {cfg.algo.name} and leave the result in {folder}"
+        )
+        return None
+
+    with reporting.open_logger(cfg.logger, config, folder) as logger:
+        with console.stage("verify"):
+            checks = steps.verify_all(task, specs)
+        with console.stage("endpoints"):
+            states = list(task.endpoints(console.progress))
+            console.say(f"{len(states)} models: {', '.join(task.labels)}")
+        with console.stage("align"):
+            progress = reporting.both(console.progress, logger.event)
+            result = _align(cfg, config, algorithm, task, spec, states, progress)
+            console.say(f"{cfg.algo.name}: distance {result.distance_before:.4g} -> {result.distance:.4g}")
+        with console.stage("merge"):
+            merged = dict(result.merged)
+            members = result.members(states)
+            console.say(f"weights {', '.join(f'{w:.3g}' for w in result.weights)}")
+        with console.stage("repair"):
+            merges = _merges(cfg, task, spec, states, result, merged)
+            console.say(", ".join(merges))
+        with console.stage("evaluate"):
+            rows = {split: _evaluate(task, split, members, merges, result) for split in cfg.evaluate.splits}
+        with console.stage("report"):
+            about = {"model": cfg.model.name, "algorithm": cfg.algo.name, "spec_hash": spec.hash}
+            save_permutations(folder / "permutations.safetensors", result.permutations, about)
+            for file, name in ((report.MERGED, cfg.algo.name), (report.REPAIRED, f"{cfg.algo.name}, REPAIR")):
+                if name in merges:
+                    save_safetensors(folder / file, merges[name], {**about, "content": name})
+            results = report.collect(config, task, spec, checks, result, rows, console.seconds, command)
+            report.leave(results, config, folder)
+            logger.results(results, folder)
+    report.summary(results, folder, console.console)
+    return results
+
+
+def _function(cfg: DictConfig) -> Any:
+    """The algorithm's function, checked against its config."""
+    from hydra.utils import get_method
+
+    from .align import KEPT, SUPPLY
+
+    target = cfg.algo["_target_"]
+    function = get_method(target)
+    if "states" not in inspect.signature(function).parameters:
+        target = cfg.algo.many
+        function = get_method(target)
+    given = (*SUPPLY, *KEPT, "states", "model")
+    takes = [name for name in inspect.signature(function).parameters if name not in given]
+    unknown = [name for name in resolved(cfg.algo) if name not in (*OWN, *takes)]
+    if unknown:
+        raise ConfigError(f"algo={cfg.algo.name} has no option {unknown[0]!r}; it has {', '.join(takes)}.")
+    return function
+
+
+def _align(
+    cfg: DictConfig,
+    config: Mapping[str, Any],
+    function: Any,
+    task: Task,
+    spec: PermutationSpec,
+    states: Sequence[State],
+    progress: Any,
+) -> ManyResult:
+    from . import steps
+
+    supply = {
+        "spec": spec, "states": states, "model": task.model, "objective": task.objective,
+        "batches": task.batches["train"], "seed": cfg.seed, "progress": progress,
+    }  # fmt: skip
+    takes = inspect.signature(function).parameters
+    options = {name: value for name, value in resolved(cfg.algo).items() if name not in OWN}
+    resume = steps.resume(cfg, config)
+    kept = resume.arguments(function) if resume is not None else {}
+    result = function(**{name: value for name, value in supply.items() if name in takes}, **kept, **options)
+    if resume is not None:
+        resume.finish()
+    return result
+
+
+def _merges(
+    cfg: DictConfig,
+    task: Task,
+    spec: PermutationSpec,
+    states: Sequence[State],
+    result: ManyResult,
+    merged: State,
+) -> dict[str, State]:
+    """Name -> state: the plain mean and the merge; with `repair` each of them again after a reset of statistics (if
+    there are any) and after REPAIR, with the goals of its own members.
+    """
+    from .matching.many_pivot import naive_mean
+    from .merging.repair import repair, reset_statistics
+
+    aligned = any(not p.is_identity for p in result.permutations)
+    found: dict[str, tuple[State, Sequence[State]]] = {
+        "naive": (dict(naive_mean(spec, states, weights=result.weights).merged), states)
+    }
+    if aligned or cfg.algo.name != "naive":
+        found[cfg.algo.name] = merged, result.members(states)
+    merges: dict[str, State] = {name: state for name, (state, _) in found.items()}
+    batches = task.batches["train"]
+    if not cfg.algo.get("repair", True) or not hasattr(task.objective, "logits"):
+        return merges
+    for name, (state, members) in found.items():
+        done = repair(spec, task.model, state, members, batches, weights=result.weights)
+        if done.reset:
+            merges[f"{name}, reset"] = reset_statistics(task.model, state, batches)
+        if done.scales:
+            merges[f"{name}, REPAIR"] = done.state
+    return merges
+
+
+def _evaluate(
+    task: Task,
+    split: str,
+    members: Sequence[State],
+    merges: Mapping[str, State],
+    result: ManyResult,
+) -> list[Row]:
+    from .evaluation.many import compare
+
+    return compare(task.model, task.objective, task.batches[split], members, merges, weights=result.weights)
