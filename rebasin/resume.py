@@ -23,7 +23,7 @@ from .paths import cache_folder
 EVERY = 2.0
 """Seconds between two writes at most; a sweep of a small model is quicker than that, and cheaper to do again."""
 
-IRRELEVANT = ("resume", "threads", "logger", "path", "evaluate", "dry_run", "lam", "merge")
+IRRELEVANT = ("resume", "threads", "logger", "path", "evaluate", "dry_run", "lam", "merge", "sample_every")
 """Options that change nothing about the matching."""
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rebasin.vision import prepare_torchvision
+
+prepare_torchvision()  # where it is installed, diffusers and transformers do not import without it
 torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")

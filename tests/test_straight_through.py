@@ -181,7 +181,9 @@ def test_it_never_ends_worse_than_its_start(digits: Pair, options: dict[str, Any
 def test_from_the_identity_it_ends_below_weight_matching(digits: Pair):
     matched = digits.search(steps=1, lr=0.0).start_objective
     found = digits.search(steps=150, lr=1e-2, init="identity")
-    assert found.initial_objective > 10 * matched > 0.5, "there is something to gain, also over weight matching"
+    assert found.initial_objective > 10 * matched > 0.5, (
+        "there is something to gain, also over weight matching"
+    )
     assert found.objective < 0.95 * matched
     assert found.moved == found.permutation.moved() == sum(found.moved_per_group.values()) > 0
     assert found.distance_after < found.distance_before

@@ -12,6 +12,9 @@ from rebasin.errors import ConfigError
 from rebasin.models.mlp import MLP
 from rebasin.models.resnet import ResNet
 from rebasin.models.vgg import VGG
+from rebasin.vision import prepare_torchvision
+
+prepare_torchvision()  # before a model imports diffusers
 
 CLASSIFIERS: dict[str, type[nn.Module]] = {"mlp": MLP, "vgg": VGG, "resnet": ResNet}
 

@@ -3,7 +3,7 @@
 from rebasin.objectives.base import Objective
 from rebasin.objectives.cross_entropy import CrossEntropy
 from rebasin.objectives.denoising import Denoising
-from rebasin.objectives.distillation import Distillation
+from rebasin.objectives.distillation import Distillation, teach
 from rebasin.objectives.reward import Reward
 
-__all__ = ["CrossEntropy", "Denoising", "Distillation", "Objective", "Reward"]
+__all__ = ["CrossEntropy", "Denoising", "Distillation", "Objective", "Reward", "teach"]

@@ -20,11 +20,14 @@ from .sampling import sample
 
 @dataclass(frozen=True, eq=False)
 class Distillation(Denoising):
-    """`Denoising`, but batches bring the `target` (n, ...), shaped like the latents; see `teach`."""
+    """`Denoising`, but batches may bring their own `target` (n, ...), shaped like the latents; see `teach`.
+
+    A batch without one is a plain denoising problem: so real data, where there are some, can judge what was found.
+    """
 
     def noisy_and_target(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        noisy, _ = super().noisy_and_target(batch)
-        return noisy, batch["target"]
+        noisy, target = super().noisy_and_target(batch)
+        return noisy, batch.get("target", target)
 
 
 @torch.no_grad()

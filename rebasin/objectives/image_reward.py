@@ -1,22 +1,18 @@
 """ImageReward (Xu et al., 2304.05977), the real package, as a differentiable scorer of images and prompts.
 
-Needs the extra `reward`. The package was written for transformers 4; what it misses in newer ones is given to
-it while it is imported, and its scores are then the same to the last printed digit. Its own loader ignores
-weights that are missing or that it does not know, so that a wrong file would score noise; this one does not.
+Needs the extra `reward`. The package's own loader ignores weights that are missing, so that a wrong file would score
+noise; this one does not.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 import tempfile
-import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
+from string import ascii_lowercase, digits, punctuation
 from typing import Any
 
 import torch
@@ -24,7 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
-from ..vision import prepare_torchvision
+from .image_reward_library import library
+
+WHERE = "https://huggingface.co/THUDM/ImageReward/resolve/main/ImageReward.pt"
+WHERE_VOCABULARY = "https://huggingface.co/google-bert/bert-base-uncased/resolve/main/vocab.txt"
+RANDOM = "random"
 
 TOKENS = 35  # prompts are cut off there, as ImageReward was trained
 SIDE = 224
@@ -80,17 +80,47 @@ class ImageReward:
 
 
 def preprocess(images: Tensor) -> Tensor:
-    """Images [n, 1 or 3, height, width] in 0..1 -> what the model sees, [n, 3, 224, 224]."""
+    """Images [n, 1 or 3, height, width] in 0..1 -> what the model sees, [n, 3, 224, 224].
+
+    Sizes and offsets are rounded as torchvision's Resize and CenterCrop do it.
+    """
     images = images.float().expand(-1, 3, -1, -1)
     height, width = images.shape[2:]
-    scale = SIDE / min(height, width)
-    size = (max(SIDE, round(height * scale)), max(SIDE, round(width * scale)))
+    short = min(height, width)
+    size = (SIDE * height // short, SIDE * width // short)
     if size != (height, width):
         images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = (size[0] - SIDE) // 2, (size[1] - SIDE) // 2
+    top, left = round((size[0] - SIDE) / 2), round((size[1] - SIDE) / 2)
     images = images[:, :, top : top + SIDE, left : left + SIDE]
     mean, spread = (torch.tensor(v, device=images.device).reshape(3, 1, 1) for v in (MEAN, SPREAD))
     return (images - mean) / spread
+
+
+def image_reward(
+    weights: str | Path | None,
+    vocabulary: str | Path | None = None,
+    *,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> ImageReward:
+    """The scorer that the options of a run describe: `load`, or with weights "random" `random_model`.
+
+    Raises:
+        CheckpointError, ConfigError: as `load`; no weights are named.
+    """
+    device = "cpu" if device is None else device
+    if weights is None:
+        raise ConfigError(
+            f"ImageReward needs its weights: download {WHERE} (1.8 GB) and give the file's path as weights"
+            f" ({RANDOM!r} tries everything out with random ones)."
+        )
+    if str(weights) == RANDOM:
+        warnings.warn(
+            "ImageReward has random weights here: its scores mean nothing, they only show that everything works.",
+            stacklevel=2,
+        )
+        return ImageReward(random_model(vocabulary, seed).to(device))
+    return load(weights, vocabulary, device=device)
 
 
 def load(
@@ -108,8 +138,8 @@ def load(
         device, dtype: of the model; float32 on a CPU.
 
     Raises:
-        CheckpointError: the file is missing, or is not ImageReward's: it names a tensor that is missing, unknown
-            or of another shape.
+        CheckpointError: the file is missing, or is not ImageReward's: it names a tensor that is missing or of
+            another shape. Tensors that ImageReward does not have are told as a warning.
         ConfigError: the extra `reward` is not installed, or there is no vocabulary.
     """
     from accelerate import init_empty_weights
@@ -117,21 +147,26 @@ def load(
     state = _read(Path(weights))
     with init_empty_weights(include_buffers=False):
         model = build(vocabulary)
-    expected = model.state_dict()
-    for problem, names in (
-        ("lacks the tensor", expected.keys() - state.keys()),
-        ("has the unknown tensor", state.keys() - expected.keys()),
-        (
-            "has another shape for",
-            {n for n in expected.keys() & state.keys() if expected[n].shape != state[n].shape},
-        ),
-    ):
-        names = sorted(set(names) - set(BUFFERS))
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{weights} is not ImageReward's: it {problem} {names[0]!r}{more}.")
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in BUFFERS}
+    missing = sorted(expected.keys() - state.keys())
+    if missing:
+        raise CheckpointError(
+            f"{weights} is not ImageReward's: it lacks the tensor {missing[0]!r}{_others(missing)}."
+        )
+    other = sorted(name for name, tensor in expected.items() if tensor.shape != state[name].shape)
+    if other:
+        raise CheckpointError(
+            f"{weights} is not ImageReward's: {other[0]!r} has the shape {tuple(state[other[0]].shape)} instead of"
+            f" {tuple(expected[other[0]].shape)}{_others(other)}."
+        )
+    unknown = sorted(state.keys() - expected.keys() - set(BUFFERS))
+    if unknown:
+        warnings.warn(
+            f"{weights} also has the tensor {unknown[0]!r}{_others(unknown)}, which ImageReward does not use.",
+            stacklevel=2,
+        )
     model.load_state_dict(
-        {name: tensor.to(dtype) for name, tensor in state.items() if name not in BUFFERS},
+        {name: state[name].to(dtype) for name in expected},
         strict=False,  # it was checked above; the buffers are made by the model itself
         assign=True,
     )
@@ -139,25 +174,52 @@ def load(
 
 
 def build(vocabulary: str | Path | None = None) -> nn.Module:
-    """The library's model with random weights: 447 M parameters, 1.8 GB in float32.
+    """The library's model with its own initial weights: 447 M parameters, 1.8 GB in float32.
 
-    Its head starts so small that all scores are equal up to rounding.
+    Its head starts so small that all scores are equal up to rounding; `random_model` changes that.
 
     Raises:
         ConfigError: the extra `reward` is not installed, or there is no vocabulary.
     """
-    library, pretrain = _library()
+    main, pretrain = library()
     tokenizer = _tokenizer(vocabulary)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "med_config.json"
         config.write_text(json.dumps(BERT), encoding="utf-8")
         with _replaced(pretrain, "init_tokenizer", lambda: tokenizer):
-            return library.ImageReward(med_config=str(config), device="cpu").eval()
+            return main.ImageReward(med_config=str(config), device="cpu").eval()
+
+
+def random_model(vocabulary: str | Path | None = None, seed: int = 0) -> nn.Module:
+    """The real architecture with random weights, whose scores differ between images and between prompts.
+
+    The vocabulary may then be missing: texts are spelt (see `letters`).
+    """
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if vocabulary is None:
+            vocabulary = Path(folder) / "vocab.txt"
+            vocabulary.write_text("\n".join(letters()) + "\n", encoding="utf-8")
+        model = build(vocabulary)
+        for name, parameter in model.named_parameters():
+            if name.startswith("mlp.") and parameter.ndim == 2:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return model
+
+
+def letters() -> list[str]:
+    """A vocabulary of BERT's size, with its special tokens in their places, that spells every word."""
+    signs = ascii_lowercase + digits + punctuation
+    special = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [*special, *signs, *(f"##{sign}" for sign in signs)]
+    return [*words, *(f"[unused{i}]" for i in range(99, 99 + int(BERT["vocab_size"]) - 2 - len(words)))]
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
-        raise CheckpointError(f"There is no file {path}: give the ImageReward.pt of the authors.")
+        raise CheckpointError(
+            f"There is no file {path}: download {WHERE} (1.8 GB), or name the place where you have it."
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -185,92 +247,18 @@ def _tokenizer(vocabulary: str | Path | None) -> Any:
             tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"BERT's vocabulary can't be read ({_first_line(error)}): give vocab.txt of bert-base-uncased."
+            f"BERT's vocabulary can't be read ({_first_line(error)}): download {WHERE_VOCABULARY} and give the"
+            " file's path as vocabulary."
         ) from error
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     tokenizer.enc_token_id = tokenizer.convert_tokens_to_ids("[ENC]")
     if len(tokenizer) != BERT["vocab_size"]:
         raise ConfigError(
-            f"The vocabulary has {len(tokenizer) - 2:,} words instead of the {BERT['vocab_size'] - 2:,} of"
+            f"The vocabulary has {len(tokenizer) - 2:,} words instead of the {int(BERT['vocab_size']) - 2:,} of"
             " bert-base-uncased."
         )
     return tokenizer
-
-
-# The library ------------------------------------------------------------------------------------------------
-
-
-def _library() -> tuple[Any, Any]:
-    """The library's modules with ImageReward and with BLIP_Pretrain.
-
-    Its `__init__` files also import CLIP and a trainer, which need more packages and nobody here; so the modules
-    are imported under empty packages of the same names.
-    """
-    found = find_spec("ImageReward")
-    if found is None or not found.submodule_search_locations:
-        raise ConfigError("ImageReward is not installed: pip install 'git-rebasin[reward]'.")
-    prepare_torchvision()
-    root = Path(next(iter(found.submodule_search_locations)))
-    for name, folder in (("ImageReward", root), ("ImageReward.models", root / "models")):
-        if name not in sys.modules:
-            package = types.ModuleType(name)
-            package.__path__ = [str(folder)]
-            sys.modules[name] = package
-    with _transformers_4(), warnings.catch_warnings():  # the library silences all warnings for good
-        med = importlib.import_module("ImageReward.models.BLIP.med")
-        pretrain = importlib.import_module("ImageReward.models.BLIP.blip_pretrain")
-        library = importlib.import_module("ImageReward.ImageReward")
-    base = med.BertPreTrainedModel
-    if not hasattr(base, "invert_attention_mask"):
-        base.invert_attention_mask = _invert_attention_mask
-    if not hasattr(base, "get_head_mask"):
-        base.get_head_mask = _get_head_mask
-    if "all_tied_weights_keys" not in vars(base):
-        base.all_tied_weights_keys = {}  # what newer versions of transformers ask for while they tie weights
-    return library, pretrain
-
-
-@contextmanager
-def _transformers_4() -> Iterator[None]:
-    """The names that the library imports from where transformers 4 had them; taken away again afterwards."""
-    from transformers import modeling_utils, pytorch_utils
-    from transformers.utils import logging
-
-    given = {
-        "apply_chunking_to_forward": pytorch_utils.apply_chunking_to_forward,
-        "prune_linear_layer": getattr(pytorch_utils, "prune_linear_layer", _no_pruning),
-        "find_pruneable_heads_and_indices": _no_pruning,
-    }
-    missing = [name for name in given if not hasattr(modeling_utils, name)]
-    verbosity = logging.get_verbosity()
-    try:
-        for name in missing:
-            setattr(modeling_utils, name, given[name])
-        yield
-    finally:
-        for name in missing:
-            delattr(modeling_utils, name)
-        logging.set_verbosity(verbosity)
-
-
-def _no_pruning(*_: Any) -> Any:
-    raise NotImplementedError(
-        "ImageReward's attention heads can't be pruned with this version of transformers"
-    )
-
-
-def _invert_attention_mask(self: nn.Module, mask: Tensor) -> Tensor:
-    """1 for what may be attended to, 0 for what may not -> what is added to the attention's logits."""
-    dtype = next(self.parameters()).dtype
-    mask = mask[:, None, :, :] if mask.ndim == 3 else mask[:, None, None, :]
-    return (1.0 - mask.to(dtype)) * torch.finfo(dtype).min
-
-
-def _get_head_mask(self: nn.Module, mask: Tensor | None, layers: int, *_: Any) -> list[None]:
-    if mask is not None:
-        raise NotImplementedError("ImageReward's attention heads can't be masked here")
-    return [None] * layers
 
 
 @contextmanager
@@ -281,6 +269,10 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, before)
+
+
+def _others(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -130,7 +130,7 @@ def load_scorer(path: str) -> Scorer:
         raise ConfigError(
             f"The scorer {path!r} can't be imported ({error}); write it as package.module:function."
         ) from error
-    scorer = found() if isinstance(found, type) else found
+    scorer: Any = found() if isinstance(found, type) else found
     if not callable(scorer):
         raise ConfigError(f"The scorer {path!r} is {type(scorer).__name__}, which can't be called.")
     return scorer

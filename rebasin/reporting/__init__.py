@@ -3,5 +3,6 @@
 from .draw import draw, leave, save_tensors
 from .loggers import both, open_logger
 from .results import collect, load_results
+from .snapshots import Snapshots
 
-__all__ = ["both", "collect", "draw", "leave", "load_results", "open_logger", "save_tensors"]
+__all__ = ["Snapshots", "both", "collect", "draw", "leave", "load_results", "open_logger", "save_tensors"]

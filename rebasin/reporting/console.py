@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from .answers import answers, number
-from .html import curve_rows
+from .html import curve_rows, reward_rows
 from .results import Results
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ FILES = {
     "report.html": "read this first",
     "curve.png": "the loss from A to B",
     "samples.png": "images of A, B and the midpoints",
+    "search.png": "the loss at each step of the search",
+    "steps.png": "images of the midpoint while it searched",
     "permutation.safetensors": "the permutation found, with its spec",
     "aligned.safetensors": "B brought to A",
     "merged.safetensors": "the merge",
@@ -91,10 +93,15 @@ class Console:
         """
         parts = [f"{event['stage']} {event['step']}" + (f"/{event['total']}" if event.get("total") else "")]
         parts += [
-            f"{key} {number(event[key], 6)}" for key in ("objective", "loss") if event.get(key) is not None
+            f"{key} {number(event[key], 6)}"
+            for key in ("objective", "loss", "heldout")
+            if event.get(key) is not None
         ]
         if event.get("moved") is not None:
             parts.append(f"moved {event['moved']:,}")
+        if event.get("seconds_gradient") is not None:
+            split = (event["seconds_projection"], event["seconds_gradient"])
+            parts.append(f"projection {split[0]:.2f} s, gradient {split[1]:.2f} s")
         if event.get("bytes"):
             parts.append(f"statistics {event['bytes'] / 1e9:.2g} GB")
         left = event["left"] if "left" in event else self._left(event)
@@ -138,6 +145,20 @@ class Console:
         ]
         self.console.print("\n".join(lines), markup=False)
 
+    def _scores(self, results: Results) -> None:
+        """The table of what a scorer thinks of the images, if one was asked."""
+        rows = reward_rows(results)
+        if not rows:
+            return
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column(results["config"]["evaluate"]["name"], no_wrap=True)
+        for title in ("mean score", "95 % interval"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(row["label"], row["mean"], row["interval"])
+        self.console.print()
+        self.console.print(table)
+
     def summary(self, results: Results, folder: Path) -> None:
         """The three answers, the table of curves, and where the files are."""
         self.console.print()
@@ -152,6 +173,7 @@ class Console:
         for row in rows:
             table.add_row(*(row[key] for key in columns))
         self.console.print(table)
+        self._scores(results)
         self.console.print()
         for answer in answers(results):
             color = TONES[answer.tone]

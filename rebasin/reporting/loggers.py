@@ -20,6 +20,10 @@ class Logger(Protocol):
         """A progress event of an algorithm, while it runs."""
         ...
 
+    def picture(self, name: str, path: Path) -> None:
+        """A picture that was made while the run goes on."""
+        ...
+
     def results(self, results: Results, folder: Path) -> None:
         """The run's results and the pictures in its folder, at the end."""
         ...
@@ -62,6 +66,9 @@ class NoLogger:
     def event(self, event: dict[str, Any]) -> None:
         pass
 
+    def picture(self, name: str, path: Path) -> None:
+        pass
+
     def results(self, results: Results, folder: Path) -> None:
         pass
 
@@ -97,9 +104,12 @@ class WandbLogger:
         if numbers:
             self._run.log(numbers)
 
+    def picture(self, name: str, path: Path) -> None:
+        self._run.log({name: self._wandb.Image(str(path))})
+
     def results(self, results: Results, folder: Path) -> None:
         logged: dict[str, Any] = {"curves": self._table(results)}
-        for name in ("curve", "samples"):
+        for name in ("curve", "samples", "search"):
             path = folder / f"{name}.png"
             if path.is_file():
                 logged[name] = self._wandb.Image(str(path))

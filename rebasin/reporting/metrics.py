@@ -17,6 +17,7 @@ def metrics(results: Results) -> dict[str, float]:
     midpoint/SPLIT/loss, .../accuracy      at lambda 0.5 of the aligned line
     endpoints/SPLIT/loss_a, .../loss_b     of A and of B
     naive/...                              the first five, without aligning
+    reward/MODEL, reward_low/MODEL, reward_high/MODEL   mean score of a model's images, and its interval
     match/objective, moved, sweeps, seconds, l2_before, l2_after
     verify/PART                            largest relative change of an output under a random permutation
     seconds/STAGE                          of the run's stages and in total
@@ -36,6 +37,10 @@ def metrics(results: Results) -> dict[str, float]:
             curve.losses[0],
             curve.losses[-1],
         )
+    for label, score in ((results.get("rewards") or {}).get("models") or {}).items():
+        name = label.replace(" ", "_")
+        found |= {f"reward/{name}": score["mean"]}
+        found |= {f"reward_{side}/{name}": score[side] for side in ("low", "high")}
     match = results["match"]
     found |= {f"match/{key}": match[key] for key in ("objective", "moved", "sweeps", "seconds")}
     found |= {

@@ -4,5 +4,8 @@
 """
 
 from rebasin.tasks.base import Part, Task, load_task
+from rebasin.vision import prepare_torchvision
+
+prepare_torchvision()  # before a task imports diffusers
 
 __all__ = ["Part", "Task", "load_task"]

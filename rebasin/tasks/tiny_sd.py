@@ -7,40 +7,53 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from ..checkpoints import load_safetensors
-from ..data.captioned_digits import PLAIN_TEMPLATES, WORDS, Split, denoising_batches, to_pixels
+from ..data.captioned_digits import PLAIN_TEMPLATES, WORDS, denoising_batches, embed_captions, to_pixels
 from ..data.captioned_digits import load as load_images
 from ..models import tiny_sd
+from ..objectives import Denoising
+from ..objectives.reward import decoder
 from ..reporting.samples import Samples
 from .base import Part, Progress, State, Task, require
+from .prompted import KINDS, ImageMaker, objective_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def load(cfg: DictConfig) -> Task:
-    """Two UNets (`model.a`, `model.b`) on captioned digits (`data`), with a denoising objective."""
+    """Two UNets (`model.a`, `model.b`) on captioned digits (`data`), with an objective of one of KINDS."""
     require(cfg, "data", "captioned images")
-    require(cfg, "objective", "denoising")
+    require(cfg, "objective", *KINDS)
     root = Path(cfg.model.path).expanduser() if cfg.model.path else None
     unet = tiny_sd.load_unet(cfg.model.a, path=root)
     tiny_sd.load_unet(cfg.model.b, path=root)  # a missing B is told now, not after minutes
     vae, text_encoder = tiny_sd.load_vae(path=root), tiny_sd.load_text_encoder(path=root)
     tokenizer, scheduler = tiny_sd.load_tokenizer(root), tiny_sd.load_scheduler(root)
 
-    def batches(split: Split, n: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    captions = [template.format(digit=word) for template in PLAIN_TEMPLATES for word in WORDS]
+
+    def data(split: str) -> list[dict[str, torch.Tensor]]:
+        train = split == "train"
         return denoising_batches(
-            vae, text_encoder, tokenizer, scheduler, split=split, n=n, batch_size=cfg.data.batch_size,
-            seed=seed, path=cfg.data.path,
+            vae, text_encoder, tokenizer, scheduler, split="train" if train else "test",
+            n=cfg.data.train if train else cfg.data.heldout, batch_size=cfg.data.batch_size,
+            seed=cfg.seed + train, path=cfg.data.path,
         )  # fmt: skip
 
-    train, heldout = (
-        batches("train", cfg.data.train, cfg.seed + 1),
-        batches("test", cfg.data.heldout, cfg.seed),
+    def load_endpoints() -> tuple[torch.nn.Module, torch.nn.Module]:
+        a, b = (tiny_sd.load_unet(name, path=root) for name in (cfg.model.a, cfg.model.b))
+        return a, b
+
+    maker = ImageMaker(
+        problem=Denoising(scheduler.config["prediction_type"], scheduler.alphas_cumprod),
+        decode=decoder(vae),
+        embed=lambda texts: embed_captions(text_encoder, tokenizer, list(texts)),
+        shape=(unet.config["in_channels"], unet.config["sample_size"], unet.config["sample_size"]),
+        prompts=captions,
     )
-    objective = instantiate(cfg.objective.object, alphas_cumprod=scheduler.alphas_cumprod)
+    objective, batches = objective_of(cfg, maker, data, load_endpoints)
 
     def endpoints(progress: Progress | None) -> tuple[State, State]:
         return _read(cfg.model.a, root), _read(cfg.model.b, root)
@@ -49,12 +62,13 @@ def load(cfg: DictConfig) -> Task:
         pipeline = tiny_sd.build_pipeline(unet, vae, text_encoder, tokenizer, scheduler)
         return sample(pipeline, states, cfg.model.samples, cfg.model.steps, cfg.model.guidance, seed)
 
-    example = heldout[0]
     images, _ = load_images("test", cfg.data.path)
-    tokens = tokenizer(["a handwritten seven", ""], padding="max_length", return_tensors="pt").input_ids
+    texts = ["a handwritten seven", ""]
+    tokens = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    noise = torch.randn(2, *maker.shape, generator=torch.Generator().manual_seed(0))
     return Task(
         parts={
-            "unet": Part(unet, (example["latents"][:2], example["timesteps"][:2], example["condition"][:2])),
+            "unet": Part(unet, (noise, torch.tensor([10, 500]), maker.embed(texts))),
             "vae": Part(vae, (to_pixels(images[:2]),)),
             "text_encoder": Part(text_encoder, (tokens,)),
         },
@@ -62,10 +76,11 @@ def load(cfg: DictConfig) -> Task:
         labels=(cfg.model.a, cfg.model.b),
         endpoints=endpoints,
         objective=objective,
-        batches={"train": train, "heldout": heldout},
+        batches=batches,
         sampler=sampler if cfg.model.samples > 0 else None,
         pipeline=lambda unet: tiny_sd.load_pipeline(unet, path=root),
-        captions=[template.format(digit=word) for template in PLAIN_TEMPLATES for word in WORDS],
+        captions=captions,
+        maker=maker,
     )
 
 

@@ -1,0 +1,81 @@
+"""search.png: what a search that looks at the loss saw: training and held-out loss of each step, and where it moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from .answers import number
+from .results import Results
+from .style import INK, MUTED, RC, figure, save_png
+
+NAME = "search.png"
+TRAIN, HELDOUT = "#E69F00", "#0072B2"
+
+
+def has_search(results: Results) -> bool:
+    """Whether the algorithm looked at the loss, so that there is something to draw."""
+    return "search" in results["match"]
+
+
+def draw_search(results: Results) -> Figure:
+    """Above the losses at the midpoint minus the mean of A's and B's, below the neurons that each step moved."""
+    match = results["match"]
+    search, history = match["search"], match["history"]
+    fig = figure(6.8, 4.6)
+    with mpl.rc_context(RC):
+        top, bottom = fig.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+        train = [(step["step"], step["train"]) for step in history if step["train"] is not None]
+        seen = [(step["step"], step["heldout"]) for step in history if step["heldout"] is not None]
+        best = [(step["step"], step["objective"]) for step in history if step["objective"] is not None]
+        if train:
+            top.plot(*zip(*train, strict=True), color=TRAIN, linewidth=1.0, label="batches of the step")
+        if seen:
+            top.plot(
+                *zip(*seen, strict=True),
+                "o",
+                color=HELDOUT,
+                markersize=3,
+                label="batches that select",
+                zorder=3,
+            )
+        if best:
+            top.step(
+                *zip(*best, strict=True), where="post", color=HELDOUT, linewidth=1.8, label="the best so far"
+            )
+        for value, name in ((search["naive"], "naive"), (search["start"], "start")):
+            if value is not None:
+                top.axhline(value, color=MUTED, linestyle=":", linewidth=1.1)
+                top.annotate(
+                    f"{name} {number(value)}", (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                    color=MUTED, fontsize=8,
+                )  # fmt: skip
+        passes = [step["step"] for step in history if step["kind"] == "pass"]
+        for ax in (top, bottom):
+            if passes:
+                ax.axvspan(passes[0] - 0.5, passes[-1] + 0.5, color=MUTED, alpha=0.1, linewidth=0)
+        top.set_title("Loss at the midpoint, minus the mean of A's and B's")
+        top.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))
+        top.set_ylabel("excess loss")
+        bottom.bar(
+            [step["step"] for step in history], [step["moved"] for step in history], width=1.0, color=INK
+        )
+        bottom.set_ylabel("neurons moved")
+        bottom.set_xlabel("step (shaded: verified passes)" if passes else "step")
+    return fig
+
+
+def save_search(results: Results, path: Path) -> Path:
+    """Draw the search into the PNG file `path`."""
+    return save_png(draw_search(results), path)
+
+
+def time_split(search: dict[str, Any]) -> str:
+    """Where the time went, in a few words."""
+    seconds = search["seconds"]
+    return ", ".join(
+        f"{part} {seconds[part]:.1f} s" for part in ("start", "projection", "gradient", "scoring")
+    )

@@ -1,0 +1,124 @@
+"""A diffusion model as something that makes images of prompts, and the objectives that this allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..objectives import Denoising, Objective, Reward, teach
+from ..objectives.prompts import Embed, prompt_batches, read_prompts
+from ..objectives.reward import Scorer, load_scorer
+
+KINDS = ("denoising", "distillation", "reward")
+"""The kinds of objectives that diffusion models have."""
+
+Batches = Sequence[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageMaker:
+    """What turns prompts into images, whatever the weights of the aligned part are.
+
+    Attributes:
+        problem: what the model predicts, and its noise schedule.
+        decode: clean latents -> images in 0..1, differentiable.
+        embed: prompts -> text states.
+        shape: of one image's latents.
+        prompts: what the model was made for, used where no file is given.
+    """
+
+    problem: Denoising
+    decode: Callable[[Tensor], Tensor]
+    embed: Embed
+    shape: tuple[int, ...]
+    prompts: Sequence[str]
+
+    def reward(
+        self, scorer: Scorer | str, *, steps: int = 10, grad_steps: int = 1, guidance: float = 1.0
+    ) -> Reward:
+        """The objective that `scorer` makes of the images."""
+        return Reward(
+            scorer, self.decode, self.problem, steps=steps, grad_steps=grad_steps, guidance=guidance
+        )
+
+    def chosen(self, path: str | Path | None) -> Sequence[str]:
+        """The prompts in the file `path`, or the model's own."""
+        return self.prompts if path is None else read_prompts(path)
+
+    def batches(
+        self, prompts: Sequence[str], *, count: int | None, batch_size: int, seed: int
+    ) -> list[dict[str, Any]]:
+        """See `objectives.prompts.prompt_batches`."""
+        return prompt_batches(prompts, self.embed, self.shape, count=count, batch_size=batch_size, seed=seed)
+
+
+def scorer_of(group: DictConfig, name: str) -> Scorer:
+    """The scorer that the config group `name` describes: a path, or a mapping with `_target_`.
+
+    Raises:
+        ConfigError: there is none, or it can't be made.
+    """
+    chosen = group.get("scorer")
+    if chosen is None:
+        raise ConfigError(
+            f"{name}.scorer is not set: give a differentiable function (images, prompts) -> scores by its path,"
+            " such as my_package.scores:brightness."
+        )
+    return load_scorer(chosen) if isinstance(chosen, str) else instantiate(chosen)
+
+
+def objective_of(
+    cfg: DictConfig,
+    maker: ImageMaker,
+    data: Callable[[str], Batches],
+    endpoints: Callable[[], tuple[nn.Module, nn.Module]],
+) -> tuple[Objective, dict[str, Batches]]:
+    """The objective that `cfg.objective` describes, and its batches: split ("train", "heldout") -> batches.
+
+    Args:
+        maker: see `ImageMaker`.
+        data: split -> batches of the denoising objective, made of real images.
+        endpoints: models A and B, the teachers of a distillation.
+    """
+    options, seed = cfg.objective, cfg.seed
+    if options.kind == "reward":
+        scorer = scorer_of(options, "objective")
+        objective = maker.reward(
+            scorer, steps=options.steps, grad_steps=options.grad_steps, guidance=options.guidance
+        )
+        prompts = maker.chosen(options.prompts)
+        made = {
+            split: maker.batches(prompts, count=options[split], batch_size=options.batch_size, seed=noise)
+            for split, noise in (("train", seed + 1), ("heldout", seed))
+        }
+        return objective, made
+    objective = instantiate(options.object, alphas_cumprod=maker.problem.alphas_cumprod)
+    if options.kind == "distillation":
+        prompts = maker.chosen(options.prompts)
+        count, size = options.samples, options.batch_size
+        if count < 1 or size < 1:
+            raise ConfigError(
+                f"objective.samples is {count} and objective.batch_size {size}, but both must be at least 1."
+            )
+        states = maker.embed([prompts[i % len(prompts)] for i in range(count)])
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + 1))
+        train = teach(
+            objective,
+            *endpoints(),
+            states[order].split(size),
+            maker.shape,
+            unconditional=maker.embed([""]),
+            guidance=options.guidance,
+            steps=options.steps,
+            seed=seed + 1,
+        )
+        return objective, {"train": train, "heldout": data("heldout")}
+    return objective, {"train": data("train"), "heldout": data("heldout")}
