@@ -1,18 +1,27 @@
-"""Reading and writing tensors: lazily, atomically, and the same bytes for the same tensors."""
+"""Checkpoints as people have them: read lazily, understood from their tensors, written atomically."""
 
+from .architectures import architecture
 from .atomic import atomic_path, write_text
+from .checkpoint import Checkpoint, open_checkpoint, require_same_family
 from .pickled import PickledState, load_pickled
 from .reader import JoinedState, LazyState, load_metadata, load_safetensors
-from .writer import save_safetensors
+from .specs import component_spec
+from .writer import FORMATS, save_safetensors
 
 __all__ = [
+    "FORMATS",
+    "Checkpoint",
     "JoinedState",
     "LazyState",
     "PickledState",
+    "architecture",
     "atomic_path",
+    "component_spec",
     "load_metadata",
     "load_pickled",
     "load_safetensors",
+    "open_checkpoint",
+    "require_same_family",
     "save_safetensors",
     "write_text",
 ]

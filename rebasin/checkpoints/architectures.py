@@ -1,0 +1,194 @@
+"""Modules for the components of a checkpoint: published configs, fitted to the shapes that the file has.
+
+The configs in `published/` are those of the models as they were released. What a file can tell (channels, widths,
+depths, vocabulary) is taken from its shapes, so narrow and extended models work, too; what it can't tell (the number
+of attention heads, the groups of its norms) is taken from the release. A diffusers folder brings its own config.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import CheckpointError
+from .components import TEXT, TEXT_2, UNET, VAE
+from .families import TITLES, Shapes
+from .folders import load_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .checkpoint import Checkpoint
+
+Config = dict[str, Any]
+Built = tuple["nn.Module", tuple[Any, ...], dict[str, Any]]
+
+FULL_WIDTH = {"sd1": 320, "sd2": 320, "sdxl": 320, "sdxl_refiner": 384}
+"""Channels of the UNet's first level, as released."""
+
+PARTS_OF = {"vae": ("sd1", VAE), "clip_l": ("sd1", TEXT), "clip_h": ("sd2", TEXT), "clip_g": ("sdxl", TEXT_2)}
+"""Families of parts alone, and where their release is."""
+
+
+@cache
+def _published(family: str) -> str:
+    return (Path(__file__).with_name("published") / f"{family}.json").read_text(encoding="utf-8")
+
+
+def published(family: str) -> Config:
+    """The configs of a family as released: unet, vae, text encoders, scheduler, pipeline.
+
+    Raises:
+        CheckpointError: there is no such family.
+    """
+    if family not in FULL_WIDTH:
+        raise CheckpointError(f"There is no family {family!r}; there are {', '.join(FULL_WIDTH)}.")
+    return json.loads(_published(family))
+
+
+def component_config(checkpoint: Checkpoint, component: str) -> Config:
+    """The config of a component: that of its diffusers folder, or the released one, fitted to its shapes."""
+    checkpoint.require(component)
+    if checkpoint.path.is_dir():
+        own = load_config(checkpoint.path / component) or load_config(checkpoint.path)
+        if own is not None:
+            return own
+    family, released = PARTS_OF.get(checkpoint.family, (checkpoint.family, component))
+    return fit(published(family)[released], component, checkpoint.shapes(component))
+
+
+def fit(config: Config, component: str, shapes: Shapes) -> Config:
+    """A released config with the widths, depths and channels of these shapes."""
+    config = copy.deepcopy(config)
+    if component == UNET:
+        return _fit_unet(config, shapes)
+    return _fit_vae(config, shapes) if component == VAE else _fit_text(config, shapes)
+
+
+def _fit_unet(config: Config, shapes: Shapes) -> Config:
+    released = config["block_out_channels"]
+    widths = [_size(shapes, f"down_blocks.{i}.resnets.0.conv1.weight", 0, w) for i, w in enumerate(released)]
+    config["in_channels"] = _size(shapes, "conv_in.weight", 1, config["in_channels"])
+    config["out_channels"] = _size(shapes, "conv_out.weight", 0, config["out_channels"])
+    reads = next((n for n in shapes if n.endswith("attn2.to_k.weight")), "")
+    config["cross_attention_dim"] = _size(shapes, reads, 1, config["cross_attention_dim"])
+    if "projection_class_embeddings_input_dim" in config:
+        key = "projection_class_embeddings_input_dim"
+        config[key] = _size(shapes, "add_embedding.linear_1.weight", 1, config[key])
+    if widths == released:
+        return config  # a block that the release has and the file lacks is then found missing
+    config["block_out_channels"] = widths
+    config["norm_num_groups"] = norm_groups(widths[0], config["norm_num_groups"])
+    config["transformer_layers_per_block"] = _depths(config, shapes)
+    if "addition_time_embed_dim" in config:
+        config["addition_time_embed_dim"] = max(
+            2, config["addition_time_embed_dim"] * widths[0] // released[0] // 2 * 2
+        )
+    return config
+
+
+def norm_groups(width: int, released: int) -> int:
+    """Groups of a twin's norms: the largest power of two that divides its channels into groups of at least two."""
+    groups = released
+    while width % groups or width // groups < 2:
+        groups //= 2
+    return groups
+
+
+def _depths(config: Config, shapes: Shapes) -> list[int]:
+    """Transformer layers of each level; where it has none, one (which diffusers ignores)."""
+    depths = []
+    for level in range(len(config["block_out_channels"])):
+        pattern = re.compile(rf"down_blocks\.{level}\.attentions\.0\.transformer_blocks\.(\d+)\.")
+        depths.append(1 + max((int(f[1]) for f in map(pattern.match, shapes) if f), default=0))
+    if "CrossAttn" not in config["down_block_types"][-1]:
+        # The middle block has the last level's depth, although that level itself has no attention.
+        pattern = re.compile(r"mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.")
+        depths[-1] = 1 + max((int(f[1]) for f in map(pattern.match, shapes) if f), default=0)
+    return depths
+
+
+def _fit_vae(config: Config, shapes: Shapes) -> Config:
+    released = config["block_out_channels"]
+    widths = [
+        _size(shapes, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 0, w) for i, w in enumerate(released)
+    ]
+    config["latent_channels"] = _size(shapes, "post_quant_conv.weight", 0, config["latent_channels"])
+    if widths != released:
+        config["block_out_channels"] = widths
+        config["norm_num_groups"] = norm_groups(widths[0], config["norm_num_groups"])
+    return config
+
+
+def _fit_text(config: Config, shapes: Shapes) -> Config:
+    tokens, positions = (f"text_model.embeddings.{kind}_embedding.weight" for kind in ("token", "position"))
+    config["vocab_size"] = _size(shapes, tokens, 0, config["vocab_size"])
+    config["max_position_embeddings"] = _size(shapes, positions, 0, config["max_position_embeddings"])
+    config["projection_dim"] = _size(shapes, "text_projection.weight", 0, config["projection_dim"])
+    width = _size(shapes, tokens, 1, config["hidden_size"])
+    layers = {int(f[1]) for n in shapes if (f := re.match(r"text_model\.encoder\.layers\.(\d+)\.", n))}
+    if width != config["hidden_size"]:
+        config["hidden_size"] = width
+        first = "text_model.encoder.layers.0.mlp.fc1.weight"
+        config["intermediate_size"] = _size(shapes, first, 0, 4 * width)
+        config["num_hidden_layers"] = 1 + max(layers, default=0)
+    elif max(layers, default=0) >= config["num_hidden_layers"]:
+        config["num_hidden_layers"] = 1 + max(layers)  # all 24 layers of OpenCLIP-H, where it is alone
+    return config
+
+
+def _size(shapes: Shapes, name: str, axis: int, default: int) -> int:
+    return shapes[name][axis] if name in shapes and len(shapes[name]) > axis else default
+
+
+def architecture(what: Checkpoint | str, component: str, device: str = "meta") -> Built:
+    """A component as a module, with example inputs: (module, args, kwargs), all on `device`.
+
+    `what` is a checkpoint, or a family as released. The module's tensors have the names of
+    `Checkpoint.component`. The VAE is called with an image and a latent and returns both halves' outputs, so
+    that the latent channels, which the UNet knows, stay in order.
+
+    Raises:
+        CheckpointError: there is no such component, or the file lacks tensors of it, or has them in other shapes.
+    """
+    config = published(what).get(component) if isinstance(what, str) else component_config(what, component)
+    if config is None:
+        raise CheckpointError(f"{TITLES[str(what)]} has no {component}.")
+    built = build(component, config, device)
+    if not isinstance(what, str):
+        _check_shapes(what, component, built[0])
+    return built
+
+
+def build(component: str, config: Mapping[str, Any], device: str = "meta") -> Built:
+    """The module of a config, freshly initialised (or without numbers, on "meta"), and example inputs."""
+    from . import modules  # late: diffusers and transformers take seconds to import
+
+    with torch.device(device):
+        return modules.build(component, dict(config))
+
+
+def _check_shapes(checkpoint: Checkpoint, component: str, module: nn.Module) -> None:
+    shapes = checkpoint.shapes(component)
+    missing = []
+    for name, tensor in module.state_dict().items():
+        if name not in shapes:
+            missing.append(name)
+        elif shapes[name] != tuple(tensor.shape):
+            raise CheckpointError(
+                f"Tensor {checkpoint.source(component, name)!r} of {checkpoint.path} has shape {shapes[name]}, but"
+                f" {checkpoint.title} has {tuple(tensor.shape)} there."
+            )
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.path} is incomplete: its {component} lacks {missing[0]!r}"
+            + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
+            + f" of {checkpoint.title}."
+        )

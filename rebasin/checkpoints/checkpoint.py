@@ -1,0 +1,170 @@
+"""A Stable Diffusion checkpoint as people have it, whatever its layout: opened, understood, and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+from . import components, folders
+from .components import Found
+from .families import EXPECTED, TITLES, Identity, Shapes, foreign, identify
+from .hints import Prediction, prediction
+from .links import ComponentState, DerivedState, Link, replaced
+from .pickled import load_pickled
+from .reader import PathLike, load_safetensors
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A file or folder whose components are known; nothing of its tensors is in memory.
+
+    Attributes:
+        path: the file or folder.
+        family: "sd1", "sd2", "sdxl", "sdxl_refiner", or of parts alone "vae", "clip_l", "clip_h", "clip_g".
+        variant: "base", "inpainting", "instruct-pix2pix" or "depth"; "" for parts without a UNet.
+        layout: "ldm" (the original one, of single files) or "diffusers".
+        raw: its tensors under their own names, in their own order and types, lazily.
+        metadata: of the file's header.
+        found: component -> where it lies.
+    """
+
+    path: Path
+    family: str
+    variant: str
+    layout: str
+    raw: State
+    metadata: Mapping[str, str]
+    found: Mapping[str, Found] = field(repr=False)
+    links: Mapping[str, Sequence[Link]] = field(repr=False)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names of its components: of "unet", "vae", "text_encoder", "text_encoder_2" those that it has."""
+        return tuple(self.found)
+
+    @property
+    def title(self) -> str:
+        """What it is, for a sentence."""
+        return str(Identity(self.family, self.variant))
+
+    def component(self, name: str) -> State:
+        """A component in diffusers' (or transformers') names, lazily.
+
+        Raises:
+            CheckpointError: the checkpoint has no such component; names those that it has.
+        """
+        self.require(name)
+        return ComponentState(self.raw, self.links[name])
+
+    def restore(self, states: Mapping[str, State], keep_dtype: bool = True) -> DerivedState:
+        """The whole checkpoint under its own names, in its own order, with these components replaced.
+
+        Everything else is passed through. Types are those of the file, or with `keep_dtype=False` those of the
+        new tensors (a merge in fp32 of a file in fp16 that is saved in fp32 is then not rounded in between).
+        """
+        for name in states:
+            self.require(name)
+        return replaced(self.raw, self.links, states, keep_dtype)
+
+    def require(self, name: str) -> None:
+        """Raise `CheckpointError` if there is no component of this name."""
+        if name not in self.found:
+            raise CheckpointError(f"{self.path} has no {name}; it has {', '.join(self.components)}.")
+
+    def source(self, component: str, name: str) -> str:
+        """The file's own name of a component's tensor, for messages."""
+        return next((link.source for link in self.links[component] if link.name == name), name)
+
+    @cached_property
+    def extras(self) -> dict[str, list[str]]:
+        """The tensors that belong to no component, by kind: "ema", "position_ids", "schedule", "unused", "other"."""
+        known = {link.source for links in self.links.values() for link in links}
+        kinds: dict[str, list[str]] = {}
+        for name in self.raw:
+            if name not in known:
+                kinds.setdefault(_extra(name, self.found), []).append(name)
+        return kinds
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """What the UNet predicts, as far as the file tells, and how that is known."""
+        return prediction(self.path, self.family, self.raw, self.metadata)
+
+    def shapes(self, component: str) -> Shapes:
+        """Name in diffusers -> shape."""
+        state = ComponentState(self.raw, self.links[component])
+        return {name: state.shape_of(name) for name in state}
+
+
+SCHEDULE = (
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+    "lvlb_weights", "logvar", "denoiser.sigmas",
+)  # fmt: skip
+
+
+def _extra(name: str, found: Mapping[str, Found]) -> str:
+    if name.startswith("model_ema."):
+        return "ema"
+    if name.endswith("position_ids"):
+        return "position_ids"
+    if name in SCHEDULE:
+        return "schedule"
+    return "unused" if any(f.prefix and name.startswith(f.prefix) for f in found.values()) else "other"
+
+
+def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
+    """Open a checkpoint: .safetensors, .ckpt, or a diffusers folder; what it is is told by its tensors alone.
+
+    Args:
+        variant: of a diffusers folder with several, for example "fp16".
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or is something else; one sentence says what it is and
+            what was expected.
+    """
+    where = Path(path)
+    if where.is_dir():
+        raw: State = folders.load_folder(where, variant)
+    else:
+        raw = load_pickled(where) if _is_pickle(where) else load_safetensors(where)
+    metadata = dict(getattr(raw, "metadata", {}))
+    names = dict.fromkeys(raw)
+    other = foreign(names, metadata)
+    found = components.locate(names)
+    if not found or other is not None:
+        raise CheckpointError(f"{where} is {other or 'no model that is known here'}, but {EXPECTED}.")
+    links = {name: components.links(place, raw) for name, place in found.items()}
+    states = {name: ComponentState(raw, own) for name, own in links.items()}
+    shapes = {name: {n: s.shape_of(n) for n in s} for name, s in states.items()}
+    identity = identify(shapes, found, where)
+    diffusers = any(place.layout == "diffusers" or "/" in place.prefix for place in found.values())
+    layout = "diffusers" if diffusers or where.is_dir() else "ldm"
+    return Checkpoint(where, identity.family, identity.variant, layout, raw, metadata, found, links)
+
+
+def require_same_family(a: Checkpoint, b: Checkpoint) -> None:
+    """Raise `CheckpointError`, in one sentence, unless two checkpoints can be aligned and merged."""
+    if a.family == b.family and a.variant == b.variant:
+        return
+    if a.family in TITLES and b.family in TITLES and a.family != b.family:
+        reason = "they have different architectures"
+    else:
+        reason = "their UNets have different inputs"
+    raise CheckpointError(f"{a.path} is {a.title} and {b.path} is {b.title}; {reason} and can't be merged.")
+
+
+def _is_pickle(path: Path) -> bool:
+    if path.suffix == ".safetensors" or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[8:9] != b"{"  # a safetensors file under another name starts its header here

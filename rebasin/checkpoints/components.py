@@ -1,0 +1,140 @@
+"""Where the components of a Stable Diffusion model lie among the names of a file, and how they are linked to it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from . import keys_text, keys_unet, keys_vae
+from .links import Link
+from .reader import shape_of
+
+UNET, VAE, TEXT, TEXT_2 = "unet", "vae", "text_encoder", "text_encoder_2"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A component, the prefix of its tensors in the file, and the layout of the names behind the prefix."""
+
+    component: str
+    prefix: str
+    layout: str  # "ldm", "diffusers", "openclip" or "transformers"
+
+
+PLACES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    (
+        UNET, "ldm", "input_blocks.0.0.weight",
+        ("model.diffusion_model.", "diffusion_model.", ""),
+    ),
+    (UNET, "diffusers", "time_embedding.linear_1.weight", ("unet/", "unet.", "")),
+    (
+        VAE, "ldm", "decoder.mid.block_1.conv1.weight",
+        ("first_stage_model.", "vae.", ""),
+    ),
+    (VAE, "diffusers", "decoder.mid_block.resnets.0.conv1.weight", ("vae/", "vae.", "")),
+    (
+        TEXT, "transformers", "encoder.layers.0.self_attn.q_proj.weight",
+        (
+            "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.",
+            "conditioner.embedders.0.transformer.text_model.", "text_encoder/text_model.", "text_encoder/",
+            "text_encoder.text_model.", "text_model.", "",
+        ),
+    ),
+    (TEXT, "openclip", "transformer.resblocks.0.ln_1.weight", ("cond_stage_model.model.", "")),
+    (
+        TEXT_2, "openclip", "transformer.resblocks.0.ln_1.weight",
+        ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
+    ),
+    (
+        TEXT_2, "transformers", "encoder.layers.0.self_attn.q_proj.weight",
+        ("text_encoder_2/text_model.", "text_encoder_2/", "text_encoder_2.text_model."),
+    ),
+)  # fmt: skip
+"""Component, layout, a tensor that it always has, and the prefixes under which files have it, the likeliest first."""
+
+
+def locate(names: Mapping[str, object]) -> dict[str, Found]:
+    """The components that are in a file with these tensor names, in the order unet, vae, text encoders."""
+    found: dict[str, Found] = {}
+    for component, layout, probe, prefixes in PLACES:
+        for prefix in prefixes:
+            if component not in found and prefix + probe in names:
+                found[component] = Found(component, prefix, layout)
+    return found
+
+
+def links(found: Found, raw: Mapping[str, Tensor]) -> list[Link]:
+    """One link for each tensor of a component, in the order of the file; what is no part of it is left out."""
+    sources = [name for name in raw if name.startswith(found.prefix)]
+    maker = {UNET: _unet, VAE: _vae, TEXT: _text, TEXT_2: _text}[found.component]
+    return list(maker(found, sources, raw))
+
+
+def _unet(found: Found, sources: list[str], raw: Mapping[str, Tensor]) -> Iterable[Link]:
+    for source in sources:
+        name = source[len(found.prefix) :]
+        if found.layout == "ldm":
+            name = keys_unet.to_diffusers(name)
+        elif not re.match(
+            r"(conv_in|conv_out|conv_norm_out|time_embedding|add_embedding|\w+_blocks?)\.", name
+        ):
+            name = None
+        if name is not None:
+            yield Link(name, source)
+
+
+def _vae(found: Found, sources: list[str], raw: Mapping[str, Tensor]) -> Iterable[Link]:
+    levels = vae_levels(name[len(found.prefix) :] for name in sources)
+    for source in sources:
+        name = source[len(found.prefix) :]
+        if found.layout == "ldm":
+            name = keys_vae.to_diffusers(name, levels)
+        else:
+            name = (
+                keys_vae.modern(name)
+                if re.match(r"(encoder|decoder|quant_conv|post_quant_conv)\.", name)
+                else None
+            )
+        if name is None:
+            continue
+        matrix = ".attentions." in name and name.endswith("weight") and len(shape_of(raw, source)) > 1
+        yield Link(name, source, "matrix" if matrix else "same")
+
+
+def vae_levels(names: Iterable[str]) -> int:
+    """The number of levels of a VAE with these tensor names, in either layout."""
+    found = [re.match(r"decoder\.up(?:_blocks)?\.(\d+)\.", name) for name in names]
+    return 1 + max((int(f[1]) for f in found if f), default=-1)
+
+
+def _text(found: Found, sources: list[str], raw: Mapping[str, Tensor]) -> Iterable[Link]:
+    prefix = found.prefix
+    if found.layout == "transformers":
+        for source in sources:
+            if keys_text.is_plain(source[len(prefix) :]):
+                yield Link(keys_text.ROOT + source[len(prefix) :], source)
+        projection = prefix.removesuffix(keys_text.ROOT) + "text_projection.weight"
+        if found.component == TEXT_2 and projection in raw:
+            yield Link("text_projection.weight", projection)
+        return
+    layers = _used_layers(found, raw)
+    for source in sources:
+        names = keys_text.to_transformers(source[len(prefix) :], layers)
+        how = (
+            "transposed" if source == prefix + keys_text.PROJECTION else "same" if len(names) == 1 else "rows"
+        )
+        for part, name in enumerate(names):
+            yield Link(name, source, how, part, len(names))
+
+
+def _used_layers(found: Found, raw: Mapping[str, Tensor]) -> int | None:
+    """How many layers of an OpenCLIP encoder count: Stable Diffusion 2 reads its texts before the last one."""
+    if found.prefix != "cond_stage_model.model.":
+        return None
+    pattern = re.compile(re.escape(found.prefix) + r"transformer\.resblocks\.(\d+)\.")
+    layers = 1 + max(int(f[1]) for f in map(pattern.match, raw) if f)
+    # A file that was converted from diffusers lacks the layer that is not used, and the projection.
+    return layers - 1 if layers == 24 or found.prefix + keys_text.PROJECTION in raw else layers

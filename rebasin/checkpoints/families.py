@@ -1,0 +1,138 @@
+"""What a file is, from the names and shapes of its tensors alone: a family of Stable Diffusion, or something else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..errors import CheckpointError
+from .components import TEXT, TEXT_2, UNET, VAE, Found
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+TITLES = {
+    "sd1": "Stable Diffusion 1",
+    "sd2": "Stable Diffusion 2",
+    "sdxl": "Stable Diffusion XL",
+    "sdxl_refiner": "the refiner of Stable Diffusion XL",
+    "vae": "a VAE of Stable Diffusion",
+    "clip_l": "a CLIP-L text encoder",
+    "clip_h": "an OpenCLIP-H text encoder",
+    "clip_g": "an OpenCLIP-bigG text encoder",
+}
+"""The families, as a sentence names them."""
+
+EXPECTED = "a model of Stable Diffusion 1, 2 or XL, or its UNet, VAE or text encoder, was expected"
+
+VARIANTS = {4: "base", 9: "inpainting", 8: "instruct-pix2pix", 5: "depth"}
+"""By the UNet's input channels."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The family of a checkpoint and its variant."""
+
+    family: str
+    variant: str
+
+    def __str__(self) -> str:
+        title = TITLES[self.family]
+        return title if self.variant in ("base", "") else f"{title} ({self.variant})"
+
+
+def identify(components: Mapping[str, Shapes], found: Mapping[str, Found], where: object) -> Identity:
+    """The family of the components with these shapes, in diffusers' names.
+
+    Raises:
+        CheckpointError: they belong to no family that is known here, or to different ones.
+    """
+    if UNET not in components:
+        if VAE in components and len(components) == 1:
+            return Identity("vae", "")
+        encoder = next(c for c in components if c != VAE)
+        return Identity(_text_family(components[encoder], found[encoder]), "")
+    shapes = components[UNET]
+    family = _unet_family(shapes, where)
+    _check_texts(family, components, where)
+    channels = shapes["conv_in.weight"][1] if "conv_in.weight" in shapes else 4
+    return Identity(family, VARIANTS.get(channels, f"{channels} input channels"))
+
+
+def _unet_family(shapes: Shapes, where: object) -> str:
+    blocks = [re.match(r"down_blocks\.(\d+)\.", name) for name in shapes]
+    levels = 1 + max((int(f[1]) for f in blocks if f), default=-1)
+    attends = "down_blocks.0.attentions.0.proj_in.weight" in shapes
+    proj_in = next((s for n, s in shapes.items() if n.endswith("attentions.0.proj_in.weight")), ())
+    vector = "add_embedding.linear_1.weight" in shapes
+    if vector and not attends and levels in (3, 4):
+        return "sdxl" if levels == 3 else "sdxl_refiner"
+    if not vector and attends and levels == 4:
+        return "sd2" if len(proj_in) == 2 else "sd1"
+    kind = "Stable Diffusion unCLIP" if vector and attends else f"another UNet, of {levels} levels"
+    raise CheckpointError(f"{where} is {kind}, but {EXPECTED}.")
+
+
+def _check_texts(family: str, components: Mapping[str, Shapes], where: object) -> None:
+    width = text_width(components[UNET])
+    widths = {
+        name: components[name][key][1]
+        for name in (TEXT, TEXT_2)
+        if name in components and (key := "text_model.embeddings.token_embedding.weight") in components[name]
+    }
+    needed = {"sdxl": {TEXT, TEXT_2}, "sdxl_refiner": {TEXT_2}}.get(family, {TEXT})
+    if set(widths) - needed or (set(widths) == needed and sum(widths.values()) != width):
+        texts = ", ".join(f"{name} of width {n}" for name, n in widths.items())
+        raise CheckpointError(
+            f"{where} mixes two families: its UNet is {TITLES[family]} and reads texts of width {width}, but it"
+            f" has {texts}."
+        )
+
+
+def text_width(shapes: Shapes) -> int | None:
+    """The width of the texts that a UNet reads: columns of the keys of its cross attention."""
+    return next((s[1] for n, s in shapes.items() if n.endswith("attn2.to_k.weight")), None)
+
+
+def _text_family(shapes: Shapes, found: Found) -> str:
+    width = shapes.get("text_model.embeddings.token_embedding.weight", (0, 0))[1]
+    if width >= 1280 or found.component == TEXT_2:
+        return "clip_g"
+    return "clip_h" if width == 1024 or found.layout == "openclip" else "clip_l"
+
+
+def _has(*patterns: str) -> Callable[[Mapping[str, object]], bool]:
+    compiled = [re.compile(pattern) for pattern in patterns]
+    return lambda names: any(c.search(name) for name in names for c in compiled)
+
+
+FOREIGN: tuple[tuple[str, Callable[[Mapping[str, object]], bool]], ...] = (
+    (
+        "a LoRA or another adapter",
+        _has(
+            r"\.lora_(down|up|A|B|mid)\b",
+            r"\.lora[_.](linear|unet|te)",
+            r"^lora_",
+            r"\.(hada_w|lokr_w|oft_|diff_b)",
+        ),
+    ),
+    ("a ControlNet", _has(r"input_hint_block\.", r"controlnet_cond_embedding\.", r"^control_model\.")),
+    ("a T2I or IP adapter", _has(r"^(image_proj|ip_adapter)\.", r"^adapter\.body\.")),
+    ("a motion module (AnimateDiff)", _has(r"motion_modules\.")),
+    ("a video model", _has(r"time_stack\.", r"temporal_transformer_blocks\.")),
+    ("Stable Diffusion 3", _has(r"joint_blocks\.", r"transformer_blocks\.\d+\.attn\.add_q_proj")),
+    ("Flux", _has(r"double_blocks\.", r"single_transformer_blocks\.")),
+    ("Stable Cascade", _has(r"clip_txt_mapper\.", r"channelwise\.0\.")),
+    ("a PixArt or DiT model", _has(r"adaln_single\.", r"^(model\.)?blocks\.\d+\.(cross_attn|adaLN)")),
+    ("a textual inversion embedding", _has(r"^emb_params$", r"^string_to_param", r"^clip_[lg]$", r"^<.*>$")),
+    ("a hypernetwork", _has(r"^(768|1024|320|640|1280)\.\d")),
+    ("an upscaler (ESRGAN)", _has(r"RDB\d\.conv", r"^model\.0\.weight$")),
+)
+"""What people mistake for a model, by the names of its tensors."""
+
+
+def foreign(names: Mapping[str, object], metadata: Mapping[str, str]) -> str | None:
+    """What a file is that has none of the components, or has an adapter's tensors; None if that is unknown."""
+    if "spec" in metadata and any(re.search(r"^groups?|\.", name) for name in names):
+        return "a permutation that rebasin wrote"
+    return next((title for title, matches in FOREIGN if matches(names)), None)

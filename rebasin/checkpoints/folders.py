@@ -1,0 +1,104 @@
+"""Diffusers folders: which files in them are the weights, variants and shards included.
+
+File names are looked up in the folder; names that stand in an index or a config are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .components import TEXT, TEXT_2, UNET, VAE
+from .links import DerivedState, passed
+from .pickled import load_pickled
+from .reader import JoinedState, load_safetensors
+
+PARTS = (UNET, VAE, TEXT, TEXT_2)
+
+WEIGHTS = re.compile(
+    r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?"
+    r"(?:-(?P<shard>\d{5})-of-(?P<shards>\d{5}))?(?:\.(?P<late>[\w-]+))?\.(?P<suffix>safetensors|bin)"
+)
+
+
+def load_folder(folder: Path, variant: str | None = None) -> Mapping[str, Tensor]:
+    """The tensors of a diffusers folder, lazily, named `component/tensor`; of a component's own folder, `tensor`.
+
+    Raises:
+        CheckpointError: the folder has no weights, an incomplete set of shards, or no such variant.
+    """
+    parts = [name for name in PARTS if (folder / name).is_dir()]
+    if not parts:
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{folder} is no diffusers folder: it has neither a config.json nor one of {', '.join(PARTS)}."
+            )
+        return load_weights(folder, variant)
+    states = {name: load_weights(folder / name, variant) for name in parts}
+    return DerivedState({f"{part}/{n}": passed(s, n) for part, s in states.items() for n in s})
+
+
+def load_weights(folder: Path, variant: str | None = None) -> Mapping[str, Tensor]:
+    """The tensors of one component's folder, lazily; safetensors are preferred to pickles.
+
+    `variant` is the word in file names such as model.fp16.safetensors; None: the file without one, or the only one.
+    """
+    sets: dict[tuple[str, str], dict[int, Path]] = {}
+    shards: dict[tuple[str, str], int] = {}
+    for path in sorted(folder.iterdir()):
+        if found := WEIGHTS.fullmatch(path.name):
+            key = (found["suffix"], found["variant"] or found["late"] or "")
+            sets.setdefault(key, {})[int(found["shard"] or 0)] = path
+            shards[key] = int(found["shards"] or 0)
+    if not sets:
+        raise CheckpointError(
+            f"{folder} has no weights: no file such as diffusion_pytorch_model.safetensors."
+        )
+    suffix, chosen = _choose(folder, list(sets), variant)
+    files, count = sets[suffix, chosen], shards[suffix, chosen]
+    missing = [n for n in range(1, count + 1) if n not in files]
+    if missing:
+        raise CheckpointError(f"{folder} is incomplete: part {missing[0]} of {count} is missing.")
+    load = load_safetensors if suffix == "safetensors" else load_pickled
+    states = [load(files[n]) for n in sorted(files)]
+    return states[0] if len(states) == 1 else JoinedState(states)
+
+
+def _choose(folder: Path, keys: list[tuple[str, str]], variant: str | None) -> tuple[str, str]:
+    best = [k for k in keys if k[0] == "safetensors"] or keys
+    names = sorted({v for _, v in keys if v})
+    if variant is not None:
+        for key in (*best, *keys):
+            if key[1] == variant:
+                return key
+        raise CheckpointError(
+            f"{folder} has no variant {variant!r}; it has {', '.join(names) or 'only the one without a name'}."
+        )
+    for key in (*best, *keys):
+        if not key[1] or len(names) == 1:
+            return key
+    raise CheckpointError(f"{folder} has the variants {', '.join(names)}; say which one.")
+
+
+def load_config(folder: Path) -> dict[str, Any] | None:
+    """config.json of a component's folder, None if it has none.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is no readable JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is no JSON object.")
+    return config

@@ -1,0 +1,74 @@
+"""What a UNet predicts, the noise or the velocity: tensors can't tell, so hints are looked for and named."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+READ = 100_000
+"""Characters of a neighbouring config that are looked at."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """kind: "epsilon", "v_prediction", or None where nothing in or beside the file tells; `reason` says why."""
+
+    kind: Literal["epsilon", "v_prediction"] | None
+    reason: str
+
+
+def prediction(
+    path: Path, family: str, names: Mapping[str, object], metadata: Mapping[str, str]
+) -> Prediction:
+    """What the model predicts: from marks that trainers leave, else by convention; SD2 has none.
+
+    Stable Diffusion 2.x has the same tensors whether it predicts noise (512 pixels) or velocity (768 pixels).
+    Nothing that a permutation does depends on it; the denoising loss of an evaluation does.
+    """
+    if "v_pred" in names:
+        return Prediction("v_prediction", "the file has the mark 'v_pred'")
+    text = metadata.get("modelspec.prediction_type", "").lower()
+    if text in ("v", "epsilon"):
+        kind = "v_prediction" if text == "v" else "epsilon"
+        return Prediction(kind, "its metadata say so (modelspec.prediction_type)")
+    if metadata.get("ss_v_parameterization", metadata.get("v_parameterization", "")).lower() == "true":
+        return Prediction("v_prediction", "its metadata say so (v_parameterization)")
+    if found := _scheduler(path):
+        return found
+    if found := _neighbour(path):
+        return found
+    if family == "sd2":
+        return Prediction(
+            None,
+            "SD2's tensors are the same for both; the 768-pixel models predict velocity, the 512-pixel ones noise",
+        )
+    return Prediction("epsilon", "the convention of its family")
+
+
+def _scheduler(path: Path) -> Prediction | None:
+    """The scheduler's config in a diffusers folder."""
+    config = path / "scheduler" / "scheduler_config.json"
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("prediction_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return Prediction(kind, "scheduler_config.json says so") if kind in ("epsilon", "v_prediction") else None
+
+
+def _neighbour(path: Path) -> Prediction | None:
+    """The original code's config that people keep beside a file, under the same name with .yaml."""
+    config = path.with_suffix(".yaml")
+    if path.is_dir() or not config.is_file():
+        return None
+    try:
+        with open(config, encoding="utf-8", errors="replace") as file:
+            found = re.search(r"parameterization:\s*[\"']?(\w+)", file.read(READ))
+    except OSError:
+        return None
+    if found is None:
+        return Prediction("epsilon", f"{config.name} beside it names no parameterization")
+    return Prediction("v_prediction" if found[1] == "v" else "epsilon", f"{config.name} beside it says so")

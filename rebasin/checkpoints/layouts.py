@@ -1,0 +1,103 @@
+"""Components in diffusers' names put under the names of a single file, lazily."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from . import keys_text, keys_unet, keys_vae
+from .components import TEXT, TEXT_2, UNET, VAE, vae_levels
+from .links import DerivedState, Item, Link, write
+from .reader import dtype_of, shape_of
+
+State = Mapping[str, Tensor]
+
+PREFIXES: dict[str, dict[str, tuple[str, str]]] = {
+    "sd1": {TEXT: ("cond_stage_model.transformer.", "transformers")},
+    "sd2": {TEXT: ("cond_stage_model.model.", "openclip")},
+    "sdxl": {
+        TEXT: ("conditioner.embedders.0.transformer.", "transformers"),
+        TEXT_2: ("conditioner.embedders.1.model.", "openclip"),
+    },
+    "sdxl_refiner": {TEXT_2: ("conditioner.embedders.0.model.", "openclip")},
+}
+"""Family -> text encoder -> its prefix in a single file, and the layout of the names behind it."""
+
+
+def single_file(family: str, components: Mapping[str, State]) -> DerivedState:
+    """These components under the names that a single file of this family has; tensors are made when asked for.
+
+    Raises:
+        CheckpointError: the family has no single-file layout, or a tensor has no place in it.
+    """
+    items: dict[str, Item] = {}
+    for component, state in components.items():
+        for source, links in _places(family, component, state).items():
+            items[source] = _item(state, links)
+    return DerivedState(items)
+
+
+def _places(family: str, component: str, state: State) -> dict[str, list[Link]]:
+    places: dict[str, list[Link]] = {}
+    for link in _links(family, component, state):
+        places.setdefault(link.source, []).append(link)
+    for source, links in places.items():
+        if links[0].how == "rows" and len(links) != links[0].parts:
+            raise CheckpointError(
+                f"The {component} has no {source!r}: only {len(links)} of its 3 parts are there."
+            )
+    return places
+
+
+def _links(family: str, component: str, state: State) -> Iterator[Link]:
+    if family not in PREFIXES:
+        raise CheckpointError(
+            f"{family} is a part of a model and has no single-file layout; save it as it came."
+        )
+    levels = vae_levels(state) if component == VAE else 0
+    for name in state:
+        source, how, part = None, "same", 0
+        if component == UNET:
+            prefix, source = "model.diffusion_model.", keys_unet.from_diffusers(name, state)
+        elif component == VAE:
+            prefix, source = "first_stage_model.", keys_vae.from_diffusers(name, levels)
+            how = "matrix" if ".attentions." in name and len(shape_of(state, name)) == 2 else "same"
+        elif component in PREFIXES[family]:
+            prefix, layout = PREFIXES[family][component]
+            if layout == "transformers":
+                source = name
+            elif place := keys_text.from_transformers(name):
+                source, third = place
+                how = "transposed" if source == keys_text.PROJECTION else "same" if third is None else "rows"
+                part = third or 0
+        else:
+            raise CheckpointError(f"A single file of {family} has no {component}.")
+        if source is None:
+            raise CheckpointError(
+                f"Tensor {name!r} of the {component} has no place in a single file of {family}."
+            )
+        yield Link(name, prefix + source, how, part, 3 if how == "rows" else 1)
+
+
+def _item(state: State, links: list[Link]) -> Item:
+    first = links[0]
+    shape = shape_of(state, first.name)
+    if first.how == "rows":
+        shape = (sum(shape_of(state, link.name)[0] for link in links), *shape[1:])
+    elif first.how == "matrix":
+        shape = (*shape, 1, 1)
+    elif first.how == "transposed":
+        shape = shape[::-1]
+
+    def make() -> Tensor:
+        return write(links, [state[link.name] for link in links], shape)
+
+    return Item(shape, dtype_of(state, first.name), make)
+
+
+def position_ids(length: int = 77) -> Tensor:
+    """The position ids that old loaders want in a CLIP-L text encoder: int64 [1, length]."""
+    return torch.arange(length, dtype=torch.int64)[None]

@@ -1,0 +1,111 @@
+"""Specs of a checkpoint's components: traced from the module, cached on disk, and proved before they are used.
+
+The proof is numerical and in float64: a random member of the group must not change what the module computes. It is
+made on a narrow twin, which has the same blocks under the same names with fewer channels and whose spec must move
+the same axes together; the full model would take 20 GB to compute with in float64. A proof is kept beside the spec.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import VerificationError
+from ..spec import PermutationSpec
+from ..tracing import trace, verify
+from ..tracing.cache import cache_folder
+from .architectures import PARTS_OF, architecture, build, component_config
+from .atomic import write_text
+from .twins import narrow
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was computed: the largest relative change of an output of the twin under a random permutation.
+
+    `moved` neurons were moved, of the spec with the hash `twin`.
+    """
+
+    twin: str
+    max_relative_error: float
+    dtype: str
+    moved: int
+
+
+def component_spec(checkpoint: Checkpoint, component: str, prove: bool = True) -> PermutationSpec:
+    """The spec of a component, in the names of `Checkpoint.component`.
+
+    The first call for an architecture traces it (half a minute for SDXL's UNet) and proves it (as long again); later
+    calls, in later runs too, read both from the cache. `prove=False` leaves the proof out.
+
+    Raises:
+        CheckpointError: the component is missing or incomplete, or has other shapes than its architecture.
+        VerificationError: the proof failed; nothing may be aligned with this spec.
+    """
+    module, args, kwargs = architecture(checkpoint, component)
+    spec = trace(module, *args, **kwargs)
+    if prove:
+        proof(spec, component_config(checkpoint, component), checkpoint.family, component)
+    return spec
+
+
+def proof(spec: PermutationSpec, config: dict[str, Any], family: str, component: str) -> Proof:
+    """The proof of the spec of a component with this config, from the cache or made now.
+
+    Raises:
+        VerificationError: the twin's outputs change, or its spec moves other axes together than this one.
+    """
+    kept = _kept(spec)
+    if kept is not None:
+        return kept
+    family, part = PARTS_OF.get(family, (family, component))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module, args, kwargs = build(part, narrow(config, part, family), "cpu")
+    small = trace(module, *args, **kwargs)
+    if structure(small) != structure(spec):
+        raise VerificationError(
+            f"The spec of the {component} of {family} can't be proved: its narrow twin moves other axes together."
+        )
+    report = verify(module, small, *args, dtype=torch.float64, **kwargs).require()
+    made = Proof(small.hash, report.max_relative_error, report.dtype, report.moved)
+    _keep(spec, made)
+    return made
+
+
+def structure(spec: PermutationSpec) -> frozenset[frozenset[tuple[str, int]]]:
+    """Which axes of which tensors move together, group by group: what a model and its twin have in common."""
+    return frozenset(
+        frozenset((site.parameter, site.axis) for cell in group.cells for site in cell.sites)
+        for group in spec
+    )
+
+
+def _file(spec: PermutationSpec) -> Path | None:
+    folder = cache_folder()
+    return None if folder is None else folder / "proofs" / f"{spec.hash}.json"
+
+
+def _kept(spec: PermutationSpec) -> Proof | None:
+    path = _file(spec)
+    try:
+        return Proof(**json.loads(path.read_text())) if path is not None else None
+    except (OSError, ValueError, TypeError):
+        return None  # absent or damaged: prove again
+
+
+def _keep(spec: PermutationSpec, made: Proof) -> None:
+    path = _file(spec)
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(asdict(made)))
+        except (OSError, ValueError):
+            pass  # a cache that can't be written costs time, not results

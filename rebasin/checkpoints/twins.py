@@ -1,0 +1,107 @@
+"""Narrow twins: the same blocks, the same names, fewer channels. What is proved on them takes seconds, not hours."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from .architectures import FULL_WIDTH, norm_groups, published
+from .components import TEXT, TEXT_2, UNET, VAE
+from .families import VARIANTS
+
+Config = dict[str, Any]
+
+CHANNELS = {variant: channels for channels, variant in VARIANTS.items()}
+
+TWIN_WIDTH = {"sd1": 16, "sd2": 20, "sdxl": 20, "sdxl_refiner": 24}
+"""Channels of the first level of a twin for proofs and tests: the fewest that keep every head apart."""
+
+
+def twin(
+    family: str,
+    width: int | None = None,
+    *,
+    variant: str = "base",
+    depth: int | None = None,
+    vocabulary: int | None = None,
+) -> dict[str, Config]:
+    """Component -> config of a family, as released or narrower.
+
+    Args:
+        width: channels of the UNet's first level; the others, the VAE's and the texts' shrink with it. Heads stay as
+            many, so it must be a multiple of 8 for SD1, of 10 for SD2 and SDXL, of 12 for the refiner.
+        depth: at most so many transformer layers in a block of the UNet and in the text encoders; None: all.
+        vocabulary: tokens that the text encoders know.
+    """
+    configs = {name: c for name, c in published(family).items() if name in (UNET, VAE, TEXT, TEXT_2)}
+    width, full = width or FULL_WIDTH[family], FULL_WIDTH[family]
+    for name, config in configs.items():
+        configs[name] = narrow_text(config, width / full) if name in (TEXT, TEXT_2) else config
+    texts = [configs[name] for name in (TEXT, TEXT_2) if name in configs]
+    reads = sum(text["hidden_size"] for text in texts)
+    configs[UNET] = narrow_unet(configs[UNET], width, reads, texts[-1]["projection_dim"])
+    configs[UNET]["in_channels"] = CHANNELS[variant]
+    configs[VAE] = narrow_vae(configs[VAE], width / full)
+    if depth is not None:
+        layers = configs[UNET].get("transformer_layers_per_block", 1)
+        configs[UNET]["transformer_layers_per_block"] = (
+            min(layers, depth) if isinstance(layers, int) else [min(n, depth) for n in layers]
+        )
+        for text in texts:
+            text["num_hidden_layers"] = min(text["num_hidden_layers"], depth)
+    for text in texts:
+        text["vocab_size"] = vocabulary or text["vocab_size"]
+    return configs
+
+
+def narrow(config: Mapping[str, Any], component: str, family: str) -> Config:
+    """A component's config with so few channels that it can be computed with in float64 in seconds."""
+    ratio = TWIN_WIDTH[family] / FULL_WIDTH[family]
+    if component == UNET:
+        width = min(TWIN_WIDTH[family], config["block_out_channels"][0])
+        return narrow_unet(config, width, 24, 24)
+    return narrow_vae(config, ratio) if component == VAE else {**narrow_text(config, ratio), "vocab_size": 64}
+
+
+def narrow_unet(config: Mapping[str, Any], width: int, reads: int, pooled: int) -> Config:
+    """A UNet's config with `width` channels at the first level, for texts of width `reads`."""
+    config = copy.deepcopy(dict(config))
+    full = config["block_out_channels"][0]
+    if width == full:
+        return config
+    config["block_out_channels"] = [w * width // full for w in config["block_out_channels"]]
+    config["norm_num_groups"] = norm_groups(width, config["norm_num_groups"])
+    config["cross_attention_dim"] = reads
+    if config.get("addition_time_embed_dim"):
+        numbers = 5 if len(config["block_out_channels"]) == 4 else 6
+        config["addition_time_embed_dim"] = embed_dim(config["addition_time_embed_dim"], width, full)
+        config["projection_class_embeddings_input_dim"] = pooled + numbers * config["addition_time_embed_dim"]
+    return config
+
+
+def embed_dim(released: int, width: int, full: int) -> int:
+    """Numbers for each sine embedding of a picture's size, of a twin: even, as sines and cosines come in pairs."""
+    return max(2, released * width // full // 2 * 2)
+
+
+def narrow_vae(config: Mapping[str, Any], ratio: float) -> Config:
+    """A VAE's config with `ratio` of its channels, in steps of 8."""
+    config = copy.deepcopy(dict(config))
+    if ratio < 1:
+        base = max(1, round(config["block_out_channels"][0] * ratio / 8)) * 8
+        full = config["block_out_channels"][0]
+        config["block_out_channels"] = [w * base // full for w in config["block_out_channels"]]
+        config["norm_num_groups"] = norm_groups(base, config["norm_num_groups"])
+    return config
+
+
+def narrow_text(config: Mapping[str, Any], ratio: float) -> Config:
+    """A text encoder's config with `ratio` of the width of its heads, at least 4."""
+    config = copy.deepcopy(dict(config))
+    if ratio < 1:
+        heads = config["num_attention_heads"]
+        config["hidden_size"] = heads * max(4, int(config["hidden_size"] // heads * ratio))
+        config["intermediate_size"] = 4 * config["hidden_size"]
+        config["projection_dim"] = config["hidden_size"]
+    return config
