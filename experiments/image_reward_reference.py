@@ -86,7 +86,7 @@ def unpatched(folder: Path) -> Any:
     if found is None or found.origin is None:
         sys.exit("image-reward is not installed in this environment.")
     try:
-        import torchvision  # noqa: F401
+        import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]
     except RuntimeError:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]

@@ -122,8 +122,8 @@ def measure(
     """The barriers on test and training data, and the accuracy at the midpoint."""
     aligned = permutation.apply(b.state)
     curves = {}
-    for split, points in (("test", 25), ("train", 11)):
-        batches = data.batches(split, 1000)
+    parts = {"test": (data.batches("test", 1000), 25), "train": (data.batches("train", 1000), 11)}
+    for split, (batches, points) in parts.items():
 
         def loss(model: nn.Module, batches: Any = batches) -> dict[str, float]:
             return OBJECTIVE.evaluate(model, batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def digits() -> Pair:
         model = MLP(inputs=64, width=24, depth=2, classes=10)
         train(model, data.train_x, data.train_y, Recipe(epochs=10, learning_rate=3e-3), seed)
         models.append(model)
-    return Pair(*models, data.batches("train", 250))
+    return Pair(models[0], models[1], data.batches("train", 250))
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_a_refinement_of_what_can_not_be_better_stops(small: Pair):
     b = copy.deepcopy(small.a)
     with torch.no_grad():  # dead neurons: whatever is done to them, the loss stays
         for model in (small.a, b):
-            model.layers[-1].weight.zero_()
+            cast(nn.Linear, cast(MLP, model).layers[-1]).weight.zero_()
     found = straight_through(small.spec, small.a, b, OBJECTIVE, small.batches, steps=1, refine=30)
     assert sum(step.kind == "pass" for step in found.history) == 3
 
@@ -352,7 +352,7 @@ def blocks() -> Pair:
 
 def test_the_endpoints_are_left_as_they_were(blocks: Pair):
     blocks.a.train()
-    blocks.b.blocks[0].train()
+    cast(Blocks, blocks.b).blocks[0].train()
     before = [copy.deepcopy(model.state_dict()) for model in (blocks.a, blocks.b)]
     flags = [[module.training for module in model.modules()] for model in (blocks.a, blocks.b)]
     needs = [[p.requires_grad for p in model.parameters()] for model in (blocks.a, blocks.b)]
@@ -415,7 +415,7 @@ def test_bfloat16_is_close(digits: Pair):
 def test_half_precision_endpoints(digits: Pair):
     narrow = [copy.deepcopy(model).to(torch.bfloat16) for model in (digits.a, digits.b)]
     batches = [(x.to(torch.bfloat16), y) for x, y in digits.batches]
-    found = straight_through(digits.spec, *narrow, OBJECTIVE, batches, steps=8, lr=5e-3)
+    found = straight_through(digits.spec, narrow[0], narrow[1], OBJECTIVE, batches, steps=8, lr=5e-3)
     assert found.objective <= found.start_objective
     assert all(p.dtype == torch.bfloat16 for model in narrow for p in model.parameters())
 

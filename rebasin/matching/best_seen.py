@@ -35,7 +35,7 @@ class BestSeen:
         total: int,
         progress: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self.history: list[Step] = []
         self._began, self._before = perf_counter(), dict(self.seconds)
         self._ends, self._heldout, self._total, self._progress = ends, heldout, total, progress

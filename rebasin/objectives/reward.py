@@ -130,7 +130,8 @@ def load_scorer(path: str) -> Scorer:
         raise ConfigError(
             f"The scorer {path!r} can't be imported ({error}); write it as package.module:function."
         ) from error
-    scorer: Any = found() if isinstance(found, type) else found
-    if not callable(scorer):
-        raise ConfigError(f"The scorer {path!r} is {type(scorer).__name__}, which can't be called.")
+    made = found() if isinstance(found, type) else found
+    if not callable(made):
+        raise ConfigError(f"The scorer {path!r} is {type(made).__name__}, which can't be called.")
+    scorer: Any = made
     return scorer

@@ -1,50 +1,99 @@
-"""The paper's classifiers: one network trained twice from different seeds, on first use, and cached."""
+"""The paper's classifiers: one network trained twice from different seeds, on first use, and cached; or two files."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
+from ..checkpoints import load_safetensors
 from ..data import classification
-from ..errors import ConfigError
+from ..data.parts import split
+from ..errors import CheckpointError, ConfigError
 from ..models import build, fitting_options
 from ..models.cache import trained
 from ..models.train import Recipe
 from .base import Part, Progress, State, Task, require
 
-OWN = ("name", "task", "architecture", "seeds", "recipe")
+OWN = ("name", "task", "architecture", "seeds", "recipe", "epoch", "kept", "files")
 """The fields of a model config that are no options of the network."""
 
 
 def load(cfg: DictConfig) -> Task:
-    """Trainings of the network `model` on the images `data`, from two seeds or more."""
+    """Two trainings of the network `model` on the images `data`."""
     require(cfg, "data", "labelled images")
     require(cfg, "objective", "classification")
     data = classification.load(cfg.data.name, cfg.data.path, download=cfg.data.download)
-    model: dict[str, Any] = OmegaConf.to_container(cfg.model, resolve=True)  # pyright: ignore[reportAssignmentType]
-    options = fitting_options(
-        model["architecture"], data, {name: value for name, value in model.items() if name not in OWN}
-    )
-    network = build(model["architecture"], **options).eval()
-    recipe = Recipe(**model["recipe"])
+    parts = split(data, cfg.data.split, cfg.data.share) if cfg.data.split else (data, data)
+    model, options, recipe = described(cfg, data)
+    device = cfg.device or "cpu"
+    network = build(model["architecture"], **options).eval().to(device)
     seeds = _seeds(model["seeds"], cfg.seed)
 
-    def endpoints(progress: Progress | None) -> tuple[State, ...]:
-        name, cache = model["architecture"], cfg.path.cache
-        return tuple(trained(name, data, options, recipe, seed, cache, progress).state for seed in seeds)
+    def endpoints(progress: Progress | None) -> tuple[State, State]:
+        if files:
+            return _read(files[0], network), _read(files[1], network)
+        a, b = (
+            trained(
+                model["architecture"], part, options, recipe, seed, cfg.path.cache, progress, device,
+                model["epoch"], model["kept"],
+            )
+            for part, seed in zip(parts, seeds, strict=True)
+        )  # fmt: skip
+        return a.state, b.state
 
+    files = model.get("files")
+    if files is not None and (not isinstance(files, list) or len(files) != 2):
+        raise ConfigError(
+            f"model.files is {files}, but it takes two files, model.files=[a.safetensors,b.safetensors]."
+        )
     size = cfg.data.batch_size
-    heldout = data.batches("test", size)
+    batches = {
+        name: [(x.to(device), y.to(device)) for x, y in data.batches(part, size)]
+        for name, part in (("train", "train"), ("heldout", "test"))
+    }
+    names = [Path(file).stem for file in files] if files else [f"seed {seed}" for seed in seeds]
     return Task(
-        parts={cfg.model.name: Part(network, (heldout[0][0][:2],))},
+        parts={cfg.model.name: Part(network, (batches["heldout"][0][0][:2],))},
         aligned=cfg.model.name,
-        labels=tuple(f"seed {seed}" for seed in seeds),
+        labels=(names[0], names[1]),
         endpoints=endpoints,
         objective=instantiate(cfg.objective.object),
-        batches={"train": data.batches("train", size), "heldout": heldout},
+        batches=batches,
     )
+
+
+def described(cfg: DictConfig, data: classification.Dataset) -> tuple[dict[str, Any], dict[str, Any], Recipe]:
+    """The model's configuration as plain data, the options of its network for these data, and its recipe."""
+    model: dict[str, Any] = OmegaConf.to_container(cfg.model, resolve=True)  # pyright: ignore[reportAssignmentType]
+    own = {name: value for name, value in model.items() if name not in OWN}
+    return model, fitting_options(model["architecture"], data, own), Recipe(**model["recipe"])
+
+
+def _read(file: str, network: nn.Module) -> State:
+    """The weights in `file` (safetensors, or a pickle of nothing but tensors) under the network's own names."""
+    path = Path(file).expanduser()
+    if path.suffix == ".safetensors":
+        found: Mapping[str, Any] = dict(load_safetensors(path))
+    else:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError) as error:
+            raise CheckpointError(f"{path} can't be read as weights: {error}") from error
+        found = found.get("state_dict", found) if isinstance(found, Mapping) else {}
+    wanted = network.state_dict()
+    for name, tensor in wanted.items():
+        if name not in found or tuple(found[name].shape) != tuple(tensor.shape):
+            shape = tuple(found[name].shape) if name in found else "nothing"
+            raise CheckpointError(
+                f"{path} has {shape} for {name!r}, but the network has {tuple(tensor.shape)}: give weights of model.network."
+            )
+    return {name: found[name] for name in wanted}
 
 
 def _seeds(chosen: Any, seed: int) -> tuple[int, ...]:

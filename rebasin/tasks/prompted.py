@@ -95,7 +95,7 @@ def objective_of(
             scorer, steps=options.steps, grad_steps=options.grad_steps, guidance=options.guidance
         )
         prompts = maker.chosen(options.prompts)
-        made = {
+        made: dict[str, Batches] = {
             split: maker.batches(prompts, count=options[split], batch_size=options.batch_size, seed=noise)
             for split, noise in (("train", seed + 1), ("heldout", seed))
         }

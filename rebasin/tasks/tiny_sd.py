@@ -78,7 +78,7 @@ def load(cfg: DictConfig) -> Task:
         objective=objective,
         batches=batches,
         sampler=sampler if cfg.model.samples > 0 else None,
-        pipeline=lambda unet: tiny_sd.load_pipeline(unet, path=root),
+        pipeline=lambda unet: tiny_sd.load_pipeline(unet, path=root),  # pyright: ignore[reportArgumentType]
         captions=captions,
         maker=maker,
     )
