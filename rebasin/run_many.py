@@ -36,13 +36,13 @@ def is_many(cfg: DictConfig) -> bool:
     """
     from hydra.utils import get_method
 
-    seeds = cfg.model.get("seeds")
-    several = isinstance(seeds, ListConfig) and len(seeds) != 2
+    chosen = next((cfg.model.get(field) for field in ("files", "seeds") if cfg.model.get(field)), None)
+    several = isinstance(chosen, ListConfig) and len(chosen) != 2
     if "states" in inspect.signature(get_method(cfg.algo["_target_"])).parameters:
         return True
     if several and not cfg.algo.get("many"):
         raise ConfigError(
-            f"model.seeds names {len(seeds)} networks, but algo={cfg.algo.name} aligns two: choose"
+            f"There are {len(chosen or ())} networks, but algo={cfg.algo.name} aligns two: choose"
             f" algo=merge_many, or algo=naive for their plain mean."
         )
     return several

@@ -25,7 +25,9 @@ OWN = ("name", "task", "architecture", "seeds", "recipe", "epoch", "kept", "file
 
 
 def load(cfg: DictConfig) -> Task:
-    """Two trainings of the network `model` on the images `data`."""
+    """Trainings of the network `model` on the images `data`, from two seeds or more; with `data.split` the first
+    network has the first part, the second the second, the third the first again.
+    """
     require(cfg, "data", "labelled images")
     require(cfg, "objective", "classification")
     data = classification.load(cfg.data.name, cfg.data.path, download=cfg.data.download)
@@ -35,22 +37,21 @@ def load(cfg: DictConfig) -> Task:
     network = build(model["architecture"], **options).eval().to(device)
     seeds = _seeds(model["seeds"], cfg.seed)
 
-    def endpoints(progress: Progress | None) -> tuple[State, State]:
+    def endpoints(progress: Progress | None) -> tuple[State, ...]:
         if files:
-            return _read(files[0], network), _read(files[1], network)
-        a, b = (
+            return tuple(_read(file, network) for file in files)
+        return tuple(
             trained(
-                model["architecture"], part, options, recipe, seed, cfg.path.cache, progress, device,
+                model["architecture"], parts[k % 2], options, recipe, seed, cfg.path.cache, progress, device,
                 model["epoch"], model["kept"],
-            )
-            for part, seed in zip(parts, seeds, strict=True)
+            ).state
+            for k, seed in enumerate(seeds)
         )  # fmt: skip
-        return a.state, b.state
 
     files = model.get("files")
-    if files is not None and (not isinstance(files, list) or len(files) != 2):
+    if files is not None and (not isinstance(files, list) or not files):
         raise ConfigError(
-            f"model.files is {files}, but it takes two files, model.files=[a.safetensors,b.safetensors]."
+            f"model.files is {files}, but it takes files, model.files=[a.safetensors,b.safetensors]."
         )
     size = cfg.data.batch_size
     batches = {
@@ -61,7 +62,7 @@ def load(cfg: DictConfig) -> Task:
     return Task(
         parts={cfg.model.name: Part(network, (batches["heldout"][0][0][:2],))},
         aligned=cfg.model.name,
-        labels=(names[0], names[1]),
+        labels=tuple(names),
         endpoints=endpoints,
         objective=instantiate(cfg.objective.object),
         batches=batches,
@@ -91,7 +92,7 @@ def _read(file: str, network: nn.Module) -> State:
         if name not in found or tuple(found[name].shape) != tuple(tensor.shape):
             shape = tuple(found[name].shape) if name in found else "nothing"
             raise CheckpointError(
-                f"{path} has {shape} for {name!r}, but the network has {tuple(tensor.shape)}: give weights of model.network."
+                f"{path} has {shape} for {name!r}, but the network has {tuple(tensor.shape)}: give its own weights."
             )
     return {name: found[name] for name in wanted}
 
