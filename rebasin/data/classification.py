@@ -1,10 +1,12 @@
-"""Images with class labels: scikit-learn's digits, MNIST and Fashion-MNIST.
+"""Images with class labels: scikit-learn's digits, MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100.
 
-Images are float32 in [0, 1], shaped (n, 1, height, width), without any further normalisation (as in Git
-Re-Basin's MNIST experiments); labels are int64.
+Images are float32, shaped (n, channels, height, width); labels are int64. Grey images are in [0, 1] without any
+further normalisation, those of CIFAR have ImageNet's mean and standard deviation taken out: both as in Git Re-Basin's
+code.
 """
 
 import hashlib
+import os
 import urllib.error
 import urllib.request
 import zipfile
@@ -19,10 +21,13 @@ import torch
 from torch import Tensor
 
 from rebasin.checkpoints import atomic_path
+from rebasin.data.cifar import ADDRESS, LAYOUTS, read_cifar
 from rebasin.data.idx import read_idx
 from rebasin.errors import DataError
 
-NAMES = ("digits", "mnist", "fashion_mnist")
+NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
+THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 DIGITS = tuple("0123456789")
 GARMENTS = (
     "T-shirt/top",
@@ -70,7 +75,7 @@ SOURCES: dict[str, tuple[str, dict[str, str]]] = {
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images (n, 1, height, width), float32 in [0, 1]; labels (n,), int64; the names of the classes."""
+    """Images (n, channels, height, width), float32; labels (n,), int64; the names of the classes."""
 
     name: str
     train_x: Tensor
@@ -98,9 +103,12 @@ def load(name: str, path: str | Path | None = None, *, download: bool = False) -
 
     Args:
         name: "digits" (1,797 8x8 images inside scikit-learn; every fifth image of each class is the test
-            split, 355 in all), "mnist" or "fashion_mnist" (28x28, their own splits).
-        path: for the latter two, an .npz file with x_train, y_train, x_test, y_test (or train_images,
-            train_labels, ...), or a folder with the four IDX files, gzipped or not (or one of these files).
+            split, 355 in all), "mnist" or "fashion_mnist" (28x28, their own splits), "cifar10" or "cifar100"
+            (32x32 in colour).
+        path: for all but the digits, an .npz file with x_train, y_train, x_test, y_test (or train_images,
+            train_labels, ...), or the publisher's files: a folder with the four IDX files, gzipped or not (or one
+            of these files); for CIFAR the .tar.gz of its binary or python version, or its folder. Without it
+            NAME.npz, or else NAME, in the folder that the environment's REBASIN_DATA names.
         download: fetch what `path` (a folder) lacks from the data set's public address and check it by its
             MD5.
 
@@ -115,14 +123,19 @@ def load(name: str, path: str | Path | None = None, *, download: bool = False) -
                 "the digits come with scikit-learn and take no path: choose mnist or fashion_mnist for files."
             )
         return _digits()
+    path = _known_place(name) if path is None else Path(path).expanduser()
     if path is None:
-        raise DataError(
-            f"{name} needs a path: pass an .npz file with x_train, y_train, x_test, y_test or a folder with "
-            "the four IDX files (download=true fills the folder)."
+        files = (
+            "the publisher's .tar.gz or its folder" if name in LAYOUTS else "a folder with the four IDX files"
         )
-    path = Path(path).expanduser()
+        raise DataError(
+            f"{name} needs a path: pass an .npz file with x_train, y_train, x_test, y_test or {files} "
+            "(download=true fills the folder)."
+        )
     if download and path.suffix != ".npz":
         _download(name, path)
+    if name in LAYOUTS:
+        return _colour(name, path)
     arrays = _read_npz(path) if path.suffix == ".npz" else _read_folder(path)
     classes = GARMENTS if name == "fashion_mnist" else DIGITS
     train_x, train_y = _checked(
@@ -130,6 +143,29 @@ def load(name: str, path: str | Path | None = None, *, download: bool = False) -
     )
     test_x, test_y = _checked(arrays["test_x"], arrays["test_y"], f"the test part of {path}", len(classes))
     return Dataset(name, train_x, train_y, test_x, test_y, classes)
+
+
+def _known_place(name: str) -> Path | None:
+    """Where REBASIN_DATA has the data set."""
+    root = os.environ.get("REBASIN_DATA")
+    places = [] if not root else [Path(root).expanduser() / f"{name}.npz", Path(root).expanduser() / name]
+    return next((place for place in places if place.exists()), None)
+
+
+def _colour(name: str, path: Path) -> Dataset:
+    arrays = _read_npz(path) if path.suffix == ".npz" else read_cifar(name, path)
+    classes = THINGS if name == "cifar10" else tuple(map(str, range(100)))
+    parts: list[Tensor] = []
+    for split in ("train", "test"):
+        x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
+        if x.ndim == 4 and x.shape[1:] == (32, 32, 3):  # keras' order
+            x = x.transpose(0, 3, 1, 2)
+        y = y.reshape(-1) if y.ndim == 2 and y.shape[1:] == (1,) else y
+        images, labels = _checked(x, y, f"the {split} part of {path}", len(classes), (3, 32, 32))
+        images -= torch.tensor(MEAN).reshape(3, 1, 1)
+        images /= torch.tensor(STD).reshape(3, 1, 1)
+        parts += [images, labels]
+    return Dataset(name, parts[0], parts[1], parts[2], parts[3], classes)
 
 
 def _digits() -> Dataset:
@@ -189,19 +225,29 @@ def _find(folder: Path, stem: str) -> Path:
     )
 
 
-def _checked(x: np.ndarray, y: np.ndarray, where: str, classes: int) -> tuple[Tensor, Tensor]:
-    if x.ndim != 3 or x.shape[0] == 0 or x.shape[1:] != (28, 28) or y.shape != x.shape[:1]:
+def _checked(
+    x: np.ndarray, y: np.ndarray, where: str, classes: int, size: tuple[int, ...] = (28, 28)
+) -> tuple[Tensor, Tensor]:
+    if x.shape[1:] != size or x.shape[0] == 0 or y.shape != x.shape[:1]:
+        wanted = ", ".join(map(str, ("n", *size)))
         raise DataError(
-            f"{where} has images {x.shape} and labels {y.shape}, but (n, 28, 28) and (n,) were expected."
+            f"{where} has images {x.shape} and labels {y.shape}, but ({wanted}) and (n,) were expected."
         )
     if x.dtype != np.uint8:
         raise DataError(f"{where} has images of type {x.dtype}, but uint8 from 0 to 255 was expected.")
     if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= classes:
         raise DataError(f"{where} has labels that are not whole numbers from 0 to {classes - 1}.")
-    return torch.from_numpy(x).unsqueeze(1).float() / 255, torch.from_numpy(y.astype(np.int64))
+    images = torch.from_numpy(np.ascontiguousarray(x)).reshape(len(x), -1, *size[-2:]).float() / 255
+    return images, torch.from_numpy(y.astype(np.int64))
 
 
 def _download(name: str, folder: Path) -> None:
+    if name in LAYOUTS:
+        layout = LAYOUTS[name]
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            folder.mkdir(parents=True, exist_ok=True)
+            fetch(f"{ADDRESS}{layout.archive}", layout.md5, folder / layout.archive)
+        return
     address, sums = SOURCES[name]
     folder.mkdir(parents=True, exist_ok=True)
     for part, md5 in sums.items():

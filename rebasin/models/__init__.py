@@ -2,13 +2,14 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from rebasin.data.classification import Dataset
 from rebasin.errors import ConfigError
+from rebasin.models.library import network as library_network
 from rebasin.models.mlp import MLP
 from rebasin.models.resnet import ResNet
 from rebasin.models.vgg import VGG
@@ -16,7 +17,12 @@ from rebasin.vision import prepare_torchvision
 
 prepare_torchvision()  # before a model imports diffusers
 
-CLASSIFIERS: dict[str, type[nn.Module]] = {"mlp": MLP, "vgg": VGG, "resnet": ResNet}
+CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLP,
+    "vgg": VGG,
+    "resnet": ResNet,
+    "library": library_network,
+}
 
 __all__ = ["CLASSIFIERS", "MLP", "VGG", "ResNet", "build", "fitting_options"]
 

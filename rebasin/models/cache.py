@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rebasin.checkpoints import load_safetensors, save_safetensors
 from rebasin.data.classification import Dataset
-from rebasin.errors import CheckpointError
+from rebasin.errors import CheckpointError, ConfigError
 from rebasin.models import build, fitting_options
 from rebasin.models.train import RECIPES, Progress, Recipe, train
 from rebasin.paths import cache_folder
@@ -60,6 +60,8 @@ def trained(
     cache: str | Path | None = None,
     progress: Progress | None = None,
     device: str = "cpu",
+    epoch: int | None = None,
+    kept: Sequence[int] = (),
 ) -> Trained:
     """Train classifier `name` on the training part of `dataset`, or take it from the cache.
 
@@ -69,6 +71,8 @@ def trained(
         seed: of the start weights and of the order of the samples.
         cache: the folder; by default `paths.cache_folder()`. A damaged file in it is replaced, with a warning.
         progress: as in `rebasin.models.train.train`, with model and seed too; not called for a cached model.
+        epoch: the weights after so many epochs of the recipe instead of those at its end; 0 are the start weights.
+        kept: epochs whose weights are cached as well when there is a training, for later calls with `epoch`.
 
     Raises:
         ConfigError: unknown model or option, or the training diverged.
@@ -78,20 +82,21 @@ def trained(
         torch.default_generator.manual_seed(seed)
         model = build(name, **options)
     recipe = recipe or RECIPES[name]
+    if epoch is not None and not 0 <= epoch <= recipe.epochs:
+        raise ConfigError(f"epoch is {epoch}, but the recipe has {recipe.epochs}: give 0 to {recipe.epochs}.")
     config = {
         "version": VERSION,
         "torch": torch.__version__,
         "device": torch.device(device).type,
         "model": name,
         "options": options,
-        "recipe": asdict(recipe),
+        "recipe": {k: v for k, v in asdict(recipe).items() if (k, v) != ("augment", "none")},
         "seed": seed,
         "data": dataset.fingerprint,
     }
-    key = json.dumps(config, sort_keys=True)
     folder = cache_folder(cache)
-    file = f"{name}-{dataset.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    path = None if folder is None else folder / file
+    wanted = recipe.epochs if epoch is None else epoch
+    key, path = _place(config, wanted, recipe.epochs, folder, f"{name}-{dataset.name}")
     if path is not None and path.exists():
         try:
             state, metadata = _load(path, key, model)
@@ -102,22 +107,40 @@ def trained(
 
     started = time.perf_counter()
     x, y = dataset.train_x.to(device), dataset.train_y.to(device)
-    history = train(model.to(device), x, y, recipe, seed, _named(progress, name, seed))
-    state = {key: tensor.detach().cpu().clone() for key, tensor in model.state_dict().items()}
-    seconds = time.perf_counter() - started
-    metadata = {
-        "config": key,
-        "sha256": _digest(state),
-        "history": json.dumps(history),
-        "seconds": repr(seconds),
-    }
-    if path is not None:
+    states: dict[int, tuple[dict[str, Tensor], float]] = {}
+
+    def keep(done: int) -> None:
+        if done in {*kept, wanted, recipe.epochs}:
+            state = {key: tensor.detach().cpu().clone() for key, tensor in model.state_dict().items()}
+            states[done] = state, time.perf_counter() - started
+
+    history = train(model.to(device), x, y, recipe, seed, _named(progress, name, seed), keep)
+    for done, (state, seconds) in states.items() if folder is not None else ():
+        key, file = _place(config, done, recipe.epochs, folder, f"{name}-{dataset.name}")
+        metadata = {
+            "config": key,
+            "sha256": _digest(state),
+            "history": json.dumps(history[:done]),
+            "seconds": repr(seconds),
+        }
+        assert file is not None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_safetensors(path, state, metadata)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_safetensors(file, state, metadata)
         except (OSError, CheckpointError) as error:
             warnings.warn(f"the trained model could not be kept in {folder} ({error}).", stacklevel=2)
-    return Trained(name, options, state, history, seconds, False, path)
+    state, seconds = states[wanted]
+    return Trained(name, options, state, history[:wanted], seconds, False, path)
+
+
+def _place(
+    config: Mapping[str, Any], epoch: int, last: int, folder: Path | None, stem: str
+) -> tuple[str, Path | None]:
+    """What identifies the weights after `epoch` epochs, and their file."""
+    at = {} if epoch == last else {"epoch": epoch}
+    key = json.dumps({**config, **at}, sort_keys=True)
+    name = f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    return key, None if folder is None else folder / name
 
 
 def _named(progress: Progress | None, name: str, seed: int) -> Progress | None:

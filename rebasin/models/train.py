@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rebasin.errors import ConfigError
+from rebasin.models.augment import AUGMENTATIONS
 
 Progress = Callable[[dict[str, Any]], None]
 Optimizer = Literal["adam", "sgd"]
@@ -23,7 +24,7 @@ class Recipe:
 
     `weight_decay` is L2 added to the gradient of every parameter, biases and norms included, as in Git
     Re-Basin. `schedule` "cosine" falls to 0 over all steps, after `warmup_epochs` of linear rise (a fraction
-    is fine).
+    is fine). `augment` changes the images of every batch anew; "none", "affine" or "crop" (see augment.py).
     """
 
     epochs: int = 60
@@ -34,12 +35,17 @@ class Recipe:
     weight_decay: float = 0.0
     schedule: Schedule = "constant"
     warmup_epochs: float = 0.0
+    augment: str = "none"
 
     def __post_init__(self) -> None:
         if self.optimizer not in get_args(Optimizer) or self.schedule not in get_args(Schedule):
             raise ConfigError(
                 f"unknown optimizer '{self.optimizer}' or schedule '{self.schedule}': the optimizers are "
                 f"{', '.join(get_args(Optimizer))}, the schedules {', '.join(get_args(Schedule))}."
+            )
+        if self.augment not in ("none", *AUGMENTATIONS):
+            raise ConfigError(
+                f"unknown augmentation '{self.augment}': choose none, {', '.join(AUGMENTATIONS)}."
             )
         if self.epochs < 0 or self.batch_size < 1 or not self.learning_rate > 0 or self.warmup_epochs < 0:
             raise ConfigError(
@@ -63,13 +69,15 @@ def train(
     recipe: Recipe,
     seed: int = 0,
     progress: Progress | None = None,
+    after: Callable[[int], None] | None = None,
 ) -> tuple[float, ...]:
     """Train `model` in place and return each epoch's mean loss.
 
     Images `x` (n, ...) and labels `y` (n,) are on the model's device. `seed` fixes the order of the samples;
     together with the start weights it fixes the result to the bit (on one CPU with one number of threads).
     Leaves the model in eval mode. A last batch of a single sample is left out, BatchNorm having nothing to
-    average there. `progress` gets, after each epoch, stage, step, total, loss, seconds.
+    average there. `progress` gets, after each epoch, stage, step, total, loss, seconds; `after` is called with the
+    number of each epoch that is done, 0 before the first.
 
     Raises:
         ConfigError: the loss is no longer a finite number.
@@ -80,14 +88,20 @@ def train(
     steps_per_epoch = len(sizes) - (len(sizes) > 1 and sizes[-1] == 1)
     optimizer = _optimizer(model, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _factor(recipe, steps_per_epoch))
+    change = AUGMENTATIONS.get(recipe.augment)
+    # Of its own, so that the order of the samples does not depend on the augmentation.
+    random = torch.Generator().manual_seed(seed + 1_000_003)
     history: list[float] = []
     model.train()
+    if after is not None:
+        after(0)
     for epoch in range(1, recipe.epochs + 1):
         total, seen = torch.zeros((), dtype=torch.float64, device=y.device), 0
         shuffled = torch.randperm(len(y), generator=order).to(y.device)
         for batch in shuffled.split(recipe.batch_size)[:steps_per_epoch]:
             optimizer.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(model(x[batch]), y[batch])
+            images = x[batch] if change is None else change(x[batch], random)
+            loss = F.cross_entropy(model(images), y[batch])
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -98,6 +112,8 @@ def train(
             raise ConfigError(
                 f"training diverged in epoch {epoch} (loss {history[-1]}): lower the learning rate."
             )
+        if after is not None:
+            after(epoch)
         if progress is not None:
             event = {"stage": "train", "step": epoch, "total": recipe.epochs, "loss": history[-1]}
             progress({**event, "seconds": time.perf_counter() - started})
