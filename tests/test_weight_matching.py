@@ -553,6 +553,17 @@ def test_progress_tells_where_it_stands() -> None:
     assert result.to_dict()["history"][0]["number"] == 0
 
 
+def test_progress_within_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rebasin.matching.weights.EVERY", 0.0)
+    spec = attention()
+    events: list[dict[str, Any]] = []
+    result = weight_matching(spec, draw(spec, 1), draw(spec, 2), init="forward", progress=events.append)
+    within = [event for event in events if event["stage"].endswith("group")]
+    assert {event["stage"].split(", ")[1] for event in within} >= {"first guess", "sweep 1"}
+    assert all(1 < event["step"] <= event["total"] == len(spec) and event["left"] >= 0 for event in within)
+    assert [event["step"] for event in events if event not in within] == list(range(1, result.sweeps + 1))
+
+
 def test_the_same_in_every_process() -> None:
     program = (
         "import sys; sys.path.insert(0, 'tests')\n"

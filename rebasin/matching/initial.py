@@ -5,6 +5,7 @@ output.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -19,7 +20,11 @@ from .schedule import sharing
 Init = Literal["identity", "forward", "random"] | Permutation
 
 
-def start(pair: Pair, init: Init, seed: int, restart: int) -> None:
+Visit = Callable[[str, int, int], None]
+"""Called after each group with what is being done, how many groups are done, and how many neurons these moved."""
+
+
+def start(pair: Pair, init: Init, seed: int, restart: int, visit: Visit) -> None:
     """Bring `pair` to its start.
 
     Raises:
@@ -44,14 +49,14 @@ def start(pair: Pair, init: Init, seed: int, restart: int) -> None:
         pair.set(spec.random(int(drawn) if restart else seed))
     elif init == "forward":
         pair.set(spec.identity())
-        forward(pair)
+        forward(pair, visit)
     else:
         raise ConfigError(
             f"The init {init!r} is unknown: give 'identity', 'forward', 'random' or a permutation."
         )
 
 
-def forward(pair: Pair) -> None:
+def forward(pair: Pair, visit: Visit = lambda *_: None) -> None:
     """Match group by group from the input to the output, each by what is settled already.
 
     A site tells something as soon as all other axes of its parameter are matched, or do not move at all.
@@ -80,6 +85,7 @@ def forward(pair: Pair) -> None:
         return known / total if total else 0.0
 
     waiting = {number: share(group) for number, group in enumerate(spec.groups)}
+    moved = 0
     while waiting:
         number = max(waiting, key=lambda g: (waiting[g], -g))
         group = spec.groups[number]
@@ -87,3 +93,5 @@ def forward(pair: Pair) -> None:
         pair.make(pair.propose(group, found.index), found.index)
         matched |= {cell.name for cell in group.cells}
         waiting |= {g: share(spec.groups[g]) for g in near[number] if g in waiting}
+        moved += sum(int(np.count_nonzero(index != np.arange(index.size))) for index in found.index.values())
+        visit("first guess", len(spec) - len(waiting), moved)

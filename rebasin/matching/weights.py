@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -32,11 +33,14 @@ from ..errors import ConfigError
 from ..spec import Group, Indices, Node, Permutation, PermutationSpec
 from .assignment import Assignment, assign, independent, leaves
 from .costs import WeightCosts
-from .initial import Init, start
+from .initial import Init, Visit, start
 from .linear import TOLERANCE
 from .pair import Move, Pair, touched
 from .result import Attempt, MatchResult, MatchState, Sweep, Update
 from .schedule import Order, axes_met, neighbours, order_of, run_in_order, sharing
+
+EVERY = 1.0
+"""Seconds between two calls of the progress callback within a sweep."""
 
 NOISE = 1e-3
 """Rounding makes no predicted gain wrong by this share of the largest objective its tensors could have."""
@@ -82,7 +86,8 @@ def weight_matching(
         workers: groups that share no tensor are updated by that many threads; the result is that of one.
             Default: 1 on a CPU, where the products are parallel themselves, else one a core up to 16, so
             that the device computes costs while assignments are solved.
-        progress: called after each sweep with stage, step, total, objective, moved, seconds and restart.
+        progress: called after each sweep with stage, step, total, objective, moved, seconds and restart; and, with
+            one worker, once a second within a sweep, with the groups done as steps and the seconds left.
         checkpoint: called after each sweep with a `MatchState` that can be saved.
         resume_from: such a state; the end is that of the uninterrupted run.
 
@@ -123,10 +128,12 @@ def weight_matching(
                     "objective": now.objective,
                     "moved": now.history[-1].moved,
                     "seconds": seconds,
+                    "left": None,  # nobody knows how many sweeps there will be
                     "restart": len(finished),
                 }
             )
 
+    visits = _Visits(len(spec), progress)
     for restart in range(len(finished), restarts):
         if resumed is not None:
             begun, dirty = resumed.current, set(resumed.dirty)
@@ -134,10 +141,10 @@ def weight_matching(
             resumed = None
         else:
             # In a fixed order a second descent from the same start would repeat the first.
-            start(pair, init if restart == 0 or order == "random" else "random", seed, restart)
+            start(pair, init if restart == 0 or order == "random" else "random", seed, restart, visits)
             dirty = set(range(len(spec)))
             begun = _attempt(pair, (), dirty)
-        attempt = _descend(pair, begun, dirty, order, seed, restart, max_sweeps, workers, report)
+        attempt = _descend(pair, begun, dirty, order, seed, restart, max_sweeps, workers, report, visits)
         finished = (*finished, attempt.objective)
         if best is None or attempt.objective > best.objective:
             best = attempt
@@ -169,30 +176,66 @@ def _descend(
     max_sweeps: int,
     workers: int,
     report: Callable[[Attempt, set[int]], None],
+    visits: Visit,
 ) -> Attempt:
     """Sweep until no group is dirty: one that is not is optimal given all others."""
-    spec = pair.spec
-    near, before = neighbours(spec), sharing(spec)
+    near, before = neighbours(pair.spec), sharing(pair.spec)
     for number in range(len(attempt.history), max_sweeps + 1):
         if not dirty:
             break
         began = perf_counter()
-        updates: dict[int, Update] = {}
-
-        def improve_if_dirty(g: int, updates: dict[int, Update] = updates) -> None:
-            if g not in dirty:
-                return
-            dirty.discard(g)
-            updates[g] = improve(pair, spec.groups[g])
-            if updates[g].moved:
-                dirty.update(near[g])
-
-        groups = order_of(order, len(spec), seed, restart, number - 1)
-        run_in_order(improve_if_dirty, groups, before, workers)
-        made = tuple(updates[g] for g in groups if g in updates)
-        attempt = _attempt(pair, attempt.history, dirty, made, perf_counter() - began)
+        groups = order_of(order, len(pair.spec), seed, restart, number - 1)
+        updates = _sweep(pair, groups, dirty, near, before, workers, partial(visits, f"sweep {number}"))
+        attempt = _attempt(pair, attempt.history, dirty, updates, perf_counter() - began)
         report(attempt, dirty)
     return attempt
+
+
+def _sweep(
+    pair: Pair,
+    groups: Sequence[int],
+    dirty: set[int],
+    near: Sequence[frozenset[int]],
+    before: Sequence[frozenset[int]],
+    workers: int,
+    visit: Callable[[int, int], None],
+) -> tuple[Update, ...]:
+    """Improve those of `groups`, in that order, that are dirty when their turn comes."""
+    updates: dict[int, Update] = {}
+    visited: list[int] = []
+
+    def improve_if_dirty(g: int) -> None:
+        visited.append(g)
+        if g not in dirty:
+            return
+        dirty.discard(g)
+        updates[g] = improve(pair, pair.spec.groups[g])
+        if updates[g].moved:
+            dirty.update(near[g])
+        if workers <= 1:  # callbacks come from the caller's thread
+            visit(len(visited), sum(update.moved for update in updates.values()))
+
+    run_in_order(improve_if_dirty, groups, before, workers)
+    return tuple(updates[g] for g in groups if g in updates)
+
+
+class _Visits:
+    """Tells about once a second which group a long sweep has come to, and the seconds left to its end."""
+
+    def __init__(self, groups: int, progress: Callable[[dict[str, Any]], None] | None) -> None:
+        self.groups, self.progress = groups, progress
+        self.sweep, self.began = "", 0.0
+        self.told = perf_counter()
+
+    def __call__(self, sweep: str, done: int, moved: int) -> None:
+        now = perf_counter()
+        if sweep != self.sweep:
+            self.sweep, self.began = sweep, now
+        elif self.progress is not None and now - self.told > EVERY:
+            self.told = now
+            left = (now - self.began) / done * (self.groups - done)
+            event = {"stage": f"weight matching, {sweep}, group", "step": done, "total": self.groups}
+            self.progress(event | {"moved": moved, "seconds": now - self.began, "left": left})
 
 
 def _attempt(
