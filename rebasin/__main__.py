@@ -1,0 +1,6 @@
+"""`python -m rebasin` is the command `rebasin`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

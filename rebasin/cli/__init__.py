@@ -1,0 +1,80 @@
+"""The command `rebasin`: aligning, merging and examining checkpoints, one command a file.
+
+Only what every command needs is imported here: `rebasin --help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import RebasinError
+from . import align, apply, compare, inspect, merge, verify
+
+HELP = """
+Align the neurons of models before merging them, and see what it did.
+
+\b
+Align B to A, then average:
+    rebasin merge A.safetensors B.safetensors -o merged.safetensors
+Do they need aligning at all?
+    rebasin compare A.safetensors B.safetensors
+What is this file, and how was it made?
+    rebasin inspect merged.safetensors
+
+Files are Stable Diffusion 1, 2 or XL checkpoints (.safetensors, .ckpt, diffusers folders) and adapters for them.
+Inputs are never changed, outputs are written beside their place and renamed, and a command that was interrupted
+continues where it stopped when it is given again. Every command explains itself: rebasin COMMAND --help
+"""
+
+app = typer.Typer(
+    name="rebasin",
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("merge")(merge.merge)
+app.command("align")(align.align)
+app.command("compare")(compare.compare)
+app.command("verify")(verify.verify)
+app.command("apply")(apply.apply)
+app.command("inspect")(inspect.inspect)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rebasin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def guarded(job: Callable[[], None]) -> None:
+    """Do a job; what the user got wrong ends in one sentence on stderr and exit code 2."""
+    try:
+        job()
+    except RebasinError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted. The same command continues where it can.", file=sys.stderr)
+        sys.exit(130)
+
+
+def main() -> None:
+    """The entry point of `rebasin` and of `python -m rebasin`."""
+    guarded(app)

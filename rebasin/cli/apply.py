@@ -1,0 +1,83 @@
+"""`rebasin apply`: move a checkpoint, a LoRA or a ControlNet by a permutation that was found before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def apply(
+    permutation: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PERM",
+            help="The permutation that `rebasin align` or `merge` has left.",
+            show_default=False,
+        ),
+    ],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A checkpoint, LoRA, LyCORIS or ControlNet of B.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="What to write. Default: FILE_aligned.safetensors."
+        ),
+    ] = None,
+    inverse: Annotated[
+        bool, typer.Option("--inverse", help="The way back: from aligned B's order to B's own.")
+    ] = False,
+    unfold: Annotated[
+        bool,
+        typer.Option(
+            "--unfold",
+            help="Write LoKr modules that can't carry the permutation as LoRA or full differences (a larger file).",
+        ),
+    ] = False,
+    overwrite: o.Overwrite = False,
+    dry_run: o.DryRun = False,
+) -> None:
+    """Adapters follow their model: a LoRA that was trained on B works on the aligned B after this.
+
+    \b
+    Align B; its LoRA, its ControlNet and another fine-tune of it follow:
+        rebasin align A.safetensors B.safetensors -o aligned.safetensors
+        rebasin apply aligned.permutation.safetensors lora.safetensors
+        rebasin apply aligned.permutation.safetensors controlnet.safetensors
+        rebasin apply aligned.permutation.safetensors B2.safetensors
+
+    Kinds: LoRA (kohya, diffusers, PEFT), LoCon, LoHa, LoKr, full differences, IA3, with DoRA or without; ControlNet.
+    """
+    from ..spec import Permutation
+    from . import moving, session
+    from .inputs import check_output
+    from .kinds import kind_of_file
+
+    console = session.begin()
+    output = output or file.with_name(f"{file.name if file.is_dir() else file.stem}_aligned.safetensors")
+    check_output(output, [permutation, file], overwrite or dry_run)
+    kind = kind_of_file(file)
+    found = Permutation.load(permutation)
+    if inverse:
+        found = found.invert()
+    if dry_run:
+        text = (
+            f"Would move the {kind} {file} by {found.moved():,} neurons and write {output}. Nothing was done."
+        )
+        console.console.print(text, markup=False)
+        return
+    with console.stage("move"):
+        state, metadata = moving.moved(kind, file, found, unfold)
+        changed = moving.changed_tensors(kind, found, state)
+        console.say(f"{kind}: {changed}")
+    with console.stage("write"):
+        moving.write(output, file, permutation, state, metadata, inverse, console.progress)
+        console.say(f"{output.name}, {session.size(output.stat().st_size)}")
+    session.say_where(console, output)

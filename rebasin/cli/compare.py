@@ -1,0 +1,102 @@
+"""`rebasin compare`: how far apart are two models, and do they share a basin?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def compare(
+    a: o.A,
+    b: o.B,
+    permutation: o.Found = None,
+    only: o.Only = None,
+    start: o.Begin = "forward",
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    threads: o.Threads = 0,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.", show_default=False),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw them (.png, .svg, .pdf).", show_default=False),
+    ] = None,
+) -> None:
+    """How far apart two models are, block by block, and the share of neurons that aligning leaves in place.
+
+    Fine-tunes of one base share its basin: hardly any neuron moves, and aligning is of no use. Where most neurons
+    move and the distance falls, the models were trained apart.
+
+    \b
+    A table; with a picture and a file; with an alignment that is there already:
+        rebasin compare base.safetensors mine.safetensors
+        rebasin compare A B --plot apart.png --json apart.json
+        rebasin compare A B --permutation AB.permutation.safetensors
+    """
+    import json
+    import tempfile
+
+    from ..checkpoints import write_text
+    from . import session
+    from .alignment import Options, align_pair, given, specs_of
+    from .comparing import basin, by_block, draw
+    from .inputs import common, open_all
+
+    console = session.begin(device, threads)
+    with console.stage("read"):
+        models = open_all([a, b])
+        components = common(models, only)
+        console.say(f"{models[0].title}: {', '.join(components)}")
+    with console.stage("spec"):
+        specs = specs_of(models[0], components, joint=False)
+        console.say(", ".join(f"{name} {spec.neurons:,} neurons" for name, spec in specs.items()))
+    with console.stage("align"):
+        if permutation is not None:
+            found = given(permutation, specs)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                target = Path(folder) / "found.safetensors"
+                settings = Options(start, seed, False, device)
+                found = align_pair(
+                    models[0], models[1], specs, settings, target, ("a", "b"), console.progress
+                )
+        console.say(f"{found.moved:,} neurons would move")
+    with console.stage("measure"):
+        blocks = by_block(models[0], models[1], components, found, console.progress)
+    console.console.print()
+    rows = [
+        {
+            "part": block.component,
+            "block": block.name,
+            "neurons": f"{block.neurons:,}",
+            "stay": f"{100 * block.stay:.1f}%" if block.neurons else "",
+            "apart": f"{block.before:.3g}",
+            "aligned": f"{block.after:.3g}",
+        }
+        for block in blocks
+    ]
+    columns = {"part": "component", "block": "block", "neurons": "neurons", "stay": "stay in place"}
+    columns |= {"apart": "|A-B|/|A|", "aligned": "aligned"}
+    console.console.print(session.table(columns, rows, ["part", "block"]))
+    console.console.print()
+    short, tone, text = basin(blocks)
+    session.answer(console, "Do they share a basin?", short, tone, text)
+    told = {
+        "a": a.name,
+        "b": b.name,
+        "blocks": [block.to_dict() for block in blocks],
+        "answer": f"{short}. {text}",
+    }
+    if json_file is not None:
+        write_text(json_file, json.dumps(told, indent=2) + "\n")
+    if plot is not None:
+        draw(blocks, (a.name, b.name), plot)
+    written = [path for path in (json_file, plot) if path is not None]
+    if written:
+        session.say_where(console, *written)

@@ -1,0 +1,135 @@
+"""How far apart two models are, block by block."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ..checkpoints import Checkpoint
+    from .alignment import Alignment
+
+SAME, OTHER = 0.98, 0.5
+"""Shares of neurons in place above which models share a basin, and below which they do not."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a component: its neurons, the share of them that stay, and |A - B| / |A| before and after aligning."""
+
+    component: str
+    name: str
+    neurons: int
+    stay: float
+    before: float
+    after: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def block_of(parameter: str) -> str:
+    """The block that people would say a tensor is in: `down_blocks.1`, `mid_block`, `decoder.up_blocks.0`."""
+    name = parameter.removeprefix("text_model.")
+    found = re.match(r"(encoder\.layers\.\d+|(?:(?:encoder|decoder)\.)?(?:\w+_blocks\.\d+|\w+))", name)
+    return found[1] if found else name.split(".")[0]
+
+
+def by_block(
+    a: Checkpoint,
+    b: Checkpoint,
+    components: Sequence[str],
+    alignment: Alignment,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> list[Block]:
+    """Every block of these components, in the order of the model; two tensors are in memory at a time.
+
+    A group of neurons counts for the block of the first parameter it acts on: that which makes them.
+    """
+    found: list[Block] = []
+    for component in components:
+        one, other = a.component(component), b.component(component)
+        own = alignment.of(component)
+        neurons: dict[str, int] = {}
+        stay: dict[str, int] = {}
+        if own is not None:
+            for cell in own.spec.cells.values():
+                block = block_of(cell.sites[0].parameter)
+                neurons[block] = neurons.get(block, 0) + cell.size
+                stay[block] = stay.get(block, 0) + int((own.index[cell.name] == np.arange(cell.size)).sum())
+        sums: dict[str, list[float]] = {}
+        for step, name in enumerate(one):
+            left, right = one[name], other[name]
+            if not left.is_floating_point():
+                continue
+            left, right = left.float(), right.float()
+            aligned = right if own is None else own.apply_to(name, right)
+            own_sums = sums.setdefault(block_of(name), [0.0, 0.0, 0.0])
+            before = float((left - right).square().sum())
+            own_sums[0] += float(left.square().sum())
+            own_sums[1] += before
+            own_sums[2] += before if aligned is right else float((left - aligned).square().sum())
+            if progress is not None:
+                progress({"stage": component, "step": step + 1, "total": len(one)})
+        for block, (size, before, after) in sums.items():
+            count = neurons.get(block, 0)
+            found.append(
+                Block(
+                    component,
+                    block,
+                    count,
+                    stay.get(block, 0) / count if count else 1.0,
+                    (before / size) ** 0.5 if size else 0.0,
+                    (after / size) ** 0.5 if size else 0.0,
+                )
+            )
+    return found
+
+
+def basin(blocks: Sequence[Block]) -> tuple[str, str, str]:
+    """The answer in a word, its colour, and why."""
+    neurons = sum(block.neurons for block in blocks)
+    share = sum(block.neurons * block.stay for block in blocks) / max(1, neurons)
+    told = f"{100 * share:.1f}% of {neurons:,} neurons stay in place"
+    if share >= SAME:
+        return "Yes", "green", f"{told}: merge them as they are, aligning changes (next to) nothing."
+    if share < OTHER:
+        return (
+            "No",
+            "red",
+            f"Only {told}: they were trained apart, or one was permuted; align before merging.",
+        )
+    return "In part", "yellow", f"{told}; the blocks above that keep few are where aligning may help."
+
+
+def draw(blocks: Sequence[Block], names: tuple[str, str], target: Path) -> None:
+    """A bar for each block: distance before and after aligning, and the share of neurons in place."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from ..checkpoints import atomic_path
+
+    labels = [f"{block.component} {block.name}" for block in blocks]
+    y = np.arange(len(blocks))
+    figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(10, 1.5 + 0.25 * len(blocks)))
+    left.barh(y - 0.2, [block.before for block in blocks], 0.4, label="as they are", color="#c44e52")
+    left.barh(y + 0.2, [block.after for block in blocks], 0.4, label="aligned", color="#4c72b0")
+    left.set_yticks(y, labels)
+    left.invert_yaxis()
+    left.set_xlabel("|A - B| / |A|")
+    left.legend()
+    right.barh(y, [100 * block.stay for block in blocks], 0.6, color="#55a868")
+    right.set_xlabel("neurons that stay in place, %")
+    right.set_xlim(0, 100)
+    figure.suptitle(f"{names[0]} and {names[1]}")
+    figure.tight_layout()
+    with atomic_path(target) as temporary:
+        figure.savefig(temporary, dpi=120)
+    plt.close(figure)

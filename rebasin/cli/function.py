@@ -1,0 +1,103 @@
+"""What a component computes, without ever holding it whole: each layer's weights are read when its turn comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from ..checkpoints import Checkpoint
+
+State = Mapping[str, Tensor]
+
+TOLERANCE = 1e-3
+"""Largest relative change of an output that rounding explains, in float32 and in another order of summation."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The relative difference of two functions' outputs on the same input: of the worst output, and of each."""
+
+    outputs: Mapping[str, float]
+
+    @property
+    def largest(self) -> float:
+        return max(self.outputs.values(), default=0.0)
+
+    @property
+    def same(self) -> bool:
+        """Whether rounding explains it. NaN is no explanation."""
+        return self.largest < TOLERANCE
+
+
+def compare_functions(
+    checkpoint: Checkpoint, component: str, one: State, other: State, seed: int = 0
+) -> Difference:
+    """How far apart the outputs of a component are with the weights `one` and `other`, on a random input, in float32.
+
+    Raises:
+        CheckpointError: the component does not fit its architecture.
+    """
+    expected, found = (compute(checkpoint, component, state, seed) for state in (one, other))
+    return Difference({name: _distance(found[name], expected[name]) for name in expected})
+
+
+def compute(checkpoint: Checkpoint, component: str, state: State, seed: int = 0) -> dict[str, Tensor]:
+    """The outputs of a component with these weights, float32, for an input drawn from `seed`."""
+    from accelerate import cpu_offload
+
+    from ..checkpoints import architecture
+    from ..tracing.export import named_outputs
+
+    module, args, kwargs = architecture(checkpoint, component)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = min((m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)), default=1000)
+
+    def draw(example: Tensor) -> Tensor:
+        if example.is_floating_point():
+            return torch.randn(example.shape, generator=generator)
+        return torch.randint(0, tokens, example.shape, generator=generator)
+
+    args, kwargs = tree_map_only(Tensor, draw, (args, kwargs))
+    _fill_constants(module)
+    cpu_offload(module, execution_device=torch.device("cpu"), state_dict=_Wide(state))  # pyright: ignore
+    with torch.no_grad():
+        return named_outputs(module(*args, **kwargs))
+
+
+class _Wide(Mapping[str, Tensor]):
+    """A state in float32, tensor by tensor."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.state[name]
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.state
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+def _fill_constants(module: nn.Module) -> None:
+    """Buffers that no file has: of the components of a checkpoint these are the positions of CLIP's tokens."""
+    for own in module.modules():
+        for name, buffer in own.named_buffers(recurse=False):
+            if name == "position_ids" and buffer.is_meta:
+                own._buffers[name] = torch.arange(buffer.shape[-1])[None]
+
+
+def _distance(actual: Tensor, expected: Tensor) -> float:
+    difference, size = float((actual - expected).double().norm()), float(expected.double().norm())
+    return difference / size if size else difference

@@ -1,0 +1,106 @@
+"""Opening what a command is given, and refusing what it can't use before any work starts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints import open_checkpoint, require_same_family
+from ..errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from ..checkpoints import Checkpoint
+
+Progress = Callable[[dict[str, Any]], None]
+
+BLOCK = 1 << 22
+
+WEIGHT_FILES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+
+
+def open_all(paths: Sequence[Path]) -> list[Checkpoint]:
+    """The checkpoints of these paths, all of one family.
+
+    Raises:
+        CheckpointError: one is missing, damaged, something else, or of another family; names it.
+    """
+    found = [open_checkpoint(path) for path in paths]
+    for other in found[1:]:
+        require_same_family(found[0], other)
+    return found
+
+
+def common(checkpoints: Sequence[Checkpoint], only: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The components that all of them have, or those of `only`.
+
+    Raises:
+        CheckpointError: there is none, or one lacks a component of `only`.
+    """
+    if only:
+        for checkpoint in checkpoints:
+            for name in only:
+                checkpoint.require(name)
+        return tuple(name for name in checkpoints[0].components if name in only)
+    shared = [
+        name for name in checkpoints[0].components if all(name in other.components for other in checkpoints)
+    ]
+    if not shared:
+        told = " and ".join(f"{c.path.name} has {', '.join(c.components)}" for c in checkpoints[:2])
+        raise CheckpointError(f"There is nothing to merge: {told}.")
+    return tuple(shared)
+
+
+def check_output(output: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+    """Refuse an output that can't be written or would destroy something, now and not after hours of work.
+
+    Raises:
+        ConfigError: it is an input, or exists, or its folder does not.
+    """
+    folder = output.resolve().parent
+    if any(path.exists() and output.exists() and path.samefile(output) for path in inputs):
+        raise ConfigError(f"{output} is one of the inputs, which are never changed; choose another name.")
+    if not folder.is_dir():
+        raise ConfigError(f"The folder {folder} does not exist; create it or write elsewhere.")
+    if output.exists() and not overwrite:
+        raise ConfigError(f"{output} exists; add --overwrite to replace it, or choose another name.")
+    try:
+        probe = folder / f".{output.name}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"{folder} can't be written to: {error.strerror or error}.") from error
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the weights in a folder."""
+    return sum(file.stat().st_size for file in weight_files(path))
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The file itself, or the weight files of a folder, in the order of their names."""
+    if not path.is_dir():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in WEIGHT_FILES)
+
+
+def sha256_of(path: Path, progress: Progress | None = None) -> str:
+    """sha256 of a file, as model hubs show it; of a folder, of its weight files' names and hashes."""
+    files = weight_files(path)
+    total, done = max(1, sum(f.stat().st_size for f in files) >> 20), 0
+    hashes = []
+    for file in files:
+        digest = hashlib.sha256()
+        with open(file, "rb", buffering=0) as stream:
+            while block := stream.read(BLOCK):
+                digest.update(block)
+                done += len(block)
+                if progress is not None:
+                    event = {"stage": f"hash {path.name}, MB", "step": done >> 20, "total": total}
+                    progress(event)
+        hashes.append(digest.hexdigest())
+    if not path.is_dir():
+        return hashes[0]
+    listed = [f"{f.relative_to(path).as_posix()} {h}" for f, h in zip(files, hashes, strict=True)]
+    return hashlib.sha256("\n".join(listed).encode()).hexdigest()

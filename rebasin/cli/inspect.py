@@ -1,0 +1,188 @@
+"""`rebasin inspect`: what is this file, and how was it made?"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..checkpoints import Checkpoint
+
+
+def inspect(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A checkpoint, adapter or permutation.", show_default=False)
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    hashed: Annotated[bool, typer.Option("--hash", help="Compute the file's sha256, too.")] = False,
+) -> None:
+    """What a file is: family, components, types, and, if rebasin wrote it, from what and how.
+
+    Only the header is read, so it takes no time for a file of any size.
+
+    \b
+        rebasin inspect merged.safetensors
+        rebasin inspect merged.permutation.safetensors
+        rebasin inspect lora.safetensors --json
+    """
+    from . import session
+    from .inputs import sha256_of, size_of
+    from .kinds import kind_of_file
+
+    console = session.begin().console
+    kind = kind_of_file(file)
+    told: dict[str, Any] = {"file": file.name, "kind": kind, "bytes": size_of(file)}
+    told |= {"permutation": _permutation, "adapter": _adapter, "controlnet": _controlnet, "model": _model}[
+        kind
+    ](file)
+    if hashed:
+        told["sha256"] = sha256_of(file)
+    if as_json:
+        print(json.dumps(told, indent=2))
+        return
+    parts = told.pop("components", [])
+    made = told.pop("made", None)
+    told["bytes"] = f"{told['bytes']:,} ({session.size(told['bytes'])})"
+    for key, value in told.items():
+        if value not in (None, {}, [], ""):
+            console.print(f"{key.replace('_', ' '):<12} {_text(value)}", markup=False)
+    if parts:
+        console.print()
+        console.print(
+            session.table(
+                {key: key for key in parts[0]},
+                [{k: _text(v) for k, v in p.items()} for p in parts],
+                ["component", "groups", "type"],
+            )
+        )
+    if made:
+        console.print("\nMade by rebasin " + str(made.get("version")), markup=False)
+        for line in _lineage(made, "  "):
+            console.print(line, markup=False)
+
+
+def _model(file: Path) -> dict[str, Any]:
+    from ..checkpoints import open_checkpoint
+    from . import provenance
+
+    checkpoint = open_checkpoint(file)
+    hints = checkpoint.prediction
+    has_unet = "unet" in checkpoint.components
+    return {
+        "what": checkpoint.title,
+        "layout": {"ldm": "single file (LDM)", "diffusers": "diffusers"}.get(
+            checkpoint.layout, checkpoint.layout
+        ),
+        "predicts": f"{hints.kind or 'unknown'}: {hints.reason}" if has_unet else None,
+        "tensors": len(checkpoint.raw),
+        "also_has": {kind: len(names) for kind, names in checkpoint.extras.items()},
+        "metadata": sorted(k for k in checkpoint.metadata if k != provenance.KEY),
+        "components": [_component(checkpoint, name) for name in checkpoint.components],
+        "made": provenance.read(checkpoint.metadata),
+    }
+
+
+def _component(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    state: Any = checkpoint.component(name)
+    types = Counter(str(state.dtype_of(n)).removeprefix("torch.") for n in state)
+    return {
+        "component": name,
+        "type": ", ".join(types),
+        "tensors": len(state),
+        "parameters": sum(prod(state.shape_of(n)) for n in state),
+    }
+
+
+def _permutation(file: Path) -> dict[str, Any]:
+    from ..adapters import component_of
+    from ..spec import Permutation
+    from .alignment import permutation_metadata
+
+    permutation = Permutation.load(file)
+    spec = permutation.spec
+    figures = json.loads(permutation_metadata(file).get("figures", "{}"))
+    rows = []
+    for name in component_of(spec) or ("",):
+        prefix = f"{name}." if any(n.startswith(f"{name}.") for n in spec.shapes) else ""
+        cells = [c for c in spec.cells.values() if any(s.parameter.startswith(prefix) for s in c.sites)]
+        moved = sum(int((permutation.index[c.name] != range(c.size)).sum()) for c in cells)
+        rows.append({"component": name or "model", "neurons": sum(c.size for c in cells), "moved": moved})
+    return {
+        "what": "a permutation, legal by its own spec",
+        "spec": spec.hash,
+        "moved": f"{permutation.moved():,} of {spec.neurons:,} neurons in {len(spec)} groups",
+        "found": {
+            n: {k: f[k] for k in ("distance_before", "distance_after") if k in f} for n, f in figures.items()
+        },
+        "components": rows,
+    }
+
+
+def _adapter(file: Path) -> dict[str, Any]:
+    from ..adapters import describe_adapter
+    from ..checkpoints import load_pickled, load_safetensors
+    from . import provenance
+
+    state = load_safetensors(file) if file.suffix == ".safetensors" else load_pickled(file)
+    info = describe_adapter(state)
+    metadata = dict(getattr(state, "metadata", {}))
+    return {
+        "what": "an adapter: " + ", ".join(f"{n} x {kind}" for kind, n in info.kinds.items()),
+        "naming": info.naming,
+        "ranks": list(info.ranks),
+        "tensors": len(state),
+        "components": [{"component": name, "modules": n} for name, n in info.components.items()],
+        "base_model": metadata.get("ss_sd_model_name") or metadata.get("modelspec.architecture"),
+        "made": provenance.read(metadata),
+    }
+
+
+def _controlnet(file: Path) -> dict[str, Any]:
+    from ..checkpoints import load_pickled, load_safetensors
+    from ..checkpoints.folders import load_weights
+    from . import provenance
+
+    if file.is_dir():
+        state: Any = load_weights(file)
+    else:
+        state = load_safetensors(file) if file.suffix == ".safetensors" else load_pickled(file)
+    ldm = any(name.startswith("control_model.") for name in state)
+    return {
+        "what": "a ControlNet",
+        "layout": "single file (LDM)" if ldm else "diffusers",
+        "tensors": len(state),
+        "made": provenance.read(getattr(state, "metadata", {})),
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(_text, value)) if isinstance(value, list) else str(value)
+
+
+def _lineage(made: dict[str, Any], indent: str) -> list[str]:
+    """The recipe and its inputs, and theirs, indented."""
+    recipe = {k: v for k, v in made.get("recipe", {}).items() if v not in (None, False, [], {}, "")}
+    lines = [indent + ", ".join(f"{key} {_text(value)}" for key, value in recipe.items())]
+    for name, figures in (made.get("alignment") or {}).items():
+        spec = str(figures.get("spec", ""))[:12]
+        moved = f"{figures.get('moved', 0):,} of {figures.get('neurons', 0):,} neurons moved"
+        before, after = figures.get("distance_before"), figures.get("distance_after", figures.get("distance"))
+        apart = f", distance {before:.4g} to {after:.4g}" if before is not None and after is not None else ""
+        objective = f", objective {figures['objective']:.6g}" if "objective" in figures else ""
+        lines.append(f"{indent}{name}: {moved}{apart}{objective}, spec {spec}")
+    for one in made.get("inputs", []):
+        lines.append(f"{indent}from {one.get('name')}  sha256 {one.get('sha256')}")
+        if one.get("made"):
+            lines += _lineage(one["made"], indent + "    ")
+    return lines

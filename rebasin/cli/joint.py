@@ -1,0 +1,124 @@
+"""UNet and text encoders as one: what passes between them may be reordered, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import VerificationError
+from ..spec import PermutationSpec
+from ..tracing import compose, trace, verify
+
+if TYPE_CHECKING:
+    from ..checkpoints import Checkpoint
+
+State = Mapping[str, Tensor]
+Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+TEXTS = ("text_encoder", "text_encoder_2")
+PARTS = (*TEXTS, "unet")
+
+
+def joint_spec(checkpoint: Checkpoint, components: Sequence[str]) -> PermutationSpec:
+    """The spec of a UNet and its text encoders together, with names `unet.*`, `text_encoder.*`.
+
+    Traced at full size; proved in float64 on the narrow twin, which must move the same axes together.
+
+    Raises:
+        VerificationError: the proof failed; nothing may be aligned with this spec.
+    """
+    from ..checkpoints import architecture
+    from ..checkpoints.architectures import FULL_WIDTH, build, component_config
+    from ..checkpoints.specs import structure
+    from ..checkpoints.twins import TWIN_WIDTH, narrow_text, narrow_unet
+
+    module, args = _joint({name: architecture(checkpoint, name) for name in components})
+    spec = trace(module, *args)
+    family = checkpoint.family
+    ratio = TWIN_WIDTH[family] / FULL_WIDTH[family]
+    texts = {name: component_config(checkpoint, name) for name in TEXTS if name in components}
+    configs = {n: {**narrow_text(config, ratio), "vocab_size": 64} for n, config in texts.items()}
+    reads = sum(config["hidden_size"] for config in configs.values())
+    own = component_config(checkpoint, "unet")
+    width = min(TWIN_WIDTH[family], own["block_out_channels"][0])
+    pooled = list(configs.values())[-1]["projection_dim"]
+    configs["unet"] = narrow_unet(own, width, reads, pooled)
+    small, inputs = _joint({name: build(name, config, "cpu") for name, config in configs.items()})
+    twins = trace(small, *inputs)
+    if structure(twins) != structure(spec):
+        raise VerificationError(
+            f"The joint spec of {checkpoint.path} can't be proved: its narrow twin moves other axes together."
+        )
+    verify(small, twins, *inputs, dtype=torch.float64).require()
+    return spec
+
+
+def _joint(built: Mapping[str, Built]) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The modules as one that goes from token ids to predicted noise, and its example inputs."""
+    texts = [name for name in TEXTS if name in built]
+    unet, (sample, timestep, _), kwargs = built["unet"]
+    added = kwargs.get("added_cond_kwargs", {})
+    ids = [built[name][1][0] for name in texts]
+    numbers = [added["time_ids"]] if added else []
+
+    def run(*given: Any) -> Tensor:
+        n = len(texts)
+        encoders, net, tokens, (x, t, *rest) = (
+            given[:n],
+            given[n],
+            given[n + 1 : 2 * n + 1],
+            given[2 * n + 1 :],
+        )
+        hidden, pooled = [], None
+        for encoder, own in zip(encoders, tokens, strict=True):
+            states = encoder(own)
+            if isinstance(states, tuple):
+                states, pooled = states
+            hidden.append(states)
+        more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": rest[0]}} if rest else {}
+        return net(x, t, torch.cat(hidden, dim=-1), **more).sample
+
+    modules = {name: built[name][0] for name in texts} | {"unet": unet}
+    return compose(run, **modules), (*ids, sample, timestep, *numbers)
+
+
+class PrefixedState(Mapping[str, Tensor]):
+    """States of several components as one, lazily: `component.name`."""
+
+    def __init__(self, states: Mapping[str, State]) -> None:
+        self.states = states
+
+    def __getitem__(self, name: str) -> Tensor:
+        component, _, inner = name.partition(".")
+        return self.states[component][inner]
+
+    def __contains__(self, name: object) -> bool:
+        component, _, inner = str(name).partition(".")
+        return component in self.states and inner in self.states[component]
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{component}.{name}" for component, state in self.states.items() for name in state)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.states.values()))
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        component, _, inner = name.partition(".")
+        state = self.states[component]
+        known = getattr(state, "shape_of", None)
+        return tuple(known(inner)) if known is not None else tuple(state[inner].shape)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        component, _, inner = name.partition(".")
+        state = self.states[component]
+        known = getattr(state, "dtype_of", None)
+        return known(inner) if known is not None else state[inner].dtype
+
+
+def joint_state(checkpoint: Checkpoint, spec: PermutationSpec) -> PrefixedState:
+    """The components that a joint spec speaks of, as one state."""
+    names = dict.fromkeys(name.split(".")[0] for name in spec.shapes)
+    return PrefixedState({name: checkpoint.component(name) for name in names})

@@ -1,0 +1,109 @@
+"""What `rebasin apply` does to each kind of file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..adapters import component_of, joint_controlnet, move_adapter, move_controlnet, part
+from ..checkpoints import component_spec, load_pickled, load_safetensors, open_checkpoint, save_safetensors
+from ..errors import CheckpointError, SpecMismatchError
+from ..spec import Permutation, PermutationSpec
+from . import output, provenance
+from .alignment import of_component
+from .inputs import sha256_of, size_of
+
+if TYPE_CHECKING:
+    from .kinds import Kind
+
+State = Mapping[str, Tensor]
+
+
+def moved(kind: Kind, file: Path, permutation: Permutation, unfold: bool) -> tuple[State, dict[str, str]]:
+    """The file's tensors in their new order, and the metadata of its header.
+
+    Raises:
+        RebasinError: the file and the permutation do not belong together.
+    """
+    if kind == "permutation":
+        raise CheckpointError(f"{file} is a permutation itself; give a checkpoint, a LoRA or a ControlNet.")
+    if kind == "model":
+        checkpoint = open_checkpoint(file)
+        states: dict[str, State] = {}
+        for name in checkpoint.components:
+            own = of_component(permutation, name)
+            if own is not None:
+                if not is_joint(permutation.spec):
+                    part(own, component_spec(checkpoint, name))  # legal for this file, too
+                states[name] = own.view(checkpoint.component(name))
+        if not states:
+            raise SpecMismatchError(
+                f"{file} has {', '.join(checkpoint.components)}, but the permutation moves"
+                f" {', '.join(component_of(permutation.spec)) or 'something else'}."
+            )
+        return output.finished(checkpoint, states), dict(checkpoint.metadata)
+    state = load_safetensors(file) if file.suffix == ".safetensors" else load_pickled(file)
+    metadata = dict(getattr(state, "metadata", {}))
+    if kind == "adapter":
+        return move_adapter(permutation, state, unfold=unfold, what=file.name), metadata
+    return move_controlnet(permutation, state, controlnet_spec(permutation.spec), what=file.name), metadata
+
+
+def controlnet_spec(spec: PermutationSpec) -> PermutationSpec:
+    """The symmetries of a ControlNet and the UNet that `spec` speaks of.
+
+    Raises:
+        SpecMismatchError: it speaks of none.
+    """
+    from ..checkpoints.architectures import build, fit, published
+    from ..checkpoints.families import identify
+
+    prefix = (
+        "unet." if "unet" in component_of(spec) and any(n.startswith("unet.") for n in spec.shapes) else ""
+    )
+    shapes = {
+        name.removeprefix(prefix): shape for name, shape in spec.shapes.items() if name.startswith(prefix)
+    }
+    if "unet" not in component_of(spec):
+        raise SpecMismatchError("The permutation moves no UNet, so a ControlNet has nothing to follow.")
+    family = identify({"unet": shapes}, {}, "the model of this permutation").family
+    module, args, kwargs = build("unet", fit(published(family)["unet"], "unet", shapes))
+    return joint_controlnet(module, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+
+
+def is_joint(spec: PermutationSpec) -> bool:
+    """Whether a group reaches across components: then no component may be moved without the others."""
+    return (
+        any(
+            len({site.parameter.split(".")[0] for cell in group.cells for site in cell.sites}) > 1
+            for group in spec.groups
+        )
+        and len(component_of(spec)) > 1
+    )
+
+
+def changed_tensors(kind: Kind, permutation: Permutation, state: State) -> str:
+    """What moved, in a few words."""
+    if kind == "model":
+        return f"{permutation.moved():,} neurons"
+    return f"{len(state):,} tensors follow {permutation.moved():,} neurons"
+
+
+def write(
+    target: Path,
+    file: Path,
+    permutation: Path,
+    state: State,
+    metadata: Mapping[str, str],
+    inverse: bool,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Write what was moved, with a header that says by what."""
+    source = provenance.source(file, sha256_of(file), size_of(file), metadata)
+    recipe = {"command": "apply", "permutation": permutation.name, "inverse": inverse}
+    recipe["permutation_sha256"] = sha256_of(permutation)
+    header = provenance.header(metadata, [source], recipe, None)
+    save_safetensors(target, state, header, keep_order=True, finite=True, progress=progress)

@@ -1,0 +1,130 @@
+"""What is written: types, pruning, another VAE, CLIP's position ids, single file or folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import FORMATS, atomic_path, save_safetensors
+from ..checkpoints.links import DerivedState, Item, passed
+from ..checkpoints.writer import all_finite, convert, target_dtype
+from ..errors import CheckpointError, ConfigError
+from .options import DTYPES
+
+if TYPE_CHECKING:
+    from ..checkpoints import Checkpoint
+
+State = Mapping[str, Tensor]
+Progress = Callable[[dict[str, Any]], None]
+
+MARKS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+"""Names of empty or tiny tensors by which loaders tell what a model predicts: never pruned."""
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The type that a user's word means; None for none.
+
+    Raises:
+        ConfigError: there is no such type.
+    """
+    if name is None:
+        return None
+    if name not in FORMATS:
+        raise ConfigError(f"There is no type {name!r} to store in; choose one of {', '.join(DTYPES)}.")
+    return FORMATS[name]
+
+
+def stored_as(
+    wanted: torch.dtype | None, checkpoint: Checkpoint
+) -> torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None:
+    """The type of each tensor; 8 bits are for the UNet's matrices only, as the loaders of such files expect."""
+    if wanted is None or wanted.itemsize > 1 or "unet" not in checkpoint.components:
+        return wanted
+    large = {
+        link.source
+        for link in checkpoint.links["unet"]
+        if len(checkpoint.component("unet").shape_of(link.name)) > 1  # type: ignore[attr-defined]
+    }
+    return lambda name, own: wanted if name in large else torch.float16
+
+
+def finished(
+    checkpoint: Checkpoint,
+    states: Mapping[str, State],
+    *,
+    keep_dtype: bool = True,
+    vae: Checkpoint | None = None,
+    prune: bool = False,
+    fix_clip: bool = False,
+    ema: bool = False,
+) -> DerivedState:
+    """`checkpoint` with these components, as it is to be written; nothing is computed yet.
+
+    Args:
+        vae: take the VAE from here.
+        prune: leave out what belongs to no component, but for marks and position ids.
+        fix_clip: position ids as int64 0 to 76.
+        ema: keep the moving averages of training; they are not those of a merge.
+
+    Raises:
+        CheckpointError: the other VAE does not fit.
+    """
+    if vae is not None:
+        states = {**states, "vae": _fitting_vae(checkpoint, vae)}
+    whole = checkpoint.restore(states, keep_dtype)
+    dropped = set() if ema else set(checkpoint.extras.get("ema", ()))
+    if prune:
+        for kind in ("ema", "schedule", "unused", "other"):
+            dropped.update(name for name in checkpoint.extras.get(kind, ()) if name not in MARKS)
+    items = {name: passed(whole, name) for name in whole if name not in dropped}
+    if fix_clip:
+        for name in checkpoint.extras.get("position_ids", ()):
+            length = items[name].shape[-1]
+            items[name] = Item((1, length), torch.int64, lambda n=length: torch.arange(n)[None])
+    return DerivedState(items)
+
+
+def _fitting_vae(checkpoint: Checkpoint, vae: Checkpoint) -> State:
+    theirs = vae.component("vae")
+    ours = checkpoint.shapes("vae")
+    for name, shape in ours.items():
+        if name not in theirs or tuple(vae.shapes("vae")[name]) != tuple(shape):
+            raise CheckpointError(
+                f"The VAE of {vae.path} does not fit {checkpoint.path}: {name!r} has another shape or is missing."
+            )
+    return theirs
+
+
+def write(
+    target: Path,
+    state: State,
+    header: Mapping[str, str],
+    dtype: torch.dtype | None,
+    like: Checkpoint,
+    progress: Progress | None = None,
+) -> None:
+    """Write `state` as a .safetensors file, or as the pickle that old tools want if `target` ends with .ckpt.
+
+    Raises:
+        CheckpointError: a value is no number or does not fit its type, or the file can't be written.
+    """
+    stored = stored_as(dtype, like)
+    if target.suffix != ".ckpt":
+        save_safetensors(target, state, header, dtype=stored, keep_order=True, finite=True, progress=progress)
+        return
+    tensors = {}  # a pickle can't be streamed
+    for step, name in enumerate(state, 1):
+        tensor = state[name]
+        tensors[name] = convert(tensor, target_dtype(name, tensor.dtype, stored), name, target)
+        if tensor.is_floating_point() and not all_finite(tensor):
+            raise CheckpointError(
+                f"Tensor {name!r} has values that are infinite or no numbers, so {target} was not written."
+            )
+        if progress is not None:
+            progress({"stage": "save", "step": step, "total": len(state), "name": name})
+    with atomic_path(target) as temporary:
+        torch.save({"state_dict": tensors, "metadata": dict(header)}, temporary)

@@ -1,0 +1,137 @@
+"""`--dry-run`: what would be done, on what, and roughly what it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING
+
+from .inputs import size_of
+from .output import dtype_of
+from .session import size, table
+
+if TYPE_CHECKING:
+    from ..checkpoints import Checkpoint
+    from ..reporting.console import Console
+    from ..spec import PermutationSpec
+    from .jobs import Request
+
+DISK = 4e8
+"""Bytes a second, a middling solid-state disk; there is no telling how much of a file is in memory already."""
+
+SWEEPS = 2
+"""A pair that needs no moving takes one sweep that finds so; one that does, a few more."""
+
+
+def show_plan(
+    console: Console, request: Request, models: Sequence[Checkpoint], components: Sequence[str]
+) -> None:
+    """Print the plan, the sizes, and estimates of memory and time."""
+    from ..checkpoints import component_spec
+
+    rows = []
+    for model in models:
+        rows.append(
+            {
+                "file": model.path.name,
+                "what": model.title,
+                "layout": model.layout,
+                "has": ", ".join(model.components),
+                "size": size(size_of(model.path)),
+            }
+        )
+    say = console.console.print
+    say()
+    say(
+        table(
+            {"file": "file", "what": "what", "layout": "layout", "has": "has", "size": "size"},
+            rows,
+            ["file", "what", "layout", "has"],
+        )
+    )
+    left_out = sorted({name for model in models for name in model.components} - set(components))
+    if left_out:
+        say(f"\nTaken from {models[0].path.name} as they are: {', '.join(left_out)}.", markup=False)
+    inputs = sum(size_of(model.path) for model in models)
+    widest = _largest_tensor(models[0], components)
+    memory, seconds = 3e8 + 4 * len(models) * widest * 3, 3 * inputs / DISK
+    if request.align and request.permutation is None:
+        specs = {name: component_spec(models[0], name, prove=False) for name in components}
+        rate = _rate()
+        rows = []
+        for name, spec in specs.items():
+            own = _seconds(spec, rate) * max(1, len(models) - 1) * (1 if len(models) == 2 else 2)
+            seconds += own
+            rows.append(
+                {"component": name, "neurons": f"{spec.neurons:,}", "groups": len(spec), "time": _about(own)}
+            )
+        say("\nAlign to the first model:")
+        columns = {"component": "component", "neurons": "neurons", "groups": "groups", "time": "about"}
+        say(table(columns, rows, ["component"]))
+        memory = max(memory, *(_memory(spec, models[0], name, len(models)) for name, spec in specs.items()))
+    elif request.permutation is not None:
+        say(f"\nAlign by {request.permutation}.", markup=False)
+    bytes_out = _output_size(request, models[0])
+    say(
+        f"\nWrite {request.output}, {size(bytes_out)}, as {request.dtype or 'the types of the first model'}"
+        f"{', pruned' if request.prune else ''}.",
+        markup=False,
+    )
+    say(f"Memory about {size(memory)}, time about {_about(seconds)}. Nothing was done.")
+
+
+def _largest_tensor(model: Checkpoint, components: Sequence[str]) -> int:
+    return max(prod(shape) for name in components for shape in model.shapes(name).values())
+
+
+def _memory(spec: PermutationSpec, model: Checkpoint, component: str, models: int) -> float:
+    """Bytes: the interpreter, tensors that moved (at worst all of one component), cost matrices, and a mean of many."""
+    shapes = model.shapes(component)
+    item = 2 if models == 2 else 4
+    group = max((max(cell.size for cell in g.cells) for g in spec), default=0)
+    return (
+        6e8 + item * sum(map(prod, shapes.values())) + 3 * 8 * group**2 + 8 * max(map(prod, shapes.values()))
+    )
+
+
+def _seconds(spec: PermutationSpec, rate: float) -> float:
+    """Products for the costs of every cell, and its assignment, which is about cubic."""
+    total = 0.0
+    shapes: Mapping[str, tuple[int, ...]] = spec.shapes
+    for group in spec:
+        for cell in group.cells:
+            flops = sum(
+                2 * cell.size * prod(shapes[site.parameter]) / max(1, len(spec.axes[site.parameter]))
+                for site in cell.sites
+            )
+            total += flops / rate + 3e-10 * cell.size**2.5
+    return SWEEPS * total + 0.002 * len(spec)
+
+
+def _rate() -> float:
+    """Multiplications and additions a second of this machine, measured in a moment."""
+    import torch
+
+    x = torch.randn(512, 512)
+    x @ x
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.1:
+        x @ x
+        count += 1
+    return 2 * 512**3 * count / (time.perf_counter() - began)
+
+
+def _output_size(request: Request, model: Checkpoint) -> int:
+    from ..checkpoints.writer import target_dtype
+    from .output import finished, stored_as
+
+    wanted = stored_as(dtype_of(request.dtype), model)
+    state = finished(model, {}, prune=request.prune)
+    return sum(prod(state.shape_of(n)) * target_dtype(n, state.dtype_of(n), wanted).itemsize for n in state)
+
+
+def _about(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

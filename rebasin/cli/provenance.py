@@ -1,0 +1,85 @@
+"""What an output's header says about how it was made: names and hashes, no paths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+
+KEY = "rebasin"
+"""The entry of a safetensors header that holds ours, in JSON."""
+
+STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "sd_merge_recipe", "sd_merge_models")
+"""What an input's header says of its own bytes, and is no longer true of the output."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input: its file name, sha256 and size in bytes, and what its own header says about where it is from."""
+
+    name: str
+    sha256: str
+    size: int
+    made: Mapping[str, Any] | None = None
+    legacy: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {"name": self.name, "sha256": self.sha256, "size": self.size}
+        return own | ({"made": dict(self.made)} if self.made else {})
+
+
+def source(path: Path, sha256: str, size: int, metadata: Mapping[str, str]) -> Source:
+    """The record of an input."""
+    return Source(path.name, sha256, size, read(metadata), legacy_hash(path))
+
+
+def read(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """What a header of ours says; None if it is not ours or is damaged."""
+    try:
+        told = json.loads(metadata[KEY])
+    except (KeyError, ValueError):
+        return None
+    return told if isinstance(told, dict) else None
+
+
+def header(
+    kept: Mapping[str, str],
+    sources: Sequence[Source],
+    recipe: Mapping[str, Any],
+    alignment: Mapping[str, Any] | None,
+) -> dict[str, str]:
+    """The metadata of an output: those of the first input that still hold, ours, and those that A1111 shows.
+
+    Args:
+        kept: the first input's.
+        recipe: what was done, with every option that changes the result.
+        alignment: component -> spec hash, neurons moved, objective, distances; None if nothing was aligned.
+    """
+    ours = {
+        "version": __version__,
+        "inputs": [one.to_dict() for one in sources],
+        "recipe": dict(recipe),
+        "alignment": dict(alignment) if alignment is not None else None,
+    }
+    theirs = {
+        "sd_merge_recipe": json.dumps({"type": "rebasin", **recipe}),
+        "sd_merge_models": json.dumps(
+            {one.sha256: {"name": one.name, "legacy_hash": one.legacy} for one in sources}
+        ),
+    }
+    carried = {key: text for key, text in kept.items() if key not in STALE}
+    return {"format": "pt", **carried, **theirs, KEY: json.dumps(ours)}
+
+
+def legacy_hash(path: Path) -> str | None:
+    """The short hash by which older tools know a file: of 64 kB at 1 MB. None of a folder."""
+    if path.is_dir():
+        return None
+    with open(path, "rb") as file:
+        file.seek(0x100000)
+        return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]

@@ -1,0 +1,111 @@
+"""What all commands that compute have in common: threads, quiet libraries, the console, and the three answers."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..reporting.console import Console
+    from .alignment import Alignment
+    from .function import Difference
+
+
+def begin(device: str = "cpu", threads: int = 0) -> Console:
+    """Set torch up and give the console on which progress is shown.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    # No advice from the libraries about image processors and schedulers, which are as they should be.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.filterwarnings("ignore")
+    import torch
+
+    from ..reporting.console import Console
+
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"The device {device!r} can't be used here: {str(error).splitlines()[0]}"
+        ) from error
+    return Console()
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def table(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], left: Sequence[str] = ()) -> Table:
+    """A table of `rows`; numbers to the right."""
+    made = Table(box=None, pad_edge=False, header_style="dim")
+    for key, title in columns.items():
+        made.add_column(title, justify="left" if key in left else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*(str(row.get(key, "")) for key in columns))
+    return made
+
+
+def answer(console: Console, question: str, short: str, tone: str, text: str) -> None:
+    """One of the answers that end a command."""
+    from rich.markup import escape
+
+    console.console.print(f"{question} [bold {tone}]{short}.[/] {escape(text)}")
+
+
+def say_legal(console: Console, checks: Mapping[str, Difference] | None, moved: int) -> None:
+    """Whether the alignment preserved what B computes."""
+    if not moved:
+        answer(console, "Is it legal?", "Yes", "green", "No neuron had to move, so B is what it was.")
+    elif checks is None:
+        text = "The symmetries are proved (not checked on these weights: --no-check)."
+        answer(console, "Is it legal?", "Yes", "green", text)
+    else:
+        worst = max((check.largest for check in checks.values()), default=0.0)
+        text = f"B's outputs before and after its neurons moved differ by {worst:.1e} relative, which is rounding."
+        answer(console, "Is it legal?", "Yes", "green", text)
+
+
+def say_moved(console: Console, alignment: Alignment) -> None:
+    """Whether anything moved, and what became of the distance."""
+    neurons = (
+        sum(f.get("neurons", 0) for f in alignment.figures.values()) or alignment.permutation.spec.neurons
+    )
+    before, after = distances(alignment)
+    if not alignment.moved:
+        text = f"All {neurons:,} neurons of B are in A's order already, so this is the plain merge."
+        answer(console, "Did anything move?", "No", "yellow", text)
+        return
+    share = 100 * alignment.moved / max(1, neurons)
+    fell = f" The distance of the weights fell from {before:.4g} to {after:.4g}." if before else ""
+    text = f"{alignment.moved:,} of {neurons:,} neurons ({share:.1f}%) moved.{fell}"
+    answer(console, "Did anything move?", "Yes", "green", text)
+
+
+def distances(alignment: Alignment) -> tuple[float, float]:
+    """The distance of all aligned weights before and after."""
+    figures = alignment.figures.values()
+    before = sum(f.get("distance_before", 0.0) ** 2 for f in figures) ** 0.5
+    return before, sum(f.get("distance_after", 0.0) ** 2 for f in figures) ** 0.5
+
+
+def say_where(console: Console, *paths: Any) -> None:
+    """Where the results are."""
+    from rich.markup import escape
+
+    console.console.print(f"Where is it? {escape(', '.join(str(path) for path in paths))}")

@@ -1,0 +1,95 @@
+"""`rebasin verify`: do two files compute the same?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def verify(
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="A model, or a permutation file.", show_default=False)
+    ],
+    b: Annotated[
+        Path,
+        typer.Argument(
+            metavar="B",
+            help="What A was aligned to become, or the model that the permutation is for.",
+            show_default=False,
+        ),
+    ],
+    only: o.Only = None,
+    seed: o.Seed = 0,
+    threads: o.Threads = 0,
+) -> None:
+    """Is an alignment legal? Computes with both files, on the same random inputs, and compares the outputs.
+
+    An aligned model must compute what it computed before, up to rounding. Weights are read layer by layer, so a
+    model of any size fits into memory. The exit code is 1 if the two differ.
+
+    \b
+    B before and after aligning:
+        rebasin verify B.safetensors B_aligned.safetensors
+    Would this permutation be legal for that model?
+        rebasin verify B_aligned.permutation.safetensors C.safetensors
+    """
+    from ..adapters import part
+    from ..checkpoints import component_spec, open_checkpoint
+    from ..errors import CheckpointError, RebasinError
+    from . import session
+    from .alignment import of_component
+    from .function import compare_functions
+    from .inputs import common, open_all
+    from .kinds import kind_of_file
+
+    console = session.begin(threads=threads)
+    rows, failures = [], []
+    with console.stage("read"):
+        permutation = None
+        if kind_of_file(a) == "permutation":
+            from ..spec import Permutation
+
+            permutation = Permutation.load(a)
+            models = [open_checkpoint(b)]
+        else:
+            models = open_all([a, b])
+        names = common(models, only)
+        console.say(f"{models[0].title}: {', '.join(names)}")
+    with console.stage("compute"):
+        for number, name in enumerate(names):
+            console.progress({"stage": name, "step": number, "total": len(names)})
+            one = models[0].component(name)
+            if permutation is None:
+                other = models[1].component(name)
+            else:
+                own = of_component(permutation, name)
+                if own is None:
+                    continue
+                try:
+                    part(own, component_spec(models[0], name))
+                except RebasinError as error:
+                    failures.append(f"{name}: {error}")
+                    continue
+                other = own.view(one)
+            found = compare_functions(models[0], name, one, other, seed)
+            rows.append(
+                {"part": name, "error": f"{found.largest:.1e}", "same": "yes" if found.same else "no"}
+            )
+            if not found.same:
+                failures.append(
+                    f"the {name} computes something else (relative difference {found.largest:.2g})"
+                )
+    if not rows and not failures:
+        raise CheckpointError(f"{a} moves none of the components of {b}.")
+    console.console.print()
+    columns = {"part": "component", "error": "largest relative difference", "same": "same function"}
+    console.console.print(session.table(columns, rows, ["part"]))
+    console.console.print()
+    if failures:
+        session.answer(console, "Do they compute the same?", "No", "red", "; ".join(failures) + ".")
+        raise typer.Exit(1)
+    session.answer(console, "Do they compute the same?", "Yes", "green", "The differences are rounding.")
