@@ -467,6 +467,24 @@ def test_threads_change_nothing(name: str) -> None:
     assert [s.updates for s in alone.history] == [s.updates for s in together.history]
 
 
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_tf32_is_as_asked_and_as_before_afterwards(
+    wanted: bool, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", before)
+    seen: list[bool] = []
+
+    def order(sweep: int, groups: int) -> range:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return range(groups)
+
+    spec = attention()
+    weight_matching(spec, draw(spec, 1), draw(spec, 2), order=order, tf32=wanted)
+    assert seen and set(seen) == {wanted}
+    assert torch.backends.cuda.matmul.allow_tf32 is before
+
+
 def test_threads_wait_for_earlier_groups_that_share_a_tensor() -> None:
     spec = group_norm()
     before = sharing(spec)

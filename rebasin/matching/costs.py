@@ -13,7 +13,8 @@ counts places, not original neurons, and the identity stands for leaving things 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 
 import numpy as np
@@ -87,6 +88,17 @@ class WeightCosts:
         if vectors_a:  # biases and norm affines: one product of rank m instead of m outer products
             _add(total, torch.cat(vectors_a, dim=1), torch.cat(vectors_b, dim=1), 1.0)
         return total
+
+
+@contextmanager
+def tensor_cores(allowed: bool) -> Iterator[None]:
+    """For the block, let CUDA compute float32 products from factors rounded to TF32, or forbid it."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _add(total: Tensor, a: Tensor, b: Tensor, weight: float) -> None:
