@@ -21,7 +21,7 @@ from torch import Tensor
 from rebasin.errors import CheckpointError, ConfigError, SpecMismatchError
 from rebasin.matching import MatchState, exchange_losses, weight_matching
 from rebasin.matching.assignment import assign, leaves
-from rebasin.matching.costs import WeightCosts
+from rebasin.matching.costs import WeightCosts, tensor_cores
 from rebasin.matching.pair import Pair, inner
 from rebasin.matching.schedule import neighbours, order_of, run_in_order, sharing
 from rebasin.spec import Branch, Cell, Group, Leaf, Permutation, PermutationSpec, Site
@@ -469,10 +469,7 @@ def test_threads_change_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("wanted", [False, True])
-def test_tf32_is_as_asked_and_as_before_afterwards(
-    wanted: bool, before: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", before)
+def test_tf32_is_as_asked_and_as_before_afterwards(wanted: bool, before: bool) -> None:
     seen: list[bool] = []
 
     def order(sweep: int, groups: int) -> range:
@@ -480,9 +477,10 @@ def test_tf32_is_as_asked_and_as_before_afterwards(
         return range(groups)
 
     spec = attention()
-    weight_matching(spec, draw(spec, 1), draw(spec, 2), order=order, tf32=wanted)
+    with tensor_cores(before):
+        weight_matching(spec, draw(spec, 1), draw(spec, 2), order=order, tf32=wanted)
+        assert torch.backends.cuda.matmul.allow_tf32 is before
     assert seen and set(seen) == {wanted}
-    assert torch.backends.cuda.matmul.allow_tf32 is before
 
 
 def test_threads_wait_for_earlier_groups_that_share_a_tensor() -> None:
