@@ -3,6 +3,7 @@
 from .architectures import architecture
 from .atomic import atomic_path, write_text
 from .checkpoint import Checkpoint, open_checkpoint, require_same_family
+from .output import Saved, save_checkpoint
 from .pickled import PickledState, load_pickled
 from .reader import JoinedState, LazyState, load_metadata, load_safetensors
 from .specs import component_spec
@@ -14,6 +15,7 @@ __all__ = [
     "JoinedState",
     "LazyState",
     "PickledState",
+    "Saved",
     "architecture",
     "atomic_path",
     "component_spec",
@@ -22,6 +24,7 @@ __all__ = [
     "load_safetensors",
     "open_checkpoint",
     "require_same_family",
+    "save_checkpoint",
     "save_safetensors",
     "write_text",
 ]

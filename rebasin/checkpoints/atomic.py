@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,48 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
             os.close(handle)
 
 
+@contextmanager
+def atomic_folder(path: PathLike) -> Iterator[Path]:
+    """A temporary folder beside `path`, renamed to it at the end, or removed if the block fails.
+
+    Raises:
+        CheckpointError: `path` exists and is no empty folder, or it can't be written.
+    """
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists already; choose a new folder for the result.")
+    remove_leftovers(target)
+    handle = None
+    try:
+        temporary = Path(
+            tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target), suffix=MARK + target.suffix)
+        )
+        if fcntl is not None:
+            handle = os.open(temporary, os.O_RDONLY)
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        raise CheckpointError(f"{target} can't be written: {error.strerror or error}.") from error
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        if target.exists():
+            target.rmdir()  # an empty one
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{target} can't be written: {error.strerror or error}.") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def remove_leftovers(path: PathLike) -> list[Path]:
     """Remove the temporary files that killed runs left beside `path`; returns their paths."""
     target, removed = Path(path), []
@@ -66,7 +109,7 @@ def remove_leftovers(path: PathLike) -> list[Path]:
                 handle = os.open(found, os.O_RDONLY)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    found.unlink()
+                    shutil.rmtree(found) if found.is_dir() else found.unlink()
                     removed.append(found)
                 finally:
                     os.close(handle)

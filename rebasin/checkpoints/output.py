@@ -1,0 +1,221 @@
+"""Writing a checkpoint out as a single file or a diffusers folder, whichever it came as."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .architectures import PARTS_OF, component_config, published
+from .atomic import PathLike, atomic_folder, atomic_path, write_text
+from .components import TEXT, TEXT_2, UNET, VAE
+from .layouts import single_file
+from .links import ComponentState, DerivedState, Item, passed
+from .reader import dtype_of, shape_of
+from .writer import Progress, all_finite, convert, require_space, save_safetensors, target_dtype
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+
+State = Mapping[str, Tensor]
+Types = torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None
+
+FILES = (".safetensors", ".ckpt")
+"""What a single file may be called; every other name is that of a folder."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written, in bytes, and what could not be kept, a sentence each."""
+
+    path: Path
+    bytes: int
+    notes: tuple[str, ...]
+
+
+def save_checkpoint(
+    path: PathLike,
+    checkpoint: Checkpoint,
+    state: State | None = None,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    dtype: Types = None,
+    progress: Progress | None = None,
+) -> Saved:
+    """Write `state`, which has the names of `checkpoint`, under `path`, whose form decides the layout.
+
+    Args:
+        path: NAME.safetensors or NAME.ckpt is one file: in the names that the checkpoint came with, or, if it came
+            as a diffusers folder, in the original layout. Every other name is a new diffusers folder. A .ckpt is a
+            plain dictionary of tensors and is put together in memory.
+        state: `checkpoint.restore(...)`, a merge, or None for the checkpoint itself; may lack or add tensors.
+        metadata: for the headers.
+        dtype: as of `save_safetensors`; a function is asked with the names of `checkpoint`.
+
+    Raises:
+        CheckpointError: one sentence; nothing was written.
+    """
+    target = Path(path)
+    state = checkpoint.raw if state is None else state
+    if target.exists() and checkpoint.path.exists() and target.samefile(checkpoint.path):
+        raise CheckpointError(f"{target} is an input; choose another name for the result.")
+    whole, notes = cast(state, dtype, target), []
+    if target.suffix not in FILES:
+        return _save_folder(target, checkpoint, whole, metadata, progress)
+    if checkpoint.path.is_dir():
+        whole = _one_file(checkpoint, whole, notes)
+    if target.suffix == ".ckpt":
+        _save_pickle(target, whole, progress)
+    else:
+        header = {"format": "pt", **(metadata or {})}
+        save_safetensors(target, whole, header, keep_order=True, finite=True, progress=progress)
+    return Saved(target, target.stat().st_size, tuple(notes))
+
+
+def parts(checkpoint: Checkpoint, state: State) -> dict[str, State]:
+    """Component -> its tensors in diffusers' names, out of a state that has the names of `checkpoint`."""
+    found: dict[str, State] = {}
+    for name in checkpoint.components:
+        found[name] = ComponentState(state, [link for link in checkpoint.links[name] if link.source in state])
+    return found
+
+
+def _one_file(checkpoint: Checkpoint, state: State, notes: list[str]) -> State:
+    """A folder's components as one file in the original layout."""
+    own = parts(checkpoint, state)
+    left = len(state) - len(
+        {link.source for links in checkpoint.links.values() for link in links} & set(state)
+    )
+    if left:
+        notes.append(f"{left} tensors that belong to no component have no place in a single file.")
+    if checkpoint.family in PARTS_OF:
+        return DerivedState({name: passed(s, name) for s in own.values() for name in s})
+    return single_file(checkpoint.family, own)
+
+
+def cast(state: State, dtype: Types, where: object) -> State:
+    """`state` in other types, tensor by tensor when they are asked for; a value that does not fit is an error."""
+    if dtype is None:
+        return state
+
+    def item(name: str) -> Item:
+        stored = target_dtype(name, dtype_of(state, name), dtype)
+        return Item(shape_of(state, name), stored, lambda: convert(state[name], stored, name, where))
+
+    return DerivedState({name: item(name) for name in state})
+
+
+def _save_pickle(target: Path, state: State, progress: Progress | None) -> None:
+    """A .ckpt as the original code wrote it: {"state_dict": tensors}."""
+    require_space(target, _bytes(state))
+    tensors = {}
+    for step, name in enumerate(state, 1):
+        tensors[name] = state[name].detach().cpu().contiguous()
+        if not all_finite(tensors[name]):
+            raise CheckpointError(
+                f"Tensor {name!r} has values that are infinite or no numbers, so {target} was not written."
+            )
+        if progress is not None:
+            progress({"stage": "save", "step": step, "total": len(state), "name": name})
+    with atomic_path(target) as temporary:
+        torch.save({"state_dict": tensors}, temporary)
+
+
+def _bytes(state: State) -> int:
+    return sum(torch.Size(shape_of(state, name)).numel() * dtype_of(state, name).itemsize for name in state)
+
+
+WEIGHTS = {UNET: "diffusion_pytorch_model", VAE: "diffusion_pytorch_model", TEXT: "model", TEXT_2: "model"}
+
+CLASSES = {
+    UNET: ("diffusers", "UNet2DConditionModel"),
+    VAE: ("diffusers", "AutoencoderKL"),
+    TEXT: ("transformers", "CLIPTextModel"),
+    TEXT_2: ("transformers", "CLIPTextModelWithProjection"),
+}
+
+TOKENIZERS = {TEXT: "tokenizer", TEXT_2: "tokenizer_2"}
+
+
+def _save_folder(
+    target: Path,
+    checkpoint: Checkpoint,
+    state: State,
+    metadata: Mapping[str, str] | None,
+    progress: Progress | None,
+) -> Saved:
+    require_space(target, _bytes(state))
+    own = parts(checkpoint, state)
+    left = len(state) - len(
+        {link.source for links in checkpoint.links.values() for link in links} & set(state)
+    )
+    notes = (
+        [f"{left} tensors that belong to no component have no place in a diffusers folder."] if left else []
+    )
+    with atomic_folder(target) as temporary:
+        for name, part in own.items():
+            _save_part(temporary / name, checkpoint, name, part, metadata, progress)
+        _save_index(temporary, checkpoint, own, notes)
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    return Saved(target, size, tuple(notes))
+
+
+def _save_part(
+    folder: Path,
+    checkpoint: Checkpoint,
+    name: str,
+    state: State,
+    metadata: Mapping[str, str] | None,
+    progress: Progress | None,
+) -> None:
+    folder.mkdir()
+    write_json(folder / "config.json", component_config(checkpoint, name))
+    path = folder / f"{WEIGHTS[name]}.safetensors"
+    header = {"format": "pt", **(metadata or {})}
+    save_safetensors(path, state, header, keep_order=True, finite=True, progress=progress)
+
+
+def _save_index(folder: Path, checkpoint: Checkpoint, own: Iterable[str], notes: list[str]) -> None:
+    """model_index.json and the scheduler; tokenizers are copied from a folder that has them."""
+    if checkpoint.family in PARTS_OF:
+        return
+    release = published(checkpoint.family)
+    scheduler = dict(release["scheduler"])
+    if checkpoint.prediction.kind is not None:
+        scheduler["prediction_type"] = checkpoint.prediction.kind
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index: dict[str, Any] = {"_class_name": release["pipeline"]}
+    index |= {name: list(CLASSES[name]) for name in own}
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    for name, tokenizer in TOKENIZERS.items():
+        if name in index:
+            copied = _copy(checkpoint.path / tokenizer, folder / tokenizer)
+            index[tokenizer] = ["transformers", "CLIPTokenizer"] if copied else [None, None]
+    if any(index.get(tokenizer) == [None, None] for tokenizer in TOKENIZERS.values()):
+        notes.append(
+            "The folder has no tokenizer, as a single file holds none; add CLIP's to load it as a pipeline."
+        )
+    write_json(folder / "model_index.json", index)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a config as diffusers does."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _copy(source: Path, target: Path) -> bool:
+    if not source.is_dir():
+        return False
+    target.mkdir()
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in (".json", ".txt"):
+            shutil.copyfile(file, target / file.name)
+    return True
