@@ -5,7 +5,8 @@ than to solve it from nothing. A row's largest entry bounds what the row can con
 argmaxima are all different, they are an optimal assignment. The same holds after any number has been
 subtracted from each column, because every assignment loses the same total. Half the squared norm of the
 column's neuron is a good number to subtract: the argmax of `a_i . b_j - |b_j|^2 / 2` is the nearest neighbour
-of a_i, whatever the norms. What neither test decides goes to scipy's exact solver.
+of a_i, whatever the norms. What neither test decides is solved: a large problem through its promising entries
+(candidates.py), a small one, or one that this did not prove in time, by scipy's dense solver.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+from .candidates import SMALLEST, by_candidates
 
 TOLERANCE = 1e-12
 """A gain has to exceed this share of the values compared; below it the neurons stay where they are."""
@@ -30,7 +33,7 @@ def linear_assignment(
         costs: [n, n] float, on any device; finite.
         potentials: gives one number a column, [n], to be subtracted in the second shortcut (or None); asked
             for only if the first fails. It may be anything: it decides how fast the answer comes, never what
-            it is.
+            it is worth.
         tolerance: a gain over the identity below this share counts as none.
 
     Returns:
@@ -39,9 +42,12 @@ def linear_assignment(
         gain: its gain over the identity, 0.0 if it is the identity.
     """
     n = costs.shape[0]
+    subtracted = None
     column = _by_argmax(costs)
     if column is None and potentials is not None and (subtracted := potentials()) is not None:
         column = _by_argmax(costs - subtracted.to(costs))
+    if column is None and n >= SMALLEST:
+        column = by_candidates(costs, subtracted)
     if column is None:
         column = linear_sum_assignment(costs.cpu().numpy(), maximize=True)[1].astype(np.int64)
     stay = costs.diagonal().double().cpu().numpy()
@@ -56,7 +62,8 @@ def linear_assignment(
 
 def _by_argmax(costs: Tensor) -> np.ndarray | None:
     """The rows' argmaxima [n] if they are a bijection, and so an optimal assignment; else None."""
-    column = costs.argmax(dim=1).cpu().numpy()
+    on_cpu = costs.device.type == "cpu"  # there numpy is ten times as fast as torch
+    column = costs.numpy().argmax(axis=1) if on_cpu else costs.argmax(dim=1).cpu().numpy()
     hit = np.zeros(column.size, dtype=bool)
     hit[column] = True
     return column if hit.all() else None
