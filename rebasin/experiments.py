@@ -27,7 +27,8 @@ SIZES = ("full", "small")
 SHOW = {"--cfg", "-c", "--info", "-i"}
 
 IRRELEVANT = (
-    "again", "dry_run", "experiment", "hydra", "logger", "path", "resume", "size", "tensors", "threads",
+    "again", "dry_run", "experiment", "hydra", "logger", "path", "resume", "size", "target",
+    "tensors", "threads",
 )  # fmt: skip
 """Options that change no figure: a finished run with other values of these is still finished."""
 

@@ -34,6 +34,7 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
     from .judge import in_words, load_judge
     from .merging import interpolate
     from .run_many import is_many, run_many
+    from .structure import restrict
     from .tasks import load_task
     from .tracing import trace
 
@@ -47,7 +48,7 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
         task = load_task(cfg)
     with console.stage("spec"):
         specs = {name: trace(part.model, *part.args, **part.kwargs) for name, part in task.parts.items()}
-        spec = specs[task.aligned]
+        specs[task.aligned] = spec = restrict(specs[task.aligned], cfg.structure)
         console.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
     if cfg.dry_run:
         console.plan(task, specs, config, folder)
@@ -86,7 +87,8 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
                 rewards = judge(task, state_a, state_b, aligned, console.progress)
                 console.say(in_words(rewards))
         with console.stage("report"):
-            reporting.save_tensors(folder, match.permutation, aligned, merged, config)
+            if cfg.tensors:
+                reporting.save_tensors(folder, match.permutation, aligned, merged, config)
             results = reporting.collect(
                 config, task, spec, checks, match, curves, console.seconds, command, rewards
             )
@@ -96,16 +98,25 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
     return results
 
 
-def job(cfg: DictConfig) -> None:
-    """What Hydra calls, once for each run of a sweep."""
+def job(cfg: DictConfig) -> float | None:
+    """What Hydra calls, once for each run of a sweep; returns the figure that an optimising sweeper is to lower."""
     # No advice from the libraries about image processors and schedulers, which are as they should be.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+    from .experiments import finished
     from .reporting.console import Console
-    from .reporting.results import command_line
+    from .reporting.results import command_line, load_results
+    from .studies import run_study
+    from .sweeping import target
 
     hydra = HydraConfig.get()
-    run(cfg, Path(hydra.runtime.output_dir), Console(), command_line(hydra.overrides.task))
+    folder, console = Path(hydra.runtime.output_dir), Console()
+    command = command_line(hydra.overrides.task)
+    if not cfg.again and finished(resolved(cfg), folder):
+        console.console.print(f"{folder} is finished; again=true does it again.", markup=False)
+        return target(load_results(folder), cfg.target)
+    work = run if cfg.study is None else run_study
+    return target(work(cfg, folder, console, command), cfg.target)
 
 
 def main() -> None:

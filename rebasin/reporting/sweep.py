@@ -1,0 +1,246 @@
+"""A sweep's results as one table: what all runs share, what varied, what was measured; kept as sweep.json.
+
+A row is one measurement: a run that aligns two models is a row, a run on many models a row for each line of its
+comparison, a study a row for each that it returned. Columns are the options by their names on the command line
+(model.width), the figures of `metrics` (barrier/heldout/loss), and a study's own.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints import write_text
+from ..errors import CheckpointError
+from ..experiments import relevant
+from .metrics import metrics
+from .results import NAME as RESULTS
+from .results import Results, load_results
+
+NAME = "sweep.json"
+FORMAT = 1
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: its folder below the sweep's, the command that does it again, its wall time in seconds."""
+
+    folder: str
+    command: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What was measured.
+
+    Attributes:
+        declaration: the experiment's block of its file: name, title, question, figures, table.
+        size: "full" or "small".
+        common: options that all runs share.
+        rows: the options that differ, and the measurements.
+        runs: in the order of their folders.
+        environment: of the first run.
+    """
+
+    declaration: Mapping[str, Any]
+    size: str
+    common: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    runs: tuple[Run, ...]
+    environment: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.declaration['name']}-{self.size}"
+
+    @property
+    def varied(self) -> list[str]:
+        """The options that differ between runs."""
+        own = {key for row in self.rows for key in row.get("varied", ())}
+        return sorted(own)
+
+    @property
+    def seconds(self) -> float:
+        return sum(run.seconds for run in self.runs)
+
+    def value(self, row: Row, column: str) -> Any:
+        """What `row` has in `column`; None if nothing."""
+        return row[column] if column in row else self.common.get(column)
+
+
+def collect(folder: Path) -> Sweep:
+    """The finished runs below `folder`.
+
+    Raises:
+        CheckpointError: there are none, or not of one experiment.
+    """
+    found = [(path.parent, load_results(path.parent)) for path in sorted(folder.glob(f"**/{RESULTS}"))]
+    if not found:
+        raise CheckpointError(f"There is no finished run in {folder}; name a run's or a sweep's folder.")
+    options = [_flat(relevant(results["config"])) for _, results in found]
+    names = {name for flat in options for name in flat}
+    common = {
+        name: options[0][name]
+        for name in sorted(names)
+        if all(name in flat and flat[name] == options[0][name] for flat in options)
+    }
+    rows: list[Row] = []
+    for (place, results), flat in zip(found, options, strict=True):
+        own = {name: value for name, value in flat.items() if name not in common}
+        head = {**own, "varied": sorted(own), "run": str(place.relative_to(folder))}
+        rows += [{**head, **measured} for measured in measurements(results)]
+    declared = [results["config"].get("experiment") for _, results in found]
+    if any((d or {}).get("name") != (declared[0] or {}).get("name") for d in declared):
+        raise CheckpointError(f"{folder} has runs of several experiments; name the folder of one sweep.")
+    first = found[0][1]
+    return Sweep(
+        declaration=declared[-1] or _undeclared(folder, rows),
+        size=str(first["config"].get("size", "full")),
+        common=common,
+        rows=tuple(rows),
+        runs=tuple(
+            Run(str(place.relative_to(folder)), str(r.get("command", "")), float(r["seconds"]["total"]))
+            for place, r in found
+        ),
+        environment=first["environment"],
+    )
+
+
+def measurements(results: Results) -> list[dict[str, Any]]:
+    """The rows of one run, without its options."""
+    if results.get("kind") == "study":
+        return [dict(row) for row in results["rows"]]
+    if results.get("kind") == "many":
+        return [
+            {"split": split, "models": len(results["models"]), "seconds/align": results["seconds"]["align"]}
+            | {key: value for key, value in row.items() if key not in ("name", "calibration")}
+            | {"merge": row["name"].replace(results["algorithm"], "aligned")}
+            | {f"reliability/{key}": value for key, value in (row["calibration"] or {}).items()}
+            for split, rows in results["rows"].items()
+            for row in rows
+        ]
+    row: dict[str, Any] = dict(metrics(results))
+    for split, kinds in results["curves"].items():
+        for kind, curve in kinds.items():
+            row[f"line/{split}/lambda"] = curve["lambdas"]
+            row[f"line/{split}/{kind}/loss"] = curve["losses"]
+            row |= {f"line/{split}/{kind}/{name}": values for name, values in curve["metrics"].items()}
+    return [row]
+
+
+def save(sweep: Sweep, path: Path) -> Path:
+    """Write the sweep as JSON; `load` reads it."""
+    data = {
+        "format": FORMAT,
+        "kind": "sweep",
+        "experiment": sweep.declaration,
+        "size": sweep.size,
+        "common": sweep.common,
+        "rows": sweep.rows,
+        "runs": [vars(run) for run in sweep.runs],
+        "environment": sweep.environment,
+    }
+    return write_text(path, json.dumps(_rounded(data), indent=None, separators=(",", ":")) + "\n")
+
+
+def load(path: Path) -> Sweep:
+    """The sweep in a sweep.json.
+
+    Raises:
+        CheckpointError: the file is missing, or something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}.") from error
+    if not isinstance(data, dict) or data.get("kind") != "sweep" or data.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a sweep of this version (format {FORMAT}).")
+    return Sweep(
+        data["experiment"],
+        data["size"],
+        data["common"],
+        tuple(data["rows"]),
+        tuple(Run(**run) for run in data["runs"]),
+        data["environment"],
+    )
+
+
+def csv_text(sweep: Sweep) -> str:
+    """All rows with what varied and every single number (lists are in sweep.json), as CSV."""
+    scalar = {
+        key: None
+        for row in sweep.rows
+        for key, value in row.items()
+        if not isinstance(value, (list, dict)) and key not in ("varied", "run")
+    }
+    varied = [key for key in sweep.varied if key in scalar]
+    columns = [*varied, *(key for key in scalar if key not in varied), "run"]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for row in sweep.rows:
+        writer.writerow([_cell(row.get(column)) for column in columns])
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    return "" if value is None else repr(value) if isinstance(value, float) else value
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            flat[f"{prefix}{key}"] = json.dumps(value)
+        elif not str(key).startswith("_"):
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits: what a figure shows, and half the size of a file."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value
+
+
+def _undeclared(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
+    """The declaration of a sweep without an experiment: the barrier against what varied first."""
+    axes = list(_axes(rows))
+    figures = []
+    if axes and all("barrier/heldout/loss" in row for row in rows):
+        figures = [
+            {
+                "name": "barrier",
+                "x": axes[0],
+                "y": {"naive": "naive/barrier/heldout/loss", "aligned": "barrier/heldout/loss"},
+            }
+        ]
+    values = ["naive/barrier/heldout/loss", "barrier/heldout/loss"] if figures else []
+    return {
+        "name": folder.name,
+        "title": f"Sweep {folder.name}",
+        "question": "",
+        "figures": figures,
+        "table": {"rows": axes, "values": values} if values else None,
+    }
+
+
+def _axes(rows: Sequence[Row]) -> Iterator[str]:
+    for key in sorted({key for row in rows for key in row["varied"]}):
+        if len({json.dumps(row.get(key)) for row in rows}) > 1:
+            yield key

@@ -1,0 +1,321 @@
+"""The figures of an experiment, drawn from what its file declares: x, y, series, panels.
+
+    figures:
+      - name: barrier                      # the file's name
+        kind: lines                        # lines (default), bars, contour
+        title: Barrier against width
+        x: model.width                     # a column: an option, a measurement, or a list in each row
+        y: barrier/heldout/loss            # a column, or several with their labels: {naive: ..., aligned: ...}
+        series: [algo.name]                # columns whose values make a line each
+        baseline: {naive: naive/barrier/heldout/loss}   # drawn once, over all series
+        panel: model.name                  # a picture for each value
+        where: {split: heldout}            # rows that count: a value, or a list of values
+        x_label: width
+        y_label: barrier
+        log_x: true
+        log_y: false
+        diagonal: false                    # the line y = x
+        zero: true                         # the y axis begins at 0
+
+Rows that agree in x, series and panel (other seeds) are averaged; the bar goes from the least to the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+from ..errors import ConfigError
+from .style import INK, MUTED, RC, figure, save_png
+from .sweep import Row, Sweep
+
+LOOKS: tuple[tuple[str, str, Any], ...] = (
+    # Okabe and Ito's colours, in an order in which neighbours differ in lightness, too.
+    ("#0072B2", "s", "-"),
+    ("#D55E00", "o", (0, (4, 1.6))),
+    ("#009E73", "^", "-."),
+    ("#CC79A7", "v", (0, (1, 1.2))),
+    ("#E69F00", "D", (0, (6, 1.5, 1, 1.5))),
+    ("#56B4E9", "P", "-"),
+    ("#1f2328", "X", (0, (2, 1))),
+    ("#8a7a00", "*", "--"),
+)
+KINDS = ("lines", "bars", "contour")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What an experiment's file says about a figure; see above."""
+
+    name: str
+    x: str
+    y: str | Mapping[str, str]
+    kind: str = "lines"
+    title: str = ""
+    series: Sequence[str] = ()
+    baseline: Mapping[str, str] = field(default_factory=dict)
+    panel: str | None = None
+    where: Mapping[str, Any] = field(default_factory=dict)
+    x_label: str | None = None
+    y_label: str | None = None
+    log_x: bool = False
+    log_y: bool = False
+    diagonal: bool = False
+    zero: bool = True
+    z: str | None = None  # of contour
+    points: str | None = None  # of contour: a column with {label: [x, y]}
+
+    @classmethod
+    def declared(cls, data: Mapping[str, Any]) -> Plot:
+        """Raises ConfigError: a field that is unknown or missing."""
+        unknown = [key for key in data if key not in cls.__dataclass_fields__]
+        if unknown:
+            raise ConfigError(
+                f"A figure has no field {unknown[0]!r}; it has {', '.join(cls.__dataclass_fields__)}."
+            )
+        series = data.get("series", ())
+        try:
+            plot = cls(**{**data, "series": (series,) if isinstance(series, str) else tuple(series)})
+        except TypeError as error:
+            raise ConfigError(f"The figure {data.get('name', '?')!r} is incomplete: {error}.") from error
+        if plot.kind not in KINDS:
+            raise ConfigError(f"The figure {plot.name!r} has kind {plot.kind!r}; choose {', '.join(KINDS)}.")
+        return plot
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a panel: x (numbers or words), the mean of y there, the least and the largest, how many rows."""
+
+    label: str
+    x: list[Any]
+    y: list[float]
+    low: list[float]
+    high: list[float]
+    count: list[int]
+
+
+def plots(sweep: Sweep) -> list[Plot]:
+    """The figures that the experiment declares."""
+    return [Plot.declared(data) for data in sweep.declaration.get("figures") or ()]
+
+
+def draw(sweep: Sweep, folder: Path) -> list[Path]:
+    """Write NAME.png for each of the experiment's figures for which there is something to draw."""
+    found = ((plot, draw_plot(sweep, plot)) for plot in plots(sweep))
+    return [save_png(fig, folder / f"{plot.name}.png") for plot, fig in found if fig is not None]
+
+
+def draw_plot(sweep: Sweep, plot: Plot) -> Figure | None:
+    """The figure; None if no row has what it shows."""
+    rows = [row for row in sweep.rows if matches(sweep, row, plot.where)]
+    if plot.kind == "contour":
+        return _contours(sweep, plot, rows)
+    panels = _values(sweep, rows, plot.panel) if plot.panel else [None]
+    drawn = []
+    for panel in panels:
+        chosen = rows if plot.panel is None else [r for r in rows if sweep.value(r, plot.panel) == panel]
+        found = lines(sweep, plot, chosen)
+        if found:
+            drawn.append((panel, found))
+    if not drawn:
+        return None
+    columns = min(3, len(drawn))
+    lines_of = -(-len(drawn) // columns)
+    labels = {line.label: None for _, found in drawn for line in found}
+    # The legend is beside the panels: its length must not eat the picture.
+    fig = figure(4.5 * columns + 1.2 + 0.085 * max(map(len, labels)), 3.5 * lines_of)
+    looks = {label: LOOKS[i % len(LOOKS)] for i, label in enumerate(labels)}
+    with mpl.rc_context(RC):
+        axes = fig.subplots(lines_of, columns, squeeze=False, sharex=plot.kind == "lines" and len(drawn) < 2)
+        for ax in axes.flat[len(drawn) :]:
+            ax.set_visible(False)
+        handles: dict[str, Any] = {}
+        for ax, (panel, found) in zip(axes.flat, drawn, strict=False):
+            (_bars if plot.kind == "bars" else _lines)(ax, plot, found, looks, handles)
+            title = plot.title if panel is None else words(panel)
+            ax.set_title(title if len(drawn) == 1 or panel is not None else "")
+            ax.set_xlabel(plot.x_label or words(plot.x))
+            ax.set_ylabel(plot.y_label or (words(plot.y) if isinstance(plot.y, str) else ""))
+            if plot.log_y:
+                ax.set_yscale("log")
+            elif plot.zero:
+                ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]) if _negative(found) else 0.0)
+        if len(labels) > 1 or next(iter(labels)):
+            fig.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8.5)
+        if plot.panel is not None and plot.title:
+            fig.suptitle(plot.title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    return fig
+
+
+def lines(sweep: Sweep, plot: Plot, rows: Sequence[Row]) -> list[Line]:
+    """What is drawn in one panel: its rows by series, averaged where they agree."""
+    wanted: list[tuple[str, str, bool]] = []
+    several = {"": plot.y} if isinstance(plot.y, str) else plot.y
+    for label, column in plot.baseline.items():
+        wanted.append((label, column, False))
+    for label, column in several.items():
+        wanted.append((label, column, True))
+    found = []
+    for label, column, split in wanted:
+        series: dict[str, list[Row]] = {}
+        for row in rows:
+            values = [words(sweep.value(row, key)) for key in plot.series] if split else []
+            series.setdefault(", ".join([*values, *([label] if label else [])]), []).append(row)
+        for name, own in series.items():
+            points: dict[Any, list[float]] = {}
+            for row in own:
+                x, y = sweep.value(row, plot.x), sweep.value(row, column)
+                pairs = zip(x, y, strict=True) if isinstance(x, list) and isinstance(y, list) else [(x, y)]
+                for a, b in pairs:
+                    if b is not None and not isinstance(b, list):
+                        points.setdefault(a, []).append(float(b))
+            if points:
+                numeric = all(isinstance(x, (int, float)) for x in points)
+                order = sorted(points) if numeric else list(points)
+                at = [points[x] for x in order]
+                x = [x if numeric else words(x) for x in order]
+                found.append(
+                    Line(name, x, [*map(fmean, at)], [*map(min, at)], [*map(max, at)], [*map(len, at)])
+                )
+    return found
+
+
+def matches(sweep: Sweep, row: Row, where: Mapping[str, Any]) -> bool:
+    """Whether the row has one of the wanted values in each column of `where`."""
+    return all(
+        sweep.value(row, column) in (wanted if isinstance(wanted, list) else [wanted])
+        for column, wanted in where.items()
+    )
+
+
+WORDS = {
+    "activation_matching": "activations",
+    "weight_matching": "weights",
+    "activation_then_weight": "activations, then weights",
+    "activation_and_weight": "activations and weights",
+    "ste": "STE",
+    "model.width": "width",
+    "model.epoch": "epoch",
+    "models": "number of models",
+    "mlp": "MLP",
+    "vgg16": "VGG16",
+    "resnet20": "ResNet20",
+    "tiny_sd": "tiny Stable Diffusion",
+    "merge_many": "MergeMany",
+    "merge_many_pivot": "pivot",
+    "merge_many_tree": "tree",
+    "merge_many_activations": "MergeMany on activations",
+    "merge_many_cycle_consistent": "C2M3",
+    "barrier/heldout/loss": "barrier, held-out",
+    "barrier/train/loss": "barrier, training",
+    "naive/barrier/heldout/loss": "naive barrier, held-out",
+    "midpoint/heldout/accuracy": "accuracy at the midpoint",
+    "naive/midpoint/heldout/accuracy": "naive accuracy at the midpoint",
+    "midpoint/heldout/loss": "loss at the midpoint",
+    "endpoints/heldout/loss_a": "loss of A",
+    "algo.name": "algorithm",
+    "model.name": "model",
+    "seconds/align": "seconds to align",
+    "match/seconds": "seconds to match",
+    "match/moved": "neurons moved",
+}
+
+
+def words(value: Any) -> str:
+    """A value or a column's name as a reader wants it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return WORDS.get(value, str(value)) if value is not None else "none"
+
+
+def _values(sweep: Sweep, rows: Sequence[Row], column: str) -> list[Any]:
+    return list({str(v): v for v in (sweep.value(row, column) for row in rows)}.values())
+
+
+def _negative(found: Sequence[Line]) -> bool:
+    return any(low < 0 for line in found for low in line.low)
+
+
+def _lines(ax: Axes, plot: Plot, found: Sequence[Line], looks: Mapping[str, Any], handles: dict) -> None:
+    numeric = all(isinstance(x, (int, float)) for line in found for x in line.x)
+    places = {x: i for i, x in enumerate({x: None for line in found for x in line.x})}
+    for line in found:
+        color, marker, dashes = looks[line.label]
+        x = np.asarray(line.x if numeric else [places[v] for v in line.x], dtype=float)
+        y, low, high = (np.asarray(v, dtype=float) for v in (line.y, line.low, line.high))
+        (handles[line.label],) = ax.plot(
+            x, y, color=color, marker=marker, linestyle=dashes, markersize=4, linewidth=1.8
+        )
+        if max(line.count) > 1:
+            ax.errorbar(x, y, yerr=[y - low, high - y], fmt="none", ecolor=color, elinewidth=1, capsize=2.5)
+    if plot.diagonal:
+        ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=":")
+    if not numeric:
+        ax.set_xticks(list(places.values()), list(places))
+    elif plot.log_x:
+        ax.set_xscale("log", base=2)
+        ticks = sorted({x for line in found for x in line.x if x > 0})
+        if len(ticks) <= 9:
+            ax.set_xticks(ticks)
+        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _bars(ax: Axes, plot: Plot, found: Sequence[Line], looks: Mapping[str, Any], handles: dict) -> None:
+    places = {str(x): i for i, x in enumerate({str(x): None for line in found for x in line.x})}
+    width = 0.8 / len(found)
+    hatches = ("", "//", "..", "xx", "\\\\", "--", "oo", "++")
+    for k, line in enumerate(found):
+        color = looks[line.label][0]
+        x = np.asarray([places[str(v)] for v in line.x]) + (k - (len(found) - 1) / 2) * width
+        y, low, high = (np.asarray(v, dtype=float) for v in (line.y, line.low, line.high))
+        handles[line.label] = ax.bar(
+            x, y, 0.92 * width, color=color, hatch=hatches[k % len(hatches)], edgecolor="white", linewidth=0.5
+        )
+        if max(line.count) > 1:
+            ax.errorbar(x, y, yerr=[y - low, high - y], fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
+    names = [name if len(name) < 14 else name.replace(", ", ",\n").replace(" ", "\n", 1) for name in places]
+    ax.set_xticks(list(places.values()), names, fontsize=8.5)
+    ax.grid(axis="x", visible=False)
+
+
+def _contours(sweep: Sweep, plot: Plot, rows: Sequence[Row]) -> Figure | None:
+    assert isinstance(plot.y, str) and plot.z is not None
+    rows = [row for row in rows if isinstance(sweep.value(row, plot.z), list)]
+    if not rows:
+        return None
+    fig = figure(4.6 * len(rows) + 0.8, 4.3)
+    grids = [np.asarray(sweep.value(row, plot.z), dtype=float) for row in rows]
+    low = min(float(np.nanmin(grid)) for grid in grids)
+    high = max(float(np.nanquantile(grid, 0.8)) for grid in grids)
+    levels = np.linspace(low, high, 14)
+    with mpl.rc_context({**RC, "axes.grid": False}):
+        axes = fig.subplots(1, len(rows), squeeze=False)[0]
+        filled = None
+        for ax, row, grid in zip(axes, rows, grids, strict=True):
+            x, y = sweep.value(row, plot.x), sweep.value(row, plot.y)
+            # viridis rises evenly in lightness: it reads in grey print, and for colour-blind people
+            filled = ax.contourf(x, y, grid, levels=levels, cmap="viridis_r", extend="max")
+            ax.contour(x, y, grid, levels=levels, colors="white", linewidths=0.4)
+            for label, (px, py) in (sweep.value(row, plot.points) or {}).items() if plot.points else ():
+                ax.plot(px, py, "o", color="white", markeredgecolor=INK, markersize=7)
+                ax.annotate(label, (px, py), (6, 6), textcoords="offset points", color=INK, fontsize=9,
+                            bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5})  # fmt: skip
+            ax.set_aspect("equal")
+            ax.set_title(words(sweep.value(row, plot.panel)) if plot.panel else plot.title)
+            ax.set_xlabel(plot.x_label or "")
+        assert filled is not None
+        fig.colorbar(filled, ax=list(axes), label=plot.y_label or words(plot.z), shrink=0.85)
+    return fig

@@ -1,0 +1,140 @@
+"""What a sweep leaves: sweep.json, sweep.csv, table.md, its figures, and one self-contained page; and its section in
+a page of results.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ..checkpoints import write_text
+from .html import data_uri
+from .sweep import NAME, Sweep, csv_text, save
+from .sweep_figures import draw, plots, words
+from .sweep_tables import Table, table
+
+TEMPLATE = "report_sweep.html.j2"
+PICTURES = ("samples.png", "reliability.png", "curve.png")
+MANY = 24
+"""Runs of which the page shows the pictures."""
+
+
+def leave(sweep: Sweep, folder: Path, runs: Path | None = None) -> list[Path]:
+    """Write all of it into `folder`; `runs` is the sweep's own folder, whose runs' pictures are shown too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [save(sweep, folder / NAME), write_text(folder / "sweep.csv", csv_text(sweep))]
+    found = table(sweep)
+    if found is not None:
+        written.append(write_text(folder / "table.md", found.markdown()))
+    written += draw(sweep, folder)
+    return [*written, write_text(folder / "report.html", page(sweep, folder, found, runs))]
+
+
+def page(sweep: Sweep, folder: Path, found: Table | None, runs: Path | None = None) -> str:
+    """The page's text; its figures are read from `folder`."""
+    environment = Environment(
+        loader=PackageLoader("rebasin.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    figures = [
+        {"title": plot.title or words(plot.name), "picture": data_uri(folder / f"{plot.name}.png")}
+        for plot in plots(sweep)
+        if (folder / f"{plot.name}.png").is_file()
+    ]
+    return environment.get_template(TEMPLATE).render(
+        s=sweep,
+        d={"question": "", "paper": None, **sweep.declaration},
+        table=found,
+        figures=figures,
+        machine=machine(sweep.environment),
+        minutes=minutes(sweep.seconds),
+        command=command(sweep),
+        runs=[_run(sweep, run, runs) for run in sweep.runs],
+        words=words,
+        own_pictures=bool(sweep.declaration.get("pictures")),
+    )
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """What the figures were made on."""
+    versions = environment["versions"]
+    return (
+        f"{environment.get('device', 'CPU')}, {environment['cores']} cores of {environment['system']},"
+        f" {environment['threads']} thread{'s' if environment['threads'] > 1 else ''};"
+        f" Python {environment['python']}, torch {versions.get('torch')}"
+    )
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def command(sweep: Sweep) -> str:
+    """The command of the whole sweep."""
+    if "full" not in sweep.declaration:
+        return sweep.runs[0].command if len(sweep.runs) == 1 else ""
+    size = "" if sweep.size == "full" else f" size={sweep.size}"
+    return f"python -m rebasin.run +experiment={sweep.declaration['name']}{size}"
+
+
+def into_docs(sweep: Sweep, document: Path, pictures: Path) -> list[Path]:
+    """Replace the experiment's section in the Markdown file `document`, or add it at the end; the figures go into the
+    folder `pictures`, and so does sweep.json, from which all can be drawn again.
+
+    A section lies between `<!-- experiment: NAME -->` and `<!-- /experiment -->`.
+    """
+    pictures.mkdir(parents=True, exist_ok=True)
+    stored = save(sweep, pictures / f"{sweep.name}.json")
+    written = []
+    for path in draw(sweep, pictures):
+        written.append(path.replace(pictures / f"{sweep.name}-{path.name}"))
+    begin, end = f"<!-- experiment: {sweep.name} -->", "<!-- /experiment -->"
+    section = f"{begin}\n{_section(sweep, document, stored, written)}\n{end}"
+    text = document.read_text(encoding="utf-8") if document.is_file() else "# Results\n"
+    pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
+    known = pattern.search(text) is not None
+    text = pattern.sub(lambda _: section, text) if known else f"{text.rstrip()}\n\n{section}\n"
+    return [write_text(document, text), stored, *written]
+
+
+def _section(sweep: Sweep, document: Path, stored: Path, pictures: list[Path]) -> str:
+    declared = sweep.declaration
+    found = table(sweep)
+    parts = [
+        f"## {declared['title']}",
+        declared.get("question") or "",
+        f"`{command(sweep)}`: {len(sweep.runs)} runs, {minutes(sweep.seconds)}, {machine(sweep.environment)}. "
+        f"Redraw: `python -m rebasin.report {_relative(stored, Path.cwd())}`.",
+        found.markdown().rstrip() if found is not None else "",
+        "\n".join(f"![{declared['title']}]({_relative(path, document.parent)})" for path in pictures),
+        f"**The paper:** {declared['paper']}" if declared.get("paper") else "",
+    ]
+    return "\n\n".join(part.strip() for part in parts if part)
+
+
+def _relative(path: Path, start: Path) -> str:
+    path, start = path.resolve(), start.resolve()
+    return path.relative_to(start).as_posix() if path.is_relative_to(start) else path.as_posix()
+
+
+def _run(sweep: Sweep, run: Any, folder: Path | None) -> dict[str, Any]:
+    rows = [row for row in sweep.rows if row["run"] == run.folder]
+    varied = {key: rows[0].get(key) for key in rows[0]["varied"]} if rows else {}
+    picture = None
+    wanted = sweep.declaration.get("pictures") or PICTURES
+    if folder is not None and len(sweep.runs) <= MANY:
+        files = [folder / run.folder / name for name in wanted]
+        picture = next((data_uri(file) for file in files if file.is_file()), None)
+    return {
+        "folder": run.folder,
+        "options": ", ".join(f"{key}={words(value)}" for key, value in varied.items()),
+        "seconds": f"{run.seconds:.1f}",
+        "command": run.command,
+        "picture": picture,
+    }

@@ -1,0 +1,102 @@
+"""The table of an experiment, from what its file declares.
+
+    table:
+      rows: [model.name, algo.name]        # columns whose values make a line each
+      columns: model.width                 # with one value: its values are the columns
+      values: [barrier/heldout/loss]       # what is shown; several without `columns`
+      baseline: {naive: naive/barrier/heldout/loss}   # another line (with `columns`) or column
+      where: {split: heldout}
+      percent: [midpoint/heldout/accuracy]
+
+Rows that agree are averaged, with their standard deviation and number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from .answers import number
+from .sweep import Row, Sweep
+from .sweep_figures import matches, words
+
+
+@dataclass(frozen=True)
+class Table:
+    """Words: the head, and the lines; the first `labels` columns are no numbers."""
+
+    head: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    labels: int
+
+    def markdown(self) -> str:
+        rules = ["---"] * self.labels + ["--:"] * (len(self.head) - self.labels)
+        rows = [self.head, tuple(rules), *self.lines]
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def table(sweep: Sweep) -> Table | None:
+    """The experiment's table; None if it declares none or nothing was measured."""
+    declared = sweep.declaration.get("table")
+    if not declared:
+        return None
+    rows = [row for row in sweep.rows if matches(sweep, row, declared.get("where") or {})]
+    keys = list(declared.get("rows") or ())
+    values = list(declared["values"])
+    baseline: Mapping[str, str] = declared.get("baseline") or {}
+    percent = set(declared.get("percent") or ())
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(words(sweep.value(row, key)) for key in keys), []).append(row)
+    head = tuple(words(key) for key in keys)
+    lines: list[tuple[str, ...]] = []
+    if declared.get("columns"):
+        column = declared["columns"]
+        across = _sorted({sweep.value(row, column): None for row in rows})
+        for first in {own[:-1]: None for own in groups}:
+            near = {own: found for own, found in groups.items() if own[:-1] == first}
+            together = [row for found in near.values() for row in found]
+            for label, measured in baseline.items():
+                lines.append((*first, label, *_across(sweep, together, column, across, measured, percent)))
+            for own, found in near.items():
+                lines.append((*own, *_across(sweep, found, column, across, values[0], percent)))
+        head += tuple(f"{words(column)} {words(value)}" for value in across)
+    else:
+        shown = {**{measured: label for label, measured in baseline.items()}}
+        shown |= {value: words(value) for value in values}
+        head += tuple(shown.values())
+        for own, found in groups.items():
+            lines.append((*own, *(_shown(sweep, found, value, value in percent) for value in shown)))
+    return Table(head, tuple(lines), len(keys)) if lines else None
+
+
+def _across(
+    sweep: Sweep, rows: Sequence[Row], column: str, across: Sequence[Any], value: str, percent: set[str]
+) -> list[str]:
+    by = {x: [row for row in rows if sweep.value(row, column) == x] for x in across}
+    return [_shown(sweep, by[x], value, value in percent) for x in across]
+
+
+def _shown(sweep: Sweep, rows: Sequence[Row], column: str, percent: bool) -> str:
+    found = [sweep.value(row, column) for row in rows]
+    numbers = [float(v) for v in found if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    if not numbers:
+        known = {words(v): None for v in found if v is not None}
+        return ", ".join(known)
+    mean = fmean(numbers)
+    if len(set(numbers)) == 1:
+        return _number(mean, percent)
+    return f"{_number(mean, percent)} ± {_number(stdev(numbers), percent, 2)} ({len(numbers)})"
+
+
+def _number(value: float, percent: bool, digits: int = 3) -> str:
+    if percent:
+        return f"{value:.1%}"
+    return f"{int(value):,}" if value == int(value) and abs(value) >= 10 else number(value, digits)
+
+
+def _sorted(values: Mapping[Any, None]) -> list[Any]:
+    numeric = all(isinstance(v, (int, float)) for v in values)
+    return sorted(values) if numeric else list(values)
