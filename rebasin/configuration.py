@@ -30,8 +30,8 @@ INTERNAL = ("name", "kind", "task", "architecture", "_target_", "object", "many"
 """Fields of configs that are not for the command line."""
 
 
-def launch(job: Callable[[DictConfig], Any]) -> None:
-    """Run `job` as a Hydra application over the package's configs.
+def launch(job: Callable[[DictConfig], Any], config: str = CONFIG) -> None:
+    """Run `job` as a Hydra application over the package's configs, of which `config` is the one it begins with.
 
     What the user got wrong ends in one sentence on stderr and exit code 2; HYDRA_FULL_ERROR=1 shows the
     traceback. Errors that are no `RebasinError` are bugs and keep theirs.
@@ -43,14 +43,14 @@ def launch(job: Callable[[DictConfig], Any]) -> None:
         nonlocal started
         started = True
         try:
-            check_types(cfg)
+            check_types(cfg, config)
             return job(cfg)
         except (RebasinError, OmegaConfBaseException) as error:
             if full:
                 raise
-            _stop(error)
+            _stop(error, config)
 
-    application = hydra.main(config_path=str(config_dir()), config_name=CONFIG, version_base=VERSION_BASE)
+    application = hydra.main(config_path=str(config_dir()), config_name=config, version_base=VERSION_BASE)
     # With this variable Hydra passes exceptions on instead of printing them itself.
     os.environ[FULL_ERROR] = "1"
     try:
@@ -61,14 +61,14 @@ def launch(job: Callable[[DictConfig], Any]) -> None:
     except Exception as error:
         if full or started:
             raise
-        _stop(error)  # the command line does not make a configuration
+        _stop(error, config)  # the command line does not make a configuration
     finally:
         if not full:
             os.environ.pop(FULL_ERROR, None)
 
 
-def _stop(error: Exception) -> NoReturn:
-    print(f"Error: {explain(error, sys.argv[1:])}", file=sys.stderr)
+def _stop(error: Exception, config: str) -> NoReturn:
+    print(f"Error: {explain(error, sys.argv[1:], config)}", file=sys.stderr)
     # Not an Exception, so that Hydra adds nothing to the sentence.
     sys.exit(2)
 
@@ -80,7 +80,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def explain(error: Exception, arguments: Iterable[str] = ()) -> str:
+def explain(error: Exception, arguments: Iterable[str] = (), config: str = CONFIG) -> str:
     """What is wrong with the command line, and what would be valid, in one sentence."""
     if isinstance(error, MissingConfigException):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
@@ -97,13 +97,13 @@ def explain(error: Exception, arguments: Iterable[str] = ()) -> str:
     if message.startswith("Config group override must be"):
         return "A group takes the name of one of its choices, GROUP=CHOICE; --help lists them."
     if found := re.match(r"Could not override '([^']+)'", message):
-        return _no_option(found[1].split("@")[0], arguments)
+        return _no_option(found[1].split("@")[0], arguments, config)
     if found := re.match(r"Could not append to config. An item is already at '([^']+)'", message):
         return f"The option {found[1]!r} exists already; write it without the leading +."
     return message.splitlines()[0].rstrip(".") + "." if message else f"{type(error).__name__}."
 
 
-def check_types(cfg: DictConfig) -> None:
+def check_types(cfg: DictConfig, config: str = CONFIG) -> None:
     """Compare the values in `cfg` with the types of their defaults.
 
     A default of null accepts anything.
@@ -117,7 +117,7 @@ def check_types(cfg: DictConfig) -> None:
         for group, choice in choices.items()
         if group not in ("hydra", EXPERIMENT) and _exists(group, choice)
     ]
-    defaults = _composed(ours)
+    defaults = _composed(ours, config)
     for key in defaults:
         # A choice from a folder of the user's own (--config-dir) has no defaults here.
         if key not in choices or _exists(key, choices[key]):
@@ -148,13 +148,13 @@ KINDS: tuple[tuple[Any, str], ...] = (
 )
 
 
-def _no_option(name: str, arguments: Iterable[str]) -> str:
+def _no_option(name: str, arguments: Iterable[str], config: str) -> str:
     """The sentence for an option that does not exist: the nearest one, and those that do."""
-    cfg = _composed(_group_choices(arguments))
+    cfg = _composed(_group_choices(arguments), config)
     parent, _, _ = name.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     if parent and not isinstance(node, DictConfig):
-        return _no_option(parent, arguments) if node is None else f"{parent!r} has no options of its own."
+        return _no_option(parent, arguments, config) if node is None else f"{parent!r} has no options of its own."
     prefix = f"{parent}." if parent else ""
     known = [prefix + str(k) for k in node if k not in INTERNAL]
     close = difflib.get_close_matches(name, known, n=1)
@@ -172,12 +172,12 @@ def _exists(group: object, choice: object) -> bool:
     return (config_dir() / str(group) / f"{choice}.yaml").is_file()
 
 
-def _composed(overrides: list[str]) -> DictConfig:
+def _composed(overrides: list[str], config: str = CONFIG) -> DictConfig:
     """The configuration of these choices; a Hydra application that is running is left as it is."""
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
-            return compose(CONFIG, overrides=overrides)
+            return compose(config, overrides=overrides)
     finally:
         GlobalHydra.instance().hydra = running
