@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rebasin.errors import CheckpointError, ConfigError
-from rebasin.merging import METHODS, interpolate, merge
+from rebasin.errors import CheckpointError, ConfigError, DataError
+from rebasin.merging import METHODS, diagonal_fisher, interpolate, merge
 from rebasin.merging.lazy import generator
 
 NAMES = sorted(METHODS)
@@ -39,7 +39,7 @@ class Lazy(Mapping[str, Tensor]):
 
 def state(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng)
+        return torch.randn(shape, generator=rng)
 
     rng = torch.Generator().manual_seed(seed)
     tensors = {
@@ -336,3 +336,42 @@ def test_greedy_soup_keeps_what_helps() -> None:
     assert best.weights == [1.0, 0.0, 0.0]
     with pytest.raises(ConfigError, match="min or max"):
         merge("greedy_soup", models, score=score, mode="median")
+
+
+class Straight:
+    """An objective with gradients that are known: loss of a sample x is w x, so its gradient by w is x."""
+
+    def loss(self, model: torch.nn.Module, batch: Any) -> Tensor:
+        return model(batch["x"]).mean()
+
+    def evaluate(self, model: torch.nn.Module, batches: Any) -> dict[str, float]:
+        raise NotImplementedError
+
+
+class Line(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+        self.register_buffer("count", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w
+
+
+def test_fisher_information_is_the_mean_squared_gradient_of_samples() -> None:
+    model, x = Line().train(), torch.tensor([[1.0, 2.0], [3.0, 0.0], [-1.0, 1.0]])
+    batches = [{"x": x[:2], "label": "a"}, {"x": x[2:], "label": "b"}]
+    got = diagonal_fisher(model, Straight(), batches)
+    assert got["w"].tolist() == pytest.approx(x.square().mean(0).tolist())
+    assert got["unused"].tolist() == [1, 1, 1] and got["count"].tolist() == [1]
+    assert model.training and model.w.grad is None
+    one = diagonal_fisher(model, Straight(), batches, max_samples=1)
+    assert one["w"].tolist() == [1, 4]
+    whole = diagonal_fisher(model, Straight(), batches[:1], per_sample=False)
+    assert whole["w"].tolist() == x[:2].mean(0).square().tolist()
+    with pytest.raises(DataError, match="not one batch"):
+        diagonal_fisher(model, Straight(), [])
+    # It is what `merge` wants: the model with the larger gradient wins.
+    a, b = {"w": torch.tensor([0.0, 0.0])}, {"w": torch.tensor([1.0, 1.0])}
+    merged = merge("fisher", [a, b], companions=[{"w": one["w"]}, {"w": 3 * one["w"]}], floor=0.0)
+    assert merged["w"].tolist() == pytest.approx([0.75, 0.75])

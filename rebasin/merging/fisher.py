@@ -1,0 +1,110 @@
+"""The diagonal Fisher information of a model: how much its loss depends on each of its weights.
+
+Matena and Raffel, "Merging models with Fisher-weighted averaging", 2111.09832, section 3: F = E[(d loss / d w)^2], the
+expectation over samples. It is the empirical one: the loss is the objective's, at the data's own labels or noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError
+from ..objectives import Objective
+from ..objectives.base import eval_mode
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def diagonal_fisher(
+    model: nn.Module,
+    objective: Objective,
+    batches: Iterable[Any],
+    *,
+    per_sample: bool = True,
+    max_samples: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """The mean squared gradient of the loss by every tensor of `model.state_dict()`, in float32.
+
+    Give one for each model as `merge("fisher", states, companions=[...])`. What has no gradient (buffers, frozen
+    parameters, parameters the loss does not reach) gets ones, so that it is averaged plainly.
+
+    Args:
+        model: with its own weights; they do not change, and it runs in eval mode.
+        objective: any of the project's, or another object with `loss(model, batch)`.
+        batches: of the objective; tensors in them are split along their first axis.
+        per_sample: one backward pass for each sample, as the definition has it. False: one for each batch, which is
+            faster; the result is then smaller by about the batch's size, the same factor everywhere.
+        max_samples: stop after so many; a few hundred suffice in the paper.
+        progress: called after each backward pass with stage, step and loss.
+
+    Raises:
+        DataError: there is no sample, or a gradient is not finite.
+    """
+    named = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    sums = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in named.values()}
+    reached: set[int] = set()
+    count = 0
+    with eval_mode(model), torch.enable_grad():
+        for batch in batches:
+            for sample in _samples(batch) if per_sample else [batch]:
+                if max_samples is not None and count >= max_samples:
+                    break
+                parameters = list({id(p): p for p in named.values()}.values())
+                loss = objective.loss(model, sample)
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None:
+                        sums[id(parameter)] += gradient.detach().float().abs().square()
+                        reached.add(id(parameter))
+                count += 1
+                if progress is not None:
+                    progress({"stage": "fisher", "step": count, "loss": float(loss.detach())})
+    if count == 0:
+        raise DataError("the Fisher information needs data, but there is not one batch.")
+    result = {}
+    for name, tensor in model.state_dict().items():
+        parameter = named.get(name)
+        if parameter is not None and id(parameter) in reached:
+            result[name] = sums[id(parameter)] / count
+            if not bool(result[name].isfinite().all()):
+                raise DataError(f"the gradient of '{name}' is not finite, so it has no Fisher information.")
+        else:
+            result[name] = torch.ones_like(tensor, dtype=torch.float32)
+    return result
+
+
+def _samples(batch: Any) -> Iterator[Any]:
+    """The batch's samples as batches of one."""
+    size = next((len(t) for t in _tensors(batch)), None)
+    if size is None:
+        yield batch
+        return
+    for i in range(size):
+        yield _slice(batch, i, size)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        if batch.ndim:
+            yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _tensors(value)
+
+
+def _slice(batch: Any, i: int, size: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[i : i + 1] if batch.ndim and len(batch) == size else batch
+    if isinstance(batch, Mapping):
+        return {key: _slice(value, i, size) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)([_slice(value, i, size) for value in batch])
+    return batch
