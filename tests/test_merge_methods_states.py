@@ -46,7 +46,7 @@ def state(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         "conv.weight": draw(4, 3, 3, 3),
         "fc.weight": draw(5, 12),
         "fc.bias": draw(5),
-        "scale": draw(()),
+        "scale": draw(),
     }
     tensors |= {"tall.weight": draw(9, 2), "empty": draw(0, 3)}
     whole = {"positions": torch.arange(4), "bn.num_batches_tracked": torch.tensor(seed)}
