@@ -1,7 +1,7 @@
 """The straight-through estimator on the paper's MLPs: does it end at or below the weight matching it starts from?
 
     python -m experiments.straight_through_digits                                  # scikit-learn's digits, minutes
-    python -m experiments.straight_through_digits --data mnist --path FOLDER_OR_NPZ --widths 128,512 --pairs 1
+    python -m experiments.straight_through_digits --data mnist --path FOLDER_OR_NPZ --evaluate-every 4 --pairs 1
 
 For each width, pairs of networks trained from different seeds (cached after the first time), and for each pair
 
@@ -211,6 +211,7 @@ def main(
     steps: Annotated[int, typer.Option(help="of STE's gradient")] = 200,
     lr: Annotated[float, typer.Option(help="of STE")] = 2e-3,
     project_every: Annotated[int, typer.Option(help="steps between STE's projections")] = 1,
+    evaluate_every: Annotated[int, typer.Option(help="steps between looks at the last fifth")] = 1,
     refine: Annotated[int, typer.Option(help="STE's verified passes at the end")] = 12,
     seed: Annotated[int, typer.Option(help="of STE")] = 0,
     cache: Annotated[Path | None, typer.Option(help="where trained networks are kept")] = None,
@@ -223,6 +224,7 @@ def main(
     torch.set_num_threads(threads)
     began = time.perf_counter()
     options = dict(steps=steps, lr=lr, project_every=project_every, refine=refine, seed=seed)
+    options["evaluate_every"] = evaluate_every
     rows: list[Row] = []
     try:
         images = load(data, path)

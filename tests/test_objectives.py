@@ -10,8 +10,12 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
+import rebasin
 from rebasin.errors import ConfigError, DataError
-from rebasin.objectives import CrossEntropy, Denoising
+from rebasin.matching.straight_through import straight_through
+from rebasin.objectives import CrossEntropy, Denoising, Distillation, teach
+from rebasin.objectives.problems import problems
+from rebasin.objectives.sampling import sample
 
 
 class Denoiser(nn.Module):
@@ -209,3 +213,116 @@ def test_denoising_evaluation_is_weighted_by_batch_size(scheduler):
     assert objective.evaluate(model, parts)["loss"] == pytest.approx(
         objective.loss(model, b).item(), rel=1e-6
     )
+
+
+# Problems of any clean tensors, and without data ------------------------------------------------------------
+
+
+def test_problems_are_fixed_stratified_and_independent_of_the_batch_size(scheduler):
+    objective = Denoising("epsilon", scheduler.alphas_cumprod)
+    clean, condition = torch.randn(20, 1, 6, 6), torch.randn(20, 3, 2)
+    whole = problems(objective, clean, condition, batch_size=20, seed=4)[0]
+    assert sorted(int(t) // 50 for t in whole["timesteps"]) == list(range(20)), "one of each 50 timesteps"
+    parts = problems(objective, clean, condition, batch_size=6, seed=4)
+    assert [len(part["latents"]) for part in parts] == [6, 6, 6, 2]
+    for name, tensor in whole.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
+    assert not torch.equal(problems(objective, clean, seed=5)[0]["noise"], whole["noise"])
+    assert "condition" not in problems(objective, clean)[0]
+    flow = problems(Denoising("flow", flow_timesteps=10), clean)[0]["timesteps"]
+    assert flow.is_floating_point() and 0 <= flow.min() < 0.5 and 9.5 < flow.max() < 10
+    with pytest.raises(ConfigError, match="19"):
+        problems(objective, clean, condition[:19])
+    with pytest.raises(ConfigError, match="0 samples"):
+        problems(objective, clean[:0])
+
+
+class Pixels(nn.Module):
+    """A denoiser that works on pixels, has hidden channels to permute, and knows the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+        self.time = nn.Linear(1, 8)
+
+    def forward(self, sample, timesteps, encoder_hidden_states=None):
+        hidden = self.first(sample) + self.time(timesteps.float()[:, None] / 1000)[:, :, None, None]
+        return SimpleNamespace(sample=self.last(F.gelu(hidden)))
+
+
+def pixel_pair(objective: Denoising) -> tuple[Pixels, Pixels, list]:
+    """Two denoisers of real digits on pixels, trained for a moment from different seeds, and problems."""
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    images = torch.tensor(digits.images[:240], dtype=torch.float32)[:, None] / 8 - 1
+    batches = problems(objective, images, batch_size=60)
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = Pixels()
+        optimizer = torch.optim.Adam(model.parameters(), 2e-2)
+        for step in range(60):
+            optimizer.zero_grad()
+            objective.loss(model, batches[step % 4]).backward()
+            optimizer.step()
+        models.append(model)
+    return models[0], models[1], batches
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gamma"), [("epsilon", None), ("epsilon", 5.0), ("v_prediction", 5.0), ("flow", None)]
+)
+def test_a_search_by_each_prediction_on_pixels_and_without_data(prediction: Any, gamma: float | None):
+    """The straight-through estimator goes with all of them; what it finds without data is good on data, too."""
+    alphas = None if prediction == "flow" else DDPMScheduler(num_train_timesteps=1000).alphas_cumprod
+    objective = Denoising(prediction, alphas, min_snr_gamma=gamma)
+    a, b, batches = pixel_pair(objective)
+    example = batches[0]["latents"][:2], batches[0]["timesteps"][:2]
+    spec = rebasin.trace(a, *example)
+    options: dict[str, Any] = {"init": "identity", "steps": 15, "lr": 2e-2, "refine": 3}
+    with_data = straight_through(spec, a, b, objective, batches, **options)
+    assert with_data.objective < 0.7 * with_data.initial_objective, "there is a barrier, and it shrinks"
+    assert spec.contains(with_data.permutation)
+
+    free = Distillation(prediction, alphas, min_snr_gamma=gamma)
+    made = teach(free, a, b, [60, 60, 60], (1, 8, 8), steps=8)
+    without = straight_through(spec, a, b, free, made, heldout=made[2:], **options)
+    assert without.objective < without.initial_objective
+
+    def excess(permutation) -> float:
+        model = Pixels()
+        losses = []
+        for state in (a.state_dict(), b.state_dict(), None):
+            aligned = permutation.apply(b.state_dict())
+            model.load_state_dict(state or rebasin.interpolate(a.state_dict(), aligned, 0.5))
+            losses.append(objective.evaluate(model, batches)["loss"])
+        return losses[2] - (losses[0] + losses[1]) / 2
+
+    assert excess(without.permutation) < 0.7 * excess(spec.identity()), "judged on real images"
+
+
+def test_what_teachers_make(scheduler):
+    """The first half of the latents is A's, the rest B's; the target is their mean; all is fixed by the seed."""
+    objective = Distillation("epsilon", scheduler.alphas_cumprod)
+    torch.manual_seed(0)
+    a, b = Pixels(), Pixels()
+    (made,) = teach(objective, a, b, [5], (1, 4, 4), steps=3, seed=1)
+    (again,) = teach(objective, a, b, [5], (1, 4, 4), steps=3, seed=1)
+    assert all(torch.equal(made[name], again[name]) for name in ("latents", "noise", "timesteps", "target"))
+    start = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    for model, part in ((a, slice(0, 2)), (b, slice(2, 5))):
+        with torch.no_grad():
+            torch.testing.assert_close(made["latents"][part], sample(model, objective, start[part], steps=3))
+    noisy, target = objective.noisy_and_target(made)
+    with torch.no_grad():
+        outputs = [model(noisy, made["timesteps"]).sample for model in (a, b)]
+    torch.testing.assert_close(target, (outputs[0] + outputs[1]) / 2)
+    # A's loss is a quarter of the distance between the two, and so is B's.
+    distance = F.mse_loss(outputs[0], outputs[1]).item()
+    for model in (a, b):
+        assert objective.evaluate(model, [made])["loss"] == pytest.approx(distance / 4, rel=1e-5)
+    # Without a target of its own a batch is a denoising problem.
+    plain = {name: value for name, value in made.items() if name != "target"}
+    loss = Denoising("epsilon", scheduler.alphas_cumprod).evaluate(a, [plain])
+    assert objective.evaluate(a, [plain]) == loss

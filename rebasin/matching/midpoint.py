@@ -80,15 +80,18 @@ class Ends:
         does not depend on.
         """
         leaves = {name: tensors[name].detach().requires_grad_() for name in self.free}
-        total, sums = 0.0, {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        total, sums = 0.0, dict[str, Tensor]()
         for batch in batches:
             inside = self._inside.gradient
             loss, found = self._call({**tensors, **leaves}, inside, batch, list(leaves.values()))
             total += loss / len(batches)
             for name, part in zip(leaves, found, strict=True):
                 if part is not None:
-                    sums[name].add_(part, alpha=1 / len(batches))
-        return total, sums
+                    share = part if len(batches) == 1 else part / len(batches)
+                    sums[name] = sums[name].add_(share) if name in sums else share
+        return total, {
+            name: sums[name] if name in sums else torch.zeros_like(leaf) for name, leaf in leaves.items()
+        }
 
     def evaluate(self, tensors: Mapping[str, Tensor], batches: Sequence[Any]) -> float:
         """The mean loss at `tensors` over all samples of `batches`, in eval mode."""

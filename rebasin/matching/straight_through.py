@@ -17,7 +17,7 @@ spec moves has auxiliary weights, since nothing else can change pi.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Any, Literal, get_args
 
@@ -209,10 +209,13 @@ class _Auxiliary:
         else:
             self.optimizer = torch.optim.Adam(weights, lr, (momentum, 0.999))
 
-    def descend(self, slope: Mapping[str, Tensor], share: float, rate: float, clip: float | None) -> float:
-        """One step against the gradient, which is that of the midpoint times `share`; returns its norm."""
+    def descend(self, slope: dict[str, Tensor], share: float, rate: float, clip: float | None) -> float:
+        """One step against the gradient, which is that of the midpoint times `share`; returns its norm.
+
+        The gradients are taken out of `slope` one by one: a large model's need not be held twice.
+        """
         for name, weight in self.weights.items():
-            weight.grad = slope[name].to(weight.dtype) * share
+            weight.grad = slope.pop(name).to(weight.dtype) * share
         norm = float(
             nn.utils.clip_grad_norm_(list(self.weights.values()), math.inf if clip is None else clip)
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .base import eval_mode
 from .denoising import Batch, Denoising
+from .problems import stratified
 from .sampling import sample
 
 
@@ -35,7 +36,7 @@ def teach(
     problem: Denoising,
     model_a: nn.Module,
     model_b: nn.Module,
-    conditions: Sequence[Tensor],
+    conditions: Sequence[Tensor | int],
     shape: tuple[int, ...],
     *,
     unconditional: Tensor | None = None,
@@ -43,7 +44,8 @@ def teach(
     steps: int = 20,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Batches for `Distillation`, one for each of `conditions`, text states [n, tokens, width].
+    """Batches for `Distillation`, one for each of `conditions`: text states [n, tokens, width], or, for models without
+    a condition, the number of samples n.
 
     The first half of each batch's latents is sampled by A, the rest by B, from noise of its own, with
     `sampling.sample`'s options. Timesteps are stratified: one from each of n equal parts of the schedule, in a random
@@ -54,35 +56,25 @@ def teach(
         shape: of one sample's latents.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = conditions[0].device
-    total = problem.flow_timesteps if problem.alphas_cumprod is None else len(problem.alphas_cumprod)
+    device = next(model_a.parameters()).device
     batches = []
     with eval_mode(model_a), eval_mode(model_b):
-        for condition in conditions:
-            n = len(condition)
+        for item in conditions:
+            condition, n = (None, item) if isinstance(item, int) else (item.to(device), len(item))
             start, noise = (torch.randn(n, *shape, generator=generator).to(device) for _ in range(2))
-            part = torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)
-            made = [
-                sample(
-                    model,
-                    problem,
-                    start[half],
-                    condition[half],
-                    unconditional,
-                    steps=steps,
-                    guidance=guidance,
-                )
-                for model, half in ((model_a, slice(0, n // 2)), (model_b, slice(n // 2, n)))
-                if len(start[half])
-            ]
-            batch = {
-                "latents": torch.cat(made),
-                "noise": noise,
-                "timesteps": (part / n * total).long().to(device),
-                "condition": condition,
-            }
+            times = stratified(problem, n, generator).to(device)
+            made = []
+            for model, half in ((model_a, slice(0, n // 2)), (model_b, slice(n // 2, n))):
+                if len(start[half]):
+                    given = None if condition is None else condition[half]
+                    made.append(
+                        sample(
+                            model, problem, start[half], given, unconditional, steps=steps, guidance=guidance
+                        )
+                    )
+            batch = {"latents": torch.cat(made), "noise": noise, "timesteps": times, "condition": condition}
             noisy, _ = problem.noisy_and_target(batch)
-            given = {"encoder_hidden_states": condition}
-            a, b = (model(noisy, batch["timesteps"], **given).sample for model in (model_a, model_b))
+            told = {} if condition is None else {"encoder_hidden_states": condition}
+            a, b = (model(noisy, times, **told).sample for model in (model_a, model_b))
             batches.append({**batch, "target": (a + b) / 2})
     return batches

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig
+from hydra.utils import get_method
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -72,7 +72,13 @@ def scorer_of(group: DictConfig, name: str) -> Scorer:
             f"{name}.scorer is not set: give a differentiable function (images, prompts) -> scores by its path,"
             " such as my_package.scores:brightness."
         )
-    return load_scorer(chosen) if isinstance(chosen, str) else instantiate(chosen)
+    return load_scorer(chosen) if isinstance(chosen, str) else made(chosen)
+
+
+def made(config: DictConfig, **more: Any) -> Any:
+    """What the function or class `_target_` makes of the other fields; its errors are not wrapped in Hydra's."""
+    options: Any = OmegaConf.to_container(config, resolve=True)
+    return get_method(options.pop("_target_"))(**options, **more)
 
 
 def objective_of(
@@ -95,12 +101,12 @@ def objective_of(
             scorer, steps=options.steps, grad_steps=options.grad_steps, guidance=options.guidance
         )
         prompts = maker.chosen(options.prompts)
-        made: dict[str, Batches] = {
+        splits: dict[str, Batches] = {
             split: maker.batches(prompts, count=options[split], batch_size=options.batch_size, seed=noise)
             for split, noise in (("train", seed + 1), ("heldout", seed))
         }
-        return objective, made
-    objective = instantiate(options.object, alphas_cumprod=maker.problem.alphas_cumprod)
+        return objective, splits
+    objective = made(options.object, alphas_cumprod=maker.problem.alphas_cumprod)
     if options.kind == "distillation":
         prompts = maker.chosen(options.prompts)
         count, size = options.samples, options.batch_size
