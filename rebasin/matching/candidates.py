@@ -127,13 +127,17 @@ def _tempting(costs: Tensor, column: np.ndarray, v: np.ndarray, largest: float) 
 
 def _below(regret: Tensor, limit: Tensor) -> Tensor:
     """regret <= limit, with limits [n, 1]; numpy is twice as fast as torch on a CPU."""
-    return torch.from_numpy(regret.numpy() <= limit.numpy()) if regret.device.type == "cpu" else regret <= limit
+    return (
+        torch.from_numpy(regret.numpy() <= limit.numpy()) if regret.device.type == "cpu" else regret <= limit
+    )
 
 
 def _flat(mask: Tensor) -> Tensor:
     """The flat numbers of what is true; numpy is six times as fast as torch on a CPU."""
     flat = mask.view(-1)
-    return torch.from_numpy(np.flatnonzero(flat.numpy())) if mask.device.type == "cpu" else flat.nonzero()[:, 0]
+    return (
+        torch.from_numpy(np.flatnonzero(flat.numpy())) if mask.device.type == "cpu" else flat.nonzero()[:, 0]
+    )
 
 
 class _Candidates:
@@ -155,7 +159,9 @@ class _Candidates:
         """
         regret = v[self.column] - self.costs
         regret -= np.minimum.reduceat(regret, self.start[:-1])[self.row]
-        weight = np.rint(np.minimum(regret * (STEPS / (width or 1.0)), 32.0 * STEPS)) + 1  # 0 would be no entry
+        weight = (
+            np.rint(np.minimum(regret * (STEPS / (width or 1.0)), 32.0 * STEPS)) + 1
+        )  # 0 would be no entry
         indices, start = self.column.astype(np.int32), self.start.astype(np.int32)
         graph = csr_array((weight, indices, start), shape=(len(v), len(v)))
         return min_weight_full_bipartite_matching(graph)[1].astype(np.int64)

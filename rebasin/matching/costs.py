@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -78,16 +79,39 @@ class WeightCosts:
         for parameter, axis, sites in self.sites(cell):
             weight = self.pair.weight[parameter]
             a, b = self.pair.a(parameter), self.pair.b(parameter)
-            for x, y in zip(_parts(a, axis, sites, neurons), _parts(b, axis, sites, neurons), strict=True):
-                x, y = x.to(self.dtype), y.to(self.dtype)
-                if x.shape[1] == 1:
+            if a.numel() == a.shape[axis]:
+                for x, y in self._pieces(a, b, axis, sites, neurons):
                     vectors_a.append(x * weight)
                     vectors_b.append(y)
-                else:
-                    _add(total, x, y, weight)
+                continue
+            compute = partial(self._product, axis, sites, neurons)
+            if self.pair.products is None:
+                compute(total, a, b, weight)
+            else:
+                self.pair.products.add(total, cell, parameter, axis, neurons, compute)
         if vectors_a:  # biases and norm affines: one product of rank m instead of m outer products
             _add(total, torch.cat(vectors_a, dim=1), torch.cat(vectors_b, dim=1), 1.0)
         return total
+
+    def _product(
+        self,
+        axis: int,
+        sites: Sequence[Site],
+        neurons: Indices,
+        total: Tensor,
+        a: Tensor,
+        b: Tensor,
+        weight: float,
+    ) -> None:
+        """total [count, k, k] += weight * the products of the slices of `neurons` in `a` and `b`."""
+        for x, y in self._pieces(a, b, axis, sites, neurons):
+            _add(total, x, y, weight)
+
+    def _pieces(
+        self, a: Tensor, b: Tensor, axis: int, sites: Sequence[Site], neurons: Indices
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in zip(_parts(a, axis, sites, neurons), _parts(b, axis, sites, neurons), strict=True):
+            yield x.to(self.dtype), y.to(self.dtype)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..spec import Group, Permutation, PermutationSpec, to_array
+
+if TYPE_CHECKING:
+    from .products import Products
 
 CHUNK = 1 << 17  # elements that are widened to float64 at a time: they stay in the cache
 
@@ -44,7 +47,10 @@ class Pair:
         squares: (|A_k|^2, |B_k|^2) of every counted parameter.
         dots: <A_k, pi(B)_k> of every counted parameter.
         dtype: of cost matrices; float32, but float64 if the endpoints are.
+        products: what cost matrices keep from one update to the next; None: nothing.
     """
+
+    products: Products | None = None
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ from .costs import WeightCosts, tensor_cores
 from .initial import Init, Visit, start
 from .linear import TOLERANCE
 from .pair import Move, Pair, touched
+from .products import Products
 from .result import Attempt, MatchResult, MatchState, Sweep, Update
 from .schedule import Order, axes_met, neighbours, order_of, run_in_order, sharing
 
@@ -108,6 +109,7 @@ def weight_matching(
     if workers is None:
         workers = 1 if torch.device(device).type == "cpu" else min(16, os.cpu_count() or 1)
     pair = Pair(spec, state_a, state_b, normalize=normalize, device=device)
+    pair.products = Products(pair)
     initial_objective, distance_before = pair.objective, pair.distance
     options = _fingerprint(spec, init, order, seed, restarts, normalize, initial_objective)
     finished: tuple[float, ...] = ()
