@@ -18,6 +18,7 @@ _PUBLIC = {
     "straight_through": "matching.straight_through",
     "merge_many": "matching.many",
     "interpolate": "merging",
+    "merge": "merging",
     "barrier": "evaluation",
     "RebasinError": "errors",
 }

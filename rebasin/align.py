@@ -60,8 +60,8 @@ class Algorithm:
             "spec": lambda: spec,
             "state_a": lambda: state_a,
             "state_b": lambda: state_b,
-            "model_a": lambda: _loaded(task.model, state_a),
-            "model_b": lambda: _loaded(task.model, state_b),
+            "model_a": lambda: loaded(task.model, state_a),
+            "model_b": lambda: loaded(task.model, state_b),
             "objective": lambda: task.objective,
             "batches": lambda: task.batches["train"],
             "pipeline": lambda: task.pipeline,
@@ -120,7 +120,7 @@ def naive(spec: PermutationSpec, state_a: State, state_b: State) -> MatchResult:
     )
 
 
-def _loaded(model: nn.Module, state: State) -> nn.Module:
+def loaded(model: nn.Module, state: State) -> nn.Module:
     """A copy of `model` with the weights of `state`."""
     loaded = copy.deepcopy(model)
     loaded.load_state_dict(dict(state))

@@ -31,8 +31,8 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
     # Late: torch, diffusers and matplotlib take seconds to import, and --help and --cfg need none of them.
     from . import reporting, steps
     from .align import load_algorithm
+    from .combine import load_combination
     from .judge import in_words, load_judge
-    from .merging import interpolate
     from .run_many import is_many, run_many
     from .structure import restrict
     from .tasks import load_task
@@ -50,8 +50,10 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
         specs = {name: trace(part.model, *part.args, **part.kwargs) for name, part in task.parts.items()}
         specs[task.aligned] = spec = restrict(specs[task.aligned], cfg.structure)
         console.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
+    combination = load_combination(cfg, task)
+    reporting.save_blocks(combination, folder)
     if cfg.dry_run:
-        console.plan(task, specs, config, folder)
+        console.plan(task, specs, config, folder, combination)
         return None
     judge = load_judge(cfg, task)
 
@@ -74,10 +76,15 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
             aligned = match.permutation.apply(state_b)
             console.say(f"{algorithm.name}: {match.moved:,} of {spec.neurons:,} neurons moved")
         with console.stage("merge"):
-            merged = interpolate(state_a, aligned, cfg.lam)
-            console.say(f"lambda {cfg.lam}")
+            merged = dict(
+                combination(
+                    task, state_a, aligned, seed=cfg.seed, device=cfg.device, progress=console.progress
+                )
+            )
+            console.say(combination.words)
         with console.stage("evaluate"):
             curves = steps.evaluate(cfg, task, state_a, state_b, aligned, match, console.progress)
+            combined = {**combination.record(), "figures": steps.evaluate_merged(cfg, task, merged)}
             console.say(steps.barriers(curves))
         with console.stage("sample"):
             samples = steps.sample(task, state_a, state_b, aligned, cfg.seed)
@@ -90,7 +97,7 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
             if cfg.tensors:
                 reporting.save_tensors(folder, match.permutation, aligned, merged, config)
             results = reporting.collect(
-                config, task, spec, checks, match, curves, console.seconds, command, rewards
+                config, task, spec, checks, match, curves, console.seconds, command, rewards, combined
             )
             reporting.leave(results, samples, config, folder)
             logger.results(results, folder)

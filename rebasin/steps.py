@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from .align import loaded
 from .errors import ConfigError, VerificationError
 from .evaluation import Curve, barrier
 from .matching import MatchResult
@@ -115,6 +116,12 @@ def evaluate(
                 " permutation is not legal for these weights."
             )
     return curves
+
+
+def evaluate_merged(cfg: DictConfig, task: Task, merged: State) -> dict[str, dict[str, float]]:
+    """The figures of the saved merge itself, which need not lie on the line: split -> "loss" and others."""
+    model = loaded(task.model, merged)
+    return {split: task.objective.evaluate(model, task.batches[split]) for split in cfg.evaluate.splits}
 
 
 def barriers(curves: Mapping[str, Mapping[str, Curve]]) -> str:

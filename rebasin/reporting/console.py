@@ -14,10 +14,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from .answers import answers, number
-from .html import curve_rows, reward_rows
+from .html import curve_rows, merge_lines, reward_rows
 from .results import Results
 
 if TYPE_CHECKING:
+    from ..combine import Combination
     from ..spec import PermutationSpec
     from ..tasks import Task
 
@@ -27,6 +28,7 @@ FILES = {
     "report.html": "read this first",
     "curve.png": "the loss from A to B",
     "samples.png": "images of A, B and the midpoints",
+    "blocks.png": "the weight of B by block",
     "search.png": "the loss at each step of the search",
     "steps.png": "images of the midpoint while it searched",
     "permutation.safetensors": "the permutation found, with its spec",
@@ -123,7 +125,12 @@ class Console:
         return (time.perf_counter() - self._first[2]) / done * (total - step)
 
     def plan(
-        self, task: Task, specs: Mapping[str, PermutationSpec], config: Mapping[str, Any], folder: Path
+        self,
+        task: Task,
+        specs: Mapping[str, PermutationSpec],
+        config: Mapping[str, Any],
+        folder: Path,
+        combination: Combination,
     ) -> None:
         """What a run would do, and the specs: the one that is aligned in full, the others in a line."""
         a, b = task.labels
@@ -131,11 +138,16 @@ class Console:
             "",
             f"Would verify the specs of {', '.join(specs)};",
             f"align B ({b}) to A ({a}), the {task.aligned}, by {config['algo']['name']};",
-            f"merge at lambda {config['lam']};",
+            f"merge by {combination.words};",
             f"evaluate {config['objective']['name']} at {config['evaluate']['points']} points on"
             f" {', '.join(config['evaluate']['splits'])} data;",
             f"and leave the result in {folder}.",
             "",
+            *(
+                ["The weight of B by block, also in blocks.png:", combination.blocks.table(), ""]
+                if combination.blocks
+                else []
+            ),
             f"{task.aligned}: {specs[task.aligned].summary()}",
         ]
         lines += [
@@ -173,6 +185,8 @@ class Console:
         for row in rows:
             table.add_row(*(row[key] for key in columns))
         self.console.print(table)
+        for line in merge_lines(results):
+            self.console.print(line, markup=False)
         self._scores(results)
         self.console.print()
         for answer in answers(results):

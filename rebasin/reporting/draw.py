@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ..checkpoints import load_metadata, load_safetensors, save_safetensors, write_text
+from ..checkpoints import atomic_path, load_metadata, load_safetensors, save_safetensors, write_text
 from ..spec import Permutation
 from . import many
 from .curve import save_curves
@@ -18,6 +18,9 @@ from .results import Results, save_results
 from .samples import Samples, save_samples
 from .search import NAME as SEARCH
 from .search import has_search, save_search
+
+if TYPE_CHECKING:
+    from ..combine import Combination
 
 
 def save_tensors(
@@ -41,8 +44,17 @@ def save_tensors(
     )  # again, with the header in a fixed order
     save_safetensors(folder / "aligned.safetensors", aligned, {**about, "content": "B, permuted"})
     save_safetensors(
-        folder / "merged.safetensors", merged, {**about, "content": f"merge at lambda {config['lam']}"}
+        folder / "merged.safetensors", merged, {**about, "content": f"merge by {config['merge']['method']}"}
     )
+
+
+def save_blocks(combination: Combination, folder: Path) -> None:
+    """Draw blocks.png, the weight of every block, if the merge has weights by block."""
+    if combination.blocks is not None:
+        from ..merging.block_figure import block_figure
+
+        with atomic_path(folder / "blocks.png") as path:
+            block_figure(combination.blocks).savefig(path, dpi=120)
 
 
 def leave(results: Results, samples: Samples | None, config: Mapping[str, Any], folder: Path) -> None:

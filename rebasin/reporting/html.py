@@ -32,7 +32,7 @@ def render_html(results: Results, folder: Path) -> str:
         trim_blocks=True,
     )
     rows = curve_rows(results)
-    pictures = {name: _picture(folder / f"{name}.png") for name in ("samples", "search", "steps")}
+    pictures = {name: _picture(folder / f"{name}.png") for name in ("samples", "search", "steps", "blocks")}
     return environment.get_template(TEMPLATE).render(
         r=results,
         answers=answers(results),
@@ -43,6 +43,7 @@ def render_html(results: Results, folder: Path) -> str:
         curve=data_uri(folder / "curve.png"),
         **pictures,
         rewards=reward_rows(results),
+        merge=merge_lines(results),
         split=time_split(results["match"]["search"]) if has_search(results) else "",
         config=OmegaConf.to_yaml(OmegaConf.create(results["config"])),
         number=number,
@@ -74,6 +75,20 @@ def curve_rows(results: Results) -> list[dict[str, str]]:
                 }
             )
     return rows
+
+
+def merge_lines(results: Results) -> list[str]:
+    """The saved merge in words: its method and its own figures, a line for each split."""
+    merge = results.get("merge")
+    if merge is None:
+        return []
+    lines = []
+    for split, figures in merge["figures"].items():
+        more = f", accuracy {figures['accuracy']:.1%}" if figures.get("accuracy") is not None else ""
+        lines.append(
+            f"The saved merge ({merge['words']}) on {split} data: loss {number(figures['loss'])}{more}."
+        )
+    return [*lines, *merge["notes"]]
 
 
 def reward_rows(results: Results) -> list[dict[str, str]]:

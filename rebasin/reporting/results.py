@@ -42,6 +42,7 @@ def collect(
     seconds: Mapping[str, float],
     command: str = "",
     rewards: Rewards | None = None,
+    merge: Mapping[str, Any] | None = None,
 ) -> Results:
     """Everything about a run as plain data, with the keys of results.json; null is what is not finite."""
     coverage = spec.coverage()
@@ -82,6 +83,7 @@ def collect(
             split: {kind: asdict(curve) for kind, curve in kinds.items()} for split, kinds in curves.items()
         },
         "rewards": None if rewards is None else asdict(rewards),
+        "merge": None if merge is None else dict(merge),
         "seconds": {**seconds, "total": sum(seconds.values())},
         "environment": environment(),
         "config": dict(config),

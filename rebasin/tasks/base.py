@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_method
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from ..checkpoints import load_safetensors
 from ..errors import ConfigError
 from ..objectives import Objective
 from ..reporting.samples import Samples
@@ -42,6 +44,7 @@ class Task:
         sampler: states by label, and a seed -> images from the same prompts and noise; None: no images.
         pipeline: a model in place of the aligned part -> its diffusion pipeline; None: it belongs to none.
         captions: prompts that the models were made for.
+        others: further models of this architecture by name, for a merge that needs a base.
         maker: how the aligned part makes images of prompts, differentiably; None: it makes none.
     """
 
@@ -55,11 +58,25 @@ class Task:
     pipeline: Callable[[nn.Module], Any] | None = None
     captions: Sequence[str] = ()
     maker: ImageMaker | None = None
+    others: Mapping[str, Callable[[], State]] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
         """The architecture that is aligned; its own weights do not matter."""
         return self.parts[self.aligned].model
+
+    def load_other(self, name: str) -> State:
+        """One of `others`, or the tensors of the safetensors file `name`.
+
+        Raises:
+            ConfigError: there is neither.
+        """
+        if name in self.others:
+            return self.others[name]()
+        if not Path(name).is_file():
+            known = f"; the models with a name are {', '.join(self.others)}" if self.others else ""
+            raise ConfigError(f"There is no model or file {name!r}{known}.")
+        return load_safetensors(name)
 
 
 def load_task(cfg: DictConfig) -> Task:

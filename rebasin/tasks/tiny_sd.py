@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,6 +82,7 @@ def load(cfg: DictConfig) -> Task:
         pipeline=lambda unet: tiny_sd.load_pipeline(unet, path=root),  # pyright: ignore[reportArgumentType]
         captions=captions,
         maker=maker,
+        others={name: partial(_read, name, root) for name in _names(root)},
     )
 
 
@@ -109,6 +111,11 @@ def sample(
     finally:
         unet.load_state_dict(original)
     return Samples(prompts, rows)
+
+
+def _names(root: Path | None) -> list[str]:
+    folders = sorted((root or tiny_sd.ASSETS).glob("unet_*"))
+    return [folder.name.removeprefix("unet_") for folder in folders if (folder / WEIGHTS).is_file()]
 
 
 def _read(name: str, root: Path | None) -> State:
