@@ -13,7 +13,7 @@ import typer
 
 from .. import __version__
 from ..errors import RebasinError
-from . import align, apply, compare, inspect, merge, verify
+from . import align, apply, compare, inspect, merge, methods, verify
 
 HELP = """
 Align the neurons of models before merging them, and see what it did.
@@ -26,9 +26,10 @@ Do they need aligning at all?
 What is this file, and how was it made?
     rebasin inspect merged.safetensors
 
-Files are Stable Diffusion 1, 2 or XL checkpoints (.safetensors, .ckpt, diffusers folders) and adapters for them.
-Inputs are never changed, outputs are written beside their place and renamed, and a command that was interrupted
-continues where it stopped when it is given again. Every command explains itself: rebasin COMMAND --help
+Files are Stable Diffusion 1, 2 or XL checkpoints (.safetensors, .ckpt,
+diffusers folders) and adapters for them. Inputs are never changed, and a
+command that was interrupted continues where it stopped when it is given
+again. Every command explains itself: rebasin COMMAND --help
 """
 
 app = typer.Typer(
@@ -46,6 +47,7 @@ app.command("compare")(compare.compare)
 app.command("verify")(verify.verify)
 app.command("apply")(apply.apply)
 app.command("inspect")(inspect.inspect)
+app.command("methods")(methods.methods)
 
 
 def _version(wanted: bool) -> None:

@@ -29,8 +29,9 @@ def align(
 ) -> None:
     """Bring B's neurons into A's order, without changing what B computes.
 
-    The aligned B is a checkpoint like any other: it makes the same images as B, and every tool can merge it with A.
-    Beside it lies the permutation, which moves adapters of B along (rebasin apply).
+    The aligned B is a checkpoint like any other: it makes the same images as
+    B, and every tool can merge it with A. Beside it lies the permutation,
+    which moves adapters of B along (rebasin apply).
 
     \b
     Align, then move a LoRA of B along:

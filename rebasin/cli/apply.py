@@ -53,7 +53,8 @@ def apply(
         rebasin apply aligned.permutation.safetensors controlnet.safetensors
         rebasin apply aligned.permutation.safetensors B2.safetensors
 
-    Kinds: LoRA (kohya, diffusers, PEFT), LoCon, LoHa, LoKr, full differences, IA3, with DoRA or without; ControlNet.
+    Kinds: LoRA (kohya, diffusers, PEFT), LoCon, LoHa, LoKr, full differences,
+    IA3, each with DoRA or without; ControlNet.
     """
     from ..spec import Permutation
     from . import moving, session

@@ -30,8 +30,9 @@ def compare(
 ) -> None:
     """How far apart two models are, block by block, and the share of neurons that aligning leaves in place.
 
-    Fine-tunes of one base share its basin: hardly any neuron moves, and aligning is of no use. Where most neurons
-    move and the distance falls, the models were trained apart.
+    Fine-tunes of one base share its basin: hardly any neuron moves, and
+    aligning is of no use. Where most neurons move and the distance falls, the
+    models were trained apart.
 
     \b
     A table; with a picture and a file; with an alignment that is there already:

@@ -17,7 +17,7 @@ from .function import Difference, compare_functions
 from .inputs import check_output, common, open_all, sha256_of, size_of
 from .many import Many, align_many
 from .plan import show_plan
-from .weighting import method_options, weights_of
+from .weighting import Weighting, method_options, weighting
 
 if TYPE_CHECKING:
     from ..reporting.console import Console
@@ -117,10 +117,10 @@ def merge(console: Console, request: Request) -> None:
         if vae is not None:
             vae.require("vae")
             components = tuple(name for name in components if name != "vae")
-        weights = {name: weights_of(request, method, len(models), models[0], name) for name in components}
+        weights = weighting(request, method, len(models), models[0], components)
         console.say(f"{len(models)} x {models[0].title}: {', '.join(components)}")
     if request.dry_run:
-        return show_plan(console, request, models, components)
+        return show_plan(console, request, models, components, weights.blocks)
     hashes = _hashes(console, [*request.inputs, *others])
 
     found: Alignment | Many | None = None
@@ -133,7 +133,7 @@ def merge(console: Console, request: Request) -> None:
             views[1] = {name: found.view(name, views[1][name]) for name in components}
             checks = _checked(console, request, models[1], components, found)
         else:
-            found = _aligned_many(console, request, models, specs, hashes)
+            found = _aligned_many(console, request, models, specs, hashes, weights)
             views = [
                 {n: one.view(n, view[n]) for n in components}
                 for one, view in zip(found.each, views, strict=True)
@@ -149,7 +149,7 @@ def merge(console: Console, request: Request) -> None:
                 method,
                 [view[name] for view in views],
                 base=bases.get(name),
-                weights=weights[name],
+                weights=weights.of(name),
                 seed=request.seed,
                 labels=labels if len(set(labels)) == len(labels) else None,
                 device=None if request.device == "cpu" else request.device,
@@ -237,18 +237,21 @@ def _aligned_many(
     models: Sequence[Checkpoint],
     specs: Mapping[str, PermutationSpec],
     hashes: Sequence[str],
+    weights: Weighting,
 ) -> Many:
     if request.permutation is not None:
         raise ConfigError(
             "--permutation is for two models; leave it out, what was found before is used again."
         )
-    shares = None
-    if request.weights is not None:
-        given_weights = weights_of(request, None, len(models), models[0], "")
-        shares = list(given_weights) if isinstance(given_weights, list) else None
     with console.stage("align"):
         found = align_many(
-            models, specs, request.alignment, request.kept, hashes[: len(models)], shares, console.progress
+            models,
+            specs,
+            request.alignment,
+            request.kept,
+            hashes[: len(models)],
+            weights.shares,
+            console.progress,
         )
         console.say(("as found before: " if found.reused else "") + found.told())
     return found

@@ -45,7 +45,10 @@ def merge(
     weights: Annotated[
         str | None,
         typer.Option(
-            metavar="W", help="One number for each model (0.5,0.3,0.2), or block weights.", show_default=False
+            metavar="W",
+            help="A number for each model (0.5,0.3,0.2), or weights by block (IN=0.2,OUT=0.7,attn1=1), a preset (GRAD_V) or a"
+            " YAML file; --alpha is the default for other blocks.",
+            show_default=False,
         ),
     ] = None,
     align: Annotated[
@@ -80,11 +83,14 @@ def merge(
         rebasin merge A B C D -o soup.safetensors --weights 4,2,1,1
     What B has learnt since its base, added to A:
         rebasin merge A B -o AB.safetensors --method add_difference --base C
+    Other shares in some blocks (--dry-run shows them as a table and a picture):
+        rebasin merge A B -o AB.safetensors --alpha 0.5 --weights IN=0.2,OUT=0.7
     A plain merge:
         rebasin merge A B -o AB.safetensors --no-align
 
-    The permutation is kept beside the output and used again as long as the inputs are the same, so another --alpha or
-    --method costs no second alignment. What was interrupted continues when the same command is given again.
+    The permutation is kept beside the output and used again as long as the
+    inputs are the same, so another --alpha or --method costs no second
+    alignment. What was interrupted continues when the same command is given.
     """
     from . import jobs
     from .session import begin

@@ -13,6 +13,7 @@ from .session import size, table
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
+    from ..merging.blocks import BlockWeights
     from ..reporting.console import Console
     from ..spec import PermutationSpec
     from .jobs import Request
@@ -25,9 +26,13 @@ SWEEPS = 2
 
 
 def show_plan(
-    console: Console, request: Request, models: Sequence[Checkpoint], components: Sequence[str]
+    console: Console,
+    request: Request,
+    models: Sequence[Checkpoint],
+    components: Sequence[str],
+    blocks: BlockWeights | None = None,
 ) -> None:
-    """Print the plan, the sizes, and estimates of memory and time."""
+    """Print the plan, the sizes, and estimates of memory and time; with block weights a table and a picture."""
     from ..checkpoints import component_spec
 
     rows = []
@@ -78,6 +83,14 @@ def show_plan(
         f"{', pruned' if request.prune else ''}.",
         markup=False,
     )
+    if blocks is not None:
+        from ..checkpoints import atomic_path
+        from ..merging.block_figure import block_figure
+
+        picture = request.output.with_name(f"{request.output.stem}.weights.png")
+        with atomic_path(picture) as temporary:
+            block_figure(blocks).savefig(temporary, dpi=120)
+        say(f"\nThe weights of the blocks (picture: {picture}):\n{blocks.table()}\n", markup=False)
     say(f"Memory about {size(memory)}, time about {_about(seconds)}. Nothing was done.")
 
 
@@ -114,11 +127,12 @@ def _rate() -> float:
     import torch
 
     x = torch.randn(512, 512)
-    x @ x
+    product = x @ x
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < 0.1:
-        x @ x
+        product = x @ x
         count += 1
+    del product
     return 2 * 512**3 * count / (time.perf_counter() - began)
 
 

@@ -28,8 +28,9 @@ def verify(
 ) -> None:
     """Is an alignment legal? Computes with both files, on the same random inputs, and compares the outputs.
 
-    An aligned model must compute what it computed before, up to rounding. Weights are read layer by layer, so a
-    model of any size fits into memory. The exit code is 1 if the two differ.
+    An aligned model must compute what it computed before, up to rounding.
+    Weights are read layer by layer, so a model of any size fits into memory.
+    The exit code is 1 if the two differ.
 
     \b
     B before and after aligning:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
@@ -11,6 +12,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
     from ..merging import Method
+    from ..merging.blocks import BlockWeights
     from .jobs import Request
 
 
@@ -33,32 +35,61 @@ def method_options(method: Method, given: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def weights_of(
-    request: Request, method: Method | None, models: int, checkpoint: Checkpoint, component: str
-) -> Any:
-    """What `rebasin.merging.merge` gets as weights of a component: a number, one for each model, or None.
+@dataclass(frozen=True, eq=False)
+class Weighting:
+    """What `rebasin.merging.merge` gets as weights.
+
+    Attributes:
+        given: a number, one for each model, or None for the method's default.
+        blocks: weights by block, for tensors named `component.name`; None without.
+    """
+
+    given: float | list[float] | None = None
+    blocks: BlockWeights | None = None
+
+    def of(self, component: str) -> Any:
+        """The weights of a component's tensors."""
+        blocks = self.blocks
+        return self.given if blocks is None else lambda name: blocks(f"{component}.{name}")
+
+    @property
+    def shares(self) -> list[float] | None:
+        """A number for each model, None if there is none."""
+        return self.given if isinstance(self.given, list) else None
+
+
+def weighting(
+    request: Request, method: Method, models: int, checkpoint: Checkpoint, components: Sequence[str]
+) -> Weighting:
+    """The weights that --alpha and --weights mean.
 
     Raises:
-        ConfigError: --alpha and --weights are both given, can't be read, or do not fit the models.
+        ConfigError: they can't be read, or do not fit the method, the models or their blocks.
     """
-    if request.alpha is not None and request.weights is not None:
-        raise ConfigError("Give either --alpha, for two models, or --weights.")
-    if request.weights is None:
-        if request.alpha is None:
-            return None
-        if method is not None and method.weight is None:
-            raise ConfigError(f"The method {method.name!r} has no weight; leave out --alpha.")
-        if models > 2 and (method is None or method.weight == "weights"):
-            raise ConfigError(f"--alpha is for two models; give --weights with {models} numbers.")
-        return request.alpha
-    try:
-        numbers = [float(text) for text in request.weights.split(",")]
-    except ValueError as error:
-        raise ConfigError(
-            f"--weights {request.weights} can't be read; write a number for each model, e.g. --weights 0.5,0.3,0.2."
-        ) from error
-    if method is not None:
-        from ..merging.weights import fit_weights
+    from ..merging.blocks import block_weights
+    from ..merging.weights import fit_weights
 
-        fit_weights(method, numbers, models)
-    return numbers
+    if method.weight is None and (request.alpha is not None or request.weights is not None):
+        raise ConfigError(f"The method {method.name!r} has no weights; leave out --alpha and --weights.")
+    numbers = _numbers(request.weights)
+    if request.weights is None or (numbers is not None and len(numbers) in (1, models, models - 1)):
+        if request.alpha is not None and numbers is not None:
+            raise ConfigError("--alpha and --weights both say how much of each model; give one of them.")
+        given = numbers if numbers is None or len(numbers) > 1 else numbers[0]
+        given = request.alpha if given is None else given
+        if models > 2 and isinstance(given, float) and method.weight == "weights":
+            raise ConfigError(f"One weight is for two models; give --weights with {models} numbers.")
+        fit_weights(method, given, models)
+        return Weighting(given)
+    if method.weight == "weights" and models > 2:
+        raise ConfigError(f"Block weights are for two models; give --weights with {models} numbers.")
+    names = [f"{component}.{name}" for component in components for name in checkpoint.shapes(component)]
+    return Weighting(blocks=block_weights(request.weights, names, request.alpha))
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    """Numbers with commas between them, None for anything else."""
+    try:
+        return [float(part) for part in text.split(",")] if text is not None else None
+    except ValueError:
+        return None

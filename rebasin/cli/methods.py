@@ -1,0 +1,62 @@
+"""`rebasin methods`: the merge methods there are."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Tell all about this one.", show_default=False)
+    ] = None,
+) -> None:
+    """List the methods of `rebasin merge --method`, or explain one: formula, inputs, options, reference.
+
+    \b
+        rebasin methods
+        rebasin methods ties_sum
+    """
+    from rich.console import Console
+
+    from ..merging import METHODS
+    from ..merging.merged import find_method
+    from .session import table
+
+    console = Console(highlight=False, soft_wrap=True)
+    if name is None:
+        rows = [
+            {
+                "name": method.name,
+                "inputs": f"{method.least} or more" if method.inputs == "N" else str(method.inputs),
+                "base": "needed" if method.needs_base else "optional" if method.takes_base else "",
+                "what": method.description,
+            }
+            for method in METHODS.values()
+        ]
+        titles = {"name": "method", "inputs": "models", "base": "base", "what": "what it does"}
+        console.print(table(titles, rows, list(titles)))
+        return
+    method = find_method(name)
+    weight = {
+        "alpha": "--alpha, one number",
+        "weights": "--weights, a share for each model (or --alpha, the share of B)",
+        "scales": "--alpha, or --weights with a number for each model but the first",
+    }
+    told = {
+        "what": method.description,
+        "formula": method.formula,
+        "models": f"{method.least} or more" if method.inputs == "N" else method.inputs,
+        "base": "needed (--base)"
+        if method.needs_base
+        else "optional (--base)"
+        if method.takes_base
+        else "none",
+        "weight": weight.get(method.weight or "", "none"),
+        "options": ", ".join(f"{k}={v}" for k, v in method.options.items()) or "none",
+        "reference": method.reference,
+    }
+    console.print(method.name, style="bold")
+    for key, value in told.items():
+        console.print(f"  {key:<10} {value}", markup=False)
