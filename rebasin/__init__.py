@@ -33,6 +33,7 @@ __all__ = [
     "barrier",
     "compose",
     "interpolate",
+    "merge",
     "trace",
     "verify",
     "weight_matching",
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from .errors import RebasinError
     from .evaluation import barrier
     from .matching import activation_matching, weight_matching
-    from .merging import interpolate
+    from .merging import interpolate, merge
     from .spec import Permutation, PermutationSpec
     from .tracing import compose, trace, verify
 
