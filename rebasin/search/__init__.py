@@ -1,0 +1,1 @@
+"""Searching for the merge that is best by an objective: `python -m rebasin.search`."""

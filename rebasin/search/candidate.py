@@ -1,0 +1,105 @@
+"""One merge of the search: method, options and weights as plain data, from which the same merge can be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from ..merging import merge
+
+if TYPE_CHECKING:
+    from ..merging import MergedState
+    from ..merging.interpolate import State
+    from .groups import Groups
+
+Value = float | tuple[float, ...]
+"""A weight: one number, or one for each model."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A merge that could be made.
+
+    Attributes:
+        method: its name in METHODS.
+        weight: one weight for the whole model, or group -> weight; None is the method's default.
+        options: of the method.
+    """
+
+    method: str
+    weight: Value | Mapping[str, Value] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def merged(
+        self, states: Sequence[State], *, base: State | None, groups: Groups | None = None, seed: int = 0
+    ) -> MergedState:
+        """The lazy state that this merge gives.
+
+        Args:
+            groups: what the names of a weight by group mean.
+        """
+        from ..merging.merged import find_method
+
+        given: Any = self.weight
+        if isinstance(given, Mapping):
+            if groups is None or any(group not in given for group in groups.order):
+                raise ConfigError(
+                    f"the weights of '{self.method}' are for {', '.join(given)}, but the model has the groups"
+                    f" {', '.join(groups.order) if groups else 'none'}."
+                )
+            table = dict(given)
+            of = groups.of
+            given = lambda name: _plain(table[of[name]])  # noqa: E731
+        else:
+            given = _plain(given)
+        method = find_method(self.method)
+        return merge(
+            method,
+            states,
+            base=base if method.takes_base else None,
+            weights=given,
+            seed=seed,
+            **self.options,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; `from_dict` reads it."""
+        return {"method": self.method, "weight": _json(self.weight), "options": dict(self.options)}
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Candidate:
+        """From `to_dict`."""
+        return cls(told["method"], _tuples(told["weight"]), dict(told["options"]))
+
+    def __str__(self) -> str:
+        parts = []
+        if isinstance(self.weight, Mapping):
+            parts.append(", ".join(f"{group} {_words(value)}" for group, value in self.weight.items()))
+        elif self.weight is not None:
+            parts.append(_words(self.weight))
+        parts += [f"{name}={_words(value)}" for name, value in self.options.items()]
+        return f"{self.method}({'; '.join(parts)})"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _json(weight: Any) -> Any:
+    if isinstance(weight, Mapping):
+        return {group: _plain(value) for group, value in weight.items()}
+    return _plain(weight)
+
+
+def _tuples(weight: Any) -> Any:
+    if isinstance(weight, Mapping):
+        return {group: _tuples(value) for group, value in weight.items()}
+    return tuple(weight) if isinstance(weight, list) else weight
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "/".join(f"{number:.3g}" for number in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

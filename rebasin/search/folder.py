@@ -1,0 +1,72 @@
+"""Where a search lives: a folder that follows from what it searches, so that the same command goes on with it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ..errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two searches in one folder are not noticed
+    fcntl = None
+
+LOCK = ".lock"
+
+RELEVANT = ("model", "data", "objective", "algo", "structure", "space", "base", "seed", "search")
+"""What of a configuration trials depend on."""
+
+BUDGET = ("trials", "minutes", "workers", "finalists", "unit", "keep_front")
+"""Options of a search that may change from one continuation to the next: the trials before are still good."""
+
+
+def key(config: Mapping[str, Any]) -> str:
+    """Eight digits that stand for all that the trials depend on."""
+    told = {name: config[name] for name in RELEVANT if name in config}
+    told["base"] = base_name(config)
+    told["search"] = {name: value for name, value in told.get("search", {}).items() if name not in BUDGET}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def base_name(config: Mapping[str, Any]) -> str | None:
+    """The base that a configuration names, for the search or for the run's own merge."""
+    name = config["base"] if config["base"] is not None else config["merge"]["base"]
+    return None if name is None else str(name)
+
+
+def _key_of(_root_: DictConfig) -> str:
+    names = [name for name in (*RELEVANT, "merge") if name in _root_]
+    plain = OmegaConf.to_container(OmegaConf.masked_copy(_root_, names), resolve=False)
+    assert isinstance(plain, dict)
+    return key({str(name): value for name, value in plain.items()})
+
+
+def register() -> None:
+    """Make `${search_key:}` known to configurations."""
+    OmegaConf.register_new_resolver("search_key", _key_of, replace=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder for this process alone; the lock ends with the process, however it ends.
+
+    Raises:
+        ConfigError: another search is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigError(
+                    f"Another search is at work in {folder}; wait for it, or choose a folder with hydra.run.dir=FOLDER."
+                ) from error
+        yield

@@ -1,0 +1,166 @@
+"""The study on disk: Optuna's sqlite file in the run's folder, which survives a kill and is shared by workers.
+
+What has been tried is in the file alone. Before each trial the sampler is made anew with a seed that follows from the
+number of finished trials, so a search that was killed and goes on proposes what it would have proposed anyway.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+NAME = "study.db"
+STUDY = "merge"
+SAMPLERS = ("tpe", "gp", "nsga2", "random")
+
+
+def need_optuna() -> Any:
+    """The package.
+
+    Raises:
+        ConfigError: it is not installed; says how.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError(
+            "A search needs Optuna, which is not installed: pip install 'git-rebasin[search]'."
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    return optuna
+
+
+def open_study(folder: Path, aims: Sequence[str], prune: float) -> optuna.Study:
+    """The study in `folder`, made if there is none.
+
+    Args:
+        aims: names of the objectives, all to be small.
+        prune: give up on a trial once Wilcoxon's test says, with this probability of error, that it is worse than the
+            best on the batches so far; 0 never does. With several objectives nothing is given up.
+
+    Raises:
+        CheckpointError: the file is damaged, or is of a search for other objectives.
+    """
+    optuna = need_optuna()
+    if not 0 <= prune < 1:
+        raise ConfigError(f"search.prune is {prune}, but it is a probability: 0 (never) to below 1.")
+    path = folder / NAME
+    pruner = optuna.pruners.NopPruner()
+    if prune and len(aims) == 1:
+        pruner = optuna.pruners.WilcoxonPruner(p_threshold=prune, n_startup_steps=3)
+    try:
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{path}",
+            engine_kwargs={"connect_args": {"timeout": 60}},  # workers write in turn
+        )
+        _quick(storage.engine)
+        study = optuna.create_study(
+            storage=storage,
+            study_name=STUDY,
+            directions=["minimize"] * len(aims),
+            pruner=pruner,
+            load_if_exists=True,
+        )
+        if len(study.directions) != len(aims):
+            raise CheckpointError(
+                f"{path} is a search for {len(study.directions)} objectives, not {len(aims)}; choose another folder."
+            )
+        study.set_metric_names(list(aims))
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # SQLAlchemy, alembic and Optuna have errors of their own for a file that is no study.
+        raise CheckpointError(
+            f"{path} can't be opened as an Optuna study ({str(error).splitlines()[0]}); move it and search anew."
+        ) from error
+    return study
+
+
+def _quick(engine: Any) -> None:
+    """A write-ahead log without a sync at each report: a kill loses nothing, a power cut the last trials at most."""
+    from sqlalchemy import event
+
+    @event.listens_for(engine, "connect")
+    def _(connection: Any, _record: Any) -> None:
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    engine.dispose()  # connections from before
+
+
+def take_over(study: optuna.Study) -> int:
+    """Call trials that a killed search left running failed; returns how many. Only while no other worker runs."""
+    from optuna.trial import TrialState
+
+    stale = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    for trial in stale:
+        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    return len(stale)
+
+
+def enqueue(study: optuna.Study, starts: Sequence[tuple[str, Mapping[str, Any]]]) -> int:
+    """Queue the warm starts (name, parameters) that have not been tried; returns how many those are."""
+    from optuna.trial import TrialState
+
+    done = {
+        trial.user_attrs.get("start")
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)
+    }
+    waiting = [(name, parameters) for name, parameters in starts if name not in done]
+    for name, parameters in waiting:
+        study.enqueue_trial(dict(parameters), user_attrs={"start": name})
+    return len(waiting)
+
+
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that were measured, in full or until they were given up."""
+    from optuna.trial import TrialState
+
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def seconds_of(trials: Sequence[FrozenTrial]) -> float:
+    """Wall time in which at least one of these trials ran: pauses between a kill and its continuation do not count."""
+    spans = sorted(
+        (trial.datetime_start.timestamp(), trial.datetime_complete.timestamp())
+        for trial in trials
+        if trial.datetime_start is not None and trial.datetime_complete is not None
+    )
+    total, end = 0.0, float("-inf")
+    for start, stop in spans:
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def make_sampler(name: str, seed: int, warm: int) -> Any:
+    """Optuna's sampler.
+
+    Args:
+        name: one of SAMPLERS.
+        warm: trials, warm starts among them, before a model of the objective is trusted.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    samplers = need_optuna().samplers
+    if name not in SAMPLERS:
+        raise ConfigError(f"search.sampler is {name!r}; choose one of {', '.join(SAMPLERS)}.")
+    if name == "tpe":
+        # Grouped: parameters of one method exist only with it.
+        return samplers.TPESampler(seed=seed, n_startup_trials=warm, group=True)
+    if name == "gp":
+        return samplers.GPSampler(seed=seed, n_startup_trials=warm, deterministic_objective=True)
+    if name == "nsga2":
+        return samplers.NSGAIISampler(seed=seed)
+    return samplers.RandomSampler(seed=seed)

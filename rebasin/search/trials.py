@@ -1,0 +1,167 @@
+"""The loop of a search: ask for a candidate, measure it batch by batch, tell what it is worth."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RebasinError
+from .aims import Aim
+from .bench import Bench
+from .candidate import Candidate
+from .space import Space
+from .study import finished, make_sampler, seconds_of
+
+if TYPE_CHECKING:
+    import optuna
+
+Progress = Callable[[dict[str, Any]], None]
+
+STEP = 9973
+"""Between the seeds of workers; the number of finished trials is added."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a search ends, all its continuations together; 0 is no limit."""
+
+    trials: int = 0
+    minutes: float = 0.0
+
+    def left(self, study: optuna.Study) -> bool:
+        """Whether another trial may begin."""
+        done = finished(study)
+        within_trials = not self.trials or len(done) < self.trials
+        return within_trials and (not self.minutes or seconds_of(done) < 60 * self.minutes)
+
+
+class OutOfTime(Exception):
+    """The budget of minutes ended within a trial."""
+
+
+def work(
+    study: optuna.Study,
+    space: Space,
+    bench: Bench,
+    aims: Sequence[Aim],
+    budget: Budget,
+    *,
+    sampler: str = "tpe",
+    warm: int = 10,
+    seed: int = 0,
+    worker: int = 0,
+    alive: Callable[[], bool] = lambda: True,
+    progress: Progress | None = None,
+) -> None:
+    """Try candidates until the budget is spent; each is in the study's file as soon as it is measured.
+
+    Args:
+        warm: trials before the sampler trusts its model of the objective.
+        worker: its number; each worker draws other candidates.
+        alive: asked before each trial; False ends the loop (the process that started this worker is gone).
+        progress: called after each trial with stage, step, total, left, loss, best and given_up.
+    """
+    began = time.monotonic() - seconds_of(finished(study))
+    best = math.inf
+    while alive() and budget.left(study):
+        done = finished(study)
+        study.sampler = make_sampler(sampler, seed + STEP * worker + len(done), warm)
+        trial = study.ask()
+        deadline = began + 60 * budget.minutes if budget.minutes else math.inf
+        losses, given_up = _try(study, trial, space, bench, aims, deadline)
+        if losses is None:
+            return
+        done = finished(study)
+        if len(aims) == 1:
+            best = min((t.value for t in done if t.value is not None), default=best)
+        if progress is not None:
+            spent = seconds_of(done)
+            progress(
+                {
+                    "stage": "trial",
+                    "step": len(done),
+                    "total": budget.trials or None,
+                    "left": _left(budget, len(done), spent),
+                    "loss": losses[0],
+                    "objective": best if math.isfinite(best) else None,
+                    "given_up": given_up,
+                }
+            )
+
+
+def measure(bench: Bench, aims: Sequence[Aim], candidate: Candidate, split: str) -> list[list[float]]:
+    """A candidate's losses on the batches of a split, for each aim."""
+    model = bench.load(candidate)
+    return [aim.losses(model, split) for aim in aims]
+
+
+def _try(
+    study: optuna.Study,
+    trial: optuna.Trial,
+    space: Space,
+    bench: Bench,
+    aims: Sequence[Aim],
+    deadline: float,
+) -> tuple[list[float] | None, bool]:
+    """Measure one trial and tell the study; (its losses, whether it was given up), (None, ...) if time ran out."""
+    from optuna.trial import TrialState
+
+    try:
+        candidate = space.suggest(trial)
+        trial.set_user_attr("candidate", candidate.to_dict())
+        known = "start" in trial.user_attrs
+        model = bench.load(candidate)
+        values = []
+        for aim in aims:
+            losses: list[float] = []
+            for step, batch in enumerate(aim.search):
+                losses.append(_finite(aim.measure(model, batch)))
+                if time.monotonic() > deadline and len(aim.search) > len(losses):
+                    raise OutOfTime
+                if len(aims) == 1:
+                    trial.report(losses[-1], step)
+                    if not known and len(losses) < len(aim.search) and trial.should_prune():
+                        trial.set_user_attr("batches", len(losses))
+                        study.tell(trial, state=TrialState.PRUNED)
+                        return [aim.mean(losses, "search")], True
+            values.append(aim.mean(losses, "search"))
+        study.tell(trial, values)
+        return values, False
+    except OutOfTime:
+        study.tell(trial, state=TrialState.FAIL)
+        return None, True
+    except RebasinError as error:
+        # A merge that these models do not allow (numbers that are not finite, say) is a bad one, not the end.
+        trial.set_user_attr("error", str(error))
+        study.tell(trial, state=TrialState.PRUNED)
+        return [math.inf], True
+    except KeyboardInterrupt:
+        study.tell(trial, state=TrialState.FAIL)
+        raise
+
+
+def _finite(loss: float) -> float:
+    return loss if not math.isnan(loss) else math.inf
+
+
+def _left(budget: Budget, done: int, spent: float) -> float | None:
+    """Seconds until the budget ends, at the pace so far."""
+    ends: list[float] = []
+    if budget.minutes:
+        ends.append(60 * budget.minutes - spent)
+    if budget.trials and done:
+        ends.append(spent / done * (budget.trials - done))
+    return max(0.0, min(ends)) if ends else None
+
+
+def candidates(trials: Sequence[Any]) -> list[Candidate]:
+    """What trials tried."""
+    return [Candidate.from_dict(trial.user_attrs["candidate"]) for trial in trials]
+
+
+def parameters(trial: Any) -> Mapping[str, Any]:
+    """A trial's parameters by name."""
+    return trial.params

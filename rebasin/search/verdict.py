@@ -1,0 +1,179 @@
+"""After the trials: the winner among the best, chosen on data of its own, and judged on held-out data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .aims import Aim
+from .bench import Bench
+from .candidate import Candidate
+from .judge import Interval, bootstrap, difference, sizes_of, units_of
+from .trials import measure
+
+if TYPE_CHECKING:
+    import optuna
+
+Progress = Callable[[dict[str, Any]], None]
+
+AVERAGE = "plain average"
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A candidate that could win.
+
+    Attributes:
+        label: "trial 12", or what it is called as a known merge.
+        chosen: its losses on the data that chooses, one for each aim.
+        front: no other finalist is as good in all aims and better in one.
+    """
+
+    label: str
+    candidate: Candidate
+    chosen: tuple[float, ...]
+    front: bool = True
+
+
+def references(labels: Sequence[str]) -> dict[str, Candidate]:
+    """What every merge is compared with: each model alone, and their plain average."""
+    number = len(labels)
+    alone = {
+        label: Candidate(
+            "weighted_sum", float(i) if number == 2 else tuple(float(i == j) for j in range(number))
+        )
+        for i, label in enumerate(labels)
+    }
+    middle = Candidate("weighted_sum", 0.5 if number == 2 else tuple(1.0 for _ in labels))
+    return {AVERAGE: middle, **alone}
+
+
+def best_trials(study: optuna.Study, number: int) -> list[Any]:
+    """The trials that were measured in full and found best: the front of several aims."""
+    from optuna.trial import TrialState
+
+    complete = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if all(math.isfinite(value) for value in trial.values)
+    ]
+    if len(study.directions) > 1:
+        values = [tuple(trial.values) for trial in complete]
+        complete = [
+            trial
+            for trial, own in zip(complete, values, strict=True)
+            if not any(beats(v, own) for v in values)
+        ]
+    unique: dict[str, Any] = {}
+    for trial in sorted(complete, key=lambda trial: (trial.values[0], trial.number)):
+        unique.setdefault(repr(trial.user_attrs["candidate"]), trial)
+    return (
+        _spread(list(unique.values()), number)
+        if len(study.directions) > 1
+        else list(unique.values())[:number]
+    )
+
+
+def finals(
+    bench: Bench,
+    aims: Sequence[Aim],
+    trials: Sequence[Any],
+    known: dict[str, Candidate],
+    progress: Progress | None = None,
+) -> list[Finalist]:
+    """Measure the best trials and the known merges on the data that chooses; the winner comes first.
+
+    The winner of several aims is the one nearest to the best of each, all counted from the best (0) to the worst (1) of
+    the front.
+    """
+    entries = dict(known)
+    seen = list(known.values())
+    for trial in trials:
+        candidate = Candidate.from_dict(trial.user_attrs["candidate"])
+        if candidate not in seen:
+            entries[f"trial {trial.number}"] = candidate
+    found = []
+    for number, (label, candidate) in enumerate(entries.items()):
+        losses = measure(bench, aims, candidate, "choose")
+        found.append(
+            (label, candidate, tuple(a.mean(x, "choose") for a, x in zip(aims, losses, strict=True)))
+        )
+        if progress is not None:
+            progress({"stage": "finalist", "step": number + 1, "total": len(entries)})
+    values = [chosen for _, _, chosen in found]
+    ranked = [
+        Finalist(label, candidate, chosen, not any(beats(other, chosen) for other in values))
+        for label, candidate, chosen in found
+    ]
+    front = [finalist.chosen for finalist in ranked if finalist.front]
+    return sorted(ranked, key=lambda finalist: (not finalist.front, _distance(finalist.chosen, front)))
+
+
+def judge(
+    bench: Bench,
+    aims: Sequence[Aim],
+    winner: Candidate,
+    known: dict[str, Candidate],
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """The winner and the known merges on held-out data, one entry for each aim.
+
+    Each has `name`, `sign`, `units`, `models` (label -> mean with its interval) and `differences` (label -> winner
+    minus that, paired), as plain data; losses, so lower is better.
+    """
+    entries = {"winner": winner, **known}
+    losses: dict[str, list[list[float]]] = {}
+    for number, (label, candidate) in enumerate(entries.items()):
+        same = next((other for other in losses if entries[other] == candidate), None)
+        losses[label] = losses[same] if same is not None else measure(bench, aims, candidate, "heldout")
+        if progress is not None:
+            progress({"stage": "judging", "step": number + 1, "total": len(entries)})
+    told = []
+    for i, aim in enumerate(aims):
+        sizes, units = sizes_of(aim.heldout), units_of(aim.heldout)
+        own = losses["winner"][i]
+        told.append(
+            {
+                "name": aim.name,
+                "sign": aim.sign,
+                "units": len(set(units)),
+                "samples": sum(sizes),
+                "models": {label: _plain(bootstrap(x[i], sizes, units, seed)) for label, x in losses.items()},
+                "differences": {
+                    label: _plain(difference(own, x[i], sizes, units, seed))
+                    for label, x in losses.items()
+                    if label != "winner"
+                },
+            }
+        )
+    return told
+
+
+def beats(one: Sequence[float], other: Sequence[float]) -> bool:
+    """At least as low in everything, and lower in something."""
+    pairs = list(zip(one, other, strict=True))
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def _spread(trials: list[Any], number: int) -> list[Any]:
+    """`number` of them, evenly along the front."""
+    if len(trials) <= number:
+        return trials
+    return [trials[round(i * (len(trials) - 1) / max(1, number - 1))] for i in range(number)]
+
+
+def _distance(values: Sequence[float], front: Sequence[Sequence[float]]) -> float:
+    if len(values) == 1:
+        return values[0]
+    total = 0.0
+    for i, value in enumerate(values):
+        low, high = min(other[i] for other in front), max(other[i] for other in front)
+        total += ((value - low) / (high - low)) ** 2 if high > low else 0.0
+    return math.sqrt(total)
+
+
+def _plain(interval: Interval) -> dict[str, Any]:
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
