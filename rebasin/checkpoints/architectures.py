@@ -60,8 +60,15 @@ def component_config(checkpoint: Checkpoint, component: str) -> Config:
         own = load_config(checkpoint.path / component) or load_config(checkpoint.path)
         if own is not None:
             return own
-    family, released = PARTS_OF.get(checkpoint.family, (checkpoint.family, component))
+    family, released = release_of(checkpoint.family, component)
     return fit(published(family)[released], component, checkpoint.shapes(component))
+
+
+def release_of(family: str, component: str) -> tuple[str, str]:
+    """The family, and the component of it, in whose release a component of a file of this family is."""
+    if component == VAE and family in PARTS_OF:  # a VAE beside a text encoder, without a UNet
+        return PARTS_OF["vae"]
+    return PARTS_OF.get(family, (family, component))
 
 
 def fit(config: Config, component: str, shapes: Shapes) -> Config:
@@ -74,7 +81,12 @@ def fit(config: Config, component: str, shapes: Shapes) -> Config:
 
 def _fit_unet(config: Config, shapes: Shapes) -> Config:
     released = config["block_out_channels"]
-    widths = [_size(shapes, f"down_blocks.{i}.resnets.0.conv1.weight", 0, w) for i, w in enumerate(released)]
+    base = _size(shapes, "conv_in.weight", 0, released[0])
+    # A level that is missing altogether is taken to be as wide as the others suggest, and reported as missing.
+    widths = [
+        _size(shapes, f"down_blocks.{i}.resnets.0.conv1.weight", 0, w * base // released[0])
+        for i, w in enumerate(released)
+    ]
     config["in_channels"] = _size(shapes, "conv_in.weight", 1, config["in_channels"])
     config["out_channels"] = _size(shapes, "conv_out.weight", 0, config["out_channels"])
     reads = next((n for n in shapes if n.endswith("attn2.to_k.weight")), "")
@@ -117,8 +129,10 @@ def _depths(config: Config, shapes: Shapes) -> list[int]:
 
 def _fit_vae(config: Config, shapes: Shapes) -> Config:
     released = config["block_out_channels"]
+    base = _size(shapes, "encoder.conv_in.weight", 0, released[0])
     widths = [
-        _size(shapes, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 0, w) for i, w in enumerate(released)
+        _size(shapes, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 0, w * base // released[0])
+        for i, w in enumerate(released)
     ]
     config["latent_channels"] = _size(shapes, "post_quant_conv.weight", 0, config["latent_channels"])
     if widths != released:

@@ -18,7 +18,7 @@ from ..errors import VerificationError
 from ..spec import PermutationSpec
 from ..tracing import trace, verify
 from ..tracing.cache import cache_folder
-from .architectures import PARTS_OF, architecture, build, component_config
+from .architectures import architecture, build, component_config, release_of
 from .atomic import write_text
 from .twins import narrow
 
@@ -65,7 +65,7 @@ def proof(spec: PermutationSpec, config: dict[str, Any], family: str, component:
     kept = _kept(spec)
     if kept is not None:
         return kept
-    family, part = PARTS_OF.get(family, (family, component))
+    family, part = release_of(family, component)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module, args, kwargs = build(part, narrow(config, part, family), "cpu")
