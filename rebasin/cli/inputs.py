@@ -63,6 +63,8 @@ def check_output(output: Path, inputs: Sequence[Path], overwrite: bool) -> None:
         raise ConfigError(f"{output} is one of the inputs, which are never changed; choose another name.")
     if not folder.is_dir():
         raise ConfigError(f"The folder {folder} does not exist; create it or write elsewhere.")
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder that exists already; remove it or choose another name.")
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists; add --overwrite to replace it, or choose another name.")
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..checkpoints import Checkpoint, open_checkpoint
+from ..checkpoints.output import FILES
 from ..errors import ConfigError, VerificationError
 from . import output, provenance, session
 from .alignment import JOINT, Alignment, Options, align_pair, given, specs_of
@@ -20,6 +21,7 @@ from .plan import show_plan
 from .weighting import Weighting, method_options, weighting
 
 if TYPE_CHECKING:
+    from ..checkpoints.links import DerivedState
     from ..reporting.console import Console
     from ..spec import PermutationSpec
 
@@ -57,7 +59,8 @@ class Request:
     @property
     def kept(self) -> Path:
         """Where the permutation is kept."""
-        return self.output.with_name(f"{self.output.stem}.permutation.safetensors")
+        name = self.output.stem if self.output.suffix in FILES else self.output.name
+        return self.output.with_name(f"{name}.permutation.safetensors")
 
     @property
     def alignment(self) -> Options:
@@ -77,6 +80,7 @@ def align(console: Console, request: Request) -> None:
         console.say(f"{models[0].title}: {', '.join(components)}")
     if request.dry_run:
         return show_plan(console, request, models, components)
+    _require_space(request, output.finished(models[1], {}, prune=request.prune), models[1])
     hashes = _hashes(console, request.inputs)
     specs = _specs(console, models[0], components, request.joint)
     alignment = _aligned(console, request, models, specs, hashes)
@@ -121,6 +125,7 @@ def merge(console: Console, request: Request) -> None:
         console.say(f"{len(models)} x {models[0].title}: {', '.join(components)}")
     if request.dry_run:
         return show_plan(console, request, models, components, weights.blocks)
+    _require_space(request, output.finished(models[0], {}, prune=request.prune), models[0])
     hashes = _hashes(console, [*request.inputs, *others])
 
     found: Alignment | Many | None = None
@@ -193,6 +198,13 @@ def merge(console: Console, request: Request) -> None:
 def _choices(request: Request) -> dict[str, Any]:
     names = ("components", "dtype", "prune", "fix_clip", "start", "seed", "joint")
     return {name: getattr(request, name) for name in names}
+
+
+def _require_space(request: Request, state: DerivedState, like: Checkpoint) -> None:
+    """Refuse a full disk before hours of work, not after."""
+    from ..checkpoints.writer import require_space
+
+    require_space(request.output, output.size_of(state, output.dtype_of(request.dtype), like))
 
 
 def _hashes(console: Console, paths: Sequence[Path]) -> tuple[str, ...]:
@@ -308,8 +320,11 @@ def _write(
     told = alignment.told_by_component() if isinstance(alignment, Many) else _told(alignment)
     header = provenance.header(like.metadata, sources, recipe, told)
     with console.stage("write"):
-        output.write(request.output, state, header, output.dtype_of(request.dtype), like, console.progress)
-        console.say(f"{request.output.name}, {session.size(request.output.stat().st_size)}")
+        dtype = output.dtype_of(request.dtype)
+        saved = output.write(request.output, state, header, dtype, like, console.progress)
+        console.say(f"{request.output.name}, {session.size(saved.bytes)}")
+    for note in saved.notes:
+        console.console.print(note, markup=False)
 
 
 def _told(alignment: Alignment | None) -> dict[str, Any] | None:

@@ -46,8 +46,8 @@ def merge(
         str | None,
         typer.Option(
             metavar="W",
-            help="A number for each model (0.5,0.3,0.2), or weights by block (IN=0.2,OUT=0.7,attn1=1), a preset (GRAD_V) or a"
-            " YAML file; --alpha is the default for other blocks.",
+            help="A number for each model (0.5,0.3,0.2), or weights by block (IN=0.2,OUT=0.7,attn1=1), a preset"
+            " (GRAD_V) or a YAML file; --alpha is the default for other blocks.",
             show_default=False,
         ),
     ] = None,

@@ -16,7 +16,11 @@ B = Annotated[Path, typer.Argument(metavar="B", help="The model that is brought 
 Output = Annotated[
     Path,
     typer.Option(
-        "--output", "-o", metavar="FILE", help="What to write: a .safetensors file.", show_default=False
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="What to write: NAME.safetensors, NAME.ckpt, or the name of a new diffusers folder.",
+        show_default=False,
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]

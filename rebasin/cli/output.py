@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoints import FORMATS, atomic_path, save_safetensors
+from ..checkpoints import FORMATS, Saved, save_checkpoint
 from ..checkpoints.links import DerivedState, Item, passed
-from ..checkpoints.writer import all_finite, convert, target_dtype
+from ..checkpoints.writer import target_dtype
 from ..errors import CheckpointError, ConfigError
 from .options import DTYPES
 
@@ -99,6 +100,15 @@ def _fitting_vae(checkpoint: Checkpoint, vae: Checkpoint) -> State:
     return theirs
 
 
+def size_of(state: DerivedState, dtype: torch.dtype | None, like: Checkpoint) -> int:
+    """Bytes of the tensors of a file."""
+    stored = stored_as(dtype, like)
+    return sum(
+        prod(state.shape_of(name)) * target_dtype(name, state.dtype_of(name), stored).itemsize
+        for name in state
+    )
+
+
 def write(
     target: Path,
     state: State,
@@ -106,25 +116,11 @@ def write(
     dtype: torch.dtype | None,
     like: Checkpoint,
     progress: Progress | None = None,
-) -> None:
-    """Write `state` as a .safetensors file, or as the pickle that old tools want if `target` ends with .ckpt.
+) -> Saved:
+    """Write `state` as the file or folder that `target` is the name of.
 
     Raises:
         CheckpointError: a value is no number or does not fit its type, or the file can't be written.
     """
     stored = stored_as(dtype, like)
-    if target.suffix != ".ckpt":
-        save_safetensors(target, state, header, dtype=stored, keep_order=True, finite=True, progress=progress)
-        return
-    tensors = {}  # a pickle can't be streamed
-    for step, name in enumerate(state, 1):
-        tensor = state[name]
-        tensors[name] = convert(tensor, target_dtype(name, tensor.dtype, stored), name, target)
-        if tensor.is_floating_point() and not all_finite(tensor):
-            raise CheckpointError(
-                f"Tensor {name!r} has values that are infinite or no numbers, so {target} was not written."
-            )
-        if progress is not None:
-            progress({"stage": "save", "step": step, "total": len(state), "name": name})
-    with atomic_path(target) as temporary:
-        torch.save({"state_dict": tensors, "metadata": dict(header)}, temporary)
+    return save_checkpoint(target, like, state, header, dtype=stored, progress=progress)

@@ -8,7 +8,8 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from .inputs import size_of
-from .output import dtype_of
+from .output import dtype_of, finished
+from .output import size_of as output_size
 from .session import size, table
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def show_plan(
         memory = max(memory, *(_memory(spec, models[0], name, len(models)) for name, spec in specs.items()))
     elif request.permutation is not None:
         say(f"\nAlign by {request.permutation}.", markup=False)
-    bytes_out = _output_size(request, models[0])
+    state = finished(models[0], {}, prune=request.prune)
+    bytes_out = output_size(state, dtype_of(request.dtype), models[0])
     say(
         f"\nWrite {request.output}, {size(bytes_out)}, as {request.dtype or 'the types of the first model'}"
         f"{', pruned' if request.prune else ''}.",
@@ -134,15 +136,6 @@ def _rate() -> float:
         count += 1
     del product
     return 2 * 512**3 * count / (time.perf_counter() - began)
-
-
-def _output_size(request: Request, model: Checkpoint) -> int:
-    from ..checkpoints.writer import target_dtype
-    from .output import finished, stored_as
-
-    wanted = stored_as(dtype_of(request.dtype), model)
-    state = finished(model, {}, prune=request.prune)
-    return sum(prod(state.shape_of(n)) * target_dtype(n, state.dtype_of(n), wanted).itemsize for n in state)
 
 
 def _about(seconds: float) -> str:
