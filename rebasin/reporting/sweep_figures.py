@@ -204,6 +204,7 @@ WORDS = {
     "activation_then_weight": "activations, then weights",
     "activation_and_weight": "activations and weights",
     "ste": "STE",
+    "ste_quick": "STE, 20 steps",
     "model.width": "width",
     "model.epoch": "epoch",
     "models": "number of models",

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checkpoints import load_safetensors
 from ..data import classification
-from ..data.parts import split
+from ..data.parts import half, split
 from ..errors import CheckpointError, ConfigError
 from ..models import build, fitting_options
 from ..models.cache import trained
@@ -26,23 +26,26 @@ OWN = ("name", "task", "architecture", "seeds", "recipe", "epoch", "kept", "file
 
 def load(cfg: DictConfig) -> Task:
     """Trainings of the network `model` on the images `data`, from two seeds or more; with `data.split` the first
-    network has the first part, the second the second, the third the first again.
+    network has the first part, the second the second, the third the first again, or each a random half of its own.
     """
     require(cfg, "data", "labelled images")
     require(cfg, "objective", "classification")
     data = classification.load(cfg.data.name, cfg.data.path, download=cfg.data.download)
-    parts = split(data, cfg.data.split, cfg.data.share) if cfg.data.split else (data, data)
     model, options, recipe = described(cfg, data)
     device = cfg.device or "cpu"
     network = build(model["architecture"], **options).eval().to(device)
     seeds = _seeds(model["seeds"], cfg.seed)
+    if cfg.data.split == "random":
+        parts = tuple(half(data, seed) for seed in seeds)
+    else:
+        parts = split(data, cfg.data.split, cfg.data.share) if cfg.data.split else (data,)
 
     def endpoints(progress: Progress | None) -> tuple[State, ...]:
         if files:
             return tuple(_read(file, network) for file in files)
         return tuple(
             trained(
-                model["architecture"], parts[k % 2], options, recipe, seed, cfg.path.cache, progress, device,
+                model["architecture"], parts[k % len(parts)], options, recipe, seed, cfg.path.cache, progress, device,
                 model["epoch"], model["kept"],
             ).state
             for k, seed in enumerate(seeds)
