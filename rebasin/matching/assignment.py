@@ -55,6 +55,10 @@ class Costs(Protocol):
         """One number a neuron, [k], as `linear_assignment` takes them, or None."""
         ...
 
+    def learn(self, cell: str, neurons: Indices, prices: Tensor) -> None:
+        """Take note of such numbers, float64 on the CPU, that served to solve this problem."""
+        ...
+
 
 @dataclass(frozen=True)
 class GivenCosts:
@@ -76,6 +80,9 @@ class GivenCosts:
 
     def potentials(self, cell: str, neurons: Indices) -> Tensor | None:
         return None
+
+    def learn(self, cell: str, neurons: Indices, prices: Tensor) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,10 @@ def assign(
         name = group.cells[cell].name
         for neurons, matrix in zip(blocks, source.diagonal(name, blocks), strict=True):
             column, reached, gained = linear_assignment(
-                matrix, partial(source.potentials, name, neurons), tolerance
+                matrix,
+                partial(source.potentials, name, neurons),
+                tolerance,
+                partial(source.learn, name, neurons),
             )
             index[name][to_array(neurons)] = to_array(neurons)[column]
             value += reached

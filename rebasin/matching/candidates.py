@@ -57,19 +57,23 @@ EXACT = 2e-12
 """A row is not tempted by less than this share of the largest cost: float64 rounding."""
 
 
-def by_candidates(costs: Tensor, prices: Tensor | None = None) -> np.ndarray | None:
-    """The assignment [n], int64, with the largest sum of `costs` [n, n], or None if it was not proved in time.
+def by_candidates(
+    costs: Tensor, prices: Tensor | None = None, balance: bool = True
+) -> tuple[np.ndarray, Tensor] | None:
+    """The assignment [n], int64, with the largest sum of `costs` [n, n], and the prices [n], float64, that
+    prove it; None if it was not proved in time.
 
     Args:
         costs: float, on any device; finite.
         prices: [n], where to start: better ones save time.
+        balance: whether they need step 1.
     """
     n = costs.shape[0]
     prices = costs.new_zeros(n) if prices is None else prices.to(costs)
     regret = prices - costs
-    regret -= regret.amin(dim=1, keepdim=True)
-    prices = prices + _balance(regret)
-    torch.sub(prices, costs, out=regret)
+    if balance:
+        prices = prices + _balance(regret - regret.amin(dim=1, keepdim=True))
+        torch.sub(prices, costs, out=regret)
     width = _width(regret[:: max(1, n // SAMPLE)].cpu().numpy())
     chosen = _below(regret, regret.amin(dim=1, keepdim=True) + width)
     chosen.diagonal().fill_(True)
@@ -86,7 +90,7 @@ def by_candidates(costs: Tensor, prices: Tensor | None = None) -> np.ndarray | N
         v = proof
         tempting = _tempting(costs, column, v, largest)
         if not tempting.numel():
-            return column
+            return column, torch.from_numpy(v)
         chosen.view(-1)[tempting] = True
     return None
 

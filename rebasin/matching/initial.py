@@ -90,7 +90,7 @@ def forward(pair: Pair, visit: Visit = lambda *_: None) -> None:
         number = max(waiting, key=lambda g: (waiting[g], -g))
         group = spec.groups[number]
         found = assign(group, WeightCosts(pair, settled if waiting.pop(number) else None))
-        pair.make(pair.propose(group, found.index), found.index)
+        pair.move(group, found.index)
         matched |= {cell.name for cell in group.cells}
         waiting |= {g: share(spec.groups[g]) for g in near[number] if g in waiting}
         moved += sum(int(np.count_nonzero(index != np.arange(index.size))) for index in found.index.values())

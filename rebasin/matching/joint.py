@@ -114,6 +114,9 @@ class _Costs:
     def potentials(self, cell: str, neurons: Indices) -> Tensor | None:
         return None
 
+    def learn(self, cell: str, neurons: Indices, prices: Tensor) -> None:
+        pass
+
     def _with_activations(self, cell: str, neurons: Indices, block: Tensor) -> Tensor:
         total = block.double() * self.joint.on_weights
         if cell not in self.joint.activations:

@@ -24,8 +24,15 @@ TOLERANCE = 1e-12
 """A gain has to exceed this share of the values compared; below it the neurons stay where they are."""
 
 
+SETTLED = 0.63
+"""If rows want so many different columns at the given prices, these are balanced as they are (measured)."""
+
+
 def linear_assignment(
-    costs: Tensor, potentials: Callable[[], Tensor | None] | None = None, tolerance: float = TOLERANCE
+    costs: Tensor,
+    potentials: Callable[[], Tensor | None] | None = None,
+    tolerance: float = TOLERANCE,
+    learn: Callable[[Tensor], None] = lambda prices: None,
 ) -> tuple[np.ndarray, float, float]:
     """The assignment that maximises `sum_i costs[i, column[i]]`, the identity if that is as good.
 
@@ -35,6 +42,7 @@ def linear_assignment(
             for only if the first fails. It may be anything: it decides how fast the answer comes, never what
             it is worth.
         tolerance: a gain over the identity below this share counts as none.
+        learn: told such numbers by which a large problem turned out to be proved; they suit similar costs.
 
     Returns:
         column: int64 [n], a bijection.
@@ -42,14 +50,7 @@ def linear_assignment(
         gain: its gain over the identity, 0.0 if it is the identity.
     """
     n = costs.shape[0]
-    subtracted = None
-    column = _by_argmax(costs)
-    if column is None and potentials is not None and (subtracted := potentials()) is not None:
-        column = _by_argmax(costs - subtracted.to(costs))
-    if column is None and n >= SMALLEST:
-        column = by_candidates(costs, subtracted)
-    if column is None:
-        column = linear_sum_assignment(costs.cpu().numpy(), maximize=True)[1].astype(np.int64)
+    column = _solved(costs, potentials, learn)
     stay = costs.diagonal().double().cpu().numpy()
     if np.array_equal(column, np.arange(n)):
         return column, float(stay.sum()), 0.0
@@ -60,10 +61,29 @@ def linear_assignment(
     return column, float(chosen.sum()), gain
 
 
-def _by_argmax(costs: Tensor) -> np.ndarray | None:
-    """The rows' argmaxima [n] if they are a bijection, and so an optimal assignment; else None."""
+def _solved(
+    costs: Tensor, potentials: Callable[[], Tensor | None] | None, learn: Callable[[Tensor], None]
+) -> np.ndarray:
+    """An optimal assignment [n], by the cheapest means that proves it."""
+    n = costs.shape[0]
+    column, different = _by_argmax(costs)
+    prices = None
+    if different < n and potentials is not None and (prices := potentials()) is not None:
+        column, different = _by_argmax(costs - prices.to(costs))
+    if different == n:
+        return column
+    if n >= SMALLEST:
+        proved = by_candidates(costs, prices, balance=different < SETTLED * n)
+        if proved is not None:
+            learn(proved[1])
+            return proved[0]
+    return linear_sum_assignment(costs.cpu().numpy(), maximize=True)[1].astype(np.int64)
+
+
+def _by_argmax(costs: Tensor) -> tuple[np.ndarray, int]:
+    """The rows' argmaxima [n], an optimal assignment if they are a bijection, and how many are different."""
     on_cpu = costs.device.type == "cpu"  # there numpy is ten times as fast as torch
     column = costs.numpy().argmax(axis=1) if on_cpu else costs.argmax(dim=1).cpu().numpy()
     hit = np.zeros(column.size, dtype=bool)
     hit[column] = True
-    return column if hit.all() else None
+    return column, int(np.count_nonzero(hit))

@@ -22,17 +22,26 @@ from ..spec import Group, Permutation, PermutationSpec, to_array
 if TYPE_CHECKING:
     from .products import Products
 
-CHUNK = 1 << 17  # elements that are widened to float64 at a time: they stay in the cache
+CHUNK = 1 << 16  # elements that are widened to float64 at a time: they stay in the cache
+
+FAR = 1e-3
+"""Squared distances above this share of the squared norms follow from inner products without loss of digits."""
+
+
+@dataclass(frozen=True)
+class Slices:
+    """New values of a tensor of pi(B): at `places` along `axis`, or, without these, of the whole tensor."""
+
+    values: Tensor
+    axis: int = 0
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Move:
-    """A group's rearrangement, computed but not yet made: its tensors, their inner products with A, and its
-    gain.
-    """
+    """A group's rearrangement, computed but not yet made: what changes in which tensor, and the gain."""
 
-    tensors: Mapping[str, Tensor]
-    dots: Mapping[str, float]
+    slices: Mapping[str, Slices]
     gain: float
 
 
@@ -45,7 +54,6 @@ class Pair:
         index: pi, cell name -> int64 [size], `new[i] = old[index[i]]`.
         weight: w_k; 1, or 1 / (|A_k| |B_k|) if normalised by tensor.
         squares: (|A_k|^2, |B_k|^2) of every counted parameter.
-        dots: <A_k, pi(B)_k> of every counted parameter.
         dtype: of cost matrices; float32, but float64 if the endpoints are.
         products: what cost matrices keep from one update to the next; None: nothing.
     """
@@ -77,12 +85,11 @@ class Pair:
         self.index = {name: np.arange(cell.size) for name, cell in spec.cells.items()}
         narrow = False
         self.squares: dict[str, tuple[float, float]] = {}
-        self._distances: dict[str, float] = {}
         self._naive_dots: dict[str, float] = {}
         for name in spec.axes:
             a, b = self.a(name), self.b(name)
             narrow |= torch.float64 not in (a.dtype, b.dtype)
-            aa, bb, ab, distance = _moments(a, b)
+            aa, bb, ab = _moments(a, b)
             for square, what, key in ((aa, "A", self._key_a[name]), (bb, "B", self._key_b[name])):
                 if not math.isfinite(square):
                     raise CheckpointError(
@@ -90,8 +97,8 @@ class Pair:
                         f" its training diverged, so it can't be aligned."
                     )
             if name not in spec.buffers:
-                self.squares[name], self._naive_dots[name], self._distances[name] = (aa, bb), ab, distance
-        self.dots = dict(self._naive_dots)
+                self.squares[name], self._naive_dots[name] = (aa, bb), ab
+        self._dots = dict(self._naive_dots)
         self.dtype = torch.float32 if narrow else torch.float64
         self.weight = {
             name: 1.0 if normalize is None or aa * bb == 0 else 1 / math.sqrt(aa * bb)
@@ -120,14 +127,26 @@ class Pair:
         return Permutation(self.spec, {name: index.copy() for name, index in self.index.items()})
 
     @property
+    def dots(self) -> Mapping[str, float]:
+        """<A_k, pi(B)_k> of every counted parameter; each depends on pi alone, not on the way to it."""
+        for name in self.parameters:
+            if name not in self._dots:
+                self._dots[name] = inner(self.a(name), self.b(name))
+        return self._dots
+
+    @property
     def objective(self) -> float:
         return math.fsum(self.weight[name] * dot for name, dot in self.dots.items())
 
     @property
     def distance(self) -> float:
         """|A - pi(B)|, over the parameters that the spec permutes."""
-        now = {name: _moments(self.a(name), self.b(name))[3] for name in self._moved}
-        return math.sqrt(math.fsum((self._distances | now).values()))
+        return math.sqrt(math.fsum(self._squared_distance(name, dot) for name, dot in self.dots.items()))
+
+    def _squared_distance(self, name: str, dot: float) -> float:
+        norms = sum(self.squares[name])
+        squared = norms - 2 * dot
+        return squared if squared > FAR * norms else _squared_distance(self.a(name), self.b(name))
 
     @property
     def scale(self) -> float:
@@ -140,30 +159,69 @@ class Pair:
             return
         self._moved = {}
         self.index = {name: np.array(index) for name, index in permutation.index.items()}
+        self._dots = {}
         for name in self.parameters:
             moves = permutation.axes_of(name)
             if moves:
                 self._moved[name] = _permuted(self.b(name), moves)
-            self.dots[name] = inner(self.a(name), self._moved[name]) if moves else self._naive_dots[name]
+            else:
+                self._dots[name] = self._naive_dots[name]
 
     def propose(self, group: Group, index: Mapping[str, np.ndarray]) -> Move:
         """What it would do to the objective if the neurons of `group` moved by `index`, relative to where
-        they are now.
+        they are now. The work is proportional to what moves.
         """
-        relative = {cell.name: index[cell.name] for cell in group.cells}
-        tensors, dots, gains = {}, {}, []
-        for name in touched(group, self.spec):
-            moves = list(_axes(self.spec, name, relative))
-            if moves:
-                tensors[name] = _permuted(self.b(name), moves)
-                dots[name] = inner(self.a(name), tensors[name])
-                gains.append(self.weight[name] * (dots[name] - self.dots[name]))
-        return Move(tensors, dots, math.fsum(gains))
+        slices: dict[str, Slices] = {}
+        gains = []
+        for name, changed, old in self._rearranged(group, index):
+            a = self.a(name)
+            if changed.places is not None:
+                a = a.index_select(changed.axis, changed.places)
+                old = old.index_select(changed.axis, changed.places)
+            slices[name] = changed
+            gains.append(self.weight[name] * _gain(a, old, changed.values))
+        return Move(slices, math.fsum(gains))
 
     def make(self, move: Move, index: Mapping[str, np.ndarray]) -> None:
         """Carry out a proposed move."""
-        self._moved.update(move.tensors)
-        self.dots.update(move.dots)
+        for name, changed in move.slices.items():
+            self._change(name, changed)
+        self._reindex(index)
+
+    def move(self, group: Group, index: Mapping[str, np.ndarray]) -> None:
+        """Move the neurons of `group` by `index`, relative to where they are now, whatever that gains."""
+        for name, changed, _ in self._rearranged(group, index):
+            self._change(name, changed)
+        self._reindex(index)
+
+    def _rearranged(
+        self, group: Group, index: Mapping[str, np.ndarray]
+    ) -> Iterator[tuple[str, Slices, Tensor]]:
+        """(name, what changes, tensor as it is) for each tensor that is not the same afterwards."""
+        relative = {cell.name: index[cell.name] for cell in group.cells}
+        for name in touched(group, self.spec):
+            moves = list(_axes(self.spec, name, relative))
+            if not moves:
+                continue
+            b = self.b(name)
+            (axis, full), *more = moves
+            places = np.flatnonzero(full != np.arange(full.size))
+            if more or 2 * places.size > full.size:
+                yield name, Slices(_permuted(b, moves)), b
+            else:
+                here, there = (torch.from_numpy(p).to(b.device) for p in (places, full[places]))
+                yield name, Slices(b.index_select(axis, there), axis, here), b
+
+    def _change(self, name: str, changed: Slices) -> None:
+        self._dots.pop(name, None)
+        if changed.places is None:
+            self._moved[name] = changed.values
+            return
+        if name not in self._moved:
+            self._moved[name] = self.b(name).clone()
+        self._moved[name].index_copy_(changed.axis, changed.places, changed.values)
+
+    def _reindex(self, index: Mapping[str, np.ndarray]) -> None:
         for cell, relative in index.items():
             self.index[cell] = self.index[cell][relative]
 
@@ -180,25 +238,37 @@ def inner(a: Tensor, b: Tensor) -> float:
     return _summed([x.dot(y) for x, y in _chunks(a, b)])
 
 
-def _moments(a: Tensor, b: Tensor) -> tuple[float, float, float, float]:
-    """|a|^2, |b|^2, <a, b> and |a - b|^2, float64; <a, b> to the bit as `inner` has it."""
-    parts: tuple[list[Tensor], ...] = ([], [], [], [])
-    for x, y in _chunks(a, b):
-        for part, (u, v) in zip(parts, ((x, x), (y, y), (x, y), (x - y, x - y)), strict=True):
-            part.append(u.dot(v))
-    aa, bb, ab, distance = map(_summed, parts)
-    return aa, bb, ab, distance
+def _moments(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+    """|a|^2, |b|^2 and <a, b>, float64; <a, b> to the bit as `inner` has it."""
+    parts = [(x.dot(x), y.dot(y), x.dot(y)) for x, y in _chunks(a, b)]
+    aa, bb, ab = (_summed([part[k] for part in parts]) for k in range(3))
+    return aa, bb, ab
 
 
-def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both tensors piece by piece, flat and in float64."""
-    size = CHUNK if a.device.type == "cpu" else 64 * CHUNK
-    for x, y in zip(a.reshape(-1).split(size), b.reshape(-1).split(size), strict=True):
-        yield x.double(), y.double()
+def _squared_distance(a: Tensor, b: Tensor) -> float:
+    """|a - b|^2, float64."""
+    return _summed([d.dot(d) for d in (x.sub_(y) for x, y in _chunks(a, b))])
+
+
+def _gain(a: Tensor, old: Tensor, new: Tensor) -> float:
+    """<a, new> - <a, old>, float64."""
+    return _summed([x.dot(z.sub_(y)) for x, y, z in _chunks(a, old, new)])
+
+
+def _chunks(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """The tensors piece by piece, flat and as float64 copies, which are good until the next piece."""
+    device = tensors[0].device
+    flat = [t.reshape(-1) for t in tensors]
+    total = flat[0].numel()
+    size = min(CHUNK if device.type == "cpu" else 64 * CHUNK, max(1, total))
+    wide = [torch.empty(size, dtype=torch.float64, device=device) for _ in flat]
+    for start in range(0, total, size):
+        length = min(size, total - start)
+        yield [w[:length].copy_(t[start : start + length]) for w, t in zip(wide, flat, strict=True)]
 
 
 def _summed(parts: list[Tensor]) -> float:
-    return math.fsum(torch.stack(parts).tolist()) if parts else 0.0
+    return math.fsum(torch.stack(parts).tolist()) if len(parts) > 1 else float(sum(parts))
 
 
 def _axes(

@@ -57,6 +57,9 @@ class Products:
 
     def __init__(self, pair: Pair, budget: int = BUDGET) -> None:
         self.pair = pair
+        # Filled by costs.py; both by the neurons' numbers in B, and small.
+        self.squares: dict[tuple[str, str, int], Tensor] = {}
+        self.prices: dict[tuple[str, int], Tensor] = {}
         self._kept: dict[tuple[str, str, int, int], _Kept] = {}
         wanted = sorted(
             (_terms(pair, parameter, axis), number, cell, parameter, axis)

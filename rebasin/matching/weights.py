@@ -18,6 +18,7 @@ in float64 before it is accepted.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -157,6 +158,7 @@ def weight_matching(
             best = attempt
     assert best is not None
     pair.set(best.permutation)
+    pair.products = None  # it knows the pair: a circle, which would keep the models in memory for a while
     return MatchResult(
         permutation=best.permutation,
         objective=best.objective,
@@ -252,7 +254,12 @@ def _attempt(
     updates: tuple[Update, ...] = (),
     seconds: float = 0.0,
 ) -> Attempt:
-    permutation, objective = pair.permutation, pair.objective
+    permutation = pair.permutation
+    if history:  # gains are exact, and to add them up costs nothing
+        made = [update.gain for sweep in history for update in sweep.updates]
+        objective = math.fsum([history[0].objective, *made, *(update.gain for update in updates)])
+    else:
+        objective = pair.objective
     sweep = Sweep(len(history), objective, permutation.moved(), updates, seconds)
     return Attempt(permutation, objective, (*history, sweep), not dirty)
 
@@ -318,6 +325,9 @@ class _Inert:
 
     def potentials(self, cell: str, neurons: Indices) -> Tensor | None:
         return None
+
+    def learn(self, cell: str, neurons: Indices, prices: Tensor) -> None:
+        pass
 
 
 def _meets_itself(group: Group, unit: Node) -> bool:
