@@ -21,6 +21,9 @@ _PUBLIC = {
     "merge": "merging",
     "barrier": "evaluation",
     "RebasinError": "errors",
+    # The names of the PyPI package `rebasin`, whose usage example runs unchanged.
+    "PermutationCoordinateDescent": "compat",
+    "MergeMany": "compat",
 }
 # Loaded on first use: `import rebasin` stays quick, and a command's --help need not wait for torch.
 
