@@ -69,7 +69,7 @@ def by_candidates(
         balance: whether they need step 1.
     """
     n = costs.shape[0]
-    prices = costs.new_zeros(n) if prices is None else prices.to(costs)
+    prices = costs.mean(dim=0) if prices is None else prices.to(costs)
     regret = prices - costs
     if balance:
         prices = prices + _balance(regret - regret.amin(dim=1, keepdim=True))

@@ -1,0 +1,205 @@
+"""Products kept between updates: the costs are those computed afresh, for less work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from test_weight_matching import SPECS, State, chain, draw, mlp, noisy
+from torch import Tensor
+
+from rebasin.matching import products, weight_matching
+from rebasin.matching.assignment import assign
+from rebasin.matching.costs import WeightCosts
+from rebasin.matching.pair import Pair, inner
+from rebasin.matching.products import Products
+from rebasin.spec import Group, Permutation, PermutationSpec
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(products, "WORTH", 2)  # the networks here are small
+
+
+def pair_of(spec: PermutationSpec, dtype: torch.dtype = torch.float64, **options: int) -> Pair:
+    pair = Pair(spec, draw(spec, 1, dtype), draw(spec, 2, dtype))
+    pair.products = Products(pair, **options)
+    return pair
+
+
+def rearranged(group: Group, rng: np.random.Generator, few: bool) -> dict[str, np.ndarray]:
+    """A legal arrangement of one group, relative to where its neurons are; `few`: of hardly any of them."""
+    bonus = {c.name: (100.0 if few else 0.0) * np.eye(c.size) for c in group.cells}
+    for cell in group.cells:
+        for i, j in rng.integers(cell.size, size=(3, 2)) if few else ():
+            bonus[cell.name][i, j] += 250
+    costs = {name: rng.standard_normal(b.shape) + b for name, b in bonus.items()}
+    return dict(assign(group, costs).index)
+
+
+def everything(costs: WeightCosts, group: Group) -> list[Tensor]:
+    """All blocks that matching the group asks for."""
+    asked: list[Tensor] = []
+
+    class Asking:
+        def block(self, cell: str, neurons: object) -> Tensor:
+            asked.append(costs.block(cell, neurons))  # pyright: ignore[reportArgumentType]
+            return asked[-1]
+
+        def diagonal(self, cell: str, blocks: object) -> list[Tensor]:
+            found = costs.diagonal(cell, blocks)  # pyright: ignore[reportArgumentType]
+            asked.extend(found)
+            return found
+
+        def potentials(self, cell: str, neurons: object) -> None:
+            return None
+
+        def learn(self, cell: str, neurons: object, prices: Tensor) -> None:
+            pass
+
+    assign(group, Asking())
+    return asked
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_kept_products_are_those_computed_afresh(name: str) -> None:
+    spec = SPECS[name]()
+    pair = pair_of(spec)
+    rng = np.random.default_rng(0)
+    for step in range(40):
+        group = spec.groups[rng.integers(len(spec))]
+        kept = everything(WeightCosts(pair), group)
+        pair.products, held = None, pair.products
+        afresh = everything(WeightCosts(pair), group)
+        pair.products = held
+        for x, y in zip(kept, afresh, strict=True):
+            assert torch.allclose(x, y, rtol=1e-10, atol=1e-10)
+        other = spec.groups[rng.integers(len(spec))]
+        pair.move(other, rearranged(other, rng, few=step % 3 > 0))
+        if step == 20:
+            pair.set(spec.random(7))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of A's tensors of every product that is computed from now on."""
+    shapes: list[tuple[int, ...]] = []
+    inside: Callable[..., None] = WeightCosts._product
+
+    def product(self: WeightCosts, axis, sites, neurons, total, a, b, weight) -> None:
+        shapes.append(tuple(a.shape))
+        inside(self, axis, sites, neurons, total, a, b, weight)
+
+    monkeypatch.setattr(WeightCosts, "_product", product)
+    return shapes
+
+
+def test_the_work_follows_what_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = mlp()
+    pair, shapes = pair_of(spec), counted(monkeypatch)
+    h0, h1 = spec.groups
+    costs = WeightCosts(pair)
+    costs.block("h1", range(24))
+    assert sorted(shapes) == [(5, 24), (24, 32)]
+    shapes.clear()
+    costs.block("h1", range(24))  # nothing moved
+    assert not shapes
+    swap = np.arange(32)
+    swap[[3, 9]] = [9, 3]
+    pair.move(h0, {"h0": swap})
+    costs.block("h1", range(24))
+    assert shapes == [(24, 2)]
+    shapes.clear()
+    pair.move(h1, {"h1": np.roll(np.arange(24), 1)})  # its own neurons: the columns change places
+    costs.block("h1", range(24))
+    assert not shapes
+    pair.move(h0, {"h0": np.roll(np.arange(32), 1)})  # all of a neighbour
+    costs.block("h1", range(24))
+    assert shapes == [(24, 32)]
+
+
+def test_after_updates_of_full_rank_a_product_is_computed_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = mlp()
+    pair = pair_of(spec, torch.float32)
+    costs = WeightCosts(pair)
+    costs.block("h1", range(24))
+    shapes = counted(monkeypatch)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        pair.move(spec.groups[0], rearranged(spec.groups[0], rng, few=True))
+        kept = costs.block("h1", range(24))
+    ranks = [shape[1] for shape in shapes if shape[0] == 24]
+    assert ranks.count(32) > 4
+    between = 0
+    for rank in ranks:
+        between = 0 if rank == 32 else between + rank
+        assert between <= 32
+    pair.products = None
+    exact = Pair(spec, draw(spec, 1, torch.float64), draw(spec, 2, torch.float64))
+    exact.set(pair.permutation)
+    true = WeightCosts(exact).block("h1", range(24))
+    fresh = float((costs.block("h1", range(24)) - true).abs().max())
+    assert float((kept - true).abs().max()) < 8 * fresh  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def test_memory_goes_to_the_products_that_save_most() -> None:
+    spec = mlp()
+    bytes_of = {"h0": 8 * 32 * 32, "h1": 8 * 24 * 24}
+    terms = {("h0", "w0", 0): 12, ("h0", "w1", 1): 24, ("h1", "w1", 0): 32, ("h1", "w2", 1): 5}
+    for kept in range(5):
+        most = sorted(terms, key=lambda k: -terms[k])[:kept]
+        pair = pair_of(spec, budget=sum(bytes_of[cell] for cell, _, _ in most))
+        costs = WeightCosts(pair)
+        for cell, size in (("h0", 32), ("h1", 24)):
+            costs.block(cell, range(size))
+        assert pair.products is not None
+        assert {key[:3] for key in pair.products._kept} == set(most)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("init", ["identity", "forward"])
+def test_matching_ends_as_without_them(name: str, init: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SPECS[name]()
+    a, b = draw(spec, 1), noisy(draw(spec, 1), 1.5)
+    results = []
+    for budget in (1 << 20, 0):
+        monkeypatch.setattr(products.Products.__init__, "__defaults__", (budget,))
+        results.append(weight_matching(spec, a, b, init=init))  # pyright: ignore[reportArgumentType]
+    assert results[0].permutation == results[1].permutation
+    assert results[0].converged
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_pair_depends_on_the_permutation_not_on_the_way_to_it(name: str) -> None:
+    spec = SPECS[name]()
+    a, b = draw(spec, 1), draw(spec, 2)
+    before: State = {n: t.clone() for n, t in b.items()}
+    pair = Pair(spec, a, b)
+    rng = np.random.default_rng(1)
+    objective = pair.objective
+    for step in range(12):
+        group = spec.groups[step % len(spec)]
+        index = rearranged(group, rng, few=step % 2 > 0)
+        move = pair.propose(group, index)
+        pair.make(move, index)
+        objective += move.gain
+        assert pair.objective == pytest.approx(objective, rel=1e-12, abs=1e-9)
+    other = Pair(spec, a, b)
+    other.set(pair.permutation)
+    assert dict(other.dots) == dict(pair.dots)
+    assert other.distance == pair.distance
+    moved = Permutation(spec, pair.index).apply(b)
+    for name_, dot in pair.dots.items():
+        assert torch.equal(pair.b(name_), moved[name_])
+        assert dot == inner(a[name_], moved[name_])
+    assert all(torch.equal(b[n], t) for n, t in before.items())
+
+
+def test_gains_add_up_to_the_objective() -> None:
+    spec = chain()
+    result = weight_matching(spec, draw(spec, 1), draw(spec, 2))
+    pair = Pair(spec, draw(spec, 1), draw(spec, 2))
+    pair.set(result.permutation)
+    assert result.objective == pytest.approx(pair.objective, rel=1e-13)
