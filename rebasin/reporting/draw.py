@@ -72,6 +72,10 @@ def draw(results: Results, folder: Path) -> list[Path]:
     """
     if results.get("kind") == many.KIND:
         return many.draw(results, folder)
+    if results.get("kind") in ("search", "methods"):
+        from ..search import draw as draw_search  # above this package, and only wanted here
+
+        return draw_search(results, folder)
     drawn = [save_curves(results, folder / "curve.png")]
     if has_search(results):
         drawn.append(save_search(results, folder / SEARCH))

@@ -14,8 +14,8 @@ from ..merging.block_selectors import select
 BY = ("model", "blocks", "depth", "kinds", "selectors")
 """The ways to group tensors."""
 
-KINDS = ("embedding", "resnet", "attn1", "attn2", "attention", "ff", "mlp", "norm")
-"""Selectors of by=kinds, those of them that the model has; attn1 and attn2 are a UNet's self and cross attention."""
+KINDS = ("embedding", "resnet", "attention", "attn1", "attn2", "mlp", "ff", "norm")
+"""Selectors of by=kinds, those that the model has, the last one counts; attn1 and attn2 are a UNet's self and cross attention."""
 
 REST = "default"
 """The group of what nothing selects, as block weights call it."""
