@@ -19,12 +19,13 @@ import rebasin.matching.many_models as many_models
 import rebasin.matching.many_pivot as many_pivot
 from experiments.merge_many_mnist import main
 from rebasin import trace
-from rebasin.checkpoints import save_safetensors
+from rebasin.checkpoints import load_safetensors, save_safetensors
 from rebasin.errors import CheckpointError, ConfigError, SpecMismatchError
 from rebasin.matching import weight_matching
 from rebasin.matching.many import merge_many
+from rebasin.matching.many_models import MeanState
 from rebasin.matching.many_pivot import match_to_pivot
-from rebasin.matching.many_result import ManyState
+from rebasin.matching.many_result import ManyState, load_permutations, save_permutations
 from rebasin.merging import interpolate
 from rebasin.models import build
 from rebasin.spec import PermutationSpec
@@ -290,6 +291,59 @@ def test_a_model_is_added_to_a_finished_merge() -> None:
     assert alike(merge_many(spec, copies, init=done.permutations[:1]).merged, copies[0])
 
 
+def test_added_models_leave_the_others_where_they_are() -> None:
+    spec, states = convolutional(), [state_of(k) for k in range(5)]
+    done = merge_many(spec, states[:3])
+    events: list[dict] = []
+    more = merge_many(spec, states, init=done.permutations, keep=True, progress=events.append)
+    assert more.permutations[:3] == done.permutations and more.converged
+    assert {event["model"] for event in events} == {3, 4}
+    assert more.distance < merge_many(spec, states, init=[*done.permutations, spec.identity(), spec.identity()],
+                                      keep=True).distance  # fmt: skip
+    with pytest.raises(ConfigError, match="keep"):
+        merge_many(spec, states, keep=True)
+
+
+def test_permutations_are_saved_and_read_again(tmp_path: Path) -> None:
+    spec, states = convolutional(), [state_of(k) for k in range(3)]
+    done = merge_many(spec, states)
+    path = tmp_path / "permutations.safetensors"
+    save_permutations(path, done.permutations, {"models": "three"})
+    assert tuple(load_permutations(path)) == done.permutations
+    assert alike(merge_many(spec, states, init=load_permutations(path), keep=True).merged, done.merged)
+    spec.identity().save(tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="other.safetensors"):
+        load_permutations(tmp_path / "other.safetensors")
+    broken = dict(load_safetensors(path))
+    name = next(iter(broken))
+    save_safetensors(path, {**broken, name: torch.zeros_like(broken[name])}, load_safetensors(path).metadata)
+    with pytest.raises(CheckpointError, match="does not allow"):
+        load_permutations(path)
+
+
+def test_the_mean_on_disk_is_the_mean_in_memory(tmp_path: Path) -> None:
+    spec, states = convolutional(), [state_of(k) for k in range(4)]
+    with_file = merge_many(spec, states, scratch=tmp_path)
+    plain = merge_many(spec, states)
+    assert with_file.permutations == plain.permutations and with_file.distance == plain.distance
+    assert alike(with_file.merged, plain.merged)
+    assert not list(tmp_path.iterdir()), "the file has no name"
+    with pytest.raises(ConfigError, match="nowhere"):
+        merge_many(spec, states, scratch=tmp_path / "nowhere")
+
+
+def test_the_merge_is_streamed_to_a_file(tmp_path: Path) -> None:
+    spec, alive, most = convolutional(), dict[int, int](), [0, 0]
+    states = [Counted(k, state_of(k), alive, most) for k in range(5)]
+    result = merge_many(spec, states, max_passes=1)
+    most[:] = [0, 0]
+    save_safetensors(tmp_path / "merged.safetensors", result.merged)
+    assert most == [1, 1], "one tensor of one model at a time"
+    assert alike(dict(load_safetensors(tmp_path / "merged.safetensors")), dict(result.merged))
+    assert isinstance(result.merged, MeanState)
+    assert result.merged.dtype_of("0.weight") == torch.float32 and result.merged.shape_of("8.bias") == (5,)
+
+
 def test_events_and_giving_up() -> None:
     spec, states = mlp(), [mlp_state(k) for k in range(4)]
     events: list[dict] = []
@@ -363,6 +417,8 @@ def test_bad_options() -> None:
 def test_the_experiment_runs(tmp_path: Path) -> None:
     main(sizes="2,3", width=16, epochs=1, cache=tmp_path / "cache", out=tmp_path)
     rows = json.loads((tmp_path / "merge_many.json").read_text())["rows"]
-    assert len(rows) == 12 and all(0 <= row["ece"] <= 1 for row in rows)
+    names = ["members", "ensemble", "naive", "naive, REPAIR", "MergeMany", "MergeMany, REPAIR"]
+    assert [row["method"] for row in rows] == 2 * [*names, "pivot", "pivot, REPAIR"]
+    assert all(0 <= row["test"]["ece"] <= 1 for row in rows)
     assert (tmp_path / "merge_many.md").read_text().count("| MergeMany |") == 2
     assert (tmp_path / "merge_many_reliability.png").stat().st_size > 10_000

@@ -86,7 +86,7 @@ def match_cycle_consistently(
     models = Models(spec, states, weights)
     n = len(models)
     mean = RunningMean(models)
-    mean.gather([spec.identity()] * n)
+    mean.gather_first()
     before = mean.distance
     start = _start(init, models, seed)
     if any(not p.is_identity for p in start):

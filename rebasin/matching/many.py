@@ -75,9 +75,8 @@ def merge_many(
             own = ", ".join(n for n in takes if n not in ("spec", "states"))
             raise ConfigError(f"The method {method!r} has no option {name!r}: it has {own}.")
     given = {"weights": weights, "seed": seed, "progress": progress, **options}
-    missing = [
-        n for n, p in takes.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty and n not in given
-    ]
+    needed = [name for name, p in takes.items() if p.default is p.empty]
+    missing = [name for name in needed if name not in ("spec", "states", *given)]
     if missing:
         raise ConfigError(f"The method {method!r} needs {missing[0]!r}.")
     return function(spec, states, **{name: value for name, value in given.items() if name in takes})

@@ -83,7 +83,7 @@ def match_many_activations(
     if anchor is not None and not 0 <= anchor < n:
         raise ConfigError(f"The anchor {anchor} is none of the models 0 to {n - 1}.")
     mean = RunningMean(models)
-    mean.gather([spec.identity()] * n)
+    mean.gather_first()
     before = mean.distance
     batches = list(batches)
     pairs: dict[tuple[int, int], Matrices] = {}

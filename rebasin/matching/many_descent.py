@@ -46,6 +46,7 @@ def match_to_mean(
     *,
     weights: Sequence[float] | None = None,
     init: Start = "identity",
+    keep: bool = False,
     order: Order = "random",
     anchor: int | None = 0,
     seed: int = 0,
@@ -69,6 +70,8 @@ def match_to_mean(
             first pass each model joins when its turn comes and is matched to the mean of those before it),
             or permutations of the first models, say those of a finished merge: further models then join
             one by one.
+        keep: models whose permutations were given in `init` stay where they are; only the further ones are matched.
+            So a model is added to a finished merge of many in a few matchings.
         order: of the models in each pass; see `weight_matching`. With two models the second moves first.
         anchor: all is brought into the arrangement of this model; None leaves it where it ended.
         seed: of everything random.
@@ -93,7 +96,7 @@ def match_to_mean(
     n = len(models)
     if anchor is not None and not 0 <= anchor < n:
         raise ConfigError(f"The anchor {anchor} is none of the models 0 to {n - 1}.")
-    run = _Run(models, init, order, seed, match, scratch, resume_from)
+    run = _Run(models, init, keep, order, seed, match, scratch, resume_from)
     began -= run.seconds
 
     while not run.converged and len(run.history) <= max_passes:
@@ -149,13 +152,14 @@ class _Run:
 
     Attributes:
         to_do: the models whose turn is still to come in this pass; empty when all are settled.
-        settled: models known to be best where they are as long as no other moves.
+        settled: models known to be best where they are as long as no other moves, or to be kept there.
     """
 
     def __init__(
         self,
         models: Models,
         init: Start,
+        keep: bool,
         order: Order,
         seed: int,
         match: Mapping[str, Any] | None,
@@ -167,18 +171,23 @@ class _Run:
         self.options = match_options(match)
         self.first_start = self.options.pop("init", "identity")
         self.begin = _begin(self.spec, init, len(models))
-        self.fingerprint = _fingerprint(models, init, self.begin, order, seed, self.first_start, self.options)
+        if keep and isinstance(init, str):
+            raise ConfigError("keep=True needs the permutations that are to be kept as init.")
+        self.kept = {i for i, p in enumerate(self.begin) if p is not None} if keep else set[int]()
         self.mean = RunningMean(models, scratch)
         if resumed is not None:
+            models.read_all()
+            self.fingerprint = self._told(init, keep)
             self._restore(resumed)
             return
-        self.mean.gather([self.spec.identity()] * len(models))
+        self.mean.gather_first()
         self.distance_before = self.mean.distance
+        self.fingerprint = self._told(init, keep)
         if not isinstance(init, str) and None not in self.begin:
             self.mean.gather(self.begin)
         self.history = [Pass(0, self.mean.distance)]
-        self.settled, self.matches, self.seconds = set[int](), 0, 0.0
-        self.converged = len(models) == 1
+        self.settled, self.matches, self.seconds = set(self.kept), 0, 0.0
+        self.converged = len(models) == 1 or len(self.kept) == len(models)
         self.current = list(self.begin)
         if not self.converged:
             self._begin_pass()
@@ -198,7 +207,7 @@ class _Run:
         self.current[i] = after
         moved = moved_between(before, after)
         if moved or before is None:
-            self.settled.clear()
+            self.settled = set(self.kept)
         # A model matched to a mean that some are not yet part of is to be looked at again.
         if None not in self.current and (found is None or found.converged):
             self.settled.add(i)
@@ -215,7 +224,7 @@ class _Run:
         if None in self.begun and self.mean.distance > self.history[0].distance:
             # Joining one by one was a bad start; the promise is that the distance never rises.
             self.current, moved = [p or self.spec.identity() for p in self.begin], len(self.models)
-            self.settled.clear()
+            self.settled = set(self.kept)
             self.mean.gather(self.current)
         seconds = sum(step.seconds for step in self.steps)
         self.history.append(Pass(len(self.history), self.mean.distance, moved, tuple(self.steps), seconds))
@@ -244,9 +253,10 @@ class _Run:
         self.begun, self.steps = tuple(self.current), list[Step]()
         n = len(self.models)
         if n == 2:  # who moves is only a matter of the arrangement in which both end: let it be the first's
-            self.turns = (0, 1) if self.current[0] is None else (1, 0)
+            turns = [0, 1] if self.current[0] is None else [1, 0]
         else:
-            self.turns = tuple(order_of(self.order, n, self.seed, 0, len(self.history) - 1))
+            turns = order_of(self.order, n, self.seed, 0, len(self.history) - 1)
+        self.turns = tuple(i for i in turns if i not in self.kept)
 
     def _restore(self, state: ManyState) -> None:
         for name, value in self.fingerprint.items():
@@ -264,6 +274,11 @@ class _Run:
             after = self.current[i]
             assert after is not None
             self.mean.add(i, after)
+
+    def _told(self, init: Start, keep: bool) -> dict[str, str]:
+        start = self.first_start
+        told = _fingerprint(self.models, init, self.begin, self.order, self.seed, start, self.options)
+        return told | {"keep": str(keep)}
 
     def _match(self, i: int, before: Permutation | None) -> MatchResult:
         """Match model i to the mean, from where it is or from the first start, but never for the worse."""

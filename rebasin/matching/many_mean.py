@@ -30,7 +30,7 @@ class RunningMean:
         self.models = models
         self.tensors: MutableMapping[str, Tensor] = {} if scratch is None else TensorFile(scratch)
         self.inside: set[int] = set()
-        self.spread = 0.0
+        self.spread, self._share = 0.0, 1.0
 
     @property
     def weight(self) -> float:
@@ -49,30 +49,42 @@ class RunningMean:
         total = fsum(weights) * (fsum(w * s for w, s in zip(weights, squares, strict=True)) - self.spread)
         return (total - fsum(w * w * s for w, s in zip(weights, squares, strict=True))) / 2
 
+    def gather_first(self) -> None:
+        """Check the values of all models and gather them as they come, in one reading."""
+        self._clear()
+        self.models.read_all(lambda i, name, tensor: self._take(i, name, tensor, measure=True))
+
     def gather(self, permutations: Sequence[Permutation | None]) -> None:
         """Make it anew from the models, which ends the rounding of many additions and removals."""
-        self.tensors.clear()
-        self.inside, self.spread = set(), 0.0
+        self._clear()
         for i, permutation in enumerate(permutations):
             if permutation is not None:
                 self.add(i, permutation, measure=True)
 
     def add(self, i: int, permutation: Permutation, *, measure: bool = False) -> None:
         """Take model i in, in its arrangement `permutation`; with `measure` add to `spread`, too."""
-        state, weight, old = self.models.open(i), self.models.weights[i], self.weight
-        self.inside.add(i)
-        total, apart = self.weight, []
+        state = self.models.open(i)
         for name, key in self.models.keys.items():
-            tensor = permutation.apply_to(name, state[key].detach().cpu())
-            if old == 0:
-                self.tensors[name] = tensor.to(wide(tensor.dtype), copy=True)
-                continue
-            mean = self.tensors[name]
-            if measure and name not in self.models.spec.buffers:
-                apart.append(square_of(tensor, mean))
-            # Not (W m + w x) / (W + w): the mean of equal tensors is to be these tensors, to the bit.
-            self.tensors[name] = mean.lerp_(tensor.to(mean.dtype), weight / total)
-        self.spread += weight * old / total * fsum(apart)
+            self._take(i, name, permutation.apply_to(name, state[key].detach().cpu()), measure)
+
+    def _take(self, i: int, name: str, tensor: Tensor, measure: bool) -> None:
+        """Take one tensor of model i in, which is in it with the first."""
+        weight = self.models.weights[i]
+        if i not in self.inside:
+            self.inside.add(i)
+            self._share = weight / self.weight
+        if self._share == 1.0:
+            self.tensors[name] = tensor.to(wide(tensor.dtype), copy=True)
+            return
+        mean = self.tensors[name]
+        if measure and name not in self.models.spec.buffers:
+            self.spread += weight * (1 - self._share) * square_of(tensor, mean)
+        # Not (W m + w x) / (W + w): the mean of equal tensors is to be these tensors, to the bit.
+        self.tensors[name] = mean.lerp_(tensor.to(mean.dtype), self._share)
+
+    def _clear(self) -> None:
+        self.tensors.clear()
+        self.inside, self.spread = set(), 0.0
 
     def remove(self, i: int, permutation: Permutation | None) -> None:
         """Take model i out, which is in it in the arrangement `permutation`; None: it is not, do nothing."""

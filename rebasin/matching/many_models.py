@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import fsum, isfinite
 
 import torch
@@ -16,6 +16,7 @@ from ..spec import Permutation, PermutationSpec
 from .pair import CHUNK
 
 State = Mapping[str, Tensor]
+Visit = Callable[[int, str, Tensor], None]
 Source = State | str | os.PathLike[str]
 """A state, or the path of a safetensors file that is opened whenever it is read and closed after that."""
 
@@ -26,13 +27,16 @@ class Models:
     Attributes:
         weights: as given; `shares` with sum 1.
         keys: the name in the spec of every tensor that it permutes -> the name in the states.
-        squares: |theta_i|^2 over the parameters that the spec permutes.
+        layout: name -> type and shape, of every tensor of the first model.
+        squares: |theta_i|^2 over the parameters that the spec permutes; known once `read_all` was called.
     """
+
+    squares: tuple[float, ...] = ()
 
     def __init__(
         self, spec: PermutationSpec, states: Sequence[Source], weights: Sequence[float] | None = None
     ) -> None:
-        """Read every model once and check it.
+        """Open every model once and compare their names, types and shapes, which costs no reading of files.
 
         Raises:
             SpecMismatchError, CheckpointError: a model is missing, damaged or of another architecture; the
@@ -52,13 +56,23 @@ class Models:
         alias = {target: other for other, target in spec.aliases.items() if other in names}
         self.keys = {name: name if name in names else alias[name] for name in spec.axes}
         self.layout = {name: layout_of(first, name) for name in first}
+        del first
+        for i in range(len(self)):
+            self._check_layout(i)
+
+    def read_all(self, visit: Visit | None = None) -> None:
+        """Read every tensor of every model, one model after the other, and check its values; `visit` may look at those
+        that the spec permutes, on the CPU, by model, name in the spec, and tensor.
+
+        Raises:
+            CheckpointError: a model has NaN or infinite values or other integers than the first; names it.
+        """
+        first = self.open(0)
         whole = {
             name: first[name].clone() for name, (dtype, _) in self.layout.items() if not is_number(dtype)
         }
         del first
-        for i in range(len(self)):  # cheap checks of all models come before dear ones of any
-            self._check_layout(i)
-        self.squares = tuple(self._check_values(i, whole) for i in range(len(self)))
+        self.squares = tuple(self._check_values(i, whole, visit) for i in range(len(self)))
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -104,9 +118,9 @@ class Models:
                     f" convert a quantised checkpoint to floating point first."
                 )
 
-    def _check_values(self, i: int, whole: Mapping[str, Tensor]) -> float:
+    def _check_values(self, i: int, whole: Mapping[str, Tensor], visit: Visit | None) -> float:
         state, squares = self.open(i), []
-        counted = {key for name, key in self.keys.items() if name not in self.spec.buffers}
+        names = {key: name for name, key in self.keys.items()}
         for name in state:
             tensor = state[name].detach().cpu()
             if not is_number(tensor.dtype):
@@ -122,8 +136,11 @@ class Models:
                     f"Tensor {name!r} of {self.name(i)} has NaN or infinite values: the checkpoint is damaged or"
                     f" its training diverged, so it can't be merged."
                 )
-            if name in counted:
-                squares.append(square)
+            if name in names:
+                if names[name] not in self.spec.buffers:
+                    squares.append(square)
+                if visit is not None:
+                    visit(i, names[name], tensor)
         return fsum(squares)
 
 

@@ -44,7 +44,7 @@ def match_to_pivot(
     models, n = run.models, len(run.models)
     if pivot != "best" and (isinstance(pivot, str) or not 0 <= pivot < n):
         raise ConfigError(f"The pivot {pivot!r} is none of the models 0 to {n - 1}, nor 'best'.")
-    before = run.distance_of([spec.identity()] * n)[0]
+    before = run.first_distance()
     pairs = (
         list(combinations(range(n), 2)) if pivot == "best" else [(pivot, i) for i in range(n) if i != pivot]
     )
@@ -74,7 +74,7 @@ def match_by_tree(
     """
     run = _Run(spec, states, weights, match, seed, "match by tree", progress)
     models, n = run.models, len(run.models)
-    before = run.distance_of([spec.identity()] * n)[0]
+    before = run.first_distance()
     current = [spec.identity()] * n
     teams = [[i] for i in range(n)]
 
@@ -99,7 +99,7 @@ def naive_mean(
     """The plain weighted mean of N models, the baseline: no neuron moves. Errors are those of `match_to_mean`."""
     run = _Run(spec, states, weights, None, 0, "mean", None)
     identity = [spec.identity()] * len(run.models)
-    return run.result("naive", identity, run.distance_of(identity)[0])
+    return run.result("naive", identity, run.first_distance())
 
 
 @dataclass
@@ -133,6 +133,12 @@ class _Run:
             event |= {"objective": found.objective, "moved": found.moved}
             self.progress(event | {"seconds": perf_counter() - self.began})
         return found.permutation, found.distance_after**2
+
+    def first_distance(self) -> float:
+        """Check the models' values; their distance from their mean as they come."""
+        mean = RunningMean(self.models)
+        mean.gather_first()
+        return mean.distance
 
     def distance_of(self, permutations: Sequence[Permutation]) -> tuple[float, float]:
         """Distance of the models from their mean, and the objective (see `ManyResult`)."""

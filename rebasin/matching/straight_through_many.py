@@ -115,7 +115,7 @@ def straight_through_many(
     where = torch.device(next(model.parameters()).device if device is None else device)
     permutations = _start(init, models, seed)
     mean = RunningMean(models)
-    mean.gather([spec.identity()] * n)
+    mean.gather_first()
     before = mean.distance
     del mean
     search = _Search(models, model, objective, where, autocast, lambdas, lr, momentum)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import matplotlib as mpl
+
 from ..evaluation.calibration import Calibration
-from .style import GRID, MUTED, figure, save_png
+from .style import MUTED, RC, figure, save_png
 
 LOOKS = (
     ("#0072B2", "s", "-"),
@@ -25,7 +27,8 @@ def save_reliability(curves: Mapping[str, Calibration], path: Path, title: str =
     Empty bins are left out. A marker's area is the share of the samples in its bin.
     """
     fig = figure(5.8, 6.0)
-    top, bottom = fig.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    with mpl.rc_context(RC):
+        top, bottom = fig.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     top.plot([0, 1], [0, 1], color=MUTED, linestyle=(0, (1, 2)), linewidth=1.2, label="perfectly calibrated")
     for number, (name, one) in enumerate(curves.items()):
         color, marker, line = LOOKS[number % len(LOOKS)]
@@ -38,5 +41,4 @@ def save_reliability(curves: Mapping[str, Calibration], path: Path, title: str =
     top.set(xlim=(0, 1.02), ylim=(0, 1.02), ylabel="accuracy", title=title)
     top.legend(loc="upper left", fontsize=8.5)
     bottom.set(xlabel="confidence", ylabel="samples", ylim=(0, 1.02))
-    bottom.grid(color=GRID)
     return save_png(fig, path)
