@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import ConfigError
-from .metrics import metrics
 from .results import Results
+from .tables import summary, tables
 
 MODES = ("offline", "online", "disabled")
+PICTURES = ("curve", "samples", "search", "reliability")
+ARTIFACTS = {
+    "permutation": ("permutation.safetensors", "permutations.safetensors"),
+    "checkpoint": ("merged.safetensors", "aligned.safetensors", "repaired.safetensors"),
+    "results": ("results.json", "config.yaml"),
+}
+"""Kind -> the files of a run that belong to it."""
 
 
 class Logger(Protocol):
@@ -79,15 +86,20 @@ class WandbLogger:
     def __init__(self, config: Mapping[str, Any], run: Mapping[str, Any], folder: Path):
         import wandb
 
+        self._kinds = [str(kind) for kind in config.get("artifacts") or ()]
+        unknown = [kind for kind in self._kinds if kind not in ARTIFACTS]
+        if unknown:
+            raise ConfigError(
+                f"logger.artifacts has {unknown[0]!r}; it takes some of {', '.join(ARTIFACTS)}."
+            )
         self._wandb = wandb
         self._run = wandb.init(
             project=config["project"],
             entity=config["entity"],
             group=config["group"],
-            tags=[str(tag) for tag in config["tags"]]
-            or [run["model"]["name"], run["data"]["name"], run["algo"]["name"]],
+            tags=[str(tag) for tag in config["tags"]] or _tags(run),
             name=f"{run['model']['name']}-{run['algo']['name']}-seed{run['seed']}",
-            job_type="merge",
+            job_type=config.get("job_type") or _job_type(run),
             mode=config["mode"],
             dir=folder,
             config=dict(run),
@@ -108,30 +120,47 @@ class WandbLogger:
         self._run.log({name: self._wandb.Image(str(path))})
 
     def results(self, results: Results, folder: Path) -> None:
-        logged: dict[str, Any] = {"curves": self._table(results)}
-        for name in ("curve", "samples", "search"):
+        logged: dict[str, Any] = {
+            name: self._wandb.Table(columns=columns, data=rows)
+            for name, (columns, rows) in tables(results).items()
+        }
+        for name in PICTURES:
             path = folder / f"{name}.png"
             if path.is_file():
                 logged[name] = self._wandb.Image(str(path))
         self._run.log(logged)
-        self._run.summary.update(metrics(results))
+        self._run.summary.update(summary(results))
+        self._artifacts(results, folder)
+
+    def _artifacts(self, results: Results, folder: Path) -> None:
+        """Log the files of the kinds that `logger.artifacts` names, each kind as one artifact."""
+        for kind in self._kinds:
+            files = [folder / name for name in ARTIFACTS[kind] if (folder / name).is_file()]
+            if files:
+                artifact = self._wandb.Artifact(
+                    f"{results['data']}-{results['model']}-{results['algorithm']}-{kind}",
+                    type=kind,
+                    metadata={**summary(results), "seed": results["seed"], "command": results.get("command")},
+                )
+                for file in files:
+                    artifact.add_file(str(file))
+                self._run.log_artifact(artifact)
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
 
-    def _table(self, results: Results) -> Any:
-        names = sorted(
-            {m for kinds in results["curves"].values() for c in kinds.values() for m in c["metrics"]}
-        )
-        table = self._wandb.Table(columns=["split", "merge", "lambda", "loss", *names])
-        for split, kinds in results["curves"].items():
-            for kind, curve in kinds.items():
-                for i, lam in enumerate(curve["lambdas"]):
-                    others = (
-                        curve["metrics"][name][i] if name in curve["metrics"] else None for name in names
-                    )
-                    table.add_data(split, kind, lam, curve["losses"][i], *others)
-        return table
+
+def _job_type(run: Mapping[str, Any]) -> str:
+    """ "study", "merge" (many models) or "match", from a run's configuration."""
+    many = str(run["algo"]["name"]).startswith("merge_many")
+    return "study" if run.get("study") else "merge" if many else "match"
+
+
+def _tags(run: Mapping[str, Any]) -> list[str]:
+    """What people filter by: model, data, algorithm; of an experiment its name and size."""
+    experiment = (run.get("experiment") or {}).get("name")
+    tags = [run["model"]["name"], run["data"]["name"], run["algo"]["name"]]
+    return tags + ([experiment, f"size-{run.get('size')}"] if experiment else [])
 
 
 @contextmanager

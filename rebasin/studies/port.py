@@ -7,14 +7,13 @@ at once" is such a spec, and "derived" is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 from torch import nn
 
 from ..errors import ConfigError
-from ..merging import interpolate
 from ..spec import Cell, Group, Leaf, PermutationSpec, Site
 
 if TYPE_CHECKING:

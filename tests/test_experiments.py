@@ -1,0 +1,395 @@
+"""Experiments: every one composes and is declared rightly, the cheapest path of each kind runs, sweeps continue, and
+reports regenerate from what is stored.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from rebasin import experiments, report
+from rebasin.configuration import resolved
+from rebasin.errors import CheckpointError, ConfigError
+from rebasin.paths import config_dir
+from rebasin.reporting import sweep as sweeps
+from rebasin.reporting.console import Console
+from rebasin.reporting.results import FORMAT, save_results
+from rebasin.reporting.sweep_figures import Plot, draw_plot, lines
+from rebasin.reporting.sweep_page import into_docs, leave
+from rebasin.reporting.sweep_tables import table
+from rebasin.spec import Leaf
+from rebasin.structure import restrict
+from rebasin.studies import counterexample, run_study
+from rebasin.studies.plane import Plane
+from rebasin.studies.port import mistakes
+from rebasin.studies.temperature import fitted_temperature
+
+TINY = (
+    "model.width=8", "model.recipe.epochs=2", "evaluate.points=3", "evaluate.splits=[heldout]", "logger=none",
+    "tensors=false",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def composed():
+    """Every experiment's first job at size=small; composing is what takes the time here."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return {name: compose("config", experiments.first_job(name)) for name in experiments.names()}
+
+
+def configured(*overrides: str):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+# What is declared -------------------------------------------------------------------------------------------
+
+
+def test_every_experiment_composes_and_its_declaration_is_complete(composed):
+    assert len(composed) >= 20
+    for name, cfg in composed.items():
+        declared = experiments.declaration(name)
+        assert declared["name"] == name == cfg.experiment.name
+        assert declared["title"] and declared["question"].strip().endswith("?"), name
+        for figure in declared.get("figures") or ():
+            Plot.declared(figure)
+        assert declared.get("figures") or declared.get("table"), name
+        for size in experiments.SIZES:
+            for override in declared.get(size) or ():
+                assert "=" in override, (name, override)
+    folders = {
+        str(OmegaConf.to_container(cfg, resolve=True)["experiment"]["name"]) for cfg in composed.values()
+    }
+    assert folders == set(experiments.names())
+
+
+def test_the_full_recipe_of_the_papers_networks_is_theirs():
+    cfg = configured(*experiments.first_job("width_resnet20", "full", "device=null"))
+    recipe = cfg.model.recipe
+    assert (recipe.epochs, recipe.batch_size, recipe.optimizer, recipe.learning_rate) == (
+        250,
+        100,
+        "sgd",
+        0.1,
+    )
+    assert (recipe.weight_decay, recipe.warmup_epochs, recipe.schedule, recipe.augment) == (
+        1e-4,
+        5,
+        "cosine",
+        "affine",
+    )
+    assert (cfg.data.name, cfg.model.norm) == ("cifar10", "layer")
+
+
+# The command line -------------------------------------------------------------------------------------------
+
+
+def test_expand_puts_in_what_the_user_does_not_set():
+    expanded = experiments.expand(["+experiment=width", "size=small", "model.width=4,5", "seed=7"])
+    assert "--multirun" in expanded
+    assert "evaluate.points=11" in expanded
+    assert [o for o in expanded if o.startswith("model.width")] == ["model.width=4,5"]
+    assert [o for o in expanded if o.startswith("seed")] == ["seed=7"]
+    assert experiments.expand(["experiment=width", "size=small"])[1] == "+experiment=width"
+    assert experiments.expand(["model=mlp", "data=["]) == ["model=mlp", "data=["]
+
+
+def test_showing_a_configuration_takes_the_first_of_each_axis():
+    shown = experiments.expand(["+experiment=width", "size=small", "--cfg", "job"])
+    assert "model.width=16" in shown and "hydra.mode=RUN" in shown and "--multirun" not in shown
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["+experiment=widht"], "did you mean 'width'"),
+        (["+experiment=_base"], "no experiment '_base'"),
+        (["+experiment=width", "size=tiny"], "sizes full and small"),
+    ],
+)
+def test_a_wrong_name_or_size_is_told(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        experiments.expand(arguments)
+
+
+def test_the_fingerprint_is_that_of_what_matters(composed):
+    config = resolved(composed["width"])
+    same = {**config, "threads": 9, "again": True, "size": "full"}
+    other = {**config, "seed": 5}
+    assert experiments.fingerprint(config) == experiments.fingerprint(same)
+    assert experiments.fingerprint(config) != experiments.fingerprint(other)
+
+
+# Running ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The width experiment with two jobs of seconds, in this process; Hydra is not started."""
+    from rebasin.run import run
+
+    folder = tmp_path_factory.mktemp("swept")
+    for width in (4, 8):
+        cfg = configured(*experiments.first_job("width", "small", *TINY, f"model.width={width}"))
+        run(cfg, folder / f"w{width}", Console(_silent()), "python -m rebasin.run ...")
+    return folder
+
+
+def _silent():
+    from rich.console import Console as Rich
+
+    return Rich(file=io.StringIO(), width=200)
+
+
+def test_a_finished_run_is_known_again(swept):
+    cfg = configured(*experiments.first_job("width", "small", *TINY, "model.width=4"))
+    assert experiments.finished(resolved(cfg), swept / "w4")
+    assert not experiments.finished(resolved(cfg), swept / "w8"), "another configuration"
+    assert not experiments.finished(resolved(cfg), swept), "no results here"
+    (damaged := swept.parent / "damaged").mkdir(exist_ok=True)
+    (damaged / "results.json").write_text((swept / "w4" / "results.json").read_text()[:-100])
+    assert not experiments.finished(resolved(cfg), damaged), "interrupted while it was written"
+
+
+def test_the_job_leaves_a_finished_run_alone(swept, tmp_path):
+    import subprocess
+    import sys
+
+    command = [
+        sys.executable,
+        "-m",
+        "rebasin.run",
+        "+experiment=counterexample",
+        "size=small",
+        "study.points=3",
+    ]
+    command += [f"path.outputs={tmp_path}"]
+    first, second = (subprocess.run(command, capture_output=True, text=True, timeout=300) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert "is finished; again=true" not in first.stdout and "is finished; again=true" in second.stdout
+    folder = tmp_path / "experiments" / "counterexample-small"
+    assert {"report.html", "sweep.json", "sweep.csv", "table.md", "accuracy.png"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert len(list(folder.glob("*/results.json"))) == 1
+
+
+def test_a_sweep_is_a_table_of_what_varied_and_what_was_measured(swept):
+    sweep = sweeps.collect(swept)
+    assert sweep.varied == ["model.width"]
+    assert sweep.common["model.recipe.epochs"] == 2
+    assert [row["model.width"] for row in sweep.rows] == [4, 8]
+    plot = Plot.declared({"name": "f", "x": "model.width", "y": "barrier/heldout/loss"})
+    (line,) = lines(sweep, plot, sweep.rows)
+    assert line.x == [4, 8]
+    assert line.y == [row["barrier/heldout/loss"] for row in sweep.rows]
+    found = list(csv.DictReader(io.StringIO(sweeps.csv_text(sweep))))
+    assert [float(row["barrier/heldout/loss"]) for row in found] == line.y
+
+
+def test_a_sweep_is_drawn_again_from_its_json_alone(swept, tmp_path):
+    sweep = sweeps.collect(swept)
+    leave(sweep, tmp_path / "a", swept)
+    again = sweeps.load(tmp_path / "a" / "sweep.json")
+    assert again.rows[0].keys() == sweep.rows[0].keys()
+    assert report.main([str(tmp_path / "a" / "sweep.json"), "--out", str(tmp_path / "b")]) == 0
+    for name in ("table.md", "barrier.png", "accuracy.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    page = (tmp_path / "b" / "report.html").read_text()
+    assert 'src="data:image/png;base64,' in page and "http" not in page.split("</style>")[1]
+
+
+def test_the_page_of_results_keeps_what_people_wrote(swept, tmp_path):
+    document = tmp_path / "results.md"
+    document.write_text("# Results\n\nBy hand.\n")
+    sweep = sweeps.collect(swept)
+    into_docs(sweep, document, tmp_path / "experiments")
+    document.write_text(document.read_text() + "\nMore by hand.\n")
+    once = document.read_text()
+    assert report.main([str(tmp_path / "experiments" / "width-small.json"), "--docs", str(document)]) == 0
+    assert document.read_text().count("<!-- experiment: width-small -->") == 1
+    assert [line for line in once.splitlines() if "by hand" in line.lower()] == ["By hand.", "More by hand."]
+    assert document.read_text().splitlines()[-1] == "More by hand."
+    assert "![" in once and (tmp_path / "experiments" / "width-small-barrier.png").is_file()
+
+
+def test_there_is_nothing_to_report_on(tmp_path, capsys):
+    with pytest.raises(CheckpointError, match="no finished run"):
+        sweeps.collect(tmp_path)
+    assert report.main([str(tmp_path)]) == 2
+
+
+# Figures and tables -----------------------------------------------------------------------------------------
+
+
+def sweep_of(rows: list[dict], **declared) -> sweeps.Sweep:
+    rows = [{"varied": [], "run": "r", **row} for row in rows]
+    return sweeps.Sweep({"name": "x", **declared}, "small", {}, tuple(rows), (), {})
+
+
+def test_seeds_are_averaged_and_lists_are_lines():
+    rows = [{"w": 2, "s": s, "y": y, "xs": [0, 1], "ys": [y, y + 1]} for s, y in ((0, 1.0), (1, 3.0))]
+    sweep = sweep_of(rows)
+    (line,) = lines(sweep, Plot("f", "w", "y"), rows)
+    assert (line.y, line.low, line.high, line.count) == ([2.0], [1.0], [3.0], [2])
+    (line,) = lines(sweep, Plot("f", "xs", "ys"), rows)
+    assert line.y == [2.0, 3.0]
+    both = lines(sweep, Plot("f", "w", {"a": "y"}, series=("s",), baseline={"b": "y"}), rows)
+    assert [one.label for one in both] == ["b", "0, a", "1, a"]
+
+
+@pytest.mark.parametrize("kind", ["lines", "bars", "contour"])
+def test_each_kind_of_figure_is_drawn(kind):
+    row = {
+        "x": [0.0, 1.0],
+        "y": [0.0, 1.0],
+        "z": [[1.0, 2.0], [3.0, 4.0]],
+        "p": {"A": [0, 0]},
+        "c": "word",
+        "v": 1.0,
+    }
+    plot = {
+        "lines": Plot("f", "x", "y", series=("c",)),
+        "bars": Plot("f", "c", "v", kind="bars"),
+        "contour": Plot("f", "x", "y", kind="contour", z="z", points="p"),
+    }[kind]
+    assert draw_plot(sweep_of([row]), plot) is not None
+    assert draw_plot(sweep_of([{"c": "none"}]), plot) is None
+
+
+def test_a_table_has_a_line_a_group_and_says_how_many_runs():
+    rows = [{"m": m, "w": w, "y": float(w + i), "n": 9.0} for m in ("a", "b") for w in (1, 2) for i in (0, 2)]
+    found = table(
+        sweep_of(rows, table={"rows": ["m"], "columns": "w", "values": ["y"], "baseline": {"naive": "n"}})
+    )
+    assert found is not None
+    assert found.head == ("m", "w 1", "w 2")
+    assert [line[0] for line in found.lines] == ["naive", "a", "b"]
+    assert found.lines[1][1] == f"2.00 ± {math.sqrt(2):.1f} (2)"
+    assert found.lines[0][1] == "9.00"
+
+
+def test_an_unknown_field_of_a_figure_is_told():
+    with pytest.raises(ConfigError, match="no field 'colour'"):
+        Plot.declared({"name": "f", "x": "a", "y": "b", "colour": "red"})
+    with pytest.raises(ConfigError, match="incomplete"):
+        Plot.declared({"name": "f", "x": "a"})
+
+
+# Studies ----------------------------------------------------------------------------------------------------
+
+
+def test_every_permutation_of_the_counterexample_has_a_barrier(tmp_path):
+    cfg = configured(*experiments.first_job("counterexample"))
+    results = run_study(cfg, tmp_path, Console(_silent()))
+    assert results is not None
+    rows = results["rows"]
+    assert len(rows) == 4
+    assert all(row["accuracy of A"] == row["accuracy of B"] == 1 for row in rows)
+    assert min(row["barrier of accuracy"] for row in rows) > 0.5
+    assert sum(row["chosen"] for row in rows) == 1
+
+
+def test_the_counterexample_answers_with_a_margin():
+    x = torch.cartesian_prod(torch.tensor(counterexample.VALUES), torch.tensor(counterexample.VALUES))
+    sign = torch.where((x > 0).all(dim=1), 1.0, -1.0)
+    for state in (counterexample.A, counterexample.B):
+        h = x
+        for k in range(3):
+            h = h @ state[f"layers.{k}.weight"].T + state[f"layers.{k}.bias"]
+            h = h.relu() if k < 2 else h
+        assert float((h[:, 0] * sign).min()) >= 0.5
+
+
+@pytest.mark.parametrize("name, more", [("contour", ["study.points=3"]), ("expansion", [])])
+def test_studies_of_a_pair_run(name, more, tmp_path):
+    cfg = configured(*experiments.first_job(name, "small", "model.width=8", "model.recipe.epochs=2",
+                                            "evaluate.points=3", *more))  # fmt: skip
+    results = run_study(cfg, tmp_path, Console(_silent()))
+    assert results is not None
+    sweep = sweeps.collect(tmp_path)
+    for plot in (Plot.declared(figure) for figure in sweep.declaration["figures"]):
+        assert draw_plot(sweep, plot) is not None
+    if name == "expansion":
+        for row in results["rows"]:
+            # Fitted where it is measured it could not be worse; it is fitted on training data.
+            assert row["midpoint/calibrated"] < row["midpoint/loss"] + 0.05
+            assert row["midpoint/accuracy"] <= 1
+
+
+def test_the_plane_goes_through_its_three_models():
+    torch.manual_seed(0)
+    a, b, c = ({"w": torch.randn(5, 4), "n": torch.tensor(3)} for _ in range(3))
+    plane = Plane(a, b, c)
+    assert plane.place(a) == pytest.approx((0, 0))
+    assert plane.place(b) == pytest.approx((1, 0), abs=1e-9)
+    for state in (a, b, c):
+        torch.testing.assert_close(plane.at(*plane.place(state))["w"], state["w"])
+    with pytest.raises(ConfigError, match="no plane"):
+        Plane(a, b, b)
+
+
+def test_the_temperature_is_the_one_that_was_put_in():
+    torch.manual_seed(0)
+    logits = torch.randn(4000, 5, dtype=torch.float64)
+    labels = torch.distributions.Categorical(logits=logits).sample()
+    for factor in (0.25, 1.0, 8.0):
+        assert fitted_temperature(logits * factor, labels) == pytest.approx(factor, rel=0.1)
+
+
+def test_the_ports_mistakes_name_parameters_of_the_unet():
+    from rebasin.models import tiny_sd
+
+    unet = tiny_sd.load_unet("seed0")
+    shapes = {name: tuple(p.shape) for name, p in unet.named_parameters()}
+    for kind, ties in mistakes(unet).items():
+        assert ties, kind
+        for _, on in ties:
+            sizes = {shapes[name][axis] for name, axis in on}
+            assert len(sizes) == 1, (kind, on)
+    with pytest.raises(ConfigError, match="model=tiny_sd"):
+        mistakes(torch.nn.Linear(2, 2))
+
+
+def test_structures_are_parts_of_each_other():
+    import rebasin
+    from rebasin.models import ResNet
+
+    model = ResNet(width=0.5, norm="group", channels=1, blocks=1).eval()
+    spec = rebasin.trace(model, torch.zeros(2, 1, 8, 8))
+    within, free = restrict(spec, "within"), restrict(spec, "free")
+    assert restrict(spec, "full") is spec
+    assert within.neurons == spec.neurons
+    assert sum(g.log10_size for g in within) < sum(g.log10_size for g in spec)
+    assert all(isinstance(group.tree, Leaf) for group in free) and len(free) < len(spec)
+    rebasin.verify(model, within, torch.randn(2, 1, 8, 8)).require()
+    with pytest.raises(ConfigError, match="within"):
+        restrict(spec, "some")
+
+
+def test_a_sweep_of_several_experiments_is_refused(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_results(
+            tmp_path / name,
+            {"format": FORMAT, "kind": "study", "rows": [{"y": 1}], "seconds": {"total": 1.0},
+             "environment": {}, "command": "", "config": {"experiment": {"name": name}}},
+        )  # fmt: skip
+    with pytest.raises(CheckpointError, match="several experiments"):
+        sweeps.collect(tmp_path)
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["rows"] == [{"y": 1}]
+
+
+def test_an_experiment_needs_no_checkout(tmp_path):
+    """The wheel has them where `config_dir` looks."""
+    settings = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
+    assert '"configs" = "rebasin/configs"' in settings
+    assert (config_dir() / "experiment" / "width.yaml").is_file()
