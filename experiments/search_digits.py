@@ -36,7 +36,9 @@ def measured(folder: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=5.0, help="of search, both sessions together")
     parser.add_argument("--kill-after", type=int, default=25, help="trials")
     parser.add_argument("--folder", type=Path, default=Path("outputs/search_digits"))

@@ -73,7 +73,9 @@ class Drawn:
     def __init__(self, given: dict[str, Any] | None = None, seed: int = 0) -> None:
         self.given, self.asked, self._random = given or {}, {}, np.random.default_rng(seed)
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: Any = None, log: bool = False) -> float:
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: Any = None, log: bool = False
+    ) -> float:
         self.asked[name] = self.given.get(name, float(self._random.uniform(low, high)))
         return self.asked[name]
 
@@ -187,7 +189,9 @@ def test_a_space_that_cannot_be_is_refused_in_one_sentence(space, words):
 
 
 def test_warm_starts_are_known_merges_in_the_space():
-    space = read_space({"method": ["weighted_sum", "add_difference"], "weights": {"by": "blocks"}}, UNET, 2, True)
+    space = read_space(
+        {"method": ["weighted_sum", "add_difference"], "weights": {"by": "blocks"}}, UNET, 2, True
+    )
     starts = dict(warm_starts(space, UNET, [0.5, 0.0, {"default": 0.2, "M00": 0.9}]))
     assert list(starts) == [
         "weighted_sum 0.5", "weighted_sum 0.0", "weighted_sum {'default': 0.2, 'M00': 0.9}", "add_difference 1",
@@ -198,7 +202,9 @@ def test_warm_starts_are_known_merges_in_the_space():
     candidate = space.suggest(Drawn(starts["add_difference 1"]))
     assert candidate.method == "add_difference" and set(candidate.weight.values()) == {1.0}  # type: ignore[union-attr]
     narrow = read_space({"weights": {"low": 0.4, "high": 0.6}}, UNET, 2, False)
-    assert [p["share"] for _, p in warm_starts(narrow, UNET, [0.5, 0.0, 0.3])] == [0.5, 0.4], "clipped, and once"
+    assert [p["share"] for _, p in warm_starts(narrow, UNET, [0.5, 0.0, 0.3])] == [0.5, 0.4], (
+        "clipped, and once"
+    )
 
 
 # Evaluation
@@ -223,7 +229,9 @@ def test_the_bench_computes_only_what_changes():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
     bench.load(Candidate("slerp", 0.5))
     assert bench.computed == 8 + 5, "the bias that is the same in both is written once"
-    assert not torch.equal(model.state_dict()["0.weight"], loaded.state_dict()["0.weight"]), "the model is copied"
+    assert not torch.equal(model.state_dict()["0.weight"], loaded.state_dict()["0.weight"]), (
+        "the model is copied"
+    )
 
 
 def test_a_merge_that_fails_leaves_nothing_that_counts_as_loaded():
@@ -239,7 +247,11 @@ def test_a_merge_that_fails_leaves_nothing_that_counts_as_loaded():
 
 
 def test_batches_are_cut_and_dealt_without_losing_a_sample():
-    batch = {"noise": torch.arange(7.0), "prompts": [str(i) for i in range(7)], "unconditional": torch.zeros(1, 2)}
+    batch = {
+        "noise": torch.arange(7.0),
+        "prompts": [str(i) for i in range(7)],
+        "unconditional": torch.zeros(1, 2),
+    }
     pieces = cut([batch, batch], 3)
     assert [len(piece["noise"]) for piece in pieces] == [3, 3, 1, 3, 3, 1]
     assert pieces[1]["prompts"] == ["3", "4", "5"] and pieces[1]["unconditional"].shape == (1, 2)
@@ -268,14 +280,20 @@ def test_bootstrap_intervals():
 
 
 def test_domination():
-    assert beats((1.0, 2.0), (1.0, 3.0)) and not beats((1.0, 2.0), (1.0, 2.0)) and not beats((0.0, 9.0), (1.0, 2.0))
+    assert (
+        beats((1.0, 2.0), (1.0, 3.0))
+        and not beats((1.0, 2.0), (1.0, 2.0))
+        and not beats((0.0, 9.0), (1.0, 2.0))
+    )
 
 
 # Objectives
 
 
 def test_objectives_of_a_search(monkeypatch):
-    cfg = configured(*TINY, "search.objectives=[run,run.accuracy,'tests.test_search:squared']", "search.unit=7")
+    cfg = configured(
+        *TINY, "search.objectives=[run,run.accuracy,'tests.test_search:squared']", "search.unit=7"
+    )
     monkeypatch.setitem(sys.modules, "tests.test_search", sys.modules[__name__])
     task = load_task(cfg)
     loss, accuracy, own = load_aims(cfg, task)
@@ -331,7 +349,9 @@ def test_the_judge_of_a_reward_has_prompts_of_its_own():
 
     task = dataclasses.replace(load_task(configured(*TINY)), maker=maker)
     batches = _prompted(cfg, task, cfg.search)
-    seen, unseen = ({p for batch in batches[split] for p in batch["prompts"]} for split in ("train", "heldout"))
+    seen, unseen = (
+        {p for batch in batches[split] for p in batch["prompts"]} for split in ("train", "heldout")
+    )
     assert len(seen) == 7 and len(unseen) == 3 and not seen & unseen
 
 
@@ -365,7 +385,11 @@ def test_a_search_leaves_everything(finished):
     assert page.count('src="data:image/png;base64,') >= 3
     assert "http" not in page.split("</style>")[1], "the page must need nothing from outside"
     assert len(results["trials"]) == 14
-    assert [t["start"] for t in results["trials"][:3]] == ["weighted_sum 0.5", "weighted_sum 0.0", "weighted_sum 1.0"]
+    assert [t["start"] for t in results["trials"][:3]] == [
+        "weighted_sum 0.5",
+        "weighted_sum 0.0",
+        "weighted_sum 1.0",
+    ]
     drawn = (folder / "report.html").stat().st_mtime_ns
     assert report.main([str(folder)]) == 0
     assert (folder / "report.html").stat().st_mtime_ns > drawn
@@ -409,7 +433,11 @@ def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(finished, cache, 
     command = [
         sys.executable, "-m", "rebasin.search", *TINY, *QUICK, "search.trials=14", f"hydra.run.dir={folder}",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 120
@@ -457,7 +485,9 @@ def test_several_objectives_have_a_front(tmp_path):
         "search.keep_front=true",
     )  # fmt: skip
     assert (tmp_path / "front.png").exists() and "accuracy" in text
-    front = [Finalist(f["label"], Candidate("x"), tuple(f["chosen"])) for f in results["finalists"] if f["front"]]
+    front = [
+        Finalist(f["label"], Candidate("x"), tuple(f["chosen"])) for f in results["finalists"] if f["front"]
+    ]
     assert front and not any(beats(one.chosen, other.chosen) for one in front for other in front)
     assert results["finalists"][0]["front"]
     assert all(len(trial["values"]) == 2 for trial in results["trials"])
@@ -525,8 +555,19 @@ def test_two_searches_do_not_share_a_folder(tmp_path):
 def test_the_folder_follows_from_what_is_searched():
     same = key(_plain(configured(*TINY, "search.trials=5", "search.workers=2")))
     assert same == key(_plain(configured(*TINY, "search.trials=9", "search.minutes=1")))
-    others = ("space=model", "seed=1", "search.batch=7", "base=x", "merge.base=x", "algo=naive", "model.width=17")
-    assert len({same, *(key(_plain(configured(*TINY, other))) for other in others if other != "merge.base=x")}) == 7
+    others = (
+        "space=model",
+        "seed=1",
+        "search.batch=7",
+        "base=x",
+        "merge.base=x",
+        "algo=naive",
+        "model.width=17",
+    )
+    assert (
+        len({same, *(key(_plain(configured(*TINY, other))) for other in others if other != "merge.base=x")})
+        == 7
+    )
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
@@ -539,13 +580,16 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def test_methods_are_compared_on_held_out_data(tmp_path):
-    from rebasin.methods import methods
+    from rebasin.compare_methods import compare_methods
 
     cfg = configured(
-        *TINY, "methods.names=[slerp,fisher,greedy_soup]", "methods.objectives=[run,run.accuracy]", config="methods"
+        *TINY,
+        "methods.names=[slerp,fisher,greedy_soup]",
+        "methods.objectives=[run,run.accuracy]",
+        config="compare_methods",
     )
     console = RichConsole(record=True, file=open(os.devnull, "w"), width=150)  # noqa: SIM115
-    results = methods(cfg, tmp_path, Console(console), "python -m rebasin.methods ...") or {}
+    results = compare_methods(cfg, tmp_path, Console(console), "python -m rebasin.compare_methods ...") or {}
     rows = {(row["name"], row["kind"]): row for row in results["rows"]}
     assert list(rows) == [
         ("seed 0", "endpoint"), ("seed 1", "endpoint"), ("weighted_sum", "naive"), ("weighted_sum", "aligned"),
@@ -571,10 +615,12 @@ def test_methods_are_compared_on_held_out_data(tmp_path):
 
 
 def test_a_comparison_says_why_a_method_does_not_fit(tmp_path):
-    from rebasin.methods import methods
+    from rebasin.compare_methods import compare_methods
 
     with pytest.raises(ConfigError, match="needs a base"):
-        methods(configured(*TINY, "methods.names=[ties_sum]", config="methods"), tmp_path, Console())
+        compare_methods(
+            configured(*TINY, "methods.names=[ties_sum]", config="compare_methods"), tmp_path, Console()
+        )
 
 
 def test_every_method_of_the_registry_is_compared_or_left_out_for_a_reason():

@@ -13,7 +13,7 @@ import typer
 
 from .. import __version__
 from ..errors import RebasinError
-from . import align, apply, compare, inspect, merge, methods, verify
+from . import align, apply, compare, inspect, merge, methods, search, verify
 
 HELP = """
 Align the neurons of models before merging them, and see what it did.
@@ -48,6 +48,8 @@ app.command("verify")(verify.verify)
 app.command("apply")(apply.apply)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
+app.command("search", context_settings=search.PASSED)(search.search)
+app.command("compare-methods", context_settings=search.PASSED)(search.compare_methods)
 
 
 def _version(wanted: bool) -> None:

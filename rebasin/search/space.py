@@ -224,7 +224,9 @@ def _methods(chosen: Any, models: int, has_base: bool) -> tuple[Method, ...]:
     found = tuple(find_method(name) for name in names)
     for method in found:
         if method.name == "greedy_soup":
-            raise ConfigError("greedy_soup is a search of its own; take it from `python -m rebasin.methods`.")
+            raise ConfigError(
+                "greedy_soup is a search of its own; take it from `python -m rebasin.compare_methods`."
+            )
         if reason := obstacle(method, models, has_base):
             raise ConfigError(f"the merge method '{method.name}' {reason}.")
     return found

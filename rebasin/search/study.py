@@ -158,9 +158,7 @@ def make_sampler(name: str, seed: int, warm: int) -> Any:
         raise ConfigError(f"search.sampler is {name!r}; choose one of {', '.join(SAMPLERS)}.")
     if name == "tpe":
         # Grouped: parameters of one method exist only with it.
-        return samplers.TPESampler(
-            seed=seed, n_startup_trials=warm, multivariate=True, group=True
-        )
+        return samplers.TPESampler(seed=seed, n_startup_trials=warm, multivariate=True, group=True)
     if name == "gp":
         return samplers.GPSampler(seed=seed, n_startup_trials=warm, deterministic_objective=True)
     if name == "nsga2":

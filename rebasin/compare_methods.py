@@ -1,4 +1,4 @@
-"""`python -m rebasin.methods`: merge methods beside the endpoints, without and with aligning, by every objective."""
+"""`python -m rebasin.compare_methods`: merge methods beside the endpoints, without and with aligning, by every objective."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .reporting.results import Results
 
 
-def methods(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> Results | None:
+def compare_methods(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> Results | None:
     """Compare as `cfg` says and leave everything in `folder`; returns the content of results.json.
 
     None with `dry_run=true`, which shows what would be compared.
@@ -114,13 +114,13 @@ def job(cfg: DictConfig) -> None:
     from .reporting.results import command_line
 
     hydra = HydraConfig.get()
-    command = command_line(hydra.overrides.task).replace("rebasin.run", "rebasin.methods")
-    methods(cfg, Path(hydra.runtime.output_dir), Console(), command)
+    command = command_line(hydra.overrides.task).replace("rebasin.run", "rebasin.compare_methods")
+    compare_methods(cfg, Path(hydra.runtime.output_dir), Console(), command)
 
 
 def main() -> None:
-    """`python -m rebasin.methods`, `rebasin methods`."""
-    launch(job, "methods")
+    """`python -m rebasin.compare_methods`, `rebasin compare-methods`."""
+    launch(job, "compare_methods")
 
 
 if __name__ == "__main__":

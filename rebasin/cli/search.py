@@ -1,0 +1,33 @@
+"""`rebasin search` and `rebasin compare-methods`: the Hydra jobs of the same names, with their GROUP=CHOICE language."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+PASSED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""Everything behind the command is Hydra's, --help too."""
+
+
+def search(context: typer.Context) -> None:
+    """Search for the merge that is best by an objective: methods, options, block weights.
+
+    Takes GROUP=CHOICE and OPTION=VALUE, as `python -m rebasin.search` does; `rebasin search --help` lists them.
+    """
+    from ..search.__main__ import main
+
+    sys.argv = ["rebasin search", *context.args]
+    main()
+
+
+def compare_methods(context: typer.Context) -> None:
+    """Measure all merge methods beside each other on held-out data, without and with aligning.
+
+    Takes GROUP=CHOICE and OPTION=VALUE, as `python -m rebasin.compare_methods` does; `rebasin compare-methods --help`
+    lists them.
+    """
+    from ..compare_methods import main
+
+    sys.argv = ["rebasin compare-methods", *context.args]
+    main()
