@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,42 @@ def compare_functions(
     return Difference({name: _distance(found[name], expected[name]) for name in expected})
 
 
-def compute(checkpoint: Checkpoint, component: str, state: State, seed: int = 0) -> dict[str, Tensor]:
-    """The outputs of a component with these weights, float32, for an input drawn from `seed`."""
+def compare_chains(
+    checkpoint: Checkpoint, one: Mapping[str, State], other: Mapping[str, State], seed: int = 0
+) -> Difference:
+    """The same for text encoders and UNet together, from token ids to the predicted noise."""
+    expected, found = (_chain(checkpoint, states, seed) for states in (one, other))
+    return Difference({name: _distance(found[name], expected[name]) for name in expected})
+
+
+def _chain(checkpoint: Checkpoint, states: Mapping[str, State], seed: int) -> dict[str, Tensor]:
+    hidden, pooled = [], None
+    for name in ("text_encoder", "text_encoder_2"):
+        if name in states:
+            states_of_text, *more = compute(checkpoint, name, states[name], seed).values()
+            hidden.append(states_of_text)
+            pooled = more[0] if more else pooled
+
+    def texts(args: Any, kwargs: Any) -> tuple[Any, Any]:
+        added = kwargs.get("added_cond_kwargs")
+        if added is not None:
+            kwargs = {**kwargs, "added_cond_kwargs": {**added, "text_embeds": pooled}}
+        return (*args[:2], torch.cat(hidden, dim=-1)), kwargs
+
+    return compute(checkpoint, "unet", states["unet"], seed, texts)
+
+
+def compute(
+    checkpoint: Checkpoint,
+    component: str,
+    state: State,
+    seed: int = 0,
+    inputs: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+) -> dict[str, Tensor]:
+    """The outputs of a component with these weights, float32, for an input drawn from `seed`.
+
+    `inputs` may replace what was drawn: (args, kwargs) -> (args, kwargs).
+    """
     from accelerate import cpu_offload
 
     from ..checkpoints import architecture
@@ -64,6 +98,8 @@ def compute(checkpoint: Checkpoint, component: str, state: State, seed: int = 0)
         return torch.randint(0, tokens, example.shape, generator=generator)
 
     args, kwargs = tree_map_only(Tensor, draw, (args, kwargs))
+    if inputs is not None:
+        args, kwargs = inputs(args, kwargs)
     _fill_constants(module)
     cpu_offload(module, execution_device=torch.device("cpu"), state_dict=_Wide(state))  # pyright: ignore
     with torch.no_grad():

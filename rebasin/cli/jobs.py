@@ -14,8 +14,9 @@ from ..checkpoints.output import FILES
 from ..errors import ConfigError, VerificationError
 from . import output, provenance, session
 from .alignment import JOINT, Alignment, Options, align_pair, given, specs_of
-from .function import Difference, compare_functions
+from .function import Difference, compare_chains, compare_functions
 from .inputs import check_output, common, open_all, sha256_of, size_of
+from .joint import PARTS
 from .many import Many, align_many
 from .plan import show_plan
 from .weighting import Weighting, method_options, weighting
@@ -283,17 +284,19 @@ def _checked(
     """
     if not request.check or not alignment.moved:
         return None
-    if JOINT in alignment.specs:
-        # The text encoder's output is reordered on purpose: only the whole chain is the same. It is proved.
-        components = [name for name in components if name == "vae"]
     checks = {}
     with console.stage("check"):
+        together = [name for name in components if name in PARTS] if JOINT in alignment.specs else []
+        if together:  # the text encoder's output is reordered on purpose, only the whole chain is the same
+            before = {name: b.component(name) for name in together}
+            after = {name: alignment.view(name, state) for name, state in before.items()}
+            checks[JOINT] = compare_chains(b, before, after, request.seed)
         for name in components:
             own = alignment.of(name)
-            if own is None or own.is_identity:
-                continue
-            state = b.component(name)
-            checks[name] = compare_functions(b, name, state, own.view(state), request.seed)
+            if name not in together and own is not None and not own.is_identity:
+                state = b.component(name)
+                checks[name] = compare_functions(b, name, state, own.view(state), request.seed)
+        for name in checks:
             if not checks[name].same:
                 raise VerificationError(
                     f"Moving the neurons of the {name} of {b.path} changed what it computes (by"

@@ -26,7 +26,8 @@ def begin(device: str = "cpu", threads: int = 0) -> Console:
     # No advice from the libraries about image processors and schedulers, which are as they should be.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|diffusers|transformers")
     import torch
 
     from ..reporting.console import Console

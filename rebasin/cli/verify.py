@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options as o
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..checkpoints import Checkpoint
+    from ..spec import Permutation
+    from .function import Difference
 
 
 def verify(
@@ -23,6 +31,10 @@ def verify(
         ),
     ],
     only: o.Only = None,
+    joint: Annotated[
+        bool,
+        typer.Option("--joint", help="Text encoders and UNet as one, for what was aligned with --joint."),
+    ] = False,
     seed: o.Seed = 0,
     threads: o.Threads = 0,
 ) -> None:
@@ -41,19 +53,26 @@ def verify(
     from ..adapters import part
     from ..checkpoints import component_spec, open_checkpoint
     from ..errors import CheckpointError, RebasinError
+    from ..spec import Permutation
     from . import session
     from .alignment import of_component
-    from .function import compare_functions
+    from .function import compare_chains, compare_functions
     from .inputs import common, open_all
+    from .joint import PARTS
     from .kinds import kind_of_file
 
     console = session.begin(threads=threads)
-    rows, failures = [], []
+    rows: list[dict[str, str]] = []
+    failures: list[str] = []
+
+    def check(name: str, found: Difference) -> None:
+        rows.append({"part": name, "error": f"{found.largest:.1e}", "same": "yes" if found.same else "no"})
+        if not found.same:
+            failures.append(f"the {name} computes something else (relative difference {found.largest:.2g})")
+
     with console.stage("read"):
         permutation = None
         if kind_of_file(a) == "permutation":
-            from ..spec import Permutation
-
             permutation = Permutation.load(a)
             models = [open_checkpoint(b)]
         else:
@@ -61,12 +80,15 @@ def verify(
         names = common(models, only)
         console.say(f"{models[0].title}: {', '.join(names)}")
     with console.stage("compute"):
+        together = [name for name in names if name in PARTS] if joint or _is_joint(permutation) else []
+        if "unet" in together and len(together) > 1:
+            before = {name: models[0].component(name) for name in together}
+            after = {name: _after(models, permutation, name) for name in together}
+            check("texts and unet", compare_chains(models[0], before, after, seed))
+            names = tuple(name for name in names if name not in together)
         for number, name in enumerate(names):
             console.progress({"stage": name, "step": number, "total": len(names)})
-            one = models[0].component(name)
-            if permutation is None:
-                other = models[1].component(name)
-            else:
+            if permutation is not None and not _is_joint(permutation):
                 own = of_component(permutation, name)
                 if own is None:
                     continue
@@ -75,15 +97,8 @@ def verify(
                 except RebasinError as error:
                     failures.append(f"{name}: {error}")
                     continue
-                other = own.view(one)
-            found = compare_functions(models[0], name, one, other, seed)
-            rows.append(
-                {"part": name, "error": f"{found.largest:.1e}", "same": "yes" if found.same else "no"}
-            )
-            if not found.same:
-                failures.append(
-                    f"the {name} computes something else (relative difference {found.largest:.2g})"
-                )
+            one, other = models[0].component(name), _after(models, permutation, name)
+            check(name, compare_functions(models[0], name, one, other, seed))
     if not rows and not failures:
         raise CheckpointError(f"{a} moves none of the components of {b}.")
     console.console.print()
@@ -94,3 +109,20 @@ def verify(
         session.answer(console, "Do they compute the same?", "No", "red", "; ".join(failures) + ".")
         raise typer.Exit(1)
     session.answer(console, "Do they compute the same?", "Yes", "green", "The differences are rounding.")
+
+
+def _after(models: Sequence[Checkpoint], permutation: Permutation | None, name: str) -> Mapping[str, Tensor]:
+    """A component of the other model, or of the model under the permutation."""
+    from .alignment import of_component
+
+    if permutation is None:
+        return models[1].component(name)
+    own = of_component(permutation, name)
+    state = models[0].component(name)
+    return state if own is None else own.view(state)
+
+
+def _is_joint(permutation: Permutation | None) -> bool:
+    from .moving import is_joint
+
+    return permutation is not None and is_joint(permutation.spec)
