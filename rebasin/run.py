@@ -36,7 +36,6 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
     from .run_many import is_many, run_many
     from .structure import restrict
     from .tasks import load_task
-    from .tracing import trace
 
     if is_many(cfg):
         return run_many(cfg, folder, console, command)
@@ -47,7 +46,7 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
         algorithm = load_algorithm(cfg.algo)
         task = load_task(cfg)
     with console.stage("spec"):
-        specs = {name: trace(part.model, *part.args, **part.kwargs) for name, part in task.parts.items()}
+        specs = {name: part.spec() for name, part in task.parts.items()}
         specs[task.aligned] = spec = restrict(specs[task.aligned], cfg.structure)
         console.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
     combination = load_combination(cfg, task)
@@ -73,14 +72,15 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
             progress = reporting.both(console.progress, logger.event, snapshots)
             resume = steps.resume(cfg, config)
             match = algorithm(task, spec, state_a, state_b, seed=cfg.seed, progress=progress, resume=resume)
-            aligned = match.permutation.apply(state_b)
+            # A state that is read from a file stays there: SDXL's would not fit in memory three times.
+            kept = isinstance(state_b, dict)
+            aligned = match.permutation.apply(state_b) if kept else match.permutation.view(state_b)
             console.say(f"{algorithm.name}: {match.moved:,} of {spec.neurons:,} neurons moved")
         with console.stage("merge"):
-            merged = dict(
-                combination(
-                    task, state_a, aligned, seed=cfg.seed, device=cfg.device, progress=console.progress
-                )
+            merged = combination(
+                task, state_a, aligned, seed=cfg.seed, device=cfg.device, progress=console.progress
             )
+            merged = dict(merged) if kept else merged
             console.say(combination.words)
         with console.stage("evaluate"):
             curves = steps.evaluate(cfg, task, state_a, state_b, aligned, match, console.progress)
@@ -96,6 +96,8 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
         with console.stage("report"):
             if cfg.tensors:
                 reporting.save_tensors(folder, match.permutation, aligned, merged, config)
+                if task.export is not None:
+                    task.export(folder, merged, {"rebasin_command": command})
             results = reporting.collect(
                 config, task, spec, checks, match, curves, console.seconds, command, rewards, combined
             )

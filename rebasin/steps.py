@@ -68,10 +68,13 @@ def verify_all(task: Task, specs: Mapping[str, PermutationSpec]) -> dict[str, di
     checks = {}
     for name, part in task.parts.items():
         spec = specs[name]
-        report = verify(part.model, spec, *part.args, **part.kwargs).require()
+        if part.proved is not None:
+            error = part.proved(spec)
+        else:
+            error = verify(part.model, spec, *part.args, **part.kwargs).require().max_relative_error
         checks[name] = {
-            "max_relative_error": report.max_relative_error,
-            "passed": report.passed,
+            "max_relative_error": error,
+            "passed": True,
             "groups": len(spec),
             "neurons": spec.neurons,
             "coverage": {"one": spec.coverage().one, "both": spec.coverage().both},
@@ -94,7 +97,7 @@ def evaluate(
         VerificationError: B's loss is another one after permuting it.
     """
     curves: dict[str, dict[str, Curve]] = {}
-    for split in cfg.evaluate.splits:
+    for split in _measured(cfg, task):
 
         def measure(end: State, kind: str, split: str = split) -> Curve:
             def report(event: dict[str, Any]) -> None:
@@ -120,8 +123,14 @@ def evaluate(
 
 def evaluate_merged(cfg: DictConfig, task: Task, merged: State) -> dict[str, dict[str, float]]:
     """The figures of the saved merge itself, which need not lie on the line: split -> "loss" and others."""
-    model = loaded(task.model, merged)
-    return {split: task.objective.evaluate(model, task.batches[split]) for split in cfg.evaluate.splits}
+    splits = _measured(cfg, task)
+    model = loaded(task.model, merged) if splits else task.model
+    return {split: task.objective.evaluate(model, task.batches[split]) for split in splits}
+
+
+def _measured(cfg: DictConfig, task: Task) -> list[str]:
+    """The splits to evaluate on: none if the task has no data, because its models are too large to compute with."""
+    return [split for split in cfg.evaluate.splits if task.batches]
 
 
 def barriers(curves: Mapping[str, Mapping[str, Curve]]) -> str:

@@ -136,6 +136,7 @@ class Console:
         a, b = task.labels
         lines = [
             "",
+            *task.plan,
             f"Would verify the specs of {', '.join(specs)};",
             f"align B ({b}) to A ({a}), the {task.aligned}, by {config['algo']['name']};",
             f"merge by {combination.words};",

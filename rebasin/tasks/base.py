@@ -15,6 +15,8 @@ from ..checkpoints import load_safetensors
 from ..errors import ConfigError
 from ..objectives import Objective
 from ..reporting.samples import Samples
+from ..spec import PermutationSpec
+from ..tracing import trace
 from .prompted import ImageMaker
 
 State = Mapping[str, Tensor]
@@ -23,11 +25,21 @@ Progress = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A module and an example call of it: what `trace` and `verify` need."""
+    """A module and an example call of it: what `trace` and `verify` need.
+
+    A model that is too large to be verified at its own size brings `derive`, which makes its spec, and `proved`, which
+    gives the largest relative error in the proof of that spec or raises `VerificationError`.
+    """
 
     model: nn.Module
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    derive: Callable[[], PermutationSpec] | None = None
+    proved: Callable[[PermutationSpec], float] | None = None
+
+    def spec(self) -> PermutationSpec:
+        """The symmetries of the module."""
+        return trace(self.model, *self.args, **self.kwargs) if self.derive is None else self.derive()
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +58,8 @@ class Task:
         captions: prompts that the models were made for.
         others: further models of this architecture by name, for a merge that needs a base.
         maker: how the aligned part makes images of prompts, differentiably; None: it makes none.
+        export: the run's folder, the merge and metadata -> a file in the form that the endpoints came in; None: none.
+        plan: what a dry run tells besides the spec.
     """
 
     parts: Mapping[str, Part]
@@ -59,6 +73,8 @@ class Task:
     captions: Sequence[str] = ()
     maker: ImageMaker | None = None
     others: Mapping[str, Callable[[], State]] = field(default_factory=dict)
+    export: Callable[[Path, State, Mapping[str, str]], Path] | None = None
+    plan: Sequence[str] = ()
 
     @property
     def model(self) -> nn.Module:
