@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from test_weight_matching import SPECS, State, chain, draw, mlp, noisy
+from test_weight_matching import SPECS, State, chain, draw, free, mlp, noisy
 from torch import Tensor
 
 from rebasin.matching import products, weight_matching
@@ -22,6 +22,15 @@ from rebasin.spec import Group, Permutation, PermutationSpec
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(products, "WORTH", 2)  # the networks here are small
+
+
+def cube() -> PermutationSpec:
+    """Three groups on the three axes of one tensor."""
+    groups = tuple(free(f"g{k}", 6 + k, ("w", k), (f"v{k}", 0)) for k in range(3))
+    return PermutationSpec(groups, {"w": (6, 7, 8), "v0": (6, 4), "v1": (7, 4), "v2": (8, 4)})
+
+
+ALL = SPECS | {"cube": cube}
 
 
 def pair_of(spec: PermutationSpec, dtype: torch.dtype = torch.float64, **options: int) -> Pair:
@@ -64,9 +73,9 @@ def everything(costs: WeightCosts, group: Group) -> list[Tensor]:
     return asked
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ALL)
 def test_kept_products_are_those_computed_afresh(name: str) -> None:
-    spec = SPECS[name]()
+    spec = ALL[name]()
     pair = pair_of(spec)
     rng = np.random.default_rng(0)
     for step in range(40):
@@ -74,7 +83,10 @@ def test_kept_products_are_those_computed_afresh(name: str) -> None:
         kept = everything(WeightCosts(pair), group)
         pair.products, held = None, pair.products
         afresh = everything(WeightCosts(pair), group)
+        norms = [WeightCosts(pair).potentials(c.name, range(c.size)) for c in group.cells]
         pair.products = held
+        afresh += norms
+        kept += [WeightCosts(pair).potentials(c.name, range(c.size)) for c in group.cells]
         for x, y in zip(kept, afresh, strict=True):
             assert torch.allclose(x, y, rtol=1e-10, atol=1e-10)
         other = spec.groups[rng.integers(len(spec))]
