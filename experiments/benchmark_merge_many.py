@@ -7,8 +7,9 @@
 Files of random fp16 weights, made by shape: a common network with noise of a tenth of each tensor's spread, as
 fine-tunes of one base are. There are at most --files of them; further models are these files seen through a hidden
 permutation each, moved tensor by tensor as they are read. One pass of MergeMany with one sweep a matching (--sweeps),
-and the merge streamed to a file. Every N runs in a process of its own, whose peak resident memory is told. Writes
-merge_many_memory.json and merge_many_memory.md to --out.
+and the merge streamed to a file. With --join K all but the last K models have the permutations of a finished merge,
+and only these K are matched: what costs time is matching, and what is measured is memory. Every N runs in a process of
+its own, whose peak resident memory is told. Writes merge_many_memory.json and merge_many_memory.md to --out.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ class Hidden(Mapping[str, Tensor]):
 
 
 @app.command(hidden=True)
-def work(folder: Path, models: int, scale: float, sweeps: int, scratch: bool, result: Path) -> None:
+def work(
+    folder: Path, models: int, scale: float, sweeps: int, join: int, scratch: bool, result: Path
+) -> None:
     """One measurement, in this process."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     spec = spec_of(scale)
@@ -96,8 +99,11 @@ def work(folder: Path, models: int, scale: float, sweeps: int, scratch: bool, re
     def checkpoint(state: ManyState) -> None:
         state.save(kept)
 
+    start: dict[str, Any] = {}
+    if join:
+        start = {"init": [p.invert() for p in hidden[: models - join]], "keep": True}
     found = merge_many(
-        spec, states, max_passes=1, match={"max_sweeps": sweeps}, progress=progress, checkpoint=checkpoint,
+        spec, states, **start, max_passes=1, match={"max_sweeps": sweeps}, progress=progress, checkpoint=checkpoint,
         scratch=folder if scratch else None,
     )  # fmt: skip
     matched = perf_counter() - began
@@ -113,6 +119,7 @@ def work(folder: Path, models: int, scale: float, sweeps: int, scratch: bool, re
         "file_gb": files[0].stat().st_size / 1e9,
         "peak_gb": _peak(),
         "scratch": scratch,
+        "matched": join or models,
         "distance_before": found.distance_before,
         "distance": found.distance,
         "recovered": right / (models * spec.neurons),
@@ -131,6 +138,7 @@ def run(
     scale: Annotated[float, typer.Option(help="of the channels; 1 is SD1.5")] = 1.0,
     files: Annotated[int, typer.Option(help="distinct files at most (1.7 GB each at scale 1)")] = 10,
     sweeps: Annotated[int, typer.Option(help="of weight matching for each model")] = 1,
+    join: Annotated[int, typer.Option(help="match only so many, the last; 0: all")] = 0,
     scratch: Annotated[bool, typer.Option(help="keep the running mean on disk")] = False,
     work_folder: Annotated[Path | None, typer.Option(help="where the files are made, and removed")] = None,
     out: Annotated[Path, typer.Option(help="the folder for the table and the JSON")] = Path(
@@ -154,6 +162,7 @@ def run(
                 str(n),
                 str(scale),
                 str(sweeps),
+                str(join),
                 str(scratch),
             ]
             command = [
@@ -175,12 +184,13 @@ def run(
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| N | parameters | file, GB | peak memory, GB | mean on disk | hidden neurons found | distance | minutes |",
-        "|--:|--:|--:|--:|:--|--:|--:|--:|",
+        "| N | matched | parameters | file, GB | peak memory, GB | mean on disk | neurons found | distance | minutes |",
+        "|--:|--:|--:|--:|--:|:--|--:|--:|--:|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['models']} | {row['parameters']:,} | {row['file_gb']:.2f} | **{row['peak_gb']:.2f}** |"
+            f"| {row['models']} | {row['matched']} | {row['parameters']:,} | {row['file_gb']:.2f} |"
+            f" **{row['peak_gb']:.2f}** |"
             f" {'yes' if row['scratch'] else 'no'} | {row['recovered']:.1%} |"
             f" {row['distance_before']:.0f} → {row['distance']:.0f} | {row['seconds'] / 60:.0f} |"
         )

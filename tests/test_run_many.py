@@ -1,0 +1,168 @@
+"""The main job on several networks: what it leaves, what it says to mistakes, and that the figures belong together."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console as RichConsole
+
+from rebasin import report
+from rebasin.checkpoints import load_metadata, load_safetensors
+from rebasin.errors import ConfigError
+from rebasin.matching import load_permutations
+from rebasin.paths import config_dir
+from rebasin.reporting.console import Console
+from rebasin.reporting.results import load_results
+from rebasin.run import run
+from rebasin.tasks import load_task
+
+TINY = ["model=mlp", "model.width=12", "model.depth=2", "model.recipe.epochs=6", "model.seeds=[0,1,2]"]
+
+
+def configured(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def execute(folder: Path, *overrides: str) -> tuple[dict, str]:
+    """Results and console text of a run in this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    console = RichConsole(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
+    results = run(configured(*overrides, "logger=none"), folder, Console(console), command="...")
+    return results or {}, console.export_text()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Trained networks are kept for this module only."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REBASIN_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict, str]:
+    folder = tmp_path_factory.mktemp("many")
+    return folder, *execute(folder, "algo=merge_many", "evaluate.splits=[heldout,train]", *TINY)
+
+
+def test_a_run_leaves_everything_and_tells_where(finished) -> None:
+    folder, results, text = finished
+    names = ("merged.safetensors", "repaired.safetensors", "permutations.safetensors", "results.json",
+             "config.yaml", "table.md", "reliability.png", "report.html")  # fmt: skip
+    for name in names:
+        assert (folder / name).stat().st_size > 100, name
+        assert name in text
+    assert load_results(folder) == results and results["kind"] == "many"
+    page = (folder / "report.html").read_text()
+    assert 'src="data:image/png;base64,' in page and "merge_many, REPAIR" in page
+    shown = re.sub(r"base64,[^\"]*", "", page.split("</style>")[1])
+    assert not re.search(r"(src|href)=.?http", shown), "the page must need nothing from outside"
+    assert OmegaConf.load(folder / "config.yaml") == OmegaConf.create(results["config"])
+    assert results["models"] == ["seed 0", "seed 1", "seed 2"]
+
+
+def test_the_figures_and_the_tensors_belong_together(finished) -> None:
+    folder, results, _ = finished
+    permutations = load_permutations(folder / "permutations.safetensors")
+    assert sum(p.moved() for p in permutations) == results["match"]["moved"] > 0
+    task = load_task(configured("algo=merge_many", *TINY))
+    states = task.endpoints(None)
+    merged = load_safetensors(folder / "merged.safetensors")
+    for name in merged:
+        members = [p.apply(s)[name] for p, s in zip(permutations, states, strict=True)]
+        torch.testing.assert_close(merged[name], torch.stack(members).mean(dim=0))
+    assert load_metadata(folder / "merged.safetensors")["spec_hash"] == results["spec"]["hash"]
+    for split in ("heldout", "train"):
+        rows = {row["name"]: row for row in results["rows"][split]}
+        assert list(rows) == [
+            "members",
+            "ensemble",
+            "naive",
+            "merge_many",
+            "naive, REPAIR",
+            "merge_many, REPAIR",
+        ]
+        for file, name in (("merged", "merge_many"), ("repaired", "merge_many, REPAIR")):
+            task.model.load_state_dict(dict(load_safetensors(folder / f"{file}.safetensors")))
+            found = task.objective.evaluate(task.model, task.batches[split])
+            assert rows[name]["loss"] == pytest.approx(found["loss"], rel=1e-5)
+            assert rows[name]["accuracy"] == pytest.approx(found["accuracy"])
+        each = []
+        for state in states:
+            task.model.load_state_dict(dict(state))
+            each.append(task.objective.evaluate(task.model, task.batches[split])["loss"])
+        assert rows["members"]["loss"] == pytest.approx(sum(each) / 3, rel=1e-5)
+        barrier = rows["naive"]["loss"] - rows["members"]["loss"]
+        assert rows["naive"]["barrier"] == pytest.approx(barrier, abs=1e-6)
+        assert 0 <= rows["naive"]["ece"] <= 1
+
+
+def test_pictures_can_be_drawn_again(finished) -> None:
+    folder, _, _ = finished
+    before = (folder / "table.md").read_text()
+    (folder / "table.md").unlink()
+    assert report.main([str(folder)]) == 0
+    assert (folder / "table.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "algo", ["merge_many_pivot", "merge_many_cycle_consistent", "merge_many_activations"]
+)
+def test_the_other_ways(tmp_path: Path, algo: str) -> None:
+    _, _ = execute(tmp_path, f"algo={algo}", *TINY)
+    results = load_results(tmp_path)
+    assert [row["name"] for row in results["rows"]["heldout"]][3] == algo
+
+
+def test_ste_and_no_repair(tmp_path: Path) -> None:
+    results, _ = execute(tmp_path, "algo=merge_many_ste", "algo.steps=2", "algo.repair=false", *TINY)
+    assert [row["name"] for row in results["rows"]["heldout"]] == [
+        "members",
+        "ensemble",
+        "naive",
+        "merge_many_ste",
+    ]
+    assert not (tmp_path / "repaired.safetensors").exists()
+
+
+def test_naive_is_the_plain_mean_of_all(tmp_path: Path) -> None:
+    results, _ = execute(tmp_path, "algo=naive", *TINY)
+    assert [row["name"] for row in results["rows"]["heldout"]] == [
+        "members",
+        "ensemble",
+        "naive",
+        "naive, REPAIR",
+    ]
+    assert (tmp_path / "merged.safetensors").exists() and results["match"]["moved"] == 0
+
+
+def test_batchnorm_gets_a_reset(tmp_path: Path) -> None:
+    net = [
+        "model=resnet20",
+        "model.width=0.25",
+        "model.blocks=1",
+        "model.norm=batch",
+        "model.recipe.epochs=1",
+    ]
+    results, _ = execute(tmp_path, "algo=merge_many_pivot", "model.seeds=[0,1]", *net)
+    names = [row["name"] for row in results["rows"]["heldout"]]
+    assert "merge_many_pivot, reset" in names and "merge_many_pivot, REPAIR" in names
+
+
+def test_mistakes_cost_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="3 networks, but algo=weight_matching aligns two"):
+        execute(tmp_path, "algo=weight_matching", *TINY)
+    with pytest.raises(ConfigError, match="no option 'pivot'"):
+        execute(tmp_path, "algo=merge_many", "+algo.pivot=1", *TINY)
+    with pytest.raises(ConfigError, match="model.seeds"):
+        execute(tmp_path, "algo=merge_many", *TINY, "model.seeds=[a,b,c]")
+    results, text = execute(tmp_path, "algo=merge_many", "dry_run=true", *TINY)
+    assert results == {} and "would merge 3 models by merge_many" in text
