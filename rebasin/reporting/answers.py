@@ -60,17 +60,25 @@ def _legal(results: Results) -> Answer:
     worst = max(check["max_relative_error"] for check in checks.values())
     legal = all(check["passed"] for check in checks.values())
     parts = ", ".join(f"{name} {number(check['max_relative_error'], 2)}" for name, check in checks.items())
-    _, naive, aligned = primary(results)
     text = (
         f"A random permutation of all {results['spec']['neurons']:,} neurons changed the outputs by at most"
-        f" {number(worst, 2)} relative ({parts}). Loss of B before and after it was permuted:"
-        f" {number(naive['losses'][-1], 6)} and {number(aligned['losses'][-1], 6)}."
+        f" {number(worst, 2)} relative ({parts})."
     )
+    if results["curves"]:
+        _, naive, aligned = primary(results)
+        text += (
+            " Loss of B before and after it was permuted:"
+            f" {number(naive['losses'][-1], 6)} and {number(aligned['losses'][-1], 6)}."
+        )
     return Answer("Is it legal?", "Yes" if legal else "No", text, "good" if legal else "bad")
 
 
 def _helped(results: Results) -> Answer:
     question = "Did it help?"
+    if not results["curves"]:
+        moved, total = results["match"]["moved"], results["match"]["neurons"]
+        text = f"{moved:,} of {total:,} neurons moved; no loss was measured, because the task has no data."
+        return Answer(question, "Not measured", text, "neutral")
     split, naive, aligned = primary(results)
     before, after = naive["barrier"], aligned["barrier"]
     if before is None or after is None:

@@ -76,7 +76,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         from ..search import draw as draw_search  # above this package, and only wanted here
 
         return draw_search(results, folder)
-    drawn = [save_curves(results, folder / "curve.png")]
+    drawn = [save_curves(results, folder / "curve.png")] if results["curves"] else []
     if has_search(results):
         drawn.append(save_search(results, folder / SEARCH))
     return [*drawn, save_html(results, folder)]

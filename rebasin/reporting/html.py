@@ -40,7 +40,7 @@ def render_html(results: Results, folder: Path) -> str:
         accuracy=any(row["accuracy"] != "" for row in rows),
         distance={name: number(value) for name, value in results["distance"].items()},
         history_keys=_keys(results["match"]["history"]),
-        curve=data_uri(folder / "curve.png"),
+        curve=data_uri(folder / "curve.png") if rows else None,
         **pictures,
         rewards=reward_rows(results),
         merge=merge_lines(results),
