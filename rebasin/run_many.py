@@ -72,8 +72,11 @@ def run_many(cfg: DictConfig, folder: Path, console: Console, command: str = "")
         spec = specs[task.aligned]
         console.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
     if cfg.dry_run:
-        console.say(
-            f"would merge {len(task.labels)} models by {cfg.algo.name} and leave the result in {folder}"
+        console.console.print(
+            f"\nWould verify the specs of {', '.join(specs)};\nmerge {len(task.labels)} models"
+            f" ({', '.join(task.labels)}) by {cfg.algo.name};\nevaluate on {', '.join(cfg.evaluate.splits)} data;\n"
+            f"and leave the result in {folder}.\n\n{task.aligned}: {spec.summary()}",
+            markup=False,
         )
         return None
 

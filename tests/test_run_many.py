@@ -165,4 +165,4 @@ def test_mistakes_cost_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model.seeds"):
         execute(tmp_path, "algo=merge_many", *TINY, "model.seeds=[a,b,c]")
     results, text = execute(tmp_path, "algo=merge_many", "dry_run=true", *TINY)
-    assert results == {} and "would merge 3 models by merge_many" in text
+    assert results == {} and "merge 3 models (seed 0, seed 1, seed 2) by merge_many" in text
