@@ -11,8 +11,8 @@ import pytest
 import torch
 from cli_twins import IDS, Files, digest, read, rebasin
 
-from rebasin.adapters import move_adapter
-from rebasin.checkpoints import load_safetensors
+from rebasin.adapters import move_adapter, union
+from rebasin.checkpoints import architecture, load_safetensors, open_checkpoint, save_safetensors
 from rebasin.spec import Permutation
 
 COMMANDS = ("merge", "align", "compare", "verify", "apply", "inspect", "methods")
@@ -196,3 +196,26 @@ def test_dry_run_tells_and_does_nothing(files: Files, tmp_path: Path) -> None:
     text = rebasin("align", files.a, files.b, "-o", tmp_path / "m.safetensors", "--dry-run")
     assert "Nothing was done" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_controlnet_follows_its_unet(files: Files, tmp_path: Path) -> None:
+    """What a ControlNet adds to the first skip connection arrives where that connection's neurons went."""
+    from diffusers import ControlNetModel
+
+    unet = architecture(open_checkpoint(files.a), "unet")[0]
+    with torch.device("meta"):
+        control = ControlNetModel.from_unet(unet, load_weights_from_unet=False)  # type: ignore[arg-type]
+    state = {name: torch.randn(t.shape) for name, t in control.state_dict().items()}
+    (tmp_path / "net").mkdir()
+    file = save_safetensors(tmp_path / "net" / "diffusion_pytorch_model.safetensors", state)
+    (tmp_path / "net" / "config.json").write_text('{"_class_name": "ControlNetModel"}')
+    kept = tmp_path / "p.safetensors"
+    union(files.planted).save(kept)
+    assert "a ControlNet" in rebasin("inspect", file)
+    rows = dict(files.planted["unet"].axes_of("conv_in.weight"))[0]
+    for given in (file, tmp_path / "net"):
+        rebasin("apply", kept, given, "-o", tmp_path / "moved.safetensors", "--overwrite")
+        moved = read(tmp_path / "moved.safetensors")
+        name = "controlnet_down_blocks.0.weight"
+        assert torch.equal(moved[name], state[name][rows]) and not torch.equal(moved[name], state[name])
+        assert torch.equal(moved["conv_in.weight"], state["conv_in.weight"])  # its own neurons stay

@@ -125,10 +125,10 @@ def _permutation(file: Path) -> dict[str, Any]:
 
 def _adapter(file: Path) -> dict[str, Any]:
     from ..adapters import describe_adapter
-    from ..checkpoints import load_pickled, load_safetensors
     from . import provenance
+    from .kinds import open_raw
 
-    state = load_safetensors(file) if file.suffix == ".safetensors" else load_pickled(file)
+    state = open_raw(file)
     info = describe_adapter(state)
     metadata = dict(getattr(state, "metadata", {}))
     return {
@@ -143,14 +143,10 @@ def _adapter(file: Path) -> dict[str, Any]:
 
 
 def _controlnet(file: Path) -> dict[str, Any]:
-    from ..checkpoints import load_pickled, load_safetensors
-    from ..checkpoints.folders import load_weights
     from . import provenance
+    from .kinds import open_raw
 
-    if file.is_dir():
-        state: Any = load_weights(file)
-    else:
-        state = load_safetensors(file) if file.suffix == ".safetensors" else load_pickled(file)
+    state = open_raw(file)
     ldm = any(name.startswith("control_model.") for name in state)
     return {
         "what": "a ControlNet",

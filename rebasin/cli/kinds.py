@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["permutation", "adapter", "controlnet", "model"]
 
@@ -32,6 +36,16 @@ def kind_of_file(path: Path) -> Kind:
     if is_controlnet(names):
         return "controlnet"
     return "adapter" if is_adapter(names) else "model"
+
+
+def open_raw(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of an adapter or ControlNet under their own names, lazily; of a folder those of its weights."""
+    from ..checkpoints import load_pickled, load_safetensors
+    from ..checkpoints.folders import load_weights
+
+    if path.is_dir():
+        return load_weights(path)
+    return load_safetensors(path) if path.suffix == ".safetensors" else load_pickled(path)
 
 
 def _folder_class(path: Path) -> str:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..adapters import component_of, joint_controlnet, move_adapter, move_controlnet, part
-from ..checkpoints import component_spec, load_pickled, load_safetensors, open_checkpoint, save_safetensors
+from ..checkpoints import component_spec, open_checkpoint, save_safetensors
 from ..errors import CheckpointError, SpecMismatchError
 from ..spec import Permutation, PermutationSpec
 from . import output, provenance
 from .alignment import of_component
 from .inputs import sha256_of, size_of
-
-if TYPE_CHECKING:
-    from .kinds import Kind
+from .kinds import Kind, open_raw
 
 State = Mapping[str, Tensor]
 
@@ -45,7 +43,7 @@ def moved(kind: Kind, file: Path, permutation: Permutation, unfold: bool) -> tup
                 f" {', '.join(component_of(permutation.spec)) or 'something else'}."
             )
         return output.finished(checkpoint, states), dict(checkpoint.metadata)
-    state = load_safetensors(file) if file.suffix == ".safetensors" else load_pickled(file)
+    state = open_raw(file)
     metadata = dict(getattr(state, "metadata", {}))
     if kind == "adapter":
         return move_adapter(permutation, state, unfold=unfold, what=file.name), metadata
