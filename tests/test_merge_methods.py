@@ -1,6 +1,7 @@
 """Every merge method against its formula, written a second time in numpy, one tensor at a time."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -360,3 +361,27 @@ def test_dropout_keeps_the_mean_and_drops_the_share() -> None:
 def test_impossible_options_are_named(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options)) if name != "tensor_sum" else "share"):
         call(name, [A, B, D], C, **options)
+
+
+def test_the_documentation_has_every_method_as_it_is() -> None:
+    page = (
+        (Path(__file__).parents[1] / "docs" / "merge_methods.md")
+        .read_text(encoding="utf-8")
+        .replace("\\|", "|")
+    )
+    for method in METHODS.values():
+        row = next(
+            (
+                line
+                for line in page.splitlines()
+                if line.startswith(f"| `{method.name}` | {method.formula} |")
+            ),
+            "",
+        )
+        assert row, f"docs/merge_methods.md has another formula for {method.name}"
+        for option, value in method.options.items():
+            assert f"{option} = {str(value).lower() if isinstance(value, bool) else value}" in row, (
+                method.name,
+                option,
+            )
+        assert ("+ base" in row) == method.takes_base and method.reference in row

@@ -82,7 +82,7 @@ def test_a_model_with_itself_is_itself_to_the_bit(name: str, dtype: torch.dtype)
     assert all(same_bits(merged[k], model[k]) for k in model)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if METHODS[n].self_any_base and METHODS[n].takes_base])
+@pytest.mark.parametrize("name", ["ties_sum", *(n for n in NAMES if METHODS[n].self_any_base and METHODS[n].takes_base)])
 def test_a_model_with_itself_is_itself_whatever_the_base(name: str) -> None:
     model, base = state(1), state(2) | {"bn.num_batches_tracked": torch.tensor(1)}
     options = {"k": 1.0} if name == "ties_sum" else {"alignment": 0.4} if name == "rotate" else {}

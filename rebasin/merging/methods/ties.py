@@ -15,6 +15,7 @@ from ..registry import method
     "Yadav et al. 2023, TIES-Merging, 2306.01708; vote=count: sd-mecha's default",
     zero="base",
     default=1.0,
+    self_any_base=False,
 )
 def ties_sum(
     models: Sequence[Tensor], base: Tensor, alpha: float, k: float = 0.2, vote: str = "mass"
