@@ -37,6 +37,8 @@ __all__ = [
     "compose",
     "interpolate",
     "merge",
+    "merge_many",
+    "straight_through",
     "trace",
     "verify",
     "weight_matching",
@@ -45,7 +47,8 @@ __all__ = [
 if TYPE_CHECKING:
     from .errors import RebasinError
     from .evaluation import barrier
-    from .matching import activation_matching, weight_matching
+    from .matching import activation_matching, merge_many, weight_matching
+    from .matching.straight_through import straight_through
     from .merging import interpolate, merge
     from .spec import Permutation, PermutationSpec
     from .tracing import compose, trace, verify
