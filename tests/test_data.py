@@ -3,7 +3,9 @@
 import gzip
 import hashlib
 import os
+import pickle
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,10 @@ import pytest
 import torch
 
 from rebasin.data import load
+from rebasin.data.cifar import LAYOUTS
 from rebasin.data.classification import PARTS, fetch
 from rebasin.data.idx import read_idx
+from rebasin.data.parts import half, split
 from rebasin.errors import DataError
 
 KERAS = {"train_x": "x_train", "train_y": "y_train", "test_x": "x_test", "test_y": "y_test"}
@@ -196,3 +200,94 @@ def test_the_real_files(name, mean, std):
     assert float(data.train_x.mean()) == pytest.approx(mean, abs=1e-4)
     assert float(data.train_x.std()) == pytest.approx(std, abs=1e-4)
     assert len(torch.bincount(data.train_y)) == 10
+
+
+# CIFAR ------------------------------------------------------------------------------------------------------
+
+
+def cifar_parts(name: str, rows: int = 3) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """File of the binary version -> images and labels, in the publisher's sizes but with few rows."""
+    random = np.random.default_rng(1)
+    classes = 10 if name == "cifar10" else 100
+    files = [*LAYOUTS[name].binary[0], *LAYOUTS[name].binary[1]]
+    return {
+        file: (
+            random.integers(0, 256, (rows, 3072), np.uint8),
+            random.integers(0, classes, rows).astype(np.uint8),
+        )
+        for file in files
+    }
+
+
+def write_cifar(name: str, folder: Path, version: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    parts = cifar_parts(name)
+    folder.mkdir(parents=True)
+    for file, (x, y) in parts.items():
+        if version == "binary":
+            coarse = [np.zeros((len(y), 1), np.uint8)] if name == "cifar100" else []
+            (folder / file).write_bytes(np.concatenate([*coarse, y[:, None], x], axis=1).tobytes())
+        else:
+            content = {b"data": x, LAYOUTS[name].key: y.tolist(), b"batch_label": b"a part"}
+            (folder / file.removesuffix(".bin")).write_bytes(pickle.dumps(content, protocol=2))
+    return parts
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("version", ["binary", "python"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar_in_the_publishers_formats(name, version, packed, tmp_path):
+    parts = write_cifar(name, tmp_path / "data" / "batches", version)
+    path = tmp_path / "data"
+    if packed:
+        path = tmp_path / "archive.tar.gz"
+        with tarfile.open(path, "w:gz") as archive:
+            archive.add(tmp_path / "data" / "batches", "batches")
+    data = load(name, path)
+    train = [parts[file] for file in LAYOUTS[name].binary[0]]
+    assert data.train_x.shape == (3 * len(train), 3, 32, 32)
+    assert data.train_y.tolist() == np.concatenate([y for _, y in train]).tolist()
+    image = torch.from_numpy(train[0][0][0].reshape(3, 32, 32)).float() / 255
+    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(data.train_x[0], (image - mean) / std)
+    assert len(data.classes) == (10 if name == "cifar10" else 100)
+
+
+def test_cifar_finds_its_place_and_tells_what_is_wrong(tmp_path, monkeypatch):
+    write_cifar("cifar10", tmp_path / "cifar10", "binary")
+    monkeypatch.setenv("REBASIN_DATA", str(tmp_path))
+    assert load("cifar10").test_x.shape == (3, 3, 32, 32)
+    with pytest.raises(DataError, match="cifar100 needs a path"):
+        load("cifar100")
+    (tmp_path / "cifar10" / "data_batch_3.bin").write_bytes(b"12345")
+    with pytest.raises(DataError, match=r"data_batch_3.bin of .* has 5 bytes"):
+        load("cifar10")
+    (tmp_path / "cifar10" / "data_batch_3.bin").unlink()
+    with pytest.raises(DataError, match="no data_batch_3.bin"):
+        load("cifar10")
+
+
+def test_a_pickle_that_would_run_something_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    folder = tmp_path / "cifar100"
+    folder.mkdir()
+    (folder / "train").write_bytes(pickle.dumps({b"data": Evil(), b"fine_labels": [1]}, protocol=2))
+    with pytest.raises(DataError, match="no array"):
+        load("cifar100", folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_splits_are_disjoint_and_by_class():
+    data = load("digits")
+    a, b = split(data, "classes", 0.8)
+    assert len(a.train_y) + len(b.train_y) == len(data.train_y)
+    low = data.train_y < 5
+    assert (a.train_y < 5).sum() / low.sum() == pytest.approx(0.8, abs=0.01)
+    assert (b.train_y < 5).sum() / low.sum() == pytest.approx(0.2, abs=0.01)
+    first, second = split(data, "halves")
+    rows = [{tuple(row.tolist()) for row in part.train_x.flatten(1)} for part in (first, second)]
+    assert not rows[0] & rows[1]
+    assert first.test_x is data.test_x and first.fingerprint != second.fingerprint
+    assert not torch.equal(half(data, 0).train_x, half(data, 1).train_x)

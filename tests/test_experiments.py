@@ -169,7 +169,7 @@ def test_the_job_leaves_a_finished_run_alone(swept, tmp_path):
         "rebasin.run",
         "+experiment=counterexample",
         "size=small",
-        "study.points=3",
+        "study.points=5",
     ]
     command += [f"path.outputs={tmp_path}"]
     first, second = (subprocess.run(command, capture_output=True, text=True, timeout=300) for _ in range(2))
@@ -309,7 +309,7 @@ def test_the_counterexample_answers_with_a_margin():
         assert float((h[:, 0] * sign).min()) >= 0.5
 
 
-@pytest.mark.parametrize("name, more", [("contour", ["study.points=3"]), ("expansion", [])])
+@pytest.mark.parametrize("name, more", [("contour", ["study.points=5"]), ("expansion", [])])
 def test_studies_of_a_pair_run(name, more, tmp_path):
     cfg = configured(*experiments.first_job(name, "small", "model.width=8", "model.recipe.epochs=2",
                                             "evaluate.points=3", *more))  # fmt: skip
@@ -393,3 +393,43 @@ def test_an_experiment_needs_no_checkout(tmp_path):
     settings = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
     assert '"configs" = "rebasin/configs"' in settings
     assert (config_dir() / "experiment" / "width.yaml").is_file()
+
+
+def test_a_baseline_is_counted_once_over_algorithms():
+    rows = [
+        {"varied": ["algo.name", "seed"], "algo.name": a, "seed": s, "w": 1, "y": 1.0, "n": 5.0 + s}
+        for a in ("p", "q")
+        for s in (0, 1)
+    ]
+    sweep = sweep_of(rows)
+    naive, *_ = lines(sweep, Plot("f", "w", "y", series=("algo.name",), baseline={"naive": "n"}), sweep.rows)
+    assert (naive.count, naive.y) == ([2], [5.5])
+
+
+@pytest.mark.parametrize("kind", ["pair", "many", "study"])
+def test_every_kind_of_run_has_tables_and_figures_for_a_tracker(kind, swept, tmp_path):
+    from rebasin.reporting.results import load_results
+    from rebasin.reporting.tables import job_type, summary, tables
+    from rebasin.run import run
+
+    if kind == "pair":
+        results = load_results(swept / "w4")
+    elif kind == "study":
+        results = run_study(
+            configured(*experiments.first_job("counterexample")), tmp_path, Console(_silent())
+        )
+    else:
+        results = run(
+            configured(*experiments.first_job("merge_many", "small", *TINY)), tmp_path, Console(_silent())
+        )
+    assert results is not None
+    assert job_type(results) == {"pair": "match", "many": "merge", "study": "study"}[kind]
+    wanted = {"pair": "curves", "many": "models", "study": "rows"}[kind]
+    columns, rows = tables(results)[wanted]
+    assert rows and all(len(row) == len(columns) for row in rows)
+    figures = summary(results)
+    if kind == "many":
+        assert figures["many/heldout/members/loss"] == results["rows"]["heldout"][0]["loss"]
+        assert sweeps.collect(tmp_path).rows[0]["merge"] == "members"
+    elif kind == "pair":
+        assert figures["barrier/heldout/loss"] == results["curves"]["heldout"]["aligned"]["barrier"]

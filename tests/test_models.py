@@ -11,6 +11,7 @@ from rebasin.data import Dataset, load
 from rebasin.errors import ConfigError
 from rebasin.evaluation import barrier
 from rebasin.models import build, fitting_options
+from rebasin.models.augment import AUGMENTATIONS
 from rebasin.models.cache import Trained, trained
 from rebasin.models.norms import ChannelLayerNorm
 from rebasin.models.train import RECIPES, Recipe, train
@@ -220,3 +221,44 @@ def test_the_default_mlp_learns_the_digits_and_has_a_barrier(digits, tmp_path):
     assert curve.metrics["accuracy"][0] > 0.98
     assert RECIPES["mlp"] == Recipe()
     assert isinstance(ends[0].model(), nn.Module)
+
+
+def test_weights_after_an_epoch_are_those_of_a_shorter_training(tmp_path):
+    data = load("digits")
+    recipe = Recipe(epochs=3)
+    first = trained("mlp", data, {"width": 8}, recipe, 0, tmp_path, kept=[0, 1])
+    early = trained("mlp", data, {"width": 8}, recipe, 0, tmp_path, epoch=1)
+    assert early.cached and len(early.history) == 1
+    short = trained("mlp", data, {"width": 8}, Recipe(epochs=1), 0, tmp_path)
+    assert not short.cached
+    for name, tensor in short.state.items():
+        torch.testing.assert_close(early.state[name], tensor, rtol=0, atol=0)
+    start = trained("mlp", data, {"width": 8}, recipe, 0, tmp_path, epoch=0)
+    assert start.cached and not torch.equal(start.state["layers.0.weight"], first.state["layers.0.weight"])
+    with pytest.raises(ConfigError, match="0 to 3"):
+        trained("mlp", data, {"width": 8}, recipe, 0, tmp_path, epoch=4)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentations_keep_shapes_and_repeat_with_their_seed(name):
+    x = torch.rand(6, 3, 12, 10)
+    once, again, other = (AUGMENTATIONS[name](x, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert once.shape == x.shape and torch.equal(once, again) and not torch.equal(once, other)
+    assert once.min() >= 0 and once.max() <= 1 + 1e-5, "only what is in the images, and 0"
+
+
+def test_crop_only_moves_and_mirrors():
+    x = torch.rand(40, 1, 12, 10)
+    changed = AUGMENTATIONS["crop"](x, torch.Generator().manual_seed(0))
+    for image, original in zip(changed, x, strict=True):
+        # What is not from the border is in the original, mirrored or not.
+        values = set(image.flatten().tolist()) - {0.0}
+        assert values <= set(original.flatten().tolist())
+
+
+def test_networks_of_other_libraries_are_told_when_missing(monkeypatch):
+    monkeypatch.setattr("rebasin.models.library.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="timm is not installed"):
+        build("library", library="timm", network="resnet18")
+    with pytest.raises(ConfigError, match="torchvision or timm"):
+        build("library", library="keras", network="resnet18")

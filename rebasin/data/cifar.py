@@ -141,6 +141,8 @@ class _Arrays(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         reconstruct = np.zeros(1).__reduce__()[0]  # wherever this version of numpy keeps it
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, encoding="latin1": str(text).encode("latin1")  # how Python 3 writes bytes
         known = {"_reconstruct": reconstruct, "ndarray": np.ndarray, "dtype": np.dtype}
         if module.split(".")[0] == "numpy" and name in known:
             return known[name]

@@ -22,7 +22,7 @@ Rows that agree in x, series and panel (other seeds) are averaged; the bar goes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -49,6 +49,7 @@ LOOKS: tuple[tuple[str, str, Any], ...] = (
     ("#1f2328", "X", (0, (2, 1))),
     ("#8a7a00", "*", "--"),
 )
+NAIVE = LOOKS[1]
 KINDS = ("lines", "bars", "contour")
 
 
@@ -134,7 +135,7 @@ def draw_plot(sweep: Sweep, plot: Plot) -> Figure | None:
     labels = {line.label: None for _, found in drawn for line in found}
     # The legend is beside the panels: its length must not eat the picture.
     fig = figure(4.5 * columns + 1.2 + 0.085 * max(map(len, labels)), 3.5 * lines_of)
-    looks = {label: LOOKS[i % len(LOOKS)] for i, label in enumerate(labels)}
+    looks = _looks(labels)
     with mpl.rc_context(RC):
         axes = fig.subplots(lines_of, columns, squeeze=False, sharex=plot.kind == "lines" and len(drawn) < 2)
         for ax in axes.flat[len(drawn) :]:
@@ -168,7 +169,7 @@ def lines(sweep: Sweep, plot: Plot, rows: Sequence[Row]) -> list[Line]:
     found = []
     for label, column, split in wanted:
         series: dict[str, list[Row]] = {}
-        for row in rows:
+        for row in rows if split else once(sweep, rows):
             values = [words(sweep.value(row, key)) for key in plot.series] if split else []
             series.setdefault(", ".join([*values, *([label] if label else [])]), []).append(row)
         for name, own in series.items():
@@ -196,6 +197,19 @@ def matches(sweep: Sweep, row: Row, where: Mapping[str, Any]) -> bool:
         sweep.value(row, column) in (wanted if isinstance(wanted, list) else [wanted])
         for column, wanted in where.items()
     )
+
+
+def once(sweep: Sweep, rows: Sequence[Row]) -> list[Row]:
+    """Of rows that differ in the algorithm alone the first: what they say of the baseline is the same."""
+    keys = [key for key in sweep.varied if not key.startswith("algo.")]
+    return list({tuple(str(row.get(key)) for key in keys): row for row in reversed(rows)}.values())[::-1]
+
+
+def _looks(labels: Iterable[str]) -> dict[str, tuple[str, str, Any]]:
+    """A look for each label; that of the naive merge is the same in all figures."""
+    others = [look for look in LOOKS if look != NAIVE]
+    rest = [label for label in labels if label != "naive"]
+    return {"naive": NAIVE} | {label: others[i % len(others)] for i, label in enumerate(rest)}
 
 
 WORDS = {

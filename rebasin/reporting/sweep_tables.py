@@ -20,7 +20,7 @@ from typing import Any
 
 from .answers import number
 from .sweep import Row, Sweep
-from .sweep_figures import matches, words
+from .sweep_figures import matches, once, words
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def table(sweep: Sweep) -> Table | None:
     baseline: Mapping[str, str] = declared.get("baseline") or {}
     percent = set(declared.get("percent") or ())
     groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
+    for row in _in_order(sweep, rows, keys):
         groups.setdefault(tuple(words(sweep.value(row, key)) for key in keys), []).append(row)
     head = tuple(words(key) for key in keys)
     lines: list[tuple[str, ...]] = []
@@ -57,7 +57,7 @@ def table(sweep: Sweep) -> Table | None:
         across = _sorted({sweep.value(row, column): None for row in rows})
         for first in {own[:-1]: None for own in groups}:
             near = {own: found for own, found in groups.items() if own[:-1] == first}
-            together = [row for found in near.values() for row in found]
+            together = once(sweep, [row for found in near.values() for row in found])
             for label, measured in baseline.items():
                 lines.append((*first, label, *_across(sweep, together, column, across, measured, percent)))
             for own, found in near.items():
@@ -66,6 +66,7 @@ def table(sweep: Sweep) -> Table | None:
     else:
         shown = {**{measured: label for label, measured in baseline.items()}}
         shown |= {value: words(value) for value in values}
+        shown = {c: label for c, label in shown.items() if any(sweep.value(r, c) is not None for r in rows)}
         head += tuple(shown.values())
         for own, found in groups.items():
             lines.append((*own, *(_shown(sweep, found, value, value in percent) for value in shown)))
@@ -95,6 +96,15 @@ def _number(value: float, percent: bool, digits: int = 3) -> str:
     if percent:
         return f"{value:.1%}"
     return f"{int(value):,}" if value == int(value) and abs(value) >= 10 else number(value, digits)
+
+
+def _in_order(sweep: Sweep, rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    """By the columns `keys`, one after the other: numbers rise, words stay in the order in which they came."""
+    found = list(rows)
+    for key in reversed(keys):
+        places = {value: i for i, value in enumerate(_sorted({sweep.value(row, key): None for row in rows}))}
+        found.sort(key=lambda row: places[sweep.value(row, key)])  # noqa: B023 (used at once)
+    return found
 
 
 def _sorted(values: Mapping[Any, None]) -> list[Any]:
