@@ -17,23 +17,24 @@ def test_the_error_is_that_of_torchmetrics(bins: int) -> None:
     metrics = pytest.importorskip("torchmetrics.functional.classification")
     generator = torch.Generator().manual_seed(0)
     probabilities = (3 * torch.randn(500, 7, generator=generator)).softmax(dim=1)
-    labels = torch.randint(0, 7, (500,), generator=generator)
+    # Drawn from the answers, so that some bins are too sure and some not sure enough, and it matters which is which.
+    labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
     expected = metrics.multiclass_calibration_error(probabilities, labels, num_classes=7, n_bins=bins)
     assert calibration(probabilities, labels, bins=bins).ece == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_by_hand() -> None:
-    # Two samples at 0.6 of which one is right, two at 0.9 that are right.
-    p = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.1, 0.9], [0.9, 0.1]], dtype=torch.float64)
+    # Two samples at 0.57 of which one is right, two at 0.88 that are right.
+    p = torch.tensor([[0.57, 0.43], [0.57, 0.43], [0.12, 0.88], [0.88, 0.12]], dtype=torch.float64)
     found = calibration(p, torch.tensor([0, 1, 1, 0]), bins=10)
     assert found.share[5] == found.share[8] == 0.5 and sum(found.share) == pytest.approx(1)
     assert found.accuracy[5] == 0.5 and found.accuracy[8] == 1 and found.samples == 4
-    assert found.ece == pytest.approx(0.5 * 0.1 + 0.5 * 0.1, abs=1e-6)
-    assert found.gaps[5] == pytest.approx(-0.1, abs=1e-6) and found.largest == pytest.approx(0.1, abs=1e-6)
-    # All classes, one against the rest: 0.4 twice, right once; 0.1 twice, never right.
+    assert found.ece == pytest.approx(0.5 * 0.07 + 0.5 * 0.12)
+    assert found.gaps[5] == pytest.approx(-0.07) and found.largest == pytest.approx(0.12)
+    # All classes, one against the rest: 0.43 twice, right once; 0.12 twice, never right.
     every = calibration(p, torch.tensor([0, 1, 1, 0]), bins=10, of="classes")
     assert (
-        every.samples == 8 and every.share[3] == 0.25 and every.accuracy[3] == 0.5 and every.accuracy[0] == 0
+        every.samples == 8 and every.share[4] == 0.25 and every.accuracy[4] == 0.5 and every.accuracy[1] == 0
     )
 
 
