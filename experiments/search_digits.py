@@ -1,6 +1,6 @@
 """A search on the fine-tuned default pair within five minutes, killed and resumed once on the way.
 
-    python -m experiments.search_digits [--minutes 5] [--kill-after 25] [--folder outputs/search_digits] [OVERRIDE ...]
+    python -m experiments.search_digits [--minutes 5] [--kill-after 10] [--folder outputs/search_digits] [OVERRIDE ...]
 
 Two UNets fine-tuned from one base on the digits 0 to 4 and 5 to 9 are merged for all ten digits. The search sees
 training images; held-out images judge the winner against plain averaging. The process gets SIGKILL once it has
@@ -40,7 +40,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=5.0, help="of search, both sessions together")
-    parser.add_argument("--kill-after", type=int, default=25, help="trials")
+    parser.add_argument("--kill-after", type=int, default=10, help="trials")
     parser.add_argument("--folder", type=Path, default=Path("outputs/search_digits"))
     given, overrides = parser.parse_known_args()
 

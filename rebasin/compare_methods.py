@@ -1,4 +1,4 @@
-"""`python -m rebasin.compare_methods`: merge methods beside the endpoints, without and with aligning, by every objective."""
+"""`python -m rebasin.compare_methods`: merge methods and endpoints, without and with aligning, by every objective."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from rebasin.search.judge import bootstrap, difference
 from rebasin.search.space import read_space
 from rebasin.search.starts import warm_starts
 from rebasin.search.verdict import Finalist, beats
+from rebasin.search.worker import workers
 from rebasin.tasks import load_task
 from rebasin.tasks.prompted import ImageMaker
 
@@ -494,18 +496,36 @@ def test_several_objectives_have_a_front(tmp_path):
     assert len(list(tmp_path.glob("front-*.safetensors"))) == len(front) - 1
 
 
-def test_a_second_worker_helps(tmp_path, monkeypatch):
-    pytest.importorskip("optuna")
+def test_a_worker_goes_on_with_the_search_in_a_folder(finished, tmp_path, monkeypatch):
+    folder, results, _ = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = OmegaConf.load(tmp_path / "config.yaml")
+    config.search.trials = 17
+    OmegaConf.save(config, tmp_path / "config.yaml")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
-    results, _ = execute(tmp_path, *TINY, *QUICK, "search.trials=300", "search.workers=2", "algo=naive")
-    numbers = [trial["number"] for trial in results["trials"]]
-    assert 300 <= len(numbers) <= 301 and len(set(numbers)) == len(numbers)
-    assert (tmp_path / "worker-1.log").read_text() == ""
+    with workers(tmp_path, 1) as running:
+        running[0].wait(timeout=300)
+    assert running[0].returncode == 0, (tmp_path / "worker-1.log").read_text()
+    more, _ = execute(tmp_path, *TINY, *QUICK, "search.trials=17")
+    assert more["resumed"] == 17, "the worker has spent the whole budget"
+    assert more["trials"][:14] == results["trials"]
+
+
+def test_workers_end_with_the_search(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+    with workers(tmp_path / "nothing", 0) as running:
+        assert running == []
+    (tmp_path / "config.yaml").write_text("broken: [")
+    with workers(tmp_path, 2) as running:
+        pass
+    assert all(process.returncode not in (None, 0) for process in running)
 
 
 def test_bad_merges_are_given_up_early(finished):
     _, results, _ = finished
     early = [trial for trial in results["trials"] if not trial["values"]]
+    assert 0 < len(early) < 10
+    assert all(trial["batches"] is None for trial in results["trials"] if trial["values"])
     assert all(0 < trial["batches"] < results["aims"][0]["batches"] for trial in early)
     assert not any(trial["start"] for trial in early), "known merges are measured in full"
 

@@ -1,4 +1,4 @@
-"""`rebasin search` and `rebasin compare-methods`: the Hydra jobs of the same names, with their GROUP=CHOICE language."""
+"""`rebasin search` and `rebasin compare-methods`: the Hydra jobs of these names, in their GROUP=CHOICE language."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ BY = ("model", "blocks", "depth", "kinds", "selectors")
 """The ways to group tensors."""
 
 KINDS = ("embedding", "resnet", "attention", "attn1", "attn2", "mlp", "ff", "norm")
-"""Selectors of by=kinds, those that the model has, the last one counts; attn1 and attn2 are a UNet's self and cross attention."""
+"""Selectors of by=kinds, those that the model has, the last one counts; attn1 and attn2: self and cross attention."""
 
 REST = "default"
 """The group of what nothing selects, as block weights call it."""

@@ -59,7 +59,8 @@ def collect(
     trials = [
         {
             "number": trial.number,
-            "values": list(trial.values) if trial.values is not None else [],
+            # Optuna calls the last batch of a trial that was given up its value.
+            "values": list(trial.values) if trial.state.name == "COMPLETE" else [],
             "parameters": dict(trial.params),
             "start": trial.user_attrs.get("start"),
             "batches": trial.user_attrs.get("batches"),

@@ -177,7 +177,8 @@ class Space:
 
     def in_words(self) -> str:
         """A sentence about what is searched."""
-        told = f"{len(self.methods)} methods" if len(self.methods) > 1 else self.methods[0].name
+        names = [method.name for method in self.methods]
+        told = f"{len(names)} methods" if len(names) > 1 else names[0]
         if self.groups is None:
             return f"{told}, one weight for the whole model"
         if self.by == "depth":

@@ -76,7 +76,8 @@ def work(
             return
         done = finished(study)
         if len(aims) == 1:
-            best = min((t.value for t in done if t.value is not None), default=best)
+            full = [t.value for t in done if t.state.name == "COMPLETE" and t.value is not None]
+            best = min(full, default=best)
         if progress is not None:
             spent = seconds_of(done)
             progress(
