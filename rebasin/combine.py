@@ -1,8 +1,8 @@
-"""How a run merges its aligned endpoints: by its config alone, like the matching before it."""
+"""How a run merges its aligned models: by its config alone, like the matching before it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Combination:
-    """A merge method with its weights and options; calling it merges A and aligned B.
+    """A merge method with its weights and options; calling it merges aligned models.
 
     Attributes:
         method: the merge method.
@@ -47,15 +47,14 @@ class Combination:
     def __call__(
         self,
         task: Task,
-        state_a: State,
-        aligned: State,
+        states: Sequence[State],
         *,
         seed: int = 0,
         device: str | None = None,
         progress: Progress | None = None,
     ) -> MergedState:
         """The merge, lazily; a method that looks at data does so now, at the training split."""
-        states, given = [state_a, aligned], dict(self.options)
+        given = dict(self.options)
         if "score" in plan_options(self.method.plan):
             given["score"] = lambda state: task.objective.evaluate(
                 loaded(task.model, state), task.batches["train"]
@@ -74,7 +73,7 @@ class Combination:
             ]
         return merge(
             self.method,
-            states,
+            list(states),
             base=None if self.base is None else task.load_other(self.base),
             weights=self.blocks if self.blocks is not None else self.weights,
             seed=seed,
@@ -83,6 +82,12 @@ class Combination:
             progress=progress,
             **given,
         )
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether it is the mean that algorithms for many models have already."""
+        plain = self.weights in (None, 0.5) and self.blocks is None
+        return plain and self.method.name in ("weighted_sum", "uniform_soup")
 
     @property
     def words(self) -> str:
@@ -123,13 +128,12 @@ def load_combination(cfg: DictConfig, task: Task) -> Combination:
     method = find_method(str(config["method"]))
     options = {str(key): value for key, value in (config["options"] or {}).items()}
     method.check_options({**_asked(method), **options})
-    if method.least > 2:
-        raise ConfigError(
-            f"merge.method={method.name} takes {method.least} models or more, but this run has A and B; the command"
-            " `rebasin merge` takes any number."
-        )
+    models = len(task.labels)
+    if models < method.least or (isinstance(method.inputs, int) and models != method.inputs):
+        takes = method.inputs if isinstance(method.inputs, int) else f"{method.least} or more"
+        raise ConfigError(f"merge.method={method.name} takes {takes} models, but this run has {models}.")
     weights = config["weights"]
-    if weights is None and method.one == "b" and method.plan is None:
+    if weights is None and method.one == "b" and method.plan is None and models == 2:
         weights = cfg.lam
     if method.needs_base and config["base"] is None:
         known = f"one of {', '.join(task.others)}, or " if task.others else ""

@@ -78,7 +78,7 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
             console.say(f"{algorithm.name}: {match.moved:,} of {spec.neurons:,} neurons moved")
         with console.stage("merge"):
             merged = combination(
-                task, state_a, aligned, seed=cfg.seed, device=cfg.device, progress=console.progress
+                task, [state_a, aligned], seed=cfg.seed, device=cfg.device, progress=console.progress
             )
             merged = dict(merged) if kept else merged
             console.say(combination.words)

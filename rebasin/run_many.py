@@ -15,6 +15,7 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .combine import Combination
     from .evaluation.many import Row
     from .matching.many_result import ManyResult
     from .reporting.console import Console
@@ -56,6 +57,7 @@ def run_many(cfg: DictConfig, folder: Path, console: Console, command: str = "")
     """
     from . import reporting, steps
     from .checkpoints import save_safetensors
+    from .combine import load_combination
     from .matching.many_result import save_permutations
     from .reporting import many as report
     from .tasks import load_task
@@ -71,11 +73,15 @@ def run_many(cfg: DictConfig, folder: Path, console: Console, command: str = "")
         specs = {name: trace(part.model, *part.args, **part.kwargs) for name, part in task.parts.items()}
         spec = specs[task.aligned]
         console.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
+    combination = load_combination(cfg, task)
+    reporting.save_blocks(combination, folder)
     if cfg.dry_run:
+        then = "" if combination.is_mean else f", then {combination.words}"
         console.console.print(
             f"\nWould verify the specs of {', '.join(specs)};\nmerge {len(task.labels)} models"
-            f" ({', '.join(task.labels)}) by {cfg.algo.name};\nevaluate on {', '.join(cfg.evaluate.splits)} data;\n"
-            f"and leave the result in {folder}.\n\n{task.aligned}: {spec.summary()}",
+            f" ({', '.join(task.labels)}) by {cfg.algo.name}{then};\n"
+            f"evaluate on {', '.join(cfg.evaluate.splits)} data;\nand leave the result in {folder}.\n\n"
+            f"{task.aligned}: {spec.summary()}",
             markup=False,
         )
         return None
@@ -95,14 +101,15 @@ def run_many(cfg: DictConfig, folder: Path, console: Console, command: str = "")
             members = result.members(states)
             console.say(f"weights {', '.join(f'{w:.3g}' for w in result.weights)}")
         with console.stage("repair"):
-            merges = _merges(cfg, task, spec, states, result, merged)
+            merges = _merges(cfg, task, spec, states, result, merged, combination)
             console.say(", ".join(merges))
         with console.stage("evaluate"):
             rows = {split: _evaluate(task, split, members, merges, result) for split in cfg.evaluate.splits}
         with console.stage("report"):
             about = {"model": cfg.model.name, "algorithm": cfg.algo.name, "spec_hash": spec.hash}
             save_permutations(folder / "permutations.safetensors", result.permutations, about)
-            for file, name in ((report.MERGED, cfg.algo.name), (report.REPAIRED, f"{cfg.algo.name}, REPAIR")):
+            chosen = cfg.algo.name if combination.is_mean else combination.method.name
+            for file, name in ((report.MERGED, chosen), (report.REPAIRED, f"{chosen}, REPAIR")):
                 if name in merges:
                     save_safetensors(folder / file, merges[name], {**about, "content": name})
             results = report.collect(config, task, spec, checks, result, rows, console.seconds, command)
@@ -163,6 +170,7 @@ def _merges(
     states: Sequence[State],
     result: ManyResult,
     merged: State,
+    combination: Combination,
 ) -> dict[str, State]:
     """Name -> state: the plain mean and the merge; with `repair` each of them again after a reset of statistics (if
     there are any) and after REPAIR, with the goals of its own members.
@@ -176,6 +184,12 @@ def _merges(
     }
     if aligned or cfg.algo.name != "naive":
         found[cfg.algo.name] = merged, result.members(states)
+    if not combination.is_mean:
+        members = result.members(states)
+        found[combination.method.name] = (
+            dict(combination(task, members, seed=cfg.seed, device=cfg.device)),
+            members,
+        )
     merges: dict[str, State] = {name: state for name, (state, _) in found.items()}
     batches = task.batches["train"]
     if not cfg.algo.get("repair", True) or not hasattr(task.objective, "logits"):

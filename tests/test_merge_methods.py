@@ -226,6 +226,7 @@ GOLDEN: list[tuple[str, Callable[[], Tensor], Array]] = [
         np_distribution(a, b, c, 0.6, 0.3),
     ),
     ("model_stock", lambda: call("model_stock", [NEAR, CLOSE, A], C), np_stock([near, close, a], c)),
+    ("model_stock", lambda: call("model_stock", [A, 2 * C - A], C), c),  # they disagree: the base is left
     ("clip", lambda: call("clip", [A, B, C]), np_clip(a, [b, c], 0)),
     ("clip", lambda: call("clip", [A, B, C, D], stiffness=0.4), np_clip(a, [b, c, d], 0.4)),
     ("uniform_soup", lambda: call("uniform_soup", [A, B, C]), (a + b + c) / 3),

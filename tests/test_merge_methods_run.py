@@ -77,7 +77,7 @@ def test_every_method_merges_in_a_run(name: str, base: Path) -> None:
     task = load_task(cfg)
     a, b = task.endpoints(None)
     combination = load_combination(cfg, task)
-    merged = dict(combination(task, a, b))
+    merged = dict(combination(task, [a, b]))
     assert list(merged) == list(a) and all(t.isfinite().all() for t in merged.values())
     if METHODS[name].one == "b" and METHODS[name].plan is None:
         assert combination.weights == 0.5 and "0.5" in combination.words
@@ -118,7 +118,7 @@ def test_lam_is_the_share_of_b_unless_weights_are_given() -> None:
     task = load_task(configured())
     a, b = task.endpoints(None)
     for overrides, weight in ((["lam=0.3"], 0.3), (["lam=0.3", "merge.weights=0.9"], 0.9)):
-        merged = load_combination(configured(*overrides), task)(task, a, b)
+        merged = load_combination(configured(*overrides), task)(task, [a, b])
         expected = merge("weighted_sum", [a, b], weights=weight)
         assert all(torch.equal(merged[k], expected[k]) for k in expected)
 
@@ -127,7 +127,7 @@ def test_lam_is_the_share_of_b_unless_weights_are_given() -> None:
     ("overrides", "sentence"),
     [
         (["merge.method=slrp"], "no merge method 'slrp'"),
-        (["merge.method=clip"], "takes 3 models or more"),
+        (["merge.method=clip"], "takes 3 or more models, but this run has 2"),
         (["merge=ties_sum"], "needs merge.base"),
         (["merge=slerp", "+merge.options.k=1"], "no option 'k'"),
         (["merge=uniform_soup", "merge.blocks=0.3"], "leave out merge.blocks"),
@@ -144,4 +144,17 @@ def test_a_base_that_is_not_there() -> None:
     task = load_task(configured())
     a, b = task.endpoints(None)
     with pytest.raises(ConfigError, match="no model or file 'nowhere'"):
-        load_combination(configured("merge=ties_sum", "merge.base=nowhere"), task)(task, a, b)
+        load_combination(configured("merge=ties_sum", "merge.base=nowhere"), task)(task, [a, b])
+
+
+def test_more_than_two_models(tmp_path: Path) -> None:
+    """After aligning many, their merge by the method stands beside the plain mean, and is what is saved."""
+    seeds = ["algo=merge_many", "model.seeds=[0,1,2]"]
+    mean, _ = execute(tmp_path / "mean", *seeds)
+    results, _ = execute(tmp_path / "median", *seeds, "merge=geometric_median")
+    names = [row["name"] for row in results["splits"]["heldout"]] if "splits" in results else str(results)
+    assert "geometric_median" in names and "geometric_median" not in str(mean)
+    plain, median = (load_safetensors(tmp_path / name / "merged.safetensors") for name in ("mean", "median"))
+    assert any(not torch.equal(plain[name], median[name]) for name in plain)
+    with pytest.raises(ConfigError, match="takes 2 models, but this run has 3"):
+        execute(tmp_path / "slerp", *seeds, "merge=slerp")
