@@ -129,7 +129,6 @@ def main(
     own = ["--threads", str(threads)]
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "make A": lambda: measured([*MAKE, "new", family, str(a), *narrow]),
-        "make B, A permuted": lambda: measured([*MAKE, "permute", str(a), str(b)]),
         "make C, A with noise": lambda: measured([*MAKE, "noise", str(a), str(c)]),
         "trace and prove the specs": lambda: measured([sys.executable, "-c", PROVE, str(a)]),
         "merge A and C without aligning": lambda: measured(
@@ -140,6 +139,7 @@ def main(
         ),
         "aligned merge is the plain one": lambda: equal(merged, plain),
         "the merge in diffusers": lambda: loads_in_diffusers(merged, folder / "configs"),
+        "make B, A permuted": lambda: measured([*MAKE, "permute", str(a), str(b)]),
         "align B to A": lambda: measured(
             [*REBASIN, "align", str(a), str(b), "-o", str(aligned), "--overwrite", *own]
         ),

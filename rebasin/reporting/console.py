@@ -34,6 +34,7 @@ FILES = {
     "permutation.safetensors": "the permutation found, with its spec",
     "aligned.safetensors": "B brought to A",
     "merged.safetensors": "the merge",
+    "checkpoint.safetensors": "A with this component merged, a whole checkpoint",
     "results.json": "every figure",
     "config.yaml": "the resolved configuration",
     "wandb": "offline run (upload: wandb sync)",
