@@ -34,7 +34,6 @@ SD15: dict[str, Any] = dict(
     sample_size=64,
     in_channels=4,
     out_channels=4,
-    block_out_channels=(320, 640, 1280, 1280),
     layers_per_block=2,
     down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
@@ -70,8 +69,8 @@ def resident() -> float:
     return pages * resource.getpagesize() / GB
 
 
-def unet(seed: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """SD 1.5's UNet with random weights, made in `dtype` at once."""
+def unet(seed: int, channels: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """SD 1.5's UNet with random weights, made in `dtype` at once; it has 320 channels."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     before = torch.get_default_dtype()
@@ -79,7 +78,8 @@ def unet(seed: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
     torch.manual_seed(seed)
     try:
         with torch.device(device):
-            return UNet2DConditionModel(**SD15).eval().requires_grad_(False)
+            widths = tuple(channels * factor for factor in (1, 2, 4, 4))
+            return UNet2DConditionModel(**SD15, block_out_channels=widths).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
 
@@ -88,6 +88,7 @@ def main(
     steps: Annotated[int, typer.Option(help="of the gradient")] = 2,
     latents: Annotated[int, typer.Option(help="height and width; 64 for pictures of 512 x 512")] = 64,
     batch: Annotated[int, typer.Option(help="samples in a step")] = 1,
+    channels: Annotated[int, typer.Option(help="of the first level; less than 320 for a quick look")] = 320,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
     optimizer: Annotated[str, typer.Option(help="sgd or adam")] = "sgd",
     checkpointing: Annotated[bool, typer.Option(help="keep only the activations between blocks")] = True,
@@ -117,7 +118,7 @@ def main(
         lines.append(line)
         console.print(", ".join(f"{key} {value}" for key, value in line.items()))
 
-    meta = unet(0, torch.float32, "meta")
+    meta = unet(0, channels, torch.float32, "meta")
     example = (
         torch.empty(1, 4, latents, latents, device="meta"),
         torch.empty(1, dtype=torch.long, device="meta"),
@@ -125,7 +126,7 @@ def main(
     )
     spec = rebasin.trace(meta, *example)
     note("spec", neurons=spec.neurons)
-    a, b = (unet(seed, kind, device) for seed in (0, 1))
+    a, b = (unet(seed, channels, kind, device) for seed in (0, 1))
     note("endpoints", parameters=sum(p.numel() for p in a.parameters()))
     alphas = torch.linspace(0.9999, 0.005, 1000)
     objective = Denoising("epsilon", alphas)
@@ -157,6 +158,7 @@ def main(
             steps=steps, latents=latents, batch=batch, dtype=dtype, optimizer=optimizer, device=device
         )
         settings |= dict(checkpointing=checkpointing, project_every=project_every, threads=threads)
+        settings["channels"] = channels
         figures = dict(peak_gb=peak.overall, ru_maxrss_gb=kernel, seconds=found.seconds, parts=parts)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, json.dumps({"settings": settings, **figures, "lines": lines}, indent=1) + "\n")

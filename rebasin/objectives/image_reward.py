@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from string import ascii_lowercase, digits, punctuation
 from typing import Any
@@ -96,6 +97,7 @@ def preprocess(images: Tensor) -> Tensor:
     return (images - mean) / spread
 
 
+@lru_cache(maxsize=1)
 def image_reward(
     weights: str | Path | None,
     vocabulary: str | Path | None = None,
@@ -104,6 +106,8 @@ def image_reward(
     seed: int = 0,
 ) -> ImageReward:
     """The scorer that the options of a run describe: `load`, or with weights "random" `random_model`.
+
+    The last one is kept: objective and evaluation of a run share it.
 
     Raises:
         CheckpointError, ConfigError: as `load`; no weights are named.

@@ -1,0 +1,189 @@
+"""What each choice of the straight-through estimator gives: starts, projection, optimizer, verified passes.
+
+    python -m experiments.straight_through_choices                    # MLPs on scikit-learn's digits, half a minute
+    python -m experiments.straight_through_choices --model tiny_sd    # the embedded diffusion pair, some minutes
+
+Every variant changes one thing of the first line. The figures are losses at the midpoint minus the mean of the
+endpoints' losses, on data that the search has not seen: of the start, and of what was found; means over the pairs.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+import rebasin
+from rebasin.checkpoints import write_text
+from rebasin.errors import RebasinError
+from rebasin.matching.straight_through import straight_through
+from rebasin.objectives import CrossEntropy, Denoising, Objective
+from rebasin.spec import Permutation, PermutationSpec
+
+BASE: dict[str, Any] = dict(
+    init="activation_and_weight", optimizer="adam", lr=2e-3, schedule="constant", project_every=1, refine=0
+)
+CHOICES: dict[str, dict[str, Any]] = {
+    "the first line: activations and weights, Adam 2e-3": {},
+    "start: identity": {"init": "identity"},
+    "start: weight matching": {"init": "weight_matching"},
+    "start: activations, then weights": {"init": "activation_then_weight"},
+    "SGD 1e-2, momentum 0.9 (the paper's)": {"optimizer": "sgd", "lr": 1e-2},
+    "Adam 5e-4": {"lr": 5e-4},
+    "Adam 1e-2": {"lr": 1e-2},
+    "cosine schedule": {"schedule": "cosine"},
+    "a projection every 4 steps": {"project_every": 4},
+    "one sweep in a projection": {"projection_sweeps": 1},
+    "weights represent the midpoint": {"represents": "midpoint"},
+    "weights represent the midpoint, L2": {"represents": "midpoint", "projection": "l2"},
+    "12 verified passes at the end": {"refine": 12},
+    "12 verified passes alone": {"steps": 1, "lr": 0.0, "refine": 12},
+    "bfloat16": {"autocast": "bf16"},
+}
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Two trained models, what is good, and data."""
+
+    a: nn.Module
+    b: nn.Module
+    spec: PermutationSpec
+    objective: Objective
+    batches: list[Any]
+    heldout: list[Any]
+
+    def excess(self, permutation: Permutation) -> float:
+        """The loss at the midpoint minus the endpoints' mean, on held-out data."""
+        model = copy.deepcopy(self.a)
+        state_a, aligned = self.a.state_dict(), permutation.apply(self.b.state_dict())
+        losses = []
+        for state in (state_a, aligned, rebasin.interpolate(state_a, aligned, 0.5)):
+            model.load_state_dict(state)
+            losses.append(self.objective.evaluate(model, self.heldout)["loss"])
+        return losses[2] - (losses[0] + losses[1]) / 2
+
+
+@dataclass(frozen=True)
+class Row:
+    choice: str
+    start: float
+    found: float
+    share: float
+    seconds: float
+
+
+def digits(width: int, pairs: int) -> Iterator[Problem]:
+    """MLPs with three hidden layers, trained from different seeds and cached."""
+    from rebasin.data.classification import load
+    from rebasin.models.cache import trained
+
+    data = load("digits")
+    for pair in range(pairs):
+        a, b = (
+            trained("mlp", data, {"width": width, "depth": 3}, seed=s).model()
+            for s in (2 * pair, 2 * pair + 1)
+        )
+        spec = rebasin.trace(copy.deepcopy(a), data.train_x[:2])
+        yield Problem(a, b, spec, CrossEntropy(), data.batches("train", 250), data.batches("test", 1000))
+
+
+def tiny_sd(images: int) -> Iterator[Problem]:
+    """The embedded UNets seed0 and seed1; `images` training images and 250 held-out ones."""
+    from rebasin.data.captioned_digits import denoising_batches
+    from rebasin.models import tiny_sd as tiny
+
+    vae, encoder = tiny.load_vae(), tiny.load_text_encoder()
+    tokenizer, scheduler = tiny.load_tokenizer(), tiny.load_scheduler()
+    a, b = (tiny.load_unet(name) for name in ("seed0", "seed1"))
+    parts = vae, encoder, tokenizer, scheduler
+    batches = denoising_batches(*parts, split="train", n=images, batch_size=images // 5, seed=1)
+    heldout = denoising_batches(*parts, split="test", n=250, batch_size=125, seed=0)
+    first = batches[0]
+    spec = rebasin.trace(a, *(first[key][:2] for key in ("latents", "timesteps", "condition")))
+    yield Problem(a, b, spec, Denoising("epsilon", scheduler.alphas_cumprod), batches, heldout)
+
+
+def compare(problems: list[Problem], choices: dict[str, dict[str, Any]], steps: int, seed: int) -> list[Row]:
+    """A line for each choice."""
+    naive = [problem.excess(problem.spec.identity()) for problem in problems]
+    console.print(f"naive: {np.mean(naive):.4f}", style="dim")
+    rows = []
+    for name, choice in choices.items():
+        options = {**BASE, "steps": steps, "seed": seed, **choice}
+        starts, ends, seconds = [], [], 0.0
+        for problem in problems:
+            began = time.perf_counter()
+            arguments = problem.spec, problem.a, problem.b, problem.objective, problem.batches
+            first: list[Permutation] = []
+
+            def listen(event: dict[str, Any], first: list[Permutation] = first) -> None:
+                if event["step"] == 0:
+                    first.append(event["permutation"])
+
+            found = straight_through(*arguments, progress=listen, evaluate_every=2, **options)
+            seconds += time.perf_counter() - began
+            starts.append(problem.excess(first[0]))
+            ends.append(problem.excess(found.permutation))
+        mean = float(np.mean(ends))
+        rows.append(
+            Row(name, float(np.mean(starts)), mean, mean / float(np.mean(naive)), seconds / len(problems))
+        )
+        console.print(f"{name}: {rows[-1].start:.4f} -> {mean:.4f}, {rows[-1].seconds:.1f} s", style="dim")
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    lines = ["| choice | start | found | share of naive | seconds |", "|:--|--:|--:|--:|--:|"]
+    lines += [
+        f"| {r.choice} | {r.start:.4f} | {r.found:.4f} | {r.share:.1%} | {r.seconds:.1f} |" for r in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    model: Annotated[str, typer.Option(help="mlp or tiny_sd")] = "mlp",
+    width: Annotated[int, typer.Option(help="of the MLP's layers")] = 32,
+    pairs: Annotated[int, typer.Option(help="of MLPs")] = 3,
+    images: Annotated[int, typer.Option(help="training images for tiny_sd")] = 250,
+    steps: Annotated[int | None, typer.Option(help="of the gradient; default 100 for MLPs, else 40")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="a word in the choices to try; may be repeated")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the searches")] = 0,
+    out: Annotated[Path | None, typer.Option(help="a folder for table and JSON")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+) -> None:
+    """One line for each choice: what it started from, what it found, and how long it took."""
+    torch.set_num_threads(threads)
+    if model not in ("mlp", "tiny_sd"):
+        raise typer.BadParameter(f"there is no model {model!r} here: choose mlp or tiny_sd.")
+    choices = {name: c for name, c in CHOICES.items() if not only or any(word in name for word in only)}
+    try:
+        problems = list(digits(width, pairs) if model == "mlp" else tiny_sd(images))
+        rows = compare(problems, choices, steps or (100 if model == "mlp" else 40), seed)
+    except RebasinError as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(table(rows))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / f"straight_through_choices_{model}.md", table(rows))
+        write_text(
+            out / f"straight_through_choices_{model}.json",
+            json.dumps([asdict(row) for row in rows], indent=1) + "\n",
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
