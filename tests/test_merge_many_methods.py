@@ -149,6 +149,14 @@ class TestCycleConsistent:
         better = match_cycle_consistently(spec, states, init=pivot.permutations)
         assert better.objective >= pivot.objective * (1 - 1e-7)
 
+    def test_a_bad_end_is_not_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        spec, states = spec_of(), [trained_state(k) for k in range(3)]
+        pivot = merge_many(spec, states, method="pivot")
+        monkeypatch.setattr(_Search, "rounded", lambda self: [spec.random(k) for k in range(3)])
+        result = match_cycle_consistently(spec, states, init=pivot.permutations)
+        assert result.permutations == pivot.permutations
+        assert result.objective == pytest.approx(pivot.objective)
+
     def test_polish_ends_where_no_model_can_be_improved(self) -> None:
         spec, states = spec_of(), [trained_state(k) for k in range(4)]
         plain = match_cycle_consistently(spec, states)

@@ -20,11 +20,14 @@ LOOKS = (
     (MUTED, "X", "-."),
 )
 
+FEW = 5
+"""The accuracy of fewer samples says next to nothing."""
+
 
 def save_reliability(curves: Mapping[str, Calibration], path: Path, title: str = "Reliability") -> Path:
     """Write a PNG with one line for each of `curves`; below it, where each one's samples are.
 
-    Empty bins are left out. A marker's area is the share of the samples in its bin.
+    Bins of fewer than FEW samples are left out. A marker's area is the share of the samples in its bin.
     """
     fig = figure(5.8, 6.0)
     with mpl.rc_context(RC):
@@ -32,13 +35,13 @@ def save_reliability(curves: Mapping[str, Calibration], path: Path, title: str =
     top.plot([0, 1], [0, 1], color=MUTED, linestyle=(0, (1, 2)), linewidth=1.2, label="perfectly calibrated")
     for number, (name, one) in enumerate(curves.items()):
         color, marker, line = LOOKS[number % len(LOOKS)]
-        bins = [k for k, share in enumerate(one.share) if share > 0]
+        bins = [k for k, share in enumerate(one.share) if round(share * one.samples) >= FEW]
         x, y = [one.confidence[k] for k in bins], [one.accuracy[k] for k in bins]
         top.plot(x, y, color=color, linestyle=line, linewidth=1.5, label=f"{name} (ECE {one.ece:.3f})")
         top.scatter(x, y, s=[10 + 150 * one.share[k] for k in bins], color=color, marker=marker, alpha=0.8)
         edges = [k / len(one.share) for k in range(len(one.share) + 1)]
         bottom.stairs(one.share, edges, color=color, linestyle=line, linewidth=1.3)
     top.set(xlim=(0, 1.02), ylim=(0, 1.02), ylabel="accuracy", title=title)
-    top.legend(loc="upper left", fontsize=8.5)
+    top.legend(loc="lower right", fontsize=8.5)
     bottom.set(xlabel="confidence", ylabel="samples", ylim=(0, 1.02))
     return save_png(fig, path)
