@@ -3,7 +3,8 @@
 from .activations import ActivationResult, activation_matching, match_statistics
 from .assignment import Assignment, Costs, assign
 from .certificate import exchange_losses
-from .cycle_consistent import cycle_error, match_cycle_consistently
+from .cycle_consistent import match_cycle_consistently
+from .cycles import cycle_error
 from .hybrids import activation_and_weight, activation_then_weight
 from .linear import linear_assignment
 from .many import merge_many
