@@ -72,10 +72,11 @@ def by_candidates(
     prices = costs.mean(dim=0) if prices is None else prices.to(costs)
     regret = prices - costs
     if balance:
-        prices = prices + _balance(regret - regret.amin(dim=1, keepdim=True))
+        prices = prices + _balance(regret.sub_(regret.amin(dim=1, keepdim=True)))
         torch.sub(prices, costs, out=regret)
     width = _width(regret[:: max(1, n // SAMPLE)].cpu().numpy())
     chosen = _below(regret, regret.amin(dim=1, keepdim=True) + width)
+    del regret
     chosen.diagonal().fill_(True)
     largest = max(map(abs, (float(x) for x in costs.aminmax())))
     v = prices.double().cpu().numpy()
@@ -96,11 +97,14 @@ def by_candidates(
 
 
 def _balance(regret: Tensor) -> Tensor:
-    """What to add to the prices so that rows, choosing softly, want every column about equally often, [n]."""
+    """What to add to the prices so that rows, choosing softly, want every column about equally often, [n].
+
+    `regret` is used up: with n in the thousands every further matrix would count.
+    """
     temperature = SMOOTH * float(regret.mean())
     if not temperature > 0:
         return regret.new_zeros(len(regret))
-    wanted = torch.exp(regret * (-1 / temperature))
+    wanted = regret.mul_(-1 / temperature).exp_()
     column = regret.new_ones(len(regret))
     tiny = torch.finfo(regret.dtype).tiny ** 0.5
     for _ in range(BALANCING):
