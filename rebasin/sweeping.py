@@ -15,7 +15,7 @@ def target(results: dict[str, Any] | None, name: str) -> float | None:
     """
     from .reporting.metrics import metrics
 
-    if results is None or results.get("kind") in ("many", "study") or not results.get("curves", True):
+    if results is None or results.get("kind") or not results.get("curves", True):
         return None
     found = metrics(results)
     if name not in found:

@@ -127,6 +127,8 @@ def measurements(results: Results) -> list[dict[str, Any]]:
             for split, rows in results["rows"].items()
             for row in rows
         ]
+    if "curves" not in results:  # a search's, or a comparison of methods: they have reports of their own
+        return []
     row: dict[str, Any] = dict(metrics(results))
     for split, kinds in results["curves"].items():
         for kind, curve in kinds.items():

@@ -103,7 +103,7 @@ def _in_order(sweep: Sweep, rows: Sequence[Row], keys: Sequence[str]) -> list[Ro
     found = list(rows)
     for key in reversed(keys):
         places = {value: i for i, value in enumerate(_sorted({sweep.value(row, key): None for row in rows}))}
-        found.sort(key=lambda row: places[sweep.value(row, key)])  # noqa: B023 (used at once)
+        found.sort(key=lambda row: places[sweep.value(row, key)])
     return found
 
 
