@@ -56,8 +56,8 @@ def test_a_single_file_is_known_by_its_tensors_alone(files, family):
     assert (found.family, found.variant, found.layout) == (family, "base", "ldm")
     assert found.components == FAMILIES[family]
     assert found.metadata["author"] == "me"
-    unused = 2 + 12 if family == "sd2" else 1 if family == "sdxl" else 0
-    assert len(found.extras.get("unused", ())) == (unused if family != "sd2" else 12 + 1)
+    # logit_scale; of SD2 also a layer of 12 tensors and the projection.
+    assert len(found.extras.get("unused", ())) == {"sd1": 0, "sd2": 12 + 2}.get(family, 1)
     assert set(found.extras) <= {"unused", "position_ids", "schedule"}
 
 
@@ -126,6 +126,55 @@ def test_to_a_folder_and_back_no_bit_changes(files, family, tmp_path):
         assert torch.equal(back[name], original.raw[name]), name
     for name in FAMILIES[family]:
         assert component_config(folder, name) == component_config(original, name)
+
+
+RELEASED = {
+    "sd1": (
+        1131,
+        {
+            "model.diffusion_model.output_blocks.2.1.conv.weight": (1280, 1280, 3, 3),
+            "model.diffusion_model.output_blocks.5.2.conv.weight": (1280, 1280, 3, 3),
+            "model.diffusion_model.output_blocks.11.0.skip_connection.weight": (320, 640, 1, 1),
+            "model.diffusion_model.input_blocks.3.0.op.weight": (320, 320, 3, 3),
+            "model.diffusion_model.middle_block.1.proj_in.weight": (1280, 1280, 1, 1),
+            "first_stage_model.decoder.up.0.block.0.nin_shortcut.weight": (128, 256, 1, 1),
+            "first_stage_model.encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+            "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77),
+        },
+    ),
+    "sd2": (
+        686 + 248 + 24 * 12 + 6,
+        {
+            "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+            "model.diffusion_model.middle_block.1.proj_in.weight": (1280, 1280),
+            "cond_stage_model.model.transformer.resblocks.23.attn.in_proj_weight": (3072, 1024),
+            "cond_stage_model.model.text_projection": (1024, 1024),
+        },
+    ),
+    "sdxl": (
+        2515,
+        {
+            "model.diffusion_model.output_blocks.2.2.conv.weight": (1280, 1280, 3, 3),
+            "model.diffusion_model.output_blocks.5.2.conv.weight": (640, 640, 3, 3),
+            "model.diffusion_model.label_emb.0.0.weight": (1280, 2816),
+            "model.diffusion_model.input_blocks.8.1.transformer_blocks.9.ff.net.0.proj.weight": (10240, 1280),
+            "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (1280,),
+            "conditioner.embedders.1.model.positional_embedding": (77, 1280),
+            "conditioner.embedders.1.model.logit_scale": (),
+        },
+    ),
+}
+"""How many tensors the released files have (without noise schedules), and names and shapes of some of them."""
+
+
+@pytest.mark.parametrize("family", RELEASED)
+def test_full_size_names_are_those_of_the_released_files(family):
+    count, known = RELEASED[family]
+    state = random_checkpoint(family)
+    names = [name for name in state if name not in ("betas", "alphas_cumprod")]
+    assert len(names) == count
+    for name, shape in known.items():
+        assert state.shape_of(name) == shape, name
 
 
 def test_what_is_put_together_again_keeps_names_order_types_and_extras(files, tmp_path):
@@ -286,6 +335,10 @@ def test_missing_blocks_and_wrong_shapes_are_named(files, tmp_path):
     odd = {**raw, "model.diffusion_model.out.2.weight": torch.ones(4, 17, 3, 3)}
     checkpoint = open_checkpoint(save_safetensors(tmp_path / "odd.safetensors", odd))
     with pytest.raises(CheckpointError, match=r"'model\.diffusion_model\.out\.2\.weight' .* \(4, 17, 3, 3\)"):
+        architecture(checkpoint, "unet")
+    whole = {**raw, "model.diffusion_model.out.2.bias": torch.ones(4, dtype=torch.int64)}
+    checkpoint = open_checkpoint(save_safetensors(tmp_path / "whole.safetensors", whole))
+    with pytest.raises(CheckpointError, match=r"'model\.diffusion_model\.out\.2\.bias' .* has type int64"):
         architecture(checkpoint, "unet")
     with pytest.raises(CheckpointError, match=r"has no text_encoder_2; it has unet, vae, text_encoder"):
         checkpoint.component("text_encoder_2")

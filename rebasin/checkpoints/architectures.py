@@ -21,6 +21,7 @@ from ..errors import CheckpointError
 from .components import TEXT, TEXT_2, UNET, VAE
 from .families import TITLES, Shapes
 from .folders import load_config
+from .reader import dtype_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -190,11 +191,16 @@ def build(component: str, config: Mapping[str, Any], device: str = "meta") -> Bu
 
 
 def _check_shapes(checkpoint: Checkpoint, component: str, module: nn.Module) -> None:
-    shapes = checkpoint.shapes(component)
+    shapes, state = checkpoint.shapes(component), checkpoint.component(component)
     missing = []
     for name, tensor in module.state_dict().items():
         if name not in shapes:
             missing.append(name)
+        elif tensor.is_floating_point() and not dtype_of(state, name).is_floating_point:
+            raise CheckpointError(
+                f"Tensor {checkpoint.source(component, name)!r} of {checkpoint.path} has type"
+                f" {str(dtype_of(state, name)).removeprefix('torch.')}, but weights are floating point numbers."
+            )
         elif shapes[name] != tuple(tensor.shape):
             raise CheckpointError(
                 f"Tensor {checkpoint.source(component, name)!r} of {checkpoint.path} has shape {shapes[name]}, but"

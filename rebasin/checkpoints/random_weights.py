@@ -115,8 +115,11 @@ def _extras(family: str) -> dict[str, Tensor]:
     if family in ("sd1", "sdxl"):
         prefix = "cond_stage_model" if family == "sd1" else "conditioner.embedders.0"
         extras[f"{prefix}.transformer.text_model.embeddings.position_ids"] = position_ids()
-    if family == "sdxl":
-        extras["conditioner.embedders.1.model.logit_scale"] = torch.tensor(4.6055)
+    if family != "sd1":
+        prefix = {"sd2": "cond_stage_model", "sdxl": "conditioner.embedders.1"}.get(
+            family, "conditioner.embedders.0"
+        )
+        extras[f"{prefix}.model.logit_scale"] = torch.tensor(4.6055)
     if family in ("sd1", "sd2"):
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         extras |= {"betas": betas.float(), "alphas_cumprod": torch.cumprod(1 - betas, 0).float()}
