@@ -59,6 +59,7 @@ def output_of(name: str, ckpt: bool) -> Path:
 
 def merge(arguments: argparse.Namespace) -> None:
     from rebasin.cli import jobs, session
+    from rebasin.cli.request import Request
     from rebasin.errors import ConfigError
 
     if not 0 <= arguments.alpha <= 1:
@@ -71,7 +72,7 @@ def merge(arguments: argparse.Namespace) -> None:
         overwrite = input(f"{output} exists. Replace it? (y/n) ").strip().lower() in ("y", "yes")
     jobs.merge(
         session.begin(arguments.device, arguments.workers),
-        jobs.Request(
+        Request(
             inputs=(arguments.model_a, arguments.model_b),
             output=output,
             alpha=arguments.alpha,

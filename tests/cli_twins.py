@@ -49,10 +49,12 @@ def read(path: Path) -> dict[str, Tensor]:
 class Files:
     """A, its planted copy B, a fine-tune F and a LoRA of B, narrow; nothing here is ever to change.
 
-    `parts`: the components; without the UNet everything takes a moment.
+    `parts`: the components; without the UNet everything takes a moment. `plant=False`: B is a copy as it is.
     """
 
-    def __init__(self, folder: Path, parts: tuple[str, ...] = ("unet", "vae", "text_encoder")) -> None:
+    def __init__(
+        self, folder: Path, parts: tuple[str, ...] = ("unet", "vae", "text_encoder"), plant: bool = True
+    ) -> None:
         torch.manual_seed(0)
         states: dict[str, dict[str, Tensor]] = {}
         for name, config in twin("sd1", 16, depth=1, vocabulary=64).items():
@@ -67,8 +69,9 @@ class Files:
             self.a, whole, {"modelspec.title": "A", "modelspec.hash_sha256": "stale"}, keep_order=True
         )
         checkpoint = open_checkpoint(self.a)
-        self.planted = {name: component_spec(checkpoint, name).random(5) for name in states}
-        moved = {name: p.apply(states[name]) for name, p in self.planted.items()}
+        # Deriving and proving the UNet's symmetries takes the most time by far.
+        self.planted = {name: component_spec(checkpoint, name).random(5) for name in states if plant}
+        moved = states | {name: p.apply(states[name]) for name, p in self.planted.items()}
         save_safetensors(self.b, dict(single_file("sd1", moved)) | ids)
         tuned = {
             n: {k: t + 1e-3 * torch.randn_like(t) for k, t in part.items()} for n, part in states.items()

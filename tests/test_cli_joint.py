@@ -14,7 +14,7 @@ from rebasin.spec import Permutation
 
 
 def test_joint_permutation_is_undone(tmp_path: Path) -> None:
-    files = Files(tmp_path, ("unet", "text_encoder"))
+    files = Files(tmp_path, ("unet", "text_encoder"), plant=False)
     a = open_checkpoint(files.a)
     spec = joint_spec(a, ("unet", "text_encoder"))
     stream = [g for g in spec if len({s.parameter.split(".")[0] for c in g.cells for s in c.sites}) == 2]
@@ -50,7 +50,3 @@ def test_joint_permutation_is_undone(tmp_path: Path) -> None:
     rebasin("apply", kept, b, "-o", tmp_path / "back.safetensors")
     back = read(tmp_path / "back.safetensors")
     assert all(torch.equal(tensor, original[name]) for name, tensor in back.items())
-
-    # Without --joint the same permutation is none: the text encoder's output must keep its order.
-    text = rebasin("merge", files.a, b, "-o", tmp_path / "x.safetensors", "--permutation", kept, expect=2)
-    assert "text encoder" in text or "not legal" in text

@@ -71,6 +71,20 @@ def test_methods_weights_and_base(files: Files, tmp_path: Path) -> None:
     torch.testing.assert_close(read(out)[name], (2 * a + b + f) / 4)
     told = json.loads(load_safetensors(out).metadata["rebasin"])
     assert len(told["inputs"]) == 3 and told["recipe"]["weights"] == "2,1,1"
+    # By block; a folder, too, and what it was made from is known from there.
+    folder = tmp_path / "folder"
+    rebasin("merge", files.a, files.b, "-o", folder, "--no-align", "--weights", "vae=1", "--alpha", 0)
+    state = read(folder / "text_encoder" / "model.safetensors")
+    key = "text_model.encoder.layers.0.mlp.fc1.weight"
+    assert torch.equal(state[key], read(files.a)[f"cond_stage_model.transformer.{key}"])
+    assert torch.equal(
+        read(folder / "vae" / "diffusion_pytorch_model.safetensors")["decoder.conv_norm_out.bias"], b
+    )
+    assert "from b.safetensors" in rebasin("inspect", folder)
+    text = rebasin(
+        "merge", files.a, files.b, "-o", out, "--overwrite", "--no-align", "--weights", "vea=1", expect=2
+    )
+    assert "'vea'" in text
     assert "needs a base" in rebasin(
         "merge", files.a, files.b, "-o", tmp_path / "x.safetensors", "--method", "ties_sum", expect=2
     )
@@ -213,10 +227,11 @@ def test_killed_and_resumed(files: Files, tmp_path: Path, stage: str) -> None:
     assert left == ({"vae.aligned.safetensors"} if stage == "text_encoder" else set())
     text = rebasin(*command)
     assert ("as found before" in text) == (stage == "save")
-    whole = tmp_path / "whole.safetensors"
-    rebasin(*command[:-1], whole)
-    resumed, uninterrupted = read(out), read(whole)
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())
     assert not list(tmp_path.glob(".*.aligned.safetensors")) and not list(
         tmp_path.glob(".*.matching.safetensors")
     )
+    if stage == "text_encoder":
+        whole = tmp_path / "whole.safetensors"
+        rebasin(*command[:-1], whole)
+        resumed, uninterrupted = read(out), read(whole)
+        assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())

@@ -39,12 +39,13 @@ def align(
         rebasin apply aligned.permutation.safetensors my_lora.safetensors
     """
     from . import jobs
+    from .request import Request
     from .session import begin
 
     output = output or b.with_name(f"{b.name if b.is_dir() else b.stem}_aligned.safetensors")
     jobs.align(
         begin(device, threads),
-        jobs.Request(
+        Request(
             inputs=(a, b),
             output=output,
             components=tuple(only or ()),

@@ -73,6 +73,7 @@ def _model(file: Path) -> dict[str, Any]:
     checkpoint = open_checkpoint(file)
     hints = checkpoint.prediction
     has_unet = "unet" in checkpoint.components
+    metadata = provenance.metadata_of(checkpoint)
     return {
         "what": checkpoint.title,
         "layout": {"ldm": "single file (LDM)", "diffusers": "diffusers"}.get(
@@ -81,9 +82,9 @@ def _model(file: Path) -> dict[str, Any]:
         "predicts": f"{hints.kind or 'unknown'}: {hints.reason}" if has_unet else None,
         "tensors": len(checkpoint.raw),
         "also_has": {kind: len(names) for kind, names in checkpoint.extras.items()},
-        "metadata": sorted(k for k in checkpoint.metadata if k != provenance.KEY),
+        "metadata": sorted(k for k in metadata if k != provenance.KEY),
         "components": [_component(checkpoint, name) for name in checkpoint.components],
-        "made": provenance.read(checkpoint.metadata),
+        "made": provenance.read(metadata),
     }
 
 

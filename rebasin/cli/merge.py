@@ -93,11 +93,12 @@ def merge(
     alignment. What was interrupted continues when the same command is given.
     """
     from . import jobs
+    from .request import Request
     from .session import begin
 
     jobs.merge(
         begin(device, threads),
-        jobs.Request(
+        Request(
             inputs=tuple(models),
             output=output,
             alpha=alpha,

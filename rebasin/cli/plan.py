@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..merging.blocks import BlockWeights
     from ..reporting.console import Console
     from ..spec import PermutationSpec
-    from .jobs import Request
+    from .request import Request
 
 DISK = 4e8
 """Bytes a second, a middling solid-state disk; there is no telling how much of a file is in memory already."""

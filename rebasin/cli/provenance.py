@@ -7,9 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..checkpoints import load_metadata
+from .inputs import weight_files
+
+if TYPE_CHECKING:
+    from ..checkpoints import Checkpoint
 
 KEY = "rebasin"
 """The entry of a safetensors header that holds ours, in JSON."""
@@ -36,6 +41,14 @@ class Source:
 def source(path: Path, sha256: str, size: int, metadata: Mapping[str, str]) -> Source:
     """The record of an input."""
     return Source(path.name, sha256, size, read(metadata), legacy_hash(path))
+
+
+def metadata_of(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """The header of a checkpoint's file; of a folder, that of its first safetensors file: all have the same."""
+    if checkpoint.metadata or not checkpoint.path.is_dir():
+        return checkpoint.metadata
+    files = [file for file in weight_files(checkpoint.path) if file.suffix == ".safetensors"]
+    return load_metadata(files[0]) if files else {}
 
 
 def read(metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ..checkpoints.writer import in_bytes as size
 from ..errors import ConfigError
+
+__all__ = ["answer", "begin", "distances", "say_legal", "say_moved", "say_where", "size", "table"]
 
 if TYPE_CHECKING:
     from ..reporting.console import Console
@@ -41,15 +44,6 @@ def begin(device: str = "cpu", threads: int = 0) -> Console:
             f"The device {device!r} can't be used here: {str(error).splitlines()[0]}"
         ) from error
     return Console()
-
-
-def size(count: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def table(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], left: Sequence[str] = ()) -> Table:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
     from ..merging import Method
     from ..merging.blocks import BlockWeights
-    from .jobs import Request
+    from .request import Request
 
 
 def method_options(method: Method, given: Sequence[str]) -> dict[str, Any]:

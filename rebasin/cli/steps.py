@@ -1,0 +1,176 @@
+"""The steps of the jobs: hashes, specs, alignment, the check on the real weights, and what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..checkpoints import Checkpoint
+from ..errors import ConfigError, VerificationError
+from . import output, provenance, session
+from .alignment import JOINT, Alignment, align_pair, given, specs_of
+from .function import Difference, compare_chains, compare_functions
+from .inputs import sha256_of, size_of
+from .joint import PARTS
+from .many import Many, align_many
+from .request import Request
+from .weighting import Weighting
+
+if TYPE_CHECKING:
+    from ..checkpoints.links import DerivedState
+    from ..reporting.console import Console
+    from ..spec import PermutationSpec
+
+State = Mapping[str, Tensor]
+
+
+def choices(request: Request) -> dict[str, Any]:
+    """The options of a request that change its result, for the header."""
+    names = ("components", "dtype", "prune", "fix_clip", "start", "seed", "joint")
+    return {name: getattr(request, name) for name in names}
+
+
+def require_space(request: Request, state: DerivedState, like: Checkpoint) -> None:
+    """Refuse a full disk before hours of work, not after."""
+    from ..checkpoints.writer import require_space
+
+    require_space(request.output, output.size_of(state, output.dtype_of(request.dtype), like))
+
+
+def hashes(console: Console, paths: Sequence[Path]) -> tuple[str, ...]:
+    """sha256 of every input."""
+    with console.stage("hash"):
+        hashes = tuple(sha256_of(path, console.progress) for path in paths)
+        console.say("sha256 of " + ", ".join(f"{p.name} {h[:8]}" for p, h in zip(paths, hashes, strict=True)))
+    return hashes
+
+
+def specs(
+    console: Console, model: Checkpoint, components: Sequence[str], joint: bool
+) -> dict[str, PermutationSpec]:
+    """Component (or "joint") -> proved spec."""
+    with console.stage("spec"):
+        specs = specs_of(model, components, joint)
+        console.say("proved: " + ", ".join(f"{n} {s.neurons:,} neurons" for n, s in specs.items()))
+    return specs
+
+
+def aligned(
+    console: Console,
+    request: Request,
+    models: Sequence[Checkpoint],
+    specs: Mapping[str, PermutationSpec],
+    hashes: Sequence[str],
+) -> Alignment:
+    """B brought to A: found, found before, or given by the user."""
+    with console.stage("align"):
+        if request.permutation is not None:
+            found = given(request.permutation, specs)
+        else:
+            pair = hashes[0], hashes[1]
+            found = align_pair(
+                models[0], models[1], specs, request.alignment, request.kept, pair, console.progress
+            )
+        moved = ", ".join(f"{n} {f['moved']:,} of {f['neurons']:,}" for n, f in found.figures.items())
+        console.say(("as found before: " if found.reused else "") + f"moved {moved or found.moved}")
+    return found
+
+
+def aligned_many(
+    console: Console,
+    request: Request,
+    models: Sequence[Checkpoint],
+    specs: Mapping[str, PermutationSpec],
+    hashes: Sequence[str],
+    weights: Weighting,
+) -> Many:
+    """All models brought to each other, in the order of the first."""
+    if request.permutation is not None:
+        raise ConfigError(
+            "--permutation is for two models; leave it out, what was found before is used again."
+        )
+    with console.stage("align"):
+        found = align_many(
+            models,
+            specs,
+            request.alignment,
+            request.kept,
+            hashes[: len(models)],
+            weights.shares,
+            console.progress,
+        )
+        console.say(("as found before: " if found.reused else "") + found.told())
+    return found
+
+
+def checked(
+    console: Console,
+    request: Request,
+    b: Checkpoint,
+    components: Sequence[str],
+    alignment: Alignment,
+) -> dict[str, Difference] | None:
+    """Compute with B before and after, where neurons moved.
+
+    Raises:
+        VerificationError: B computes something else than before.
+    """
+    if not request.check or not alignment.moved:
+        return None
+    checks = {}
+    with console.stage("check"):
+        together = [name for name in components if name in PARTS] if JOINT in alignment.specs else []
+        if together:  # the text encoder's output is reordered on purpose, only the whole chain is the same
+            before = {name: b.component(name) for name in together}
+            after = {name: alignment.view(name, state) for name, state in before.items()}
+            checks[JOINT] = compare_chains(b, before, after, request.seed)
+        for name in components:
+            own = alignment.of(name)
+            if name not in together and own is not None and not own.is_identity:
+                state = b.component(name)
+                checks[name] = compare_functions(b, name, state, own.view(state), request.seed)
+        for name in checks:
+            if not checks[name].same:
+                raise VerificationError(
+                    f"Moving the neurons of the {name} of {b.path} changed what it computes (by"
+                    f" {checks[name].largest:.1e}), so nothing was written; please report this."
+                )
+        console.say(", ".join(f"{n} {c.largest:.1e}" for n, c in checks.items()) + " relative")
+    return checks
+
+
+def write(
+    console: Console,
+    request: Request,
+    state: State,
+    like: Checkpoint,
+    hashes: Sequence[str],
+    used: Sequence[Checkpoint],
+    recipe: Mapping[str, Any],
+    alignment: Alignment | Many | None,
+) -> None:
+    """Write the result with a header that says how it was made; `used` and `hashes` are its inputs'."""
+    sources = [
+        provenance.source(model.path, sha256, size_of(model.path), provenance.metadata_of(model))
+        for model, sha256 in zip(used, hashes, strict=True)
+    ]
+    figures = alignment.told_by_component() if isinstance(alignment, Many) else told(alignment)
+    header = provenance.header(provenance.metadata_of(like), sources, recipe, figures)
+    with console.stage("write"):
+        dtype = output.dtype_of(request.dtype)
+        saved = output.write(request.output, state, header, dtype, like, console.progress)
+        console.say(f"{request.output.name}, {session.size(saved.bytes)}")
+    for note in saved.notes:
+        console.console.print(note, markup=False)
+
+
+def told(alignment: Alignment | None) -> dict[str, Any] | None:
+    """What the header says about an alignment."""
+    if alignment is None:
+        return None
+    return {
+        name: {"spec": spec.hash, **alignment.figures.get(name, {})} for name, spec in alignment.specs.items()
+    }
