@@ -27,29 +27,41 @@ def ties_sum(
     """
     if vote not in ("mass", "count"):
         raise ConfigError(f"the option vote of 'ties_sum' is '{vote}'; it takes mass or count.")
-    deltas = [largest(model - base, k) for model in models]
-    votes = sum((delta if vote == "mass" else delta.sign() for delta in deltas), torch.zeros_like(base))
-    elected = votes.sign()
-    total, count = torch.zeros_like(base), torch.zeros_like(base)
-    for delta in deltas:
-        agrees = (delta.sign() == elected) & (delta != 0)
-        total += delta * agrees
+    # In place and model by model: tensors of embeddings are large, and beside the inputs there are at most four.
+    votes = torch.zeros_like(base)
+    for model in models:
+        delta = largest(model - base, k)
+        votes += delta if vote == "mass" else delta.sign_()
+    votes.sign_()
+    total, count = torch.zeros_like(base), torch.zeros_like(base, dtype=torch.int16)
+    for model in models:
+        delta = largest(model - base, k)
+        agrees = (delta.sign() == votes) & (delta != 0)
+        total += delta.mul_(agrees)
         count += agrees
-    return base + alpha * total / count.clamp(min=1)
+    return total.mul_(alpha).div_(count.clamp_(min=1)).add_(base)
 
 
 def largest(delta: Tensor, k: float) -> Tensor:
-    """`delta` with all but the share k of its values set to 0: the largest magnitudes stay (ties all do)."""
+    """Set all but the share k of the values to 0, in place: the largest magnitudes stay (ties all do)."""
     if not 0 <= k <= 1:
         raise ConfigError(f"the option k is {k}, but it is a share between 0 and 1.")
     kept = round(k * delta.numel())
     if kept == 0:
-        return torch.zeros_like(delta)
+        return delta.zero_()
     if kept == delta.numel():
         return delta
-    magnitude = delta.abs()
-    threshold = magnitude.flatten().kthvalue(delta.numel() - kept + 1).values
-    return delta * (magnitude >= threshold)
+    return delta.mul_(delta.abs() >= _threshold(delta.abs().flatten(), kept))
+
+
+def _threshold(magnitudes: Tensor, kept: int) -> Tensor:
+    """The `kept`-th largest of these values, which are put into another order."""
+    place = magnitudes.numel() - kept
+    if magnitudes.device.type != "cpu":
+        return magnitudes.kthvalue(place + 1).values
+    values = magnitudes.numpy()
+    values.partition(place)  # torch's takes four times the memory, for indices
+    return magnitudes[place]
 
 
 @method(
@@ -83,14 +95,14 @@ def dropout(
         delta = model - base
         keep = _keep(delta, probability, window)
         drawn = torch.rand(delta.shape, generator=generator, dtype=torch.float32).to(delta.device) < keep
-        total += torch.where(drawn, delta / keep if rescale else delta, 0)
-    return base + alpha * total / len(models)
+        total += (delta.div_(keep) if rescale else delta).mul_(drawn)
+    return total.mul_(alpha / len(models)).add_(base)
 
 
-def _keep(delta: Tensor, probability: float, window: float) -> Tensor:
-    """The probability of each value to stay, of delta's shape."""
+def _keep(delta: Tensor, probability: float, window: float) -> Tensor | float:
+    """The probability of each value to stay: one for all, or of delta's shape."""
     if window == 0:
-        return torch.full_like(delta, 1 - probability)
+        return 1 - probability
     n = delta.numel()
     rank = torch.empty(n, dtype=delta.dtype, device=delta.device)
     order = delta.abs().flatten().argsort(stable=True)
