@@ -8,7 +8,7 @@ which is a picture of 512 x 512. Prints the resident memory (or CUDA's allocated
 (on a CPU also the kernel's own figure, ru_maxrss), and where the time went. What the pieces take in bfloat16:
 
     A, B, the midpoint, its gradient      1.7 GB each
-    auxiliary weights, in float32         3.4 GB, as their gradient, SGD's momentum, and each of Adam's two moments
+    auxiliary weights, in float32         3.4 GB, as SGD's momentum, and each of Adam's two moments
 """
 
 from __future__ import annotations

@@ -203,31 +203,37 @@ class _Auxiliary:
     def __init__(self, ends: Ends, optimizer: Optimizer, lr: float, momentum: float) -> None:
         self.ends = ends
         self.weights = {name: nn.Parameter(_wide(ends.a[name])) for name in ends.free}
-        weights = list(self.weights.values())
-        if optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(weights, lr, momentum)
-        else:
-            self.optimizer = torch.optim.Adam(weights, lr, (momentum, 0.999))
+        # One for each tensor, so that a large model's widened gradient need not be held as a whole.
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            name: torch.optim.SGD([weight], lr, momentum)
+            if optimizer == "sgd"
+            else torch.optim.Adam([weight], lr, (momentum, 0.999))
+            for name, weight in self.weights.items()
+        }
 
     def descend(self, slope: dict[str, Tensor], share: float, rate: float, clip: float | None) -> float:
         """One step against the gradient, which is that of the midpoint times `share`; returns its norm.
 
-        The gradients are taken out of `slope` one by one: a large model's need not be held twice.
+        The gradients are taken out of `slope` one by one.
         """
-        for name, weight in self.weights.items():
-            weight.grad = slope.pop(name).to(weight.dtype) * share
-        norm = float(
-            nn.utils.clip_grad_norm_(list(self.weights.values()), math.inf if clip is None else clip)
+        squares = (
+            float(part.to(torch.promote_types(part.dtype, torch.float32)).square().sum())
+            for part in slope.values()
         )
+        norm = share * math.sqrt(math.fsum(squares))
         if not math.isfinite(norm):
             raise ConfigError(
                 "The gradient of the objective at the midpoint is not finite: compute in float32 or bfloat16,"
                 " or lower lr."
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        scale = share if clip is None else share * min(1.0, clip / (norm + 1e-6))
+        for name, weight in self.weights.items():
+            optimizer = self.optimizers[name]
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            weight.grad = slope.pop(name).to(weight.dtype) * scale
+            optimizer.step()
+            weight.grad = None
         return norm
 
     def project(self, permutation: Permutation, nearest: bool, sweeps: int, seed: int) -> MatchResult:

@@ -57,6 +57,7 @@ def teach(
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model_a.parameters()).device
+    unconditional = None if unconditional is None else unconditional.to(device)
     batches = []
     with eval_mode(model_a), eval_mode(model_b):
         for item in conditions:
