@@ -119,6 +119,7 @@ def main(
     folder: Annotated[Path, typer.Option(help="where checkpoints and results.json are kept")],
     width: Annotated[int | None, typer.Option(help="channels of the first level; default: full size")] = None,
     threads: Annotated[int, typer.Option(help="of torch")] = 2,
+    table: Annotated[bool, typer.Option("--table", help="only print what was measured, as a table")] = False,
     clean: Annotated[bool, typer.Option(help="remove each checkpoint as soon as it is not needed")] = True,
 ) -> None:
     """Make, align, merge, load; prints and keeps what was measured."""
@@ -152,6 +153,9 @@ def main(
         "the merge in diffusers": (c, plain, merged),
     }
     results = folder / "results.json"
+    if table:
+        typer.echo(markdown(json.loads(results.read_text())))
+        return
     found: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     for name, step in steps.items():
         if name not in found:
@@ -180,6 +184,19 @@ def _around(a: Path, folder: Path) -> dict[str, Any]:
     }
     twice.unlink()
     return result
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """results.json as the table of docs/checkpoints.md."""
+    lines = ["| step | seconds | of processor | peak memory |", "|---|---|---|---|"]
+    facts = []
+    for name, figures in found.items():
+        if isinstance(figures, dict) and "peak" in figures:
+            row = f"{figures['seconds']:.0f} | {figures['cpu']:.0f} | {figures['peak'] / 1e9:.2f} GB"
+            lines.append(f"| {name} | {row} |")
+        else:
+            facts.append(f"{name}: {figures if isinstance(figures, str) else json.dumps(figures)}")
+    return "\n".join([*lines, "", *facts])
 
 
 def _told(figures: dict[str, Any]) -> str:
