@@ -292,3 +292,17 @@ def test_a_state_that_fails_midway_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="cable"):
         save_safetensors(tmp_path / "x.safetensors", Broken(STATE))
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2]
+)
+def test_one_value_that_is_no_number_is_found_anywhere(dtype):
+    for size in (1, 7, 64, 1000):
+        for position in {0, size // 2, size - 1}:
+            for value in (float("nan"), float("inf"), -float("inf")):
+                tensor = torch.ones(size).to(dtype)
+                assert writer.all_finite(tensor)
+                tensor[position] = value
+                assert not writer.all_finite(tensor)
+    assert writer.all_finite(torch.ones(0).to(dtype))
