@@ -82,7 +82,9 @@ def test_a_model_with_itself_is_itself_to_the_bit(name: str, dtype: torch.dtype)
     assert all(same_bits(merged[k], model[k]) for k in model)
 
 
-@pytest.mark.parametrize("name", ["ties_sum", *(n for n in NAMES if METHODS[n].self_any_base and METHODS[n].takes_base)])
+@pytest.mark.parametrize(
+    "name", ["ties_sum", *(n for n in NAMES if METHODS[n].self_any_base and METHODS[n].takes_base)]
+)
 def test_a_model_with_itself_is_itself_whatever_the_base(name: str) -> None:
     model, base = state(1), state(2) | {"bn.num_batches_tracked": torch.tensor(1)}
     options = {"k": 1.0} if name == "ties_sum" else {"alignment": 0.4} if name == "rotate" else {}
@@ -375,3 +377,12 @@ def test_fisher_information_is_the_mean_squared_gradient_of_samples() -> None:
     a, b = {"w": torch.tensor([0.0, 0.0])}, {"w": torch.tensor([1.0, 1.0])}
     merged = merge("fisher", [a, b], companions=[{"w": one["w"]}, {"w": 3 * one["w"]}], floor=0.0)
     assert merged["w"].tolist() == pytest.approx([0.75, 0.75])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_result_shares_no_memory_with_the_models(name: str) -> None:
+    models, base = [state(1), state(2)], state(3)
+    options = {"polyak": {"last": 1}, "ties_sum": {"k": 0.0}, "clip": {}}.get(name, {})
+    merged = run(name, models, base, **options)
+    own = {tensor.data_ptr() for model in (*models, base) for tensor in model.values() if tensor.numel()}
+    assert not any(tensor.data_ptr() in own for tensor in merged.values() if tensor.numel())
