@@ -34,11 +34,12 @@ from rebasin.search.batches import cut, deal
 from rebasin.search.bench import Bench
 from rebasin.search.candidate import Candidate
 from rebasin.search.folder import key, locked, register
+from rebasin.search.front import beats
 from rebasin.search.groups import group_tensors, interpolated
 from rebasin.search.judge import bootstrap, difference
 from rebasin.search.space import read_space
 from rebasin.search.starts import warm_starts
-from rebasin.search.verdict import Finalist, beats
+from rebasin.search.verdict import Finalist, references
 from rebasin.search.worker import workers
 from rebasin.tasks import load_task
 from rebasin.tasks.prompted import ImageMaker
@@ -650,3 +651,32 @@ def test_every_method_of_the_registry_is_compared_or_left_out_for_a_reason():
     assert set(UNFIT) <= set(METHODS)
     names = {m.name for m in fitting(["all"], 2, True, True)}
     assert set(METHODS) - names == {"clip", "wise_ft", "uniform_soup", "ema", "polyak"}
+
+
+def test_the_base_is_a_reference_of_its_own():
+    a, b = two_states()
+    base = two_states(1)[0]
+    known = references(["A", "B"], has_base=True)
+    assert list(known) == ["plain average", "A", "B", "base"]
+    for label, expected in (("A", a), ("B", b), ("base", base)):
+        merged = known[label].merged([a, b], base=base)
+        assert all(torch.equal(merged[name], expected[name]) for name in UNET)
+
+
+def test_a_merge_that_comes_again_is_not_measured_again(tmp_path):
+    """A space of two merges: the sampler can only repeat itself."""
+    pytest.importorskip("optuna")
+    space = [
+        "space=model",
+        "space.weights.low=0.5",
+        "space.weights.high=0.5",
+        "space.method=[weighted_sum,slerp]",
+    ]
+    results, _ = execute(tmp_path, *TINY, *QUICK, *space, "search.trials=8", "algo=naive")
+    by_method = {}
+    for trial in results["trials"]:
+        by_method.setdefault(trial["parameters"]["method"], set()).add((*trial["values"], trial["batches"]))
+    assert set(by_method) == {"weighted_sum", "slerp"} and all(
+        len(values) == 1 for values in by_method.values()
+    )
+    assert sum(trial["same_as"] is not None for trial in results["trials"]) == 6

@@ -75,7 +75,7 @@ def compare(
         objective: what a Fisher information is of; None leaves out methods that need one.
 
     Returns:
-        The endpoints, then the plain average, then the methods in their order, naive before aligned.
+        The endpoints and the base, then the plain average, then the methods in their order, naive before aligned.
     """
     first = next(iter(sets.values()))[0]
     total = len(first) + len(sets) * len(methods)
@@ -93,6 +93,10 @@ def compare(
         model = bench.load_state(state)
         measured[label, ENDPOINT] = [aim.losses(model, "heldout") for aim in aims], None, 0.0
         told(label)
+    ancestor = next(iter(sets.values()))[1]
+    if ancestor is not None:
+        model = bench.load_state(ancestor)
+        measured["base", ENDPOINT] = [aim.losses(model, "heldout") for aim in aims], None, 0.0
     for kind, (states, base) in sets.items():
         companions: list[State] | None = None
         for method in methods:
@@ -114,7 +118,7 @@ def compare(
             continue
         losses, weight, seconds = measured[key]
         rows.append(Row(*key, weight, _figures(aims, losses, plain[0] if plain else None, seed), seconds))
-    order = {name: i for i, name in enumerate([*labels, *(method.name for method in methods)])}
+    order = {name: i for i, name in enumerate([*labels, "base", *(method.name for method in methods)])}
     return sorted(rows, key=lambda row: (order[row.name], row.kind != ENDPOINT, row.kind == ALIGNED))
 
 

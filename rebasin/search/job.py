@@ -65,7 +65,7 @@ def search(cfg: DictConfig, folder: Path, console: Console, command: str = "") -
         with console.stage("search"):
             study = open_study(folder, [aim.name for aim in setup.aims], options.prune)
             lost, before = take_over(study), len(finished(study))
-            known = references(inputs.labels)
+            known = references(inputs.labels, inputs.base is not None)
             baseline = _baseline(study, setup, known)
             enqueue(study, _starts(options, setup))
             _try(cfg, folder, study, setup, reporting.both(console.progress, logger.event))

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from ..reporting.results import Results
 from ..reporting.style import INK, MUTED, RC, figure, save_png
+from .front import beats
 
 TRIED, BEST, KNOWN, AVERAGE = "#56B4E9", "#0072B2", "#D55E00", "#D55E00"
 SLICES = 12
@@ -118,16 +119,14 @@ def _front(results: Results) -> Figure:
     fig = figure(6.4, 4.4)
     with mpl.rc_context(RC):
         ax = fig.subplots()
-        tried = [
-            (shown(one, t["values"][0]), shown(two, t["values"][1]))
-            for t in results["trials"]
-            if _measured(t)
+        losses = [tuple(t["values"][:2]) for t in results["trials"] if _measured(t)]
+        losses += [tuple(values[:2]) for values in results["baseline"].values() if None not in values]
+        tried = [(shown(one, x), shown(two, y)) for x, y in losses]
+        on = [
+            (shown(one, x), shown(two, y))
+            for x, y in sorted(losses)
+            if not any(beats(v, (x, y)) for v in losses)
         ]
-        on = sorted(
-            (shown(one, f["search"][0]), shown(two, f["search"][1]))
-            for f in results["finalists"]
-            if f["front"] and f["search"]
-        )
         ax.plot(*_pairs(tried), "o", color=TRIED, markersize=3.5, alpha=0.7, label="tried")
         ax.plot(*_pairs(on), "s-", color=BEST, markersize=4.5, linewidth=1.2, label="the front")
         for label, values in results["baseline"].items():
@@ -139,7 +138,7 @@ def _front(results: Results) -> Figure:
         _limits(ax, [x for x, _ in tried], one, axis="x")
         ax.set_xlabel(one["name"])
         ax.set_ylabel(two["name"])
-        ax.set_title("Merges that no other beats in everything, on the data of the search")
+        ax.set_title("The front, on the data of the search")
         ax.legend(fontsize=8)
     return fig
 

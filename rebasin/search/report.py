@@ -21,6 +21,7 @@ from . import plots
 from .candidate import Candidate
 from .folder import base_name
 from .study import finished, seconds_of
+from .trials import SAME
 from .verdict import AVERAGE, Finalist
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def collect(
             "parameters": dict(trial.params),
             "start": trial.user_attrs.get("start"),
             "batches": trial.user_attrs.get("batches"),
+            "same_as": trial.user_attrs.get(SAME),
             "error": trial.user_attrs.get("error"),
             "seconds": trial.duration.total_seconds() if trial.duration is not None else None,
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,12 @@ from .study import finished, make_sampler, seconds_of
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
 
 Progress = Callable[[dict[str, Any]], None]
+
+SAME = "same_as"
+"""The note on a trial of a merge that was measured before: the number of that trial."""
 
 STEP = 9973
 """Between the seeds of workers; the number of finished trials is added."""
@@ -68,7 +72,9 @@ def work(
     best = math.inf
     while alive() and budget.left(study):
         done = finished(study)
-        study.sampler = make_sampler(sampler, seed + STEP * worker + len(done), warm)
+        # A sampler that proposes what it has proposed is stuck: the next candidate is a random one.
+        stuck = bool(done) and SAME in done[-1].user_attrs
+        study.sampler = make_sampler("random" if stuck else sampler, seed + STEP * worker + len(done), warm)
         trial = study.ask()
         deadline = began + 60 * budget.minutes if budget.minutes else math.inf
         losses, given_up = _try(study, trial, space, bench, aims, deadline)
@@ -113,6 +119,9 @@ def _try(
     try:
         candidate = space.suggest(trial)
         trial.set_user_attr("candidate", candidate.to_dict())
+        twin = _twin(study, candidate)
+        if twin is not None:
+            return _repeat(study, trial, twin), twin.state == TrialState.PRUNED
         known = "start" in trial.user_attrs
         model = bench.load(candidate)
         values = []
@@ -144,6 +153,31 @@ def _try(
         raise
 
 
+def _twin(study: optuna.Study, candidate: Candidate) -> FrozenTrial | None:
+    """A finished trial of the same merge."""
+    told = candidate.to_dict()
+    return next(
+        (t for t in finished(study) if t.user_attrs.get("candidate") == told and "error" not in t.user_attrs),
+        None,
+    )
+
+
+def _repeat(study: optuna.Study, trial: optuna.Trial, twin: FrozenTrial) -> list[float]:
+    """Tell of a trial what was measured of its twin; returns the losses."""
+    from optuna.trial import TrialState
+
+    trial.set_user_attr(SAME, twin.number)
+    if "batches" in twin.user_attrs:
+        trial.set_user_attr("batches", twin.user_attrs["batches"])
+    for step, value in sorted(twin.intermediate_values.items()):
+        trial.report(value, step)
+    if twin.state == TrialState.PRUNED:
+        study.tell(trial, state=TrialState.PRUNED)
+        return [sum(twin.intermediate_values.values()) / max(1, len(twin.intermediate_values))]
+    study.tell(trial, twin.values)
+    return list(twin.values)
+
+
 def _finite(loss: float) -> float:
     return loss if not math.isnan(loss) else math.inf
 
@@ -156,13 +190,3 @@ def _left(budget: Budget, done: int, spent: float) -> float | None:
     if budget.trials and done:
         ends.append(spent / done * (budget.trials - done))
     return max(0.0, min(ends)) if ends else None
-
-
-def candidates(trials: Sequence[Any]) -> list[Candidate]:
-    """What trials tried."""
-    return [Candidate.from_dict(trial.user_attrs["candidate"]) for trial in trials]
-
-
-def parameters(trial: Any) -> Mapping[str, Any]:
-    """A trial's parameters by name."""
-    return trial.params

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .aims import Aim
 from .bench import Bench
 from .candidate import Candidate
+from .front import beats
 from .judge import Interval, bootstrap, difference, sizes_of, units_of
 from .trials import measure
 
@@ -37,8 +38,8 @@ class Finalist:
     front: bool = True
 
 
-def references(labels: Sequence[str]) -> dict[str, Candidate]:
-    """What every merge is compared with: each model alone, and their plain average."""
+def references(labels: Sequence[str], has_base: bool = False) -> dict[str, Candidate]:
+    """What every merge is compared with: the plain average, each model alone, and the base."""
     number = len(labels)
     alone = {
         label: Candidate(
@@ -47,7 +48,8 @@ def references(labels: Sequence[str]) -> dict[str, Candidate]:
         for i, label in enumerate(labels)
     }
     middle = Candidate("weighted_sum", 0.5 if number == 2 else tuple(1.0 for _ in labels))
-    return {AVERAGE: middle, **alone}
+    # TIES with the strength 0 is the base, bit for bit.
+    return {AVERAGE: middle, **alone, **({"base": Candidate("ties_sum", 0.0)} if has_base else {})}
 
 
 def best_trials(study: optuna.Study, number: int) -> list[Any]:
@@ -150,12 +152,6 @@ def judge(
             }
         )
     return told
-
-
-def beats(one: Sequence[float], other: Sequence[float]) -> bool:
-    """At least as low in everything, and lower in something."""
-    pairs = list(zip(one, other, strict=True))
-    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
 def _spread(trials: list[Any], number: int) -> list[Any]:
