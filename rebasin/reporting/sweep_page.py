@@ -123,9 +123,15 @@ def _relative(path: Path, start: Path) -> str:
     return path.relative_to(start).as_posix() if path.is_relative_to(start) else path.as_posix()
 
 
+def _tells(sweep: Sweep, key: str) -> bool:
+    """Whether an option distinguishes runs: not if only one algorithm has it, with one value."""
+    values = [str(row[key]) for row in sweep.rows if key in row]
+    return len(values) == len(sweep.rows) or len(set(values)) > 1
+
+
 def _run(sweep: Sweep, run: Any, folder: Path | None) -> dict[str, Any]:
     rows = [row for row in sweep.rows if row["run"] == run.folder]
-    varied = {key: rows[0].get(key) for key in rows[0]["varied"]} if rows else {}
+    varied = {key: rows[0][key] for key in rows[0]["varied"] if _tells(sweep, key)} if rows else {}
     picture = None
     wanted = sweep.declaration.get("pictures") or PICTURES
     if folder is not None and len(sweep.runs) <= MANY:
