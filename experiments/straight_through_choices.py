@@ -4,7 +4,8 @@
     python -m experiments.straight_through_choices --model tiny_sd    # the embedded diffusion pair, some minutes
 
 Every variant changes one thing of the first line. The figures are losses at the midpoint minus the mean of the
-endpoints' losses, on data that the search has not seen: of the start, and of what was found; means over the pairs.
+endpoints' losses, on data that the search has not seen: of the start (or of the first projection, if the selecting
+batches prefer that), and of what was found; means over the pairs.
 """
 
 from __future__ import annotations
