@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -155,7 +156,10 @@ def verdicts(results: Results) -> list[dict[str, str]]:
 
 
 def draw_methods(results: Results) -> Figure:
-    """A row for each method, a panel for each objective: mean and 95 % interval, naive and aligned."""
+    """A row for each method, a panel for each objective: means, naive and aligned.
+
+    The bars are 95 % intervals of the difference to plain averaging.
+    """
     aims = results["aims"]
     names = list(dict.fromkeys(row["name"] for row in results["rows"] if row["kind"] != ENDPOINT))
     fig = figure(1.6 + 4.4 * len(aims), 1.1 + 0.27 * len(names))
@@ -171,22 +175,18 @@ def draw_methods(results: Results) -> Figure:
                 values = [aim["sign"] * row["aims"][aim["name"]]["mean"] for row in own]
                 ends = [_ends(row["aims"][aim["name"]], aim) for row in own]
                 around = [
-                    [value - low for value, (low, _) in zip(values, ends, strict=True)],
-                    [high - value for value, (_, high) in zip(values, ends, strict=True)],
+                    [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)],
+                    [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)],
                 ]
                 ax.errorbar(
                     values, [places[row["name"]] + shift for row in own], xerr=around, fmt=style["marker"],
                     color=style["color"], markersize=4, elinewidth=1, linestyle="none",
                     label="without aligning" if kind == NAIVE else "aligned",
                 )  # fmt: skip
-            for row in results["rows"]:
-                if row["kind"] == ENDPOINT and _known(row, aim):
-                    value = aim["sign"] * row["aims"][aim["name"]]["mean"]
-                    ax.axvline(value, color=MUTED, linestyle=":", linewidth=1.2)
-                    ax.annotate(
-                        row["name"], (value, 1), xycoords=("data", "axes fraction"), rotation=90, fontsize=7,
-                        ha="right", va="top", color=MUTED,
-                    )  # fmt: skip
+            ends = [row for row in results["rows"] if row["kind"] == ENDPOINT and _known(row, aim)]
+            for row, dashes in zip(ends, itertools.cycle((":", "--", "-.")), strict=False):
+                value = aim["sign"] * row["aims"][aim["name"]]["mean"]
+                ax.axvline(value, color=MUTED, linestyle=dashes, linewidth=1.2, label=row["name"])
             shown = [abs(row["aims"][aim["name"]]["mean"]) for row in results["rows"] if _known(row, aim)]
             if min(shown) > 0 and max(shown) / min(shown) > 5 and aim["sign"] > 0:
                 ax.set_xscale("log")
@@ -230,11 +230,16 @@ def _known(row: Mapping[str, Any], aim: Mapping[str, Any]) -> bool:
 
 
 def _ends(one: Mapping[str, Any], aim: Mapping[str, Any]) -> tuple[float, float]:
-    if one["low"] is None or one["high"] is None:
-        value = aim["sign"] * one["mean"]
-        return value, value
-    low, high = sorted((aim["sign"] * one["low"], aim["sign"] * one["high"]))
-    return low, high
+    """The interval of the difference to plain averaging, around the value; that of the value itself says how much the
+    held-out samples differ, which all merges share.
+    """
+    value = one["mean"]
+    low, high = one.get("difference_low"), one.get("difference_high")
+    if low is None or high is None:
+        return aim["sign"] * value, aim["sign"] * value
+    plain_value = value - one["difference"]
+    ends = sorted((aim["sign"] * (plain_value + low), aim["sign"] * (plain_value + high)))
+    return ends[0], ends[1]
 
 
 def _signed(value: float | None, aim: Mapping[str, Any]) -> str:
