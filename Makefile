@@ -20,8 +20,8 @@ help: ## show this help
 demo: .venv/.installed ## run the main job: align and merge two tiny Stable Diffusion UNets (see outputs/)
 	$(PY) -m rebasin.run $(ARGS)
 
-test: .venv/.installed-dev ## run the tests
-	$(PY) -m pytest $(ARGS)
+test: .venv/.installed-dev ## run the tests, two files at a time
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/.installed-dev ## check style (ruff) and types (pyright)
 	$(PY) -m ruff check .
