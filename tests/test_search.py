@@ -443,7 +443,7 @@ def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(finished, cache, 
     }
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while _measured(folder) < 8 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
     finally:
