@@ -32,6 +32,7 @@ from rebasin.data import classification
 from rebasin.data.captioned_digits import denoising_batches
 from rebasin.matching import activation_and_weight, activation_statistics, match_statistics
 from rebasin.matching.statistics import Reads
+from rebasin.matching.taps import find_taps
 from rebasin.models import tiny_sd
 from rebasin.models.cache import trained
 from rebasin.objectives import CrossEntropy, Denoising
@@ -166,7 +167,10 @@ def variants(
 def cost(
     repeats: Annotated[int, typer.Option(help="the quickest of so many counts")] = 7, out: Out = DEFAULT_OUT
 ) -> None:
-    """CPU seconds of the statistics against those of the plain forward passes, tiny UNet, 500 images."""
+    """CPU seconds of the statistics against those of the plain forward passes, tiny UNet, 500 images.
+
+    `places`, where the neurons can be seen, is found once before the first batch; `statistics` is the whole pass.
+    """
     torch.set_num_threads(1)
     one, other = tiny_sd.load_unet("seed0"), tiny_sd.load_unet("seed1")
     parts = (
@@ -186,11 +190,17 @@ def cost(
                 objective.loss(one, batch)
                 objective.loss(other, batch)
 
+    few = {name: tensor[:2] for name, tensor in first.items()}
+
+    def places() -> None:
+        find_taps(spec, one, lambda model: objective.loss(model, few))
+
     rows: list[dict[str, Any]] = []
     for tokens in (8, 16, 32, 0):
-        taken: dict[str, list[float]] = {"plain": [], "statistics": []}
+        taken: dict[str, list[float]] = {"plain": [], "places": [], "statistics": []}
         for _ in range(repeats):
             taken["plain"].append(cpu(plain))
+            taken["places"].append(cpu(places))
             taken["statistics"].append(
                 cpu(
                     lambda n=tokens: activation_statistics(
@@ -199,7 +209,9 @@ def cost(
                 )
             )
         best = {key: min(values) for key, values in taken.items()}
-        rows.append({"tokens": tokens or "all", **best, "added": best["statistics"] / best["plain"] - 1})
+        once = best["places"] / best["plain"]
+        added = best["statistics"] / best["plain"] - 1
+        rows.append({"tokens": tokens or "all", **best, "added once": once, "added a batch": added - once})
         console.print(rows[-1])
     save(out, "cost", rows)
 
