@@ -487,6 +487,8 @@ def _work_peer(options: argparse.Namespace, case: Case) -> None:
     """In the peer's own Python: align, and leave the aligned weights for `judge`."""
     import rebasin
 
+    if hasattr(rebasin, "weight_matching"):
+        raise SystemExit("This is our own package, not the peer: give --peer the Python of its environment.")
     states = _given(options)
     assert states is not None
     args, _ = case.example(torch.device("cpu"))
@@ -569,7 +571,9 @@ def measure(options: argparse.Namespace, case: str, pair: str, method: str, **fi
             command += [f"--{name}", str(path)]
         root = str(Path(__file__).resolve().parent.parent)
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-        if method != "peer":
+        if method == "peer":
+            environment.pop("PYTHONPATH", None)  # else its interpreter could find ours under the same name
+        else:
             environment["PYTHONPATH"] = os.pathsep.join(
                 filter(None, [root, os.environ.get("PYTHONPATH", "")])
             )
