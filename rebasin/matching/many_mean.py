@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..spec import Permutation
-from .many_models import Models, square_of, wide
+from .many_models import Models, wide
+from .pair import CHUNK, one_thread
 
 
 class RunningMean:
@@ -74,13 +75,14 @@ class RunningMean:
             self.inside.add(i)
             self._share = weight / self.weight
         if self._share == 1.0:
-            self.tensors[name] = tensor.to(wide(tensor.dtype), copy=True)
+            self.tensors[name] = tensor.to(
+                wide(tensor.dtype), copy=True, memory_format=torch.contiguous_format
+            )
             return
         mean = self.tensors[name]
-        if measure and name not in self.models.spec.buffers:
-            self.spread += weight * (1 - self._share) * square_of(tensor, mean)
-        # Not (W m + w x) / (W + w): the mean of equal tensors is to be these tensors, to the bit.
-        self.tensors[name] = mean.lerp_(tensor.to(mean.dtype), self._share)
+        square = _draw_near(mean, tensor, self._share, measure and name not in self.models.spec.buffers)
+        self.spread += weight * (1 - self._share) * square
+        self.tensors[name] = mean  # it may be kept in a file
 
     def _clear(self) -> None:
         self.tensors.clear()
@@ -100,6 +102,23 @@ class RunningMean:
             mean = self.tensors[name]
             tensor = permutation.apply_to(name, state[key].detach().cpu()).to(mean.dtype)
             self.tensors[name] = mean.lerp_(tensor, -self.models.weights[i] / rest)
+
+
+def _draw_near(mean: Tensor, tensor: Tensor, share: float, measure: bool) -> float:
+    """mean += share * (tensor - mean), piece by piece, and the |tensor - mean|^2 there was, float64; 0 if not measured.
+
+    Not (W m + w x) / (W + w): the mean of equal tensors is to be these tensors, to the bit.
+    """
+    far = torch.empty(min(CHUNK, mean.numel()), dtype=mean.dtype)
+    wide_far, squares = torch.empty_like(far, dtype=torch.float64), []
+    with one_thread():
+        for m, x in zip(mean.view(-1).split(CHUNK), tensor.reshape(-1).split(CHUNK), strict=True):
+            d = far[: m.numel()].copy_(x).sub_(m)
+            m.add_(d, alpha=share)
+            if measure:
+                w = wide_far[: m.numel()].copy_(d)
+                squares.append(w.dot(w))
+    return fsum(torch.stack(squares).tolist()) if squares else 0.0
 
 
 class TensorFile(MutableMapping[str, Tensor]):

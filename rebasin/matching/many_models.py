@@ -13,7 +13,7 @@ from ..checkpoints import load_safetensors
 from ..errors import CheckpointError, ConfigError
 from ..merging.interpolate import COUNTERS
 from ..spec import Permutation, PermutationSpec
-from .pair import CHUNK
+from .pair import CHUNK, one_thread
 
 State = Mapping[str, Tensor]
 Visit = Callable[[int, str, Tensor], None]
@@ -208,12 +208,15 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
-def square_of(a: Tensor, b: Tensor | None = None) -> float:
-    """|a|^2 or |a - b|^2, in float64, piece by piece."""
-    if b is None:
-        return fsum(float(x.abs().double().square().sum()) for x in a.reshape(-1).split(CHUNK))
-    pieces = zip(a.reshape(-1).split(CHUNK), b.reshape(-1).split(CHUNK), strict=True)
-    return fsum(float((x.double() - y.double()).square().sum()) for x, y in pieces)
+def square_of(tensor: Tensor) -> float:
+    """|tensor|^2, in float64, piece by piece."""
+    flat = (torch.view_as_real(tensor) if tensor.dtype.is_complex else tensor).reshape(-1)
+    room, squares = torch.empty(min(CHUNK, flat.numel()), dtype=torch.float64), []
+    with one_thread():
+        for piece in flat.split(CHUNK):
+            wide_piece = room[: piece.numel()].copy_(piece)
+            squares.append(wide_piece.dot(wide_piece))
+    return fsum(torch.stack(squares).tolist()) if squares else 0.0
 
 
 def _told(dtype: torch.dtype, shape: tuple[int, ...]) -> str:

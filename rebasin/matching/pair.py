@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +23,8 @@ from ..spec import Group, Permutation, PermutationSpec, to_array
 if TYPE_CHECKING:
     from .products import Products
 
-CHUNK = 1 << 16  # elements that are widened to float64 at a time: they stay in the cache
+CHUNK = 1 << 18
+"""Elements that are widened to float64 at a time: they stay in the cache."""
 
 FAR = 1e-3
 """Squared distances above this share of the squared norms follow from inner products without loss of digits."""
@@ -260,11 +262,25 @@ def _chunks(*tensors: Tensor) -> Iterator[list[Tensor]]:
     device = tensors[0].device
     flat = [t.reshape(-1) for t in tensors]
     total = flat[0].numel()
-    size = min(CHUNK if device.type == "cpu" else 64 * CHUNK, max(1, total))
+    size = min(CHUNK if device.type == "cpu" else 16 * CHUNK, max(1, total))
     wide = [torch.empty(size, dtype=torch.float64, device=device) for _ in flat]
-    for start in range(0, total, size):
-        length = min(size, total - start)
-        yield [w[:length].copy_(t[start : start + length]) for w, t in zip(wide, flat, strict=True)]
+    with one_thread():
+        for start in range(0, total, size):
+            length = min(size, total - start)
+            yield [w[:length].copy_(t[start : start + length]) for w, t in zip(wide, flat, strict=True)]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For the block, let torch use one thread: for many small pieces more are not faster, and where another process
+    wants the cores, too, their waiting for each other makes them ten times slower.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _summed(parts: list[Tensor]) -> float:
