@@ -155,6 +155,28 @@ def test_half_precision_and_the_repaired_layernorm_net_keep_their_types() -> Non
     assert found.scales and found.state.keys() == merged.keys()
 
 
+def test_neurons_are_found_where_dimensions_have_the_same_size() -> None:
+    # 8 channels of 8 x 8 pixels, 8 images: a LayerNorm over channels, which moves them, has four dimensions of 8.
+    def make(norm: str) -> nn.Module:
+        return build("resnet", width=0.5, blocks=1, classes=3, norm=norm, channels=1).eval()
+
+    model, spec_x = make("layer"), torch.randn(8, 1, 8, 8)
+    spec = trace(model, spec_x[:2])
+    states = [{n: t.clone() for n, t in make("layer").state_dict().items()} for _ in range(2)]
+    found = repair(spec, model, mean_of(states), states, [spec_x])
+    name = next(n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) and m.weight.shape == (8,))
+    reached = []
+    for state in (found.state, *states):
+        model.load_state_dict(state)
+        out: list[Tensor] = []
+        handle = model.get_submodule(name).register_forward_hook(lambda m, a, y, out=out: out.append(y))
+        model(spec_x)
+        handle.remove()
+        reached.append(out[0].detach().double().mean(dim=(0, 2, 3)))
+    assert out[0].shape == (8, 8, 8, 8)
+    torch.testing.assert_close(reached[0], (reached[1] + reached[2]) / 2, rtol=1e-4, atol=1e-5)
+
+
 def test_what_does_not_fit_is_told() -> None:
     spec, state = spec_of(), state_of(0)
     for weights, members in (([1.0], [state] * 2), ([1.0, 0.0], [state] * 2), (None, [])):

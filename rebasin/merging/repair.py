@@ -19,8 +19,7 @@ network, and are collected anew.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
 from time import perf_counter
@@ -28,21 +27,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, DataError
 from ..matching.statistics import call_model
 from ..objectives.base import eval_mode
 from ..spec import PermutationSpec
-
-State = Mapping[str, Tensor]
-Forward = Callable[[nn.Module, Any], Any]
-
-CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
-CHANNELS_SECOND = (nn.Conv1d, nn.Conv2d, nn.Conv3d, _BatchNorm, nn.GroupNorm)
-DEAD = 1e-6
-"""A neuron that varies by less than this share of its layer's most lively one is shifted, but not scaled."""
+from .repair_sites import (
+    DEAD,
+    Forward,
+    State,
+    affine,
+    batch_norms,
+    hidden_sites,
+    measure,
+    on,
+    working_copy,
+)
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def reset_statistics(
     Raises:
         DataError: there are no batches, or the statistics are not finite.
     """
-    work, where = _copy(model, state, device)
-    norms = _batch_norms(work)
+    work, where = working_copy(model, state, device)
+    norms = batch_norms(work)
     if not norms:
         return dict(state)
     seen = 0
@@ -99,7 +99,7 @@ def reset_statistics(
             norm.momentum = None  # the mean over all batches, not a moving one
             norm.train()
         for batch in batches:
-            (forward or call_model)(work, _on(where, batch))
+            (forward or call_model)(work, on(where, batch))
             seen += 1
     if not seen:
         raise DataError("There are no batches to collect the statistics of BatchNorm from.")
@@ -154,17 +154,17 @@ def repair(
         raise ConfigError(f"{len(members)} members need as many weights, all positive, not {tuple(raw)}.")
     batches = list(batches)
     call = forward or call_model
-    plain, where = _copy(model, merged, device)
-    has_norms = bool(_batch_norms(plain))
+    plain, where = working_copy(model, merged, device)
+    has_norms = bool(batch_norms(plain))
     start = reset_statistics(model, merged, batches, forward=forward, device=device) if has_norms else merged
-    work, _ = _copy(model, start, where)
-    sites, left_out = _sites(spec, work)
+    work, _ = working_copy(model, start, where)
+    sites, left_out = hidden_sites(spec, work)
     total = fsum(raw)
     goals: dict[str, tuple[Tensor, Tensor]] = {}
     first: dict[str, tuple[Tensor, Tensor]] = {}
     for member, weight in zip(members, raw, strict=True):
-        one, _ = _copy(model, member, where)
-        for name, moments in _measure(one, sites, batches, call, where).items():
+        one, _ = working_copy(model, member, where)
+        for name, moments in measure(one, sites, batches, call, where).items():
             old = first.setdefault(name, moments)
             # Relative to the first, so that equal members have exactly their own statistics as goal.
             steps = [(new - at).mul_(weight / total) for new, at in zip(moments, old, strict=True)]
@@ -174,132 +174,16 @@ def repair(
     changed: dict[str, Tensor] = {}
     modules = dict(work.named_modules())
     for name in goals:  # in the order in which they run
-        mean, std = _measure(work, {name: sites[name]}, batches, call, where)[name]
+        mean, std = measure(work, {name: sites[name]}, batches, call, where)[name]
         goal_mean, goal_std = goals[name]
         alive = std > DEAD * std.max()
         scale = torch.where(alive, goal_std / torch.where(alive, std, 1.0), 1.0)
-        module = modules[name]
-        weight, bias = module.weight, module.bias
-        assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
-        with torch.no_grad():
-            weight.mul_(scale.to(weight).reshape(-1, *[1] * (weight.ndim - 1)))
-            bias.copy_((bias.double() * scale + (goal_mean - scale * mean)).to(bias))
+        for kind, tensor in affine(modules[name], scale, goal_mean - scale * mean).items():
+            changed[f"{name}.{kind}"] = tensor
         scales[name] = float(scale.mean())
-        changed |= {f"{name}.weight": weight.detach(), f"{name}.bias": bias.detach()}
     state = {
         name: changed[name].to(tensor.device, tensor.dtype) if name in changed else tensor
         for name, tensor in start.items()
     }
     left = tuple(left_out) + tuple(name for name in sites if name not in scales)
     return Repaired(state, scales, left, has_norms, perf_counter() - began)
-
-
-def _sites(spec: PermutationSpec, model: nn.Module) -> tuple[dict[str, int], list[str]]:
-    """Modules whose outputs are hidden neurons, affine in a weight and a bias: name -> number of neurons; and those
-    that can't be rescaled.
-    """
-    found, left_out = {}, []
-    tied = {*spec.aliases, *spec.aliases.values()}
-    for name, module in model.named_modules():
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        hidden = 0 in spec.axes.get(f"{name}.weight", {})
-        if not hidden or not isinstance(weight, Tensor):
-            continue
-        known = isinstance(module, CHANNELS_LAST + CHANNELS_SECOND)
-        whole = not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) == 1
-        if isinstance(bias, Tensor) and known and whole and f"{name}.weight" not in tied:
-            found[name] = weight.shape[0]
-        else:
-            left_out.append(name)
-    return found, left_out
-
-
-def _measure(
-    model: nn.Module,
-    sites: Mapping[str, int],
-    batches: Sequence[Any],
-    call: Forward,
-    device: torch.device,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and standard deviation [neurons], float64, of each site over all samples and positions, in the order in
-    which the sites run.
-    """
-    sums: dict[str, tuple[float, Tensor, Tensor]] = {}
-
-    def watch(name: str, neurons: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            rows = (
-                output.detach().movedim(_channels(module, output, neurons), -1).reshape(-1, neurons).double()
-            )
-            count, mean = float(len(rows)), rows.mean(dim=0)
-            spread = (rows - mean).square().sum(dim=0)
-            if name in sums:  # Chan's way to join the moments of two sets
-                before, old, apart = sums[name]
-                step = mean - old
-                share = count / (before + count)
-                sums[name] = (
-                    before + count,
-                    old + step * share,
-                    apart + spread + step.square() * before * share,
-                )
-            else:
-                sums[name] = count, mean, spread
-
-        return hook
-
-    modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_hook(watch(name, n)) for name, n in sites.items()]
-    try:
-        with torch.no_grad(), eval_mode(model):
-            for batch in batches:
-                call(model, _on(device, batch))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not batches:
-        raise DataError("There are no batches to measure activations on.")
-    for name, (_, mean, spread) in sums.items():
-        if not bool(torch.isfinite(mean + spread).all()):
-            raise DataError(
-                f"The outputs of {name!r} are not finite on these batches, so they can't be repaired."
-            )
-    return {name: (mean, (spread / count).sqrt()) for name, (count, mean, spread) in sums.items()}
-
-
-def _channels(module: nn.Module, output: Tensor, neurons: int) -> int:
-    """The dimension of the neurons. A class derived from torch's may move it: it is then told by its size."""
-    usual = 1 if isinstance(module, CHANNELS_SECOND) else -1
-    if output.shape[usual] == neurons and type(module).__module__.startswith("torch."):
-        return usual
-    fitting = [d for d in range(1, output.ndim) if output.shape[d] == neurons]
-    if len(fitting) != 1:
-        raise DataError(
-            f"It can't be told which dimension of the output {tuple(output.shape)} of a {type(module).__name__} has its"
-            f" {neurons} neurons: give inputs of another size."
-        )
-    return fitting[0]
-
-
-def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None
-    }
-
-
-def _copy(
-    model: nn.Module, state: State, device: torch.device | str | None
-) -> tuple[nn.Module, torch.device]:
-    """A copy of `model` with the weights of `state`, in at least float32."""
-    where = torch.device(next(model.parameters()).device if device is None else device)
-    work = copy.deepcopy(model)
-    tensors = dict(state)
-    half = any(t.is_floating_point() and t.dtype.itemsize < 4 for t in tensors.values())
-    work = work.float() if half else work
-    work.load_state_dict(tensors)
-    return work.to(where).eval(), where
-
-
-def _on(device: torch.device, batch: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
