@@ -142,7 +142,7 @@ def _moves_first_only(module: nn.Module, args: Any, output: Tensor, dim: int) ->
         moved = module.forward(*args) - output  # not module(...), whose hooks would run again
         bias.copy_(before)
         here, elsewhere = moved.split([1, moved.shape[dim] - 1], dim)
-        return bool(here.abs().min() > 0.5) and bool(elsewhere.abs().max() < 0.5)
+        return bool((here.abs() > 0.5).all()) and bool((elsewhere.abs() < 0.5).all())
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
