@@ -22,6 +22,7 @@ from rebasin.paths import config_dir
 from rebasin.reporting import sweep as sweeps
 from rebasin.reporting.console import Console
 from rebasin.reporting.results import FORMAT, save_results
+from rebasin.reporting.sweep_command import command
 from rebasin.reporting.sweep_figures import Plot, draw_plot, lines
 from rebasin.reporting.sweep_page import into_docs, leave
 from rebasin.reporting.sweep_tables import table
@@ -219,6 +220,28 @@ def test_the_page_of_results_keeps_what_people_wrote(swept, tmp_path):
     assert [line for line in once.splitlines() if "by hand" in line.lower()] == ["By hand.", "More by hand."]
     assert document.read_text().splitlines()[-1] == "More by hand."
     assert "![" in once and (tmp_path / "experiments" / "width-small-barrier.png").is_file()
+
+
+def test_the_command_of_a_sweep_says_where_it_departs_from_the_recipe():
+    recipe = ["data=mnist", "model.width=16,32,64", "model.seeds=[0,1],[2,3]", "seed=0,1", "tensors=false"]
+
+    def of(size: str, *runs: str) -> str:
+        made = tuple(sweeps.Run("r", f"python -m rebasin.run +experiment=x {run}", 1.0) for run in runs)
+        return command(sweeps.Sweep({"name": "x", "full": recipe, "small": []}, size, {}, (), made, {}))
+
+    start = "python -m rebasin.run +experiment=x"
+    grid = [
+        f"data=mnist model.width={w} 'model.seeds={s}' seed={k} tensors=False threads=1"
+        for w in (64, 32, 16) for s in ("[2, 3]", "[0,1]") for k in (1, 0)
+    ]  # fmt: skip
+    assert of("full", *grid) == start, "spaces, order and options that change no figure don't matter"
+    part = [run for run in grid if "seed=0" in run and "width=16" not in run]
+    assert of("full", *part) == f"{start} model.width=32,64 seed=0"
+    assert (
+        of("full", part[0].replace("width=64", "width=7"))
+        == f"{start} model.width=7 'model.seeds=[2,3]' seed=0"
+    )
+    assert of("small", "size=small algo=ste") == f"{start} size=small algo=ste"
 
 
 def test_there_is_nothing_to_report_on(tmp_path, capsys):

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ..checkpoints import write_text
 from .html import data_uri
 from .sweep import NAME, Sweep, csv_text, save
+from .sweep_command import command
 from .sweep_figures import draw, plots, words
 from .sweep_tables import Table, table
 
@@ -73,14 +74,6 @@ def machine(environment: Mapping[str, Any]) -> str:
 
 def minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
-
-
-def command(sweep: Sweep) -> str:
-    """The command of the whole sweep."""
-    if "full" not in sweep.declaration:
-        return sweep.runs[0].command if len(sweep.runs) == 1 else ""
-    size = "" if sweep.size == "full" else f" size={sweep.size}"
-    return f"python -m rebasin.run +experiment={sweep.declaration['name']}{size}"
 
 
 def into_docs(sweep: Sweep, document: Path, pictures: Path) -> list[Path]:

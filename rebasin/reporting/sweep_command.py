@@ -1,0 +1,71 @@
+"""The one command of a whole sweep, as it was made: the experiment, and where it departs from its recipe."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from ..experiments import GROUP, IRRELEVANT
+from .sweep import Sweep
+
+
+def command(sweep: Sweep) -> str:
+    """The command of the whole sweep; "" for runs of no experiment that had several commands.
+
+    Options of the recipe that the runs had otherwise, and further ones, are read off the runs' own commands. An axis of
+    which only some values were run has these. (Runs that are no grid are shown as the grid around them.)
+    """
+    declared = sweep.declaration.get(sweep.size)
+    if declared is None:
+        return sweep.runs[0].command if len(sweep.runs) == 1 else ""
+    recipe = {key: values for key, values in map(_values, declared) if key}
+    seen: dict[str, dict[str, Any]] = {}
+    for run in sweep.runs:
+        for word in shlex.split(run.command):
+            key, values = _values(word)
+            if key:
+                seen.setdefault(key, {}).update(values)
+    parts = [
+        f"+{GROUP}={sweep.declaration['name']}",
+        *([] if sweep.size == "full" else [f"size={sweep.size}"]),
+    ]
+    for key, values in seen.items():
+        planned = recipe.get(key, {})
+        if key.split(".")[0] not in IRRELEVANT and values.keys() != planned.keys():
+            own = [text for value, text in planned.items() if value in values]
+            own += [text for value, text in values.items() if value not in planned]
+            parts.append(shlex.quote(f"{key}={','.join(own)}"))
+    return " ".join(["python -m rebasin.run", *parts])
+
+
+def _values(text: str) -> tuple[str, dict[str, str]]:
+    """The option that an override sets, and its values: what they are, compared regardless of how they were written,
+    and how they were. "" for what is no override.
+    """
+    override = _parsed(text)
+    if override is None:
+        return "", {}
+    key = override.get_key_element()
+    written = (
+        [str(one) for one in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [text.partition("=")[2]]
+    )
+    values = {}
+    for one in written:
+        parsed = _parsed(f"{key}={one}")
+        values[one if parsed is None else repr(parsed.value())] = one
+    return key.lstrip("+~"), values
+
+
+def _parsed(text: str) -> Override | None:
+    if "=" not in text:
+        return None
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException:
+        return None
