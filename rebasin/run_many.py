@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 OWN = ("_target_", "name", "many", "repair")
 """Fields of an algorithm's config that are no options of its function."""
+REPAIRS = ("reset", "rescale", "closed_form")
+"""What `algo.repair` can name."""
 
 
 def is_many(cfg: DictConfig) -> bool:
@@ -61,7 +63,6 @@ def run_many(cfg: DictConfig, folder: Path, console: Console, command: str = "")
     from .matching.many_result import save_permutations
     from .reporting import many as report
     from .tasks import load_task
-    from .tracing import trace
 
     config = resolved(cfg)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ def run_many(cfg: DictConfig, folder: Path, console: Console, command: str = "")
         algorithm = _function(cfg)
         task = load_task(cfg)
     with console.stage("spec"):
-        specs = {name: trace(part.model, *part.args, **part.kwargs) for name, part in task.parts.items()}
+        specs = {name: part.spec() for name, part in task.parts.items()}
         spec = specs[task.aligned]
         console.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
     combination = load_combination(cfg, task)
@@ -173,10 +174,11 @@ def _merges(
     combination: Combination,
 ) -> dict[str, State]:
     """Name -> state: the plain mean and the merge; with `repair` each of them again after a reset of statistics (if
-    there are any) and after REPAIR, with the goals of its own members.
+    there are any), after REPAIR, and after REPAIR in closed form, with the goals of its own members.
     """
     from .matching.many_pivot import naive_mean
     from .merging.repair import repair, reset_statistics
+    from .merging.repair_closed_form import repair_closed_form
 
     aligned = any(not p.is_identity for p in result.permutations)
     found: dict[str, tuple[State, Sequence[State]]] = {
@@ -191,16 +193,35 @@ def _merges(
             members,
         )
     merges: dict[str, State] = {name: state for name, (state, _) in found.items()}
-    batches = task.batches["train"]
-    if not cfg.algo.get("repair", True) or not hasattr(task.objective, "logits"):
+    ways = _repairs(cfg)
+    if not ways or not hasattr(task.objective, "logits"):
         return merges
+    batches = task.batches["train"]
     for name, (state, members) in found.items():
-        done = repair(spec, task.model, state, members, batches, weights=result.weights)
-        if done.reset:
-            merges[f"{name}, reset"] = reset_statistics(task.model, state, batches)
-        if done.scales:
+        data = spec, task.model, state, members, batches
+        done = repair(*data, weights=result.weights) if "rescale" in ways else None
+        fresh = reset_statistics(task.model, state, batches) if "reset" in ways else state
+        if any(fresh[key] is not state[key] for key in state):
+            merges[f"{name}, reset"] = fresh
+        if done is not None and done.scales:
             merges[f"{name}, REPAIR"] = done.state
+        if "closed_form" in ways:
+            merges[f"{name}, closed form"] = repair_closed_form(*data, weights=result.weights).state
     return merges
+
+
+def _repairs(cfg: DictConfig) -> tuple[str, ...]:
+    """The ways of `algo.repair`: true is a reset and REPAIR, false none."""
+    chosen = cfg.algo.get("repair", True)
+    if isinstance(chosen, bool) or chosen is None:
+        return REPAIRS[:2] if chosen else ()
+    ways = (chosen,) if isinstance(chosen, str) else tuple(chosen)
+    unknown = [way for way in ways if way not in REPAIRS]
+    if unknown:
+        raise ConfigError(
+            f"algo.repair has {unknown[0]!r}; it takes true, false or some of {', '.join(REPAIRS)}."
+        )
+    return ways
 
 
 def _evaluate(

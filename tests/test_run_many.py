@@ -155,6 +155,13 @@ def test_batchnorm_gets_a_reset(tmp_path: Path) -> None:
     results, _ = execute(tmp_path, "algo=merge_many_pivot", "model.seeds=[0,1]", *net)
     names = [row["name"] for row in results["rows"]["heldout"]]
     assert "merge_many_pivot, reset" in names and "merge_many_pivot, REPAIR" in names
+    # Ways of REPAIR can be chosen.
+    some = ["algo=merge_many_pivot", "algo.repair=[reset,closed_form]", "model.seeds=[0,1]"]
+    results, _ = execute(tmp_path / "some", *some, *net)
+    rows = {row["name"]: row["loss"] for row in results["rows"]["heldout"]}
+    both = [f"{name}, {way}" for name in ("naive", "merge_many_pivot") for way in ("reset", "closed form")]
+    assert list(rows)[4:] == both
+    assert len({rows[name] for name in ("naive", *both[:2])}) == 3, "each is another network"
 
 
 def test_mistakes_cost_one_sentence(tmp_path: Path) -> None:
@@ -162,6 +169,10 @@ def test_mistakes_cost_one_sentence(tmp_path: Path) -> None:
         execute(tmp_path, "algo=weight_matching", *TINY)
     with pytest.raises(ConfigError, match="no option 'pivot'"):
         execute(tmp_path, "algo=merge_many", "+algo.pivot=1", *TINY)
+    with pytest.raises(
+        ConfigError, match=r"'scale'; it takes true, false or some of reset, rescale, closed_form"
+    ):
+        execute(tmp_path, "algo=merge_many", "algo.repair=[scale]", *TINY)
     with pytest.raises(ConfigError, match="model.seeds"):
         execute(tmp_path, "algo=merge_many", *TINY, "model.seeds=[a,b,c]")
     results, text = execute(tmp_path, "algo=merge_many", "dry_run=true", *TINY)
