@@ -16,7 +16,7 @@ from torch import Tensor
 from rebasin.checkpoints import component_spec, load_safetensors, open_checkpoint, save_safetensors
 from rebasin.checkpoints.architectures import build
 from rebasin.checkpoints.layouts import single_file
-from rebasin.checkpoints.twins import twin
+from rebasin.checkpoints.twins import TWIN_WIDTH, twin
 from rebasin.cli import main
 
 IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
@@ -53,18 +53,22 @@ class Files:
     """
 
     def __init__(
-        self, folder: Path, parts: tuple[str, ...] = ("unet", "vae", "text_encoder"), plant: bool = True
+        self,
+        folder: Path,
+        parts: tuple[str, ...] = ("unet", "vae", "text_encoder"),
+        plant: bool = True,
+        family: str = "sd1",
     ) -> None:
         torch.manual_seed(0)
         states: dict[str, dict[str, Tensor]] = {}
-        for name, config in twin("sd1", 16, depth=1, vocabulary=64).items():
+        for name, config in twin(family, TWIN_WIDTH[family], depth=1, vocabulary=64).items():
             if name in parts:
                 fresh = build(name, config, "cpu")[0].state_dict()
                 states[name] = {n: t + 0.05 * torch.randn_like(t) for n, t in fresh.items()}
-        ids = {IDS: torch.arange(77)[None].float()}
+        ids = {IDS: torch.arange(77)[None].float()} if family == "sd1" else {}
         extra = {"model_ema.decay": torch.tensor(0.5), "betas": torch.ones(4)}
         self.a, self.b, self.f = (folder / f"{name}.safetensors" for name in "abf")
-        whole = dict(single_file("sd1", states)) | ids | extra
+        whole = dict(single_file(family, states)) | ids | extra
         save_safetensors(
             self.a, whole, {"modelspec.title": "A", "modelspec.hash_sha256": "stale"}, keep_order=True
         )
@@ -72,18 +76,21 @@ class Files:
         # Deriving and proving the UNet's symmetries takes the most time by far.
         self.planted = {name: component_spec(checkpoint, name).random(5) for name in states if plant}
         moved = states | {name: p.apply(states[name]) for name, p in self.planted.items()}
-        save_safetensors(self.b, dict(single_file("sd1", moved)) | ids)
+        save_safetensors(self.b, dict(single_file(family, moved)) | ids)
         tuned = {
             n: {k: t + 1e-3 * torch.randn_like(t) for k, t in part.items()} for n, part in states.items()
         }
-        save_safetensors(self.f, dict(single_file("sd1", tuned)) | ids)
+        save_safetensors(self.f, dict(single_file(family, tuned)) | ids)
         self.lora = folder / "lora.safetensors"
-        q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-        v = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+        block = "down_blocks_0_attentions_0" if family == "sd1" else "down_blocks_1_attentions_0"
+        q = f"lora_unet_{block}_transformer_blocks_0_attn1_to_q"
+        text = "te" if family == "sd1" else "te1"
+        v = f"lora_{text}_text_model_encoder_layers_0_mlp_fc1"
         out, width = states["text_encoder"]["text_model.encoder.layers.0.mlp.fc1.weight"].shape
+        channels = TWIN_WIDTH[family] * (1 if family == "sd1" else 2)
         factors = {
-            f"{q}.lora_down.weight": torch.randn(2, 16),
-            f"{q}.lora_up.weight": torch.randn(16, 2),
+            f"{q}.lora_down.weight": torch.randn(2, channels),
+            f"{q}.lora_up.weight": torch.randn(channels, 2),
             f"{q}.alpha": torch.tensor(2.0),
             f"{v}.lora_down.weight": torch.randn(2, width),
             f"{v}.lora_up.weight": torch.randn(out, 2),

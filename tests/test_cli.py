@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -219,3 +220,21 @@ def test_controlnet_follows_its_unet(files: Files, tmp_path: Path) -> None:
         name = "controlnet_down_blocks.0.weight"
         assert torch.equal(moved[name], state[name][rows]) and not torch.equal(moved[name], state[name])
         assert torch.equal(moved["conv_in.weight"], state["conv_in.weight"])  # its own neurons stay
+
+
+def test_interrupt_says_how_to_go_on_and_leaves_nothing(files: Files, tmp_path: Path) -> None:
+    run = [sys.executable, "-u", "-m", "rebasin", "align", str(files.a), str(files.b)]
+    process = subprocess.Popen(
+        [*run, "-o", str(tmp_path / "out.safetensors")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while "hash" not in (line := process.stdout.readline()):
+        assert line, process.communicate()[1]
+    process.send_signal(signal.SIGINT)  # while symmetries are derived and proved
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "the same command continues" in error and "Traceback" not in error
+    assert not list(tmp_path.iterdir())

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import RebasinError
@@ -32,8 +34,25 @@ command that was interrupted continues where it stopped when it is given
 again. Every command explains itself: rebasin COMMAND --help
 """
 
+
+class Commands(TyperGroup):
+    """The commands; Ctrl-C ends them with what to do next, not with click's bare "Aborted!"."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print(
+                "\nInterrupted. No input was changed and no output is half-written; the same command continues where"
+                " it stopped.",
+                file=sys.stderr,
+            )
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="rebasin",
+    cls=Commands,
     help=HELP,
     no_args_is_help=True,
     add_completion=False,
@@ -74,8 +93,7 @@ def guarded(job: Callable[[], None]) -> None:
     except RebasinError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("Interrupted. The same command continues where it can.", file=sys.stderr)
+    except KeyboardInterrupt:  # before or after a command
         sys.exit(130)
 
 

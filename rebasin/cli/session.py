@@ -50,7 +50,14 @@ def table(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], left: S
     """A table of `rows`; numbers to the right."""
     made = Table(box=None, pad_edge=False, header_style="dim")
     for key, title in columns.items():
-        made.add_column(title, justify="left" if key in left else "right", no_wrap=True)
+        # In a narrow terminal names are continued on the next line: half a name says nothing.
+        words = key in left
+        made.add_column(
+            title,
+            justify="left" if words else "right",
+            no_wrap=not words,
+            overflow="fold" if words else "ellipsis",
+        )
     for row in rows:
         made.add_row(*(str(row.get(key, "")) for key in columns))
     return made
