@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from rebasin import experiments, report
 from rebasin.configuration import resolved
@@ -22,7 +21,7 @@ from rebasin.paths import config_dir
 from rebasin.reporting import sweep as sweeps
 from rebasin.reporting.console import Console
 from rebasin.reporting.results import FORMAT, save_results
-from rebasin.reporting.sweep_command import command
+from rebasin.reporting.sweep_command import command, place
 from rebasin.reporting.sweep_figures import Plot, draw_plot, lines
 from rebasin.reporting.sweep_page import into_docs, leave
 from rebasin.reporting.sweep_tables import table
@@ -66,9 +65,7 @@ def test_every_experiment_composes_and_its_declaration_is_complete(composed):
         for size in experiments.SIZES:
             for override in declared.get(size) or ():
                 assert "=" in override, (name, override)
-    folders = {
-        str(OmegaConf.to_container(cfg, resolve=True)["experiment"]["name"]) for cfg in composed.values()
-    }
+    folders = {str(cfg.experiment.name) for cfg in composed.values()}
     assert folders == set(experiments.names())
 
 
@@ -242,6 +239,30 @@ def test_the_command_of_a_sweep_says_where_it_departs_from_the_recipe():
         == f"{start} model.width=7 'model.seeds=[2,3]' seed=0"
     )
     assert of("small", "size=small algo=ste") == f"{start} size=small algo=ste"
+
+
+def test_runs_are_in_the_order_of_the_recipe():
+    declared = {"small": ["data=x", "algo=b,a", "seed=0,1"]}
+    runs = [f"data=x algo={a} seed={s}" for a in ("a", "c", "b") for s in (1, 0)]
+    ordered = sorted(runs, key=lambda run: place(declared, "small", f"python -m rebasin.run {run}"))
+    assert [run[12:] for run in ordered] == [
+        "b seed=0", "b seed=1", "a seed=0", "a seed=1", "c seed=0", "c seed=1",
+    ]  # fmt: skip
+
+
+def test_figures_are_those_that_the_experiment_declares_today(swept, monkeypatch):
+    new = {**experiments.declaration("width"), "title": "Another"}
+    monkeypatch.setattr(experiments, "declaration", lambda name: new)
+    assert sweeps.collect(swept).declaration["title"] == "Another"
+    monkeypatch.setattr(experiments, "names", lambda: [])
+    assert sweeps.collect(swept).declaration["title"] != "Another", "of the runs, if there is no such file"
+
+
+def test_bins_without_samples_have_no_point():
+    filled = sweeps._filled(
+        {"share": [0.0, 1.0], "confidence": [0.0, 0.7], "accuracy": [0.0, 0.6], "ece": 0.1}
+    )
+    assert filled == {"share": [0.0, 1.0], "confidence": [None, 0.7], "accuracy": [None, 0.6], "ece": 0.1}
 
 
 def test_there_is_nothing_to_report_on(tmp_path, capsys):

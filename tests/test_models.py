@@ -150,7 +150,7 @@ def test_the_cache_is_used(small, tmp_path):
     assert all(first.state[name].equal(second.state[name]) for name in first.state)
     assert not second.model().training
     assert second.model()(small.test_x).equal(first.model()(small.test_x))
-    assert [path.name for path in tmp_path.iterdir()] == [first.path.name]
+    assert first.path is not None and [path.name for path in tmp_path.iterdir()] == [first.path.name]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "text", "renamed"])
@@ -159,13 +159,16 @@ def test_a_damaged_cache_file_is_noticed_and_replaced(damage, small, tmp_path):
         return trained("mlp", small, {"width": 4}, SHORT, seed=seed, cache=tmp_path)
 
     good = get()
+    assert good.path is not None
     content = bytearray(good.path.read_bytes())
     if damage == "truncated":
         content = content[:-9]
     elif damage == "flipped":
         content[-5] ^= 1
     elif damage == "renamed":
-        content = bytearray(get(seed=1).path.read_bytes())
+        other = get(seed=1).path
+        assert other is not None
+        content = bytearray(other.read_bytes())
     else:
         content = bytearray(b"" if damage == "emptied" else b"not a checkpoint")
     good.path.write_bytes(content)

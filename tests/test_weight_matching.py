@@ -470,7 +470,7 @@ def test_threads_change_nothing(name: str) -> None:
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("wanted", [False, True])
 def test_tf32_is_as_asked_and_as_before_afterwards(wanted: bool, before: bool) -> None:
-    seen: list[bool] = []
+    seen: list[object] = []
 
     def order(sweep: int, groups: int) -> range:
         seen.append(torch.backends.cuda.matmul.allow_tf32)

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -38,7 +37,7 @@ again. Every command explains itself: rebasin COMMAND --help
 class Commands(TyperGroup):
     """The commands; Ctrl-C ends them with what to do next, not with click's bare "Aborted!"."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:  # a Context of the click that typer brings along
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

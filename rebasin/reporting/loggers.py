@@ -121,7 +121,7 @@ class WandbLogger:
 
     def results(self, results: Results, folder: Path) -> None:
         logged: dict[str, Any] = {
-            name: self._wandb.Table(columns=columns, data=rows)
+            name: self._wandb.Table(columns=list[Any](columns), data=rows)
             for name, (columns, rows) in tables(results).items()
         }
         for name in PICTURES:

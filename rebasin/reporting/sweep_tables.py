@@ -13,7 +13,7 @@ Rows that agree are averaged, with their standard deviation and number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -74,7 +74,12 @@ def table(sweep: Sweep) -> Table | None:
 
 
 def _across(
-    sweep: Sweep, rows: Sequence[Row], column: str, across: Sequence[Any], value: str, percent: set[str]
+    sweep: Sweep,
+    rows: Sequence[Row],
+    column: str,
+    across: Sequence[Any],
+    value: str,
+    percent: Collection[str],
 ) -> list[str]:
     by = {x: [row for row in rows if sweep.value(row, column) == x] for x in across}
     return [_shown(sweep, by[x], value, value in percent) for x in across]

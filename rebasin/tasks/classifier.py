@@ -58,8 +58,8 @@ def load(cfg: DictConfig) -> Task:
         )
     size = cfg.data.batch_size
     batches = {
-        name: [(x.to(device), y.to(device)) for x, y in data.batches(part, size)]
-        for name, part in (("train", "train"), ("heldout", "test"))
+        name: [(x.to(device), y.to(device)) for x, y in own]
+        for name, own in (("train", data.batches("train", size)), ("heldout", data.batches("test", size)))
     }
     names = [Path(file).stem for file in files] if files else [f"seed {seed}" for seed in seeds]
     return Task(
