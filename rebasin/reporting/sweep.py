@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import experiments
 from ..checkpoints import write_text
 from ..errors import CheckpointError
 from ..experiments import relevant
 from .metrics import metrics
 from .results import NAME as RESULTS
 from .results import Results, load_results
+from .sweep_command import place as order_of
 
 NAME = "sweep.json"
 FORMAT = 1
@@ -77,7 +79,8 @@ class Sweep:
 
 
 def collect(folder: Path) -> Sweep:
-    """The finished runs below `folder`.
+    """The finished runs below `folder`, in the order of the recipe's axes; figures and table are those that the
+    experiment's file declares today, so that they can be changed without running anything again.
 
     Raises:
         CheckpointError: there are none, or not of one experiment.
@@ -85,6 +88,12 @@ def collect(folder: Path) -> Sweep:
     found = [(path.parent, load_results(path.parent)) for path in sorted(folder.glob(f"**/{RESULTS}"))]
     if not found:
         raise CheckpointError(f"There is no finished run in {folder}; name a run's or a sweep's folder.")
+    declared = [results["config"].get("experiment") for _, results in found]
+    if any((d or {}).get("name") != (declared[0] or {}).get("name") for d in declared):
+        raise CheckpointError(f"{folder} has runs of several experiments; name the folder of one sweep.")
+    declaration = _today(declared[-1])
+    size = str(found[0][1]["config"].get("size", "full"))
+    found.sort(key=lambda run: order_of(declaration or {}, size, str(run[1].get("command", ""))))
     options = [_flat(relevant(results["config"])) for _, results in found]
     names = {name for flat in options for name in flat}
     common = {
@@ -97,13 +106,10 @@ def collect(folder: Path) -> Sweep:
         own = {name: value for name, value in flat.items() if name not in common}
         head = {**own, "varied": sorted(own), "run": str(place.relative_to(folder))}
         rows += [{**head, **measured} for measured in measurements(results)]
-    declared = [results["config"].get("experiment") for _, results in found]
-    if any((d or {}).get("name") != (declared[0] or {}).get("name") for d in declared):
-        raise CheckpointError(f"{folder} has runs of several experiments; name the folder of one sweep.")
     first = found[0][1]
     return Sweep(
-        declaration=declared[-1] or _undeclared(folder, rows),
-        size=str(first["config"].get("size", "full")),
+        declaration=declaration or _undeclared(folder, rows),
+        size=size,
         common=common,
         rows=tuple(rows),
         runs=tuple(
@@ -123,7 +129,7 @@ def measurements(results: Results) -> list[dict[str, Any]]:
             {"split": split, "models": len(results["models"]), "seconds/align": results["seconds"]["align"]}
             | {key: value for key, value in row.items() if key not in ("name", "calibration")}
             | {"merge": row["name"].replace(results["algorithm"], "aligned")}
-            | {f"reliability/{key}": value for key, value in (row["calibration"] or {}).items()}
+            | {f"reliability/{key}": value for key, value in _filled(row["calibration"] or {}).items()}
             for split, rows in results["rows"].items()
             for row in rows
         ]
@@ -136,6 +142,23 @@ def measurements(results: Results) -> list[dict[str, Any]]:
             row[f"line/{split}/{kind}/loss"] = curve["losses"]
             row |= {f"line/{split}/{kind}/{name}": values for name, values in curve["metrics"].items()}
     return [row]
+
+
+def _filled(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """Without confidence and accuracy, 0, of bins in which no sample is: a figure has no point there."""
+    shares = calibration.get("share") or ()
+    return {
+        key: [v if share else None for v, share in zip(value, shares, strict=True)]
+        if key in ("confidence", "accuracy")
+        else value
+        for key, value in calibration.items()
+    }
+
+
+def _today(stored: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What the experiment of this name declares now; what was stored if there is none (any more, or here)."""
+    name = (stored or {}).get("name")
+    return experiments.declaration(name) if name in experiments.names() else stored
 
 
 def save(sweep: Sweep, path: Path) -> Path:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from ..experiments import GROUP, IRRELEVANT
-from .sweep import Sweep
+
+if TYPE_CHECKING:
+    from .sweep import Sweep
 
 
 def command(sweep: Sweep) -> str:
@@ -40,6 +43,18 @@ def command(sweep: Sweep) -> str:
             own += [text for value, text in values.items() if value not in planned]
             parts.append(shlex.quote(f"{key}={','.join(own)}"))
     return " ".join(["python -m rebasin.run", *parts])
+
+
+def place(declaration: Mapping[str, Any], size: str, command: str) -> tuple[int, ...]:
+    """Where a run stands among those of its experiment: by the recipe's axes, the first one first, and by their values
+    as they are written there; values that are not come last.
+    """
+    own = dict(map(_values, shlex.split(command)))
+    found = []
+    for key, planned in map(_values, declaration.get(size) or ()):
+        value = next(iter(own.get(key, ())), None)
+        found.append(list(planned).index(value) if value in planned else len(planned))
+    return tuple(found)
 
 
 def _values(text: str) -> tuple[str, dict[str, str]]:

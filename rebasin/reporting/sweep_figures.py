@@ -144,6 +144,7 @@ def draw_plot(sweep: Sweep, plot: Plot) -> Figure | None:
         for ax, (panel, found) in zip(axes.flat, drawn, strict=False):
             (_bars if plot.kind == "bars" else _lines)(ax, plot, found, looks, handles)
             title = plot.title if panel is None else words(panel)
+            title = f"{words(plot.panel)}: {title}" if isinstance(panel, int | float) else title
             ax.set_title(title if len(drawn) == 1 or panel is not None else "")
             ax.set_xlabel(plot.x_label or words(plot.x))
             ax.set_ylabel(plot.y_label or (words(plot.y) if isinstance(plot.y, str) else ""))
@@ -169,7 +170,7 @@ def lines(sweep: Sweep, plot: Plot, rows: Sequence[Row]) -> list[Line]:
     found = []
     for label, column, split in wanted:
         series: dict[str, list[Row]] = {}
-        for row in rows if split else once(sweep, rows):
+        for row in rows if split else once(sweep, rows, plot.x):
             values = [words(sweep.value(row, key)) for key in plot.series] if split else []
             series.setdefault(", ".join([*values, *([label] if label else [])]), []).append(row)
         for name, own in series.items():
@@ -199,9 +200,11 @@ def matches(sweep: Sweep, row: Row, where: Mapping[str, Any]) -> bool:
     )
 
 
-def once(sweep: Sweep, rows: Sequence[Row]) -> list[Row]:
-    """Of rows that differ in the algorithm alone the first: what they say of the baseline is the same."""
-    keys = [key for key in sweep.varied if not key.startswith("algo.")]
+def once(sweep: Sweep, rows: Sequence[Row], x: str = "") -> list[Row]:
+    """Of rows that differ in the algorithm alone the first: what they say of the baseline is the same. Options of the
+    algorithm along the axis `x` do count: the baseline is drawn at each place.
+    """
+    keys = [key for key in sweep.varied if key == x or not key.startswith("algo.")]
     return list({tuple(str(row.get(key)) for key in keys): row for row in reversed(rows)}.values())[::-1]
 
 
@@ -239,6 +242,23 @@ WORDS = {
     "midpoint/heldout/loss": "loss at the midpoint",
     "endpoints/heldout/loss_a": "loss of A",
     "algo.name": "algorithm",
+    "algo.statistic": "statistic",
+    "inner_product": "inner product",
+    "pearson": "Pearson",
+    "algo.reads": "read at",
+    "algo.init": "start",
+    "algo.order": "order",
+    "algo.restarts": "starts",
+    "match/objective": "objective",
+    "match/sweeps": "sweeps",
+    "model.a": "A",
+    "model.b": "B",
+    "model.norm": "norm",
+    "data.split": "split",
+    "structure": "moves",
+    "ece": "calibration error",
+    "midpoint/temperature": "temperature at the midpoint",
+    "midpoint/accuracy": "accuracy at the midpoint",
     "model.name": "model",
     "seconds/align": "seconds to align",
     "match/seconds": "seconds to match",
@@ -256,7 +276,8 @@ def words(value: Any) -> str:
 
 
 def _values(sweep: Sweep, rows: Sequence[Row], column: str) -> list[Any]:
-    return list({str(v): v for v in (sweep.value(row, column) for row in rows)}.values())
+    found = list({str(v): v for v in (sweep.value(row, column) for row in rows)}.values())
+    return sorted(found) if all(isinstance(v, int | float) for v in found) else found
 
 
 def _negative(found: Sequence[Line]) -> bool:
@@ -301,9 +322,16 @@ def _bars(ax: Axes, plot: Plot, found: Sequence[Line], looks: Mapping[str, Any],
         )
         if max(line.count) > 1:
             ax.errorbar(x, y, yerr=[y - low, high - y], fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
-    names = [name if len(name) < 14 else name.replace(", ", ",\n").replace(" ", "\n", 1) for name in places]
-    ax.set_xticks(list(places.values()), names, fontsize=8.5)
+    if sum(map(len, places)) > 80:  # they would run into each other
+        ax.set_xticks(list(places.values()), list(places), fontsize=8.5, rotation=35, ha="right")
+        ax.tick_params(axis="x", length=0)
+    else:
+        names = [
+            name if len(name) < 14 else name.replace(", ", ",\n").replace(" ", "\n", 1) for name in places
+        ]
+        ax.set_xticks(list(places.values()), names, fontsize=8.5)
     ax.grid(axis="x", visible=False)
+    ax.set_axisbelow(True)
 
 
 def _contours(sweep: Sweep, plot: Plot, rows: Sequence[Row]) -> Figure | None:

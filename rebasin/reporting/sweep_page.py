@@ -99,10 +99,11 @@ def into_docs(sweep: Sweep, document: Path, pictures: Path) -> list[Path]:
 def _section(sweep: Sweep, document: Path, stored: Path, pictures: list[Path]) -> str:
     declared = sweep.declaration
     found = table(sweep)
+    runs = f"{len(sweep.runs)} run{'s' if len(sweep.runs) > 1 else ''}"
     parts = [
         f"## {declared['title']}",
         declared.get("question") or "",
-        f"`{command(sweep)}`: {len(sweep.runs)} runs, {minutes(sweep.seconds)}, {machine(sweep.environment)}. "
+        f"`{command(sweep)}`: {runs}, {minutes(sweep.seconds)}, {machine(sweep.environment)}. "
         f"Redraw: `python -m rebasin.report {_relative(stored, Path.cwd())}`.",
         found.markdown().rstrip() if found is not None else "",
         "\n".join(f"![{declared['title']}]({_relative(path, document.parent)})" for path in pictures),
