@@ -114,6 +114,9 @@ def parse() -> argparse.Namespace:
         "--sample", type=Path, help="also write the embedded 1,000 + 1,000 digits to this .npz"
     )
     parser.add_argument(
+        "--width", type=int, default=32, help="channels of the UNets' first level (default: 32)"
+    )
+    parser.add_argument(
         "--quick", type=float, default=1.0, help="share of the steps, to try the script (default: 1)"
     )
     return parser.parse_args()
@@ -143,7 +146,7 @@ def run_stage(
         if stage in FINE_TUNED_ON:
             start, corpus = tiny_sd.load_unet("seed0", path=out), corpus.only(FINE_TUNED_ON[stage])
         else:
-            start = tiny_sd.new_unet(recipe.seed)
+            start = tiny_sd.new_unet(recipe.seed, options.width)
         model, record = training.train_unet(stage, start, corpus, recipe, **common)
         place(model.half(), out / f"unet_{stage}")
     record |= {"parameters": sum(p.numel() for p in model.parameters()), "recipe": vars(recipe)}
@@ -181,9 +184,9 @@ def evaluate(out: Path, images: np.ndarray, labels: np.ndarray, options: argpars
     )
     unets = {name: tiny_sd.load_unet(name, path=out) for name in tiny_sd.UNETS}
     losses = {name: training.denoising_loss(unet, batches) for name, unet in unets.items()}
-    losses["random weights"] = training.denoising_loss(tiny_sd.new_unet(0), batches)
+    losses["random weights"] = training.denoising_loss(tiny_sd.new_unet(0, options.width), batches)
     for a, b in (("seed0", "seed1"), ("low", "high")):
-        middle = tiny_sd.new_unet(0)
+        middle = tiny_sd.new_unet(0, options.width)
         other = unets[b].state_dict()
         middle.load_state_dict({k: (v + other[k]) / 2 for k, v in unets[a].state_dict().items()})
         losses[f"naive midpoint of {a} and {b}"] = training.denoising_loss(middle, batches)

@@ -8,6 +8,7 @@ carries information that the digit alone does not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,13 +152,15 @@ def denoising_batches(
     seed: int = 0,
     digits: tuple[int, ...] | None = None,
     path: str | Path | None = None,
+    embed: Callable[[list[str]], torch.Tensor] | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Fixed noise prediction problems, the same for every model that is compared, deterministic in `seed`.
 
     Each batch: latents [b, 4, 8, 8] (clean, scaled), noise [b, 4, 8, 8], timesteps int64 [b] and condition
     [b, 16, hidden], float32 on the CPU. Timesteps are stratified: one from each of n equal parts of the
     scheduler's range, shuffled. `digits` keeps only these digits; `path` reads another data set (see `load`).
-    Raises DataError when fewer than n images are left.
+    `embed`: what stands for captions in place of the encoder's states. Raises DataError when fewer than n
+    images are left.
     """
     images, labels = load(split, path)
     if digits is not None:
@@ -173,7 +176,8 @@ def denoising_batches(
     images, labels = images[chosen], labels[chosen]
 
     numbers = caption_numbers(labels, inks(images), rng)
-    table = embed_captions(text_encoder, tokenizer, [text for text, _, _ in CAPTIONS])
+    texts = [text for text, _, _ in CAPTIONS]
+    table = embed_captions(text_encoder, tokenizer, texts) if embed is None else embed(texts)
     latents = encode_latents(vae, images)
     steps = (rng.permutation(n) + rng.random(n)) / n * scheduler.config.num_train_timesteps
     timesteps = torch.from_numpy(steps.astype(np.int64))

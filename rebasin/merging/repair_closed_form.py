@@ -18,8 +18,8 @@ Added here, as the authors have networks without norms and two members:
 - A LayerNorm or GroupNorm is not linear: it undoes the loss of variance itself. Its answer is taken to be that of the
   merged norm to the mean of its members' inputs.
 - BatchNorm: `running_var` becomes (c sum_j w_j sqrt(v_j))^2, with v_j the members' own running variances, and c the
-  standard deviation of sum_j w_j x_j over sum_j w_j std(x_j), of its inputs x. That is the reset of statistics in closed
-  form. Layers whose output goes into a BatchNorm are not scaled: it takes their scale away.
+  standard deviation of sum_j w_j x_j over sum_j w_j std(x_j), of its inputs x. That is the reset of statistics in
+  closed form. Layers whose output goes into a BatchNorm are not scaled: it takes their scale away.
 
 What is neglected: y = sum_j w_j y_j leaves out that averaged weights see averaged inputs, and the error grows from
 layer to layer. The authors' VGG11 has 84.3 % by it and 84.9 % by REPAIR, where the merge has 66 %.

@@ -96,10 +96,10 @@ def trained(
     }
     folder = cache_folder(cache)
     wanted = recipe.epochs if epoch is None else epoch
-    key, path = _place(config, wanted, recipe.epochs, folder, f"{name}-{dataset.name}")
+    key, path = place(_at(config, wanted, recipe.epochs), folder, f"{name}-{dataset.name}")
     if path is not None and path.exists():
         try:
-            state, metadata = _load(path, key, model)
+            state, metadata = read_cached(path, key, model)
             history = tuple(json.loads(metadata["history"]))
             return Trained(name, options, state, history, float(metadata["seconds"]), True, path)
         except CheckpointError as error:
@@ -116,31 +116,23 @@ def trained(
 
     history = train(model.to(device), x, y, recipe, seed, _named(progress, name, seed), keep)
     for done, (state, seconds) in states.items() if folder is not None else ():
-        key, file = _place(config, done, recipe.epochs, folder, f"{name}-{dataset.name}")
-        metadata = {
-            "config": key,
-            "sha256": _digest(state),
-            "history": json.dumps(history[:done]),
-            "seconds": repr(seconds),
-        }
+        key, file = place(_at(config, done, recipe.epochs), folder, f"{name}-{dataset.name}")
         assert file is not None
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_safetensors(file, state, metadata)
-        except (OSError, CheckpointError) as error:
-            warnings.warn(f"the trained model could not be kept in {folder} ({error}).", stacklevel=2)
+        write_cached(file, key, state, history[:done], seconds)
     state, seconds = states[wanted]
     return Trained(name, options, state, history[:wanted], seconds, False, path)
 
 
-def _place(
-    config: Mapping[str, Any], epoch: int, last: int, folder: Path | None, stem: str
-) -> tuple[str, Path | None]:
-    """What identifies the weights after `epoch` epochs, and their file."""
-    at = {} if epoch == last else {"epoch": epoch}
-    key = json.dumps({**config, **at}, sort_keys=True)
+def place(config: Mapping[str, Any], folder: Path | None, stem: str) -> tuple[str, Path | None]:
+    """What identifies a training with this configuration, and its file in the cache `folder`."""
+    key = json.dumps(config, sort_keys=True)
     name = f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     return key, None if folder is None else folder / name
+
+
+def _at(config: Mapping[str, Any], epoch: int, last: int) -> dict[str, Any]:
+    """The configuration of the weights after `epoch` epochs."""
+    return {**config, **({} if epoch == last else {"epoch": epoch})}
 
 
 def _named(progress: Progress | None, name: str, seed: int) -> Progress | None:
@@ -149,21 +141,44 @@ def _named(progress: Progress | None, name: str, seed: int) -> Progress | None:
     return lambda event: progress({**event, "model": name, "seed": seed})
 
 
-def _load(path: Path, key: str, model: nn.Module) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def read_cached(path: Path, key: str, model: nn.Module) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """The weights that `write_cached` left in `path` for `key`, and the file's metadata.
+
+    Raises:
+        CheckpointError: it is of another training or another model, or damaged.
+    """
     file = load_safetensors(path)
     metadata = file.metadata
     if metadata.get("config") != key or not {"sha256", "history", "seconds"} <= metadata.keys():
         raise CheckpointError(f"{path} was not written for this model.")
     state = {name: file[name].clone() for name in file}  # copies, so that nothing keeps the file mapped
-    if _digest(state) != metadata["sha256"] or state.keys() != model.state_dict().keys():
+    if digest(state) != metadata["sha256"] or state.keys() != model.state_dict().keys():
         raise CheckpointError(f"{path} is damaged: its tensors are not those that were written.")
     return state, metadata
 
 
-def _digest(state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def write_cached(
+    path: Path, key: str, state: Mapping[str, Tensor], history: Sequence[float], seconds: float
+) -> None:
+    """Keep the weights in `path`; a folder that can't be written to costs a warning."""
+    metadata = {
+        "config": key,
+        "sha256": digest(state),
+        "history": json.dumps(history),
+        "seconds": repr(seconds),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_safetensors(path, state, metadata)
+    except (OSError, CheckpointError) as error:
+        warnings.warn(f"the trained model could not be kept in {path.parent} ({error}).", stacklevel=2)
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """A hash of names, types, shapes and values."""
+    found = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].contiguous()
-        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from rebasin.errors import CheckpointError
+from rebasin.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -167,15 +167,22 @@ def _quiet() -> Iterator[None]:
 # Architecture -----------------------------------------------------------------------------------------------
 
 
-def new_unet(seed: int) -> UNet2DConditionModel:
-    """A UNet with random weights: Stable Diffusion 1.5's shape with two levels, 0.80 M parameters."""
+def new_unet(seed: int, width: int = 32) -> UNet2DConditionModel:
+    """A UNet with random weights: Stable Diffusion 1.5's shape with two levels of `width` and 2 * `width` channels;
+    0.80 M parameters at the embedded ones' width, 32.
+
+    Raises:
+        ConfigError: `width` does not divide into 8 groups of channels.
+    """
+    if width < 8 or width % 8:
+        raise ConfigError(f"A tiny UNet's width is {width}, but it must be a multiple of 8, from 8 on.")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return UNet2DConditionModel(
             sample_size=8,
             in_channels=4,
             out_channels=4,
-            block_out_channels=(32, 64),
+            block_out_channels=(width, 2 * width),
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             mid_block_type="UNetMidBlock2DCrossAttn",

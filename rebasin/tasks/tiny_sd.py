@@ -93,23 +93,25 @@ def sample(
     steps: int,
     guidance: float,
     seed: int,
+    model: torch.nn.Module | None = None,
 ) -> Samples:
     """`count` images from each state, digit by digit; image i starts from the same noise in every row.
 
-    The weights of the pipeline's UNet are put back afterwards.
+    The states are those of `model`, a part of the pipeline or one that has parts of it; by default its UNet. Its
+    weights are put back afterwards.
     """
     prompts = [f"a handwritten {WORDS[i % len(WORDS)]}" for i in range(count)]
-    unet = pipeline.unet
-    original = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    net = pipeline.unet if model is None else model
+    original = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     rows = {}
     try:
         for label, state in states.items():
-            unet.load_state_dict(dict(state))
+            net.load_state_dict(dict(state))
             noise = [torch.Generator().manual_seed(1000 * seed + i) for i in range(count)]
             made = pipeline(prompts, generator=noise, num_inference_steps=steps, guidance_scale=guidance)
             rows[label] = made.images  # pyright: ignore[reportAttributeAccessIssue]
     finally:
-        unet.load_state_dict(original)
+        net.load_state_dict(original)
     return Samples(prompts, rows)
 
 
