@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def test_a_dry_run_tells_the_plan_and_loads_nothing(pair, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "a.safetensors is Stable Diffusion 1, 0.0" in told
     assert "GB of memory" in told
+    assert re.search(r"about \d+ s here for every restart", told)
     assert not (tmp_path / "out" / "checkpoint.safetensors").exists()
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
 DISK = 4e8
 """Bytes a second, a middling solid-state disk; there is no telling how much of a file is in memory already."""
 
-SWEEPS = 2
-"""A pair that needs no moving takes one sweep that finds so; one that does, a few more."""
-
 
 def show_plan(
     console: Console,
@@ -35,6 +31,7 @@ def show_plan(
 ) -> None:
     """Print the plan, the sizes, and estimates of memory and time; with block weights a table and a picture."""
     from ..checkpoints import component_spec
+    from ..matching.estimate import about, matching_seconds, matmul_rate
 
     rows = []
     for model in models:
@@ -64,13 +61,13 @@ def show_plan(
     memory, seconds = 3e8 + 4 * len(models) * widest * 3, 3 * inputs / DISK
     if request.align and request.permutation is None:
         specs = {name: component_spec(models[0], name, prove=False) for name in components}
-        rate = _rate()
+        rate = matmul_rate()
         rows = []
         for name, spec in specs.items():
-            own = _seconds(spec, rate) * max(1, len(models) - 1) * (1 if len(models) == 2 else 2)
+            own = matching_seconds(spec, rate) * max(1, len(models) - 1) * (1 if len(models) == 2 else 2)
             seconds += own
             rows.append(
-                {"component": name, "neurons": f"{spec.neurons:,}", "groups": len(spec), "time": _about(own)}
+                {"component": name, "neurons": f"{spec.neurons:,}", "groups": len(spec), "time": about(own)}
             )
         say("\nAlign to the first model:")
         columns = {"component": "component", "neurons": "neurons", "groups": "groups", "time": "about"}
@@ -93,7 +90,7 @@ def show_plan(
         with atomic_path(picture) as temporary:
             block_figure(blocks).savefig(temporary, dpi=120)
         say(f"\nThe weights of the blocks (picture: {picture}):\n{blocks.table()}\n", markup=False)
-    say(f"Memory about {size(memory)}, time about {_about(seconds)}. Nothing was done.")
+    say(f"Memory about {size(memory)}, time about {about(seconds)}. Nothing was done.")
 
 
 def _largest_tensor(model: Checkpoint, components: Sequence[str]) -> int:
@@ -108,37 +105,3 @@ def _memory(spec: PermutationSpec, model: Checkpoint, component: str, models: in
     return (
         6e8 + item * sum(map(prod, shapes.values())) + 3 * 8 * group**2 + 8 * max(map(prod, shapes.values()))
     )
-
-
-def _seconds(spec: PermutationSpec, rate: float) -> float:
-    """Products for the costs of every cell, and its assignment, which is about cubic."""
-    total = 0.0
-    shapes: Mapping[str, tuple[int, ...]] = spec.shapes
-    for group in spec:
-        for cell in group.cells:
-            flops = sum(
-                2 * cell.size * prod(shapes[site.parameter]) / max(1, len(spec.axes[site.parameter]))
-                for site in cell.sites
-            )
-            total += flops / rate + 3e-10 * cell.size**2.5
-    return SWEEPS * total + 0.002 * len(spec)
-
-
-def _rate() -> float:
-    """Multiplications and additions a second of this machine, measured in a moment."""
-    import torch
-
-    x = torch.randn(512, 512)
-    product = x @ x
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < 0.1:
-        product = x @ x
-        count += 1
-    del product
-    return 2 * 512**3 * count / (time.perf_counter() - began)
-
-
-def _about(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

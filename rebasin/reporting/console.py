@@ -140,6 +140,7 @@ class Console:
             *task.plan,
             f"Would verify the specs of {', '.join(specs)};",
             f"align B ({b}) to A ({a}), the {task.aligned}, by {config['algo']['name']};",
+            *_estimate(config, specs[task.aligned]),
             f"merge by {combination.words};",
             f"evaluate {config['objective']['name']} at {config['evaluate']['points']} points on"
             f" {', '.join(config['evaluate']['splits'])} data;",
@@ -200,3 +201,14 @@ class Console:
         for name, meaning in FILES.items():
             if (folder / name).exists():
                 self.console.print(f"  {name:<24}  [dim]{meaning}[/dim]")
+
+
+def _estimate(config: Mapping[str, Any], spec: PermutationSpec) -> list[str]:
+    """What aligning will take, if there is a model of it."""
+    if config["algo"]["name"] != "weight_matching":
+        return []
+    from ..matching.estimate import about, matching_seconds
+
+    return [
+        f"(about {about(matching_seconds(spec))} here for every restart, if A and B are near each other);"
+    ]
