@@ -132,7 +132,7 @@ def _compare(default: Any, value: Any, path: str) -> None:
             )
         for key in default:
             _compare(default[key], value.get(key), f"{path}.{key}" if path else str(key))
-    elif default is not None:
+    elif default is not None and not (path in OR_LIST and isinstance(value, ListConfig)):
         kind, takes = next((kind, takes) for kind, takes in KINDS if isinstance(default, kind))
         # Python's True is an int, too.
         if not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool):
@@ -147,6 +147,9 @@ KINDS: tuple[tuple[Any, str], ...] = (
     (ListConfig, "a list, for example [a,b]"),
 )
 
+OR_LIST = ("algo.repair",)
+"""Options that take a list as well as what their default is; who uses them looks into it."""
+
 
 def _no_option(name: str, arguments: Iterable[str], config: str) -> str:
     """The sentence for an option that does not exist: the nearest one, and those that do."""
@@ -154,7 +157,11 @@ def _no_option(name: str, arguments: Iterable[str], config: str) -> str:
     parent, _, _ = name.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     if parent and not isinstance(node, DictConfig):
-        return _no_option(parent, arguments, config) if node is None else f"{parent!r} has no options of its own."
+        return (
+            _no_option(parent, arguments, config)
+            if node is None
+            else f"{parent!r} has no options of its own."
+        )
     prefix = f"{parent}." if parent else ""
     known = [prefix + str(k) for k in node if k not in INTERNAL]
     close = difflib.get_close_matches(name, known, n=1)

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 
 from rebasin import experiments, report
-from rebasin.configuration import resolved
+from rebasin.configuration import check_types, resolved
 from rebasin.errors import CheckpointError, ConfigError
 from rebasin.paths import config_dir
 from rebasin.reporting import sweep as sweeps
@@ -67,6 +68,16 @@ def test_every_experiment_composes_and_its_declaration_is_complete(composed):
                 assert "=" in override, (name, override)
     folders = {str(cfg.experiment.name) for cfg in composed.values()}
     assert folders == set(experiments.names())
+
+
+@pytest.mark.parametrize("name", ["norms", "diffusion", "width"])
+def test_the_recipe_has_values_of_the_right_types(name):
+    """The norms experiment names ways of REPAIR where the default is `true`, which was refused."""
+    for size in ("small", "full"):
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            cfg = compose("config", experiments.first_job(name, size), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        check_types(cfg)
 
 
 def test_the_full_recipe_of_the_papers_networks_is_theirs():
