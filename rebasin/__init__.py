@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .spec import Permutation, PermutationSpec
     from .tracing import compose, trace, verify
 
+
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'rebasin' has no attribute {name!r}; it has {', '.join(__all__)}")

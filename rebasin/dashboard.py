@@ -82,7 +82,9 @@ def build(entity: str, project: str, name: str = "Git Re-Basin") -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one sentence."""
-    parser = argparse.ArgumentParser(prog="python -m rebasin.dashboard", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m rebasin.dashboard", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--entity", required=True, help="your user or team at Weights & Biases")
     parser.add_argument("--project", default="git-rebasin")
     parser.add_argument("--name", default="Git Re-Basin", help="of the dashboard")

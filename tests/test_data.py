@@ -126,7 +126,10 @@ def test_requests_that_cannot_be_met(tmp_path):
         (b"\0\0\x08\x01\0\0\0\x05abc", "should hold 5 bytes of data but has only 3"),
         (b"\0\0\x08\x01\0\0\0\x02abc", "should hold 2 bytes of data but has more"),
         (b"\0\0\x08\x02\xff\xff\xff\xff\xff\xff\xff\xff", "too large to be true"),
-        (gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcde" * 9, mtime=0)[:-12], "cannot be read|has more|not an IDX"),
+        (
+            gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcde" * 9, mtime=0)[:-12],
+            "cannot be read|has more|not an IDX",
+        ),
         (gzip.compress(bytes(200), mtime=0)[:30], "cannot be read|not an IDX file"),
     ],
 )

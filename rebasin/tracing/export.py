@@ -34,9 +34,7 @@ def named_outputs(output: Any, name: str = "output") -> dict[str, Tensor]:
     elif isinstance(output, list | tuple):
         parts = enumerate(output)
     elif hasattr(output, "sample") and hasattr(output, "mode") and hasattr(output, "parameters"):
-        return named_outputs(
-            output.parameters, f"{name}.parameters"
-        )  # a VAE's latent distribution
+        return named_outputs(output.parameters, f"{name}.parameters")  # a VAE's latent distribution
     else:
         return {}
     found: dict[str, Tensor] = {}
