@@ -35,7 +35,6 @@ def compare_methods(cfg: DictConfig, folder: Path, console: Console, command: st
     from .search.folder import base_name
     from .search.setup import align_all, load_inputs
     from .tasks import load_task
-    from .tracing import trace
 
     config = resolved(cfg)
     options = cfg.methods
@@ -59,7 +58,7 @@ def compare_methods(cfg: DictConfig, folder: Path, console: Console, command: st
             moved = "Nothing was aligned (algo=naive)."
             if cfg.algo.name != "naive":
                 part = task.parts[task.aligned]
-                spec = trace(part.model, *part.args, **part.kwargs)
+                spec = part.spec()
                 folder.mkdir(parents=True, exist_ok=True)
                 found = align_all(cfg, task, spec, inputs, folder, console.progress)
                 counts = {label: permutation.moved() for label, permutation in found.items()}

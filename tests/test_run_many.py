@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
-from rich.console import Console as RichConsole
+from omegaconf import OmegaConf
+from test_run import configured, execute
 
 from rebasin import report
 from rebasin.checkpoints import load_metadata, load_safetensors
 from rebasin.errors import ConfigError
 from rebasin.matching import load_permutations
-from rebasin.paths import config_dir
-from rebasin.reporting.console import Console
 from rebasin.reporting.results import load_results
-from rebasin.run import run
 from rebasin.tasks import load_task
 
 TINY = ["model=mlp", "model.width=12", "model.depth=2", "model.recipe.epochs=6", "model.seeds=[0,1,2]"]
-
-
-def configured(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
-
-
-def execute(folder: Path, *overrides: str) -> tuple[dict, str]:
-    """Results and console text of a run in this process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    console = RichConsole(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115
-    results = run(configured(*overrides, "logger=none"), folder, Console(console), command="...")
-    return results or {}, console.export_text()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Trained networks are kept for this module only."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REBASIN_CACHE", str(folder))
-        yield folder
 
 
 @pytest.fixture(scope="module")

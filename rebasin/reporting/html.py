@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from omegaconf import OmegaConf
 
 from ..checkpoints import write_text
@@ -23,17 +23,22 @@ def save_html(results: Results, folder: Path) -> Path:
     return write_text(folder / "report.html", render_html(results, folder))
 
 
-def render_html(results: Results, folder: Path) -> str:
-    """The page's text."""
+def template(name: str) -> Template:
+    """A page of this package; what it is given is escaped, and nothing may be missing."""
     environment = Environment(
         loader=PackageLoader("rebasin.reporting", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
+    return environment.get_template(name)
+
+
+def render_html(results: Results, folder: Path) -> str:
+    """The page's text."""
     rows = curve_rows(results)
     pictures = {name: _picture(folder / f"{name}.png") for name in ("samples", "search", "steps", "blocks")}
-    return environment.get_template(TEMPLATE).render(
+    return template(TEMPLATE).render(
         r=results,
         answers=answers(results),
         rows=rows,

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -14,9 +13,9 @@ from rich.table import Table
 from ..checkpoints import write_text
 from ..evaluation.calibration import Calibration
 from .answers import number
-from .html import data_uri
+from .html import data_uri, template
 from .reliability import save_reliability
-from .results import FORMAT, Results, environment, plain, save_results
+from .results import Results, described, head, plain, save_results, tail
 
 if TYPE_CHECKING:
     from ..evaluation.many import Row
@@ -42,34 +41,18 @@ def collect(
     command: str = "",
 ) -> Results:
     """Everything about a run as plain data, with the keys of results.json; null is what is not finite."""
-    coverage = spec.coverage()
     return plain(
         {
-            "format": FORMAT,
+            **head(config),
             "kind": KIND,
-            "name": f"{config['model']['name']}-{config['algo']['name']}",
-            "model": config["model"]["name"],
-            "data": config["data"]["name"],
-            "algorithm": config["algo"]["name"],
-            "seed": config["seed"],
             "models": list(task.labels),
             "aligned_part": task.aligned,
-            "spec": {
-                "hash": spec.hash,
-                "groups": len(spec),
-                "cells": len(spec.cells),
-                "neurons": spec.neurons,
-                "pins": len(spec.pins),
-                "coverage": {"one": coverage.one, "both": coverage.both},
-            },
+            "spec": described(spec),
             "verify": dict(checks),
             "match": result.to_dict(),
             "distance": {"naive": result.distance_before, "aligned": result.distance},
             "rows": {split: [row.to_dict() for row in found] for split, found in rows.items()},
-            "seconds": {**seconds, "total": sum(seconds.values())},
-            "environment": environment(),
-            "config": dict(config),
-            "command": command,
+            **tail(config, seconds, command),
         }
     )
 
@@ -89,13 +72,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     if curves:
         title = f"{len(results['models'])} models, {split}"
         drawn.append(save_reliability(curves, folder / FIGURE, title))
-    environment = Environment(
-        loader=PackageLoader("rebasin.reporting", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    page = environment.get_template(TEMPLATE).render(
+    page = template(TEMPLATE).render(
         r=results,
         columns=_columns(results),
         rows=table(results),

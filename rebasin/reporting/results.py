@@ -45,25 +45,12 @@ def collect(
     merge: Mapping[str, Any] | None = None,
 ) -> Results:
     """Everything about a run as plain data, with the keys of results.json; null is what is not finite."""
-    coverage = spec.coverage()
     results = {
-        "format": FORMAT,
-        "name": f"{config['model']['name']}-{config['algo']['name']}",
-        "model": config["model"]["name"],
-        "data": config["data"]["name"],
-        "algorithm": config["algo"]["name"],
-        "seed": config["seed"],
+        **head(config),
         "lam": config["lam"],
         "endpoints": dict(zip(("a", "b"), task.labels, strict=True)),
         "aligned_part": task.aligned,
-        "spec": {
-            "hash": spec.hash,
-            "groups": len(spec),
-            "cells": len(spec.cells),
-            "neurons": spec.neurons,
-            "pins": len(spec.pins),
-            "coverage": {"one": coverage.one, "both": coverage.both},
-        },
+        "spec": described(spec),
         "verify": dict(checks),
         "match": {
             "objective": match.objective,
@@ -84,12 +71,44 @@ def collect(
         },
         "rewards": None if rewards is None else asdict(rewards),
         "merge": None if merge is None else dict(merge),
+        **tail(config, seconds, command),
+    }
+    return plain(results)
+
+
+def head(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the results of every kind of run begin with: its name, and what was chosen."""
+    return {
+        "format": FORMAT,
+        "name": f"{config['model']['name']}-{config['algo']['name']}",
+        "model": config["model"]["name"],
+        "data": config["data"]["name"],
+        "algorithm": config["algo"]["name"],
+        "seed": config["seed"],
+    }
+
+
+def tail(config: Mapping[str, Any], seconds: Mapping[str, float], command: str) -> dict[str, Any]:
+    """What they end with: the seconds of the stages, the machine, all options, the command."""
+    return {
         "seconds": {**seconds, "total": sum(seconds.values())},
         "environment": environment(),
         "config": dict(config),
         "command": command,
     }
-    return plain(results)
+
+
+def described(spec: PermutationSpec) -> dict[str, Any]:
+    """A spec in a few figures."""
+    coverage = spec.coverage()
+    return {
+        "hash": spec.hash,
+        "groups": len(spec),
+        "cells": len(spec.cells),
+        "neurons": spec.neurons,
+        "pins": len(spec.pins),
+        "coverage": {"one": coverage.one, "both": coverage.both},
+    }
 
 
 def _entry(step: Any) -> dict[str, Any]:

@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from ..checkpoints import write_text
-from .html import data_uri
+from .html import data_uri, template
 from .sweep import NAME, Sweep, csv_text, save
 from .sweep_command import command
 from .sweep_figures import draw, plots, words
@@ -37,18 +35,12 @@ def leave(sweep: Sweep, folder: Path, runs: Path | None = None) -> list[Path]:
 
 def page(sweep: Sweep, folder: Path, found: Table | None, runs: Path | None = None) -> str:
     """The page's text; its figures are read from `folder`."""
-    environment = Environment(
-        loader=PackageLoader("rebasin.reporting", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
     figures = [
         {"title": plot.title or words(plot.name), "picture": data_uri(folder / f"{plot.name}.png")}
         for plot in plots(sweep)
         if (folder / f"{plot.name}.png").is_file()
     ]
-    return environment.get_template(TEMPLATE).render(
+    return template(TEMPLATE).render(
         s=sweep,
         d={"question": "", "paper": None, **sweep.declaration},
         table=found,

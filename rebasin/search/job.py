@@ -146,14 +146,13 @@ def _check(options: DictConfig) -> None:
 
 def _aligned(cfg: DictConfig, task: Any, inputs: Inputs, folder: Path, console: Console) -> Inputs:
     from .. import steps
-    from ..tracing import trace
     from .setup import align_all
 
     if cfg.algo.name == "naive":
         console.say("not aligned")
         return inputs
     part = task.parts[task.aligned]
-    spec = trace(part.model, *part.args, **part.kwargs)
+    spec = part.spec()
     if not list(folder.glob("permutation-*.safetensors")):
         steps.verify_all(_only(task), {task.aligned: spec})
     found = align_all(cfg, task, spec, inputs, folder, console.progress)

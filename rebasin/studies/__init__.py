@@ -32,7 +32,7 @@ def run_study(cfg: DictConfig, folder: Path, console: Console, command: str = ""
 
     from .. import reporting, steps
     from ..checkpoints import write_text
-    from ..reporting.results import FORMAT, environment, plain, save_results
+    from ..reporting.results import head, plain, save_results, tail
 
     config = resolved(cfg)
     options = {key: value for key, value in config["study"].items() if key != "_target_"}
@@ -50,18 +50,10 @@ def run_study(cfg: DictConfig, folder: Path, console: Console, command: str = ""
         rows = function(cfg, console, **options)
         results = plain(
             {
-                "format": FORMAT,
+                **head(config),
                 "kind": "study",
-                "name": f"{config['model']['name']}-{config['algo']['name']}",
-                "model": config["model"]["name"],
-                "data": config["data"]["name"],
-                "algorithm": config["algo"]["name"],
-                "seed": config["seed"],
                 "rows": rows,
-                "seconds": {**console.seconds, "total": sum(console.seconds.values())},
-                "environment": environment(),
-                "config": config,
-                "command": command,
+                **tail(config, console.seconds, command),
             }
         )
         save_results(folder, results)

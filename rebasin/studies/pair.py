@@ -36,14 +36,14 @@ def aligned_pair(cfg: DictConfig, console: Console) -> AlignedPair:
     """Load, trace, verify and align as a run does (rebasin/run.py)."""
     from ..align import load_algorithm
     from ..tasks import load_task
-    from ..tracing import trace, verify
+    from ..tracing import verify
 
     with console.stage("load"):
         algorithm = load_algorithm(cfg.algo)
         task = load_task(cfg)
     with console.stage("spec"):
         part = task.parts[task.aligned]
-        spec = restrict(trace(part.model, *part.args, **part.kwargs), cfg.structure)
+        spec = restrict(part.spec(), cfg.structure)
         console.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
     with console.stage("verify"):
         report = verify(part.model, spec, *part.args, **part.kwargs).require()

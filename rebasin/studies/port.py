@@ -28,7 +28,7 @@ def study(cfg: DictConfig, console: Console, draws: int = 3) -> list[dict[str, A
     the held-out denoising loss of A before and after A itself was permuted.
     """
     from ..tasks import load_task
-    from ..tracing import trace, verify
+    from ..tracing import verify
 
     with console.stage("load"):
         task = load_task(cfg)
@@ -36,7 +36,7 @@ def study(cfg: DictConfig, console: Console, draws: int = 3) -> list[dict[str, A
         a = task.endpoints(console.progress)[0]
         part.model.load_state_dict(dict(a))
     with console.stage("spec"):
-        derived = trace(part.model, *part.args, **part.kwargs)
+        derived = part.spec()
         ties = mistakes(part.model)
         specs = {name: _spec(derived, own) for name, own in ties.items()}
         # Whichever mistake comes first has the axis: as in the specs in use, each axis has one permutation.
