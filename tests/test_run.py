@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb_records
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +24,7 @@ from rebasin.errors import ConfigError, VerificationError
 from rebasin.paths import config_dir
 from rebasin.reporting.console import Console
 from rebasin.reporting.results import load_results
+from rebasin.reporting.tables import summary
 from rebasin.resume import Resume
 from rebasin.run import run
 from rebasin.spec import Permutation
@@ -356,7 +358,7 @@ def test_hydra_full_error_still_shows_the_traceback(tmp_path):
 
 def test_help_and_cfg_work_from_any_folder(tmp_path):
     text = shell("--help", cwd=tmp_path).stdout
-    models = "model: checkpoint, mlp, resnet18, resnet20, resnet50, tiny_sd, vgg16"
+    models = "model: checkpoint, mlp, resnet18, resnet20, resnet50, tiny_sd, tiny_sd_trained, vgg16"
     for part in ("algo: activation_and_weight, activation_matching, ", models, "EXAMPLES"):
         assert part in text
     printed = shell("--cfg", "job", "model=mlp", cwd=tmp_path).stdout
@@ -368,15 +370,36 @@ def test_the_command_sweeps_and_keeps_an_offline_wandb_run_in_each_folder(tmp_pa
     """One process for two things, because starting one takes seconds."""
     home = tmp_path / "home"
     home.mkdir()
-    done = shell("--multirun", *TINY, "logger=none,wandb", cwd=tmp_path, HOME=str(home))
+    kept = ["logger=none,wandb", "++logger.artifacts=[permutation,results]", "++logger.group=mine"]
+    done = shell("--multirun", *TINY, *kept, cwd=tmp_path, HOME=str(home))
     assert done.returncode == 0, done.stderr
     plain, logged = (p.parent for p in sorted(tmp_path.glob("outputs/sweeps/*/*/results.json")))
     assert _timeless(load_results(plain)["curves"]) == _timeless(load_results(logged)["curves"])
     assert not (plain / "wandb").exists()
     assert "model.width=16" in load_results(logged)["command"]
     (log,) = logged.glob("wandb/offline-run-*/run-*.wandb")
-    for name in ("barrier/heldout/loss", "midpoint/heldout/accuracy", "match/moved", "curves"):
-        assert name.encode() in log.read_bytes(), name
+    found, results = wandb_records.logged(log), load_results(logged)
+    assert (found.group, found.job_type, found.tags) == (
+        "mine",
+        "match",
+        ("mlp", "digits", "weight_matching"),
+    )
+    assert found.config["model"]["width"] == 16 and found.config["algo"]["name"] == "weight_matching"
+    measured = summary(results)
+    assert {name: found.summary[name] for name in measured} == pytest.approx(measured), (
+        "all that is documented"
+    )
+    assert found.summary["curves.nrows"] == 10 and found.summary["curve._type"] == "image-file"
+    assert "weight matching/objective" in found.history
+    named = {
+        name: files
+        for name, files in found.artifacts.items()
+        if name.startswith("digits-mlp-weight_matching")
+    }
+    assert named == {
+        "digits-mlp-weight_matching-permutation": ["permutation.safetensors"],
+        "digits-mlp-weight_matching-results": ["config.yaml", "results.json"],
+    }
     assert list(logged.glob("wandb/offline-run-*/files/media/images/curve*.png"))
     assert not [path for path in home.rglob("*wandb*") if path.is_file()]
 

@@ -107,7 +107,9 @@ class WandbLogger:
         )
 
     def event(self, event: dict[str, Any]) -> None:
-        stage = event.get("stage")
+        stage = str(event.get("stage"))
+        if stage.endswith(", group"):
+            return  # progress within a sweep, for the terminal: it has a name of its own in every sweep
         numbers = {
             f"{stage}/{key}": value
             for key, value in event.items()
