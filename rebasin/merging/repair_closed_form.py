@@ -23,6 +23,8 @@ Added here, as the authors have networks without norms and two members:
 
 What is neglected: y = sum_j w_j y_j leaves out that averaged weights see averaged inputs, and the error grows from
 layer to layer. The authors' VGG11 has 84.3 % by it and 84.9 % by REPAIR, where the merge has 66 %.
+Our additions for norms are guesses of the same kind, and poor ones in ResNets: see docs/merge_many.md. Where the merge
+can be run, `repair` is better.
 """
 
 from __future__ import annotations

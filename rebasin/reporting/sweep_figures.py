@@ -26,6 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -146,8 +147,8 @@ def draw_plot(sweep: Sweep, plot: Plot) -> Figure | None:
             title = plot.title if panel is None else words(panel)
             title = f"{words(plot.panel)}: {title}" if isinstance(panel, int | float) else title
             ax.set_title(title if len(drawn) == 1 or panel is not None else "")
-            ax.set_xlabel(plot.x_label or words(plot.x))
-            ax.set_ylabel(plot.y_label or (words(plot.y) if isinstance(plot.y, str) else ""))
+            ax.set_xlabel(fill(plot.x_label or words(plot.x), 64))
+            ax.set_ylabel(fill(plot.y_label or (words(plot.y) if isinstance(plot.y, str) else ""), 44))
             if plot.log_y:
                 ax.set_yscale("log")
             elif plot.zero:
@@ -222,6 +223,8 @@ WORDS = {
     "activation_and_weight": "activations and weights",
     "ste": "STE",
     "ste_quick": "STE, 20 steps",
+    "ste_reward": "STE on the score",
+    "ste_reward_quick": "STE on the score, 20 steps",
     "model.width": "width",
     "model.epoch": "epoch",
     "models": "number of models",
@@ -254,6 +257,14 @@ WORDS = {
     "model.a": "A",
     "model.b": "B",
     "model.norm": "norm",
+    "model.joint": "as one",
+    "model.text": "text encoders",
+    "reward/aligned_midpoint": "score at the midpoint",
+    "reward_low/aligned_midpoint": "from",
+    "reward_high/aligned_midpoint": "to",
+    "reward/A": "score of A",
+    "reward/B": "score of B",
+    "tiny_sd_trained": "tiny Stable Diffusion, trained here",
     "data.split": "split",
     "structure": "moves",
     "ece": "calibration error",
@@ -320,6 +331,10 @@ def _bars(ax: Axes, plot: Plot, found: Sequence[Line], looks: Mapping[str, Any],
         handles[line.label] = ax.bar(
             x, y, 0.92 * width, color=color, hatch=hatches[k % len(hatches)], edgecolor="white", linewidth=0.5
         )
+        for at in x[y == 0]:  # or the place looks as if nothing had been measured
+            ax.annotate(
+                "0", (at, 0), (0, 1), textcoords="offset points", ha="center", fontsize=7.5, color=MUTED
+            )
         if max(line.count) > 1:
             ax.errorbar(x, y, yerr=[y - low, high - y], fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
     if sum(map(len, places)) > 80:  # they would run into each other

@@ -110,9 +110,16 @@ def _relative(path: Path, start: Path) -> str:
 
 
 def _tells(sweep: Sweep, key: str) -> bool:
-    """Whether an option distinguishes runs: not if only one algorithm has it, with one value."""
-    values = [str(row[key]) for row in sweep.rows if key in row]
-    return len(values) == len(sweep.rows) or len(set(values)) > 1
+    """Whether an option distinguishes runs: not if it follows from the name of its group's choice, as do the options
+    that only one algorithm has.
+    """
+    name = f"{key.split('.')[0]}.name"
+    if key == name or name not in sweep.varied:
+        return True
+    of: dict[str, set[str]] = {}
+    for row in sweep.rows:
+        of.setdefault(str(row.get(name)), set()).add(str(row.get(key)))
+    return any(len(values) > 1 for values in of.values())
 
 
 def _run(sweep: Sweep, run: Any, folder: Path | None) -> dict[str, Any]:
@@ -125,7 +132,7 @@ def _run(sweep: Sweep, run: Any, folder: Path | None) -> dict[str, Any]:
         picture = next((data_uri(file) for file in files if file.is_file()), None)
     return {
         "folder": run.folder,
-        "options": ", ".join(f"{key}={words(value)}" for key, value in varied.items()),
+        "options": ", ".join(f"{words(key)} {words(value)}" for key, value in varied.items()),
         "seconds": f"{run.seconds:.1f}",
         "command": run.command,
         "picture": picture,
