@@ -13,6 +13,7 @@ counts places, not original neurons, and the identity stands for leaving things 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -46,6 +47,33 @@ class WeightCosts:
             if counts and (self.choose is None or self.choose(site.parameter, site.axis)):
                 by_axis.setdefault((site.parameter, site.axis), []).append(site)
         return [(parameter, axis, sites) for (parameter, axis), sites in by_axis.items()]
+
+    def coordinates(self, cell: str) -> int:
+        """How many weights each of the cell's neurons has at these sites."""
+        shapes = self.pair.spec.shapes
+        return sum(
+            math.prod(shapes[parameter]) // shapes[parameter][axis] * len(sites)
+            for parameter, axis, sites in self.sites(cell)
+        )
+
+    def slices(self, cell: str, *, widest: bool = False) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """(weight, A's, pi(B)'s) weights of the cell's neurons at each site, [n, m] in their own types; those of one
+        tensor at a time, or with `widest` only of the one that has the most of them in the best layout.
+        """
+        shapes = self.pair.spec.shapes
+
+        def width(site: tuple[str, int, list[Site]]) -> tuple[bool, int]:
+            shape = shapes[site[0]]
+            return site[1] == 0 and len(shape) > 1, math.prod(shape) // shape[site[1]]
+
+        sites = self.sites(cell)
+        if widest and sites:
+            sites = [max(sites, key=width)]
+        everyone = range(self.pair.index[cell].size)
+        for parameter, axis, own in sites:
+            a, b = self.pair.a(parameter), self.pair.b(parameter)
+            for x, y in zip(_parts(a, axis, own, everyone), _parts(b, axis, own, everyone), strict=True):
+                yield self.pair.weight[parameter], x, y
 
     def block(self, cell: str, neurons: Indices) -> Tensor:
         """C of `neurons` at each other's places, [k, k]."""

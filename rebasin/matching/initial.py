@@ -14,6 +14,7 @@ from ..errors import ConfigError, SpecMismatchError
 from ..spec import Group, Permutation
 from .assignment import assign
 from .costs import WeightCosts
+from .nearness import stays
 from .pair import Pair
 from .schedule import sharing
 
@@ -89,9 +90,11 @@ def forward(pair: Pair, visit: Visit = lambda *_: None) -> None:
     while waiting:
         number = max(waiting, key=lambda g: (waiting[g], -g))
         group = spec.groups[number]
-        found = assign(group, WeightCosts(pair, settled if waiting.pop(number) else None))
-        pair.move(group, found.index)
+        costs = WeightCosts(pair, settled if waiting.pop(number) else None)
+        if not stays(costs, group):
+            found = assign(group, costs).index
+            pair.move(group, found)
+            moved += sum(int(np.count_nonzero(index != np.arange(index.size))) for index in found.values())
         matched |= {cell.name for cell in group.cells}
         waiting |= {g: share(spec.groups[g]) for g in near[number] if g in waiting}
-        moved += sum(int(np.count_nonzero(index != np.arange(index.size))) for index in found.index.values())
         visit("first guess", len(spec) - len(waiting), moved)

@@ -36,6 +36,7 @@ from .assignment import Assignment, assign, independent, leaves
 from .costs import WeightCosts, tensor_cores
 from .initial import Init, Visit, start
 from .linear import TOLERANCE
+from .nearness import stays
 from .pair import Move, Pair, touched
 from .products import Products
 from .result import Attempt, MatchResult, MatchState, Sweep, Update
@@ -274,7 +275,10 @@ def improve(pair: Pair, group: Group) -> Update:
     where nothing would move.
     """
     if all(len(axes) == 1 for axes in axes_met(group).values()):
-        return _accept(pair, group, assign(group, WeightCosts(pair)), certain=True)
+        costs = WeightCosts(pair)
+        if stays(costs, group):
+            return Update(group.name, 0.0, 0)
+        return _accept(pair, group, assign(group, costs), certain=True)
     gain, moved = 0.0, 0
     for unit in independent(group.tree):
         costs = WeightCosts(pair)

@@ -1,0 +1,122 @@
+"""The proof that neurons stay: it never says so where the exact assignment moves one, and it spares the cost matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_weight_matching import SPECS, draw, free, noisy, planted
+
+from rebasin.matching import nearness, weight_matching
+from rebasin.matching.assignment import assign
+from rebasin.matching.costs import WeightCosts
+from rebasin.matching.nearness import stays
+from rebasin.matching.pair import Pair
+from rebasin.matching.schedule import axes_met
+from rebasin.spec import PermutationSpec
+
+WIDE = PermutationSpec(
+    (free("h", 48, ("in", 0), ("b", 0), ("out", 1)),), {"in": (48, 4000), "b": (48,), "out": (3000, 48)}
+)
+
+
+@pytest.fixture(autouse=True)
+def _always_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(nearness, "WORTH", 0.0)
+
+
+@pytest.mark.parametrize("normalize", [None, "tensor"])
+@pytest.mark.parametrize("name", [n for n in SPECS if n not in ("recurrent", "bilinear")])
+def test_what_is_proved_to_stay_does_stay(name: str, normalize, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearness, "PLAUSIBLE", 0.0)  # the first look must not hide a wrong proof
+    spec = SPECS[name]()
+    outcomes = []
+    for noise in (0.0, 0.1, 0.3, 0.6, 0.8, 1.0, 1.2, 1.5, 3.0, 10.0):
+        for seed in range(4):
+            a = draw(spec, seed)
+            pair = Pair(spec, a, noisy(a, noise, seed + 50), normalize=normalize)
+            for group in spec:
+                if all(len(axes) == 1 for axes in axes_met(group).values()):
+                    proved = stays(WeightCosts(pair), group)
+                    found = assign(group, WeightCosts(pair)).index
+                    still = all(np.array_equal(i, np.arange(i.size)) for i in found.values())
+                    assert still or not proved, (noise, seed, group.name)
+                    outcomes.append((noise, proved, still))
+    assert all(proved for noise, proved, _ in outcomes if noise <= 0.1) and outcomes
+    assert not all(still for _, _, still in outcomes)
+
+
+def near(noise: float = 0.1) -> tuple[dict, dict]:
+    a = draw(WIDE, 3)
+    return a, noisy(a, noise)
+
+
+@pytest.mark.parametrize("rows", [7, 1024])
+def test_few_coordinates_are_enough_for_a_wide_cell(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearness, "ROWS", rows)
+    seen = []
+    cat = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts, dim=0: seen.append(made := cat(parts, dim=dim)) or made)
+    assert stays(WeightCosts(Pair(WIDE, *near())), WIDE.groups[0])
+    widths = [made.shape[1] for made in seen if made.dim() == 2]
+    assert widths and max(widths) < 7001 / 20
+
+
+@pytest.mark.parametrize("damage", ["swapped", "twin", "copied", "far", "opposite"])
+def test_one_neuron_that_may_move_is_enough_to_prove_nothing(damage: str) -> None:
+    a, b = near()
+    for name, axis in (("in", 0), ("b", 0), ("out", 1)):
+        x, y = a[name].movedim(axis, 0), b[name].movedim(axis, 0)
+        if damage == "swapped":
+            y[[10, 20]] = y[[20, 10]]
+        elif damage == "twin":  # in both networks, so either arrangement is best
+            x[20], y[20], y[10] = x[10], x[10], x[10]
+        elif damage == "copied":
+            y[10] = x[20]
+        elif damage == "far":
+            y[10] *= 30
+        else:
+            y[10] *= -1
+    assert not stays(WeightCosts(Pair(WIDE, a, b)), WIDE.groups[0])
+
+
+def test_unlike_networks_are_told_apart_by_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearness, "_proved", lambda *_: pytest.fail("looked at everything"))
+    assert not stays(WeightCosts(Pair(WIDE, draw(WIDE, 1), draw(WIDE, 2))), WIDE.groups[0])
+
+
+@pytest.mark.parametrize("init", ["identity", "forward"])
+@pytest.mark.parametrize("name", SPECS)
+def test_the_descent_is_the_same_without_it(name: str, init, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SPECS[name]()
+    for noise in (0.1, 0.5, 1.0):
+        a, b, _ = planted(spec, noise)
+        for other in (b, noisy(a, noise)):
+            monkeypatch.setattr(nearness, "WORTH", 0.0)
+            with_it = weight_matching(spec, a, other, init=init)
+            monkeypatch.setattr(nearness, "WORTH", float("inf"))
+            without = weight_matching(spec, a, other, init=init)
+            assert with_it.permutation == without.permutation
+            assert with_it.objective == without.objective
+            assert [s.updates for s in with_it.history] == [s.updates for s in without.history]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_near_pair_takes_no_cost_matrix(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SPECS["attention"]()
+    a = {n: t.to(dtype) for n, t in draw(spec, 1, torch.float64).items()}
+    b = {n: t.to(dtype) for n, t in noisy(draw(spec, 1, torch.float64), 0.05).items()}
+    monkeypatch.setattr(WeightCosts, "_products", lambda *_: pytest.fail("a product was computed"))
+    result = weight_matching(spec, a, b, init="forward")
+    assert result.converged and not result.moved and result.sweeps == 1
+
+
+def test_a_cell_without_weights_at_these_sites_stays() -> None:
+    a, b = near()
+    assert stays(WeightCosts(Pair(WIDE, a, b), lambda parameter, axis: False), WIDE.groups[0])
+
+
+def test_only_large_groups_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearness, "WORTH", 1e9)
+    assert not stays(WeightCosts(Pair(WIDE, *near())), WIDE.groups[0])
