@@ -15,9 +15,8 @@ MACHINE = {"python": "3.11", "system": "Linux", "cores": 2, "threads": 1, "versi
 
 
 def sweep(*options: dict[str, object]) -> Sweep:
-    varied = sorted({key for own in options for key in own})
     rows = [
-        {**own, "varied": varied, "run": f"r{k}", "barrier/heldout/loss": 0.5 * k}
+        {**own, "varied": sorted(own), "run": f"r{k}", "barrier/heldout/loss": 0.5 * k}
         for k, own in enumerate(options)
     ]
     runs = tuple(Run(f"r{k}", "python -m rebasin.run", 1.0) for k in range(len(options)))
