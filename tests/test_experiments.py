@@ -228,6 +228,7 @@ def test_the_page_of_results_keeps_what_people_wrote(swept, tmp_path):
     assert [line for line in once.splitlines() if "by hand" in line.lower()] == ["By hand.", "More by hand."]
     assert document.read_text().splitlines()[-1] == "More by hand."
     assert "![" in once and (tmp_path / "experiments" / "width-small-barrier.png").is_file()
+    assert str(tmp_path) not in once and "rebasin.report experiments/width-small.json" in once
 
 
 def test_the_command_of_a_sweep_says_where_it_departs_from_the_recipe():

@@ -105,8 +105,12 @@ def _section(sweep: Sweep, document: Path, stored: Path, pictures: list[Path]) -
 
 
 def _relative(path: Path, start: Path) -> str:
-    path, start = path.resolve(), start.resolve()
-    return path.relative_to(start).as_posix() if path.is_relative_to(start) else path.as_posix()
+    """From `start`, or from the folder of the page, if it is not below it: a page names no folder of one machine."""
+    path = path.resolve()
+    for place in (start.resolve(), path.parent.parent):
+        if path.is_relative_to(place):
+            return path.relative_to(place).as_posix()
+    return path.name
 
 
 def _tells(sweep: Sweep, key: str) -> bool:
