@@ -63,6 +63,15 @@ def test_few_coordinates_are_enough_for_a_wide_cell(rows: int, monkeypatch: pyte
     assert widths and max(widths) < 7001 / 20
 
 
+@pytest.mark.parametrize("noise, tries", [(0.1, 1), (0.35, 2)])
+def test_what_few_coordinates_do_not_prove_more_may(noise: float, tries: int, monkeypatch) -> None:
+    counts = []
+    chosen = nearness._chosen
+    monkeypatch.setattr(nearness, "_chosen", lambda *args: counts.append(args[2]) or chosen(*args))
+    assert stays(WeightCosts(Pair(WIDE, *near(noise))), WIDE.groups[0])
+    assert len(counts) == tries and max(counts) <= 7001 // nearness.MOST
+
+
 @pytest.mark.parametrize("damage", ["swapped", "twin", "copied", "far", "opposite"])
 def test_one_neuron_that_may_move_is_enough_to_prove_nothing(damage: str) -> None:
     a, b = near()

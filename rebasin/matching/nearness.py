@@ -33,6 +33,12 @@ SHARE = 32
 FEWEST = 64
 """but at least so many."""
 
+MARGIN = 1.5
+"""So many times as many coordinates as seem to be lacking are taken in a second try,"""
+
+MOST = 4
+"""unless that would be more than one in so many: then the cost matrix is computed."""
+
 SAMPLE = 64
 """Neurons, and coordinates of one tensor, that are looked at before anything else is."""
 
@@ -69,28 +75,44 @@ def _plausible(costs: WeightCosts, cell: str) -> bool:
 
 
 def _proved(costs: WeightCosts, cell: str) -> bool:
+    """With few coordinates, and where these nearly do, with as many more as they seem to lack."""
     total = costs.coordinates(cell)
-    step = max(1, total // max(FEWEST, total // SHARE))
-    some_a, some_b = [], []
-    own = torch.zeros(costs.pair.index[cell].size, dtype=costs.dtype, device=costs.pair.device)
-    for weight, a, b in costs.slices(cell):
-        own += weight * _squared_distances(a, b, costs.dtype)
-        some_a.append(a[:, ::step].to(costs.dtype) * weight**0.5)
-        some_b.append(b[:, ::step].to(costs.dtype) * weight**0.5)
-    if not some_a:
+    if not total:
         return True
-    x, y = torch.cat(some_a, dim=1), torch.cat(some_b, dim=1)
+    own = torch.zeros(costs.pair.index[cell].size, dtype=costs.dtype, device=costs.pair.device)
+    few = max(FEWEST, total // SHARE)
+    lacking = _lacking(costs, own, *_chosen(costs, cell, few, own))
+    if lacking <= 1:
+        return True
+    more = int(MARGIN * lacking * few) if lacking < SHARE else total
+    return more <= total // MOST and _lacking(costs, own, *_chosen(costs, cell, more)) <= 1
+
+
+def _chosen(costs: WeightCosts, cell: str, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """About `count` of the coordinates, A's and pi(B)'s, [n, count]; adds |a_i - b_i|^2 over all of them to `own`."""
+    step = max(1, costs.coordinates(cell) // count)
+    x, y = [], []
+    for weight, a, b in costs.slices(cell):
+        if own is not None:
+            own += weight * _squared_distances(a, b, costs.dtype)
+        x.append(a[:, ::step].to(costs.dtype) * weight**0.5)
+        y.append(b[:, ::step].to(costs.dtype) * weight**0.5)
+    return torch.cat(x, dim=1), torch.cat(y, dim=1)
+
+
+def _lacking(costs: WeightCosts, own: Tensor, x: Tensor, y: Tensor) -> float:
+    """By which factor the distances to the nearest other neuron are too small for a proof; up to 1: it is proved."""
     xx, yy = x.square().sum(dim=1), y.square().sum(dim=1)
     # The most by which rounding can enlarge xx + yy - 2 x y: a bound for any order of summation.
     slack = 4 * (x.shape[1] + 4) * torch.finfo(costs.dtype).eps * float(xx.max() + yy.max())
     limit = own * (1 + ROUNDING) + slack
+    worst = 0.0
     for first in range(0, len(x), ROWS):
         rows = slice(first, min(first + ROWS, len(x)))
         distances = torch.addmm(yy.expand(rows.stop - first, -1), x[rows], y.T, alpha=-2).add_(xx[rows, None])
         distances.diagonal(first).fill_(torch.inf)
-        if bool((distances.amin(dim=1) <= limit[rows]).any()):
-            return False
-    return True
+        worst = max(worst, float((limit[rows] / distances.amin(dim=1).clamp_min_(0)).max()))
+    return worst
 
 
 def _squared_distances(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
