@@ -33,7 +33,7 @@ def named_outputs(output: Any, name: str = "output") -> dict[str, Tensor]:
         parts = [(f.name, getattr(output, f.name)) for f in dataclasses.fields(output)]
     elif isinstance(output, list | tuple):
         parts = enumerate(output)
-    elif hasattr(output, "sample") and hasattr(output, "mode") and hasattr(output, "parameters"):
+    elif all(hasattr(output, own) for own in ("sample", "mode", "parameters")):
         return named_outputs(output.parameters, f"{name}.parameters")  # a VAE's latent distribution
     else:
         return {}
