@@ -34,7 +34,8 @@ def named_outputs(output: Any, name: str = "output") -> dict[str, Tensor]:
     elif isinstance(output, list | tuple):
         parts = enumerate(output)
     elif all(hasattr(output, own) for own in ("sample", "mode", "parameters")):
-        return named_outputs(output.parameters, f"{name}.parameters")  # a VAE's latent distribution
+        distribution: Any = output  # that of a VAE's latents
+        return named_outputs(distribution.parameters, f"{name}.parameters")
     else:
         return {}
     found: dict[str, Tensor] = {}
