@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from ..matching.statistics import call_model
 from ..objectives.base import eval_mode
 from ..spec import PermutationSpec
@@ -40,6 +40,7 @@ from .repair_sites import (
     batch_norms,
     hidden_sites,
     measure,
+    member_weights,
     on,
     working_copy,
 )
@@ -149,9 +150,7 @@ def repair(
         ConfigError: the weights do not fit, or there are no members.
     """
     began = perf_counter()
-    raw = [1.0] * len(members) if weights is None else [float(w) for w in weights]
-    if not members or len(raw) != len(members) or not all(w > 0 for w in raw):
-        raise ConfigError(f"{len(members)} members need as many weights, all positive, not {tuple(raw)}.")
+    raw = member_weights(members, weights)
     batches = list(batches)
     call = forward or call_model
     plain, where = working_copy(model, merged, device)

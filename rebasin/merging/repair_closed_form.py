@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from ..matching.statistics import call_model
 from ..objectives.base import eval_mode
 from ..spec import PermutationSpec
@@ -54,6 +54,7 @@ from .repair_sites import (
     by_neuron,
     hidden_sites,
     hooked,
+    member_weights,
     on,
     working_copy,
 )
@@ -86,9 +87,7 @@ def repair_closed_form(
         ConfigError: the weights do not fit, or there are no members.
     """
     began = perf_counter()
-    raw = [1.0] * len(members) if weights is None else [float(w) for w in weights]
-    if not members or len(raw) != len(members) or not all(w > 0 for w in raw):
-        raise ConfigError(f"{len(members)} members need as many weights, all positive, not {tuple(raw)}.")
+    raw = member_weights(members, weights)
     work, where = working_copy(model, merged, device)
     known, left_out = hidden_sites(spec, work)
     norms = batch_norms(work)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..objectives.base import eval_mode
 from ..spec import PermutationSpec
 
@@ -24,6 +24,18 @@ CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 CHANNELS_SECOND = (nn.Conv1d, nn.Conv2d, nn.Conv3d, _BatchNorm, nn.GroupNorm)
 DEAD = 1e-6
 """A neuron that varies by less than this share of its layer's most lively one is shifted, but not scaled."""
+
+
+def member_weights(members: Sequence[State], weights: Sequence[float] | None) -> list[float]:
+    """The members' weights as given, or all 1.
+
+    Raises:
+        ConfigError: they do not fit, or there are no members.
+    """
+    raw = [1.0] * len(members) if weights is None else [float(w) for w in weights]
+    if not members or len(raw) != len(members) or not all(w > 0 for w in raw):
+        raise ConfigError(f"{len(members)} members need as many weights, all positive, not {tuple(raw)}.")
+    return raw
 
 
 def hidden_sites(spec: PermutationSpec, model: nn.Module) -> tuple[dict[str, int], list[str]]:
