@@ -203,9 +203,7 @@ class PermutationSpec:
 
     def contains(self, permutation: Permutation) -> bool:
         """Whether `permutation` is legal: a member of the group that the trees describe."""
-        return permutation.spec == self and all(
-            _is_member(group, group.tree, group.tree, permutation.index) for group in self.groups
-        )
+        return permutation.spec == self and all(admits(group, permutation.index) for group in self.groups)
 
     def coverage(self) -> Coverage:
         total = one = matrices = both = 0.0
@@ -487,6 +485,11 @@ def first_leaf(node: Node) -> Leaf:
     while isinstance(node, Branch):
         node = node.children[0]
     return node
+
+
+def admits(group: Group, index: Mapping[str, np.ndarray]) -> bool:
+    """Whether the cells' `index`, cell name -> [size], is a legal permutation of `group`."""
+    return _is_member(group, group.tree, group.tree, index)
 
 
 def _is_member(group: Group, dst: Node, src: Node, index: Mapping[str, np.ndarray]) -> bool:

@@ -225,9 +225,9 @@ def test_potentials_change_the_way_but_not_the_answer() -> None:
     from scipy.optimize import linear_sum_assignment
 
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(200, 64, generator=generator) * torch.randn(200, 1, generator=generator).exp()
-    noisy = rows + 0.1 * torch.randn(200, 64, generator=generator)
-    planted = torch.randperm(200, generator=generator)
+    rows = torch.randn(300, 64, generator=generator) * torch.randn(300, 1, generator=generator).exp()
+    noisy = rows + 0.1 * torch.randn(300, 64, generator=generator)
+    planted = torch.randperm(300, generator=generator)
     costs = rows @ noisy[planted].T
     expected = linear_sum_assignment(costs.numpy(), maximize=True)[1]
     asked = []
@@ -236,7 +236,7 @@ def test_potentials_change_the_way_but_not_the_answer() -> None:
         asked.append(1)
         return noisy[planted].square().sum(dim=1) / 2
 
-    for potentials in (None, norms, lambda: torch.randn(200, generator=generator), lambda: None):
+    for potentials in (None, norms, lambda: torch.randn(300, generator=generator), lambda: None):
         assert linear_assignment(costs, potentials)[0].tolist() == expected.tolist()
     assert asked == [1]
     assert expected.tolist() == planted.argsort().tolist()

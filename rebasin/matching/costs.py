@@ -14,7 +14,7 @@ counts places, not original neurons, and the identity stands for leaving things 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -112,8 +112,8 @@ class WeightCosts:
 
     @property
     def _learned(self) -> dict[tuple[str, int], Tensor] | None:
-        """Only of whole costs, and only if the pair keeps anything."""
-        return None if self.pair.products is None or self.choose is not None else self.pair.products.prices
+        """Only if the pair keeps anything; those of some of the sites suit all, too, if not as well."""
+        return None if self.pair.products is None else self.pair.products.prices
 
     def _here(self, cell: str, neurons: Indices) -> Tensor:
         """The numbers in B of the neurons that are at these places now."""
@@ -131,39 +131,40 @@ class WeightCosts:
 
     def _products(self, cell: str, neurons: Indices, count: int) -> Tensor:
         """[count, k, k] for `count` blocks of k neurons each, which `neurons` lists one after the other."""
+        sites = {(parameter, axis): own for parameter, axis, own in self.sites(cell)}
+        compute = partial(self._product, sites, neurons)
+        if self.pair.products is not None and self.pair.products.keeps(cell):
+            return self.pair.products.sum(cell, neurons, count, list(sites), compute)
         k = len(neurons) // count
         total = torch.zeros(count, k, k, dtype=self.dtype, device=self.pair.device)
         vectors_a, vectors_b = [], []
-        for parameter, axis, sites in self.sites(cell):
-            weight = self.pair.weight[parameter]
+        for parameter, axis in sites:
             a, b = self.pair.a(parameter), self.pair.b(parameter)
-            if a.numel() == a.shape[axis]:
-                for x, y in self._pieces(a, b, axis, sites, neurons):
-                    vectors_a.append(x * weight)
-                    vectors_b.append(y)
+            if a.numel() > a.shape[axis]:
+                compute(total, (parameter, axis), a, b)
                 continue
-            compute = partial(self._product, axis, sites, neurons)
-            if self.pair.products is None:
-                compute(total, a, b, weight)
-            else:
-                self.pair.products.add(total, cell, parameter, axis, neurons, compute)
+            for x, y in self._pieces(a, b, axis, sites[parameter, axis], neurons):
+                vectors_a.append(x * self.pair.weight[parameter])
+                vectors_b.append(y)
         if vectors_a:  # biases and norm affines: one product of rank m instead of m outer products
             _add(total, torch.cat(vectors_a, dim=1), torch.cat(vectors_b, dim=1), 1.0)
         return total
 
     def _product(
         self,
-        axis: int,
-        sites: Sequence[Site],
+        sites: Mapping[tuple[str, int], Sequence[Site]],
         neurons: Indices,
         total: Tensor,
+        where: tuple[str, int],
         a: Tensor,
         b: Tensor,
-        weight: float,
+        order: np.ndarray | None = None,
     ) -> None:
-        """total [count, k, k] += weight * the products of the slices of `neurons` in `a` and `b`."""
-        for x, y in self._pieces(a, b, axis, sites, neurons):
-            _add(total, x, y, weight)
+        """total [count, k, k] += weight * the products of the slices of `neurons` in `a` and, in `order`, in `b`."""
+        parameter, axis = where
+        for x, y in self._pieces(a, b, axis, sites[where], neurons):
+            ordered = y if order is None else y[torch.from_numpy(order).to(y.device)]
+            _add(total, x, ordered, self.pair.weight[parameter])
 
     def _pieces(
         self, a: Tensor, b: Tensor, axis: int, sites: Sequence[Site], neurons: Indices

@@ -14,7 +14,7 @@ from ..errors import ConfigError, SpecMismatchError
 from ..spec import Group, Permutation
 from .assignment import assign
 from .costs import WeightCosts
-from .nearness import stays
+from .nearness import nearest
 from .pair import Pair
 from .schedule import sharing
 
@@ -91,10 +91,13 @@ def forward(pair: Pair, visit: Visit = lambda *_: None) -> None:
         number = max(waiting, key=lambda g: (waiting[g], -g))
         group = spec.groups[number]
         costs = WeightCosts(pair, settled if waiting.pop(number) else None)
-        if not stays(costs, group):
+        found = nearest(costs, group)
+        if found is None:
             found = assign(group, costs).index
+        leave = sum(int(np.count_nonzero(index != np.arange(index.size))) for index in found.values())
+        if leave:
             pair.move(group, found)
-            moved += sum(int(np.count_nonzero(index != np.arange(index.size))) for index in found.values())
+        moved += leave
         matched |= {cell.name for cell in group.cells}
         waiting |= {g: share(spec.groups[g]) for g in near[number] if g in waiting}
         visit("first guess", len(spec) - len(waiting), moved)

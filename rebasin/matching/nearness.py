@@ -1,30 +1,32 @@
-"""A proof that the neurons of a group stay where they are, for a few percent of what their cost matrix costs.
+"""A proof that every neuron belongs where its nearest neighbour is, for a few percent of what a cost matrix costs.
 
-Fine-tunes of one base differ so little that no neuron has to move, and to find that out takes no cost matrix. With
-a_i and b_j the weights of neurons i of A and j of pi(B) at all sites of a cell,
+Fine-tunes of one base differ so little that no neuron has to move, and to find that out takes no cost matrix; nor
+does a permuted copy of one. With a_i and b_j the weights of neurons i of A and j of pi(B) at all sites of a cell,
 
     sum_i <a_i, b_p(i)>  =  (|A|^2 + |B|^2 - sum_i |a_i - b_p(i)|^2) / 2,
 
-so nothing beats staying (p = identity) if every a_i has b_i for its nearest neighbour. Distances can only shrink when
-coordinates are left out, so
+so nothing beats p if every a_i has b_p(i) for its nearest neighbour. Distances can only shrink when coordinates are
+left out, so
 
-    |a_i - b_j|^2  >=  |S (a_i - b_j)|^2  >  |a_i - b_i|^2        for all i != j,
+    |a_i - b_j|^2  >=  |S (a_i - b_j)|^2  >  |a_i - b_p(i)|^2        for all j != p(i),
 
 with S some of the coordinates, proves it. The right side costs one pass over the weights, the middle a product of rank
-|S|. Where it fails nothing is known, and the cost matrix decides. What is best for every cell by itself is best for the
-group, whatever its structure.
+|S|. Where p comes from does not matter: it is the identity if that looks right, else what a few coordinates say. Where
+the proof fails nothing is known, and the cost matrix decides. What is best for every cell by itself is best for the
+group, whatever its structure, if that allows it.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..spec import Group
+from ..spec import Group, admits
 from .costs import WeightCosts
 from .pair import CHUNK
 
-WORTH = 1e9
+WORTH = 1e8
 """Groups whose cost matrices take fewer multiplications and additions are computed at once."""
 
 SHARE = 32
@@ -39,11 +41,14 @@ MARGIN = 1.5
 MOST = 4
 """unless that would be more than one in so many: then the cost matrix is computed."""
 
-SAMPLE = 64
-"""Neurons, and coordinates of one tensor, that are looked at before anything else is."""
+SAMPLE = 32
+"""So many neurons are looked at before anything else is,"""
+
+COLUMNS = 32
+"""each by so many coordinates of one tensor, and by so many others."""
 
 PLAUSIBLE = 0.9
-"""Of the sampled neurons so many must have their own place's neuron nearest, or the pair is not near."""
+"""For so many of the sampled neurons two sets of coordinates must agree on the nearest, or the pair is not near."""
 
 ROWS = 1024
 """Rows of distances that are held at a time."""
@@ -52,52 +57,95 @@ ROUNDING = 1e-3
 """No squared distance is wrong by this share: sums of 10^5 squares in float32."""
 
 
-def stays(costs: WeightCosts, group: Group) -> bool:
-    """Whether it is proved that no legal arrangement of `group` beats the present one by these costs."""
+def nearest(costs: WeightCosts, group: Group) -> dict[str, np.ndarray] | None:
+    """An arrangement, cell name -> int64 [size], that is proved to be the best legal one of `group` by these costs; or
+    None.
+    """
     work = sum(2.0 * costs.coordinates(cell.name) * cell.size**2 for cell in group.cells)
     if work < WORTH:
-        return False
-    names = [cell.name for cell in group.cells]
-    return all(_plausible(costs, name) for name in names) and all(_proved(costs, name) for name in names)
+        return None
+    found: dict[str, np.ndarray] = {}
+    for cell in group.cells:
+        guess = _guess(costs, cell.name)
+        if guess is None:
+            return None
+        found[cell.name] = guess
+    if any(map(_moves, found.values())) and not admits(group, found):
+        return None
+    return found if all(_proved(costs, name, index) for name, index in found.items()) else None
 
 
-def _plausible(costs: WeightCosts, cell: str) -> bool:
-    """A look at a few neurons and coordinates, which tells unlike networks apart from near ones at once."""
+def _guess(costs: WeightCosts, cell: str) -> np.ndarray | None:
+    """Where the neurons seem to belong, [n], by a few coordinates of one tensor, unless the networks are unlike.
+
+    Networks trained apart are told by a few neurons: two sets of coordinates do not agree on which is the nearest.
+    """
+    n = costs.pair.index[cell].size
     for _, a, b in costs.slices(cell, widest=True):
-        n, m = a.shape
+        columns = torch.linspace(0, a.shape[1] - 1, min(a.shape[1], 2 * COLUMNS), device=a.device).long()
         rows = torch.arange(0, n, max(1, n // SAMPLE), device=a.device)
-        columns = slice(None, None, max(1, m // SAMPLE))
-        x, y = a[rows][:, columns].to(costs.dtype), b[:, columns].to(costs.dtype)
-        nearest = (y.square().sum(dim=1) - 2 * x @ y.T).argmin(dim=1)
-        if float((nearest == rows).float().mean()) < PLAUSIBLE:
-            return False
-    return True
+        x, y = a[rows[:, None], columns].to(costs.dtype), b.index_select(1, columns).to(costs.dtype)
+        half = len(columns) // 2
+        first, second = _nearest(x[:, :half], y[:, :half]), _nearest(x[:, half:], y[:, half:])
+        if float((first == second).float().mean()) < PLAUSIBLE:
+            return None
+        in_place = float((first == rows).float().mean())
+        if in_place < 1:
+            pieces = a.split(ROWS)
+            index = torch.cat([_nearest(p.index_select(1, columns).to(costs.dtype), y) for p in pieces])
+            index = index.cpu().numpy()
+            if np.array_equal(np.sort(index), np.arange(n)):
+                return index
+            if in_place < PLAUSIBLE:
+                return None
+    return np.arange(n)
 
 
-def _proved(costs: WeightCosts, cell: str) -> bool:
+def _nearest(x: Tensor, y: Tensor) -> Tensor:
+    """For each row of `x` the number of the nearest row of `y`."""
+    distances = torch.addmm(y.square().sum(dim=1), x, y.T, alpha=-2)
+    if distances.device.type == "cpu":  # there numpy is ten times as fast as torch
+        return torch.from_numpy(distances.numpy().argmin(axis=1))
+    return distances.argmin(dim=1)
+
+
+def _moves(index: np.ndarray) -> bool:
+    return not np.array_equal(index, np.arange(index.size))
+
+
+def _proved(costs: WeightCosts, cell: str, index: np.ndarray) -> bool:
     """With few coordinates, and where these nearly do, with as many more as they seem to lack."""
     total = costs.coordinates(cell)
     if not total:
         return True
-    own = torch.zeros(costs.pair.index[cell].size, dtype=costs.dtype, device=costs.pair.device)
+    order = torch.from_numpy(index).to(costs.pair.device) if _moves(index) else None
+    own = torch.zeros(index.size, dtype=costs.dtype, device=costs.pair.device)
     few = max(FEWEST, total // SHARE)
-    lacking = _lacking(costs, own, *_chosen(costs, cell, few, own))
+    lacking = _lacking(costs, own, *_chosen(costs, cell, few, order, own))
     if lacking <= 1:
         return True
     more = int(MARGIN * lacking * few) if lacking < SHARE else total
-    return more <= total // MOST and _lacking(costs, own, *_chosen(costs, cell, more)) <= 1
+    return more <= total // MOST and _lacking(costs, own, *_chosen(costs, cell, more, order)) <= 1
 
 
-def _chosen(costs: WeightCosts, cell: str, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """About `count` of the coordinates, A's and pi(B)'s, [n, count]; adds |a_i - b_i|^2 over all of them to `own`."""
+def _chosen(
+    costs: WeightCosts, cell: str, count: int, order: Tensor | None, own: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """About `count` of the coordinates, A's and, in this order, pi(B)'s, [n, count]; adds |a_i - b_i|^2 over all of
+    them to `own`.
+    """
     step = max(1, costs.coordinates(cell) // count)
     x, y = [], []
     for weight, a, b in costs.slices(cell):
         if own is not None:
-            own += weight * _squared_distances(a, b, costs.dtype)
+            own += weight * _squared_distances(a, _in_order(b, order), costs.dtype)
         x.append(a[:, ::step].to(costs.dtype) * weight**0.5)
-        y.append(b[:, ::step].to(costs.dtype) * weight**0.5)
+        y.append(_in_order(b[:, ::step], order).to(costs.dtype) * weight**0.5)
     return torch.cat(x, dim=1), torch.cat(y, dim=1)
+
+
+def _in_order(weights: Tensor, order: Tensor | None) -> Tensor:
+    return weights if order is None else weights[order]
 
 
 def _lacking(costs: WeightCosts, own: Tensor, x: Tensor, y: Tensor) -> float:

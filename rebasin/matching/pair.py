@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -268,6 +269,18 @@ def _chunks(*tensors: Tensor) -> Iterator[list[Tensor]]:
         for start in range(0, total, size):
             length = min(size, total - start)
             yield [w[:length].copy_(t[start : start + length]) for w, t in zip(wide, flat, strict=True)]
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let glibc hold on to up to 64 MB of freed memory, once for the process; elsewhere nothing happens.
+
+    It gives freed memory back to the system at once, and the pages of the next matrix of the same size have to be
+    provided anew, a fifth of the time of matching a small network, until it has seen a large block freed: then it takes
+    blocks up to that size to be in steady use (mallopt(3), M_MMAP_THRESHOLD). So a block of 32 MB, the largest that
+    counts, is asked for and freed, without being written to.
+    """
+    np.empty((1 << 25) - (1 << 16), dtype=np.uint8)
 
 
 @contextmanager

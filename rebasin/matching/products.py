@@ -1,24 +1,28 @@
 """Products of A's and B's slices, kept from one update of a group to the next: the work follows what changed.
 
-A site contributes A @ pi(B)^T to its cell's costs. When the group is looked at again, most of that still holds:
+The costs of a cell are a sum over its sites, each A @ pi(B)^T. When the group is looked at again, most of it still
+holds:
 
-- B's own neurons have changed places: the columns change places.
-- Neurons M of a neighbour, on another axis of the tensor, have: only these slices of the sums differ, and
+- B's own neurons have changed places: the columns change places. The sum is kept with its columns in the order in which
+  it was first computed, and put in the present one when it is asked for.
+- Neurons M of a neighbour, on another axis of a site's tensor, have: only these slices of the sums differ, and
 
       A @ new^T  =  A @ old^T  +  A[:, M] @ (new[:, M] - old[:, M])^T,
 
   a product of rank |M|. What stood at the places M before stands elsewhere now, so old tensors are not needed.
-- Nothing that the product depends on has: it is taken as it is. That is so for layers that read the input.
+- Nothing that a site depends on has: its part is left as it is. That is so for layers that read the input, for biases
+  and for norm affines.
 
-An update adds the rounding of a product of rank |M| of differences, each at most twice as large as their terms.
-As soon as the updates together are of full rank, the product is computed afresh, so its error stays within a
-small multiple of the fresh product's own. Gains are measured on the weights in any case (pair.py).
+So a cell costs one matrix, however many sites it has. An update adds the rounding of a product of rank |M| of
+differences, each at most twice as large as their terms. As soon as the updates of a site together are DRIFT times of
+full rank, the sum is computed afresh, so its error stays within a small multiple of a fresh one's. Gains are measured
+on the weights in any case (pair.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,27 +34,41 @@ from .pair import Pair
 from .schedule import axes_met
 
 BUDGET = 1 << 28
-"""Bytes that kept products may take."""
+"""Bytes that kept sums may take."""
 
 WORTH = 32
-"""Products of fewer terms are computed as fast as they are brought up to date."""
+"""Sums of fewer terms are computed as fast as they are brought up to date."""
 
-Compute = Callable[[Tensor, Tensor, Tensor, float], None]
-"""(total, A's tensor, B's tensor, weight): adds weight * their product to total [count, k, k]."""
+DRIFT = 4
+"""So many times of full rank may the updates of a site be before its cell's sum is computed afresh."""
+
+GATHERING = 1.25
+"""An update takes so many times as long as a fresh product of that rank: the differences have to be put together."""
+
+Where = tuple[str, int]
+"""A site's parameter and axis."""
+
+Compute = Callable[[Tensor, Where, Tensor, Tensor, np.ndarray | None], None]
+"""(sum, site, A's tensor, B's, order): adds weight * their product, B's neurons in that order, to sum [count, k, k]."""
 
 
 @dataclass
 class _Kept:
-    """A product [count, k, k], and by which indices of the cells that it depends on."""
+    """A sum [count, k, k] for the neurons at `places`.
 
-    product: Tensor
-    neurons: Indices
-    index: dict[str, np.ndarray]
-    drift: int = 0
+    Its columns are as the cell's index was `first`, its values as all indices were at last; `drift` has the sites that
+    it holds, and the rank of their updates.
+    """
+
+    sum: Tensor
+    places: np.ndarray
+    first: np.ndarray
+    index: dict[str, np.ndarray] = field(default_factory=dict)
+    drift: dict[Where, int] = field(default_factory=dict)
 
 
 class Products:
-    """The products of a pair, those kept that save the most work for their memory.
+    """The cost matrices of a pair without what is cheap, those kept that save the most work for their memory.
 
     Which ones is settled from the shapes alone, so neither threads nor the order of updates change a result.
     """
@@ -60,79 +78,88 @@ class Products:
         # Filled by costs.py; both by the neurons' numbers in B, and small.
         self.squares: dict[tuple[str, str, int], Tensor] = {}
         self.prices: dict[tuple[str, int], Tensor] = {}
-        self._kept: dict[tuple[str, str, int, int], _Kept] = {}
+        self._kept: dict[tuple[str, int], _Kept] = {}
         wanted = sorted(
-            (_terms(pair, parameter, axis), number, cell, parameter, axis)
-            for number, (cell, parameter, axis) in enumerate(
-                (c.name, p, a) for g in pair.spec for c in g.cells for p, a in _sites(pair, g, c.sites)
-            )
+            (sum(_terms(pair, *where) for where in _sites(pair, group, cell.sites)), number, cell.name)
+            for number, (group, cell) in enumerate((g, c) for g in pair.spec for c in g.cells)
         )
         size = torch.empty((), dtype=pair.dtype).element_size()
         needed = {c.name: size * _entries(g, n) for g in pair.spec for n, c in enumerate(g.cells)}
-        self._chosen: set[tuple[str, str, int]] = set()
-        for terms, _, cell, parameter, axis in reversed(wanted):
+        self._chosen: set[str] = set()
+        for terms, _, cell in reversed(wanted):
             if terms >= WORTH and needed[cell] <= budget:
                 budget -= needed[cell]
-                self._chosen.add((cell, parameter, axis))
+                self._chosen.add(cell)
 
-    def add(
-        self,
-        total: Tensor,
-        cell: str,
-        parameter: str,
-        axis: int,
-        neurons: Indices,
-        compute: Compute,
-    ) -> None:
-        """total [count, k, k] += weight * the product at the sites of `cell` on `axis` of `parameter`.
+    def keeps(self, cell: str) -> bool:
+        """Whether the cell's sum is one of those that are kept."""
+        return cell in self._chosen
+
+    def sum(
+        self, cell: str, neurons: Indices, count: int, sites: Sequence[Where], compute: Compute
+    ) -> Tensor:
+        """The sum over `sites` of weight * product, [count, k, k]; not to be written to.
 
         `compute` must take tensors that lack slices of other axes, too.
         """
-        pair = self.pair
-        a, b, weight = pair.a(parameter), pair.b(parameter), pair.weight[parameter]
-        if (cell, parameter, axis) not in self._chosen:
-            compute(total, a, b, weight)
-            return
-        index = {c: pair.index[c] for sites in pair.spec.axes[parameter].values() for c, _ in sites}
-        key = (cell, parameter, axis, int(neurons[0]))
+        pair, places = self.pair, to_array(neurons)
+        key = (cell, int(places[0]))
+        now = pair.index[cell]
         kept = self._kept.get(key)
-        if kept is None or not self._update(kept, cell, parameter, axis, neurons, index, compute):
-            kept = _Kept(torch.zeros_like(total), neurons, {})
-            compute(kept.product, a, b, 1.0)
+        if kept is None or not self._update(kept, cell, places, sites, compute):
+            k = len(places) // count
+            zeros = torch.zeros(count, k, k, dtype=pair.dtype, device=pair.device)
+            kept = self._kept[key] = _Kept(zeros, places, now)
+        order = _order(places, kept.first, now)
+        for where in sites:
+            if where not in kept.drift:
+                compute(kept.sum, where, pair.a(where[0]), pair.b(where[0]), order)
+                kept.drift[where] = 0
         # Indices are replaced, never written to (pair.py), so that they need no copies.
-        kept.index = index
-        self._kept[key] = kept
-        total.add_(kept.product, alpha=weight)
+        kept.index = dict(pair.index)
+        columns = _order(places, now, kept.first)
+        return kept.sum if columns is None else _gathered(kept.sum, columns)
 
     def _update(
-        self,
-        kept: _Kept,
-        cell: str,
-        parameter: str,
-        axis: int,
-        neurons: Indices,
-        index: dict[str, np.ndarray],
-        compute: Compute,
+        self, kept: _Kept, cell: str, places: np.ndarray, sites: Sequence[Where], compute: Compute
     ) -> bool:
-        """Bring a product up to date, or say that it is as well computed afresh."""
-        if not np.array_equal(to_array(neurons), to_array(kept.neurons)):
+        """Bring a sum up to date, or say that it is as well computed afresh."""
+        pair = self.pair
+        if not set(kept.drift) <= set(sites) or not np.array_equal(places, kept.places):
             return False
-        changed = _changed(self.pair, parameter, axis, kept.index, index)
-        if len(changed) > 1:
-            return False
-        for other, (now, _) in changed.items():
-            kept.drift += len(now)
-            size = self.pair.spec.shapes[parameter][other]
-            if 2 * len(now) > size or kept.drift > size:
+        fresh = update = 0.0
+        pieces = []
+        for where in kept.drift:
+            fresh += _terms(pair, *where)
+            changed = _changed(pair, *where, kept.index, pair.index)
+            if len(changed) > 1:
                 return False
-        kept.product = _in_order(kept, cell, index)
-        for other, (now, before) in changed.items():
-            a, b = self.pair.a(parameter), self.pair.b(parameter)
-            places, sources = (torch.from_numpy(p).to(b.device) for p in (now, before))
-            difference = b.index_select(other, places).to(self.pair.dtype)
-            difference -= b.index_select(other, sources).to(self.pair.dtype)
-            compute(kept.product, a.index_select(other, places), difference, 1.0)
+            for other, (now, before) in changed.items():
+                size = pair.spec.shapes[where[0]][other]
+                if kept.drift[where] + len(now) > DRIFT * size:
+                    return False
+                update += GATHERING * _terms(pair, *where) * len(now) / size
+                pieces.append((where, other, now, before))
+        if pieces and update >= fresh:
+            return False
+        order = _order(places, kept.first, pair.index[cell])
+        for where, other, now, before in pieces:
+            a, b = pair.a(where[0]), pair.b(where[0])
+            here, there = (torch.from_numpy(p).to(b.device) for p in (now, before))
+            difference = b.index_select(other, here).to(pair.dtype)
+            difference -= b.index_select(other, there).to(pair.dtype)
+            compute(kept.sum, where, a.index_select(other, here), difference, order)
+            kept.drift[where] += len(now)
         return True
+
+
+def _gathered(blocks: Tensor, columns: np.ndarray) -> Tensor:
+    """The columns [count * k] of `blocks` [count, k, k], each from its own block."""
+    count, k, _ = blocks.shape
+    chosen = torch.from_numpy(columns % k).to(blocks.device)
+    if count == 1:
+        return blocks[0].index_select(1, chosen)[None]
+    return blocks.gather(2, chosen.reshape(count, 1, k).expand_as(blocks))
 
 
 def _changed(
@@ -158,19 +185,15 @@ def _changed(
     return found
 
 
-def _in_order(kept: _Kept, cell: str, index: dict[str, np.ndarray]) -> Tensor:
-    """The product with the columns of each block where their neurons are now."""
-    neurons, then, now = to_array(kept.neurons), kept.index[cell], index[cell]
-    product = kept.product
-    if now is then or np.array_equal(now[neurons], then[neurons]):
-        return product
-    count, k, _ = product.shape
-    where = np.empty_like(then)
-    where[then[neurons]] = np.arange(neurons.size)
-    columns = torch.from_numpy(where[now[neurons]] % k).to(product.device)
-    if count == 1:
-        return product[0].index_select(1, columns)[None]
-    return product.gather(2, columns.reshape(count, 1, k).expand_as(product))
+def _order(neurons: np.ndarray, wanted: np.ndarray, given: np.ndarray) -> np.ndarray | None:
+    """Where the B's neurons that index `wanted` has at the places `neurons` are listed, if `given` has them there in
+    another order; None if it is the same.
+    """
+    if wanted is given or np.array_equal(wanted[neurons], given[neurons]):
+        return None
+    where = np.empty_like(given)
+    where[given[neurons]] = np.arange(neurons.size)
+    return where[wanted[neurons]]
 
 
 def _sites(pair: Pair, group: Group, sites: Sequence[Site]) -> list[tuple[str, int]]:

@@ -32,12 +32,12 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..spec import Group, Indices, Node, Permutation, PermutationSpec
-from .assignment import Assignment, assign, independent, leaves
+from .assignment import assign, independent, leaves
 from .costs import WeightCosts, tensor_cores
 from .initial import Init, Visit, start
 from .linear import TOLERANCE
-from .nearness import stays
-from .pair import Move, Pair, touched
+from .nearness import nearest
+from .pair import Move, Pair, keep_freed_memory, touched
 from .products import Products
 from .result import Attempt, MatchResult, MatchState, Sweep, Update
 from .schedule import Order, axes_met, neighbours, order_of, run_in_order, sharing
@@ -110,6 +110,7 @@ def weight_matching(
         raise ConfigError(f"The normalisation {normalize!r} is unknown: give 'tensor' or none.")
     if workers is None:
         workers = 1 if torch.device(device).type == "cpu" else min(16, os.cpu_count() or 1)
+    keep_freed_memory()
     pair = Pair(spec, state_a, state_b, normalize=normalize, device=device)
     pair.products = Products(pair)
     initial_objective, distance_before = pair.objective, pair.distance
@@ -276,39 +277,38 @@ def improve(pair: Pair, group: Group) -> Update:
     """
     if all(len(axes) == 1 for axes in axes_met(group).values()):
         costs = WeightCosts(pair)
-        if stays(costs, group):
-            return Update(group.name, 0.0, 0)
-        return _accept(pair, group, assign(group, costs), certain=True)
+        index = nearest(costs, group)
+        return _accept(pair, group, assign(group, costs).index if index is None else index, certain=True)
     gain, moved = 0.0, 0
     for unit in independent(group.tree):
         costs = WeightCosts(pair)
         meets_itself = _meets_itself(group, unit)
         for share in (0.0, 0.25, 0.5, 0.75) if meets_itself else (0.0,):
             found = assign(group, _Inert(costs, share) if share else costs, units=[unit])
-            update = _accept(pair, group, found, certain=not meets_itself)
+            update = _accept(pair, group, found.index, certain=not meets_itself)
             if update.moved:
                 gain, moved = gain + update.gain, moved + update.moved
                 break
     return Update(group.name, gain, moved)
 
 
-def _accept(pair: Pair, group: Group, found: Assignment, certain: bool) -> Update:
+def _accept(pair: Pair, group: Group, index: Mapping[str, np.ndarray], certain: bool) -> Update:
     """Make the arrangement if it truly gains, as measured in float64 on the weights; else change nothing."""
-    moved = sum(int(np.count_nonzero(index != np.arange(index.size))) for index in found.index.values())
+    moved = sum(int(np.count_nonzero(of_cell != np.arange(of_cell.size))) for of_cell in index.values())
     if not moved:
         return Update(group.name, 0.0, 0)
-    move: Move = pair.propose(group, found.index)
+    move: Move = pair.propose(group, index)
     scale = sum(
         pair.weight[name] * np.sqrt(np.prod(pair.squares[name])) for name in touched(group, pair.spec)
     )
     if certain and move.gain < -NOISE * scale:
         raise RuntimeError(
-            f"Group {group.name!r} was to gain {found.gain:.6g} but would lose {-move.gain:.6g}: the spec has"
-            f" sites that contradict each other, or the device computes wrong products."
+            f"The best arrangement of group {group.name!r} would lose {-move.gain:.6g}: the spec has sites that"
+            f" contradict each other, or the device computes wrong products."
         )
     if move.gain <= TOLERANCE * scale:
         return Update(group.name, 0.0, 0)
-    pair.make(move, found.index)
+    pair.make(move, index)
     return Update(group.name, move.gain, moved)
 
 
