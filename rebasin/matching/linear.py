@@ -40,8 +40,8 @@ def linear_assignment(
     Args:
         costs: [n, n] float, on any device; finite.
         potentials: gives one number a column, [n], to be subtracted in the second shortcut (or None); asked
-            for only if the first fails and the problem is not small. It may be anything: it decides how fast the answer comes, never what
-            it is worth.
+            for only if the first fails and the problem is not small. It may be anything: it decides how fast
+            the answer comes, never what it is worth.
         tolerance: a gain over the identity below this share counts as none.
         learn: told such numbers by which a large problem turned out to be proved; they suit similar costs.
 
