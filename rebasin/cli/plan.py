@@ -31,7 +31,7 @@ def show_plan(
 ) -> None:
     """Print the plan, the sizes, and estimates of memory and time; with block weights a table and a picture."""
     from ..checkpoints import component_spec
-    from ..matching.estimate import about, matching_seconds, matmul_rate
+    from ..matching.estimate import about, matching_seconds, matmul_rate, near_share
 
     rows = []
     for model in models:
@@ -64,7 +64,11 @@ def show_plan(
         rate = matmul_rate()
         rows = []
         for name, spec in specs.items():
-            own = matching_seconds(spec, rate) * max(1, len(models) - 1) * (1 if len(models) == 2 else 2)
+            if len(models) == 2:
+                states = (model.component(name) for model in models)
+                own = matching_seconds(spec, rate, near_share(spec, *states))
+            else:
+                own = matching_seconds(spec, rate) * 2 * max(1, len(models) - 1)
             seconds += own
             rows.append(
                 {"component": name, "neurons": f"{spec.neurons:,}", "groups": len(spec), "time": about(own)}

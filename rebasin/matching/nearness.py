@@ -82,14 +82,10 @@ def _guess(costs: WeightCosts, cell: str) -> np.ndarray | None:
     """
     n = costs.pair.index[cell].size
     for _, a, b in costs.slices(cell, widest=True):
-        columns = torch.linspace(0, a.shape[1] - 1, min(a.shape[1], 2 * COLUMNS), device=a.device).long()
-        rows = torch.arange(0, n, max(1, n // SAMPLE), device=a.device)
-        x, y = a[rows[:, None], columns].to(costs.dtype), b.index_select(1, columns).to(costs.dtype)
-        half = len(columns) // 2
-        first, second = _nearest(x[:, :half], y[:, :half]), _nearest(x[:, half:], y[:, half:])
-        if float((first == second).float().mean()) < PLAUSIBLE:
+        columns, x, y = _sample(a, b, costs.dtype)
+        in_place = _in_place(x, y)
+        if in_place is None:
             return None
-        in_place = float((first == rows).float().mean())
         if in_place < 1:
             pieces = a.split(ROWS)
             index = torch.cat([_nearest(p.index_select(1, columns).to(costs.dtype), y) for p in pieces])
@@ -99,6 +95,31 @@ def _guess(costs: WeightCosts, cell: str) -> np.ndarray | None:
             if in_place < PLAUSIBLE:
                 return None
     return np.arange(n)
+
+
+def in_place(a: Tensor, b: Tensor) -> bool:
+    """Whether neurons with weights `a` and `b` [n, m] seem to be in the same order, by a few of both."""
+    share = _in_place(*_sample(a, b, torch.float32)[1:])
+    return share is not None and share >= PLAUSIBLE
+
+
+def _sample(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Some columns, and these of some rows of `a` and of all rows of `b`."""
+    columns = torch.linspace(0, a.shape[1] - 1, min(a.shape[1], 2 * COLUMNS), device=a.device).long()
+    rows = torch.arange(0, len(a), max(1, len(a) // SAMPLE), device=a.device)
+    return columns, a[rows[:, None], columns].to(dtype), b.index_select(1, columns).to(dtype)
+
+
+def _in_place(x: Tensor, y: Tensor) -> float | None:
+    """For which share of the rows that were sampled their own is the nearest; None if two halves of the columns do not
+    agree on what is.
+    """
+    half = x.shape[1] // 2
+    first, second = _nearest(x[:, :half], y[:, :half]), _nearest(x[:, half:], y[:, half:])
+    if float((first == second).float().mean()) < PLAUSIBLE:
+        return None
+    rows = torch.arange(0, len(y), max(1, len(y) // SAMPLE), device=first.device)
+    return float((first == rows).float().mean())
 
 
 def _nearest(x: Tensor, y: Tensor) -> Tensor:
