@@ -100,7 +100,8 @@ def _shown(sweep: Sweep, rows: Sequence[Row], column: str, percent: bool) -> str
 def _number(value: float, percent: bool, digits: int = 3) -> str:
     if percent:
         return f"{value:.1%}"
-    return f"{int(value):,}" if value == int(value) and abs(value) >= 10 else number(value, digits)
+    whole = abs(value) >= 1000 or (value == int(value) and abs(value) >= 10)
+    return f"{value:,.0f}" if whole else number(value, digits)
 
 
 def _in_order(sweep: Sweep, rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
