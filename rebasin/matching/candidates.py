@@ -58,7 +58,7 @@ EXACT = 2e-12
 
 
 def by_candidates(
-    costs: Tensor, prices: Tensor | None = None, balance: bool = True
+    costs: Tensor, prices: Tensor, regret: Tensor, balance: bool = True
 ) -> tuple[np.ndarray, Tensor] | None:
     """The assignment [n], int64, with the largest sum of `costs` [n, n], and the prices [n], float64, that
     prove it; None if it was not proved in time.
@@ -66,17 +66,15 @@ def by_candidates(
     Args:
         costs: float, on any device; finite.
         prices: [n], where to start: better ones save time.
+        regret: [n, n], `prices - costs`; it is used up.
         balance: whether they need step 1.
     """
     n = costs.shape[0]
-    prices = costs.mean(dim=0) if prices is None else prices.to(costs)
-    regret = prices - costs
     if balance:
         prices = prices + _balance(regret.sub_(regret.amin(dim=1, keepdim=True)))
         torch.sub(prices, costs, out=regret)
     width = _width(regret[:: max(1, n // SAMPLE)].cpu().numpy())
     chosen = _below(regret, regret.amin(dim=1, keepdim=True) + width)
-    del regret
     chosen.diagonal().fill_(True)
     largest = max(map(abs, (float(x) for x in costs.aminmax())))
     v = prices.double().cpu().numpy()
@@ -89,7 +87,7 @@ def by_candidates(
         if proof is None:
             break
         v = proof
-        tempting = _tempting(costs, column, v, largest)
+        tempting = _tempting(costs, column, v, largest, regret)
         if not tempting.numel():
             return column, torch.from_numpy(v)
         chosen.view(-1)[tempting] = True
@@ -119,11 +117,13 @@ def _width(sample: np.ndarray) -> float:
     return float((sample[:, min(PER_ROW, sample.shape[1]) - 1] - sample[:, 0]).mean())
 
 
-def _tempting(costs: Tensor, column: np.ndarray, v: np.ndarray, largest: float) -> Tensor:
-    """The flat numbers of the entries that a row would rather have than its own at prices `v`, in float64."""
+def _tempting(costs: Tensor, column: np.ndarray, v: np.ndarray, largest: float, regret: Tensor) -> Tensor:
+    """The flat numbers of the entries that a row would rather have than its own at prices `v`, in float64; `regret` is
+    the place to compute in.
+    """
     prices = torch.from_numpy(v).to(costs.device)
     own = torch.from_numpy(column).to(costs.device)[:, None]
-    regret = prices.to(costs.dtype) - costs
+    torch.sub(prices.to(costs.dtype), costs, out=regret)
     # Rounding moves no regret by more than this; what lies nearer is computed again in float64.
     scale = largest + float(np.abs(v).max())
     flat = _flat(_below(regret, regret.gather(1, own) + 8 * torch.finfo(costs.dtype).eps * scale))

@@ -71,13 +71,15 @@ def _solved(
     if different == n:
         return column
     if n >= SMALLEST:
-        easy, prices = different >= _easy(n) * n, None
-        if potentials is not None and (prices := potentials()) is not None:
-            column, different = _by_argmax(costs - prices.to(costs))
-            if different == n:
-                return column
+        easy = different >= _easy(n) * n
+        prices = None if potentials is None else potentials()
+        prices = costs.mean(dim=0) if prices is None else prices.to(costs)
+        regret = prices - costs
+        column, different = _by_argmin(regret)
+        if different == n:
+            return column
         if not easy:
-            proved = by_candidates(costs, prices, balance=different < SETTLED * n)
+            proved = by_candidates(costs, prices, regret, balance=different < SETTLED * n)
             if proved is not None:
                 learn(proved[1])
                 return proved[0]
@@ -94,7 +96,16 @@ def _easy(n: int) -> float:
 def _by_argmax(costs: Tensor) -> tuple[np.ndarray, int]:
     """The rows' argmaxima [n], an optimal assignment if they are a bijection, and how many are different."""
     on_cpu = costs.device.type == "cpu"  # there numpy is ten times as fast as torch
-    column = costs.numpy().argmax(axis=1) if on_cpu else costs.argmax(dim=1).cpu().numpy()
+    return _different(costs.numpy().argmax(axis=1) if on_cpu else costs.argmax(dim=1).cpu().numpy())
+
+
+def _by_argmin(regret: Tensor) -> tuple[np.ndarray, int]:
+    """The same with argminima."""
+    on_cpu = regret.device.type == "cpu"
+    return _different(regret.numpy().argmin(axis=1) if on_cpu else regret.argmin(dim=1).cpu().numpy())
+
+
+def _different(column: np.ndarray) -> tuple[np.ndarray, int]:
     hit = np.zeros(column.size, dtype=bool)
     hit[column] = True
     return column, int(np.count_nonzero(hit))

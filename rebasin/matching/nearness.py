@@ -44,8 +44,8 @@ MOST = 4
 SAMPLE = 32
 """So many neurons are looked at before anything else is,"""
 
-COLUMNS = 32
-"""each by so many coordinates of one tensor, and by so many others."""
+COLUMNS = 16
+"""each by so many neighbouring coordinates of one tensor, and by so many others."""
 
 PLAUSIBLE = 0.9
 """For so many of the sampled neurons two sets of coordinates must agree on the nearest, or the pair is not near."""
@@ -105,7 +105,12 @@ def in_place(a: Tensor, b: Tensor) -> bool:
 
 def _sample(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Some columns, and these of some rows of `a` and of all rows of `b`."""
-    columns = torch.linspace(0, a.shape[1] - 1, min(a.shape[1], 2 * COLUMNS), device=a.device).long()
+    m = a.shape[1]
+    # Neighbours lie in the same lines of the cache, and away from the ends, where images have their empty borders.
+    runs = (
+        [range(k * m // 3, min(m, k * m // 3 + COLUMNS)) for k in (1, 2)] if m > 4 * COLUMNS else [range(m)]
+    )
+    columns = torch.tensor([c for run in runs for c in run], device=a.device)
     rows = torch.arange(0, len(a), max(1, len(a) // SAMPLE), device=a.device)
     return columns, a[rows[:, None], columns].to(dtype), b.index_select(1, columns).to(dtype)
 
