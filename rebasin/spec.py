@@ -18,7 +18,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -380,7 +380,7 @@ class Permutation:
 
     def moved(self) -> int:
         """The number of neurons that do not stay where they are."""
-        return sum(int(np.count_nonzero(p != np.arange(p.size))) for p in self.index.values())
+        return displaced(self.index.values())
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """A safetensors file with one int32 tensor a cell; its header has the spec, so the file stands alone."""
@@ -485,6 +485,11 @@ def first_leaf(node: Node) -> Leaf:
     while isinstance(node, Branch):
         node = node.children[0]
     return node
+
+
+def displaced(indices: Iterable[np.ndarray]) -> int:
+    """How many neurons are not where they were, under indices [size] of any number of cells."""
+    return sum(int(np.count_nonzero(index != np.arange(index.size))) for index in indices)
 
 
 def admits(group: Group, index: Mapping[str, np.ndarray]) -> bool:

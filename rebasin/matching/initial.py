@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from ..errors import ConfigError, SpecMismatchError
-from ..spec import Group, Permutation
+from ..spec import Group, Permutation, displaced
 from .assignment import assign
 from .costs import WeightCosts
 from .nearness import nearest
@@ -94,10 +94,9 @@ def forward(pair: Pair, visit: Visit = lambda *_: None) -> None:
         found = nearest(costs, group)
         if found is None:
             found = assign(group, costs).index
-        leave = sum(int(np.count_nonzero(index != np.arange(index.size))) for index in found.values())
-        if leave:
+        if leave := displaced(found.values()):
             pair.move(group, found)
-        moved += leave
+            moved += leave
         matched |= {cell.name for cell in group.cells}
         waiting |= {g: share(spec.groups[g]) for g in near[number] if g in waiting}
         visit("first guess", len(spec) - len(waiting), moved)

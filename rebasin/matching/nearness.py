@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..spec import Group, admits
+from ..spec import Group, admits, displaced
 from .costs import WeightCosts
 from .pair import CHUNK
 
@@ -70,7 +70,7 @@ def nearest(costs: WeightCosts, group: Group) -> dict[str, np.ndarray] | None:
         if guess is None:
             return None
         found[cell.name] = guess
-    if any(map(_moves, found.values())) and not admits(group, found):
+    if displaced(found.values()) and not admits(group, found):
         return None
     return found if all(_proved(costs, name, index) for name, index in found.items()) else None
 
@@ -135,16 +135,12 @@ def _nearest(x: Tensor, y: Tensor) -> Tensor:
     return distances.argmin(dim=1)
 
 
-def _moves(index: np.ndarray) -> bool:
-    return not np.array_equal(index, np.arange(index.size))
-
-
 def _proved(costs: WeightCosts, cell: str, index: np.ndarray) -> bool:
     """With few coordinates, and where these nearly do, with as many more as they seem to lack."""
     total = costs.coordinates(cell)
     if not total:
         return True
-    order = torch.from_numpy(index).to(costs.pair.device) if _moves(index) else None
+    order = torch.from_numpy(index).to(costs.pair.device) if displaced([index]) else None
     own = torch.zeros(index.size, dtype=costs.dtype, device=costs.pair.device)
     few = max(FEWEST, total // SHARE)
     lacking = _lacking(costs, own, *_chosen(costs, cell, few, order, own))

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..spec import Group, Indices, Node, Permutation, PermutationSpec
+from ..spec import Group, Indices, Node, Permutation, PermutationSpec, displaced
 from .assignment import assign, independent, leaves
 from .costs import WeightCosts, tensor_cores
 from .initial import Init, Visit, start
@@ -294,7 +294,7 @@ def improve(pair: Pair, group: Group) -> Update:
 
 def _accept(pair: Pair, group: Group, index: Mapping[str, np.ndarray], certain: bool) -> Update:
     """Make the arrangement if it truly gains, as measured in float64 on the weights; else change nothing."""
-    moved = sum(int(np.count_nonzero(of_cell != np.arange(of_cell.size))) for of_cell in index.values())
+    moved = displaced(index.values())
     if not moved:
         return Update(group.name, 0.0, 0)
     move: Move = pair.propose(group, index)
@@ -346,8 +346,7 @@ def _out_of_place(permutation: Permutation) -> dict[str, int]:
     moved: dict[str, int] = {}
     for group in permutation.spec:
         indices = [permutation.index[cell.name] for cell in group.cells]
-        own = sum(int(np.count_nonzero(index != np.arange(index.size))) for index in indices)
-        moved[group.name] = moved.get(group.name, 0) + own
+        moved[group.name] = moved.get(group.name, 0) + displaced(indices)
     return moved
 
 
