@@ -51,12 +51,12 @@ class Costs(Protocol):
         """`block` for each of `blocks`, which may be computed together."""
         ...
 
-    def potentials(self, cell: str, neurons: Indices) -> Tensor | None:
-        """One number a neuron, [k], as `linear_assignment` takes them, or None."""
+    def prices(self, cell: str, neurons: Indices) -> Tensor | None:
+        """What `learn` was told when these neurons were last assigned, [k], as they are ordered now, or None."""
         ...
 
     def learn(self, cell: str, neurons: Indices, prices: Tensor) -> None:
-        """Take note of such numbers, float64 on the CPU, that served to solve this problem."""
+        """Take note of the prices, float64 [k] on the CPU, that proved a solution (see `linear_assignment`)."""
         ...
 
 
@@ -78,7 +78,7 @@ class GivenCosts:
     def diagonal(self, cell: str, blocks: Sequence[Indices]) -> list[Tensor]:
         return [self.block(cell, neurons) for neurons in blocks]
 
-    def potentials(self, cell: str, neurons: Indices) -> Tensor | None:
+    def prices(self, cell: str, neurons: Indices) -> Tensor | None:
         return None
 
     def learn(self, cell: str, neurons: Indices, prices: Tensor) -> None:
@@ -130,7 +130,7 @@ def assign(
         for neurons, matrix in zip(blocks, source.diagonal(name, blocks), strict=True):
             column, reached, gained = linear_assignment(
                 matrix,
-                partial(source.potentials, name, neurons),
+                source.prices(name, neurons),
                 tolerance,
                 partial(source.learn, name, neurons),
             )

@@ -90,44 +90,20 @@ class WeightCosts:
                 found[k] = product
         return [block for block in found if block is not None]
 
-    def potentials(self, cell: str, neurons: Indices) -> Tensor:
-        """For the neurons of pi(B), [k], what served when they were last matched, else half their squared norms,
-        weighted like C (see linear.py).
-        """
-        if (learned := self._learned) is not None and (cell, int(neurons[0])) in learned:
-            return learned[cell, int(neurons[0])][self._here(cell, neurons)].to(self.pair.device)
-        total = torch.zeros(len(neurons), dtype=self.dtype, device=self.pair.device)
-        here = self._here(cell, neurons).to(total.device)
-        for parameter, axis, sites in self.sites(cell):
-            total.add_(
-                self._squares(cell, parameter, axis, sites)[here], alpha=self.pair.weight[parameter] / 2
-            )
-        return total
+    def prices(self, cell: str, neurons: Indices) -> Tensor | None:
+        """Only if the pair keeps anything; those of some of the sites suit all, too, if not as well."""
+        kept = None if self.pair.products is None else self.pair.products.prices.get((cell, int(neurons[0])))
+        return None if kept is None else kept[self._here(cell, neurons)]
 
     def learn(self, cell: str, neurons: Indices, prices: Tensor) -> None:
-        if self._learned is not None:
+        if self.pair.products is not None:
             kept = prices.new_zeros(self.pair.index[cell].size)
             kept[self._here(cell, neurons)] = prices
-            self._learned[cell, int(neurons[0])] = kept
-
-    @property
-    def _learned(self) -> dict[tuple[str, int], Tensor] | None:
-        """Only if the pair keeps anything; those of some of the sites suit all, too, if not as well."""
-        return None if self.pair.products is None else self.pair.products.prices
+            self.pair.products.prices[cell, int(neurons[0])] = kept
 
     def _here(self, cell: str, neurons: Indices) -> Tensor:
         """The numbers in B of the neurons that are at these places now."""
         return torch.from_numpy(self.pair.index[cell][to_array(neurons)])
-
-    def _squares(self, cell: str, parameter: str, axis: int, sites: Sequence[Site]) -> Tensor:
-        """Each neuron's squared norm at these sites, [size], as numbered in B: no permutation changes it."""
-        kept = {} if self.pair.products is None else self.pair.products.squares
-        if (cell, parameter, axis) not in kept:
-            index = self.pair.index[cell]
-            parts = _parts(self.pair.b(parameter), axis, sites, range(index.size))
-            squares = torch.stack([part.to(self.dtype).square().sum(dim=1) for part in parts]).sum(dim=0)
-            kept[cell, parameter, axis] = squares[torch.from_numpy(np.argsort(index)).to(squares.device)]
-        return kept[cell, parameter, axis]
 
     def _products(self, cell: str, neurons: Indices, count: int) -> Tensor:
         """[count, k, k] for `count` blocks of k neurons each, which `neurons` lists one after the other."""

@@ -111,7 +111,7 @@ class _Costs:
         made = self.joint.weights.diagonal(cell, blocks)
         return [self._with_activations(cell, n, block) for n, block in zip(blocks, made, strict=True)]
 
-    def potentials(self, cell: str, neurons: Indices) -> Tensor | None:
+    def prices(self, cell: str, neurons: Indices) -> Tensor | None:
         return None
 
     def learn(self, cell: str, neurons: Indices, prices: Tensor) -> None:

@@ -75,9 +75,7 @@ class Products:
 
     def __init__(self, pair: Pair, budget: int = BUDGET) -> None:
         self.pair = pair
-        # Filled by costs.py; both by the neurons' numbers in B, and small.
-        self.squares: dict[tuple[str, str, int], Tensor] = {}
-        self.prices: dict[tuple[str, int], Tensor] = {}
+        self.prices: dict[tuple[str, int], Tensor] = {}  # filled by costs.py, by the neurons' numbers in B
         self._kept: dict[tuple[str, int], _Kept] = {}
         wanted = sorted(
             (sum(_terms(pair, *where) for where in _sites(pair, group, cell.sites)), number, cell.name)

@@ -327,7 +327,7 @@ class _Inert:
     def diagonal(self, cell: str, blocks: Any) -> list[Tensor]:
         return [self.block(cell, neurons) for neurons in blocks]
 
-    def potentials(self, cell: str, neurons: Indices) -> Tensor | None:
+    def prices(self, cell: str, neurons: Indices) -> Tensor | None:
         return None
 
     def learn(self, cell: str, neurons: Indices, prices: Tensor) -> None:

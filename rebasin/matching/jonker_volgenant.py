@@ -1,0 +1,227 @@
+"""Jonker and Volgenant's algorithm for the dense linear assignment problem, from any prices, compiled by numba.
+
+"A shortest augmenting path algorithm for dense and sparse linear assignment problems", Computing 38 (1987).
+
+Let column j have a price p_j. Row i wants the columns with the largest c_ij - p_j, and an assignment that gives every
+row one that it wants is optimal, because any other has at most the same sum of c_ij - p_j and pays the same prices. Two
+steps lead there, and from the first bid on every row that has a column wants it:
+
+    bids    A row without a column takes the one that it wants most, and raises its price until the second best is as
+            good (the paper's augmenting row reduction, an auction without a minimal bid). Who had it must bid again.
+            That settles nearly all rows; the last ones would outbid each other for long, so the number is limited.
+    paths   A row that is left finds the cheapest chain of exchanges to a column that nobody has (Dijkstra's algorithm),
+            and prices rise along the way by as much as is needed to keep everyone content.
+
+The prices decide how soon the end is reached, not where: from those of a similar problem hardly any path is needed.
+
+Half a second goes into importing numba, and a few into compiling, once for an installation: the machine code is kept
+beside this file or, if that can't be written to, in the user's cache. No thread of Python's is held up meanwhile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+LANES = 32
+"""So many columns are looked at in one go, one from each residue class: the loop over them becomes vector instructions."""
+
+BIDS = 2
+"""So many times the number of rows may bids take a column away, in each of"""
+
+ROUNDS = 3
+"""so many rounds."""
+
+
+def solve(costs: np.ndarray, prices: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The assignment with the largest sum, and the prices that prove it.
+
+    Args:
+        costs: [n, n] float32 or float64; finite.
+        prices: [n], where to start, taken only if rows want more columns at these prices than at none.
+
+    Returns:
+        column: int64 [n], a bijection; of several that are best, any.
+        prices: float64 [n]; no row would gain from another column, but for float64's rounding.
+    """
+    costs = np.ascontiguousarray(costs)
+    start = np.zeros(len(costs))
+    if prices is not None:
+        given = np.array(prices, dtype=np.float64)
+        if _wanted(costs, given) > _wanted(costs, start):
+            start = given
+    return _solve(costs, start, BIDS * len(costs), ROUNDS), start
+
+
+@njit(nogil=True, cache=True)
+def _solve(costs: Any, prices: Any, bids: int, rounds: int) -> Any:
+    """The assignment [n]; `prices` [n] become those that prove it."""
+    n = prices.size
+    column, row = np.full(n, -1), np.full(n, -1)
+    free = np.arange(n)
+    for _ in range(rounds):
+        free = _bid(costs, prices, column, row, free, bids)
+    if free.size:
+        unowned = np.flatnonzero(row < 0)
+        reach, closed = np.empty(n), np.zeros(n)
+        rows, columns, offset = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n)
+        for left in range(free.size):
+            ends = unowned[: free.size - left]
+            _path(costs, prices, column, row, free[left], ends, reach, closed, rows, columns, offset)
+    return column
+
+
+@njit(nogil=True, cache=True)
+def _bid(costs: Any, prices: Any, column: Any, row: Any, free: Any, bids: int) -> Any:
+    """One round of bids of the rows in `free`, of which at most about `bids` displace another; those left at its end."""
+    lane = np.empty(LANES)
+    queue = free.copy()
+    next_, left = 0, 0
+    while next_ < queue.size:
+        i = queue[next_]
+        next_ += 1
+        best, second, j, other = _two_best(costs[i], prices, lane)
+        rises = best > second and other >= 0
+        if rises:
+            prices[j] += best - second
+        elif row[j] >= 0 and other >= 0:  # both are wanted: rather the one that may have no owner
+            j = other
+        owner = row[j]
+        column[i], row[j] = j, i
+        if owner >= 0:
+            column[owner] = -1
+            bids -= 1
+            if rises and bids > 0:  # goes on at once: it may displace another, and so on
+                next_ -= 1
+                queue[next_] = owner
+            else:
+                queue[left] = owner
+                left += 1
+    return queue[:left]
+
+
+@njit(nogil=True, cache=True)
+def _path(
+    costs: Any,
+    prices: Any,
+    column: Any,
+    row: Any,
+    first: int,
+    ends: Any,
+    reach: Any,
+    closed: Any,
+    rows: Any,
+    columns: Any,
+    offset: Any,
+) -> None:
+    """Give row `first` a column by the cheapest chain of exchanges to one of `ends`, the columns without an owner.
+
+    `reach` [n] has what it would cost the rows so far to get each column. The k-th row looked at, rows[k], is the
+    owner of columns[k - 1], the nearest that was open, and gets at column j at the cost of offset[k] - (c_ij - p_j).
+    `closed` [n], infinite for columns that are reached, is zero before and after. The last of `ends` takes the place of
+    the one that is taken.
+    """
+    n = prices.size
+    lane = np.empty(LANES)
+    reach[:] = np.inf
+    distance, seen, end, i = 0.0, 0, -1, first
+    content = _two_best(costs[i], prices, lane)[0]
+    while True:
+        rows[seen], offset[seen] = i, distance + content
+        j, distance = _nearest(costs[i], prices, offset[seen], reach, closed, lane)
+        for k in range(ends.size):  # among equally near columns one without an owner, else long plateaus are searched
+            if reach[ends[k]] <= distance:
+                end = ends[k]
+                ends[k] = ends[ends.size - 1]
+                break
+        if end >= 0:
+            break
+        columns[seen] = j
+        seen += 1
+        closed[j] = np.inf
+        i = row[j]
+        content = np.float64(costs[i, j]) - prices[j]
+    j, before = end, seen + 1
+    while before > 0:  # each column goes to the row that reached it at the least cost, and that row's own is next
+        least, k = np.inf, 0
+        for candidate in range(before):
+            cost = offset[candidate] - (np.float64(costs[rows[candidate], j]) - prices[j])
+            if cost < least:
+                least, k = cost, candidate
+        row[j] = rows[k]
+        j, column[rows[k]] = column[rows[k]], j
+        before = k
+    for k in range(seen):
+        prices[columns[k]] += distance - reach[columns[k]]
+        closed[columns[k]] = 0.0
+
+
+@njit(nogil=True, cache=True)
+def _two_best(costs: Any, prices: Any, lane: Any) -> Any:
+    """The largest and the second largest c_j - p_j of a row [n], and their columns (-1: there is but one column)."""
+    n = prices.size
+    whole = n - n % LANES
+    lane[:] = -np.inf
+    for start in range(0, whole, LANES):
+        for k in range(LANES):
+            net = np.float64(costs[start + k]) - prices[start + k]
+            lane[k] = net if net > lane[k] else lane[k]
+    for j in range(whole, n):
+        lane[j - whole] = max(lane[j - whole], np.float64(costs[j]) - prices[j])
+    best, second, at, other = -np.inf, -np.inf, 0, -1
+    for k in range(LANES):
+        if lane[k] > best:
+            best, second, at, other = lane[k], best, k, at if best > -np.inf else -1
+        elif lane[k] > second:
+            second, other = lane[k], k
+    first, rival, runner = -1, -np.inf, -1  # within the best lane
+    for j in range(at, n, LANES):
+        net = np.float64(costs[j]) - prices[j]
+        if net == best and first < 0:
+            first = j
+        elif net > rival:
+            rival, runner = net, j
+    if rival >= second:
+        return best, rival, first, runner
+    for j in range(other, n, LANES):
+        if np.float64(costs[j]) - prices[j] == second:
+            return best, second, first, j
+    return best, second, first, -1
+
+
+@njit(nogil=True, cache=True)
+def _nearest(costs: Any, prices: Any, offset: float, reach: Any, closed: Any, lane: Any) -> Any:
+    """Lowers `reach` [n] to what the columns cost by way of a row [n]; the nearest open column and its distance."""
+    n = prices.size
+    whole = n - n % LANES
+    lane[:] = np.inf
+    for start in range(0, whole, LANES):
+        for k in range(LANES):
+            cost = offset - (np.float64(costs[start + k]) - prices[start + k])
+            cost = cost if cost < reach[start + k] else reach[start + k]
+            reach[start + k] = cost
+            cost += closed[start + k]
+            lane[k] = cost if cost < lane[k] else lane[k]
+    for j in range(whole, n):
+        reach[j] = min(reach[j], offset - (np.float64(costs[j]) - prices[j]))
+        lane[j - whole] = min(lane[j - whole], reach[j] + closed[j])
+    at = 0
+    for k in range(LANES):
+        if lane[k] < lane[at]:
+            at = k
+    for j in range(at, n, LANES):
+        if reach[j] + closed[j] == lane[at]:
+            return j, lane[at]
+    return -1, lane[at]  # no column is open: there are none for any row
+
+
+@njit(nogil=True, cache=True)
+def _wanted(costs: Any, prices: Any) -> int:
+    """How many different columns the rows want most."""
+    lane = np.empty(LANES)
+    hit = np.zeros(prices.size, np.bool_)
+    for i in range(prices.size):
+        hit[_two_best(costs[i], prices, lane)[2]] = True
+    return hit.sum()

@@ -1,0 +1,135 @@
+"""Linear assignments: always scipy's value, whatever the prices they start from, and a proof."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from rebasin.matching import jonker_volgenant
+from rebasin.matching.jonker_volgenant import solve
+from rebasin.matching.linear import SMALLEST, linear_assignment
+
+SIZES = [1, 2, 31, 32, 33, 64, 150]  # around the lanes, too
+KINDS = ["planted", "random", "low rank", "shifted", "ties", "dead", "rows alike", "nothing"]
+
+
+def problem(kind: str, n: int, seed: int = 3) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    costs = rng.standard_normal((n, n))
+    if kind == "planted":
+        a = rng.standard_normal((n, 64))
+        costs = a @ (a[rng.permutation(n)] + rng.standard_normal((n, 64))).T
+    elif kind == "low rank":  # long chains of exchanges
+        costs = rng.standard_normal((n, 8)) @ rng.standard_normal((n, 8)).T
+    elif kind == "shifted":  # columns of very different worth
+        costs += 30 * rng.standard_normal(n)
+    elif kind == "ties":
+        costs = rng.integers(0, 4, (n, n)).astype(float)
+    elif kind == "dead":  # a third of the rows and half of the columns are nothing
+        costs[: n // 3] = 0
+        costs[:, n // 2 :] = 0
+    elif kind == "rows alike":
+        costs[:] = costs[0]
+    elif kind == "nothing":
+        costs[:] = 0
+    return costs
+
+
+def value(costs: np.ndarray, column: np.ndarray) -> float:
+    return float(costs[np.arange(len(costs)), column].sum(dtype=np.float64))
+
+
+def best(costs: np.ndarray) -> float:
+    return value(costs, linear_sum_assignment(costs, maximize=True)[1])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_value_is_the_best_and_the_prices_prove_it(kind: str, n: int, dtype: type) -> None:
+    costs = problem(kind, n).astype(dtype)
+    rng = np.random.default_rng(0)
+    for start in (None, np.zeros(n), rng.standard_normal(n), 100 * rng.standard_normal(n), costs.max(axis=0)):
+        column, prices = solve(costs, start)
+        assert sorted(column) == list(range(n))
+        assert value(costs, column) == pytest.approx(best(costs), rel=1e-12, abs=1e-12)
+        left = costs.astype(np.float64) - prices
+        regret = left.max(axis=1) - left[np.arange(n), column]
+        assert regret.max() <= 1e-12 * (np.abs(costs).max() + np.abs(prices).max())
+
+
+@pytest.mark.parametrize(("bids", "rounds"), [(0, 1), (1, 1), (50, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bids_and_paths_share_the_work_as_they_like(
+    kind: str, bids: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jonker_volgenant, "BIDS", bids)
+    monkeypatch.setattr(jonker_volgenant, "ROUNDS", rounds)
+    costs = problem(kind, 70)
+    assert value(costs, solve(costs)[0]) == pytest.approx(best(costs), rel=1e-12, abs=1e-12)
+
+
+def test_neither_the_costs_nor_the_given_prices_are_changed() -> None:
+    costs = problem("random", 150)
+    prices = solve(costs)[1]
+    before, then = costs.copy(), prices.copy()
+    solve(costs, prices)
+    linear_assignment(torch.from_numpy(costs), torch.from_numpy(prices))
+    assert np.array_equal(costs, before)
+    assert np.array_equal(prices, then)
+
+
+def test_costs_need_not_lie_in_order() -> None:
+    costs = problem("random", 64)
+    assert solve(costs.T)[0].tolist() == linear_sum_assignment(costs.T, maximize=True)[1].tolist()
+    assert solve(costs[::2, ::2])[0].tolist() == linear_sum_assignment(costs[::2, ::2], maximize=True)[1].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [SMALLEST - 1, SMALLEST, 300])
+def test_the_solver_is_chosen_by_the_size_and_the_answer_is_the_same(kind: str, n: int) -> None:
+    costs = torch.from_numpy(problem(kind, n)).float()
+    learned: list[Tensor] = []
+    column, reached, gain = linear_assignment(costs, learn=learned.append)
+    assert sorted(column) == list(range(n))
+    assert reached == pytest.approx(best(costs.numpy()), rel=1e-10, abs=1e-10)
+    assert gain == pytest.approx(reached - float(costs.double().trace()), rel=1e-9, abs=1e-9)
+    easy = len(set(costs.argmax(dim=1).tolist())) == n
+    assert len(learned) == (n >= SMALLEST and not easy)
+    for prices in learned:
+        assert linear_assignment(costs, prices)[1] == pytest.approx(reached, rel=1e-12)
+
+
+def test_learned_prices_leave_hardly_anything_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = problem("low rank", 300).astype(np.float32)
+    column, prices = solve(costs)
+    similar = costs + 1e-3 * problem("random", 300).astype(np.float32)
+    looked_at: list[int] = []
+    bid = jonker_volgenant._bid.py_func
+
+    def counted(*arguments: object) -> np.ndarray:
+        left = bid(*arguments)
+        looked_at.append(len(left))
+        return left
+
+    monkeypatch.setattr(jonker_volgenant, "_bid", counted)
+    afresh = jonker_volgenant._solve.py_func(similar, np.zeros(300), 600, 1)
+    again = jonker_volgenant._solve.py_func(similar, prices.copy(), 600, 1)
+    assert value(similar, afresh) == pytest.approx(value(similar, again), rel=1e-12)
+    assert (again == column).mean() > 0.5
+    assert looked_at[1] < looked_at[0] / 2
+
+
+def test_numba_is_loaded_only_where_it_is_needed() -> None:
+    script = (
+        "import sys, torch; from rebasin.matching.linear import linear_assignment\n"
+        "linear_assignment(torch.eye(300)); linear_assignment(torch.rand(20, 20)); assert 'numba' not in sys.modules\n"
+        "linear_assignment(torch.rand(200, 200)); assert 'numba' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
