@@ -18,13 +18,15 @@ group, whatever its structure, if that allows it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..spec import Group, admits, displaced
 from .costs import WeightCosts
-from .pair import CHUNK
+from .pair import CHUNK, Pair, touched
 
 WORTH = 1e8
 """Groups whose cost matrices take fewer multiplications and additions are computed at once."""
@@ -64,15 +66,30 @@ def nearest(costs: WeightCosts, group: Group) -> dict[str, np.ndarray] | None:
     work = sum(2.0 * costs.coordinates(cell.name) * cell.size**2 for cell in group.cells)
     if work < WORTH:
         return None
+    unlike = {} if costs.pair.products is None else costs.pair.products.unlike
+    if group.name in unlike and not _others_moved(costs.pair, group, unlike[group.name]):
+        return None
     found: dict[str, np.ndarray] = {}
     for cell in group.cells:
         guess = _guess(costs, cell.name)
         if guess is None:
+            unlike[group.name] = dict(costs.pair.index)  # indices are replaced, never written to (pair.py)
             return None
         found[cell.name] = guess
     if displaced(found.values()) and not admits(group, found):
         return None
     return found if all(_proved(costs, name, index) for name, index in found.items()) else None
+
+
+def _others_moved(pair: Pair, group: Group, then: Mapping[str, np.ndarray]) -> bool:
+    """Whether most of the neurons that share tensors with `group` have moved since `then`: before, another look at it
+    would tell the same.
+    """
+    axes = [pair.spec.axes[parameter] for parameter in touched(group, pair.spec)]
+    met = {cell for sites in axes for on_axis in sites.values() for cell, _ in on_axis}
+    met -= {cell.name for cell in group.cells}
+    moved = [np.count_nonzero(pair.index[c] != then[c]) for c in met if pair.index[c] is not then[c]]
+    return 2 * sum(moved) > sum(pair.index[cell].size for cell in met)
 
 
 def _guess(costs: WeightCosts, cell: str) -> np.ndarray | None:

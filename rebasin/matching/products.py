@@ -76,6 +76,7 @@ class Products:
     def __init__(self, pair: Pair, budget: int = BUDGET) -> None:
         self.pair = pair
         self.prices: dict[tuple[str, int], Tensor] = {}  # filled by costs.py, by the neurons' numbers in B
+        self.unlike: dict[str, dict[str, np.ndarray]] = {}  # filled by nearness.py
         self._kept: dict[tuple[str, int], _Kept] = {}
         wanted = sorted(
             (sum(_terms(pair, *where) for where in _sites(pair, group, cell.sites)), number, cell.name)
@@ -154,8 +155,6 @@ class Products:
 def _gathered(blocks: Tensor, columns: np.ndarray) -> Tensor:
     """The columns [count * k] of `blocks` [count, k, k], each from its own block."""
     count, k, _ = blocks.shape
-    if count == 1 and blocks.device.type == "cpu":  # there numpy is faster than torch
-        return torch.from_numpy(np.take(blocks[0].numpy(), columns, axis=1))[None]
     chosen = torch.from_numpy(columns % k).to(blocks.device)
     if count == 1:
         return blocks[0].index_select(1, chosen)[None]
