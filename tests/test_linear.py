@@ -64,13 +64,24 @@ def test_the_value_is_the_best_and_the_prices_prove_it(kind: str, n: int, dtype:
         assert regret.max() <= 1e-12 * (np.abs(costs).max() + np.abs(prices).max())
 
 
-@pytest.mark.parametrize(("bids", "rounds"), [(0, 1), (1, 1), (50, 4)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"HARD": 1.0, "BIDS": 0, "ROUNDS": 1},
+        {"HARD": 1.0, "BIDS": 1, "ROUNDS": 1},
+        {"HARD": 1.0, "BIDS": 50, "ROUNDS": 4},
+        {"HARD": -1.0, "ROUNDS": 0},
+        {"HARD": -1.0, "STEPS": (1.0,), "PATIENCE": 0},
+        {"HARD": -1.0, "STEPS": (1e-9, 10.0), "PATIENCE": 3},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_bids_and_paths_share_the_work_as_they_like(
-    kind: str, bids: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+def test_auctions_bids_and_paths_share_the_work_as_they_like(
+    kind: str, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jonker_volgenant, "BIDS", bids)
-    monkeypatch.setattr(jonker_volgenant, "ROUNDS", rounds)
+    for name, setting in settings.items():
+        monkeypatch.setattr(jonker_volgenant, name, setting)
     costs = problem(kind, 70)
     assert value(costs, solve(costs)[0]) == pytest.approx(best(costs), rel=1e-12, abs=1e-12)
 
@@ -88,7 +99,10 @@ def test_neither_the_costs_nor_the_given_prices_are_changed() -> None:
 def test_costs_need_not_lie_in_order() -> None:
     costs = problem("random", 64)
     assert solve(costs.T)[0].tolist() == linear_sum_assignment(costs.T, maximize=True)[1].tolist()
-    assert solve(costs[::2, ::2])[0].tolist() == linear_sum_assignment(costs[::2, ::2], maximize=True)[1].tolist()
+    assert (
+        solve(costs[::2, ::2])[0].tolist()
+        == linear_sum_assignment(costs[::2, ::2], maximize=True)[1].tolist()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,20 +124,22 @@ def test_learned_prices_leave_hardly_anything_to_do(monkeypatch: pytest.MonkeyPa
     costs = problem("low rank", 300).astype(np.float32)
     column, prices = solve(costs)
     similar = costs + 1e-3 * problem("random", 300).astype(np.float32)
-    looked_at: list[int] = []
+    left_over: list[int] = []
     bid = jonker_volgenant._bid.py_func
 
     def counted(*arguments: object) -> np.ndarray:
         left = bid(*arguments)
-        looked_at.append(len(left))
+        left_over.append(len(left))
         return left
 
     monkeypatch.setattr(jonker_volgenant, "_bid", counted)
-    afresh = jonker_volgenant._solve.py_func(similar, np.zeros(300), 600, 1)
-    again = jonker_volgenant._solve.py_func(similar, prices.copy(), 600, 1)
+    afresh = jonker_volgenant._solve.py_func(similar, np.zeros(300), np.zeros(0), 1.0, 0, 2, 1)
+    again = jonker_volgenant._solve.py_func(similar, prices.copy(), np.zeros(0), 1.0, 0, 2, 1)
     assert value(similar, afresh) == pytest.approx(value(similar, again), rel=1e-12)
     assert (again == column).mean() > 0.5
-    assert looked_at[1] < looked_at[0] / 2
+    assert len(left_over) == 4  # two rounds each, of which the second leaves the rows for paths
+    assert left_over[3] < left_over[1] / 2
+    assert left_over[2] < left_over[0] / 2
 
 
 def test_numba_is_loaded_only_where_it_is_needed() -> None:
