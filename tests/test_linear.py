@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,14 +128,14 @@ def test_learned_prices_leave_hardly_anything_to_do(monkeypatch: pytest.MonkeyPa
     left_over: list[int] = []
     bid = jonker_volgenant._bid.py_func
 
-    def counted(*arguments: object) -> np.ndarray:
+    def counted(*arguments: Any) -> np.ndarray:
         left = bid(*arguments)
         left_over.append(len(left))
         return left
 
     monkeypatch.setattr(jonker_volgenant, "_bid", counted)
-    afresh = jonker_volgenant._solve.py_func(similar, np.zeros(300), np.zeros(0), 1.0, 0, 2, 1)
-    again = jonker_volgenant._solve.py_func(similar, prices.copy(), np.zeros(0), 1.0, 0, 2, 1)
+    afresh = jonker_volgenant._solve.py_func(similar, np.zeros(300), 1.0, np.zeros(0), 0, 2, 1)
+    again = jonker_volgenant._solve.py_func(similar, prices.copy(), 1.0, np.zeros(0), 0, 2, 1)
     assert value(similar, afresh) == pytest.approx(value(similar, again), rel=1e-12)
     assert (again == column).mean() > 0.5
     assert len(left_over) == 4  # two rounds each, of which the second leaves the rows for paths

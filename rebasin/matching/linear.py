@@ -1,9 +1,10 @@
 """The linear assignment problem, exactly: which column belongs to which row of a cost matrix.
 
-Most assignments that occur while two models are aligned are easy, and to prove one optimal costs far less than to solve
-it from nothing: a row's largest entry bounds what the row can contribute, so if the rows' argmaxima are all different,
-they are an optimal assignment. That is found where the costs are. What it does not decide is solved on the CPU, from the
-prices that proved the last solution of a similar problem, if there was one (jonker_volgenant.py); small problems by scipy.
+Most assignments that occur while two models are aligned are easy, and to prove one optimal costs far less than to
+solve it from nothing: a row's largest entry bounds what the row can contribute, so if the rows' argmaxima are all
+different, they are an optimal assignment. That is found where the costs are. What it does not decide is solved on the
+CPU, from the prices that proved the last solution of a similar problem, if there was one (jonker_volgenant.py); small
+problems by scipy.
 """
 
 from __future__ import annotations

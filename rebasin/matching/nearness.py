@@ -88,7 +88,7 @@ def _others_moved(pair: Pair, group: Group, then: Mapping[str, np.ndarray]) -> b
     axes = [pair.spec.axes[parameter] for parameter in touched(group, pair.spec)]
     met = {cell for sites in axes for on_axis in sites.values() for cell, _ in on_axis}
     met -= {cell.name for cell in group.cells}
-    moved = [np.count_nonzero(pair.index[c] != then[c]) for c in met if pair.index[c] is not then[c]]
+    moved = [int(np.count_nonzero(pair.index[c] != then[c])) for c in met if pair.index[c] is not then[c]]
     return 2 * sum(moved) > sum(pair.index[cell].size for cell in met)
 
 

@@ -299,7 +299,7 @@ def _accept(pair: Pair, group: Group, index: Mapping[str, np.ndarray], certain: 
         return Update(group.name, 0.0, 0)
     move: Move = pair.propose(group, index)
     scale = sum(
-        pair.weight[name] * np.sqrt(np.prod(pair.squares[name])) for name in touched(group, pair.spec)
+        pair.weight[name] * math.sqrt(math.prod(pair.squares[name])) for name in touched(group, pair.spec)
     )
     if certain and move.gain < -NOISE * scale:
         raise RuntimeError(
