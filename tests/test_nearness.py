@@ -14,6 +14,7 @@ from rebasin.matching.assignment import assign
 from rebasin.matching.costs import WeightCosts
 from rebasin.matching.nearness import nearest
 from rebasin.matching.pair import Pair
+from rebasin.matching.products import Products
 from rebasin.matching.schedule import axes_met
 from rebasin.spec import Branch, Permutation, PermutationSpec, admits
 
@@ -120,6 +121,42 @@ def test_one_neuron_that_may_move_is_enough_to_prove_nothing(damage: str) -> Non
 def test_unlike_networks_are_told_apart_by_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nearness, "_proved", lambda *_: pytest.fail("looked at everything"))
     assert nearest(WeightCosts(Pair(WIDE, draw(WIDE, 1), draw(WIDE, 2))), WIDE.groups[0]) is None
+
+
+def test_unlike_networks_are_not_looked_at_again_before_most_neighbours_moved(monkeypatch) -> None:
+    spec = PermutationSpec(
+        (free("h", 40, ("first", 0), ("second", 1)), free("g", 60, ("second", 0), ("third", 1))),
+        {"first": (40, 500), "second": (60, 40), "third": (10, 60)},
+    )
+    pair = Pair(spec, draw(spec, 1), draw(spec, 2))
+    pair.products = Products(pair)
+    looked: list[str] = []
+    guess = nearness._guess
+    monkeypatch.setattr(nearness, "_guess", lambda costs, cell: looked.append(cell) or guess(costs, cell))
+
+    def look(number: int = 0) -> int:
+        looked.clear()
+        assert nearest(WeightCosts(pair), spec.groups[number]) is None
+        return len(looked)
+
+    def move(count: int) -> None:
+        pair.move(spec.groups[1], {"g": np.roll(np.arange(60), 1) if count == 60 else swapped(60, count)})
+
+    assert look() == 1
+    assert look(1) == 1  # each for itself
+    assert look() == 0
+    move(30)
+    assert look() == 0
+    move(60)
+    assert look() == 1
+    assert look() == 0
+    pair.products = None
+    assert look() == 1  # nothing is kept, nothing is known
+
+
+def swapped(n: int, count: int) -> np.ndarray:
+    """The first `count` neurons in reverse order."""
+    return np.concatenate([np.arange(count)[::-1], np.arange(count, n)])
 
 
 @pytest.mark.parametrize("init", ["identity", "forward"])

@@ -67,13 +67,14 @@ def nearest(costs: WeightCosts, group: Group) -> dict[str, np.ndarray] | None:
     if work < WORTH:
         return None
     unlike = {} if costs.pair.products is None else costs.pair.products.unlike
-    if group.name in unlike and not _others_moved(costs.pair, group, unlike[group.name]):
+    key = group.cells[0].name  # groups may share a name, cells don't
+    if key in unlike and not _others_moved(costs.pair, group, unlike[key]):
         return None
     found: dict[str, np.ndarray] = {}
     for cell in group.cells:
         guess = _guess(costs, cell.name)
         if guess is None:
-            unlike[group.name] = dict(costs.pair.index)  # indices are replaced, never written to (pair.py)
+            unlike[key] = dict(costs.pair.index)  # indices are replaced, never written to (pair.py)
             return None
         found[cell.name] = guess
     if displaced(found.values()) and not admits(group, found):
