@@ -143,6 +143,26 @@ def test_learned_prices_leave_hardly_anything_to_do(monkeypatch: pytest.MonkeyPa
     assert left_over[2] < left_over[0] / 2
 
 
+def test_prices_are_taken_if_they_spread_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = problem("shifted", 150)
+    prices = solve(costs)[1]
+    starts: list[np.ndarray] = []
+    inner = jonker_volgenant._solve
+
+    def noted(costs: np.ndarray, start: np.ndarray, *arguments: Any) -> np.ndarray:
+        starts.append(start.copy())
+        return inner(costs, start, *arguments)
+
+    monkeypatch.setattr(jonker_volgenant, "_solve", noted)
+    one_bargain = np.zeros(150)
+    one_bargain[7] = -1e6
+    for given in (prices, one_bargain, None):
+        assert value(costs, solve(costs, given)[0]) == pytest.approx(best(costs), rel=1e-12)
+    assert np.array_equal(starts[0], prices)
+    assert not starts[1].any()
+    assert not starts[2].any()
+
+
 def test_numba_is_loaded_only_where_it_is_needed() -> None:
     script = (
         "import sys, torch; from rebasin.matching.linear import linear_assignment\n"

@@ -115,7 +115,6 @@ def _bid(costs: Any, prices: Any, column: Any, row: Any, free: Any, bids: int, s
         owner = row[j]
         column[i], row[j] = j, i
         if owner >= 0:
-            column[owner] = -1
             bids -= 1
             if rises and bids > 0:  # goes on at once: it may displace another, and so on
                 next_ -= 1
