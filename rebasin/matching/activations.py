@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..objectives import Objective
-from ..spec import Permutation, PermutationSpec
+from ..spec import Permutation, PermutationSpec, displaced
 from .assignment import assign
-from .joint import Joint, moved
+from .joint import Joint
 from .moments import Statistic
 from .pair import Pair
-from .result import MatchResult, Sweep, Update
+from .result import MatchResult, Sweep, Update, moved_per_group
 from .statistics import (
     ActivationState,
     ActivationStatistics,
@@ -242,7 +242,7 @@ def _finish(
     Joint(pair, solved.left, solved.largest, TIES).descend(open_, "forward", 0, TIE_SWEEPS)
     permutation = pair.permutation
     updates = tuple(
-        Update(group.name, gain, sum(moved(permutation.index[cell.name]) for cell in group.cells))
+        Update(group.name, gain, displaced(permutation.index[cell.name] for cell in group.cells))
         for group, gain in zip(spec, solved.gains, strict=True)
     )
     seconds = solved.seconds + perf_counter() - began
@@ -268,15 +268,6 @@ def _silent(costs: Tensor) -> bool:
     """Whether a neuron of A or B goes with nothing at all."""
     zero = costs == 0
     return bool(zero.all(dim=0).any() or zero.all(dim=1).any())
-
-
-def moved_per_group(permutation: Permutation) -> dict[str, int]:
-    """The same by group name; groups of one name are added up."""
-    total: dict[str, int] = {}
-    for group in permutation.spec:
-        own = sum(moved(permutation.index[cell.name]) for cell in group.cells)
-        total[group.name] = total.get(group.name, 0) + own
-    return total
 
 
 def check_statistic(statistic: str) -> None:

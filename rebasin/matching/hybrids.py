@@ -19,11 +19,11 @@ from torch import nn
 from ..errors import ConfigError
 from ..objectives import Objective
 from ..spec import PermutationSpec
-from .activations import activation_matching, check_statistic, match_statistics, moved_per_group, require_seen
+from .activations import activation_matching, check_statistic, match_statistics, require_seen
 from .joint import Joint
 from .moments import Statistic
 from .pair import Pair
-from .result import MatchResult, Sweep
+from .result import MatchResult, Sweep, moved_per_group
 from .schedule import Order
 from .statistics import Forward, Progress, Reads, Sites, activation_statistics
 from .weights import weight_matching

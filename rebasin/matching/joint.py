@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..spec import Group, Indices, to_array
+from ..spec import Group, Indices, displaced, to_array
 from .assignment import assign
 from .costs import WeightCosts
 from .linear import TOLERANCE
@@ -57,7 +57,7 @@ class Joint:
     def improve(self, group: Group) -> Update:
         """Bring a group to its best arrangement given all others, if that gains."""
         found = assign(group, _Costs(self))
-        count = sum(moved(index) for index in found.index.values())
+        count = displaced(found.index.values())
         if not count:
             return Update(group.name, 0.0, 0)
         move = self.pair.propose(group, found.index)
@@ -125,8 +125,3 @@ class _Costs:
         columns = torch.from_numpy(self.joint.pair.index[cell])[rows]
         activations = self.joint.activations[cell][rows[:, None], columns]
         return total.add_(activations.to(total.device), alpha=self.joint.on_activations)
-
-
-def moved(index: np.ndarray) -> int:
-    """How many neurons do not stay where they are."""
-    return int(np.count_nonzero(index != np.arange(index.size)))

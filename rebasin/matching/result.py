@@ -16,9 +16,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError
-from ..spec import Permutation, PermutationSpec
+from ..spec import Permutation, PermutationSpec, displaced
 
 STATE_FORMAT = "1"
+
+
+def moved_per_group(permutation: Permutation) -> dict[str, int]:
+    """Neurons that do not stay where they are, by group name; groups of one name are added up."""
+    moved: dict[str, int] = {}
+    for group in permutation.spec:
+        own = displaced(permutation.index[cell.name] for cell in group.cells)
+        moved[group.name] = moved.get(group.name, 0) + own
+    return moved
 
 
 @dataclass(frozen=True)

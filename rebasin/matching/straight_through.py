@@ -28,12 +28,11 @@ from torch import Tensor, nn
 from ..errors import ConfigError, DataError
 from ..objectives import Objective
 from ..spec import Permutation, PermutationSpec
-from .activations import moved_per_group
 from .best_seen import BestSeen
 from .loss_descent import descend
 from .midpoint import Autocast, Ends
 from .pair import Pair
-from .result import MatchResult
+from .result import MatchResult, moved_per_group
 from .starts import Start, start_from
 from .straight_through_result import StraightThroughResult
 from .weights import weight_matching

@@ -39,7 +39,7 @@ from .linear import TOLERANCE
 from .nearness import nearest
 from .pair import Move, Pair, keep_freed_memory, touched
 from .products import Products
-from .result import Attempt, MatchResult, MatchState, Sweep, Update
+from .result import Attempt, MatchResult, MatchState, Sweep, Update, moved_per_group
 from .schedule import Order, axes_met, neighbours, order_of, run_in_order, sharing
 
 EVERY = 1.0
@@ -173,7 +173,7 @@ def weight_matching(
         distance_after=pair.distance,
         sweeps=len(best.history) - 1,
         restarts=finished,
-        moved_per_group=_out_of_place(best.permutation),
+        moved_per_group=moved_per_group(best.permutation),
     )
 
 
@@ -339,15 +339,6 @@ def _meets_itself(group: Group, unit: Node) -> bool:
     cells = {leaf.cell for leaf in leaves(unit)}
     part = replace(group, cells=tuple(group.cells[c] for c in sorted(cells)))
     return any(len(axes) > 1 for axes in axes_met(part).values())
-
-
-def _out_of_place(permutation: Permutation) -> dict[str, int]:
-    """Neurons that do not stay where they are, by group name; groups of one name are added up."""
-    moved: dict[str, int] = {}
-    for group in permutation.spec:
-        indices = [permutation.index[cell.name] for cell in group.cells]
-        moved[group.name] = moved.get(group.name, 0) + displaced(indices)
-    return moved
 
 
 def _fingerprint(
