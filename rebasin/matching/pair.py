@@ -42,9 +42,12 @@ class Slices:
 
 @dataclass(frozen=True)
 class Move:
-    """A group's rearrangement, computed but not yet made: what changes in which tensor, and the gain."""
+    """A group's rearrangement, computed but not yet made: what changes in which tensor, what each inner product gains
+    by that, and the objective.
+    """
 
     slices: Mapping[str, Slices]
+    gains: Mapping[str, float]
     gain: float
 
 
@@ -131,7 +134,7 @@ class Pair:
 
     @property
     def dots(self) -> Mapping[str, float]:
-        """<A_k, pi(B)_k> of every counted parameter; each depends on pi alone, not on the way to it."""
+        """<A_k, pi(B)_k> of every counted parameter. Moves made later add what they gained: no tensor is read again."""
         for name in self.parameters:
             if name not in self._dots:
                 self._dots[name] = inner(self.a(name), self.b(name))
@@ -175,20 +178,23 @@ class Pair:
         they are now. The work is proportional to what moves.
         """
         slices: dict[str, Slices] = {}
-        gains = []
+        gains: dict[str, float] = {}
         for name, changed, old in self._rearranged(group, index):
             a = self.a(name)
             if changed.places is not None:
                 a = a.index_select(changed.axis, changed.places)
                 old = old.index_select(changed.axis, changed.places)
             slices[name] = changed
-            gains.append(self.weight[name] * _gain(a, old, changed.values))
-        return Move(slices, math.fsum(gains))
+            gains[name] = _gain(a, old, changed.values)
+        return Move(slices, gains, math.fsum(self.weight[name] * gain for name, gain in gains.items()))
 
     def make(self, move: Move, index: Mapping[str, np.ndarray]) -> None:
         """Carry out a proposed move."""
         for name, changed in move.slices.items():
+            dot = self._dots.get(name)
             self._change(name, changed)
+            if dot is not None:
+                self._dots[name] = dot + move.gains[name]
         self._reindex(index)
 
     def move(self, group: Group, index: Mapping[str, np.ndarray]) -> None:
