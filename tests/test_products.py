@@ -97,10 +97,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     inside: Callable[..., None] = WeightCosts._product
 
-    def product(self: WeightCosts, sites, neurons, total, where, a, b, order=None) -> None:
+    def product(self: WeightCosts, sites, neurons, total, where, a, b) -> None:
         if a.dim() > 1:
             shapes.append(tuple(a.shape))
-        inside(self, sites, neurons, total, where, a, b, order)
+        inside(self, sites, neurons, total, where, a, b)
 
     monkeypatch.setattr(WeightCosts, "_product", product)
     return shapes

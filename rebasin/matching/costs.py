@@ -134,13 +134,11 @@ class WeightCosts:
         where: tuple[str, int],
         a: Tensor,
         b: Tensor,
-        order: np.ndarray | None = None,
     ) -> None:
-        """total [count, k, k] += weight * the products of the slices of `neurons` in `a` and, in `order`, in `b`."""
+        """total [count, k, k] += weight * the products of the slices of `neurons` in `a` and in `b`."""
         parameter, axis = where
         for x, y in self._pieces(a, b, axis, sites[where], neurons):
-            ordered = y if order is None else y[torch.from_numpy(order).to(y.device)]
-            _add(total, x, ordered, self.pair.weight[parameter])
+            _add(total, x, y, self.pair.weight[parameter])
 
     def _pieces(
         self, a: Tensor, b: Tensor, axis: int, sites: Sequence[Site], neurons: Indices

@@ -3,8 +3,7 @@
 The costs of a cell are a sum over its sites, each A @ pi(B)^T. When the group is looked at again, most of it still
 holds:
 
-- B's own neurons have changed places: the columns change places. The sum is kept with its columns in the order in which
-  it was first computed, and put in the present one when it is asked for.
+- B's own neurons have changed places: so do the columns, those that moved.
 - Neurons M of a neighbour, on another axis of a site's tensor, have: only these slices of the sums differ, and
 
       A @ new^T  =  A @ old^T  +  A[:, M] @ (new[:, M] - old[:, M])^T,
@@ -48,21 +47,19 @@ GATHERING = 1.25
 Where = tuple[str, int]
 """A site's parameter and axis."""
 
-Compute = Callable[[Tensor, Where, Tensor, Tensor, np.ndarray | None], None]
-"""(sum, site, A's tensor, B's, order): adds weight * their product, B's neurons in that order, to sum [count, k, k]."""
+Compute = Callable[[Tensor, Where, Tensor, Tensor], None]
+"""(sum, site, A's tensor, B's): adds weight * their product to sum [count, k, k]."""
 
 
 @dataclass
 class _Kept:
     """A sum [count, k, k] for the neurons at `places`.
 
-    Its columns are as the cell's index was `first`, its values as all indices were at last; `drift` has the sites that
-    it holds, and the rank of their updates.
+    It is as all indices were at last; `drift` has the sites that it holds, and the rank of their updates.
     """
 
     sum: Tensor
     places: np.ndarray
-    first: np.ndarray
     index: dict[str, np.ndarray] = field(default_factory=dict)
     drift: dict[Where, int] = field(default_factory=dict)
 
@@ -103,21 +100,18 @@ class Products:
         """
         pair, places = self.pair, to_array(neurons)
         key = (cell, int(places[0]))
-        now = pair.index[cell]
         kept = self._kept.get(key)
         if kept is None or not self._update(kept, cell, places, sites, compute):
             k = len(places) // count
             zeros = torch.zeros(count, k, k, dtype=pair.dtype, device=pair.device)
-            kept = self._kept[key] = _Kept(zeros, places, now)
-        order = _order(places, kept.first, now)
+            kept = self._kept[key] = _Kept(zeros, places)
         for where in sites:
             if where not in kept.drift:
-                compute(kept.sum, where, pair.a(where[0]), pair.b(where[0]), order)
+                compute(kept.sum, where, pair.a(where[0]), pair.b(where[0]))
                 kept.drift[where] = 0
         # Indices are replaced, never written to (pair.py), so that they need no copies.
         kept.index = dict(pair.index)
-        columns = _order(places, now, kept.first)
-        return kept.sum if columns is None else _gathered(kept.sum, columns)
+        return kept.sum
 
     def _update(
         self, kept: _Kept, cell: str, places: np.ndarray, sites: Sequence[Where], compute: Compute
@@ -141,24 +135,28 @@ class Products:
                 pieces.append((where, other, now, before))
         if pieces and update >= fresh:
             return False
-        order = _order(places, kept.first, pair.index[cell])
+        columns = _order(places, pair.index[cell], kept.index[cell])
+        if columns is not None:
+            _rearrange(kept.sum, columns)
         for where, other, now, before in pieces:
             a, b = pair.a(where[0]), pair.b(where[0])
             here, there = (torch.from_numpy(p).to(b.device) for p in (now, before))
             difference = b.index_select(other, here).to(pair.dtype)
             difference -= b.index_select(other, there).to(pair.dtype)
-            compute(kept.sum, where, a.index_select(other, here), difference, order)
+            compute(kept.sum, where, a.index_select(other, here), difference)
             kept.drift[where] += len(now)
         return True
 
 
-def _gathered(blocks: Tensor, columns: np.ndarray) -> Tensor:
-    """The columns [count * k] of `blocks` [count, k, k], each from its own block."""
+def _rearrange(blocks: Tensor, columns: np.ndarray) -> None:
+    """Put the columns [count * k] of `blocks` [count, k, k] where they belong, each within its own block."""
     count, k, _ = blocks.shape
-    chosen = torch.from_numpy(columns % k).to(blocks.device)
-    if count == 1:
-        return blocks[0].index_select(1, chosen)[None]
-    return blocks.gather(2, chosen.reshape(count, 1, k).expand_as(blocks))
+    moved = np.flatnonzero(columns != np.arange(columns.size))
+    for block in range(count):
+        here = moved[moved // k == block] if count > 1 else moved
+        if here.size:
+            to, by = (torch.from_numpy(c % k).to(blocks.device) for c in (here, columns[here]))
+            blocks[block].index_copy_(1, to, blocks[block].index_select(1, by))
 
 
 def _changed(
