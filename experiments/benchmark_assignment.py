@@ -53,7 +53,7 @@ def measure(kind: str, n: int, seed: int, repeats: int, alone: bool) -> dict[str
 
     costs = costs_of(kind, n, seed)
     noise = np.random.default_rng(seed + 1).standard_normal((n, n), dtype=np.float32)
-    prices = solve(costs + 0.01 * costs.std() * noise)[1]
+    prices = solve(costs * (1 + 0.01 * noise))[1]
     calls: dict[str, Callable[[], np.ndarray]] = {
         "ours": lambda: solve(costs)[0],
         "again": lambda: solve(costs, prices)[0],
