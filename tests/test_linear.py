@@ -170,3 +170,12 @@ def test_numba_is_loaded_only_where_it_is_needed() -> None:
         "linear_assignment(torch.rand(200, 200)); assert 'numba' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_without_a_place_for_the_machine_code_every_process_compiles_its_own() -> None:
+    script = (
+        "import numpy as np; from numba.core.caching import CacheImpl; CacheImpl._locator_classes = []\n"
+        "from rebasin.matching.jonker_volgenant import solve\n"
+        "assert solve(np.eye(5)[::-1])[0].tolist() == [4, 3, 2, 1, 0]"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

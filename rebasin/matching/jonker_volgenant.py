@@ -18,11 +18,12 @@ last one by a large step, then by a small one, and whose outcome is forgotten (s
 for network flow problems", 1992). A hard problem of thousands of rows then takes a fifth of the time.
 
 Half a second goes into importing numba, and a few into compiling, once for an installation: the machine code is kept
-beside this file or, if that can't be written to, in the user's cache. No thread of Python's is held up meanwhile.
+beside this file or, if that can't be written to, in the user's cache. Other threads of Python's run on meanwhile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,13 @@ SAMPLE = 64
 """By so many rows are prices and costs judged."""
 
 
+def _compiled(function: Callable[..., Any]) -> Any:
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # there is nowhere to keep the machine code: every process compiles its own
+        return njit(nogil=True)(function)
+
+
 def solve(costs: np.ndarray, prices: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The assignment with the largest sum, and the prices that prove it.
 
@@ -70,7 +78,7 @@ def solve(costs: np.ndarray, prices: np.ndarray | None = None) -> tuple[np.ndarr
     return _solve(costs, start, HARD, np.array(STEPS), PATIENCE, BIDS, ROUNDS), start
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _solve(costs: Any, prices: Any, hard: float, steps: Any, patience: int, bids: int, rounds: int) -> Any:
     """The assignment [n]; `prices` [n] become those that prove it."""
     n = prices.size
@@ -95,7 +103,7 @@ def _solve(costs: Any, prices: Any, hard: float, steps: Any, patience: int, bids
     return column
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _bid(costs: Any, prices: Any, column: Any, row: Any, free: Any, bids: int, step: float) -> Any:
     """One round of bids of the rows in `free`, each `step` higher than it has to be, of which at most about `bids`
     displace another row; those left at its end.
@@ -125,7 +133,7 @@ def _bid(costs: Any, prices: Any, column: Any, row: Any, free: Any, bids: int, s
     return queue[:left]
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _path(
     costs: Any,
     prices: Any,
@@ -184,7 +192,7 @@ def _path(
         closed[columns[k]] = 0.0
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _two_best(costs: Any, prices: Any, lane: Any) -> Any:
     """The largest and the second largest c_j - p_j of a row [n], and their columns (-1: there is but one column)."""
     n = prices.size
@@ -217,7 +225,7 @@ def _two_best(costs: Any, prices: Any, lane: Any) -> Any:
     return best, second, first, -1
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _nearest(costs: Any, prices: Any, offset: float, reach: Any, closed: Any, lane: Any) -> Any:
     """Lowers `reach` [n] to what the columns cost by way of a row [n]; the nearest open column and its distance."""
     n = prices.size
@@ -243,7 +251,7 @@ def _nearest(costs: Any, prices: Any, offset: float, reach: Any, closed: Any, la
     return -1, lane[at]  # no column is open: there are none for any row
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _wanted(costs: Any, prices: Any) -> int:
     """How many different columns are wanted most, by a sample of the rows."""
     lane = np.empty(LANES)
