@@ -179,3 +179,16 @@ def test_without_a_place_for_the_machine_code_every_process_compiles_its_own() -
         "assert solve(np.eye(5)[::-1])[0].tolist() == [4, 3, 2, 1, 0]"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_threads_may_solve_at_once_even_for_the_first_time() -> None:
+    script = (
+        "import torch; from concurrent.futures import ThreadPoolExecutor\n"
+        "from scipy.optimize import linear_sum_assignment\n"
+        "from rebasin.matching.linear import linear_assignment\n"
+        "torch.manual_seed(0); costs = [torch.rand(150, 150) for _ in range(12)]\n"
+        "with ThreadPoolExecutor(4) as pool: found = list(pool.map(linear_assignment, costs))\n"
+        "for c, (column, _, _) in zip(costs, found):\n"
+        "    assert column.tolist() == linear_sum_assignment(c.numpy(), maximize=True)[1].tolist()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
