@@ -13,10 +13,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rebasin.matching import jonker_volgenant
-from rebasin.matching.jonker_volgenant import solve
+from rebasin.matching.jonker_volgenant import LANES, solve
 from rebasin.matching.linear import SMALLEST, linear_assignment
 
-SIZES = [1, 2, 31, 32, 33, 64, 150]  # around the lanes, too
+SIZES = [1, 2, 33, LANES - 1, LANES, LANES + 1, 150]
 KINDS = ["planted", "random", "low rank", "shifted", "ties", "dead", "rows alike", "nothing"]
 
 
@@ -40,6 +40,10 @@ def problem(kind: str, n: int, seed: int = 3) -> np.ndarray:
     elif kind == "nothing":
         costs[:] = 0
     return costs
+
+
+def in_a_new_process(*lines: str) -> None:
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
 
 
 def value(costs: np.ndarray, column: np.ndarray) -> float:
@@ -164,31 +168,37 @@ def test_prices_are_taken_if_they_spread_the_rows(monkeypatch: pytest.MonkeyPatc
 
 
 def test_numba_is_loaded_only_where_it_is_needed() -> None:
-    script = (
-        "import sys, torch; from rebasin.matching.linear import linear_assignment\n"
-        "linear_assignment(torch.eye(300)); linear_assignment(torch.rand(20, 20)); assert 'numba' not in sys.modules\n"
-        "linear_assignment(torch.rand(200, 200)); assert 'numba' in sys.modules"
+    in_a_new_process(
+        "import sys, torch",
+        "from rebasin.matching.linear import linear_assignment",
+        "linear_assignment(torch.eye(300))",
+        "linear_assignment(torch.rand(20, 20))",
+        "assert 'numba' not in sys.modules",
+        "linear_assignment(torch.rand(200, 200))",
+        "assert 'numba' in sys.modules",
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_without_a_place_for_the_machine_code_every_process_compiles_its_own() -> None:
-    script = (
-        "import numpy as np; from numba.core.caching import CacheImpl; CacheImpl._locator_classes = []\n"
-        "from rebasin.matching.jonker_volgenant import solve\n"
-        "assert solve(np.eye(5)[::-1])[0].tolist() == [4, 3, 2, 1, 0]"
+    in_a_new_process(
+        "import numpy as np",
+        "from numba.core.caching import CacheImpl",
+        "CacheImpl._locator_classes = []",
+        "from rebasin.matching.jonker_volgenant import solve",
+        "assert solve(np.eye(5)[::-1])[0].tolist() == [4, 3, 2, 1, 0]",
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_threads_may_solve_at_once_even_for_the_first_time() -> None:
-    script = (
-        "import torch; from concurrent.futures import ThreadPoolExecutor\n"
-        "from scipy.optimize import linear_sum_assignment\n"
-        "from rebasin.matching.linear import linear_assignment\n"
-        "torch.manual_seed(0); costs = [torch.rand(150, 150) for _ in range(12)]\n"
-        "with ThreadPoolExecutor(4) as pool: found = list(pool.map(linear_assignment, costs))\n"
-        "for c, (column, _, _) in zip(costs, found):\n"
-        "    assert column.tolist() == linear_sum_assignment(c.numpy(), maximize=True)[1].tolist()"
+    in_a_new_process(
+        "import torch",
+        "from concurrent.futures import ThreadPoolExecutor",
+        "from scipy.optimize import linear_sum_assignment",
+        "from rebasin.matching.linear import linear_assignment",
+        "torch.manual_seed(0)",
+        "costs = [torch.rand(150, 150) for _ in range(12)]",
+        "with ThreadPoolExecutor(4) as pool:",
+        "    found = list(pool.map(linear_assignment, costs))",
+        "for c, (column, _, _) in zip(costs, found, strict=True):",
+        "    assert column.tolist() == linear_sum_assignment(c.numpy(), maximize=True)[1].tolist()",
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
