@@ -16,7 +16,7 @@ import json
 import resource
 import statistics as means
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -24,21 +24,20 @@ from typing import Annotated, Any, get_args
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import rebasin
 from rebasin.checkpoints import write_text
 from rebasin.data import classification
 from rebasin.data.captioned_digits import denoising_batches
 from rebasin.matching import activation_and_weight, activation_statistics, match_statistics
-from rebasin.matching.statistics import Reads
-from rebasin.matching.taps import find_taps
+from rebasin.matching.activations.hook_sites import find_taps
+from rebasin.matching.activations.statistics import Reads
 from rebasin.models import tiny_sd
 from rebasin.models.cache import trained
 from rebasin.objectives import CrossEntropy, Denoising
 from rebasin.spec import Permutation
 
-State = Mapping[str, Tensor]
 PAIRS = ((0, 1), (2, 3), (4, 5))
 REFERENCE = {
     "naive": {32: 2.26, 128: 1.28, 512: 0.83},

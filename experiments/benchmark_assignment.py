@@ -49,7 +49,7 @@ def timed(solve: Callable[[], np.ndarray], repeats: int) -> tuple[float, np.ndar
 
 
 def measure(kind: str, n: int, seed: int, repeats: int, alone: bool) -> dict[str, float]:
-    from rebasin.matching.jonker_volgenant import solve
+    from rebasin.matching.assignment.jonker_volgenant import solve
 
     costs = costs_of(kind, n, seed)
     noise = np.random.default_rng(seed + 1).standard_normal((n, n), dtype=np.float32)
@@ -87,7 +87,7 @@ def main() -> None:
     described.add_argument("--out", type=Path, default=Path("outputs/benchmark_assignment"))
     options = described.parse_args()
     began = perf_counter()
-    from rebasin.matching.jonker_volgenant import solve
+    from rebasin.matching.assignment.jonker_volgenant import solve
 
     solve(np.zeros((4, 4), dtype=np.float32))
     print(f"loading, and compiling unless that was done before: {perf_counter() - began:.1f} s")

@@ -46,9 +46,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# Nothing of ours is imported here: this file is also run by the peer's Python, where `rebasin` is the peer.
+from rebasin.types import State
 
-State = Mapping[str, Tensor]
+# Nothing of ours is imported here: this file is also run by the peer's Python, where `rebasin` is the peer.
 
 
 # Networks ---------------------------------------------------------------------------------------------------
@@ -472,7 +472,7 @@ def work(options: argparse.Namespace) -> None:
 
 def _compile() -> None:
     """Loading libraries is not what is measured, and neither is compiling, once for an installation."""
-    from rebasin.matching.jonker_volgenant import solve
+    from rebasin.matching.assignment.jonker_volgenant import solve
 
     solve(np.zeros((4, 4), dtype=np.float32))
 

@@ -26,7 +26,7 @@ from rich.console import Console
 
 import rebasin
 from rebasin.checkpoints import write_text
-from rebasin.matching.straight_through import straight_through
+from rebasin.matching.straight_through.estimator import straight_through
 from rebasin.objectives import Denoising
 from rebasin.objectives.problems import problems
 

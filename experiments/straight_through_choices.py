@@ -27,7 +27,7 @@ from torch import nn
 import rebasin
 from rebasin.checkpoints import write_text
 from rebasin.errors import RebasinError
-from rebasin.matching.straight_through import straight_through
+from rebasin.matching.straight_through.estimator import straight_through
 from rebasin.objectives import CrossEntropy, Denoising, Objective
 from rebasin.spec import Permutation, PermutationSpec
 

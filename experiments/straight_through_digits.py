@@ -35,7 +35,7 @@ import rebasin
 from rebasin.checkpoints import write_text
 from rebasin.data.classification import Dataset, load
 from rebasin.errors import RebasinError
-from rebasin.matching.straight_through import straight_through
+from rebasin.matching.straight_through.estimator import straight_through
 from rebasin.models.cache import Trained, trained
 from rebasin.models.train import Recipe
 from rebasin.objectives import CrossEntropy

@@ -16,7 +16,7 @@ _PUBLIC = {
     "weight_matching": "matching",
     "activation_matching": "matching",
     "straight_through": "matching.straight_through",
-    "merge_many": "matching.many",
+    "merge_many": "matching",
     "interpolate": "merging",
     "merge": "merging",
     "barrier": "evaluation",
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .errors import RebasinError
     from .evaluation import barrier
     from .matching import activation_matching, merge_many, weight_matching
-    from .matching.straight_through import straight_through
+    from .matching.straight_through.estimator import straight_through
     from .merging import interpolate, merge
     from .spec import Permutation, PermutationSpec
     from .tracing import compose, trace, verify

@@ -1,73 +1,10 @@
-"""`python -m rebasin.report RUN_OR_SWEEP ...`: draw figures, tables and page again from stored results."""
+"""`python -m rebasin.report RUN_OR_SWEEP ...`: figures, tables and page from stored results."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from rich.console import Console
+from .reporting.command import main
 
-from .errors import RebasinError
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 after one sentence about what is missing."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rebasin.report",
-        description="Draw figures, tables and report.html again: of a run from its results.json, of a sweep from those"
-        " of its runs, or from a sweep.json alone.",
-    )
-    parser.add_argument(
-        "source",
-        nargs="+",
-        type=Path,
-        help="the folder of a finished run, the folder of a sweep, or a sweep.json",
-    )
-    parser.add_argument(
-        "--docs",
-        type=Path,
-        metavar="PAGE.md",
-        help="also replace (or add) the sweep's section in this Markdown file, with figures and sweep.json beside it in"
-        " experiments/",
-    )
-    parser.add_argument("--out", type=Path, help="where a sweep's files go; default: its own folder")
-    given = parser.parse_args(arguments)
-    console = Console(highlight=False, soft_wrap=True)
-    try:
-        for source in given.source:
-            for path in _draw(source, given.docs, given.out):
-                console.print(str(path), markup=False)
-    except RebasinError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"Error: {error}", markup=False)
-        return 2
-    return 0
-
-
-def _draw(source: Path, docs: Path | None, out: Path | None) -> list[Path]:
-    from .reporting.draw import draw
-    from .reporting.results import NAME, load_results
-    from .reporting.sweep import collect, load
-    from .reporting.sweep_page import into_docs, leave
-
-    if source.is_dir() and not (source / NAME).is_file() and not any(source.glob(f"*/{NAME}")):
-        load_results(source)  # its error says what is missing
-    if (source / NAME).is_file() or not source.exists():
-        return draw(load_results(source), source)
-    sweep = load(source) if source.is_file() else collect(source)
-    # A page of results beside which the sweep is stored needs no second copy of everything.
-    written = (
-        []
-        if docs and not out
-        else leave(
-            sweep, out or (source if source.is_dir() else source.parent), source if source.is_dir() else None
-        )
-    )
-    if docs is not None:
-        written += into_docs(sweep, docs, docs.parent / "experiments")
-    return written
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,7 +16,7 @@ from torch import Tensor
 from rebasin.checkpoints import component_spec, load_safetensors, open_checkpoint, save_safetensors
 from rebasin.checkpoints.architectures import build
 from rebasin.checkpoints.layouts import single_file
-from rebasin.checkpoints.twins import TWIN_WIDTH, twin
+from rebasin.checkpoints.reduced_width import TWIN_WIDTH, twin
 from rebasin.cli import main
 
 IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rebasin.vision import prepare_torchvision
+from rebasin.integrations.torchvision import prepare_torchvision
 
 prepare_torchvision()  # where it is installed, diffusers and transformers do not import without it
 torch.set_num_threads(1)

@@ -17,10 +17,11 @@ from torch.utils import _pytree as pytree
 import rebasin
 from experiments.zoo import ZOO
 from experiments.zoo_blocks import BLOCKS, Apply
-from rebasin.align import load_algorithm
 from rebasin.data.prompts import captioned_images, read_prompts
 from rebasin.data.sampled import chosen_steps, encoded_batches, sampled_batches
 from rebasin.errors import CheckpointError, ConfigError, DataError, SpecMismatchError
+from rebasin.files import config_dir
+from rebasin.jobs.algorithm import load_algorithm
 from rebasin.matching import (
     ActivationState,
     activation_and_weight,
@@ -28,13 +29,12 @@ from rebasin.matching import (
     activation_then_weight,
     match_statistics,
 )
-from rebasin.matching.moments import Moments
-from rebasin.matching.pipelines import match_pipelines, prompt_activation_matching
-from rebasin.matching.statistics import call_model
-from rebasin.matching.taps import find_taps, sample_rows
+from rebasin.matching.activations.hook_sites import find_taps, sample_rows
+from rebasin.matching.activations.moments import Moments
+from rebasin.matching.activations.prompts import match_pipelines, prompt_activation_matching
+from rebasin.matching.activations.statistics import call_model
 from rebasin.models import MLP, VGG, ResNet, tiny_sd
 from rebasin.objectives import CrossEntropy, Denoising
-from rebasin.paths import config_dir
 from rebasin.spec import Permutation, PermutationSpec
 from rebasin.tasks import load_task
 from rebasin.tracing.verify import _randomise

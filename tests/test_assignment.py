@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from rebasin.matching.assignment import assign, independent
-from rebasin.matching.linear import linear_assignment
+from rebasin.matching.assignment.blocks import assign, independent
+from rebasin.matching.assignment.linear_assignment import linear_assignment
 from rebasin.spec import Branch, Cell, Group, Indices, Leaf, Node, Permutation, PermutationSpec
 
 Index = dict[str, np.ndarray]

@@ -21,8 +21,8 @@ from rebasin.checkpoints import (
 )
 from rebasin.checkpoints.architectures import build, component_config
 from rebasin.checkpoints.random_weights import ema_name, noisy, random_checkpoint
+from rebasin.checkpoints.reduced_width import TWIN_WIDTH, narrow
 from rebasin.checkpoints.specs import proof, structure
-from rebasin.checkpoints.twins import TWIN_WIDTH, narrow
 from rebasin.errors import CheckpointError, VerificationError
 
 FAMILIES = {

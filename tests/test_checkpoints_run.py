@@ -20,7 +20,7 @@ from rebasin.checkpoints import (
 )
 from rebasin.checkpoints.random_weights import noisy, random_checkpoint
 from rebasin.errors import ConfigError
-from rebasin.paths import config_dir
+from rebasin.files import config_dir
 from rebasin.reporting.console import Console
 from rebasin.run import run
 from rebasin.tasks.agreement import Agreement, outputs_of, with_targets

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_weight_matching import draw, free, noisy
 
-from rebasin.matching.estimate import about, matching_seconds, matmul_rate, near_share
+from rebasin.matching.weights.estimate import about, matching_seconds, matmul_rate, near_share
 from rebasin.spec import PermutationSpec
 
 SPEC = PermutationSpec(

@@ -15,10 +15,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
-from rebasin import experiments, report
-from rebasin.configuration import check_types, resolved
+from rebasin import report
 from rebasin.errors import CheckpointError, ConfigError
-from rebasin.paths import config_dir
+from rebasin.files import config_dir
+from rebasin.jobs import experiments
+from rebasin.jobs.configuration import check_types, resolved
+from rebasin.jobs.studies import counterexample, run_study
+from rebasin.jobs.studies.plane import Plane
+from rebasin.jobs.studies.port import mistakes
+from rebasin.jobs.studies.temperature import fitted_temperature
 from rebasin.reporting import sweep as sweeps
 from rebasin.reporting.console import Console
 from rebasin.reporting.results import FORMAT, save_results
@@ -27,11 +32,7 @@ from rebasin.reporting.sweep_figures import Plot, draw_plot, lines
 from rebasin.reporting.sweep_page import into_docs, leave
 from rebasin.reporting.sweep_tables import table
 from rebasin.spec import Leaf
-from rebasin.structure import restrict
-from rebasin.studies import counterexample, run_study
-from rebasin.studies.plane import Plane
-from rebasin.studies.port import mistakes
-from rebasin.studies.temperature import fitted_temperature
+from rebasin.spec.restrict import restrict
 
 TINY = (
     "model.width=8", "model.recipe.epochs=2", "evaluate.points=3", "evaluate.splits=[heldout]", "logger=none",

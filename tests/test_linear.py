@@ -12,9 +12,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from rebasin.matching import jonker_volgenant
-from rebasin.matching.jonker_volgenant import LANES, solve
-from rebasin.matching.linear import SMALLEST, linear_assignment
+from rebasin.matching.assignment import jonker_volgenant
+from rebasin.matching.assignment.jonker_volgenant import LANES, solve
+from rebasin.matching.assignment.linear_assignment import SMALLEST, linear_assignment
 
 SIZES = [1, 2, 33, LANES - 1, LANES, LANES + 1, 150]
 KINDS = ["planted", "random", "low rank", "shifted", "ties", "dead", "rows alike", "nothing"]
@@ -170,7 +170,7 @@ def test_prices_are_taken_if_they_spread_the_rows(monkeypatch: pytest.MonkeyPatc
 def test_numba_is_loaded_only_where_it_is_needed() -> None:
     in_a_new_process(
         "import sys, torch",
-        "from rebasin.matching.linear import linear_assignment",
+        "from rebasin.matching.assignment.linear_assignment import linear_assignment",
         "linear_assignment(torch.eye(300))",
         "linear_assignment(torch.rand(20, 20))",
         "assert 'numba' not in sys.modules",
@@ -184,7 +184,7 @@ def test_without_a_place_for_the_machine_code_every_process_compiles_its_own() -
         "import numpy as np",
         "from numba.core.caching import CacheImpl",
         "CacheImpl._locator_classes = []",
-        "from rebasin.matching.jonker_volgenant import solve",
+        "from rebasin.matching.assignment.jonker_volgenant import solve",
         "assert solve(np.eye(5)[::-1])[0].tolist() == [4, 3, 2, 1, 0]",
     )
 
@@ -194,7 +194,7 @@ def test_threads_may_solve_at_once_even_for_the_first_time() -> None:
         "import torch",
         "from concurrent.futures import ThreadPoolExecutor",
         "from scipy.optimize import linear_sum_assignment",
-        "from rebasin.matching.linear import linear_assignment",
+        "from rebasin.matching.assignment.linear_assignment import linear_assignment",
         "torch.manual_seed(0)",
         "costs = [torch.rand(150, 150) for _ in range(12)]",
         "with ThreadPoolExecutor(4) as pool:",

@@ -14,18 +14,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import rebasin.matching.many_descent as many_descent
-import rebasin.matching.many_models as many_models
-import rebasin.matching.many_pivot as many_pivot
+import rebasin.matching.many.mean as many_descent
+import rebasin.matching.many.models as many_models
+import rebasin.matching.many.pivot as many_pivot
 from experiments.merge_many_mnist import main
 from rebasin import trace
 from rebasin.checkpoints import load_safetensors, save_safetensors
 from rebasin.errors import CheckpointError, ConfigError, SpecMismatchError
 from rebasin.matching import weight_matching
-from rebasin.matching.many import merge_many
-from rebasin.matching.many_models import MeanState
-from rebasin.matching.many_pivot import match_to_pivot
-from rebasin.matching.many_result import ManyState, load_permutations, save_permutations
+from rebasin.matching.many.methods import merge_many
+from rebasin.matching.many.models import MeanState
+from rebasin.matching.many.pivot import match_to_pivot
+from rebasin.matching.many.result import ManyState, load_permutations, save_permutations
 from rebasin.merging import interpolate
 from rebasin.models import build
 from rebasin.spec import PermutationSpec

@@ -21,9 +21,9 @@ from rebasin.matching import (
     merge_many,
     weight_matching,
 )
-from rebasin.matching.cycle_consistent import _applied, _matrices, _Search
-from rebasin.matching.many import METHODS
-from rebasin.matching.many_models import Models
+from rebasin.matching.many.cycle_consistent import _applied, _matrices, _Search
+from rebasin.matching.many.methods import METHODS
+from rebasin.matching.many.models import Models
 from rebasin.merging import interpolate
 from rebasin.models.train import Recipe, train
 from rebasin.objectives import CrossEntropy

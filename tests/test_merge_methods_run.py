@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console as RichConsole
 
 from rebasin.checkpoints import load_safetensors, save_safetensors
-from rebasin.combine import load_combination
 from rebasin.errors import ConfigError
+from rebasin.files import config_dir
+from rebasin.jobs.combination import load_combination
 from rebasin.merging import METHODS, merge
-from rebasin.paths import config_dir
 from rebasin.reporting.console import Console
 from rebasin.run import run
 from rebasin.tasks import load_task

@@ -10,13 +10,13 @@ from torch import nn
 from rebasin.data import Dataset, load
 from rebasin.errors import ConfigError
 from rebasin.evaluation import barrier
+from rebasin.files import cache_folder
 from rebasin.models import build, fitting_options
 from rebasin.models.augment import AUGMENTATIONS
 from rebasin.models.cache import Trained, trained
 from rebasin.models.norms import ChannelLayerNorm
 from rebasin.models.train import RECIPES, Recipe, train
 from rebasin.objectives import CrossEntropy
-from rebasin.paths import cache_folder
 
 SHORT = Recipe(epochs=2, batch_size=48)
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from test_weight_matching import SPECS, draw, free, noisy, planted
 
-from rebasin.matching import nearness, weight_matching
-from rebasin.matching.assignment import assign
-from rebasin.matching.costs import WeightCosts
-from rebasin.matching.nearness import nearest
-from rebasin.matching.pair import Pair
-from rebasin.matching.products import Products
+from rebasin.matching import weight_matching
+from rebasin.matching.assignment.blocks import assign
 from rebasin.matching.schedule import axes_met
+from rebasin.matching.weights import nearness
+from rebasin.matching.weights.costs import WeightCosts
+from rebasin.matching.weights.endpoints import Pair
+from rebasin.matching.weights.nearness import nearest
+from rebasin.matching.weights.products import Products
 from rebasin.spec import Branch, Permutation, PermutationSpec, admits
 
 WIDE = PermutationSpec(

@@ -10,11 +10,12 @@ import torch
 from test_weight_matching import SPECS, State, chain, draw, free, mlp, noisy
 from torch import Tensor
 
-from rebasin.matching import products, weight_matching
-from rebasin.matching.assignment import assign
-from rebasin.matching.costs import WeightCosts
-from rebasin.matching.pair import Pair, inner
-from rebasin.matching.products import Products
+from rebasin.matching import weight_matching
+from rebasin.matching.assignment.blocks import assign
+from rebasin.matching.weights import products
+from rebasin.matching.weights.costs import WeightCosts
+from rebasin.matching.weights.endpoints import Pair, inner
+from rebasin.matching.weights.products import Products
 from rebasin.spec import Group, Permutation, PermutationSpec
 
 

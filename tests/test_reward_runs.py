@@ -17,7 +17,7 @@ from wandb.sdk.wandb_run import Run
 
 from rebasin.errors import ConfigError, DataError
 from rebasin.evaluation.rewards import Estimate, score_models
-from rebasin.judge import load_judge
+from rebasin.jobs.scoring import load_judge
 from rebasin.objectives import Distillation, Reward
 from rebasin.reporting import draw
 from rebasin.reporting.console import Console

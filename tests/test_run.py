@@ -16,16 +16,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console as RichConsole
 
-from rebasin import paths, report, steps
-from rebasin.align import load_algorithm
+from rebasin import files as paths
+from rebasin import report
 from rebasin.checkpoints import load_metadata, load_safetensors
-from rebasin.configuration import check_types, explain, resolved
 from rebasin.errors import ConfigError, VerificationError
-from rebasin.paths import config_dir
+from rebasin.files import config_dir
+from rebasin.jobs import stages as steps
+from rebasin.jobs.algorithm import load_algorithm
+from rebasin.jobs.configuration import check_types, explain, resolved
+from rebasin.jobs.resume import Resume
 from rebasin.reporting.console import Console
 from rebasin.reporting.results import load_results
 from rebasin.reporting.tables import summary
-from rebasin.resume import Resume
 from rebasin.run import run
 from rebasin.spec import Permutation
 from rebasin.tasks import load_task

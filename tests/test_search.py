@@ -23,23 +23,23 @@ from torch import nn
 from rebasin import report
 from rebasin.checkpoints import load_metadata, load_safetensors
 from rebasin.errors import CheckpointError, ConfigError, DataError
+from rebasin.files import config_dir
 from rebasin.merging import METHODS, interpolate, merge
 from rebasin.merging.blocks import block_weights
 from rebasin.objectives import CrossEntropy, Denoising
-from rebasin.paths import config_dir
 from rebasin.reporting.console import Console
 from rebasin.reporting.results import load_results
-from rebasin.search.aims import load_aims
+from rebasin.search.assessment import bootstrap, difference
 from rebasin.search.batches import cut, deal
-from rebasin.search.bench import Bench
 from rebasin.search.candidate import Candidate
+from rebasin.search.evaluator import Bench
 from rebasin.search.folder import key, locked, register
-from rebasin.search.front import beats
 from rebasin.search.groups import group_tensors, interpolated
-from rebasin.search.judge import bootstrap, difference
+from rebasin.search.objectives import load_aims
+from rebasin.search.pareto import beats
 from rebasin.search.space import read_space
-from rebasin.search.starts import warm_starts
 from rebasin.search.verdict import Finalist, references
+from rebasin.search.warm_starts import warm_starts
 from rebasin.search.worker import workers
 from rebasin.tasks import load_task
 from rebasin.tasks.prompted import ImageMaker
@@ -63,7 +63,7 @@ def configured(*overrides: str, config: str = "search") -> DictConfig:
 
 def execute(folder: Path, *overrides: str) -> tuple[dict[str, Any], str]:
     """Results and console text of a search in this process."""
-    from rebasin.search.job import search
+    from rebasin.jobs.search import search
 
     console = RichConsole(record=True, file=open(os.devnull, "w"), width=150)  # noqa: SIM115
     results = search(configured(*overrides), folder, Console(console), "python -m rebasin.search ...")
@@ -338,7 +338,7 @@ def test_objectives_that_there_are_not(objectives, words):
 
 
 def test_the_judge_of_a_reward_has_prompts_of_its_own():
-    from rebasin.search.aims import _prompted
+    from rebasin.search.objectives import _prompted
 
     maker = ImageMaker(
         problem=Denoising("epsilon", torch.linspace(0.99, 0.01, 10)),

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import rebasin
 from rebasin.data import classification
 from rebasin.errors import ConfigError, DataError, RebasinError, SpecMismatchError
-from rebasin.matching import midpoint
-from rebasin.matching.loss_descent import descend
-from rebasin.matching.midpoint import Ends
-from rebasin.matching.straight_through import straight_through
-from rebasin.matching.straight_through_result import StraightThroughResult
+from rebasin.matching.straight_through import midpoint
+from rebasin.matching.straight_through.estimator import straight_through
+from rebasin.matching.straight_through.loss_descent import descend
+from rebasin.matching.straight_through.midpoint import Ends
+from rebasin.matching.straight_through.result import StraightThroughResult
 from rebasin.models import MLP
 from rebasin.models.train import Recipe, train
 from rebasin.objectives import CrossEntropy

@@ -6,7 +6,7 @@ import re
 
 from hydra import compose, initialize_config_dir
 
-from rebasin.paths import config_dir
+from rebasin.files import config_dir
 from rebasin.reporting.sweep import Run, Sweep
 from rebasin.reporting.sweep_figures import Plot, draw_plot
 from rebasin.reporting.sweep_page import page

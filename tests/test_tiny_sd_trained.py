@@ -10,9 +10,9 @@ import torch
 from test_run import configured, execute
 
 from rebasin import weight_matching
-from rebasin.align import load_algorithm
 from rebasin.checkpoints import load_safetensors
 from rebasin.errors import ConfigError
+from rebasin.jobs.algorithm import load_algorithm
 from rebasin.models import tiny_sd
 from rebasin.models.tiny_sd_trained import PromptedUNet, Trainer
 from rebasin.models.tiny_sd_training import Recipe

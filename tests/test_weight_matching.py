@@ -20,10 +20,10 @@ from torch import Tensor
 
 from rebasin.errors import CheckpointError, ConfigError, SpecMismatchError
 from rebasin.matching import MatchState, exchange_losses, weight_matching
-from rebasin.matching.assignment import assign, leaves
-from rebasin.matching.costs import WeightCosts, tensor_cores
-from rebasin.matching.pair import Pair, inner
+from rebasin.matching.assignment.blocks import assign, leaves
 from rebasin.matching.schedule import neighbours, order_of, run_in_order, sharing
+from rebasin.matching.weights.costs import WeightCosts, tensor_cores
+from rebasin.matching.weights.endpoints import Pair, inner
 from rebasin.spec import Branch, Cell, Group, Leaf, Permutation, PermutationSpec, Site
 
 State = dict[str, Tensor]
@@ -570,7 +570,7 @@ def test_progress_tells_where_it_stands() -> None:
 
 
 def test_progress_within_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rebasin.matching.weights.EVERY", 0.0)
+    monkeypatch.setattr("rebasin.matching.weights.matching.EVERY", 0.0)
     spec = attention()
     events: list[dict[str, Any]] = []
     result = weight_matching(spec, draw(spec, 1), draw(spec, 2), init="forward", progress=events.append)

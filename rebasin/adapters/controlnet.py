@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..spec import Permutation, PermutationSpec
+from ..types import State
 from .union import extend
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-State = Mapping[str, Tensor]
 
 LDM = (
     (r"^control_model\.zero_convs\.(\d+)\.0\.", r"controlnet_down_blocks.\1."),

@@ -14,7 +14,6 @@ With `W[out, in, *kernel]` permuted to `W[rows][:, columns]`, the adapter's diff
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-
-State = Mapping[str, Tensor]
+from ..types import State
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from .factors import Moves, State, move_factor, take
+from ..types import State
+from .factors import Moves, move_factor, take
 
 
 def move_lokr(module: str, state: State, moves: Moves, unfold: bool = False) -> dict[str, Tensor]:

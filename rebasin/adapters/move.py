@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..spec import Permutation, PermutationSpec
+from ..types import State
 from . import names
 from .factors import Moves, move_factor
 from .keys import AdapterInfo, kind_of, split_key
 from .lokr import move_lokr
 from .union import component_of, prefix_of
-
-State = Mapping[str, Tensor]
 
 FIRST_OF = {"down": ".lora_down.weight", "up": ".lora_up.weight", "constant": ".alpha"}
 """What factors that were none before are called: only kohya's and LyCORIS's files can need new ones."""

@@ -1,11 +1,11 @@
 """Checkpoints as people have them: read lazily, understood from their tensors, written atomically."""
 
+from ..files import atomic_path, write_text
 from .architectures import architecture
-from .atomic import atomic_path, write_text
 from .checkpoint import Checkpoint, open_checkpoint, require_same_family
 from .output import Saved, save_checkpoint
 from .pickled import PickledState, load_pickled
-from .reader import JoinedState, LazyState, load_metadata, load_safetensors
+from .reader import JoinedState, SafetensorsState, load_metadata, load_safetensors
 from .specs import component_spec
 from .writer import FORMATS, save_safetensors
 
@@ -13,8 +13,8 @@ __all__ = [
     "FORMATS",
     "Checkpoint",
     "JoinedState",
-    "LazyState",
     "PickledState",
+    "SafetensorsState",
     "Saved",
     "architecture",
     "atomic_path",

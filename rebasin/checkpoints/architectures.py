@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError
+from ..types import dtype_of
 from .components import TEXT, TEXT_2, UNET, VAE
 from .families import TITLES, Shapes
 from .folders import load_config
-from .reader import dtype_of
 
 if TYPE_CHECKING:
     from torch import nn

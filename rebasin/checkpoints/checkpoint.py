@@ -7,18 +7,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
-
 from ..errors import CheckpointError
+from ..types import State
 from . import components, folders
 from .components import Found
 from .families import EXPECTED, TITLES, Identity, Shapes, foreign, identify
-from .hints import Prediction, prediction
-from .links import ComponentState, DerivedState, Link, replaced
+from .key_map import ComponentState, DerivedState, Link, replaced
 from .pickled import load_pickled
+from .prediction_type import Prediction, prediction
 from .reader import PathLike, load_safetensors
-
-State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..types import shape_of
 from . import keys_text, keys_unet, keys_vae
-from .links import Link
-from .reader import shape_of
+from .key_map import Link
 
 UNET, VAE, TEXT, TEXT_2 = "unet", "vae", "text_encoder", "text_encoder_2"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .components import TEXT, TEXT_2, UNET, VAE
-from .links import DerivedState, passed
+from .key_map import DerivedState, passed
 from .pickled import load_pickled
 from .reader import JoinedState, load_safetensors
 

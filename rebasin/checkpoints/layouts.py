@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..types import State, dtype_of, shape_of
 from . import keys_text, keys_unet, keys_vae
 from .components import TEXT, TEXT_2, UNET, VAE, vae_levels
-from .links import DerivedState, Item, Link, write
-from .reader import dtype_of, shape_of
-
-State = Mapping[str, Tensor]
+from .key_map import DerivedState, Item, Link, write
 
 PREFIXES: dict[str, dict[str, tuple[str, str]]] = {
     "sd1": {TEXT: ("cond_stage_model.transformer.", "transformers")},

@@ -10,21 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import PathLike, atomic_folder, atomic_path, write_text
+from ..types import Progress, State, dtype_of, shape_of, tell
 from .architectures import PARTS_OF, component_config, published
-from .atomic import PathLike, atomic_folder, atomic_path, write_text
 from .components import TEXT, TEXT_2, UNET, VAE
+from .key_map import ComponentState, DerivedState, Item, passed
 from .layouts import single_file
-from .links import ComponentState, DerivedState, Item, passed
-from .reader import dtype_of, shape_of
-from .writer import Progress, all_finite, convert, require_space, save_safetensors, target_dtype
+from .writer import all_finite, convert, require_space, save_safetensors, target_dtype
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
-State = Mapping[str, Tensor]
 Types = torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None
 
 FILES = (".safetensors", ".ckpt")
@@ -122,8 +120,7 @@ def _save_pickle(target: Path, state: State, progress: Progress | None) -> None:
             raise CheckpointError(
                 f"Tensor {name!r} has values that are infinite or no numbers, so {target} was not written."
             )
-        if progress is not None:
-            progress({"stage": "save", "step": step, "total": len(state), "name": name})
+        tell(progress, "save", step, len(state), name=name)
     with atomic_path(target) as temporary:
         torch.save({"state_dict": tensors}, temporary)
 

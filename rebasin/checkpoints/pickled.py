@@ -11,7 +11,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import CheckpointError
+from ..types import LazyState
 from .reader import PathLike, RawFile
 
 
@@ -39,7 +40,7 @@ class _Place:
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
 
 
-class PickledState(Mapping[str, Tensor]):
+class PickledState(LazyState):
     """The tensors of a .ckpt or .bin file, each read when it is asked for.
 
     A "state_dict" inside the pickle is unwrapped; what else the pickle holds (steps, optimisers) is in `left_out`.

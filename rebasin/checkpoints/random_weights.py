@@ -12,14 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..types import State, dtype_of, shape_of
 from .architectures import build
 from .components import TEXT, UNET
+from .key_map import DerivedState, Item, passed
 from .layouts import position_ids, single_file
-from .links import DerivedState, Item, passed
-from .reader import dtype_of, shape_of
-from .twins import twin
-
-State = Mapping[str, Tensor]
+from .reduced_width import twin
 
 
 def random_checkpoint(

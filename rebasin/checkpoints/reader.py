@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..types import LazyState, dtype_of, shape_of
 from .header import read_header
 
 PathLike = str | os.PathLike[str]
@@ -65,7 +66,7 @@ class RawFile:
             return self.file.readinto(view) or 0
 
 
-class LazyState(Mapping[str, Tensor]):
+class SafetensorsState(LazyState):
     """The tensors of a safetensors file, each read from the disk when it is asked for.
 
     Shapes and types come from the header (`shape_of`, `dtype_of`) and cost nothing. The header is checked as a
@@ -96,7 +97,7 @@ class LazyState(Mapping[str, Tensor]):
         return len(self._entries)
 
     def __repr__(self) -> str:
-        return f"LazyState({str(self.path)!r}, {len(self)} tensors)"
+        return f"SafetensorsState({str(self.path)!r}, {len(self)} tensors)"
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
@@ -105,7 +106,7 @@ class LazyState(Mapping[str, Tensor]):
         return self._entries[name].dtype
 
 
-class JoinedState(Mapping[str, Tensor]):
+class JoinedState(LazyState):
     """Several lazy states as one: the shards of a file that was saved in parts.
 
     Raises:
@@ -144,27 +145,15 @@ class JoinedState(Mapping[str, Tensor]):
         return dtype_of(self._owner[name], name)
 
 
-def load_safetensors(path: PathLike) -> LazyState:
+def load_safetensors(path: PathLike) -> SafetensorsState:
     """The tensors of a safetensors file, each read when it is asked for; `.metadata` is the header's.
 
     Raises:
         CheckpointError: the file is missing, damaged or no safetensors file; names the file and the tensor.
     """
-    return LazyState(path)
+    return SafetensorsState(path)
 
 
 def load_metadata(path: PathLike) -> dict[str, str]:
     """The metadata in the header of a safetensors file."""
     return load_safetensors(path).metadata
-
-
-def shape_of(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """The shape of a tensor, from the file's header if `state` is lazy."""
-    known = getattr(state, "shape_of", None)
-    return tuple(known(name)) if known is not None else tuple(state[name].shape)
-
-
-def dtype_of(state: Mapping[str, Tensor], name: str) -> torch.dtype:
-    """The type of a tensor, from the file's header if `state` is lazy."""
-    known = getattr(state, "dtype_of", None)
-    return known(name) if known is not None else state[name].dtype

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import VerificationError
+from ..files import write_text
 from ..spec import PermutationSpec
 from ..tracing import trace, verify
 from ..tracing.cache import cache_folder
 from .architectures import architecture, build, component_config, release_of
-from .atomic import write_text
-from .twins import narrow
+from .reduced_width import narrow
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint

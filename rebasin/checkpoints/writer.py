@@ -14,17 +14,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .atomic import PathLike, atomic_path
+from ..files import PathLike, atomic_path
+from ..types import Progress, ProgressEvent, State, dtype_of, shape_of
 from .header import CODES, METADATA
-from .reader import dtype_of, shape_of
-
-Progress = Callable[[dict[str, Any]], None]
 
 SPARE = 64 * 2**20
 """Bytes that are left free on a disk: a file system that is full to the last byte serves nobody."""
@@ -42,7 +39,7 @@ FORMATS = {
 
 def save_safetensors(
     path: PathLike,
-    state: Mapping[str, Tensor],
+    state: State,
     metadata: Mapping[str, str] | None = None,
     *,
     dtype: torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None = None,
@@ -96,7 +93,7 @@ def save_safetensors(
             file.write(as_bytes(tensor))
             if progress is not None:
                 written = prod(shape) * stored.itemsize
-                progress({"stage": "save", "step": step, "total": len(names), "name": name, "bytes": written})
+                progress(ProgressEvent("save", step, len(names), name=name, bytes=written))
             del tensor
         file.flush()
         os.fsync(file.fileno())

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from ..adapters import part, union
 from ..checkpoints import component_spec, load_metadata
 from ..errors import CheckpointError, ConfigError
-from ..resume import Resume
+from ..jobs.resume import Resume
 from ..spec import Permutation, PermutationSpec
+from ..types import Progress, State, within
 from .joint import PARTS, joint_spec, joint_state
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
 
-State = Mapping[str, Tensor]
-Progress = Callable[[dict[str, Any]], None]
 JOINT = "joint"
 
 FIGURES = (
@@ -297,4 +294,4 @@ def _escaped(text: str) -> str:
 def _named(progress: Progress | None, name: str) -> Progress | None:
     if progress is None:
         return None
-    return lambda event: progress({**event, "stage": name})
+    return lambda event: progress(within(event, name))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..types import Progress, tell
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
@@ -45,7 +47,7 @@ def by_block(
     b: Checkpoint,
     components: Sequence[str],
     alignment: Alignment,
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Block]:
     """Every block of these components, in the order of the model; two tensors are in memory at a time.
 
@@ -74,8 +76,7 @@ def by_block(
             own_sums[0] += float(left.square().sum())
             own_sums[1] += before
             own_sums[2] += before if aligned is right else float((left - aligned).square().sum())
-            if progress is not None:
-                progress({"stage": component, "step": step + 1, "total": len(one)})
+            tell(progress, component, step + 1, len(one))
         for block, (size, before, after) in sums.items():
             count = neurons.get(block, 0)
             found.append(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..types import LazyState, State
+
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
 
-State = Mapping[str, Tensor]
 
 TOLERANCE = 1e-3
 """Largest relative change of an output that rounding explains, in float32 and in another order of summation."""
@@ -106,7 +107,7 @@ def compute(
         return named_outputs(module(*args, **kwargs))
 
 
-class _Wide(Mapping[str, Tensor]):
+class _Wide(LazyState):
     """A state in float32, tensor by tensor."""
 
     def __init__(self, state: State) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..checkpoints import open_checkpoint, require_same_family
 from ..errors import CheckpointError, ConfigError
+from ..types import Progress, ProgressEvent
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
 
-Progress = Callable[[dict[str, Any]], None]
 
 BLOCK = 1 << 22
 
@@ -99,7 +99,7 @@ def sha256_of(path: Path, progress: Progress | None = None) -> str:
                 digest.update(block)
                 done += len(block)
                 if progress is not None:
-                    event = {"stage": f"hash {path.name}, MB", "step": done >> 20, "total": total}
+                    event = ProgressEvent(f"hash {path.name}, MB", done >> 20, total)
                     progress(event)
         hashes.append(digest.hexdigest())
     if not path.is_dir():

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from ..checkpoints import open_checkpoint
 from ..errors import ConfigError
+from ..types import State
 from . import output, session, steps
 from .alignment import Alignment
 from .function import Difference
@@ -20,8 +18,6 @@ from .weighting import method_options, weighting
 
 if TYPE_CHECKING:
     from ..reporting.console import Console
-
-State = Mapping[str, Tensor]
 
 
 def align(console: Console, request: Request) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..errors import VerificationError
 from ..spec import PermutationSpec
 from ..tracing import compose, trace, verify
+from ..types import LazyState, State
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
 
-State = Mapping[str, Tensor]
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 TEXTS = ("text_encoder", "text_encoder_2")
@@ -32,8 +32,8 @@ def joint_spec(checkpoint: Checkpoint, components: Sequence[str]) -> Permutation
     """
     from ..checkpoints import architecture
     from ..checkpoints.architectures import FULL_WIDTH, build, component_config
+    from ..checkpoints.reduced_width import TWIN_WIDTH, narrow_text, narrow_unet
     from ..checkpoints.specs import structure
-    from ..checkpoints.twins import TWIN_WIDTH, narrow_text, narrow_unet
 
     module, args = _joint({name: architecture(checkpoint, name) for name in components})
     spec = trace(module, *args)
@@ -85,7 +85,7 @@ def _joint(built: Mapping[str, Built]) -> tuple[nn.Module, tuple[Any, ...]]:
     return compose(run, **modules), (*ids, sample, timestep, *numbers)
 
 
-class PrefixedState(Mapping[str, Tensor]):
+class PrefixedState(LazyState):
     """States of several components as one, lazily: `component.name`."""
 
     def __init__(self, states: Mapping[str, State]) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters import union
-from ..resume import Resume
+from ..jobs.resume import Resume
 from ..spec import Permutation, PermutationSpec
-from .alignment import JOINT, Alignment, Options, Progress, Unfinished, _named, reuse, state_of
+from ..types import Progress
+from .alignment import JOINT, Alignment, Options, Unfinished, _named, reuse, state_of
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
@@ -89,7 +90,7 @@ def align_many(
 
     Models are opened one at a time; what is found is kept beside `target`, a file a model, unfinished work too.
     """
-    from ..matching.many import match_to_mean
+    from ..matching.many.methods import match_to_mean
 
     key = options.key([*hashes, json.dumps(list(weights or ()))], specs)
     files = [file_of(target, i) for i in range(1, len(models))]

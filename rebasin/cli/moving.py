@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from ..adapters import component_of, joint_controlnet, move_adapter, move_controlnet, part
 from ..checkpoints import component_spec, open_checkpoint, save_safetensors
 from ..errors import CheckpointError, SpecMismatchError
 from ..spec import Permutation, PermutationSpec
+from ..types import Progress, State
 from . import output, provenance
 from .alignment import of_component
 from .inputs import sha256_of, size_of
 from .kinds import Kind, open_raw
-
-State = Mapping[str, Tensor]
 
 
 def moved(kind: Kind, file: Path, permutation: Permutation, unfold: bool) -> tuple[State, dict[str, str]]:
@@ -97,7 +93,7 @@ def write(
     state: State,
     metadata: Mapping[str, str],
     inverse: bool,
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write what was moved, with a header that says by what."""
     source = provenance.source(file, sha256_of(file), size_of(file), metadata)

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..checkpoints import FORMATS, Saved, save_checkpoint
-from ..checkpoints.links import DerivedState, Item, passed
+from ..checkpoints.key_map import DerivedState, Item, passed
 from ..checkpoints.writer import target_dtype
 from ..errors import CheckpointError, ConfigError
+from ..types import Progress, State
 from .options import DTYPES
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
 
-State = Mapping[str, Tensor]
-Progress = Callable[[dict[str, Any]], None]
 
 MARKS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 """Names of empty or tiny tensors by which loaders tell what a model predicts: never pruned."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
+from ..types import dtype_of
 from .inputs import size_of
-from .output import dtype_of, finished
+from .output import finished
 from .output import size_of as output_size
 from .session import size, table
 
@@ -31,7 +32,7 @@ def show_plan(
 ) -> None:
     """Print the plan, the sizes, and estimates of memory and time; with block weights a table and a picture."""
     from ..checkpoints import component_spec
-    from ..matching.estimate import about, matching_seconds, matmul_rate, near_share
+    from ..matching.weights.estimate import about, matching_seconds, matmul_rate, near_share
 
     rows = []
     for model in models:

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from ..checkpoints import Checkpoint
 from ..errors import ConfigError, VerificationError
+from ..types import State
 from . import output, provenance, session
 from .alignment import JOINT, Alignment, align_pair, given, specs_of
 from .function import Difference, compare_chains, compare_functions
@@ -20,11 +19,9 @@ from .request import Request
 from .weighting import Weighting
 
 if TYPE_CHECKING:
-    from ..checkpoints.links import DerivedState
+    from ..checkpoints.key_map import DerivedState
     from ..reporting.console import Console
     from ..spec import PermutationSpec
-
-State = Mapping[str, Tensor]
 
 
 def choices(request: Request) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..types import ProgressEvent
 from . import options as o
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def verify(
             check("texts and unet", compare_chains(models[0], before, after, seed))
             names = tuple(name for name in names if name not in together)
         for number, name in enumerate(names):
-            console.progress({"stage": name, "step": number, "total": len(names)})
+            console.progress(ProgressEvent(name, number, len(names)))
             if permutation is not None and not _is_joint(permutation):
                 own = of_component(permutation, name)
                 if own is None:

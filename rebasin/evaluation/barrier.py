@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rebasin.errors import CheckpointError, ConfigError
-from rebasin.merging.interpolate import State, check_names, interpolate_tensor
+from rebasin.merging.interpolate import check_names, interpolate_tensor
+
+from ..types import Progress, ProgressEvent, State
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
-Progress = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,7 @@ def barrier(
             for name, value in figures.items():
                 columns.setdefault(name, []).append(value)
             if progress is not None:
-                event = {
-                    "stage": "barrier",
-                    "step": step + 1,
-                    "total": points,
-                    "lam": lam,
-                    "loss": losses[-1],
-                }
+                event = ProgressEvent("barrier", step + 1, points, lam=lam, loss=losses[-1])
                 progress({**event, "seconds": time.perf_counter() - started})
     return Curve.measured(lambdas, losses, columns, seconds=time.perf_counter() - started)
 

@@ -14,9 +14,8 @@ from torch.func import functional_call
 
 from ..objectives import Objective
 from ..objectives.base import eval_mode
+from ..types import State
 from .calibration import BINS, Calibration, calibration
-
-State = Mapping[str, Tensor]
 
 MEMBERS, ENSEMBLE = "members", "ensemble"
 

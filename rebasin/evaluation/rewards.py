@@ -5,20 +5,19 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy import stats
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ConfigError
 from ..objectives import Reward
+from ..types import Progress, ProgressEvent, State
 
 CONFIDENCE = 0.95
-
-State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def score_models(
     objective: Reward,
     batches: Sequence[Sequence[Any]],
     differences: Mapping[str, tuple[Sequence[str], Sequence[str]]] | None = None,
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Progress | None = None,
 ) -> Rewards:
     """Score the images that `model` makes with each of `states`.
 
@@ -92,7 +91,7 @@ def score_models(
             values.append(objective.evaluate(own, problems)["reward"])
             if progress is not None:
                 step = number * len(batches) + seed + 1
-                progress({"stage": f"scoring {label}", "step": step, "total": len(states) * len(batches)})
+                progress(ProgressEvent(f"scoring {label}", step, len(states) * len(batches)))
         found[label] = tuple(values)
     told = {}
     for name, (plus, minus) in (differences or {}).items():

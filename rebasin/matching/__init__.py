@@ -1,21 +1,23 @@
-"""Bringing one model's neurons into the order of another's: one algorithm a file."""
+"""Bringing one model's neurons into the order of another's. `reference` has the paper's algorithms as printed."""
 
-from .activations import ActivationResult, activation_matching, match_statistics
-from .assignment import Assignment, Costs, assign
-from .certificate import exchange_losses
-from .cycle_consistent import match_cycle_consistently
-from .cycles import cycle_error
-from .hybrids import activation_and_weight, activation_then_weight
-from .linear import linear_assignment
-from .many import merge_many
-from .many_activations import match_many_activations
-from .many_descent import match_to_mean
-from .many_pivot import match_by_tree, match_to_pivot, naive_mean
-from .many_result import ManyResult, ManyState, load_permutations, save_permutations
+from .activations.hybrids import activation_and_weight, activation_then_weight
+from .activations.matching import ActivationResult, activation_matching, match_statistics
+from .activations.prompts import prompt_activation_matching
+from .activations.statistics import ActivationState, ActivationStatistics, activation_statistics
+from .assignment.blocks import Assignment, Costs, assign
+from .assignment.linear_assignment import linear_assignment
+from .many.activations import match_many_activations
+from .many.cycle_consistent import match_cycle_consistently
+from .many.cycles import cycle_error
+from .many.mean import match_to_mean
+from .many.methods import merge_many
+from .many.pivot import match_by_tree, match_to_pivot, naive_mean
+from .many.result import ManyResult, ManyState, load_permutations, save_permutations
+from .many.straight_through import straight_through_many
+from .naive import naive
 from .result import MatchResult, MatchState, Sweep, Update
-from .statistics import ActivationState, ActivationStatistics, activation_statistics
-from .straight_through_many import straight_through_many
-from .weights import weight_matching
+from .weights.certificate import exchange_losses
+from .weights.matching import weight_matching
 
 __all__ = [
     "ActivationResult",
@@ -45,7 +47,9 @@ __all__ = [
     "match_to_mean",
     "match_to_pivot",
     "merge_many",
+    "naive",
     "naive_mean",
+    "prompt_activation_matching",
     "save_permutations",
     "straight_through_many",
     "weight_matching",

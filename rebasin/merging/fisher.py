@@ -6,7 +6,7 @@ expectation over samples. It is the empirical one: the loss is the objective's, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from ..errors import DataError
 from ..objectives import Objective
 from ..objectives.base import eval_mode
-
-Progress = Callable[[dict[str, Any]], None]
+from ..types import Progress, tell
 
 
 def diagonal_fisher(
@@ -62,8 +61,7 @@ def diagonal_fisher(
                         sums[id(parameter)] += gradient.detach().float().abs().square()
                         reached.add(id(parameter))
                 count += 1
-                if progress is not None:
-                    progress({"stage": "fisher", "step": count, "loss": float(loss.detach())})
+                tell(progress, "fisher", count, loss=float(loss.detach()))
     if count == 0:
         raise DataError("the Fisher information needs data, but there is not one batch.")
     result = {}

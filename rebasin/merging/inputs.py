@@ -6,19 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .interpolate import State
-
-
-def shape_of(state: State, name: str) -> tuple[int, ...]:
-    """A tensor's shape, from the header where the state is lazy."""
-    known = getattr(state, "shape_of", None)
-    return tuple(known(name)) if known is not None else tuple(state[name].shape)
-
-
-def dtype_of(state: State, name: str) -> torch.dtype:
-    """A tensor's dtype, from the header where the state is lazy."""
-    known = getattr(state, "dtype_of", None)
-    return known(name) if known is not None else state[name].dtype
+from ..types import LazyState, State, dtype_of, is_number, shape_of
 
 
 def check_finite(name: str, label: str, tensor: Tensor, first: torch.dtype) -> None:
@@ -47,15 +35,6 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def is_number(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or dtype.is_complex
-
-
-def widened(dtype: torch.dtype) -> torch.dtype:
-    # The eight-bit floats promote with nothing; everything narrower than float32 is exact in float32.
-    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
-
-
 def same(one: Tensor, other: Tensor) -> bool:
     """Equal to the bit: two tensors with the same NaN (a mask, say) are the same, too."""
     if one.dtype != other.dtype or one.shape != other.shape:
@@ -75,7 +54,7 @@ def check_names(one: State, other: State, label: str, other_label: str) -> None:
             raise CheckpointError(
                 f"tensor '{missing[0]}'{more} is in {has} but not in {lacks}: all must have the same architecture."
             )
-    if all(isinstance(state, dict) or hasattr(state, "shape_of") for state in (one, other)):
+    if all(isinstance(state, (dict, LazyState)) for state in (one, other)):
         for name in one:
             if shape_of(one, name) != shape_of(other, name):
                 raise wrong_shape(name, label, shape_of(one, name), other_label, shape_of(other, name))

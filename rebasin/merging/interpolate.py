@@ -6,14 +6,13 @@ tensors.
 """
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from rebasin.errors import CheckpointError, ConfigError
 
-State = Mapping[str, Tensor]
+from ..types import State
 
 # Counters, not weights: BatchNorm's number of batches seen. Two trainings may differ in them without harm.
 COUNTERS = ("num_batches_tracked",)

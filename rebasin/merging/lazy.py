@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from .inputs import check_finite, dtype_of, is_finite, is_number, same, shape_of, widened, wrong_shape
-from .interpolate import COUNTERS, State
+from ..types import LazyState, Progress, ProgressEvent, State, dtype_of, is_number, shape_of, widened
+from .inputs import check_finite, is_finite, same, wrong_shape
+from .interpolate import COUNTERS
 from .registry import Method
 from .weights import Weights, fit_weights
 
-Progress = Callable[[dict[str, Any]], None]
 
-
-class MergedState(Mapping[str, Tensor]):
+class MergedState(LazyState):
     """The result of `merge`: a mapping whose tensors are computed each time they are read."""
 
     def __init__(
@@ -72,7 +71,7 @@ class MergedState(Mapping[str, Tensor]):
             tensor = self._merged(name)
         if self.progress is not None:
             self._done.add(name)
-            event = {"stage": "merge", "step": len(self._done), "total": len(self), "name": name}
+            event = ProgressEvent("merge", len(self._done), len(self), name=name)
             self.progress(event)
         return tensor
 

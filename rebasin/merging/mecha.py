@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .inputs import dtype_of, shape_of
-from .interpolate import State
+from ..types import State, dtype_of, shape_of
 from .registry import Method
 
 REFERENCE = "the package sd-mecha (ljleb and contributors)"

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..types import Progress, State
 from .inputs import check_companion, check_names
-from .interpolate import State
-from .lazy import MergedState, Progress
+from .lazy import MergedState
 from .registry import METHODS, Method, plan_options
 from .weights import Weights
 

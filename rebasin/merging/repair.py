@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..matching.statistics import call_model
+from ..matching.activations.statistics import call_model
 from ..objectives.base import eval_mode
 from ..spec import PermutationSpec
+from ..types import State
 from .repair_sites import (
     DEAD,
     Forward,
-    State,
     affine,
     batch_norms,
     hidden_sites,

@@ -39,16 +39,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import DataError
-from ..matching.statistics import call_model
+from ..matching.activations.statistics import call_model
 from ..objectives.base import eval_mode
 from ..spec import PermutationSpec
+from ..types import State
 from .repair import Repaired
 from .repair_sites import (
     DEAD,
     Forward,
     Hook,
     NeuronMoments,
-    State,
     affine,
     batch_norms,
     by_neuron,

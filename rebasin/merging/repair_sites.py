@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from ..errors import ConfigError, DataError
 from ..objectives.base import eval_mode
 from ..spec import PermutationSpec
+from ..types import State
 
-State = Mapping[str, Tensor]
 Forward = Callable[[nn.Module, Any], Any]
 Hook = Callable[[nn.Module, Any, Any], None]
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from rebasin.data.classification import Dataset
 from rebasin.errors import ConfigError
+from rebasin.integrations.torchvision import prepare_torchvision
 from rebasin.models.library import network as library_network
 from rebasin.models.mlp import MLP
 from rebasin.models.resnet import ResNet
 from rebasin.models.vgg import VGG
-from rebasin.vision import prepare_torchvision
 
 prepare_torchvision()  # before a model imports diffusers
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from rebasin.checkpoints import load_safetensors, save_safetensors
 from rebasin.data.classification import Dataset
 from rebasin.errors import CheckpointError, ConfigError
+from rebasin.files import cache_folder
 from rebasin.models import build, fitting_options
-from rebasin.models.train import RECIPES, Progress, Recipe, train
-from rebasin.paths import cache_folder
+from rebasin.models.train import RECIPES, Recipe, train
+
+from ..types import Progress, State
 
 # Raise it when a change of the models or of the loop changes the trained weights.
 VERSION = 1
@@ -38,7 +40,7 @@ class Trained:
 
     name: str
     options: Mapping[str, Any]
-    state: Mapping[str, Tensor]
+    state: State
     history: tuple[float, ...]
     seconds: float
     cached: bool
@@ -157,9 +159,7 @@ def read_cached(path: Path, key: str, model: nn.Module) -> tuple[dict[str, Tenso
     return state, metadata
 
 
-def write_cached(
-    path: Path, key: str, state: Mapping[str, Tensor], history: Sequence[float], seconds: float
-) -> None:
+def write_cached(path: Path, key: str, state: State, history: Sequence[float], seconds: float) -> None:
     """Keep the weights in `path`; a folder that can't be written to costs a warning."""
     metadata = {
         "config": key,
@@ -174,7 +174,7 @@ def write_cached(
         warnings.warn(f"the trained model could not be kept in {path.parent} ({error}).", stacklevel=2)
 
 
-def digest(state: Mapping[str, Tensor]) -> str:
+def digest(state: State) -> str:
     """A hash of names, types, shapes and values."""
     found = hashlib.sha256()
     for name in sorted(state):

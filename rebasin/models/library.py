@@ -34,7 +34,7 @@ def network(library: str, network: str, channels: int = 3, classes: int = 1000) 
             raise ConfigError(f"timm has no network {network!r}: timm.list_models() has all names.")
         return timm.create_model(network, pretrained=False, in_chans=channels, num_classes=classes)
 
-    from ..vision import prepare_torchvision
+    from ..integrations.torchvision import prepare_torchvision
 
     prepare_torchvision()
     import torchvision

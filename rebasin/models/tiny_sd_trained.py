@@ -21,7 +21,8 @@ from transformers import CLIPTextModel
 from ..data import captioned_digits as digits
 from ..data import classification
 from ..errors import CheckpointError, ConfigError
-from ..paths import cache_folder
+from ..files import cache_folder
+from ..types import Progress, State
 from . import tiny_sd
 from . import tiny_sd_training as training
 from .cache import digest, place, read_cached, write_cached
@@ -29,9 +30,6 @@ from .tiny_sd_training import Recipe
 
 VERSION = 1
 """Raise it when a change of the networks or of the loop changes the trained weights."""
-
-Progress = Callable[[dict[str, Any]], None]
-State = Mapping[str, Tensor]
 
 
 class PromptedUNet(nn.Module):
@@ -160,7 +158,6 @@ def _seeded(recipe: Recipe, seed: int) -> Recipe:
 
 def _told(progress: Progress | None, seed: int, what: str) -> training.Progress:
     def tell(stage: str, step: int, steps: int, loss: float) -> None:
-        if progress is not None:
-            progress({"stage": f"{what} of seed {seed}", "step": step, "total": steps, "loss": loss})
+        tell(progress, f"{what} of seed {seed}", step, steps, loss=loss)
 
     return tell

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from rebasin.errors import ConfigError
 from rebasin.models.augment import AUGMENTATIONS
 
-Progress = Callable[[dict[str, Any]], None]
+from ..types import Progress, ProgressEvent
+
 Optimizer = Literal["adam", "sgd"]
 Schedule = Literal["constant", "cosine"]
 
@@ -115,7 +116,7 @@ def train(
         if after is not None:
             after(epoch)
         if progress is not None:
-            event = {"stage": "train", "step": epoch, "total": recipe.epochs, "loss": history[-1]}
+            event = ProgressEvent("train", epoch, recipe.epochs, loss=history[-1])
             progress({**event, "seconds": time.perf_counter() - started})
     model.eval()
     return tuple(history)

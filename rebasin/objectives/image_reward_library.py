@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..vision import prepare_torchvision
+from ..integrations.torchvision import prepare_torchvision
 
 
 @cache

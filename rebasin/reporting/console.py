@@ -18,7 +18,7 @@ from .html import curve_rows, merge_lines, reward_rows
 from .results import Results
 
 if TYPE_CHECKING:
-    from ..combine import Combination
+    from ..jobs.combination import Combination
     from ..spec import PermutationSpec
     from ..tasks import Task
 
@@ -207,7 +207,7 @@ def _estimate(config: Mapping[str, Any], spec: PermutationSpec) -> list[str]:
     """What aligning will take, if there is a model of it."""
     if config["algo"]["name"] != "weight_matching":
         return []
-    from ..matching.estimate import about, matching_seconds
+    from ..matching.weights.estimate import about, matching_seconds
 
     return [
         f"(about {about(matching_seconds(spec))} here for every restart, if A and B are near each other);"

@@ -20,7 +20,7 @@ from .search import NAME as SEARCH
 from .search import has_search, save_search
 
 if TYPE_CHECKING:
-    from ..combine import Combination
+    from ..jobs.combination import Combination
 
 
 def save_tensors(

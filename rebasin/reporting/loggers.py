@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import ConfigError
+from ..types import Progress
 from .results import Results
 from .tables import summary, tables
 
@@ -57,7 +58,7 @@ def open_logger(config: Mapping[str, Any], run: Mapping[str, Any], folder: Path)
         logger.close(failed=False)
 
 
-def both(*listeners: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+def both(*listeners: Progress) -> Progress:
     """One progress callback that passes each event to all `listeners`."""
 
     def progress(event: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from .results import Results, described, head, plain, save_results, tail
 
 if TYPE_CHECKING:
     from ..evaluation.many import Row
-    from ..matching.many_result import ManyResult
+    from ..matching.many.result import ManyResult
     from ..spec import PermutationSpec
     from ..tasks import Task
 

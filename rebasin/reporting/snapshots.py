@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
-from torch import Tensor
 
 from ..errors import ConfigError
 from ..merging import interpolate
+from ..types import State
 from .samples import Samples, save_samples
 
 NAME = "steps.png"
-
-State = Mapping[str, Tensor]
 
 
 class Snapshots:

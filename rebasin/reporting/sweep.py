@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import experiments
 from ..checkpoints import write_text
 from ..errors import CheckpointError
-from ..experiments import relevant
+from ..jobs import experiments
+from ..jobs.experiments import relevant
 from .metrics import metrics
 from .results import NAME as RESULTS
 from .results import Results, load_results

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from ..experiments import GROUP, IRRELEVANT
+from ..jobs.experiments import GROUP, IRRELEVANT
 
 if TYPE_CHECKING:
     from .sweep import Sweep

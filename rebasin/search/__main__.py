@@ -9,9 +9,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ..configuration import launch
+from ..jobs.configuration import launch
+from ..jobs.search import search
 from .folder import register
-from .job import search
 
 
 def job(cfg: DictConfig) -> None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..merging import merge
+from ..types import State
 
 if TYPE_CHECKING:
     from ..merging import MergedState
-    from ..merging.interpolate import State
     from .groups import Groups
 
 Value = float | tuple[float, ...]

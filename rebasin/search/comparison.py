@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-from torch import Tensor
 
 from ..errors import RebasinError
 from ..merging import METHODS, Method, diagonal_fisher, merge
 from ..merging.registry import plan_options
-from .aims import Aim
-from .bench import Bench
-from .judge import bootstrap, difference, sizes_of, units_of
-
-State = Mapping[str, Tensor]
-Progress = Callable[[dict[str, Any]], None]
+from ..types import Progress, State, tell
+from .assessment import bootstrap, difference, sizes_of, units_of
+from .evaluator import Bench
+from .objectives import Aim
 
 ENDPOINT, NAIVE, ALIGNED = "endpoint", "naive", "aligned"
 PLAIN = "weighted_sum"
@@ -84,8 +80,7 @@ def compare(
     def told(what: str) -> None:
         nonlocal step
         step += 1
-        if progress is not None:
-            progress({"stage": what, "step": step, "total": total})
+        tell(progress, what, step, total)
 
     measured: dict[tuple[str, str], tuple[list[list[float]], float | None, float]] = {}
     errors: dict[tuple[str, str], str] = {}

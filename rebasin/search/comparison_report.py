@@ -21,8 +21,8 @@ from ..reporting.answers import number
 from ..reporting.html import data_uri
 from ..reporting.results import FORMAT, Results, environment, plain, save_results
 from ..reporting.style import LINES, MUTED, RC, figure, save_png
-from .aims import Aim
 from .comparison import ALIGNED, ENDPOINT, NAIVE, PLAIN, Row
+from .objectives import Aim
 
 KIND = "methods"
 TEMPLATE = "methods.html.j2"

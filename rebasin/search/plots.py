@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ..reporting.results import Results
 from ..reporting.style import INK, MUTED, RC, figure, save_png
-from .front import beats
+from .pareto import beats
 
 TRIED, BEST, KNOWN, AVERAGE = "#56B4E9", "#0072B2", "#D55E00", "#D55E00"
 SLICES = 12

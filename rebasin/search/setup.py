@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
-from ..align import load_algorithm
 from ..errors import CheckpointError
+from ..jobs.algorithm import load_algorithm
 from ..spec import Permutation
 from ..tasks import Task
-from .aims import Aim, load_aims
-from .bench import Bench
+from ..types import Progress, State
+from .evaluator import Bench
 from .folder import base_name
+from .objectives import Aim, load_aims
 from .space import Space, read_space
 
 if TYPE_CHECKING:
     from ..spec import PermutationSpec
 
-Progress = Callable[[dict[str, Any]], None]
-State = Mapping[str, Tensor]
 
 BASE = "base"
 

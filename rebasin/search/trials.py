@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import RebasinError
-from .aims import Aim
-from .bench import Bench
+from ..types import Progress, ProgressEvent
 from .candidate import Candidate
+from .evaluator import Bench
+from .objectives import Aim
 from .space import Space
 from .study import finished, make_sampler, seconds_of
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-Progress = Callable[[dict[str, Any]], None]
 
 SAME = "same_as"
 """The note on a trial of a merge that was measured before: the number of that trial."""
@@ -87,15 +87,15 @@ def work(
         if progress is not None:
             spent = seconds_of(done)
             progress(
-                {
-                    "stage": "trial",
-                    "step": len(done),
-                    "total": budget.trials or None,
-                    "left": _left(budget, len(done), spent),
-                    "loss": losses[0],
-                    "objective": best if math.isfinite(best) else None,
-                    "given_up": given_up,
-                }
+                ProgressEvent(
+                    "trial",
+                    len(done),
+                    budget.trials or None,
+                    left=_left(budget, len(done), spent),
+                    loss=losses[0],
+                    objective=best if math.isfinite(best) else None,
+                    given_up=given_up,
+                )
             )
 
 

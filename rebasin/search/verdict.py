@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .aims import Aim
-from .bench import Bench
+from ..types import Progress, tell
+from .assessment import Interval, bootstrap, difference, sizes_of, units_of
 from .candidate import Candidate
-from .front import beats
-from .judge import Interval, bootstrap, difference, sizes_of, units_of
+from .evaluator import Bench
+from .objectives import Aim
+from .pareto import beats
 from .trials import measure
 
 if TYPE_CHECKING:
     import optuna
 
-Progress = Callable[[dict[str, Any]], None]
 
 AVERAGE = "plain average"
 
@@ -102,8 +102,7 @@ def finals(
         found.append(
             (label, candidate, tuple(a.mean(x, "choose") for a, x in zip(aims, losses, strict=True)))
         )
-        if progress is not None:
-            progress({"stage": "finalist", "step": number + 1, "total": len(entries)})
+        tell(progress, "finalist", number + 1, len(entries))
     values = [chosen for _, _, chosen in found]
     ranked = [
         Finalist(label, candidate, chosen, not any(beats(other, chosen) for other in values))
@@ -131,8 +130,7 @@ def judge(
     for number, (label, candidate) in enumerate(entries.items()):
         same = next((other for other in losses if entries[other] == candidate), None)
         losses[label] = losses[same] if same is not None else measure(bench, aims, candidate, "heldout")
-        if progress is not None:
-            progress({"stage": "judging", "step": number + 1, "total": len(entries)})
+        tell(progress, "judging", number + 1, len(entries))
     told = []
     for i, aim in enumerate(aims):
         sizes, units = sizes_of(aim.heldout), units_of(aim.heldout)

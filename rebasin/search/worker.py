@@ -41,7 +41,7 @@ def main() -> None:
         raise ConfigError("usage: python -m rebasin.search.worker FOLDER NUMBER")
     folder, number = Path(sys.argv[1]), int(sys.argv[2])
     parent = os.getppid()
-    from .. import steps
+    from ..jobs import stages as steps
     from ..tasks import load_task
     from .setup import load_inputs, prepare, read_permutations
     from .study import open_study

@@ -3,8 +3,8 @@
 `cfg.model.task` names the function that builds the task: a new kind of model is a file here and a config.
 """
 
+from rebasin.integrations.torchvision import prepare_torchvision
 from rebasin.tasks.base import Part, Task, load_task
-from rebasin.vision import prepare_torchvision
 
 prepare_torchvision()  # before a task imports diffusers
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.utils import get_method
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoints import load_safetensors
 from ..errors import ConfigError
@@ -17,10 +17,8 @@ from ..objectives import Objective
 from ..reporting.samples import Samples
 from ..spec import PermutationSpec
 from ..tracing import trace
+from ..types import Progress, State
 from .prompted import ImageMaker
-
-State = Mapping[str, Tensor]
-Progress = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,8 +22,9 @@ from ..checkpoints.architectures import component_config
 from ..checkpoints.specs import proof
 from ..errors import ConfigError
 from ..spec import PermutationSpec
+from ..types import LazyState, State
 from .agreement import Agreement, outputs_of, with_targets
-from .base import Part, State, Task, require
+from .base import Part, Task, require
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -228,7 +229,7 @@ class _Pair:
         return save_checkpoint(folder / f"checkpoint{suffix}", self.a, self.a.restore(parts), header).path
 
 
-class _Without(Mapping[str, Tensor]):
+class _Without(LazyState):
     """A part of a state whose names share a prefix, without it."""
 
     def __init__(self, state: State, prefix: str):

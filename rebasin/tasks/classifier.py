@@ -18,7 +18,8 @@ from ..errors import CheckpointError, ConfigError
 from ..models import build, fitting_options
 from ..models.cache import trained
 from ..models.train import Recipe
-from .base import Part, Progress, State, Task, require
+from ..types import Progress, State
+from .base import Part, Task, require
 
 OWN = ("name", "task", "architecture", "seeds", "recipe", "epoch", "kept", "files")
 """The fields of a model config that are no options of the network."""

@@ -17,7 +17,8 @@ from ..models import tiny_sd
 from ..objectives import Denoising
 from ..objectives.reward import decoder
 from ..reporting.samples import Samples
-from .base import Part, Progress, State, Task, require
+from ..types import Progress, State
+from .base import Part, Task, require
 from .prompted import KINDS, ImageMaker, objective_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -11,10 +11,10 @@ from diffusers import UNet2DConditionModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ..align import loaded
-from ..configuration import resolved
 from ..data.captioned_digits import PLAIN_TEMPLATES, WORDS, denoising_batches, embed_captions
 from ..errors import ConfigError
+from ..jobs.algorithm import loaded
+from ..jobs.configuration import resolved
 from ..models import tiny_sd
 from ..models.tiny_sd_trained import PromptedUNet, Trainer, recipe
 from ..objectives import Denoising
@@ -22,7 +22,8 @@ from ..objectives.reward import decoder
 from ..reporting.samples import Samples
 from ..spec import Group, PermutationSpec
 from ..tracing import trace
-from .base import Part, Progress, State, Task, require
+from ..types import Progress, State
+from .base import Part, Task, require
 from .prompted import KINDS, ImageMaker, objective_of
 from .tiny_sd import sample
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SpecMismatchError
-from ..paths import cache_folder
+from ..files import cache_folder
 from ..spec import PermutationSpec
 
 

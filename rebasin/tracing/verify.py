@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import VerificationError
 from ..spec import Permutation, PermutationSpec
+from ..types import State
 from .export import evaluation_mode, named_outputs
 
 
@@ -88,7 +89,7 @@ def verify(
 
     own = probe.state_dict()
 
-    def outputs(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def outputs(state: State) -> dict[str, Tensor]:
         for name, tensor in own.items():  # in place: tied weights stay tied, and no loading hook interferes
             tensor.copy_(state[name])
         precision = _DoublePrecision() if dtype == torch.float64 else contextlib.nullcontext()

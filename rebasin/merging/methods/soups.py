@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..interpolate import State
+from ...types import Progress, State, tell
 from ..registry import add, describe, method
 from .linear import average
 
@@ -26,7 +25,7 @@ def greedy_plan(
     states: Sequence[State],
     score: Callable[[State], float],
     mode: str = "min",
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[float]:
     """The weights of the greedy soup: models from best to worst, each kept if the mean with it scores no worse.
 
@@ -47,8 +46,7 @@ def greedy_plan(
         nonlocal step
         value = float(score(state))
         step += 1
-        if progress is not None:
-            progress({"stage": "soup", "step": step, "total": total, "score": value, "kept": list(kept)})
+        tell(progress, "soup", step, total, score=value, kept=list(kept))
         return sign * value
 
     alone = [measure(state, [i]) for i, state in enumerate(states)]

@@ -1,0 +1,1 @@
+"""Other people's packages, made to work beside ours."""

@@ -1,0 +1,159 @@
+"""How a run merges its aligned models: by its config alone, like the matching before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from ..errors import ConfigError
+from ..merging import BlockWeights, MergedState, Method, block_weights, diagonal_fisher, merge
+from ..merging.merged import find_method
+from ..merging.registry import plan_options
+from ..types import Progress, State
+from .algorithm import loaded
+from .configuration import resolved
+
+if TYPE_CHECKING:
+    from ..tasks import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Combination:
+    """A merge method with its weights and options; calling it merges aligned models.
+
+    Attributes:
+        method: the merge method.
+        weights: for all tensors; None: the method's default.
+        blocks: weights by block, in place of `weights`; None: there are none.
+        base: a model of the task by name, or the path of a safetensors file; None: no base.
+        options: of the method.
+        samples: of training data, for the Fisher information.
+    """
+
+    method: Method
+    weights: float | list[float] | None
+    blocks: BlockWeights | None
+    base: str | None
+    options: Mapping[str, Any]
+    samples: int
+
+    def __call__(
+        self,
+        task: Task,
+        states: Sequence[State],
+        *,
+        seed: int = 0,
+        device: str | None = None,
+        progress: Progress | None = None,
+    ) -> MergedState:
+        """The merge, lazily; a method that looks at data does so now, at the training split."""
+        given = dict(self.options)
+        if "score" in plan_options(self.method.plan):
+            given["score"] = lambda state: task.objective.evaluate(
+                loaded(task.model, state), task.batches["train"]
+            )["loss"]
+        companions = None
+        if "companions" in self.method.takes:
+            companions = [
+                diagonal_fisher(
+                    loaded(task.model, state),
+                    task.objective,
+                    task.batches["train"],
+                    max_samples=self.samples,
+                    progress=progress,
+                )
+                for state in states
+            ]
+        return merge(
+            self.method,
+            list(states),
+            base=None if self.base is None else task.load_other(self.base),
+            weights=self.blocks if self.blocks is not None else self.weights,
+            seed=seed,
+            companions=companions,
+            device=device,
+            progress=progress,
+            **given,
+        )
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether it is the mean that algorithms for many models have already."""
+        plain = self.weights in (None, 0.5) and self.blocks is None
+        return plain and self.method.name in ("weighted_sum", "uniform_soup")
+
+    @property
+    def words(self) -> str:
+        """The merge in a few words."""
+        if self.blocks is not None:
+            how = " with weights by block"
+        else:
+            how = "" if self.weights is None else f" at {self.weights}"
+        return f"{self.method.name}{how}{'' if self.base is None else f', base {self.base}'}"
+
+    def record(self) -> dict[str, Any]:
+        """Everything about it as plain data, for results.json."""
+        rows = [] if self.blocks is None else self.blocks.rows()
+        return {
+            "method": self.method.name,
+            "formula": self.method.formula,
+            "weights": self.weights if self.blocks is None else None,
+            "base": self.base,
+            "options": self.method.check_options({**_asked(self.method), **self.options}),
+            "blocks": [
+                {"block": r.block, "low": r.low, "high": r.high, "mean": r.mean, "set_by": list(r.rules)}
+                for r in rows
+            ],
+            "notes": [] if self.blocks is None else list(self.blocks.notes),
+            "words": self.words,
+        }
+
+
+def load_combination(cfg: DictConfig, task: Task) -> Combination:
+    """The combination of the config group `merge`, checked against the model before any endpoint is loaded.
+
+    Without `merge.weights` a method whose weight is B's share gets `lam`.
+
+    Raises:
+        ConfigError: an unknown method, option or block, or weights that do not fit.
+    """
+    config = resolved(cfg)["merge"]
+    method = find_method(str(config["method"]))
+    options = {str(key): value for key, value in (config["options"] or {}).items()}
+    method.check_options({**_asked(method), **options})
+    models = len(task.labels)
+    if models < method.least or (isinstance(method.inputs, int) and models != method.inputs):
+        takes = method.inputs if isinstance(method.inputs, int) else f"{method.least} or more"
+        raise ConfigError(f"merge.method={method.name} takes {takes} models, but this run has {models}.")
+    weights = config["weights"]
+    if weights is None and method.one == "b" and method.plan is None and models == 2:
+        weights = cfg.lam
+    if method.needs_base and config["base"] is None:
+        known = f"one of {', '.join(task.others)}, or " if task.others else ""
+        raise ConfigError(
+            f"merge.method={method.name} needs merge.base, the model that both were made from: {known}a safetensors"
+            " file."
+        )
+    blocks = None
+    if config["blocks"] is not None:
+        if method.weight is None or method.plan is not None:
+            raise ConfigError(f"merge.method={method.name} has no weights, so leave out merge.blocks.")
+        default = weights if isinstance(weights, int | float) else method.default_weight
+        blocks = block_weights(config["blocks"], task.model.state_dict(), default)
+    return Combination(
+        method,
+        weights,
+        blocks,
+        None if config["base"] is None else str(Path(str(config["base"])).expanduser()),
+        options,
+        int(config["samples"]),
+    )
+
+
+def _asked(method: Method) -> dict[str, Any]:
+    """Options that the run supplies: `check_options` must not miss them."""
+    return {"score": "the objective on training data"} if "score" in plan_options(method.plan) else {}

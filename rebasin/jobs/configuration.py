@@ -1,0 +1,190 @@
+"""Hydra with errors for people: one sentence with the valid choices instead of a traceback, exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..errors import ConfigError, RebasinError
+from ..files import config_dir
+from .experiments import GROUP as EXPERIMENT
+from .experiments import expand
+
+CONFIG = "config"
+VERSION_BASE = "1.3"
+FULL_ERROR = "HYDRA_FULL_ERROR"
+
+INTERNAL = ("name", "kind", "task", "architecture", "_target_", "object", "many")
+"""Fields of configs that are not for the command line."""
+
+
+def launch(job: Callable[[DictConfig], Any], config: str = CONFIG) -> None:
+    """Run `job` as a Hydra application over the package's configs, of which `config` is the one it begins with.
+
+    What the user got wrong ends in one sentence on stderr and exit code 2; HYDRA_FULL_ERROR=1 shows the
+    traceback. Errors that are no `RebasinError` are bugs and keep theirs.
+    """
+    full = os.environ.get(FULL_ERROR) == "1"
+    started = False
+
+    def checked(cfg: DictConfig) -> Any:
+        nonlocal started
+        started = True
+        try:
+            check_types(cfg, config)
+            return job(cfg)
+        except (RebasinError, OmegaConfBaseException) as error:
+            if full:
+                raise
+            _stop(error, config)
+
+    application = hydra.main(config_path=str(config_dir()), config_name=config, version_base=VERSION_BASE)
+    # With this variable Hydra passes exceptions on instead of printing them itself.
+    os.environ[FULL_ERROR] = "1"
+    try:
+        sys.argv[1:] = expand(sys.argv[1:])
+        application(checked)()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if full or started:
+            raise
+        _stop(error, config)  # the command line does not make a configuration
+    finally:
+        if not full:
+            os.environ.pop(FULL_ERROR, None)
+
+
+def _stop(error: Exception, config: str) -> NoReturn:
+    print(f"Error: {explain(error, sys.argv[1:], config)}", file=sys.stderr)
+    # Not an Exception, so that Hydra adds nothing to the sentence.
+    sys.exit(2)
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """`cfg` as plain data, with all interpolations filled in."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def explain(error: Exception, arguments: Iterable[str] = (), config: str = CONFIG) -> str:
+    """What is wrong with the command line, and what would be valid, in one sentence."""
+    if isinstance(error, MissingConfigException):
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        choices = ", ".join(error.options or [])
+        return f"There is no {group} {choice!r}; choose one of {choices}."
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} can't be read; write GROUP=CHOICE or OPTION=VALUE, and put quotes around a"
+            " value with brackets, commas, spaces or an equals sign."
+        )
+    message = str(error)
+    if isinstance(error, RebasinError):
+        return message
+    if message.startswith("Config group override must be"):
+        return "A group takes the name of one of its choices, GROUP=CHOICE; --help lists them."
+    if found := re.match(r"Could not override '([^']+)'", message):
+        return _no_option(found[1].split("@")[0], arguments, config)
+    if found := re.match(r"Could not append to config. An item is already at '([^']+)'", message):
+        return f"The option {found[1]!r} exists already; write it without the leading +."
+    return message.splitlines()[0].rstrip(".") + "." if message else f"{type(error).__name__}."
+
+
+def check_types(cfg: DictConfig, config: str = CONFIG) -> None:
+    """Compare the values in `cfg` with the types of their defaults.
+
+    A default of null accepts anything.
+
+    Raises:
+        ConfigError: names the option, its value, and what it takes.
+    """
+    choices = {g: c for g, c in HydraConfig.get().runtime.choices.items() if (config_dir() / g).is_dir()}
+    ours = [
+        f"{group}={choice}"
+        for group, choice in choices.items()
+        if group not in ("hydra", EXPERIMENT) and _exists(group, choice)
+    ]
+    defaults = _composed(ours, config)
+    for key in defaults:
+        # A choice from a folder of the user's own (--config-dir) has no defaults here.
+        if key not in choices or _exists(key, choices[key]):
+            _compare(defaults[key], cfg[key], str(key))
+
+
+def _compare(default: Any, value: Any, path: str) -> None:
+    if isinstance(default, DictConfig):
+        if not isinstance(value, DictConfig):
+            raise ConfigError(
+                f"{path} is {value!r}, but it has options of its own: {', '.join(map(str, default))}."
+            )
+        for key in default:
+            _compare(default[key], value.get(key), f"{path}.{key}" if path else str(key))
+    elif default is not None and not (path in OR_LIST and isinstance(value, ListConfig)):
+        kind, takes = next((kind, takes) for kind, takes in KINDS if isinstance(default, kind))
+        # Python's True is an int, too.
+        if not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool):
+            raise ConfigError(f"{path} is {'null' if value is None else repr(value)}, but it takes {takes}.")
+
+
+KINDS: tuple[tuple[Any, str], ...] = (
+    (bool, "true or false"),
+    (int, "a whole number"),
+    ((float, int), "a number"),
+    (str, "text"),
+    (ListConfig, "a list, for example [a,b]"),
+)
+
+OR_LIST = ("algo.repair",)
+"""Options that take a list as well as what their default is; who uses them looks into it."""
+
+
+def _no_option(name: str, arguments: Iterable[str], config: str) -> str:
+    """The sentence for an option that does not exist: the nearest one, and those that do."""
+    cfg = _composed(_group_choices(arguments), config)
+    parent, _, _ = name.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if parent and not isinstance(node, DictConfig):
+        return (
+            _no_option(parent, arguments, config)
+            if node is None
+            else f"{parent!r} has no options of its own."
+        )
+    prefix = f"{parent}." if parent else ""
+    known = [prefix + str(k) for k in node if k not in INTERNAL]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? The" if close else "the"
+    return f"There is no option {name!r}; {hint} options there are {', '.join(known)}."
+
+
+def _group_choices(arguments: Iterable[str]) -> list[str]:
+    """Those of the command line's arguments that choose a valid config of a group."""
+    return [argument for argument in arguments if _exists(*argument.lstrip("+").partition("=")[::2])]
+
+
+def _exists(group: object, choice: object) -> bool:
+    """Whether the package has this config."""
+    return (config_dir() / str(group) / f"{choice}.yaml").is_file()
+
+
+def _composed(overrides: list[str], config: str = CONFIG) -> DictConfig:
+    """The configuration of these choices; a Hydra application that is running is left as it is."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
+            return compose(config, overrides=overrides)
+    finally:
+        GlobalHydra.instance().hydra = running

@@ -1,0 +1,153 @@
+"""Experiments: named recipes with their axes and figures, `python -m rebasin.run +experiment=NAME [size=small]`.
+
+Each is one file of the config group `experiment` (in a checkout and in an installed wheel alike). Its lists `full`
+and `small` are overrides in Hydra's own language, sweeps included; `expand` puts those of the chosen size into the
+command line, behind everything that the user wrote: what the user sets wins.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from ..errors import ConfigError, RebasinError
+from ..files import config_dir
+
+GROUP = "experiment"
+SIZES = ("full", "small")
+SHOW = {"--cfg", "-c", "--info", "-i"}
+
+IRRELEVANT = (
+    "again", "dry_run", "experiment", "hydra", "logger", "path", "resume", "size", "target",
+    "tensors", "threads",
+)  # fmt: skip
+"""Options that change no figure: a finished run with other values of these is still finished."""
+
+
+def names() -> list[str]:
+    """The experiments that there are."""
+    return sorted(path.stem for path in (config_dir() / GROUP).glob("[!_]*.yaml"))
+
+
+def declaration(name: str) -> dict[str, Any]:
+    """The block `experiment` of an experiment's file.
+
+    Raises:
+        ConfigError: there is no such experiment; names those that there are.
+    """
+    file = config_dir() / GROUP / f"{name}.yaml"
+    if name.startswith("_") or not file.is_file():
+        known = names()
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}? There are" if close else "there are"
+        raise ConfigError(f"There is no experiment {name!r}; {hint} {', '.join(known)}.")
+    found = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(found, dict)
+    return found[GROUP]
+
+
+def expand(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with the overrides of the experiment that they name, where they don't set the same option.
+
+    With flags that only show a configuration (`--cfg job`) each axis has its first value. Arguments without an
+    experiment, and those that Hydra will refuse anyway, are returned as they are.
+
+    Raises:
+        ConfigError: there is no such experiment or size.
+    """
+    given: dict[str, Any] = {}
+    where = 0
+    for place, argument in enumerate(arguments):
+        override = None if argument.startswith("-") else _parsed(argument)
+        if override is not None:
+            key = _key(override)
+            given[key] = override.value()
+            where = place if key == GROUP else where
+    name = given.get(GROUP)
+    if not isinstance(name, str):
+        return list(arguments)
+    size = given.get("size", "full")
+    if size not in SIZES:
+        raise ConfigError(f"size is {size!r}, but an experiment has the sizes {' and '.join(SIZES)}.")
+    preset = [
+        override for override in map(_parsed, declaration(name).get(size) or ()) if override is not None
+    ]
+    added = [override for override in preset if _key(override) not in given]
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    shown = [_first(o) if flags else str(o.input_line) for o in added]
+    # The experiment says so itself, but after a mistake Hydra would only notice that axes need --multirun.
+    mode = [] if flags else ["--multirun"]
+    shown += ["hydra.mode=RUN"] if SHOW & set(flags) else []
+    return [*mode, *arguments[:where], f"+{GROUP}={name}", *shown, *arguments[where + 1 :]]
+
+
+def _parsed(argument: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return None
+
+
+def _key(override: Override) -> str:
+    return override.get_key_element().lstrip("+~")
+
+
+def _first(override: Override) -> str:
+    """The override with the first value of its axis."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
+
+
+def relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's configuration its figures depend on."""
+    return {key: value for key, value in config.items() if key not in IRRELEVANT}
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """Ten digits that stand for `relevant(config)`; they name a run's folder in a sweep."""
+    text = json.dumps(relevant(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def finished(config: Mapping[str, Any], folder: Path) -> bool:
+    """Whether `folder` has the results of a run with this configuration."""
+    # Late: a configuration is composed without the reports' libraries.
+    from ..reporting.results import load_results
+
+    try:
+        found = load_results(folder)["config"]
+    except RebasinError:
+        return False
+    same = json.dumps(relevant(config), sort_keys=True, default=str)
+    return json.dumps(relevant(found), sort_keys=True, default=str) == same
+
+
+def _fingerprint_of(_root_: DictConfig) -> str:
+    keys = [str(key) for key in _root_ if str(key) not in IRRELEVANT]
+    plain = OmegaConf.to_container(OmegaConf.masked_copy(_root_, keys), resolve=False)
+    assert isinstance(plain, dict)
+    return fingerprint({str(key): value for key, value in plain.items()})
+
+
+def register() -> None:
+    """Make `${fingerprint:}` known to configurations."""
+    OmegaConf.register_new_resolver("fingerprint", _fingerprint_of, replace=True)
+
+
+def first_job(name: str, size: str = "small", *more: str) -> list[str]:
+    """The overrides of an experiment's first job, for `hydra.compose`; `more` are set on top."""
+    expanded = [o for o in expand([f"+{GROUP}={name}", f"size={size}", *more]) if not o.startswith("-")]
+    return [o if (parsed := _parsed(o)) is None else _first(parsed) for o in expanded]
+
+
+register()

@@ -1,0 +1,90 @@
+"""Continuing after an interruption: where an algorithm's state is kept while it runs, and read again.
+
+An algorithm takes part by its signature: it has `checkpoint`, a function that it calls with its state after each
+finished sweep (batch, model), and `resume_from`, such a state. The states are frozen dataclasses with `save` and
+`load`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from ..errors import ConfigError
+from ..files import cache_folder
+
+EVERY = 2.0
+"""Seconds between two writes at most; a sweep of a small model is quicker than that, and cheaper to do again."""
+
+IRRELEVANT = ("resume", "threads", "logger", "path", "evaluate", "dry_run", "lam", "merge", "sample_every")
+"""Options that change nothing about the matching."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The state file of one matching.
+
+    Attributes:
+        path: the file; it is there while a matching is unfinished.
+        wanted: whether to continue from it.
+    """
+
+    path: Path
+    wanted: bool = False
+
+    def arguments(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """`checkpoint` and `resume_from` for `function`; empty if it takes neither.
+
+        Raises:
+            ConfigError: the run is to be continued, but the algorithm can't be.
+            CheckpointError: the state is damaged.
+        """
+        kind = state_type(function)
+        if kind is None:
+            if self.wanted and self.path.exists():
+                raise ConfigError("This algorithm can't be continued; leave out resume=true.")
+            return {}
+        last = -float("inf")
+
+        def checkpoint(state: Any) -> None:
+            nonlocal last
+            if monotonic() - last >= EVERY:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                state.save(self.path)
+                last = monotonic()
+
+        found = kind.load(self.path) if self.wanted and self.path.exists() else None
+        return {"checkpoint": checkpoint, "resume_from": found}
+
+    def finish(self) -> None:
+        """The matching is done: its state is of no more use."""
+        self.path.unlink(missing_ok=True)
+
+
+def state_type(function: Callable[..., Any]) -> Any:
+    """The class of the states of `function`, from the type of its `resume_from`; None if it can't be continued."""
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError):
+        return None
+    if "checkpoint" not in hints:
+        return None
+    kinds = [kind for kind in typing.get_args(hints.get("resume_from")) if hasattr(kind, "load")]
+    return kinds[0] if kinds else None
+
+
+def resume_file(config: Mapping[str, Any], cache: str | os.PathLike[str] | None) -> Path | None:
+    """Where the state of a run with this configuration is kept: the same one for the same matching; None without a
+    cache.
+    """
+    relevant = {key: value for key, value in config.items() if key not in IRRELEVANT}
+    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    folder = cache_folder(cache)
+    return None if folder is None else folder / "unfinished" / f"{digest}.safetensors"

@@ -1,0 +1,87 @@
+"""`evaluate=image_reward` and `evaluate=reward`: what a scorer thinks of the images of endpoints and midpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from ..errors import ConfigError
+from ..evaluation.rewards import Rewards, score_models
+from ..merging import interpolate
+from ..objectives import Reward
+from ..tasks.prompted import scorer_of
+from ..types import Progress, State
+
+if TYPE_CHECKING:
+    from ..tasks import Task
+
+PROMPTS = 10
+"""So many of the model's own captions are used where no file of prompts is given."""
+
+A, B, NAIVE, ALIGNED = "A", "B", "naive midpoint", "aligned midpoint"
+DIFFERENCES = {
+    "aligned - naive midpoint": ((ALIGNED,), (NAIVE,)),
+    "naive midpoint - mean of A and B": ((NAIVE,), (A, B)),
+    "aligned midpoint - mean of A and B": ((ALIGNED,), (A, B)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """A scorer with its prompts: for each seed the batches of the same images."""
+
+    objective: Reward
+    batches: Sequence[Sequence[Any]]
+
+    def __call__(
+        self,
+        task: Task,
+        state_a: State,
+        state_b: State,
+        aligned: State,
+        progress: Progress | None = None,
+    ) -> Rewards:
+        """Score A, B and both midpoints."""
+        states = {
+            A: state_a,
+            B: state_b,
+            NAIVE: interpolate(state_a, state_b, 0.5),
+            ALIGNED: interpolate(state_a, aligned, 0.5),
+        }
+        return score_models(task.model, states, self.objective, self.batches, DIFFERENCES, progress)
+
+
+def load_judge(cfg: DictConfig, task: Task) -> Judge | None:
+    """The judge that `cfg.evaluate` describes; None if it has no scorer.
+
+    Raises:
+        ConfigError: the model makes no images of prompts, or the options are impossible.
+        CheckpointError, DataError: the scorer's weights or the prompts can't be read.
+    """
+    options = cfg.evaluate
+    if "scorer" not in options:
+        return None
+    maker = task.maker
+    if maker is None:
+        raise ConfigError(
+            f"evaluate={options.name} scores images of prompts, but model={cfg.model.name} makes none; leave it out."
+        )
+    if options.seeds < 1:
+        raise ConfigError(f"evaluate.seeds is {options.seeds}, but it must be at least 1.")
+    prompts = maker.chosen(options.prompts)[: PROMPTS if options.prompts is None else None]
+    batches = [
+        # Noise that no search has seen.
+        maker.batches(prompts, count=None, batch_size=options.batch_size, seed=10_000 * (cfg.seed + 1) + seed)
+        for seed in range(options.seeds)
+    ]
+    objective = maker.reward(scorer_of(options, "evaluate"), steps=options.steps, guidance=options.guidance)
+    return Judge(objective, batches)
+
+
+def in_words(rewards: Rewards) -> str:
+    """The scores in a few words."""
+    found = rewards.models
+    return ", ".join(f"{label} {found[label].mean:.3f}" for label in (A, B, NAIVE, ALIGNED))

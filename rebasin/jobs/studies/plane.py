@@ -1,0 +1,120 @@
+"""The loss on the plane through A, B and B aligned (Git Re-Basin, figure 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...objectives.base import Objective
+from ...types import ProgressEvent, State
+from .aligned_pair import aligned_pair
+
+if TYPE_CHECKING:
+    from ...reporting.console import Console
+
+
+def study(
+    cfg: DictConfig,
+    console: Console,
+    points: int = 15,
+    margin: float = 0.5,
+    split: str = "heldout",
+    batches: int = 1,
+) -> list[dict[str, Any]]:
+    """One row: x, y (`points` values each), loss [points, points] with y in rows, places {name: [x, y]}.
+
+    The plane has its origin at A and its first axis towards B aligned; both are in units of |B aligned - A|. The grid
+    goes beyond the three models by `margin` units. The loss is over the first `batches` batches of the split.
+
+    Raises:
+        ConfigError: fewer than 2 points, or no neuron moved, so that there is no plane.
+    """
+    if points < 2:
+        raise ConfigError(f"study.points is {points}, but a grid has at least 2.")
+    pair = aligned_pair(cfg, console)
+    if not pair.match.moved:
+        raise ConfigError(
+            "No neuron moved, so A, B and B aligned lie on one line: choose another pair or algorithm."
+        )
+    with console.stage("evaluate"):
+        plane = Plane(pair.a, pair.aligned, pair.b)
+        (x_far, y_far) = plane.place(pair.b)
+        xs = _grid(min(0.0, x_far) - margin, max(1.0, x_far) + margin, points)
+        ys = _grid(min(0.0, y_far) - margin, y_far + margin, points)
+        chosen = pair.task.batches[split][:batches]
+        loss = []
+        for row, y in enumerate(ys):
+            loss.append([_loss(pair.task.model, pair.task.objective, chosen, plane.at(x, y)) for x in xs])
+            console.progress(ProgressEvent("plane", row + 1, len(ys)))
+    names = {"A": [0.0, 0.0], "B aligned": [1.0, 0.0], "B": [x_far, y_far]}
+    return [{"split": split, "x": xs, "y": ys, "loss": loss, "places": names}]
+
+
+class Plane:
+    """The plane through three states; coordinates of `origin` are (0, 0) and those of `unit` (1, 0).
+
+    Buffers that are no floating point numbers stay those of `origin`.
+    """
+
+    def __init__(self, origin: State, unit: State, third: State) -> None:
+        self.origin = {name: tensor.detach().double() for name, tensor in origin.items()}
+        self.types = {name: tensor.dtype for name, tensor in origin.items()}
+        u, w = self._from_origin(unit), self._from_origin(third)
+        self.length = _norm(u)
+        if self.length == 0:
+            raise ConfigError("Two of the three models are the same, so they span no plane.")
+        along = _dot(w, u) / self.length**2
+        v = {name: w[name] - along * u[name] for name in w}
+        height = _norm(v)
+        if height <= 1e-9 * self.length:
+            raise ConfigError("The three models lie on one line, so they span no plane.")
+        self.u = u
+        self.v = {name: tensor * (self.length / height) for name, tensor in v.items()}
+
+    def place(self, state: State) -> tuple[float, float]:
+        """The coordinates of a state's projection on the plane."""
+        away = self._from_origin(state)
+        return _dot(away, self.u) / self.length**2, _dot(away, self.v) / self.length**2
+
+    def at(self, x: float, y: float) -> dict[str, Tensor]:
+        """The state at (x, y)."""
+        return {
+            name: (tensor + x * self.u[name] + y * self.v[name] if name in self.u else tensor).to(
+                self.types[name]
+            )
+            for name, tensor in self.origin.items()
+        }
+
+    def _from_origin(self, state: State) -> dict[str, Tensor]:
+        return {
+            name: state[name].detach().double() - tensor
+            for name, tensor in self.origin.items()
+            if self.types[name].is_floating_point
+        }
+
+
+def _dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    return math.fsum(float((a[name] * b[name]).sum()) for name in a)
+
+
+def _norm(a: Mapping[str, Tensor]) -> float:
+    return math.sqrt(_dot(a, a))
+
+
+def _grid(low: float, high: float, points: int) -> list[float]:
+    return torch.linspace(low, high, points, dtype=torch.float64).tolist()
+
+
+def _loss(model: nn.Module, objective: Objective, batches: Sequence[Any], state: State) -> float:
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        model.load_state_dict(dict(state))
+        return objective.evaluate(model, batches)["loss"]
+    finally:
+        model.load_state_dict(kept)

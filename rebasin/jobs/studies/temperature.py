@@ -1,0 +1,113 @@
+"""How much of a barrier is a matter of the softmax's temperature alone (cf. arXiv 2510.08023, width expansion).
+
+The mean of two networks answers with smaller logits than either; its cross entropy then looks worse than its answers
+are. At each point of the line one number, the temperature that divides the logits, is fitted on training data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...evaluation import Curve
+from ...merging import interpolate
+from ...objectives.base import eval_mode
+from ...types import State
+from .aligned_pair import aligned_pair
+
+if TYPE_CHECKING:
+    from ...reporting.console import Console
+
+STEPS = 60
+RANGE = (-7.0, 7.0)  # of log temperature
+
+
+def study(cfg: DictConfig, console: Console, split: str = "heldout") -> list[dict[str, Any]]:
+    """Two rows, naive and aligned: the barriers of the loss as it is and with the fitted temperature at each point,
+    the barrier of the accuracy, and at the midpoint temperature, losses and accuracy.
+    """
+    pair = aligned_pair(cfg, console)
+    if not hasattr(pair.task.objective, "logits"):
+        raise ConfigError(f"objective={cfg.objective.name} has no logits; a temperature needs a classifier.")
+    rows = []
+    with console.stage("evaluate"):
+        for kind, end in (("naive", pair.b), ("aligned", pair.aligned)):
+            lambdas = [step / (cfg.evaluate.points - 1) for step in range(cfg.evaluate.points)]
+            measured = [_point(pair.task, interpolate(pair.a, end, lam), split) for lam in lambdas]
+            found = {name: [point[name] for point in measured] for name in measured[0]}
+            plain = Curve.measured(lambdas, found["loss"], {"accuracy": found["accuracy"]})
+            calibrated = Curve.measured(lambdas, found["calibrated"])
+            middle = len(lambdas) // 2
+            rows.append(
+                {
+                    "split": split,
+                    "merge": kind,
+                    "barrier": plain.barrier,
+                    "barrier, calibrated": calibrated.barrier,
+                    "barrier of accuracy": plain.drop("accuracy"),
+                    "lambda": lambdas,
+                    **{f"line/{name}": values for name, values in found.items()},
+                    **{f"midpoint/{name}": values[middle] for name, values in found.items()},
+                }
+            )
+            console.say(f"{kind}: barrier {plain.barrier:.3g}, calibrated {calibrated.barrier:.3g}")
+    return rows
+
+
+def _point(task: Any, state: State, split: str) -> dict[str, float]:
+    """Loss, accuracy, fitted temperature and loss with it, at one point."""
+    fit = logits_of(task.model, task.objective, task.batches["train"], state)
+    logits, labels = logits_of(task.model, task.objective, task.batches[split], state)
+    temperature = fitted_temperature(*fit)
+    return {
+        "loss": float(F.cross_entropy(logits, labels)),
+        "calibrated": float(F.cross_entropy(logits / temperature, labels)),
+        "accuracy": float((logits.argmax(dim=1) == labels).double().mean()),
+        "temperature": temperature,
+    }
+
+
+def logits_of(
+    model: nn.Module, objective: Any, batches: Sequence[Any], state: State
+) -> tuple[Tensor, Tensor]:
+    """Logits [n, classes], float64, and labels [n] of the model with the weights of `state`."""
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        model.load_state_dict(dict(state))
+        with torch.no_grad(), eval_mode(model):
+            found = [objective.logits(model, batch) for batch in batches]
+        logits, labels = (torch.cat([pair[k] for pair in found]).cpu() for k in (0, 1))
+        return logits.double(), labels
+    finally:
+        model.load_state_dict(kept)
+
+
+def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature, between e^-7 and e^7, that divides the logits for the least cross entropy: by golden section,
+    the loss being convex in 1 / temperature.
+    """
+    ratio = (math.sqrt(5) - 1) / 2
+    low, high = RANGE
+
+    def loss(log: float) -> float:
+        return float(F.cross_entropy(logits * math.exp(-log), labels))
+
+    a, b = high - ratio * (high - low), low + ratio * (high - low)
+    at_a, at_b = loss(a), loss(b)
+    for _ in range(STEPS):
+        if at_a <= at_b:
+            high, b, at_b = b, a, at_a
+            a = high - ratio * (high - low)
+            at_a = loss(a)
+        else:
+            low, a, at_a = a, b, at_b
+            b = low + ratio * (high - low)
+            at_b = loss(b)
+    return math.exp((low + high) / 2)

@@ -1,0 +1,395 @@
+"""Where the neurons of a spec can be seen while a model computes: at the outputs and inputs of its modules.
+
+A module whose parameter has a cell's neurons on its output axis (a linear layer's rows, a kernel's output channels,
+a norm's affine) carries these neurons along the channels of what it returns. One that has them on its input axis gets
+them along the channels of what it is given, that is behind the non-linearity, where the paper takes them. So the spec
+tells the places; nothing is listed by hand for any architecture.
+
+For torch's own modules it is known which axis becomes which dimension. Any other module that owns such a parameter is
+asked: it is a place if a random legal permutation of all weights permutes its output, along some dimension, exactly
+as it permutes the axis.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ...spec import Indices, Permutation, PermutationSpec, Site, to_array
+from ...tracing.export import evaluation_mode, named_outputs
+
+Where = Literal["output", "input", "query", "key", "value"]
+Call = Callable[[nn.Module], Any]
+
+PATTERNS = 64
+"""Sample k looks at the positions of pattern k mod 64: independent of how samples are batched, and quickly made."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """Neuron i of `cell` is at each of `positions[k][i]`, k = 0, 1, ..., of dimension `dim` of a module's tensor.
+
+    `where` is the tensor: the output, the first input, or a projection inside of torch's MultiheadAttention. Further
+    positions of the same neuron (the pixels of a flattened channel) count as further samples. `source` is where the
+    same tensor was met first: queries, keys and values read one.
+    """
+
+    module: str
+    where: Where
+    dim: int
+    cell: str
+    positions: tuple[Indices, ...]
+    source: tuple[str, Where] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.where}"
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """Equal for taps that look at the same numbers."""
+        return self.source, self.dim, self.cell, _starts(self.positions)
+
+    def columns(self, rows: Tensor) -> Tensor:
+        """[samples * positions, cell size] out of rows [samples, channels]."""
+        return (
+            torch.cat([_columns(rows, p) for p in self.positions])
+            if self.positions[1:]
+            else _columns(rows, self.positions[0])
+        )
+
+
+def find_taps(spec: PermutationSpec, model: nn.Module, call: Call) -> list[Tap]:
+    """All taps that `call(model)`, a forward pass on a few samples, really reaches, in the order of execution.
+
+    A tensor on which another dimension than the channels may be one of neurons, too (a mixer's), is no tap if it is:
+    its positions in A and B do not correspond.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    taps: dict[tuple[Any, ...], Tap] = {}
+    strangers: dict[str, list[str]] = {}
+    for parameter, axes in spec.axes.items():
+        aliases = [alias for alias, target in spec.aliases.items() if target == parameter]
+        for name in (parameter, *aliases):
+            owner, leaf = _owner(name, modules)
+            places = _places(modules[owner])
+            if places is None:
+                strangers.setdefault(owner, []).append(name)
+                continue
+            for axis, sites in axes.items():
+                for place in places.get((leaf, axis), ()):
+                    _collect(taps, modules[owner], owner, place, sites)
+    wanted: dict[str, set[Where]] = {owner: {"output"} for owner in strangers}
+    for tap in taps.values():
+        wanted.setdefault(tap.module, set()).add(tap.where)
+    sizes = {spec.shapes[parameter][axis] for parameter, axes in spec.axes.items() for axis in axes}
+    known = {(tap.module, tap.where): tap for tap in taps.values()}
+
+    def keep(name: str, where: Where, tensor: Tensor) -> bool:
+        if name in strangers:
+            return True
+        dim = known[name, where].dim % tensor.ndim
+        return any(d != dim and tensor.shape[d] in sizes for d in range(1, tensor.ndim))
+
+    seen = _watch(model, wanted, call, keep)
+    unsure = {place: first.copy for place, first in seen.items() if first.copy is not None}
+    found = [tap for tap in taps.values() if (tap.module, tap.where) in seen]
+    if unsure:
+        permutation = spec.random(seed=0)
+        moved = copy.deepcopy(model)
+        moved.load_state_dict(permutation.apply(model.state_dict()))
+        asked: dict[str, set[Where]] = {}
+        for name, where in unsure:
+            asked.setdefault(name, set()).add(where)
+        after = _watch(moved, asked, call, lambda *_: True)
+        compare = _Compare(spec, permutation, unsure, after)
+        found = [tap for tap in found if (tap.module, tap.where) not in unsure or compare.confirms(tap)]
+        more: dict[tuple[Any, ...], Tap] = {}
+        for owner, parameters in strangers.items():
+            for dim, sites in compare.answers(owner, parameters):
+                _collect(more, modules[owner], owner, _Place("output", dim), sites)
+        found += more.values()
+    order = {place: number for number, place in enumerate(seen)}
+    found.sort(key=lambda tap: order[tap.module, tap.where])
+    return [replace(tap, source=seen[tap.module, tap.where].place) for tap in found]
+
+
+@dataclass(frozen=True)
+class _Place:
+    where: Where
+    dim: int
+    offset: int = 0  # where the tensor begins on the axis
+    size: int | None = None  # and how long it is; None: the whole axis
+
+
+def _places(module: nn.Module) -> dict[tuple[str, int], tuple[_Place, ...]] | None:
+    """(own parameter, axis) -> where its neurons are seen; None for a module that is not torch's own."""
+    kind = type(module)
+    out_last, in_last = (_Place("output", -1),), (_Place("input", -1),)
+    if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
+        return {("weight", 0): out_last, ("bias", 0): out_last, ("weight", 1): in_last}
+    for dims, (conv, transposed) in enumerate(_CONVOLUTIONS, start=2):
+        out, into = (_Place("output", -dims),), (_Place("input", -dims),)
+        if isinstance(module, conv) and kind.forward is conv.forward:
+            return {("weight", 0): out, ("bias", 0): out} | (
+                {("weight", 1): into} if module.groups == 1 else {}
+            )
+        if isinstance(module, transposed) and kind.forward is transposed.forward:
+            return {("weight", 0): into, ("bias", 0): out} | (
+                {("weight", 1): out} if module.groups == 1 else {}
+            )
+    if isinstance(module, nn.Embedding) and kind.forward is nn.Embedding.forward:
+        return {("weight", 1): out_last}
+    norms = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.PReLU)
+    if any(isinstance(module, norm) and kind.forward is norm.forward for norm in norms):
+        return {
+            (name, 0): (_Place("output", 1),) for name in ("weight", "bias", "running_mean", "running_var")
+        }
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and kind.forward in (
+        nn.LayerNorm.forward,
+        nn.RMSNorm.forward,
+    ):
+        return (
+            {(name, 0): out_last for name in ("weight", "bias")} if len(module.normalized_shape) == 1 else {}
+        )
+    if isinstance(module, nn.MultiheadAttention) and kind.forward is nn.MultiheadAttention.forward:
+        e = module.embed_dim  # other widths of keys and values have weights of their own
+        inner = tuple(_Place(w, -1, k * e, e) for k, w in enumerate(("query", "key", "value")))  # type: ignore[arg-type]
+        return {("in_proj_weight", 0): inner, ("in_proj_bias", 0): inner, ("out_proj.weight", 0): out_last}
+    return None
+
+
+_CONVOLUTIONS = (
+    (nn.Conv1d, nn.ConvTranspose1d),
+    (nn.Conv2d, nn.ConvTranspose2d),
+    (nn.Conv3d, nn.ConvTranspose3d),
+)
+
+
+def _owner(parameter: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
+    """Module and own name of a parameter; a weight that is computed from others (weight norm) counts as itself."""
+    parameter = re.sub(r"\.parametrizations\.(\w+)\.original\d*$", r".\1", parameter)
+    parameter = re.sub(r"^parametrizations\.(\w+)\.original\d*$", r"\1", parameter)
+    owner, _, leaf = parameter.rpartition(".")
+    parent, _, last = owner.rpartition(".")
+    if last == "out_proj" and isinstance(modules[parent], nn.MultiheadAttention):  # used, but never called
+        return parent, f"out_proj.{leaf}"
+    return owner, re.sub(r"^weight_(g|v|orig)$", "weight", leaf)
+
+
+def _collect(
+    taps: dict[tuple[Any, ...], Tap],
+    module: nn.Module,
+    name: str,
+    place: _Place,
+    sites: Sequence[tuple[str, Site]],
+) -> None:
+    """Add a tap for each cell among `sites`; weight and bias, or two names of one module, give the same one."""
+    by_cell: dict[str, list[Indices]] = {}
+    for cell, site in sites:
+        found = _within(site.positions, place)
+        if found is not None:
+            by_cell.setdefault(cell, []).append(found)
+    for cell, positions in by_cell.items():
+        # The halves of a gated layer are two quantities; the pixels of a flattened channel are one.
+        whole = all(isinstance(p, range) and p.step == 1 for p in positions)
+        for part in [[p] for p in positions] if whole else [positions]:
+            key = (id(module), place.where, place.dim, cell, _starts(part))
+            taps.setdefault(key, Tap(name, place.where, place.dim, cell, tuple(part)))
+
+
+def _starts(positions: Sequence[Indices]) -> tuple[int, ...]:
+    return tuple(int(p[0]) for p in positions)
+
+
+def _within(positions: Indices, place: _Place) -> Indices | None:
+    if place.size is None:
+        return positions
+    array = to_array(positions) - place.offset
+    if array.min() < 0 or array.max() >= place.size:
+        return None
+    return (
+        range(positions.start - place.offset, positions.stop - place.offset, positions.step)
+        if isinstance(positions, range)
+        else array
+    )
+
+
+def _columns(rows: Tensor, positions: Indices) -> Tensor:
+    if isinstance(positions, range):
+        return rows[:, positions.start : positions.stop : positions.step]
+    return rows.index_select(1, torch.from_numpy(positions).to(rows.device))
+
+
+# Reading ----------------------------------------------------------------------------------------------------
+
+
+def tensor_at(
+    module: nn.Module, where: Where, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> Tensor | None:
+    """The tensor that a tap looks at, from a call of its module; None if there is none."""
+    if where == "output":
+        return output if isinstance(output, Tensor) else next(iter(named_outputs(output).values()), None)
+    if where == "input":
+        return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    assert isinstance(module, nn.MultiheadAttention)
+    number = ("query", "key", "value").index(where)
+    given = args[number] if len(args) > number else kwargs[where]
+    rows = slice(number * module.embed_dim, (number + 1) * module.embed_dim)
+    bias = None if module.in_proj_bias is None else module.in_proj_bias[rows]
+    projected = F.linear(given, module.in_proj_weight[rows], bias)
+    return projected if module.batch_first or projected.ndim < 3 else projected.transpose(0, 1)
+
+
+def sample_rows(tensor: Tensor, dim: int, tokens: int | None, seed: int, first: int) -> tuple[Tensor, int]:
+    """[samples * positions, channels] of a module's tensor, and its number of samples.
+
+    The first of the other dimensions counts the samples, the rest are positions (tokens, pixels). Of more than
+    `tokens` positions, that many are taken: for sample number k, `first` being the number of the first one, always
+    the same.
+    """
+    if tensor.ndim < 2:
+        tensor = tensor[None]
+    moved = tensor.movedim(dim, -1)
+    samples, *shape, channels = moved.shape
+    count = int(np.prod(shape))
+    if tokens is None or count <= tokens:
+        return moved.reshape(-1, channels), samples
+    chosen = _positions(count, tokens, seed, first % PATTERNS, samples, tensor.device)
+    if dim % tensor.ndim == 1:  # channels first: gathered as they lie
+        picked = tensor.flatten(2).gather(2, chosen[:, None].expand(-1, channels, -1)).transpose(1, 2)
+    else:
+        picked = moved.reshape(samples, count, channels).gather(
+            1, chosen[:, :, None].expand(-1, -1, channels)
+        )
+    return picked.reshape(-1, channels), samples
+
+
+@lru_cache(maxsize=256)
+def _positions(count: int, tokens: int, seed: int, first: int, samples: int, device: torch.device) -> Tensor:
+    """int64 [samples, tokens]: positions below `count`, drawn without repetition for each sample."""
+    rng = np.random.default_rng([seed, count])
+    patterns = np.stack([rng.permutation(count)[:tokens] for _ in range(PATTERNS)])
+    return torch.from_numpy(patterns[(first + np.arange(samples)) % PATTERNS]).to(device)
+
+
+@contextmanager
+def hooked(
+    modules: Mapping[str, nn.Module], hook: Callable[[str, nn.Module, Any, Any, Any], None]
+) -> Iterator[None]:
+    """Call `hook(name, module, args, kwargs, output)` after each call of each module, inside the block only."""
+    handles = []
+    try:
+        for name, module in modules.items():
+
+            def after(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                hook(name, module, args, kwargs, output)
+
+            handles.append(module.register_forward_hook(after, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# Asking -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A tensor that occurred: the first place at which it did, and a copy if it was to be kept."""
+
+    place: tuple[str, Where]
+    copy: Tensor | None
+
+
+def _watch(
+    model: nn.Module,
+    wanted: Mapping[str, Collection[Where]],
+    call: Call,
+    keep: Callable[[str, Where, Tensor], bool],
+) -> dict[tuple[str, Where], _Seen]:
+    """Which of the wanted tensors occur in a forward pass, in order."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[tuple[str, Where], _Seen] = {}
+    alive: dict[int, tuple[weakref.ref[Tensor], int, tuple[str, Where]]] = {}
+
+    def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        # What goes in is there before what comes out: "last" is to mean the last.
+        for where in sorted(wanted[name], key=lambda w: w == "output"):
+            tensor = tensor_at(module, where, args, kwargs, output)
+            if tensor is None or (name, where) in found:
+                continue
+            known = alive.get(id(tensor))
+            if known is None or known[0]() is not tensor or known[1] != tensor._version:
+                place: tuple[str, Where] = (name, where)
+                known = weakref.ref(tensor), tensor._version, place
+                alive[id(tensor)] = known
+            copied = tensor.clone() if keep(name, where, tensor) else None
+            found[name, where] = _Seen(known[2], copied)
+
+    with torch.no_grad(), evaluation_mode(model), hooked({name: modules[name] for name in wanted}, hook):
+        call(model)
+    return found
+
+
+@dataclass(frozen=True)
+class _Compare:
+    """Tensors before and after all weights were permuted: what moves with which axis?"""
+
+    spec: PermutationSpec
+    permutation: Permutation
+    before: Mapping[tuple[str, Where], Tensor]
+    after: Mapping[tuple[str, Where], _Seen]
+
+    def confirms(self, tap: Tap) -> bool:
+        """Whether the tensor of a tap moves along its dimension as its cell does, and otherwise not at all."""
+        was, now = self.before[tap.module, tap.where], self._after(tap.module, tap.where)
+        if now is None or now.shape != was.shape:
+            return False
+        index = self.permutation.index[tap.cell]
+        for positions in tap.positions:
+            place = torch.from_numpy(to_array(positions))
+            expected = was.index_select(tap.dim, place[index].to(was.device))
+            if not _close(now.index_select(tap.dim, place.to(was.device)), expected):
+                return False
+        return True
+
+    def answers(
+        self, owner: str, parameters: Sequence[str]
+    ) -> Iterator[tuple[int, Sequence[tuple[str, Site]]]]:
+        """(dimension, sites) along which the module's output moves as an axis of its own parameters does."""
+        was, now = self.before.get((owner, "output")), self._after(owner, "output")
+        if was is None or now is None or was.shape != now.shape or _close(was, now):
+            return
+        seen: set[int] = set()
+        for parameter in parameters:
+            axes = self.spec.axes[self.spec.aliases.get(parameter, parameter)]
+            for axis, index in self.permutation.axes_of(parameter):
+                for dim in range(1 if was.ndim > 1 else 0, was.ndim):
+                    if dim not in seen and was.shape[dim] == len(index):
+                        expected = was.index_select(dim, torch.from_numpy(index).to(was.device))
+                        if _close(now, expected):
+                            seen.add(dim)
+                            yield dim, axes[axis]
+
+    def _after(self, module: str, where: Where) -> Tensor | None:
+        return self.after[module, where].copy if (module, where) in self.after else None
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = max(1e-3, 30 * torch.finfo(a.dtype).eps)
+    return float((a.double() - b.double()).norm()) <= tolerance * float(b.double().norm())

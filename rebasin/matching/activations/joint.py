@@ -1,0 +1,127 @@
+"""Activations and weights as one objective, and the coordinate descent that climbs it.
+
+The part of the activations is linear in each group's permutation and knows no other group; that of the weights is
+linear in each group's permutation given all others. So is their sum, and it can be climbed exactly like the weights
+alone (weights.py). Both parts are divided by the largest value that they could have (Cauchy and Schwarz).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...spec import Group, Indices, displaced, to_array
+from ..assignment.blocks import assign
+from ..assignment.linear_assignment import TOLERANCE
+from ..result import Sweep, Update
+from ..schedule import Order, neighbours, order_of
+from ..weights.costs import WeightCosts
+from ..weights.endpoints import Pair
+
+
+class Joint:
+    """`(1 - weight) * activations / largest + weight * weights / largest` at `pair`'s present permutation.
+
+    activations: cell -> [size, size] float64, A's neurons in rows and B's, as they are in B, in columns; a cell that
+    is missing has no part in it. largest: what their sum could be at most.
+    """
+
+    def __init__(self, pair: Pair, activations: Mapping[str, Tensor], largest: float, weight: float) -> None:
+        self.pair = pair
+        self.activations = activations
+        self.weights = WeightCosts(pair)
+        self.weight = weight
+        self.on_activations = (1 - weight) / largest if largest else 0.0
+        self.on_weights = weight / pair.scale if pair.scale else 0.0
+
+    @property
+    def objective(self) -> float:
+        return self.on_weights * self.pair.objective + math.fsum(
+            self.value(cell, np.arange(len(index))) for cell, index in self.pair.index.items()
+        )
+
+    def value(self, cell: str, relative: np.ndarray) -> float:
+        """The activations' part of a cell if its neurons moved by `relative` from where they are."""
+        if cell not in self.activations:
+            return 0.0
+        index = torch.from_numpy(self.pair.index[cell][relative])
+        return self.on_activations * float(self.activations[cell].gather(1, index[:, None]).sum())
+
+    def improve(self, group: Group) -> Update:
+        """Bring a group to its best arrangement given all others, if that gains."""
+        found = assign(group, _Costs(self))
+        count = displaced(found.index.values())
+        if not count:
+            return Update(group.name, 0.0, 0)
+        move = self.pair.propose(group, found.index)
+        gain = self.on_weights * move.gain + math.fsum(
+            self.value(cell, index) - self.value(cell, np.arange(index.size))
+            for cell, index in found.index.items()
+        )
+        if gain <= TOLERANCE * self.weight:  # of a sum that is at most 1
+            return Update(group.name, 0.0, 0)
+        self.pair.make(move, found.index)
+        return Update(group.name, gain, count)
+
+    def descend(
+        self,
+        groups: Sequence[Group],
+        order: Order,
+        seed: int,
+        max_sweeps: int,
+        report: Callable[[Sweep], None] = lambda sweep: None,
+    ) -> tuple[list[Sweep], bool]:
+        """Improve these groups until none can be: the sweeps, and whether it came to that."""
+        spec = self.pair.spec
+        dirty = {number for number, group in enumerate(spec) if group in groups}
+        near, chosen = neighbours(spec), frozenset(dirty)
+        sweeps: list[Sweep] = []
+        while dirty and len(sweeps) < max_sweeps:
+            updates, began = [], perf_counter()
+            for number in order_of(order, len(spec), seed, 0, len(sweeps)):
+                if number in dirty:
+                    dirty.discard(number)
+                    updates.append(self.improve(spec.groups[number]))
+                    if updates[-1].moved:
+                        dirty |= near[number] & chosen
+            count = self.pair.permutation.moved()
+            seconds = perf_counter() - began
+            sweeps.append(Sweep(len(sweeps) + 1, self.objective, count, tuple(updates), seconds))
+            report(sweeps[-1])
+        return sweeps, not dirty
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Answers `assignment.Costs`: what neuron j, where it is now, gains at place i."""
+
+    joint: Joint
+
+    def block(self, cell: str, neurons: Indices) -> Tensor:
+        return self._with_activations(cell, neurons, self.joint.weights.block(cell, neurons))
+
+    def diagonal(self, cell: str, blocks: Any) -> list[Tensor]:
+        made = self.joint.weights.diagonal(cell, blocks)
+        return [self._with_activations(cell, n, block) for n, block in zip(blocks, made, strict=True)]
+
+    def prices(self, cell: str, neurons: Indices) -> Tensor | None:
+        return None
+
+    def learn(self, cell: str, neurons: Indices, prices: Tensor) -> None:
+        pass
+
+    def _with_activations(self, cell: str, neurons: Indices, block: Tensor) -> Tensor:
+        total = block.double() * self.joint.on_weights
+        if cell not in self.joint.activations:
+            return total
+        rows = torch.from_numpy(to_array(neurons))
+        columns = torch.from_numpy(self.joint.pair.index[cell])[rows]
+        activations = self.joint.activations[cell][rows[:, None], columns]
+        return total.add_(activations.to(total.device), alpha=self.joint.on_activations)

@@ -1,0 +1,138 @@
+"""Activation matching of whole diffusion pipelines, on what their parts see while both sample from the same prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...data.prompts import captioned_images, read_prompts
+from ...data.sampled import DENOISERS, Points, encoded_batches, sampled_batches
+from ...errors import ConfigError
+from ...spec import PermutationSpec
+from ...types import Progress, within
+from ..result import MatchResult
+from ..weights.matching import weight_matching
+from .matching import ActivationResult, activation_matching
+from .moments import Statistic
+from .statistics import Reads, Sites
+
+
+def match_pipelines(
+    specs: Mapping[str, PermutationSpec],
+    pipeline_a: Any,
+    pipeline_b: Any,
+    prompts: Sequence[str],
+    *,
+    steps: int = 25,
+    points: Points = 5,
+    guidance: float = 7.5,
+    batch_size: int = 4,
+    options: Mapping[str, Any] | None = None,
+    statistic: Statistic = "pearson",
+    reads: Reads = "inputs",
+    sites: Sites = "all",
+    tokens: int | None = 64,
+    fallback_to_weights: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, ActivationResult]:
+    """Activation matching of several parts of two pipelines: denoiser, text encoders, VAE.
+
+    Both pipelines sample from the same prompts and noise (`rebasin.data.sampled`); then both versions of a part run
+    on everything that either of them was given, so that A and B always see the same.
+
+    Args:
+        specs: the parts to match by name ("unet", "text_encoder", "vae", ...), each with the spec of its own.
+        steps, points, guidance, batch_size, options: of the sampling, as in `rebasin.data.sampled.sampled_batches`.
+        Others as in `activation_matching`; `seed` also draws the noise.
+
+    Raises:
+        What `sampled_batches` and `activation_matching` raise.
+    """
+    batches = sampled_batches(
+        (pipeline_a, pipeline_b), prompts, parts=tuple(specs), steps=steps, points=points, guidance=guidance,
+        batch_size=batch_size, seed=seed, options=options,
+    )  # fmt: skip
+    found = {}
+    for part, spec in specs.items():
+
+        def tell(event: dict[str, Any], part: str = part) -> None:
+            if progress is not None:
+                progress(within(event, f"{part}: {event['stage']}"))
+
+        found[part] = activation_matching(
+            spec, getattr(pipeline_a, part), getattr(pipeline_b, part), batches[part], statistic=statistic,
+            reads=reads, sites=sites, tokens=tokens, fallback_to_weights=fallback_to_weights, seed=seed, progress=tell,
+        )  # fmt: skip
+    return found
+
+
+def prompt_activation_matching(
+    spec: PermutationSpec,
+    model_a: nn.Module,
+    model_b: nn.Module,
+    pipeline: Callable[[nn.Module], Any] | None,
+    captions: Sequence[str] = (),
+    *,
+    prompts: str | Path | Sequence[str] | None = None,
+    encode_images: bool = False,
+    count: int | None = None,
+    steps: int = 25,
+    points: Points = 5,
+    guidance: float = 3.0,
+    batch_size: int = 10,
+    statistic: Statistic = "pearson",
+    reads: Reads = "inputs",
+    sites: Sites = "all",
+    tokens: int | None = 16,
+    then_weight: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> MatchResult:
+    """Activation matching of two denoisers on prompts instead of the data of a task.
+
+    Args:
+        pipeline: puts a denoiser into its pipeline; None: the task has none, which is an error.
+        captions: the task's own prompts.
+        prompts: None takes `captions`, or the list that ships where there are none; else a text file, a folder of
+            captioned images, or a list.
+        encode_images: of such a folder, take the images too: noisy encodings of them instead of own samples.
+        count: only the first so many prompts; None or 0: all.
+        then_weight: go on with weight matching from there.
+        Others as in `match_pipelines`.
+
+    Raises:
+        ConfigError: the task has no pipeline, or `encode_images` without a folder. Else what the two raise.
+    """
+    if pipeline is None:
+        raise ConfigError("Prompts need a diffusion model: use algo=activation_matching for this one.")
+    pipeline_a, pipeline_b = pipeline(model_a), pipeline(model_b)
+    if encode_images:
+        if not isinstance(prompts, str | Path):
+            raise ConfigError("To encode images, give their folder as prompts, with a caption for each.")
+        batches = encoded_batches(
+            pipeline_a, captioned_images(prompts)[: count or None], steps=steps, points=points, guidance=guidance,
+            batch_size=batch_size, seed=seed,
+        )  # fmt: skip
+    else:
+        if isinstance(prompts, str | Path):
+            chosen = read_prompts(prompts)
+        else:
+            chosen = list(prompts or captions) or read_prompts()
+        part = next(name for name in DENOISERS if getattr(pipeline_a, name, None) is model_a)
+        batches = sampled_batches(
+            (pipeline_a, pipeline_b), chosen[: count or None], parts=(part,), steps=steps, points=points,
+            guidance=guidance, batch_size=batch_size, seed=seed,
+        )[part]  # fmt: skip
+    found = activation_matching(
+        spec, model_a, model_b, batches, statistic=statistic, reads=reads, sites=sites, tokens=tokens,
+        fallback_to_weights=then_weight, seed=seed, progress=progress,
+    )  # fmt: skip
+    if not then_weight:
+        return found
+    return weight_matching(
+        spec, model_a.state_dict(), model_b.state_dict(), init=found.permutation, seed=seed, progress=progress
+    )

@@ -1,0 +1,459 @@
+"""One pass over the data with two models side by side: the moments of their neurons, wherever these can be seen."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import inspect
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, islice
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ...checkpoints import load_safetensors, save_safetensors
+from ...errors import CheckpointError, ConfigError, DataError, SpecMismatchError
+from ...objectives import Objective
+from ...spec import Group, Leaf, Node, PermutationSpec
+from ...tracing.export import evaluation_mode
+from ...types import Progress, tell
+from .hook_sites import Tap, find_taps, hooked, sample_rows, tensor_at
+from .moments import Moments, Statistic
+
+Reads = Literal["inputs", "outputs", "both"]
+Sites = Literal["all", "last"] | Sequence[str] | None
+Forward = Callable[[nn.Module, Any], Any]
+Key = tuple[str, str, int]  # module, where, dimension: one tensor, on which several cells may be
+
+STATE_FORMAT = "1"
+LARGE = 2 << 30
+"""Statistics that would take more bytes than this in float64 are kept in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationStatistics:
+    """The moments of every cell's neurons at each of its taps; any of the statistics can be had from them.
+
+    taps and moments correspond; `seconds` is the wall time, forward passes included.
+    """
+
+    spec: PermutationSpec
+    taps: tuple[Tap, ...]
+    moments: tuple[Moments, ...]
+    batches: int
+    seconds: float
+
+    @cached_property
+    def unseen(self) -> tuple[Group, ...]:
+        """The groups of whose arrangement the taps show nothing, or not all: some choice has no cell that is seen."""
+        seen = {tap.cell for tap in self.taps}
+        return tuple(group for group in self.spec if _undecided(group, group.tree, seen))
+
+    @property
+    def bytes(self) -> int:
+        return sum(m.bytes for m in self.moments)
+
+    def costs(self, cell: str, statistic: Statistic) -> Tensor:
+        """[size, size] float64 on the CPU: rows are A's neurons, columns B's; the mean over the cell's taps.
+
+        Zeros for a cell that no tap shows: others of its group decide.
+        """
+        seen = [m for tap, m in zip(self.taps, self.moments, strict=True) if tap.cell == cell]
+        if not seen:
+            size = self.spec.cells[cell].size
+            return torch.zeros(size, size, dtype=torch.float64)
+        total = seen[0].statistic(statistic)
+        for moments in seen[1:]:
+            total += moments.statistic(statistic)
+        return total.div_(len(seen)).cpu()
+
+    def largest(self, cell: str, statistic: Statistic) -> float:
+        """What no permutation of the cell can exceed, by Cauchy and Schwarz."""
+        seen = [m for tap, m in zip(self.taps, self.moments, strict=True) if tap.cell == cell]
+        if not seen:
+            return 0.0
+        if statistic == "pearson":
+            return float(self.spec.cells[cell].size)
+        shares = []
+        for m in seen:
+            a, b = m.square_a / m.count, m.square_b / m.count
+            if statistic == "inner_product":
+                a, b = a + m.mean_a.square(), b + m.mean_b.square()
+            shares.append(float((a.sum() * b.sum()).sqrt()))
+        return sum(shares) / len(shares)
+
+    def places(self) -> dict[str, tuple[str, ...]]:
+        """Group name -> the taps at which its neurons were seen."""
+        found: dict[str, list[str]] = {}
+        group_of = {cell.name: group.name for group in self.spec for cell in group.cells}
+        for tap in self.taps:
+            found.setdefault(group_of[tap.cell], []).append(tap.name)
+        return {group: tuple(dict.fromkeys(names)) for group, names in found.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationState:
+    """Where a pass stands after some batches; given to `resume_from`, it ends as if it had not been interrupted.
+
+    The tensors are those that the pass goes on to change: save the state before the callback that got it returns.
+    """
+
+    options: Mapping[str, str]
+    batches: int
+    seen: Mapping[Key, int]
+    moments: tuple[Moments, ...]
+    seconds: float = 0.0
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """One safetensors file, written beside the target and renamed."""
+        tensors = {f"{k}/{n}": t.cpu() for k, m in enumerate(self.moments) for n, t in m.tensors().items()}
+        plain = {
+            "options": dict(self.options),
+            "batches": self.batches,
+            "seen": [[*key, count] for key, count in self.seen.items()],
+            "counts": [m.count for m in self.moments],
+            "seconds": self.seconds,
+        }
+        save_safetensors(path, tensors, {"activations": STATE_FORMAT, "state": json.dumps(plain)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ActivationState:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is no such state or is damaged.
+        """
+        file = load_safetensors(path)
+        if file.metadata.get("activations") != STATE_FORMAT:
+            raise CheckpointError(f"{path} holds no interrupted activation statistics of this version.")
+        plain = json.loads(file.metadata["state"])
+        names = ("mean_a", "mean_b", "square_a", "square_b", "cross")
+        moments = tuple(
+            Moments(count, *(file[f"{k}/{name}"].clone() for name in names))
+            for k, count in enumerate(plain["counts"])
+        )
+        seen = {(module, where, dim): count for module, where, dim, count in plain["seen"]}
+        return cls(plain["options"], plain["batches"], seen, moments, plain["seconds"])
+
+
+def activation_statistics(
+    spec: PermutationSpec,
+    model_a: nn.Module,
+    model_b: nn.Module,
+    batches: Iterable[Any],
+    *,
+    objective: Objective | None = None,
+    forward: Forward | None = None,
+    reads: Reads = "inputs",
+    sites: Sites = "all",
+    tokens: int | None = None,
+    seed: int = 0,
+    precision: Literal["float32", "float64"] | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+    checkpoint: Callable[[ActivationState], None] | None = None,
+    resume_from: ActivationState | None = None,
+) -> ActivationStatistics:
+    """Run A and B on the same batches and note how their neurons go together; see `activation_matching`.
+
+    Raises:
+        SpecMismatchError: a model is not of the architecture of `spec`, or the two compute differently.
+        DataError: there are no batches, or one gives NaN or infinite activations.
+        ConfigError: an option, a module name, or the state to continue from, does not fit.
+    """
+    began = perf_counter() - (resume_from.seconds if resume_from is not None else 0.0)
+    if tokens is not None and tokens < 0:
+        raise ConfigError(f"tokens is {tokens}, but it takes a number of positions, or 0 for all of them.")
+    tokens = tokens or None
+    if reads not in ("inputs", "outputs", "both"):
+        raise ConfigError(f"The reads {reads!r} are unknown: give 'inputs', 'outputs' or 'both'.")
+    if precision not in (None, "float32", "float64"):
+        raise ConfigError(f"The precision {precision!r} is unknown: give 'float32', 'float64' or none.")
+    for model, what in ((model_a, "A"), (model_b, "B")):
+        spec.check(model.state_dict(), what)
+    if device is not None:
+        model_a, model_b = _moved(model_a, device), _moved(model_b, device)
+    call = forward or (objective.loss if objective is not None else call_model)
+    stream = iter(batches)
+    first = next(stream, _END)
+    if first is _END:
+        raise DataError("There is nothing to match activations on: the batches are empty; give at least one.")
+
+    head = _to_device(_head(first), model_a)
+    taps = choose(spec, find_taps(spec, model_a, lambda model: call(model, head)), reads, sites)
+    cells = [spec.cells[tap.cell].size for tap in taps]
+    dtype = torch.float64 if 8 * sum(n * n for n in cells) <= LARGE else torch.float32
+    dtype = getattr(torch, precision) if precision else dtype
+    here = _device(model_a)
+    options: dict[str, str] = {}
+    if checkpoint is not None or resume_from is not None:
+        options = _fingerprint(spec, model_a, model_b, taps, tokens, seed, dtype)
+    done, seen = 0, {_key(tap): 0 for tap in taps}
+    if resume_from is None:
+        moments = tuple(Moments.zeros(n, dtype, here) for n in cells)
+    else:
+        _check_resumable(resume_from, options)
+        done, seen = resume_from.batches, dict(resume_from.seen)
+        moments = tuple(
+            Moments(m.count, **{name: t.to(here, copy=True) for name, t in m.tensors().items()})
+            for m in resume_from.moments
+        )
+    pair = _Pair(taps, moments, seen, tokens, seed)
+    total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+
+    def report() -> None:
+        tell(
+            progress,
+            "activations",
+            done,
+            total,
+            bytes=sum(m.bytes for m in moments),
+            seconds=perf_counter() - began,
+        )
+
+    report()
+    with torch.no_grad(), evaluation_mode(model_a), evaluation_mode(model_b):
+        for batch in islice(chain([first], stream), done, None):
+            done += 1
+            for side, model in enumerate((model_a, model_b)):
+                with pair.watching(model, side):
+                    call(model, _to_device(batch, model))
+            pair.check(done)
+            if checkpoint is not None:
+                checkpoint(ActivationState(options, done, pair.seen[0], moments, perf_counter() - began))
+            report()
+    return ActivationStatistics(spec, taps, moments, done, perf_counter() - began)
+
+
+def choose(spec: PermutationSpec, taps: Sequence[Tap], reads: Reads, sites: Sites) -> tuple[Tap, ...]:
+    """The taps of each cell that are to be used; `reads` and `sites` as `activation_matching` has them.
+
+    Raises:
+        ConfigError: `sites` names a module that shows no neurons, or is something else.
+    """
+    if isinstance(sites, str) and sites not in ("all", "last"):
+        raise ConfigError(f"The sites {sites!r} are unknown: give 'all', 'last' or a list of module names.")
+    named = None if sites is None or isinstance(sites, str) else set(sites)
+    modules = {tap.module for tap in taps}
+    for name in sorted((named or set()) - modules):
+        close = difflib.get_close_matches(name, modules, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise ConfigError(f"The module {name!r} of the sites shows no neurons that can move{hint}")
+    order = {id(tap): number for number, tap in enumerate(taps)}
+    chosen: list[Tap] = []
+    for cell in spec.cells:
+        own = [tap for tap in taps if tap.cell == cell]
+        if named is not None:
+            own = [tap for tap in own if tap.module in named] or own
+        if reads != "both":
+            own = [tap for tap in own if (tap.where == "input") == (reads == "inputs")] or own
+        once = {tap.content: tap for tap in reversed(own)}.values()
+        own = sorted(once, key=lambda tap: order[id(tap)])
+        if sites == "last" and own:
+            own = [tap for tap in own if (tap.module, tap.where) == (own[-1].module, own[-1].where)]
+        chosen += own
+    return tuple(chosen)
+
+
+class _Pair:
+    """Takes A's activations of a batch, and then, with B's at hand, adds both to the moments."""
+
+    def __init__(
+        self,
+        taps: Sequence[Tap],
+        moments: Sequence[Moments],
+        seen: dict[Key, int],
+        tokens: int | None,
+        seed: int,
+    ) -> None:
+        self.keys: dict[str, list[Key]] = {}
+        self.members: dict[Key, list[tuple[Tap, Moments]]] = {}
+        for tap, own in zip(taps, moments, strict=True):
+            key = _key(tap)
+            if key not in self.members:
+                self.keys.setdefault(tap.module, []).append(key)
+            self.members.setdefault(key, []).append((tap, own))
+        self.seen = (seen, dict(seen))  # samples of A and of B, for each tensor
+        self.tokens, self.seed = tokens, seed
+        self.waiting: dict[Key, deque[Tensor]] = {key: deque() for key in self.members}
+
+    def watching(self, model: nn.Module, side: int) -> ExitStack:
+        modules = {name: model.get_submodule(name) for name in self.keys}
+
+        def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            for key in self.keys[name]:
+                tensor = tensor_at(module, self.members[key][0][0].where, args, kwargs, output)
+                seen = self.seen[side]
+                if tensor is None:
+                    continue
+                rows, samples = sample_rows(tensor, key[2], self.tokens, self.seed, seen[key])
+                seen[key] += samples
+                if side:
+                    self._meet(key, rows)
+                else:  # a copy: what follows may change the tensor in place
+                    shared = rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+                    self.waiting[key].append(rows.clone() if shared else rows)
+
+        stack = ExitStack()
+        stack.enter_context(hooked(modules, hook))
+        return stack
+
+    def _meet(self, key: Key, y: Tensor) -> None:
+        waiting = self.waiting[key]
+        if not waiting or waiting[0].shape != y.shape:
+            raise _different(key)
+        x = waiting.popleft()
+        y = y.to(x.device)
+        for tap, moments in self.members[key]:
+            moments.add(tap.columns(x), tap.columns(y))
+
+    def check(self, batch: int) -> None:
+        """After both forward passes: everything was finite, and nothing is left over.
+
+        Raises:
+            DataError: the first module with NaN or infinite values, side and batch.
+        """
+        left = next((key for key, waiting in self.waiting.items() if waiting), None)
+        if left is not None:
+            raise _different(left)
+        members = [(key, own) for key, group in self.members.items() for _, own in group]
+        for side in "AB":
+            means = [own.mean_a if side == "A" else own.mean_b for _, own in members]
+            if means and not bool(torch.cat(means).isfinite().all()):
+                module, where, _ = next(
+                    key for (key, _), mean in zip(members, means, strict=True) if not mean.isfinite().all()
+                )
+                raise DataError(
+                    f"Batch {batch} gives NaN or infinite values at the {where} of {module!r} in {side}: leave the"
+                    f" batch out, or run the models in float32 if they are in half precision."
+                )
+
+
+def _different(key: Key) -> SpecMismatchError:
+    return SpecMismatchError(
+        f"A and B do not compute alike: the {key[1]} of {key[0]!r} differs in shape or in number of calls, so they are"
+        f" not of one architecture."
+    )
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """The default forward: a tensor, the arguments as a tuple or a mapping, or (inputs, labels).
+
+    A pair whose second member has one whole number for each sample is taken as (inputs, labels), unless the model
+    requires two arguments. ((arguments), {keywords}) gives both kinds.
+    """
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if not isinstance(batch, tuple | list):
+        raise DataError(
+            f"A batch is {type(batch).__name__}; give a tensor, a tuple, a mapping, or forward=function(model, batch)."
+        )
+    if len(batch) == 2 and isinstance(batch[0], tuple | list) and isinstance(batch[1], Mapping):
+        return model(*batch[0], **batch[1])
+    if len(batch) == 2 and _are_labels(*batch) and _required(model) < 2:
+        return model(batch[0])
+    return model(*batch)
+
+
+def _are_labels(x: Any, y: Any) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and isinstance(y, Tensor)
+        and not y.is_floating_point()
+        and y.shape == x.shape[:1]
+    )
+
+
+def _required(model: nn.Module) -> int:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
+
+
+_END = object()
+
+
+def _undecided(group: Group, node: Node, seen: Collection[str]) -> bool:
+    """Whether something below `node` can be arranged in several ways that no cell that was seen tells apart."""
+    if isinstance(node, Leaf):
+        return len(node.neurons) > 1 and group.cells[node.cell].name not in seen
+    if node.moves != "fixed" and len(node.children) > 1 and not _cells(group, node) & set(seen):
+        return True
+    return any(_undecided(group, child, seen) for child in node.children)
+
+
+def _cells(group: Group, node: Node) -> set[str]:
+    if isinstance(node, Leaf):
+        return {group.cells[node.cell].name}
+    return set().union(*(_cells(group, child) for child in node.children))
+
+
+def _key(tap: Tap) -> Key:
+    return tap.module, tap.where, tap.dim
+
+
+def _head(batch: Any) -> Any:
+    """Two samples of a batch, if its tensors have samples in common; enough to see which modules are called."""
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
+    if len(sizes) != 1 or None in sizes:
+        return batch
+    return pytree.tree_map_only(Tensor, lambda t: t[:2], batch)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _to_device(batch: Any, model: nn.Module) -> Any:
+    device = _device(model)
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
+
+
+def _moved(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """The model itself if it is there already, else a copy that is."""
+    if _device(model) == torch.device(device):
+        return model
+    return copy.deepcopy(model).to(device)
+
+
+def _fingerprint(
+    spec: PermutationSpec,
+    model_a: nn.Module,
+    model_b: nn.Module,
+    taps: Sequence[Tap],
+    tokens: int | None,
+    seed: int,
+    dtype: torch.dtype,
+) -> dict[str, str]:
+    """What a continued pass must have in common with the interrupted one."""
+    places = json.dumps([[*_key(tap), tap.cell] for tap in taps])
+    sums = [[float(p.detach().sum(dtype=torch.float64)) for p in m.parameters()] for m in (model_a, model_b)]
+    return {
+        "architecture": spec.hash,
+        "weights": hashlib.sha256(json.dumps(sums).encode()).hexdigest(),
+        "sites": hashlib.sha256(places.encode()).hexdigest(),
+        "tokens": str(tokens),
+        "seed": str(seed),
+        "precision": str(dtype).removeprefix("torch."),
+    }
+
+
+def _check_resumable(state: ActivationState, options: Mapping[str, str]) -> None:
+    for name, value in options.items():
+        if state.options.get(name) != value:
+            raise ConfigError(
+                f"These activation statistics can't be continued: their {name} differed; use the same or start afresh."
+            )

@@ -1,0 +1,1 @@
+"""The best permutation for given costs, exactly, whatever the structure."""

@@ -1,0 +1,1 @@
+"""Any number of models in one arrangement of their neurons."""

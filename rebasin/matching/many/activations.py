@@ -1,0 +1,200 @@
+"""Activation matching for many models: each is brought to the others by what its neurons do on the same data.
+
+For two models see activations.py. For N models, with C_ij the correlations (or another statistic) between the
+neurons of models i and j, the objective is that of all pairs,
+
+    sum_(i<j) w_i w_j sum_a C_ij[p_i(a), p_j(a)].
+
+With all models but one held fixed it is a linear assignment for each group; and since the statistic is linear in
+either model's activations, it is that of matching model i to the mean activations of the others: MergeMany with
+another cost. The data is gone through once for each pair, and not again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...objectives import Objective
+from ...spec import Permutation, PermutationSpec
+from ...types import Progress, State, tell
+from ..activations.matching import check_statistic, require_seen
+from ..activations.moments import Statistic
+from ..activations.statistics import Forward, Reads, Sites, activation_statistics
+from ..assignment.blocks import assign
+from ..schedule import Order, order_of
+from .models import Models, Source
+from .result import ManyResult, Pass, Step, anchored, moved_between
+from .running_mean import RunningMean
+
+Matrices = Mapping[str, Tensor]
+
+
+def match_many_activations(
+    spec: PermutationSpec,
+    states: Sequence[Source],
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    weights: Sequence[float] | None = None,
+    statistic: Statistic = "pearson",
+    reads: Reads = "inputs",
+    sites: Sites = "all",
+    tokens: int | None = None,
+    objective: Objective | None = None,
+    forward: Forward | None = None,
+    order: Order = "random",
+    anchor: int | None = 0,
+    max_passes: int = 100,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> ManyResult:
+    """Bring N models to each other by their activations, and average them.
+
+    In the first pass the models join one by one; then each is matched to all others, again and again, until none
+    moves. The statistics of all pairs are held in float32: N (N - 1) / 2 times the square of each group's size.
+    Neurons that no statistic tells apart stay where they are.
+
+    Args:
+        spec, states, weights, seed, progress: see `merge_many`.
+        model: the architecture; its weights are left as they are.
+        batches, statistic, reads, sites, tokens, objective, forward, device: see `activation_matching`.
+        order, anchor, max_passes: see `match_to_mean`.
+
+    Raises:
+        SpecMismatchError, CheckpointError: see `match_to_mean`.
+        DataError: there are no batches, or one gives NaN or infinite activations.
+        ConfigError: an option does not fit, or a group can't be seen at any module.
+    """
+    began = perf_counter()
+    check_statistic(statistic)
+    if max_passes < 1:
+        raise ConfigError("Merging many models needs max_passes of at least 1.")
+    models = Models(spec, states, weights)
+    n = len(models)
+    if anchor is not None and not 0 <= anchor < n:
+        raise ConfigError(f"The anchor {anchor} is none of the models 0 to {n - 1}.")
+    mean = RunningMean(models)
+    mean.gather_first()
+    before = mean.distance
+    batches = list(batches)
+    pairs: dict[tuple[int, int], Matrices] = {}
+    numbers = list(combinations(range(n), 2))
+    for i, j in numbers:
+        a, b = (_loaded(model, models.open(k)) for k in (i, j))
+        found = activation_statistics(
+            spec, a, b, batches, objective=objective, forward=forward, reads=reads, sites=sites, tokens=tokens,
+            seed=seed, device=device,
+        )  # fmt: skip
+        require_seen(found, False)
+        pairs[i, j] = {cell: found.costs(cell, statistic).float() for cell in spec.cells}
+        tell(progress, "statistics", len(pairs), len(numbers), model=j, seconds=perf_counter() - began)
+    current, history, converged = _descend(models, pairs, order, seed, max_passes)
+    value = _value(models.weights, pairs, current)
+    permutations = anchored(current, anchor)
+    mean.gather(permutations)
+    history = [Pass(0, before), *history[:-1], *([_measured(history[-1], mean.distance)] if history else [])]
+    return ManyResult(
+        method="activations",
+        permutations=permutations,
+        merged=models.average(permutations),
+        objective=mean.objective,
+        distance=mean.distance,
+        distance_before=before,
+        history=tuple(history),
+        converged=converged,
+        moved=sum(p.moved() for p in permutations),
+        weights=models.shares,
+        seconds=perf_counter() - began,
+        details={"statistic": statistic, "statistic_objective": value},
+    )
+
+
+def _descend(
+    models: Models,
+    pairs: Mapping[tuple[int, int], Matrices],
+    order: Order,
+    seed: int,
+    max_passes: int,
+) -> tuple[list[Permutation], list[Pass], bool]:
+    """Passes over the models until none moves. Distances of weights are not measured on the way (NaN)."""
+    spec, n = models.spec, len(models)
+    inside: dict[int, Permutation] = {}
+    history: list[Pass] = []
+    settled: set[int] = set(range(n)) if n == 1 else set()
+    while len(settled) < n and len(history) < max_passes:
+        turns = list(range(n)) if n == 2 else order_of(order, n, seed, 0, len(history))
+        steps, began = [], perf_counter()
+        for i in turns:
+            started, old = perf_counter(), inside.get(i)
+            new = _matched(models, pairs, inside, i)
+            inside[i] = new
+            moved = moved_between(old, new)
+            if moved or old is None:
+                settled.clear()
+            if len(inside) == n:  # one matched to some of the others only is to be looked at again
+                settled.add(i)
+            steps.append(Step(i, moved, perf_counter() - started))
+            if len(settled) == n:
+                break
+        seconds, moved = perf_counter() - began, sum(step.moved for step in steps)
+        history.append(Pass(len(history) + 1, float("nan"), moved, tuple(steps), seconds))
+    return [inside.get(i, spec.identity()) for i in range(n)], history, len(settled) == n
+
+
+def _matched(
+    models: Models,
+    pairs: Mapping[tuple[int, int], Matrices],
+    inside: Mapping[int, Permutation],
+    i: int,
+) -> Permutation:
+    """Model i in its best arrangement given those that are inside."""
+    spec = models.spec
+    others = [j for j in inside if j != i]
+    own = inside.get(i, spec.identity())
+    if not others:
+        return own
+    index: dict[str, np.ndarray] = {}
+    for group in spec:
+        costs = {}
+        for cell in (cell.name for cell in group.cells):
+            total = torch.zeros(spec.cells[cell].size, spec.cells[cell].size)
+            for j in others:
+                matrix = pairs[j, i][cell] if j < i else pairs[i, j][cell].T
+                total.add_(matrix[torch.from_numpy(inside[j].index[cell])], alpha=models.weights[j])
+            costs[cell] = total[:, torch.from_numpy(own.index[cell])]
+        found = assign(group, costs)
+        index |= {cell: own.index[cell][p] for cell, p in found.index.items()}
+    return Permutation(spec, index)
+
+
+def _value(
+    weights: Sequence[float], pairs: Mapping[tuple[int, int], Matrices], current: Sequence[Permutation]
+) -> float:
+    """The objective."""
+    total = 0.0
+    for (i, j), matrices in pairs.items():
+        for cell, matrix in matrices.items():
+            p, q = (torch.from_numpy(current[k].index[cell]) for k in (i, j))
+            total += weights[i] * weights[j] * float(matrix[p, q].double().sum())
+    return total
+
+
+def _measured(last: Pass, distance: float) -> Pass:
+    return Pass(last.number, distance, last.moved, last.steps, last.seconds)
+
+
+def _loaded(model: nn.Module, state: State) -> nn.Module:
+    """A copy of `model` with the weights of `state`."""
+    loaded = copy.deepcopy(model)
+    loaded.load_state_dict(dict(state))
+    return loaded

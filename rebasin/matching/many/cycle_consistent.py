@@ -1,0 +1,316 @@
+"""C2M3: all neurons of all models are matched at once, by Frank and Wolfe's method.
+
+Crisostomi, Fumero, Baieri, Bernard and Rodolà, "C2M3: Cycle-Consistent Multi-Model Merging" (NeurIPS 2024). Each
+model i has one permutation, pi_i, to an arrangement that all share, so that going from model to model around a
+circle leads back to where one began. The objective is that of all pairs,
+
+    F = sum_(i<j) w_i w_j <pi_i(theta_i), pi_j(theta_j)>  =  1/2 (|S|^2 - sum_i w_i^2 |pi_i(theta_i)|^2),
+    S = sum_i w_i pi_i(theta_i),
+
+over matrices in the convex hull of the legal permutations:
+
+    repeat
+        G_i = dF / dP_i                                        for every cell of every model
+        V_i = the legal permutation with the largest <G_i, V_i>     one assignment a group
+        P_i <- (1 - t) P_i + t V_i,    t in [0, 1] with the largest F
+    pi_i = the legal permutation nearest to P_i
+
+What differs from the authors' code: F is written with the sum S, so that a step reads every model twice instead
+of every pair, and needs three states in memory, not N; block structure (heads, GroupNorm) is respected; F is a
+polynomial of t, whose maximum is found exactly; the first model stays where it is, since moving all alike changes
+nothing and two models that change places with each other get nowhere. The relaxed matrices are dense: sum of n^2
+floats over all cells, for each model. That is small for classifiers, but hundreds of megabytes a model for a
+Stable Diffusion UNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import fsum
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError, SpecMismatchError
+from ...spec import Permutation, PermutationSpec, Site, to_array
+from ...types import Progress, State, tell, widened
+from ..assignment.blocks import assign
+from ..weights.endpoints import inner
+from .mean import match_to_mean
+from .models import Models, Source
+from .pivot import match_to_pivot
+from .result import ManyResult, Pass, Step
+from .running_mean import RunningMean
+
+Soft = Mapping[str, Tensor]
+"""Cell name -> doubly stochastic matrix [size, size]: new = P @ old."""
+
+Init = Literal["identity", "pivot"] | Sequence[Permutation]
+PATIENCE = 5
+"""Steps in a row that may gain next to nothing before the search ends (as in the authors' code)."""
+
+
+def match_cycle_consistently(
+    spec: PermutationSpec,
+    states: Sequence[Source],
+    *,
+    weights: Sequence[float] | None = None,
+    init: Init = "identity",
+    max_steps: int = 100,
+    tolerance: float = 1e-6,
+    polish: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ManyResult:
+    """Bring N models into one arrangement by maximising the inner products of all pairs at once, and average them.
+
+    The first model stays as it is. The result is the best of the start and the end, so it is never worse than
+    the start. Errors are those of `match_to_mean`.
+
+    Args:
+        spec, states, weights, progress: see `merge_many`.
+        init: "identity" (the paper), "pivot" (each matched to the first by weight matching), or a permutation
+            for each model, say those of another method.
+        max_steps: give up then, with `converged=False`.
+        tolerance: a step that gains a smaller share of the objective counts as none.
+        polish: go on with MergeMany from the result, which ends where no single model can be improved.
+        seed: of the matchings of "pivot" and `polish`; the method itself has no chance in it.
+    """
+    began = perf_counter()
+    if max_steps < 1 or not tolerance >= 0:
+        raise ConfigError(
+            "Cycle-consistent matching needs max_steps of at least 1 and a tolerance of at least 0."
+        )
+    models = Models(spec, states, weights)
+    n = len(models)
+    mean = RunningMean(models)
+    mean.gather_first()
+    before = mean.distance
+    start = _start(init, models, seed)
+    if any(not p.is_identity for p in start):
+        mean.gather(start)
+    history, begin = [Pass(0, mean.distance)], mean.objective
+    mean.tensors.clear()
+
+    search = _Search(models, start)
+    gains = 0
+    for number in range(1, max_steps + 1) if n > 1 else ():
+        started = perf_counter()
+        length, gain = search.step()
+        gains = 0 if gain > tolerance * abs(search.objective) else gains + 1
+        told = {"length": length, "objective": search.objective, "seconds": perf_counter() - began}
+        tell(progress, "cycle-consistent", number, max_steps, **told)
+        history.append(_pass(number, models, search.objective, perf_counter() - started))
+        if gains >= PATIENCE or length == 0:
+            break
+    permutations = search.rounded()
+    mean.gather(permutations)
+    if mean.objective < begin:
+        permutations = start
+        mean.gather(permutations)
+    converged = n == 1 or len(history) <= max_steps
+    details = {"steps": len(history) - 1, "relaxed_objective": search.objective}
+    distance, objective = mean.distance, mean.objective
+    del mean, search
+    if polish:
+        better = match_to_mean(spec, states, weights=weights, init=permutations, seed=seed, progress=progress)
+        permutations, distance, objective = better.permutations, better.distance, better.objective
+        converged = better.converged
+        history += [
+            Pass(len(history) + p.number - 1, p.distance, p.moved, p.steps, p.seconds)
+            for p in better.history[1:]
+        ]
+    moved = sum(p.moved() for p in permutations)
+    steps = (Step(0, moved, 0.0),)
+    history.append(Pass(len(history), distance, moved, steps))
+    return ManyResult(
+        method="cycle_consistent",
+        permutations=tuple(permutations),
+        merged=models.average(permutations),
+        objective=objective,
+        distance=distance,
+        distance_before=before,
+        history=tuple(history),
+        converged=converged,
+        moved=moved,
+        weights=models.shares,
+        seconds=perf_counter() - began,
+        details=details,
+    )
+
+
+class _Search:
+    """The relaxed matrices of every model, and S at the present ones."""
+
+    def __init__(self, models: Models, start: Sequence[Permutation]) -> None:
+        self.models, self.spec = models, models.spec
+        self.names = [name for name in self.spec.axes if name not in self.spec.buffers]
+        self.degree = max(len(self.spec.axes[name]) for name in self.names)
+        self.soft: list[dict[str, Tensor]] = [_matrices(p) for p in start]
+        self.total = self._sums([self.soft])[0][0]
+
+    def step(self) -> tuple[float, float]:
+        """One step of Frank and Wolfe: its length, and what the objective gained."""
+        ends = [self.soft[0]]
+        for i in range(1, len(self.models)):
+            ends.append(self._vertex(i))
+        nodes = np.linspace(0, 1, self.degree + 1)
+        sums, products = self._sums([self._between(ends, float(t)) for t in nodes])
+        length, before, self.objective = _longest_step(nodes, products)
+        shares = [_lagrange(nodes, k)(length) for k in range(len(nodes))]
+        self.total = {
+            name: torch.stack([s[name] for s in sums]).mul_(_column(shares, sums[0][name])).sum(0)
+            for name in self.names
+        }
+        self.soft = self._between(ends, length)
+        return length, self.objective - before
+
+    def rounded(self) -> list[Permutation]:
+        """The nearest legal permutations."""
+        found = []
+        for soft in self.soft:
+            index: dict[str, np.ndarray] = {}
+            for group in self.spec:
+                index |= assign(group, {cell.name: soft[cell.name] for cell in group.cells}).index
+            found.append(Permutation(self.spec, index))
+        return found
+
+    objective = 0.0
+
+    def _between(self, ends: Sequence[Soft], t: float) -> list[dict[str, Tensor]]:
+        if t in (0, 1):
+            return [dict(soft) for soft in (ends if t else self.soft)]
+        return [
+            {cell: p if p is v[cell] else torch.lerp(p, v[cell], t) for cell, p in soft.items()}
+            for soft, v in zip(self.soft, ends, strict=True)
+        ]
+
+    def _vertex(self, i: int) -> dict[str, Tensor]:
+        """The legal permutation of model i to which the gradient points."""
+        state, weight = self.models.open(i), self.models.weights[i]
+        slopes = {c: torch.zeros(cell.size, cell.size) for c, cell in self.spec.cells.items()}
+        for name in self.names:
+            own = _read(state, self.models.keys[name])
+            others = self.total[name] - weight * _applied(self.spec, self.soft[i], name, own)
+            for axis, sites in self.spec.axes[name].items():
+                part = _applied(self.spec, self.soft[i], name, own, skip=axis)
+                for cell, site in sites:
+                    slopes[cell].addmm_(_rows(others, axis, site), _rows(part, axis, site).T)
+        index: dict[str, np.ndarray] = {}
+        for group in self.spec:
+            index |= assign(group, {cell.name: slopes[cell.name] for cell in group.cells}).index
+        return _matrices(Permutation(self.spec, index))
+
+    def _sums(self, softs: Sequence[Sequence[Soft]]) -> tuple[list[dict[str, Tensor]], np.ndarray]:
+        """S for each list of matrices, and 2 F as a bilinear form on them, [lists, lists]; one pass over the models."""
+        count = len(softs)
+        sums: list[dict[str, Tensor]] = [{} for _ in softs]
+        own = np.zeros((count, count))
+        for i in range(len(self.models)):
+            state, weight = self.models.open(i), self.models.weights[i]
+            for name in self.names:
+                tensor = _read(state, self.models.keys[name])
+                parts = [weight * _applied(self.spec, soft[i], name, tensor) for soft in softs]
+                for total, part in zip(sums, parts, strict=True):
+                    total[name] = total[name].add_(part) if name in total else part.clone()
+                own += _gram(parts)
+        products = np.zeros((count, count))
+        for name in self.names:
+            products += _gram([total[name] for total in sums])
+        return sums, products - own
+
+
+def _longest_step(nodes: np.ndarray, products: np.ndarray) -> tuple[float, float, float]:
+    """The t in [0, 1] at which F is largest, and F at 0 and there; `products` is 2 F between the nodes."""
+    basis = [_lagrange(nodes, k) for k in range(len(nodes))]
+    zero = np.polynomial.Polynomial([0.0])
+    curve = zero
+    for a, row in zip(basis, products, strict=True):
+        for b, value in zip(basis, row, strict=True):
+            curve = curve + a * b * (value / 2)
+    turning = [float(r.real) for r in curve.deriv().roots() if abs(r.imag) < 1e-9 and 0 < r.real < 1]
+    best = max([0.0, 1.0, *turning], key=lambda t: float(curve(t)))
+    return best, float(curve(0.0)), float(curve(best))
+
+
+def _lagrange(nodes: np.ndarray, k: int) -> np.polynomial.Polynomial:
+    """The polynomial that is 1 at node k and 0 at the others."""
+    others = np.delete(nodes, k)
+    found = np.polynomial.Polynomial.fromroots(others)
+    return found / float(found(nodes[k]))
+
+
+def _column(shares: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(shares, dtype=like.dtype).reshape(-1, *[1] * like.ndim)
+
+
+def _gram(parts: Sequence[Tensor]) -> np.ndarray:
+    """All inner products, [k, k], float64."""
+    gram = np.zeros((len(parts), len(parts)))
+    for a in range(len(parts)):
+        for b in range(a + 1):
+            gram[a, b] = gram[b, a] = inner(parts[a], parts[b])
+    return gram
+
+
+def _read(state: State, key: str) -> Tensor:
+    tensor = state[key].detach().cpu()
+    return tensor.to(widened(tensor.dtype))
+
+
+def _matrices(permutation: Permutation) -> dict[str, Tensor]:
+    return {cell: torch.eye(len(p))[torch.from_numpy(p)] for cell, p in permutation.index.items()}
+
+
+def _applied(spec: PermutationSpec, soft: Soft, name: str, tensor: Tensor, skip: int | None = None) -> Tensor:
+    """The tensor with every axis but `skip` multiplied by the matrices of its cells."""
+    for axis, sites in spec.axes[name].items():
+        if axis == skip:
+            continue
+        moved = tensor.movedim(axis, 0).clone(memory_format=torch.contiguous_format)
+        for cell, site in sites:
+            positions = torch.from_numpy(to_array(site.positions))
+            part = moved[positions].reshape(len(positions), -1)
+            moved[positions] = (soft[cell].to(part.dtype) @ part).reshape(-1, *moved.shape[1:])
+        tensor = moved.movedim(0, axis)
+    return tensor
+
+
+def _rows(tensor: Tensor, axis: int, site: Site) -> Tensor:
+    """[neurons, everything else], float32."""
+    chosen = tensor.index_select(axis, torch.from_numpy(to_array(site.positions)))
+    return chosen.movedim(axis, 0).reshape(len(site.positions), -1).float()
+
+
+def _start(init: Init, models: Models, seed: int) -> list[Permutation]:
+    spec, n = models.spec, len(models)
+    if isinstance(init, str):
+        if init == "identity":
+            return [spec.identity()] * n
+        if init == "pivot":
+            found = match_to_pivot(spec, models.sources, weights=models.weights, seed=seed)
+            return list(found.permutations)
+        raise ConfigError(f"The init {init!r} is unknown: give 'identity', 'pivot' or permutations.")
+    given = list(init)
+    if len(given) != n:
+        raise ConfigError(f"There are {len(given)} permutations to start from, but {n} models.")
+    for i, permutation in enumerate(given):
+        if not spec.contains(permutation):
+            raise SpecMismatchError(
+                f"The permutation of states[{i}] to start from is none of this spec's: it was made for another"
+                f" architecture, or breaks a block structure."
+            )
+    back = given[0].invert()
+    return [back.compose(p) for p in given]
+
+
+def _pass(number: int, models: Models, objective: float, seconds: float) -> Pass:
+    """A step in terms of distance: |S|^2 = 2 F + sum w^2 |theta|^2, exact where the matrices are permutations."""
+    weights, squares = models.weights, models.squares
+    total = fsum(weights)
+    own = fsum(w * w * s for w, s in zip(weights, squares, strict=True))
+    spread = fsum(w * s for w, s in zip(weights, squares, strict=True)) - (2 * objective + own) / total
+    return Pass(number, float(np.sqrt(max(spread, 0.0) / total)), 0, (), seconds)

@@ -1,0 +1,343 @@
+"""MergeMany: each model is matched to the mean of the others, until none comes closer.
+
+Algorithm 3 of Ainsworth, Hayase and Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries"
+(2022):
+
+    repeat
+        for i in a random order of 1..N
+            theta' = mean of all theta_j, j != i            (as they are by now)
+            theta_i <- pi(theta_i),  pi = weight matching of theta_i to theta'
+    until no theta_i came closer to its theta'
+    return mean of all theta_j
+
+What differs from the paper's code: no model is ever changed. Each has a permutation, that from its original to
+its present arrangement, and is read anew whenever it is needed; only the running mean is held (float32), so that
+the memory needed does not depend on N. Instead of waiting for a whole pass without progress, the end is reached
+as soon as every model was looked at since the last one that moved, which is the same in less time. And in the
+end all is brought into the arrangement of the first model: moving all models alike changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
+from typing import Any, Literal
+
+from ...errors import ConfigError, SpecMismatchError
+from ...spec import Permutation, PermutationSpec
+from ...types import Progress, tell
+from ..result import MatchResult
+from ..schedule import Order, order_of
+from ..weights.matching import weight_matching
+from .models import Models, Source
+from .result import ManyResult, ManyState, Pass, Step, anchored, moved_between
+from .running_mean import RunningMean
+
+Start = Literal["identity", "progressive"] | Sequence[Permutation]
+
+OPTIONS = ("init", "order", "max_sweeps", "restarts", "device", "workers")
+"""What `match` may give to weight matching. Normalised, it would not be the distance that falls."""
+
+
+def match_to_mean(
+    spec: PermutationSpec,
+    states: Sequence[Source],
+    *,
+    weights: Sequence[float] | None = None,
+    init: Start = "identity",
+    keep: bool = False,
+    order: Order = "random",
+    anchor: int | None = 0,
+    seed: int = 0,
+    max_passes: int = 100,
+    match: Mapping[str, Any] | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    checkpoint: Callable[[ManyState], None] | None = None,
+    resume_from: ManyState | None = None,
+) -> ManyResult:
+    """Bring N models to each other, each to the mean of the others by weight matching, and average them.
+
+    One model is open at a time. Beside it there is the running mean, in float32, and what one weight matching
+    takes: never more, however many models there are.
+
+    Args:
+        spec: the architecture's symmetries.
+        states: the models: name -> tensor, lazy mappings too, or paths of safetensors files. Never changed.
+        weights: of the models in the mean, positive; by default all alike.
+        init: "identity" (the paper: the first mean is that of the models as they come), "progressive" (in the
+            first pass each model joins when its turn comes and is matched to the mean of those before it),
+            or permutations of the first models, say those of a finished merge: further models then join
+            one by one.
+        keep: models whose permutations were given in `init` stay where they are; only the further ones are matched.
+            So a model is added to a finished merge of many in a few matchings.
+        order: of the models in each pass; see `weight_matching`. With two models the second moves first.
+        anchor: all is brought into the arrangement of this model; None leaves it where it ended.
+        seed: of everything random.
+        max_passes: give up then, with `converged=False`.
+        match: options of weight matching: init ("identity" or "forward"; where a model's first matching
+            starts), order, max_sweeps, restarts, device, workers.
+        scratch: a folder in which the running mean is kept instead of in memory (4 bytes a parameter).
+        progress: called after each model with stage, pass, step, total, model, objective, moved, seconds.
+        checkpoint: called after each model with a `ManyState` that can be saved.
+        resume_from: such a state; the result is that of the uninterrupted run, to the bit.
+
+    Raises:
+        SpecMismatchError: a model misses a tensor of the spec or has another shape for it.
+        CheckpointError: a file is missing or damaged, or a model's tensors do not fit the first one's, or have
+            NaN or infinite values. All models are checked before any work starts; the message names the one.
+        ConfigError: an option, or the state to continue from, does not fit.
+    """
+    began = perf_counter()
+    if max_passes < 1:
+        raise ConfigError("Merging many models needs max_passes of at least 1.")
+    models = Models(spec, states, weights)
+    n = len(models)
+    if anchor is not None and not 0 <= anchor < n:
+        raise ConfigError(f"The anchor {anchor} is none of the models 0 to {n - 1}.")
+    run = _Run(models, init, keep, order, seed, match, scratch, resume_from)
+    began -= run.seconds
+
+    while not run.converged and len(run.history) <= max_passes:
+        while run.to_do:
+            i = run.to_do[0]
+            objective = run.bring_closer(i)
+            run.seconds = perf_counter() - began
+            if checkpoint is not None:
+                checkpoint(run.state())
+            told = {
+                "pass": len(run.history),
+                "model": i,
+                "objective": objective,
+                "moved": run.steps[-1].moved,
+            }
+            tell(progress, "merge many", len(run.steps), n, **told, seconds=run.seconds)
+        run.end_pass()
+
+    permutations = anchored([p or spec.identity() for p in run.current], anchor)
+    return ManyResult(
+        method="mean",
+        permutations=permutations,
+        merged=models.average(permutations),
+        objective=run.mean.objective,
+        distance=run.mean.distance,
+        distance_before=run.distance_before,
+        history=tuple(run.history),
+        converged=run.converged,
+        moved=sum(p.moved() for p in permutations),
+        weights=models.shares,
+        seconds=perf_counter() - began,
+    )
+
+
+def match_options(match: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Checked options of the weight matchings among many models.
+
+    Raises:
+        ConfigError: there is no such option, or it can't be had here.
+    """
+    options = dict(match or {})
+    for name in options:
+        if name not in OPTIONS:
+            raise ConfigError(
+                f"The matching of many models has no option {name!r}: it has {', '.join(OPTIONS)}."
+            )
+    if options.get("init", "identity") not in ("identity", "forward"):
+        raise ConfigError(
+            f"A matching among many starts at 'identity' or 'forward', not {options['init']!r}."
+        )
+    return options
+
+
+class _Run:
+    """A merge under way. At any time `current[i](theta_i)` is model i as it is by now; None: it is yet to join.
+
+    Attributes:
+        to_do: the models whose turn is still to come in this pass; empty when all are settled.
+        settled: models known to be best where they are as long as no other moves, or to be kept there.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        init: Start,
+        keep: bool,
+        order: Order,
+        seed: int,
+        match: Mapping[str, Any] | None,
+        scratch: str | os.PathLike[str] | None,
+        resumed: ManyState | None,
+    ) -> None:
+        self.models, self.spec, self.seed = models, models.spec, seed
+        self.order: Order = order
+        self.options = match_options(match)
+        self.first_start = self.options.pop("init", "identity")
+        self.begin = _begin(self.spec, init, len(models))
+        if keep and isinstance(init, str):
+            raise ConfigError("keep=True needs the permutations that are to be kept as init.")
+        self.kept = {i for i, p in enumerate(self.begin) if p is not None} if keep else set[int]()
+        self.mean = RunningMean(models, scratch)
+        if resumed is not None:
+            models.read_all()
+            self.fingerprint = self._told(init, keep)
+            self._restore(resumed)
+            return
+        self.mean.gather_first()
+        self.distance_before = self.mean.distance
+        self.fingerprint = self._told(init, keep)
+        if not isinstance(init, str) and None not in self.begin:
+            self.mean.gather(self.begin)
+        self.history = [Pass(0, self.mean.distance)]
+        self.settled, self.matches, self.seconds = set(self.kept), 0, 0.0
+        self.converged = len(models) == 1 or len(self.kept) == len(models)
+        self.current = list(self.begin)
+        if not self.converged:
+            self._begin_pass()
+
+    def bring_closer(self, i: int) -> float:
+        """Match model i to the mean of the others, and give back the objective that was reached."""
+        started = perf_counter()
+        before, found = self.current[i], None
+        if not self.mean.inside - {i}:
+            after = before or self.spec.identity()  # the first of all: the others come to it
+        else:
+            self.mean.remove(i, before)
+            found = self._match(i, before)
+            after = found.permutation
+            self.matches += 1
+        self.mean.add(i, after)
+        self.current[i] = after
+        moved = moved_between(before, after)
+        if moved or before is None:
+            self.settled = set(self.kept)
+        # A model matched to a mean that some are not yet part of is to be looked at again.
+        if None not in self.current and (found is None or found.converged):
+            self.settled.add(i)
+        self.steps.append(Step(i, moved, perf_counter() - started))
+        return found.objective if found is not None else 0.0
+
+    @property
+    def to_do(self) -> tuple[int, ...]:
+        return () if len(self.settled) == len(self.models) else self.turns[len(self.steps) :]
+
+    def end_pass(self) -> None:
+        moved = sum(step.moved for step in self.steps)
+        self.mean.gather(self.current)
+        if None in self.begun and self.mean.distance > self.history[0].distance:
+            # Joining one by one was a bad start; the promise is that the distance never rises.
+            self.current, moved = [p or self.spec.identity() for p in self.begin], len(self.models)
+            self.settled = set(self.kept)
+            self.mean.gather(self.current)
+        seconds = sum(step.seconds for step in self.steps)
+        self.history.append(Pass(len(self.history), self.mean.distance, moved, tuple(self.steps), seconds))
+        self.converged = len(self.settled) == len(self.models)
+        if not self.converged:
+            self._begin_pass()
+
+    def state(self) -> ManyState:
+        return ManyState(
+            options=self.fingerprint,
+            begun=self.begun,
+            current=tuple(self.current),
+            order=self.turns,
+            done=len(self.steps),
+            settled=frozenset(self.settled),
+            matches=self.matches,
+            history=tuple(self.history),
+            steps=tuple(self.steps),
+            distance_before=self.distance_before,
+            seconds=self.seconds,
+        )
+
+    def _begin_pass(self) -> None:
+        if None in self.current:
+            self.mean.gather(self.current)
+        self.begun, self.steps = tuple(self.current), list[Step]()
+        n = len(self.models)
+        if n == 2:  # who moves is only a matter of the arrangement in which both end: let it be the first's
+            turns = [0, 1] if self.current[0] is None else [1, 0]
+        else:
+            turns = order_of(self.order, n, self.seed, 0, len(self.history) - 1)
+        self.turns = tuple(i for i in turns if i not in self.kept)
+
+    def _restore(self, state: ManyState) -> None:
+        for name, value in self.fingerprint.items():
+            if state.options.get(name) != value:
+                raise ConfigError(
+                    f"This merge can't be continued: its {name} differed; use the same or start afresh."
+                )
+        self.distance_before, self.seconds = state.distance_before, state.seconds
+        self.history, self.steps, self.turns = list(state.history), list(state.steps), state.order
+        self.settled, self.matches, self.converged = set(state.settled), state.matches, False
+        self.begun, self.current = state.begun, list(state.current)
+        self.mean.gather(self.begun)
+        for i in self.turns[: state.done]:  # the same sums as then, so that no bit differs
+            self.mean.remove(i, self.begun[i])
+            after = self.current[i]
+            assert after is not None
+            self.mean.add(i, after)
+
+    def _told(self, init: Start, keep: bool) -> dict[str, str]:
+        start = self.first_start
+        told = _fingerprint(self.models, init, self.begin, self.order, self.seed, start, self.options)
+        return told | {"keep": str(keep)}
+
+    def _match(self, i: int, before: Permutation | None) -> MatchResult:
+        """Match model i to the mean, from where it is or from the first start, but never for the worse."""
+        state, seed = self.models.open(i), self.seed + self.matches
+        if before is None or (
+            self.first_start != "identity" and len(self.history) == 1 and before.is_identity
+        ):
+            found = weight_matching(
+                self.spec, self.mean.tensors, state, init=self.first_start, seed=seed, **self.options
+            )
+            if before is None or found.objective > found.initial_objective:
+                return found
+        return weight_matching(self.spec, self.mean.tensors, state, init=before, seed=seed, **self.options)
+
+
+def _begin(spec: PermutationSpec, init: Start, n: int) -> list[Permutation | None]:
+    """Each model's permutation, None for those that are to join in the first pass."""
+    if isinstance(init, str):
+        if init == "identity":
+            return [spec.identity()] * n
+        if init == "progressive":
+            return [None] * n
+        raise ConfigError(f"The init {init!r} is unknown: give 'identity', 'progressive' or permutations.")
+    given = list(init)
+    if len(given) > n:
+        raise ConfigError(f"There are {len(given)} permutations to start from, but only {n} models.")
+    for i, permutation in enumerate(given):
+        if not spec.contains(permutation):
+            raise SpecMismatchError(
+                f"The permutation of states[{i}] to start from is none of this spec's: it was made for another"
+                f" architecture, or breaks a block structure."
+            )
+    return [*given, *[None] * (n - len(given))]
+
+
+def _fingerprint(
+    models: Models,
+    init: Start,
+    begin: Sequence[Permutation | None],
+    order: Order,
+    seed: int,
+    start: str,
+    options: Mapping[str, Any],
+) -> dict[str, str]:
+    """What a continued run must have in common with the interrupted one."""
+    given = [p for p in begin if p is not None] if not isinstance(init, str) else []
+    told = hashlib.sha256(b"".join(i.tobytes() for p in given for i in p.index.values())).hexdigest()
+    chosen = {name: repr(options[name]) for name in sorted(options) if name in ("max_sweeps", "restarts")}
+    inner = options.get("order", "random")
+    return {
+        "architecture": models.spec.hash,
+        "models": repr(models.squares),
+        "weights": repr(models.weights),
+        "init": init if isinstance(init, str) else f"{len(given)} given {told}",
+        "order": "a function" if callable(order) else order,
+        "seed": str(seed),
+        "match": repr({"init": start, "order": "a function" if callable(inner) else inner} | chosen),
+    }

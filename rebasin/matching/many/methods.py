@@ -1,0 +1,83 @@
+"""Many models in one arrangement of their neurons, so that their mean is a model again: one face for all methods."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ...errors import ConfigError
+from ...spec import PermutationSpec
+from ...types import Progress
+from .activations import match_many_activations
+from .cycle_consistent import match_cycle_consistently
+from .mean import match_to_mean
+from .models import Source
+from .pivot import match_by_tree, match_to_pivot, naive_mean
+from .result import ManyResult
+from .straight_through import straight_through_many
+
+METHODS: Mapping[str, Callable[..., ManyResult]] = {
+    "mean": match_to_mean,
+    "pivot": match_to_pivot,
+    "tree": match_by_tree,
+    "cycle_consistent": match_cycle_consistently,
+    "activations": match_many_activations,
+    "straight_through": straight_through_many,
+    "naive": naive_mean,
+}
+"""Name -> function of (spec, states) and its options. "mean" is the paper's MergeMany."""
+
+
+def merge_many(
+    spec: PermutationSpec,
+    states: Sequence[Source],
+    *,
+    method: str = "mean",
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **options: Any,
+) -> ManyResult:
+    """Bring N models to each other and average them.
+
+        mean              MergeMany, the paper's algorithm 3: each to the mean of the others (the default)
+        pivot             all to one of them; `pivot=` a number or "best"
+        tree              two by two, then the means two by two
+        cycle_consistent  C2M3: all neurons of all models at once, by Frank and Wolfe's method
+        activations       each to the others by what neurons do on data; needs `model` and `batches`
+        straight_through  STE-MM: follows the loss of the mean; needs `model`, `objective` and `batches`
+        naive             no neuron moves
+
+    The first four and the last hold a number of models in memory that does not depend on N.
+
+    Args:
+        spec: the architecture's symmetries.
+        states: the models: name -> tensor, lazy mappings too, or paths of safetensors files. Never changed.
+        method: see above; `METHODS` has the function of each, whose docstring tells its options.
+        weights: of the models in the mean, positive; by default all alike.
+        seed: of everything random.
+        progress: called after each step with stage, step, total, seconds and what else the method tells.
+        options: the method's own, say `init`, `max_passes`, `match`, `scratch`, `checkpoint`, `resume_from`
+            of "mean".
+
+    Raises:
+        SpecMismatchError: a model misses a tensor of the spec or has another shape for it.
+        CheckpointError: a file is missing or damaged, or a model's tensors do not fit the first one's, or have
+            NaN or infinite values. All models are checked before any work starts; the message names the one.
+        ConfigError: there is no such method or option, or it has an impossible value.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"There is no method {method!r}: choose one of {', '.join(METHODS)}.")
+    function = METHODS[method]
+    takes = inspect.signature(function).parameters
+    for name in options:
+        if name not in takes:
+            own = ", ".join(n for n in takes if n not in ("spec", "states"))
+            raise ConfigError(f"The method {method!r} has no option {name!r}: it has {own}.")
+    given = {"weights": weights, "seed": seed, "progress": progress, **options}
+    needed = [name for name, p in takes.items() if p.default is p.empty]
+    missing = [name for name in needed if name not in ("spec", "states", *given)]
+    if missing:
+        raise ConfigError(f"The method {method!r} needs {missing[0]!r}.")
+    return function(spec, states, **{name: value for name, value in given.items() if name in takes})

@@ -1,0 +1,211 @@
+"""N models of one architecture that are read one at a time: checked, opened, and averaged tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import fsum, isfinite
+
+import torch
+from torch import Tensor
+
+from ...checkpoints import load_safetensors
+from ...errors import CheckpointError, ConfigError
+from ...merging.interpolate import COUNTERS
+from ...spec import Permutation, PermutationSpec
+from ...types import LazyState, State, dtype_of, is_number, shape_of, widened
+from ..weights.endpoints import CHUNK, one_thread
+
+Visit = Callable[[int, str, Tensor], None]
+Source = State | str | os.PathLike[str]
+"""A state, or the path of a safetensors file that is opened whenever it is read and closed after that."""
+
+
+class Models:
+    """The N models, checked.
+
+    Attributes:
+        weights: as given; `shares` with sum 1.
+        keys: the name in the spec of every tensor that it permutes -> the name in the states.
+        layout: name -> type and shape, of every tensor of the first model.
+        squares: |theta_i|^2 over the parameters that the spec permutes; known once `read_all` was called.
+    """
+
+    squares: tuple[float, ...] = ()
+
+    def __init__(
+        self, spec: PermutationSpec, states: Sequence[Source], weights: Sequence[float] | None = None
+    ) -> None:
+        """Open every model once and compare their names, types and shapes, which costs no reading of files.
+
+        Raises:
+            SpecMismatchError, CheckpointError: a model is missing, damaged or of another architecture; the
+                message names it.
+            ConfigError: there is no model, or the weights do not fit.
+        """
+        self.spec, self.sources = spec, tuple(states)
+        if isinstance(states, (str, Mapping)) or not self.sources:
+            raise ConfigError("There is nothing to merge: give a list of at least one model.")
+        self.weights = tuple(float(w) for w in weights) if weights is not None else (1.0,) * len(self)
+        if len(self.weights) != len(self) or not all(isfinite(w) and w > 0 for w in self.weights):
+            raise ConfigError(f"{len(self)} models need as many weights, all positive, not {self.weights}.")
+        self.shares = tuple(w / fsum(self.weights) for w in self.weights)
+        first = self.open(0)
+        spec.check(first, self.name(0))
+        names = set(first)
+        alias = {target: other for other, target in spec.aliases.items() if other in names}
+        self.keys = {name: name if name in names else alias[name] for name in spec.axes}
+        self.layout = {name: layout_of(first, name) for name in first}
+        del first
+        for i in range(len(self)):
+            self._check_layout(i)
+
+    def read_all(self, visit: Visit | None = None) -> None:
+        """Read every tensor of every model, one model after the other, and check its values; `visit` may look at those
+        that the spec permutes, on the CPU, by model, name in the spec, and tensor.
+
+        Raises:
+            CheckpointError: a model has NaN or infinite values or other integers than the first; names it.
+        """
+        first = self.open(0)
+        whole = {
+            name: first[name].clone() for name, (dtype, _) in self.layout.items() if not is_number(dtype)
+        }
+        del first
+        self.squares = tuple(self._check_values(i, whole, visit) for i in range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def open(self, i: int) -> State:
+        source = self.sources[i]
+        return source if isinstance(source, Mapping) else load_safetensors(source)
+
+    def name(self, i: int) -> str:
+        source = self.sources[i]
+        return f"states[{i}]" if isinstance(source, Mapping) else f"states[{i}] ({os.fspath(source)})"
+
+    def average(self, permutations: Sequence[Permutation | None], *, wide: bool = False) -> MeanState:
+        """The weighted mean of the models that have a permutation, in that arrangement."""
+        return MeanState(self, {i: p for i, p in enumerate(permutations) if p is not None}, wide)
+
+    def _check_layout(self, i: int) -> None:
+        state, what = self.open(i), self.name(i)
+        self.spec.check(state, what)
+        names = set(state)
+        for one, other, has, lacks in (
+            (names, self.layout, what, self.name(0)),
+            (self.layout, names, self.name(0), what),
+        ):
+            missing = [name for name in one if name not in other]
+            if missing:
+                raise CheckpointError(
+                    f"Tensor {min(missing)!r} is in {has} but not in {lacks}: all models must come from the same"
+                    f" architecture."
+                )
+        for name, (dtype, shape) in self.layout.items():
+            own_dtype, own_shape = layout_of(state, name)
+            if own_shape != shape or is_number(own_dtype) != is_number(dtype):
+                raise CheckpointError(
+                    f"Tensor {name!r} of {what} is {_told(own_dtype, own_shape)}, but {_told(dtype, shape)} in"
+                    f" {self.name(0)}: all models must come from the same architecture."
+                )
+        for key in self.keys.values():
+            dtype = layout_of(state, key)[0]
+            if not dtype.is_floating_point:
+                raise CheckpointError(
+                    f"Tensor {key!r} of {what} is {str(dtype).removeprefix('torch.')}, not floating point:"
+                    f" convert a quantised checkpoint to floating point first."
+                )
+
+    def _check_values(self, i: int, whole: Mapping[str, Tensor], visit: Visit | None) -> float:
+        state, squares = self.open(i), []
+        names = {key: name for name, key in self.keys.items()}
+        for name in state:
+            tensor = state[name].detach().cpu()
+            if not is_number(tensor.dtype):
+                if name.rsplit(".", 1)[-1] not in COUNTERS and not torch.equal(tensor, whole[name].cpu()):
+                    raise CheckpointError(
+                        f"Integer tensor {name!r} of {self.name(i)} differs from that of {self.name(0)}: integers"
+                        f" can't be averaged, so make them equal or leave the tensor out."
+                    )
+                continue
+            square = square_of(tensor)
+            if not isfinite(square) and not bool(torch.isfinite(tensor.to(widened(tensor.dtype))).all()):
+                raise CheckpointError(
+                    f"Tensor {name!r} of {self.name(i)} has NaN or infinite values: the checkpoint is damaged or"
+                    f" its training diverged, so it can't be merged."
+                )
+            if name in names:
+                if names[name] not in self.spec.buffers:
+                    squares.append(square)
+                if visit is not None:
+                    visit(i, names[name], tensor)
+        return fsum(squares)
+
+
+class MeanState(LazyState):
+    """The weighted mean of models, each in an arrangement of its own; a tensor is made when it is asked for.
+
+    It has every tensor of the models, not only those that the spec permutes. Sums are at least float32. Equal
+    tensors stay as they are to the bit; integers are the first model's. Tensors have that model's types, or,
+    with `wide`, those of the sums. Models are read one after the other, anew for each tensor: `dict(mean)`
+    holds it, `save_safetensors` streams it.
+    """
+
+    def __init__(self, models: Models, members: Mapping[int, Permutation], wide: bool = False) -> None:
+        self._models, self._members, self._wide = models, dict(members), wide
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype = self.dtype_of(name)
+        mean: Tensor | None = None
+        total = 0.0
+        for i, permutation in self._members.items():
+            weight = self._models.weights[i]
+            total += weight
+            tensor = self._models.open(i)[name].detach().cpu()
+            if mean is None:
+                mean = permutation.apply_to(name, tensor).to(widened(tensor.dtype), copy=True)
+                if not is_number(mean.dtype):
+                    break
+            else:
+                # Not (W m + w x) / (W + w): the mean of equal tensors is to be these tensors, to the bit.
+                mean.lerp_(permutation.apply_to(name, tensor).to(mean.dtype), weight / total)
+        assert mean is not None
+        return mean.to(dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models.layout)
+
+    def __len__(self) -> int:
+        return len(self._models.layout)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._models.layout
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return self._models.layout[name][1]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        dtype = self._models.layout[name][0]
+        return widened(dtype) if self._wide else dtype
+
+
+def layout_of(state: State, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Type and shape of a tensor."""
+    return dtype_of(state, name), shape_of(state, name)
+
+
+def square_of(tensor: Tensor) -> float:
+    """|tensor|^2, in float64, piece by piece."""
+    flat = (torch.view_as_real(tensor) if tensor.dtype.is_complex else tensor).reshape(-1)
+    room, squares = torch.empty(min(CHUNK, flat.numel()), dtype=torch.float64), []
+    with one_thread():
+        for piece in flat.split(CHUNK):
+            wide_piece = room[: piece.numel()].copy_(piece)
+            squares.append(wide_piece.dot(wide_piece))
+    return fsum(torch.stack(squares).tolist()) if squares else 0.0
+
+
+def _told(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {shape}"

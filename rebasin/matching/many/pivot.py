@@ -1,0 +1,165 @@
+"""The simple ways to many models: every one to a pivot, two by two up a tree, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+
+from ...errors import ConfigError
+from ...spec import Permutation, PermutationSpec
+from ...types import Progress, tell
+from ..weights.matching import weight_matching
+from .mean import match_options
+from .models import Models, Source
+from .result import ManyResult, Pass, Step
+from .running_mean import RunningMean
+
+
+def match_to_pivot(
+    spec: PermutationSpec,
+    states: Sequence[Source],
+    *,
+    pivot: int | Literal["best"] = 0,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    match: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> ManyResult:
+    """Match every model to one of them, the pivot, by weight matching, and average all.
+
+    One matching a model, but what two others have in common and the pivot has not is lost. Arguments and
+    errors are those of `match_to_mean`; two models are open at a time.
+
+    Args:
+        pivot: the model that stays, or "best": every pair is matched, and the pivot is the one with the
+            smallest (weighted) sum of squared distances to all others, N (N - 1) / 2 matchings.
+    """
+    run = _Run(spec, states, weights, match, seed, "match to pivot", progress)
+    models, n = run.models, len(run.models)
+    if pivot != "best" and (isinstance(pivot, str) or not 0 <= pivot < n):
+        raise ConfigError(f"The pivot {pivot!r} is none of the models 0 to {n - 1}, nor 'best'.")
+    before = run.first_distance()
+    pairs = (
+        list(combinations(range(n), 2)) if pivot == "best" else [(pivot, i) for i in range(n) if i != pivot]
+    )
+    to: dict[tuple[int, int], Permutation] = {}  # (i, j): brings j to i
+    apart = np.zeros((n, n))
+    for i, j in pairs:
+        to[i, j], apart[i, j] = run.match(models.open(i), models.open(j), j, len(pairs))
+        to[j, i], apart[j, i] = to[i, j].invert(), apart[i, j]
+    chosen = int(np.argmin(apart @ np.asarray(models.weights))) if pivot == "best" else pivot
+    permutations = [spec.identity() if i == chosen else to[chosen, i] for i in range(n)]
+    return run.result("pivot", permutations, before, pivot=chosen)
+
+
+def match_by_tree(
+    spec: PermutationSpec,
+    states: Sequence[Source],
+    *,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    match: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> ManyResult:
+    """Match and average the models two by two, then these means two by two, up to a single one.
+
+    N - 1 matchings. The first model's arrangement is kept. A mean is averaged from its models when it is needed;
+    two of them (float32) are in memory at a time. Arguments and errors are those of `match_to_mean`.
+    """
+    run = _Run(spec, states, weights, match, seed, "match by tree", progress)
+    models, n = run.models, len(run.models)
+    before = run.first_distance()
+    current = [spec.identity()] * n
+    teams = [[i] for i in range(n)]
+
+    def mean_of(team: list[int]) -> dict[str, Any]:
+        mean = models.average([current[i] if i in team else None for i in range(n)], wide=True)
+        return {name: mean[key] for name, key in models.keys.items()}
+
+    while len(teams) > 1:
+        joined = []
+        for left, right in zip(teams[::2], teams[1::2], strict=False):
+            found, _ = run.match(mean_of(left), mean_of(right), right[0], n - 1)
+            for i in right:
+                current[i] = found.compose(current[i])
+            joined.append(left + right)
+        teams = joined + teams[len(teams) // 2 * 2 :]
+    return run.result("tree", current, before)
+
+
+def naive_mean(
+    spec: PermutationSpec, states: Sequence[Source], *, weights: Sequence[float] | None = None
+) -> ManyResult:
+    """The plain weighted mean of N models, the baseline: no neuron moves. Errors are those of `match_to_mean`."""
+    run = _Run(spec, states, weights, None, 0, "mean", None)
+    identity = [spec.identity()] * len(run.models)
+    return run.result("naive", identity, run.first_distance())
+
+
+@dataclass
+class _Run:
+    """What these methods share: the models, the matchings made so far, and the figures at the end."""
+
+    spec: PermutationSpec
+    states: Sequence[Source]
+    weights: Sequence[float] | None
+    options: Mapping[str, Any] | None
+    seed: int
+    stage: str
+    progress: Progress | None
+    steps: list[Step] = field(default_factory=list)
+    converged: bool = True
+
+    def __post_init__(self) -> None:
+        self.began = perf_counter()
+        self.options = match_options(self.options)
+        self.options.setdefault("init", "identity")
+        self.models = Models(self.spec, self.states, self.weights)
+
+    def match(self, a: Any, b: Any, model: int, total: int) -> tuple[Permutation, float]:
+        """The permutation that brings b to a, and their squared distance then."""
+        started = perf_counter()
+        found = weight_matching(self.spec, a, b, seed=self.seed + len(self.steps), **(self.options or {}))
+        self.converged &= found.converged
+        self.steps.append(Step(model, found.moved, perf_counter() - started))
+        told = {"model": model, "objective": found.objective, "moved": found.moved}
+        tell(self.progress, self.stage, len(self.steps), total, **told, seconds=perf_counter() - self.began)
+        return found.permutation, found.distance_after**2
+
+    def first_distance(self) -> float:
+        """Check the models' values; their distance from their mean as they come."""
+        mean = RunningMean(self.models)
+        mean.gather_first()
+        return mean.distance
+
+    def distance_of(self, permutations: Sequence[Permutation]) -> tuple[float, float]:
+        """Distance of the models from their mean, and the objective (see `ManyResult`)."""
+        mean = RunningMean(self.models)
+        mean.gather(permutations)
+        return mean.distance, mean.objective
+
+    def result(
+        self, method: str, permutations: Sequence[Permutation], before: float, pivot: int | None = None
+    ) -> ManyResult:
+        distance, objective = self.distance_of(permutations)
+        moved, seconds = sum(p.moved() for p in permutations), perf_counter() - self.began
+        history = (Pass(0, before), Pass(1, distance, moved, tuple(self.steps), seconds))
+        return ManyResult(
+            method=method,
+            permutations=tuple(permutations),
+            merged=self.models.average(permutations),
+            objective=objective,
+            distance=distance,
+            distance_before=before,
+            history=history,
+            converged=self.converged,
+            moved=moved,
+            weights=self.models.shares,
+            seconds=seconds,
+            pivot=pivot,
+        )

@@ -1,0 +1,265 @@
+"""What aligning many models returns, and what it needs to continue after an interruption: plain values."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...checkpoints import load_safetensors, save_safetensors
+from ...errors import CheckpointError
+from ...spec import Permutation, PermutationSpec
+
+STATE_FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One model's update: how many of its neurons changed place (0: it is best as it was), and the time."""
+
+    model: int
+    moved: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the models; number 0 is the start. `distance` is that at its end (see `ManyResult`)."""
+
+    number: int
+    distance: float
+    moved: int = 0
+    steps: tuple[Step, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ManyResult:
+    """N models in one arrangement of their neurons, and their mean.
+
+    Attributes:
+        method: the one of `many.METHODS` that found them.
+        permutations: `permutations[i].apply(states[i])` is model i as it went into the mean.
+        merged: the weighted mean of all, name -> tensor in the first model's types; every tensor of the
+            models, not only those that the spec permutes. Lazy: a tensor is read from the models, one after
+            the other, whenever it is asked for, so keep `dict(result.merged)` or stream it to a file.
+        objective: `sum_(i<j) w_i w_j <pi_i(theta_i), pi_j(theta_j)>` over the parameters that the spec
+            permutes; with two models of weight 1 that of weight matching.
+        distance: root of the weighted mean of |pi_i(theta_i) - mean|^2 over the same parameters, and
+            `distance_before` without any permutation.
+        history: the passes; `passes` how many without the start.
+        converged: no model can be brought closer to the mean of the others, by matching, than it is.
+        moved: neurons that are not where they were, over all models.
+        weights: as used, with sum 1.
+        seconds: wall time, including that before an interruption.
+        pivot: the model to which all others were matched, or None.
+        details: further figures of the method, as JSON can have them.
+    """
+
+    method: str
+    permutations: tuple[Permutation, ...]
+    merged: Mapping[str, Tensor]
+    objective: float
+    distance: float
+    distance_before: float
+    history: tuple[Pass, ...]
+    converged: bool
+    moved: int
+    weights: tuple[float, ...]
+    seconds: float
+    pivot: int | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def passes(self) -> int:
+        return len(self.history) - 1
+
+    def members(self, states: Sequence[Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
+        """The models as they went into the mean, each permuted when it is read."""
+        return [p.view(state) for p, state in zip(self.permutations, states, strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the permutations and the merged weights, as JSON can have it."""
+        return {
+            "method": self.method,
+            "models": len(self.permutations),
+            "weights": list(self.weights),
+            "pivot": self.pivot,
+            "objective": self.objective,
+            "distance": self.distance,
+            "distance_before": self.distance_before,
+            "passes": self.passes,
+            "converged": self.converged,
+            "moved": self.moved,
+            "seconds": self.seconds,
+            "history": [asdict(one) for one in self.history],
+            "details": dict(self.details),
+        }
+
+
+def anchored(permutations: Sequence[Permutation], anchor: int | None) -> tuple[Permutation, ...]:
+    """The same arrangement relative to that of model `anchor`, which then does not move; None: as it is."""
+    if anchor is None or permutations[anchor].is_identity:
+        return tuple(permutations)
+    back = permutations[anchor].invert()
+    return tuple(back.compose(p) for p in permutations)
+
+
+def moved_between(before: Permutation | None, after: Permutation) -> int:
+    """How many neurons are at another place than before."""
+    if before is None:
+        return after.moved()
+    return sum(int(np.count_nonzero(index != before.index[name])) for name, index in after.index.items())
+
+
+def save_permutations(
+    path: str | os.PathLike[str],
+    permutations: Sequence[Permutation],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """One safetensors file of int32 indices, "MODEL/CELL", with the spec in its header; what a further model needs
+    to join the merge later.
+    """
+    tensors = {
+        f"{i}/{cell}": torch.from_numpy(index.astype(np.int32))
+        for i, p in enumerate(permutations)
+        for cell, index in p.index.items()
+    }
+    header = {"permutations": str(len(permutations)), "spec": permutations[0].spec.to_json()}
+    save_safetensors(path, tensors, {**(metadata or {}), **header})
+
+
+def load_permutations(path: str | os.PathLike[str]) -> list[Permutation]:
+    """Read what `save_permutations` wrote.
+
+    Raises:
+        CheckpointError: the file holds no such permutations, is damaged, or holds an illegal one.
+    """
+    file = load_safetensors(Path(path))
+    if not file.metadata.get("permutations", "").isdecimal() or "spec" not in file.metadata:
+        raise CheckpointError(f"{path} holds no permutations of a merge: its header does not tell how many.")
+    spec = PermutationSpec.from_json(file.metadata["spec"])
+    count = int(file.metadata["permutations"])
+    names = {f"{i}/{cell}" for i in range(count) for cell in spec.cells}
+    if set(file) != names or not count:
+        raise CheckpointError(f"{path} is damaged: its tensors are not the cells of its spec.")
+    found = []
+    for i in range(count):
+        index = {cell: file[f"{i}/{cell}"].numpy().astype(np.int64) for cell in spec.cells}
+        found.append(Permutation(spec, index))
+        if not spec.contains(found[-1]):
+            raise CheckpointError(
+                f"{path} holds a permutation (of model {i}) that its own spec does not allow."
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class ManyState:
+    """Where the merge stands after a model's update; given to `resume_from`, it ends as if never interrupted.
+
+    Attributes:
+        options: what must not change between interruption and continuation, the models included.
+        begun: each model's permutation when the pass began, None for one not in the mean then; `current` the
+            same now. Both are needed: the mean is rebuilt from the files in the order in which it was made,
+            so that it is the same to the last bit.
+        order, done: the order of the pass under way and how many of its models are done.
+        settled: models that are known to be best where they are as long as no other moves.
+        matches: how many matchings were made.
+        history, steps: finished passes, and the updates of the one under way.
+        distance_before: without any permutation.
+        seconds: wall time so far.
+    """
+
+    options: Mapping[str, str]
+    begun: tuple[Permutation | None, ...]
+    current: tuple[Permutation | None, ...]
+    order: tuple[int, ...]
+    done: int
+    settled: frozenset[int]
+    matches: int
+    history: tuple[Pass, ...]
+    steps: tuple[Step, ...]
+    distance_before: float
+    seconds: float
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """One safetensors file of int32 indices, written beside the target and renamed."""
+        tensors: dict[str, Tensor] = {}
+        spec: PermutationSpec | None = None
+        for which in ("begun", "current"):
+            for i, permutation in enumerate(getattr(self, which)):
+                if permutation is not None:
+                    spec = permutation.spec
+                    for cell, index in permutation.index.items():
+                        tensors[f"{which}/{i}/{cell}"] = torch.from_numpy(index.astype(np.int32))
+        assert spec is not None  # there is a first model in the mean before anything is to be saved
+        plain = {
+            "options": dict(self.options),
+            "present": {
+                which: [i for i, p in enumerate(getattr(self, which)) if p is not None]
+                for which in ("begun", "current")
+            },
+            "order": self.order,
+            "done": self.done,
+            "settled": sorted(self.settled),
+            "matches": self.matches,
+            "history": [asdict(one) for one in self.history],
+            "steps": [asdict(step) for step in self.steps],
+            "distance_before": self.distance_before,
+            "seconds": self.seconds,
+        }
+        header = {"many": STATE_FORMAT, "spec": spec.to_json(), "state": json.dumps(plain)}
+        save_safetensors(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ManyState:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is no such state or is damaged.
+        """
+        file = load_safetensors(Path(path))
+        if file.metadata.get("many") != STATE_FORMAT:
+            raise CheckpointError(f"{path} holds no interrupted merge that this version can continue.")
+        spec = PermutationSpec.from_json(file.metadata["spec"])
+        plain = json.loads(file.metadata["state"])
+
+        def permutations(which: Literal["begun", "current"]) -> tuple[Permutation | None, ...]:
+            present = set(plain["present"][which])
+            return tuple(
+                Permutation(spec, {c: file[f"{which}/{i}/{c}"].numpy().astype(np.int64) for c in spec.cells})
+                if i in present
+                else None
+                for i in range(len(plain["order"]))
+            )
+
+        try:
+            begun, current = permutations("begun"), permutations("current")
+        except KeyError as error:
+            raise CheckpointError(f"{path} is damaged: {error.args[0]}") from error
+        return cls(
+            options=plain["options"],
+            begun=begun,
+            current=current,
+            order=tuple(plain["order"]),
+            done=plain["done"],
+            settled=frozenset(plain["settled"]),
+            matches=plain["matches"],
+            history=tuple(_pass_from(one) for one in plain["history"]),
+            steps=tuple(Step(**step) for step in plain["steps"]),
+            distance_before=plain["distance_before"],
+            seconds=plain["seconds"],
+        )
+
+
+def _pass_from(data: dict[str, Any]) -> Pass:
+    steps = tuple(Step(**step) for step in data["steps"])
+    return Pass(data["number"], data["distance"], data["moved"], steps, data["seconds"])

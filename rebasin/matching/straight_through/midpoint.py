@@ -1,0 +1,184 @@
+"""The model half-way between A and pi(B): its tensors, its loss, and the gradient of its loss.
+
+The loss is computed by `torch.func.functional_call`, so neither model's own tensors are ever written to. The
+gradient is taken inside of that call: activation checkpointing computes parts of the forward pass again
+during the backward pass, and must then meet the midpoint's tensors, not the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from ...errors import CheckpointError
+from ...merging.interpolate import check_names, interpolate_tensor
+from ...objectives import Objective
+from ...objectives.base import eval_mode
+from ...spec import Permutation, PermutationSpec
+
+Autocast = Literal["bf16"]
+
+
+class Ends:
+    """Models A and B as tensors on a device, and what lies half-way between A and pi(B).
+
+    Attributes:
+        spec: the architecture's symmetries.
+        a, b: name -> tensor, for parameters (each under one name) and buffers; never changed.
+        moved: the names that the spec moves.
+        free: those of them that are parameters: only they can make a difference to the search.
+    """
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        model_a: nn.Module,
+        model_b: nn.Module,
+        objective: Objective,
+        device: torch.device,
+        autocast: Autocast | None = None,
+    ) -> None:
+        self.spec = spec
+        self._inside = _Inside(model_a, objective)
+        self._autocast = autocast
+        self.device = device
+        self.a, self.b = _tensors(model_a, device), _tensors(model_b, device)
+        # What is not saved with a model (position ids) is no part of the endpoints; both have A's.
+        saved = model_a.state_dict().keys() | dict(model_a.named_parameters()).keys()
+        self.b = {name: b for name, b in self.b.items() if name in saved}
+        check_names({name: a for name, a in self.a.items() if name in saved}, self.b)
+        spec.check(self.a, "A")
+        spec.check(self.b, "B")
+        parameters = dict(model_a.named_parameters())
+        self.moved = [name for name in self.b if spec.aliases.get(name, name) in spec.axes]
+        self.free = [name for name in self.moved if name in parameters]
+        self._fixed = {
+            name: interpolate_tensor(name, a, self.b[name], 0.5) if name in saved else a
+            for name, a in self.a.items()
+            if name not in set(self.moved)
+        }
+
+    def midpoint(self, permutation: Permutation) -> dict[str, Tensor]:
+        """1/2 (A + pi(B)) in A's dtype; what the spec does not move is shared between calls."""
+        halfway = {
+            name: interpolate_tensor(name, self.a[name], permutation.apply_to(name, self.b[name]), 0.5)
+            for name in self.moved
+        }
+        return {**self._fixed, **halfway}
+
+    def gradient(
+        self, tensors: Mapping[str, Tensor], batches: Sequence[Any]
+    ) -> tuple[float, dict[str, Tensor]]:
+        """The mean loss of `batches` at `tensors`, and its gradient by the free ones: zero for one that the loss
+        does not depend on.
+        """
+        leaves = {name: tensors[name].detach().requires_grad_() for name in self.free}
+        total, sums = 0.0, dict[str, Tensor]()
+        for batch in batches:
+            inside = self._inside.gradient
+            loss, found = self._call({**tensors, **leaves}, inside, batch, list(leaves.values()))
+            total += loss / len(batches)
+            for name, part in zip(leaves, found, strict=True):
+                if part is not None:
+                    share = part if len(batches) == 1 else part / len(batches)
+                    sums[name] = sums[name].add_(share) if name in sums else share
+        return total, {
+            name: sums[name] if name in sums else torch.zeros_like(leaf) for name, leaf in leaves.items()
+        }
+
+    def evaluate(self, tensors: Mapping[str, Tensor], batches: Sequence[Any]) -> float:
+        """The mean loss at `tensors` over all samples of `batches`, in eval mode."""
+        return self._call(tensors, self._inside.evaluate, batches)
+
+    def endpoints(self, batches: Sequence[Any]) -> tuple[float, float]:
+        """The mean losses of A and of B."""
+        return self.evaluate(self.a, batches), self.evaluate({**self.a, **self.b}, batches)
+
+    def _call(self, tensors: Mapping[str, Tensor], what: Any, data: Any, *more: Any) -> Any:
+        data = _on(self.device, data)
+        narrow = nullcontext() if self._autocast is None else torch.autocast(self.device.type, torch.bfloat16)
+        named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        return functional_call(self._inside, named, (what, narrow, data, *more))
+
+    @contextmanager
+    def ready(self, checkpointing: bool) -> Iterator[None]:
+        """Eval mode, and activation checkpointing if wanted, for the block; then as it was."""
+        model = self._inside.model
+        with eval_mode(model), _checkpointed(model) if checkpointing else nullcontext():
+            yield
+
+
+class _Inside(nn.Module):
+    """What is computed while the model has other tensors than its own."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, what: Any, *arguments: Any) -> Any:
+        return what(*arguments)
+
+    def gradient(
+        self, narrow: Any, batch: Any, leaves: list[Tensor]
+    ) -> tuple[float, Sequence[Tensor | None]]:
+        with torch.enable_grad():
+            with narrow:
+                loss = self.objective.loss(self.model, batch)
+            found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return float(loss.detach()), found
+
+    def evaluate(self, narrow: Any, batches: Sequence[Any]) -> float:
+        with narrow:
+            return self.objective.evaluate(self.model, batches)["loss"]
+
+
+def _tensors(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in named.items():
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"Tensor {name!r} is on the meta device: load the endpoint's weights into the model first."
+            )
+    return {name: tensor.detach().to(device) for name, tensor in named.items()}
+
+
+def _on(device: torch.device, data: Any) -> Any:
+    """`data` with its tensors on `device`, through lists, tuples and mappings."""
+    if isinstance(data, Tensor):
+        return data.to(device)
+    if isinstance(data, Mapping):
+        return {key: _on(device, value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return type(data)(_on(device, value) for value in data)
+    return data
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Keep only the inputs of the model's blocks for the backward pass: of the outermost modules in lists,
+    which is how diffusers, transformers and most others hold their blocks.
+    """
+    blocks = list(_blocks(model))
+    try:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(module, nn.ModuleList | nn.Sequential) and any(child.children()):
+            yield child
+        else:
+            yield from _blocks(child)

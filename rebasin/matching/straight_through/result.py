@@ -1,0 +1,98 @@
+"""What the straight-through estimator returns: plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ...spec import Permutation
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the search; losses are at the midpoint, minus the mean of A's and B's on the same batches.
+
+    Attributes:
+        number: 0 is the start, at which there is a projection only.
+        kind: "start", "step" (of the gradient, with a projection if there was one), or "pass" (over all groups,
+            in the refinement at the end).
+        train: on the batches of the step, before the step, or after the pass. None at the start.
+        heldout: on the held-out batches, after the step. None where it was not measured.
+        objective: the lowest of the held-out losses so far.
+        moved: neurons that the step moved.
+        gradient_norm: of the gradient by the auxiliary weights, before clipping; steps only.
+        seconds_projection, seconds_gradient, seconds_scoring: wall time of its parts; a pass's verdicts are
+            scoring.
+    """
+
+    number: int
+    kind: Literal["start", "step", "pass"]
+    train: float | None
+    heldout: float | None
+    objective: float
+    moved: int
+    gradient_norm: float | None
+    seconds_projection: float
+    seconds_gradient: float
+    seconds_scoring: float
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the step."""
+        return self.seconds_projection + self.seconds_gradient + self.seconds_scoring
+
+
+@dataclass(frozen=True)
+class StraightThroughResult:
+    """An alignment of B to A: `permutation.apply(state_b)` is B brought to A.
+
+    Losses are on the held-out batches, at the midpoint, minus the mean of A's and B's; lower is better.
+
+    Attributes:
+        permutation: the best that was found, at the step `best_step`; 0 is the start.
+        objective: its loss; `start_objective` that of the start, `initial_objective` that of a naive merge.
+        history: the start and every step.
+        converged: the last fifth of the steps has brought no improvement.
+        moved: neurons that are not where they were in B; `moved_per_group` by group name.
+        seconds: wall time; `seconds_start` (finding the start), `seconds_projection`, `seconds_gradient` and
+            `seconds_scoring` are parts of it.
+        endpoints: the held-out loss of A and of B.
+        distance_before, distance_after: |A - B| and |A - pi(B)| over the parameters that the spec permutes.
+        sweeps: of weight matching, in all projections together.
+    """
+
+    permutation: Permutation
+    objective: float
+    history: tuple[Step, ...]
+    converged: bool
+    moved: int
+    seconds: float
+    best_step: int
+    start_objective: float
+    initial_objective: float
+    endpoints: tuple[float, float]
+    distance_before: float
+    distance_after: float
+    sweeps: int
+    seconds_start: float
+    seconds_projection: float
+    seconds_gradient: float
+    seconds_scoring: float
+    moved_per_group: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def restarts(self) -> tuple[float, ...]:
+        """The objective of each attempt: there is one."""
+        return (self.objective,)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the permutation, as JSON can have it."""
+        plain = {name: value for name, value in vars(self).items() if name not in ("permutation", "history")}
+        return {
+            **plain,
+            "endpoints": list(self.endpoints),
+            "moved_per_group": dict(self.moved_per_group),
+            "restarts": list(self.restarts),
+            "history": [asdict(step) for step in self.history],
+        }

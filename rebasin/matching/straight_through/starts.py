@@ -1,0 +1,77 @@
+"""Where a search that looks at the loss starts: a cheap alignment by name, or a given permutation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from ...errors import ConfigError, SpecMismatchError
+from ...objectives import Objective
+from ...spec import Permutation, PermutationSpec
+from ..activations.hybrids import activation_and_weight, activation_then_weight
+from ..weights.matching import weight_matching
+
+Named = Literal["identity", "weight_matching", "activation_then_weight", "activation_and_weight", "best"]
+Start = Named | Permutation
+TOKENS = 16
+"""Positions of each sample whose activations are looked at: more did not change what was found."""
+
+
+def start_from(
+    start: Start,
+    spec: PermutationSpec,
+    model_a: nn.Module,
+    model_b: nn.Module,
+    objective: Objective,
+    batches: Sequence[Any],
+    seed: int,
+    device: torch.device,
+    score: Callable[[Permutation], float],
+) -> Permutation:
+    """The permutation that `start` stands for; `objective` and `batches` are the search's.
+
+    "best" is that of the others which has the lowest `score`.
+
+    Raises:
+        SpecMismatchError: a given permutation was made for another spec, or is not legal for it.
+        ConfigError: there is no start of that name.
+    """
+    if isinstance(start, Permutation):
+        if not spec.contains(start):
+            raise SpecMismatchError(
+                "The initial permutation is not legal for this spec: it was made for another architecture."
+            )
+        return Permutation(spec, {name: index.copy() for name, index in start.index.items()})
+    if start == "identity":
+        return spec.identity()
+    if start == "weight_matching":
+        state_a, state_b = model_a.state_dict(), model_b.state_dict()
+        return weight_matching(spec, state_a, state_b, seed=seed, device=device).permutation
+    if start == "activation_then_weight":
+        found = activation_then_weight(
+            spec, model_a, model_b, batches, objective=objective, seed=seed, device=device
+        )
+        return found.permutation
+    if start == "activation_and_weight":
+        found = activation_and_weight(
+            spec, model_a, model_b, batches, objective=objective, tokens=TOKENS, seed=seed, device=device
+        )
+        return found.permutation
+    if start == "best":
+        names: tuple[Named, ...] = (
+            "identity",
+            "weight_matching",
+            "activation_then_weight",
+            "activation_and_weight",
+        )
+        found = [
+            start_from(name, spec, model_a, model_b, objective, batches, seed, device, score)
+            for name in names
+        ]
+        return min(found, key=score)
+    raise ConfigError(
+        f"There is no start {start!r}: init takes {', '.join(get_args(Named))} or a permutation."
+    )

@@ -1,0 +1,1 @@
+"""Matching by the weights alone."""

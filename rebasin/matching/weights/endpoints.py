@@ -1,0 +1,347 @@
+"""The two endpoints while B is brought to A: A as it is, B under the permutation found so far.
+
+Nothing of the caller's is changed. B's tensors are read through until a permutation moves them; only those
+that moved are held here, in their own dtype, so that aligning two nearly identical models costs hardly any
+memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError
+from ...spec import Group, Permutation, PermutationSpec, to_array
+from ...types import State, dtype_of
+
+if TYPE_CHECKING:
+    from .products import Products
+
+CHUNK = 1 << 18
+"""Elements that are widened to float64 at a time: they stay in the cache."""
+
+FAR = 1e-3
+"""Squared distances above this share of the squared norms follow from inner products without loss of digits."""
+
+
+@dataclass(frozen=True)
+class Slices:
+    """New values of a tensor of pi(B): at `places` along `axis`, or, without these, of the whole tensor."""
+
+    values: Tensor
+    axis: int = 0
+    places: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Move:
+    """A group's rearrangement, computed but not yet made: what changes in which tensor, what each inner product gains
+    by that, and the objective.
+    """
+
+    slices: Mapping[str, Slices]
+    gains: Mapping[str, float]
+    gain: float
+
+
+class Pair:
+    """A, pi(B), and the objective `sum_k w_k <A_k, pi(B)_k>` over the parameters k that the spec permutes.
+
+    Each parameter counts once, under one of its names if it is tied; buffers do not count. Sums are float64.
+
+    Attributes:
+        index: pi, cell name -> int64 [size], `new[i] = old[index[i]]`.
+        weight: w_k; 1, or 1 / (|A_k| |B_k|) if normalised by tensor.
+        squares: (|A_k|^2, |B_k|^2) of every counted parameter.
+        dtype: of cost matrices; float32, but float64 if the endpoints are.
+        products: what cost matrices keep from one update to the next; None: nothing.
+    """
+
+    products: Products | None = None
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        state_a: State,
+        state_b: State,
+        *,
+        normalize: Literal["tensor"] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Read and check both endpoints; pi is the identity.
+
+        Raises:
+            SpecMismatchError: a tensor is missing or has another shape than the spec's.
+            CheckpointError: a tensor is not floating point or has NaN or infinite values.
+        """
+        self.spec = spec
+        self.device = torch.device(device)
+        self.parameters = tuple(name for name in spec.axes if name not in spec.buffers)
+        self._a, self._b = state_a, state_b
+        self._key_a, self._key_b = _keys(spec, state_a, "A"), _keys(spec, state_b, "B")
+        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._moved: dict[str, Tensor] = {}
+        self.index = {name: np.arange(cell.size) for name, cell in spec.cells.items()}
+        narrow = False
+        self.squares: dict[str, tuple[float, float]] = {}
+        self._naive_dots: dict[str, float] = {}
+        for name in spec.axes:
+            a, b = self.a(name), self.b(name)
+            narrow |= torch.float64 not in (a.dtype, b.dtype)
+            aa, bb, ab = _moments(a, b)
+            for square, what, key in ((aa, "A", self._key_a[name]), (bb, "B", self._key_b[name])):
+                if not math.isfinite(square):
+                    raise CheckpointError(
+                        f"Tensor {key!r} of {what} has NaN or infinite values: the checkpoint is damaged or"
+                        f" its training diverged, so it can't be aligned."
+                    )
+            if name not in spec.buffers:
+                self.squares[name], self._naive_dots[name] = (aa, bb), ab
+        self._dots = dict(self._naive_dots)
+        self.dtype = torch.float32 if narrow else torch.float64
+        self.weight = {
+            name: 1.0 if normalize is None or aa * bb == 0 else 1 / math.sqrt(aa * bb)
+            for name, (aa, bb) in self.squares.items()
+        }
+
+    def a(self, name: str) -> Tensor:
+        """A's tensor `name`, on the device, in its own dtype."""
+        return self._read("a", name, self._a, self._key_a)
+
+    def b(self, name: str) -> Tensor:
+        """pi(B)'s tensor `name`, on the device, in its own dtype."""
+        moved = self._moved.get(name)
+        return self._read("b", name, self._b, self._key_b) if moved is None else moved
+
+    def _read(self, side: str, name: str, state: State, keys: Mapping[str, str]) -> Tensor:
+        if self.device.type == "cpu":
+            return state[keys[name]].detach().cpu()
+        if (side, name) not in self._kept:  # over the bus once
+            self._kept[side, name] = state[keys[name]].detach().to(self.device)
+        return self._kept[side, name]
+
+    @property
+    def permutation(self) -> Permutation:
+        """A copy of pi."""
+        return Permutation(self.spec, {name: index.copy() for name, index in self.index.items()})
+
+    @property
+    def dots(self) -> Mapping[str, float]:
+        """<A_k, pi(B)_k> of every counted parameter. Moves made later add what they gained: no tensor is read again."""
+        for name in self.parameters:
+            if name not in self._dots:
+                self._dots[name] = inner(self.a(name), self.b(name))
+        return self._dots
+
+    @property
+    def objective(self) -> float:
+        return math.fsum(self.weight[name] * dot for name, dot in self.dots.items())
+
+    @property
+    def distance(self) -> float:
+        """|A - pi(B)|, over the parameters that the spec permutes."""
+        return math.sqrt(math.fsum(self._squared_distance(name, dot) for name, dot in self.dots.items()))
+
+    def _squared_distance(self, name: str, dot: float) -> float:
+        norms = sum(self.squares[name])
+        squared = norms - 2 * dot
+        return squared if squared > FAR * norms else _squared_distance(self.a(name), self.b(name))
+
+    @property
+    def scale(self) -> float:
+        """The largest value that the objective could have, by Cauchy and Schwarz."""
+        return math.fsum(self.weight[name] * math.sqrt(aa * bb) for name, (aa, bb) in self.squares.items())
+
+    def set(self, permutation: Permutation) -> None:
+        """Make `permutation` pi."""
+        if all(np.array_equal(index, self.index[name]) for name, index in permutation.index.items()):
+            return
+        self._moved = {}
+        self.index = {name: np.array(index) for name, index in permutation.index.items()}
+        self._dots = {}
+        for name in self.parameters:
+            moves = permutation.axes_of(name)
+            if moves:
+                self._moved[name] = _permuted(self.b(name), moves)
+            else:
+                self._dots[name] = self._naive_dots[name]
+
+    def propose(self, group: Group, index: Mapping[str, np.ndarray]) -> Move:
+        """What it would do to the objective if the neurons of `group` moved by `index`, relative to where
+        they are now. The work is proportional to what moves.
+        """
+        slices: dict[str, Slices] = {}
+        gains: dict[str, float] = {}
+        for name, changed, old in self._rearranged(group, index):
+            a = self.a(name)
+            if changed.places is not None:
+                a = a.index_select(changed.axis, changed.places)
+                old = old.index_select(changed.axis, changed.places)
+            slices[name] = changed
+            gains[name] = _gain(a, old, changed.values)
+        return Move(slices, gains, math.fsum(self.weight[name] * gain for name, gain in gains.items()))
+
+    def make(self, move: Move, index: Mapping[str, np.ndarray]) -> None:
+        """Carry out a proposed move."""
+        for name, changed in move.slices.items():
+            dot = self._dots.get(name)
+            self._change(name, changed)
+            if dot is not None:
+                self._dots[name] = dot + move.gains[name]
+        self._reindex(index)
+
+    def move(self, group: Group, index: Mapping[str, np.ndarray]) -> None:
+        """Move the neurons of `group` by `index`, relative to where they are now, whatever that gains."""
+        for name, changed, _ in self._rearranged(group, index):
+            self._change(name, changed)
+        self._reindex(index)
+
+    def _rearranged(
+        self, group: Group, index: Mapping[str, np.ndarray]
+    ) -> Iterator[tuple[str, Slices, Tensor]]:
+        """(name, what changes, tensor as it is) for each tensor that is not the same afterwards."""
+        relative = {cell.name: index[cell.name] for cell in group.cells}
+        for name in touched(group, self.spec):
+            moves = list(_axes(self.spec, name, relative))
+            if not moves:
+                continue
+            b = self.b(name)
+            (axis, full), *more = moves
+            places = np.flatnonzero(full != np.arange(full.size))
+            if more or 2 * places.size > full.size:
+                yield name, Slices(_permuted(b, moves)), b
+            else:
+                here, there = (torch.from_numpy(p).to(b.device) for p in (places, full[places]))
+                yield name, Slices(b.index_select(axis, there), axis, here), b
+
+    def _change(self, name: str, changed: Slices) -> None:
+        self._dots.pop(name, None)
+        if changed.places is None:
+            self._moved[name] = changed.values
+            return
+        if name not in self._moved:
+            self._moved[name] = self.b(name).clone()
+        self._moved[name].index_copy_(changed.axis, changed.places, changed.values)
+
+    def _reindex(self, index: Mapping[str, np.ndarray]) -> None:
+        for cell, relative in index.items():
+            self.index[cell] = self.index[cell][relative]
+
+
+def touched(group: Group, spec: PermutationSpec) -> list[str]:
+    """The parameters (no buffers) on which `group` acts."""
+    return list(
+        dict.fromkeys(s.parameter for c in group.cells for s in c.sites if s.parameter not in spec.buffers)
+    )
+
+
+def inner(a: Tensor, b: Tensor) -> float:
+    """<a, b> with products and sums in float64."""
+    return _summed([x.dot(y) for x, y in _chunks(a, b)])
+
+
+def _moments(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+    """|a|^2, |b|^2 and <a, b>, float64; <a, b> to the bit as `inner` has it."""
+    parts = [(x.dot(x), y.dot(y), x.dot(y)) for x, y in _chunks(a, b)]
+    aa, bb, ab = (_summed([part[k] for part in parts]) for k in range(3))
+    return aa, bb, ab
+
+
+def _squared_distance(a: Tensor, b: Tensor) -> float:
+    """|a - b|^2, float64."""
+    return _summed([d.dot(d) for d in (x.sub_(y) for x, y in _chunks(a, b))])
+
+
+def _gain(a: Tensor, old: Tensor, new: Tensor) -> float:
+    """<a, new> - <a, old>, float64."""
+    return _summed([x.dot(z.sub_(y)) for x, y, z in _chunks(a, old, new)])
+
+
+def _chunks(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """The tensors piece by piece, flat and as float64 copies, which are good until the next piece."""
+    device = tensors[0].device
+    flat = [t.reshape(-1) for t in tensors]
+    total = flat[0].numel()
+    size = min(CHUNK if device.type == "cpu" else 16 * CHUNK, max(1, total))
+    wide = [torch.empty(size, dtype=torch.float64, device=device) for _ in flat]
+    with one_thread():
+        for start in range(0, total, size):
+            length = min(size, total - start)
+            yield [w[:length].copy_(t[start : start + length]) for w, t in zip(wide, flat, strict=True)]
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let glibc hold on to up to 64 MB of freed memory, once for the process; elsewhere nothing happens.
+
+    It gives freed memory back to the system at once, and the pages of the next matrix of the same size have to be
+    provided anew, a fifth of the time of matching a small network, until it has seen a large block freed: then it takes
+    blocks up to that size to be in steady use (mallopt(3), M_MMAP_THRESHOLD). So a block of 32 MB, the largest that
+    counts, is asked for and freed, without being written to.
+    """
+    np.empty((1 << 25) - (1 << 16), dtype=np.uint8)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For the block, let torch use one thread: for many small pieces more are not faster, and where another process
+    wants the cores, too, their waiting for each other makes them ten times slower.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _summed(parts: list[Tensor]) -> float:
+    return math.fsum(torch.stack(parts).tolist()) if len(parts) > 1 else float(sum(parts))
+
+
+def _axes(
+    spec: PermutationSpec, name: str, index: Mapping[str, np.ndarray]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The (axis, int64 index [axis size]) pairs by which the cells in `index` move tensor `name`."""
+    for axis, sites in spec.axes[name].items():
+        full = np.arange(spec.shapes[name][axis])
+        for cell, site in sites:
+            if cell in index:
+                positions = to_array(site.positions)
+                full[positions] = positions[index[cell]]
+        if not np.array_equal(full, np.arange(full.size)):
+            yield axis, full
+
+
+def _permuted(tensor: Tensor, moves: list[tuple[int, np.ndarray]]) -> Tensor:
+    for axis, index in moves:
+        tensor = tensor.index_select(axis, torch.from_numpy(index).to(tensor.device))
+    return tensor
+
+
+def _keys(spec: PermutationSpec, state: State, what: str) -> dict[str, str]:
+    """Under which of its names `state` has each permuted tensor; checks that it has them all, and as
+    numbers.
+    """
+    spec.check(state, what)
+    other = {}
+    for alias, name in spec.aliases.items():
+        if alias in state:
+            other.setdefault(name, alias)
+    keys = {name: name if name in state else other[name] for name in spec.axes}
+    for key in keys.values():
+        dtype = dtype_of(state, key)
+        if not dtype.is_floating_point:
+            raise CheckpointError(
+                f"Tensor {key!r} of {what} is {str(dtype).removeprefix('torch.')}, not floating point:"
+                f" convert a quantised checkpoint to floating point first."
+            )
+    return keys

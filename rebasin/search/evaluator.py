@@ -1,0 +1,89 @@
+"""A model that takes one merge after another: only tensors that change are computed, and they are written in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..merging.inputs import same
+from ..types import State
+from .candidate import Candidate
+from .groups import Groups
+
+
+class Bench:
+    """Loads candidates into one copy of a model.
+
+    A tensor that is the same in all inputs is written once, and one whose method, options and weight are those of the
+    candidate before is left as it is. So a search that moves one block pays for one block.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        states: Sequence[State],
+        *,
+        base: State | None = None,
+        groups: Groups | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the architecture; it is copied.
+            states: the inputs, in one basis.
+            groups: of candidates whose weights are by group.
+            device: where the model runs.
+        """
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        if device is not None:
+            self.model.to(device)
+        self.states, self.base, self.groups, self.seed = tuple(states), base, groups, seed
+        inputs = [*self.states, *([base] if base is not None else [])]
+        self._constant = frozenset(
+            name for name in states[0] if all(same(states[0][name], other[name]) for other in inputs[1:])
+        )
+        self._slots = self.model.state_dict()  # shares its memory with the model
+        missing = [name for name in self._slots if name not in set(states[0])]
+        if missing:
+            raise CheckpointError(f"tensor '{missing[0]}' of the architecture is in none of the models.")
+        self._loaded: dict[str, Any] = {}
+        self.computed = 0
+
+    def merged(self, candidate: Candidate) -> Mapping[str, Tensor]:
+        """The candidate as a lazy state."""
+        return candidate.merged(self.states, base=self.base, groups=self.groups, seed=self.seed)
+
+    def load(self, candidate: Candidate) -> nn.Module:
+        """The model with the candidate's weights; it stays the bench's own.
+
+        Raises:
+            CheckpointError, ConfigError: the merge can't be made of these inputs.
+        """
+        merged = candidate.merged(self.states, base=self.base, groups=self.groups, seed=self.seed)
+        whole = (candidate.method, repr(sorted(candidate.options.items())))
+        with torch.no_grad():
+            for name, slot in self._slots.items():
+                key = True if name in self._constant else (*whole, repr(merged.weights_of(name)))
+                if self._loaded.get(name) == key:
+                    continue
+                self._loaded.pop(
+                    name, None
+                )  # a merge that fails half-way leaves nothing that counts as loaded
+                slot.copy_(merged[name])
+                self._loaded[name] = key
+                self.computed += 1
+        return self.model
+
+    def load_state(self, state: State) -> nn.Module:
+        """The model with the weights of `state`, which is no candidate."""
+        self._loaded.clear()
+        with torch.no_grad():
+            for name, slot in self._slots.items():
+                slot.copy_(state[name])
+        return self.model

@@ -1,0 +1,193 @@
+"""What a search makes small: one figure or several, with batches to search on, to choose by and to judge on."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..files import config_dir
+from ..objectives import Reward
+from ..objectives.base import mean_over_batches
+from ..objectives.prompts import read_prompts
+from .batches import cut, deal, samples_in
+
+if TYPE_CHECKING:
+    from ..tasks import Task
+
+RUN = "run"
+"""The objective of the run itself, objective=..."""
+
+HIGHER = ("accuracy", "reward")
+"""Figures that are better when higher; a search makes them small with a minus before them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """One figure that is to be small.
+
+    Attributes:
+        name: what it is called in tables.
+        measure: (model, batch) -> its mean over the batch, in eval mode without gradients.
+        search, choose, heldout: batches; the search sees the first, the winner among its best is chosen by the second,
+            and the third is for the report.
+        sign: -1 if `measure` gives minus what `name` says (an accuracy, a reward).
+    """
+
+    name: str
+    measure: Callable[[nn.Module, Any], float]
+    search: Sequence[Any]
+    choose: Sequence[Any]
+    heldout: Sequence[Any]
+    sign: int = 1
+
+    def losses(self, model: nn.Module, split: str) -> list[float]:
+        """One for each batch of a split."""
+        return [self.measure(model, batch) for batch in getattr(self, split)]
+
+    def mean(self, losses: Sequence[float], split: str) -> float:
+        """The mean over samples of what `losses` says for the first batches of a split."""
+        sizes = [samples_in(batch) for batch in getattr(self, split)[: len(losses)]]
+        return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
+
+
+def load_aims(cfg: DictConfig, task: Task, options: DictConfig | None = None) -> tuple[Aim, ...]:
+    """The objectives that `options` (cfg.search) names, on the data of the task.
+
+    Each entry is `run` (that of objective=...), `run.FIGURE` (another figure of it, such as accuracy), the name of a
+    config of the group `objective`, a mapping with such a name and options, or the path package.module:function of a
+    function (model, batch) -> loss on the run's batches.
+
+    Raises:
+        ConfigError: there is no such objective or figure, or it does not fit the model.
+    """
+    own = cfg.search if options is None else options
+    entries = list(own.objectives)
+    if not entries:
+        raise ConfigError("the list of objectives is empty; it takes at least one, for example [run].")
+    aims = tuple(_aim(cfg, task, own, entry) for entry in entries)
+    names = [aim.name for aim in aims]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"objectives has {names[0]!r} twice; each objective counts once.")
+    return aims
+
+
+def _aim(cfg: DictConfig, task: Task, options: DictConfig, entry: Any) -> Aim:
+    if isinstance(entry, DictConfig):
+        own = {str(key): value for key, value in entry.items()}
+        name = own.pop("name", None)
+        if name is None:
+            raise ConfigError("an entry of the objectives has no name; write {name: reward, scorer: ...}.")
+        return _other(cfg, options, str(name), own)
+    if entry == RUN or str(entry).startswith(f"{RUN}."):
+        return _of_task(cfg, task, options, cfg.objective.name, str(entry).partition(".")[2] or "loss")
+    if ":" in str(entry):
+        return _of_path(task, options, str(entry))
+    return _other(cfg, options, str(entry), {})
+
+
+def _other(cfg: DictConfig, options: DictConfig, name: str, given: Mapping[str, Any]) -> Aim:
+    """An objective of the config group, beside that of the run: it brings its own batches."""
+    from ..tasks import load_task
+
+    folder = config_dir() / "objective"
+    if not (folder / f"{name}.yaml").is_file():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise ConfigError(
+            f"objectives names {name!r}; it takes run, run.FIGURE, package.module:function, or one of {known}."
+        )
+    own = OmegaConf.load(folder / f"{name}.yaml")
+    unknown = [key for key in given if key not in own]
+    if unknown:
+        raise ConfigError(
+            f"objective={name} has no option {unknown[0]!r}; it has {', '.join(map(str, own))}."
+        )
+    changed = OmegaConf.merge(
+        {key: value for key, value in cfg.items() if key != "objective"}, {"objective": own}
+    )
+    changed = OmegaConf.merge(changed, {"objective": dict(given)})
+    assert isinstance(changed, DictConfig)
+    return _of_task(changed, load_task(changed), options, name, "loss")
+
+
+def _of_task(cfg: DictConfig, task: Task, options: DictConfig, name: str, figure: str) -> Aim:
+    objective = task.objective
+    rewarded = isinstance(objective, Reward)
+    if rewarded and figure == "loss":
+        figure = "reward"
+    sign = -1 if figure in HIGHER else 1
+
+    def measure(model: nn.Module, batch: Any) -> float:
+        figures = objective.evaluate(model, [batch])
+        if figure not in figures:
+            raise ConfigError(
+                f"objectives names run.{figure}, but objective={name} has {', '.join(figures)}."
+            )
+        return sign * figures[figure]
+
+    called = name if figure in ("loss", "reward") else figure
+    batches = _prompted(cfg, task, options) if rewarded else task.batches
+    # An image is a unit of its own, so that the bootstrap draws prompts.
+    return Aim(called, measure, *_splits(options, batches, 1 if rewarded else options.unit), sign)
+
+
+def _of_path(task: Task, options: DictConfig, path: str) -> Aim:
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"The objective {path!r} can't be imported ({error}); write it as package.module:function."
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"The objective {path!r} is {type(function).__name__}, which can't be called.")
+
+    def figures(model: nn.Module, batch: Any) -> tuple[dict[str, Tensor], int]:
+        return {"loss": torch.as_tensor(function(model, batch))}, samples_in(batch)
+
+    def measure(model: nn.Module, batch: Any) -> float:
+        return mean_over_batches(model, [batch], figures)["loss"]
+
+    return Aim(name, measure, *_splits(options, task.batches, options.unit))
+
+
+def _splits(
+    options: DictConfig, batches: Mapping[str, Sequence[Any]], unit: int
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Batches to search on, to choose by and to judge on."""
+    if options.data == "heldout":
+        searched, judged = deal(cut(batches["heldout"], max(unit, 1)), 0.5)
+        return *deal(searched, options.choose), judged
+    searched, choosing = deal(cut(batches["train"], options.batch), options.choose)
+    return searched, choosing, cut(batches["heldout"], unit)
+
+
+def _prompted(cfg: DictConfig, task: Task, options: DictConfig) -> dict[str, Sequence[Any]]:
+    """Prompts of a reward: the judge has prompts of its own, which the search has not seen."""
+    maker, own = task.maker, cfg.objective
+    assert maker is not None  # it has a reward
+    prompts = list(maker.chosen(own.prompts))
+    file, kept = options.heldout_prompts, float(options.heldout_share)
+    if file is not None:
+        seen, unseen = prompts, read_prompts(file)
+    else:
+        if not 0 < kept < 1 or len(prompts) < 2:
+            raise ConfigError(
+                f"heldout_share is {kept} and there are {len(prompts)} prompts; it takes a share between 0 and 1"
+                " of two prompts or more."
+            )
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
+        number = min(max(1, round(kept * len(prompts))), len(prompts) - 1)
+        seen = [prompts[i] for i in sorted(order[number:])]
+        unseen = [prompts[i] for i in sorted(order[:number])]
+    size = own.batch_size
+    return {
+        "train": maker.batches(seen, count=own.train, batch_size=size, seed=cfg.seed + 1),
+        "heldout": maker.batches(unseen, count=own.heldout, batch_size=size, seed=cfg.seed),
+    }
