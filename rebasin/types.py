@@ -27,12 +27,14 @@ class LazyState(Mapping[str, Tensor]):
 
 def shape_of(state: State, name: str) -> tuple[int, ...]:
     """The shape of a tensor, without reading it where the state is lazy."""
-    return state.shape_of(name) if isinstance(state, LazyState) else tuple(state[name].shape)
+    known = getattr(state, "shape_of", None)  # mappings of the user's own need not derive from LazyState
+    return tuple(state[name].shape) if known is None else tuple(known(name))
 
 
 def dtype_of(state: State, name: str) -> torch.dtype:
     """The type of a tensor, without reading it where the state is lazy."""
-    return state.dtype_of(name) if isinstance(state, LazyState) else state[name].dtype
+    known = getattr(state, "dtype_of", None)
+    return state[name].dtype if known is None else known(name)
 
 
 class ProgressEvent(dict[str, Any]):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import VerificationError
 from ..spec import PermutationSpec
 from ..tracing import compose, trace, verify
-from ..types import LazyState, State
+from ..types import LazyState, State, dtype_of, shape_of
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
@@ -107,15 +107,11 @@ class PrefixedState(LazyState):
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         component, _, inner = name.partition(".")
-        state = self.states[component]
-        known = getattr(state, "shape_of", None)
-        return tuple(known(inner)) if known is not None else tuple(state[inner].shape)
+        return shape_of(self.states[component], inner)
 
     def dtype_of(self, name: str) -> torch.dtype:
         component, _, inner = name.partition(".")
-        state = self.states[component]
-        known = getattr(state, "dtype_of", None)
-        return known(inner) if known is not None else state[inner].dtype
+        return dtype_of(self.states[component], inner)
 
 
 def joint_state(checkpoint: Checkpoint, spec: PermutationSpec) -> PrefixedState:

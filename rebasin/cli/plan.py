@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
-from ..types import dtype_of
 from .inputs import size_of
-from .output import finished
+from .output import dtype_of, finished
 from .output import size_of as output_size
 from .session import size, table
 

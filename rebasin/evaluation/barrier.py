@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rebasin.errors import CheckpointError, ConfigError
 from rebasin.merging.interpolate import check_names, interpolate_tensor
 
-from ..types import Progress, ProgressEvent, State
+from ..types import Progress, State, tell
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 
@@ -144,9 +144,8 @@ def barrier(
             losses.append(figures.pop("loss"))
             for name, value in figures.items():
                 columns.setdefault(name, []).append(value)
-            if progress is not None:
-                event = ProgressEvent("barrier", step + 1, points, lam=lam, loss=losses[-1])
-                progress({**event, "seconds": time.perf_counter() - started})
+            seconds = time.perf_counter() - started
+            tell(progress, "barrier", step + 1, points, lam=lam, loss=losses[-1], seconds=seconds)
     return Curve.measured(lambdas, losses, columns, seconds=time.perf_counter() - started)
 
 

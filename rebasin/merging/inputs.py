@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..types import LazyState, State, dtype_of, is_number, shape_of
+from ..types import State, dtype_of, is_number, shape_of
 
 
 def check_finite(name: str, label: str, tensor: Tensor, first: torch.dtype) -> None:
@@ -54,7 +54,7 @@ def check_names(one: State, other: State, label: str, other_label: str) -> None:
             raise CheckpointError(
                 f"tensor '{missing[0]}'{more} is in {has} but not in {lacks}: all must have the same architecture."
             )
-    if all(isinstance(state, (dict, LazyState)) for state in (one, other)):
+    if all(isinstance(state, dict) or hasattr(state, "shape_of") for state in (one, other)):
         for name in one:
             if shape_of(one, name) != shape_of(other, name):
                 raise wrong_shape(name, label, shape_of(one, name), other_label, shape_of(other, name))

@@ -19,7 +19,7 @@ from rebasin.files import cache_folder
 from rebasin.models import build, fitting_options
 from rebasin.models.train import RECIPES, Recipe, train
 
-from ..types import Progress, State
+from ..types import Progress, ProgressEvent, State
 
 # Raise it when a change of the models or of the loop changes the trained weights.
 VERSION = 1
@@ -140,7 +140,7 @@ def _at(config: Mapping[str, Any], epoch: int, last: int) -> dict[str, Any]:
 def _named(progress: Progress | None, name: str, seed: int) -> Progress | None:
     if progress is None:
         return None
-    return lambda event: progress({**event, "model": name, "seed": seed})
+    return lambda event: progress(ProgressEvent(**{**event, "model": name, "seed": seed}))
 
 
 def read_cached(path: Path, key: str, model: nn.Module) -> tuple[dict[str, Tensor], Mapping[str, str]]:

@@ -22,7 +22,7 @@ from ..data import captioned_digits as digits
 from ..data import classification
 from ..errors import CheckpointError, ConfigError
 from ..files import cache_folder
-from ..types import Progress, State
+from ..types import Progress, State, tell
 from . import tiny_sd
 from . import tiny_sd_training as training
 from .cache import digest, place, read_cached, write_cached
@@ -157,7 +157,7 @@ def _seeded(recipe: Recipe, seed: int) -> Recipe:
 
 
 def _told(progress: Progress | None, seed: int, what: str) -> training.Progress:
-    def tell(stage: str, step: int, steps: int, loss: float) -> None:
+    def told(stage: str, step: int, steps: int, loss: float) -> None:
         tell(progress, f"{what} of seed {seed}", step, steps, loss=loss)
 
-    return tell
+    return told

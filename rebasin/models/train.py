@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rebasin.errors import ConfigError
 from rebasin.models.augment import AUGMENTATIONS
 
-from ..types import Progress, ProgressEvent
+from ..types import Progress, tell
 
 Optimizer = Literal["adam", "sgd"]
 Schedule = Literal["constant", "cosine"]
@@ -115,9 +115,8 @@ def train(
             )
         if after is not None:
             after(epoch)
-        if progress is not None:
-            event = ProgressEvent("train", epoch, recipe.epochs, loss=history[-1])
-            progress({**event, "seconds": time.perf_counter() - started})
+        seconds = time.perf_counter() - started
+        tell(progress, "train", epoch, recipe.epochs, loss=history[-1], seconds=seconds)
     model.eval()
     return tuple(history)
 

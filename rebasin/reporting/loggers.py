@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import ConfigError
-from ..types import Progress
+from ..types import Progress, ProgressEvent
 from .results import Results
 from .tables import summary, tables
 
@@ -61,7 +61,7 @@ def open_logger(config: Mapping[str, Any], run: Mapping[str, Any], folder: Path)
 def both(*listeners: Progress) -> Progress:
     """One progress callback that passes each event to all `listeners`."""
 
-    def progress(event: dict[str, Any]) -> None:
+    def progress(event: ProgressEvent) -> None:
         for listener in listeners:
             listener(event)
 

@@ -123,6 +123,8 @@ def _engine() -> str:
     """A hash of this package's own engine and models, and torch's version: a new rule means a new spec."""
     digest = hashlib.sha256(torch.__version__.encode())
     root = Path(__file__).resolve().parents[1]
-    for path in sorted([*root.glob("tracing/**/*.py"), *root.glob("models/**/*.py"), root / "spec.py"]):
+    for path in sorted(
+        [*root.glob("tracing/**/*.py"), *root.glob("models/**/*.py"), *root.glob("spec/*.py")]
+    ):
         digest.update(path.read_bytes())
     return digest.hexdigest()

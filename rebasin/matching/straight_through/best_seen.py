@@ -96,7 +96,7 @@ class BestSeen:
         self._before = dict(self.seconds)
         return since["projection"], since["gradient"], since["scoring"]
 
-    def _event(self, step: Step) -> dict[str, Any]:
+    def _event(self, step: Step) -> ProgressEvent:
         return ProgressEvent(
             "straight-through" if step.kind != "pass" else "straight-through, refinement",
             step.number,
