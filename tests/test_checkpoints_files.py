@@ -19,8 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rebasin.checkpoints import atomic_path, load_pickled, load_safetensors, save_safetensors, writer
+from rebasin.checkpoints import atomic_path, load_pickled, load_safetensors, save_safetensors
 from rebasin.errors import CheckpointError
+from rebasin.tensors import writer
 
 STATE = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.arange(6, dtype=torch.float16)}
 

@@ -1,13 +1,19 @@
 """Checkpoints as people have them: read lazily, understood from their tensors, written atomically."""
 
 from ..files import atomic_path, write_text
+from ..tensors import (
+    FORMATS,
+    JoinedState,
+    SafetensorsState,
+    load_metadata,
+    load_safetensors,
+    save_safetensors,
+)
 from .architectures import architecture
 from .checkpoint import Checkpoint, open_checkpoint, require_same_family
 from .output import Saved, save_checkpoint
 from .pickled import PickledState, load_pickled
-from .reader import JoinedState, SafetensorsState, load_metadata, load_safetensors
 from .specs import component_spec
-from .writer import FORMATS, save_safetensors
 
 __all__ = [
     "FORMATS",

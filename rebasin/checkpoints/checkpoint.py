@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import PathLike
+from ..tensors import load_safetensors
 from ..types import State
 from . import components, folders
 from .components import Found
@@ -15,7 +17,6 @@ from .families import EXPECTED, TITLES, Identity, Shapes, foreign, identify
 from .key_map import ComponentState, DerivedState, Link, replaced
 from .pickled import load_pickled
 from .prediction_type import Prediction, prediction
-from .reader import PathLike, load_safetensors
 
 
 @dataclass(frozen=True, eq=False)

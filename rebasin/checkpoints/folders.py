@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..tensors import JoinedState, load_safetensors
 from .components import TEXT, TEXT_2, UNET, VAE
 from .key_map import DerivedState, passed
 from .pickled import load_pickled
-from .reader import JoinedState, load_safetensors
 
 PARTS = (UNET, VAE, TEXT, TEXT_2)
 

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..tensors.writer import convert
 from ..types import LazyState, State, dtype_of, shape_of
-from .writer import convert
 
 
 @dataclass(frozen=True)

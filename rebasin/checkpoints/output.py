@@ -13,12 +13,13 @@ import torch
 
 from ..errors import CheckpointError
 from ..files import PathLike, atomic_folder, atomic_path, write_text
+from ..tensors import save_safetensors
+from ..tensors.writer import all_finite, convert, require_space, target_dtype
 from ..types import Progress, State, dtype_of, shape_of, tell
 from .architectures import PARTS_OF, component_config, published
 from .components import TEXT, TEXT_2, UNET, VAE
 from .key_map import ComponentState, DerivedState, Item, passed
 from .layouts import single_file
-from .writer import all_finite, convert, require_space, save_safetensors, target_dtype
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint

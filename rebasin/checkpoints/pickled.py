@@ -21,8 +21,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import CheckpointError
+from ..files import PathLike
+from ..tensors.reader import RawFile
 from ..types import LazyState
-from .reader import PathLike, RawFile
 
 
 @dataclass(frozen=True)

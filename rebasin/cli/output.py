@@ -11,8 +11,8 @@ import torch
 
 from ..checkpoints import FORMATS, Saved, save_checkpoint
 from ..checkpoints.key_map import DerivedState, Item, passed
-from ..checkpoints.writer import target_dtype
 from ..errors import CheckpointError, ConfigError
+from ..tensors.writer import target_dtype
 from ..types import Progress, State
 from .options import DTYPES
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ..checkpoints.writer import in_bytes as size
 from ..errors import ConfigError
+from ..tensors.writer import in_bytes as size
 
 __all__ = ["answer", "begin", "distances", "say_legal", "say_moved", "say_where", "size", "table"]
 

@@ -32,7 +32,7 @@ def choices(request: Request) -> dict[str, Any]:
 
 def require_space(request: Request, state: DerivedState, like: Checkpoint) -> None:
     """Refuse a full disk before hours of work, not after."""
-    from ..checkpoints.writer import require_space
+    from ..tensors.writer import require_space
 
     require_space(request.output, output.size_of(state, output.dtype_of(request.dtype), like))
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rebasin.checkpoints import load_safetensors, save_safetensors
 from rebasin.data.classification import Dataset
 from rebasin.errors import CheckpointError, ConfigError
 from rebasin.files import cache_folder
 from rebasin.models import build, fitting_options
 from rebasin.models.train import RECIPES, Recipe, train
+from rebasin.tensors import load_safetensors, save_safetensors
 
 from ..types import Progress, ProgressEvent, State
 

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from rebasin.checkpoints import load_safetensors, save_safetensors
 from rebasin.data import captioned_digits as digits
 from rebasin.models import tiny_sd
+from rebasin.tensors import load_safetensors, save_safetensors
 
 Progress = Callable[[str, int, int, float], None]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ...checkpoints import load_safetensors, save_safetensors
 from ...errors import CheckpointError, ConfigError, DataError, SpecMismatchError
 from ...objectives import Objective
 from ...spec import Group, Leaf, Node, PermutationSpec
+from ...tensors import load_safetensors, save_safetensors
 from ...tracing.export import evaluation_mode
 from ...types import Progress, tell
 from .hook_sites import Tap, find_taps, hooked, sample_rows, tensor_at

@@ -9,10 +9,10 @@ from math import fsum, isfinite
 import torch
 from torch import Tensor
 
-from ...checkpoints import load_safetensors
 from ...errors import CheckpointError, ConfigError
 from ...merging.interpolate import COUNTERS
 from ...spec import Permutation, PermutationSpec
+from ...tensors import load_safetensors
 from ...types import LazyState, State, dtype_of, is_number, shape_of, widened
 from ..weights.endpoints import CHUNK, one_thread
 

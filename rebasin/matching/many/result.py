@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checkpoints import load_safetensors, save_safetensors
 from ...errors import CheckpointError
 from ...spec import Permutation, PermutationSpec
+from ...tensors import load_safetensors, save_safetensors
 
 STATE_FORMAT = "1"
 

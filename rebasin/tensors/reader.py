@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import PathLike
 from ..types import LazyState, dtype_of, shape_of
 from .header import read_header
-
-PathLike = str | os.PathLike[str]
 
 
 class RawFile:

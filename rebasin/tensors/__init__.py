@@ -1,0 +1,13 @@
+"""Files of named tensors in the safetensors format: read lazily, checked as a whole, written tensor by tensor."""
+
+from .reader import JoinedState, SafetensorsState, load_metadata, load_safetensors
+from .writer import FORMATS, save_safetensors
+
+__all__ = [
+    "FORMATS",
+    "JoinedState",
+    "SafetensorsState",
+    "load_metadata",
+    "load_safetensors",
+    "save_safetensors",
+]
