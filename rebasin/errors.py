@@ -1,5 +1,10 @@
 """Every error a user can meet. Each message is one sentence: what was wrong, where, and what to do."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class RebasinError(ValueError):
     """Base of all errors that bad input causes; anything else is a bug of ours."""
@@ -31,3 +36,11 @@ class ConfigError(RebasinError):
 
 class AdapterError(RebasinError):
     """An adapter (LoRA, ControlNet) that can't follow a permutation, or belongs to another model."""
+
+
+def unknown(problem: str, name: str, known: Iterable[str], lead: str = "it has") -> ConfigError:
+    """The error for a name that does not exist: `problem`, the nearest name, and `lead` with those that there are."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    lead = f"did you mean {close[0]!r}? {lead[0].upper()}{lead[1:]}" if close else lead
+    return ConfigError(f"{problem}; {lead} {', '.join(known) or 'none'}.")

@@ -1,12 +1,18 @@
-"""The words that all rooms share: a model's tensors by name, lazily or not, and what a long job tells its listener."""
+"""What all rooms share: a model's tensors by name, lazily or not, what a long job tells its listener, and how a
+function that a name stands for gets its arguments: by its signature.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .errors import ConfigError, unknown
 
 State = Mapping[str, Tensor]
 """A model as its tensors by name: a `state_dict()`, or any mapping that makes a tensor when it is asked for one."""
@@ -71,3 +77,66 @@ def is_number(dtype: torch.dtype) -> bool:
 def widened(dtype: torch.dtype) -> torch.dtype:
     """Where sums are taken: at least float32, in which all narrower types are exact. Integers stay what they are."""
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+REQUIRED = inspect.Parameter.empty
+"""The default of an argument that has none."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Something on offer (see `supply`) that takes work: it is made only where it is wanted."""
+
+    make: Callable[[], Any]
+
+
+def supply(
+    function: Callable[..., Any],
+    offered: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    *,
+    what: str,
+) -> dict[str, Any]:
+    """The arguments of `function` by name: what its signature asks for out of `offered`, and all of `options`.
+
+    Args:
+        offered: values, or `Maker`s of values. What the function does not ask for is left out.
+        options: what was set for this function; an option of a name that is also offered wins.
+        what: what users call the function, as a sentence about it begins.
+
+    Raises:
+        ConfigError: an option that the function does not have, or an argument that nothing gives it.
+    """
+    options = options or {}
+    takes = arguments_of(function)
+    check_options(
+        what, options, {name: d for name, d in takes.items() if name in options or name not in offered}
+    )
+    given = {name: value for name, value in offered.items() if name in takes and name not in options}
+    return {
+        **{name: value.make() if isinstance(value, Maker) else value for name, value in given.items()},
+        **options,
+    }
+
+
+def arguments_of(function: Callable[..., Any], without: Container[str] = ()) -> dict[str, Any]:
+    """The named arguments of a function with their defaults (or REQUIRED), but those `without`."""
+    several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    parameters = inspect.signature(function).parameters
+    return {n: p.default for n, p in parameters.items() if n not in without and p.kind not in several}
+
+
+def check_options(what: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` with the defaults of `known` filled in.
+
+    Raises:
+        ConfigError: an option that is not among them, or none for one that is REQUIRED.
+    """
+    for name in options:
+        if name not in known:
+            raise unknown(f"{what} has no option {name!r}", name, known)
+    filled = {**known, **options}
+    for name, value in filled.items():
+        if value is REQUIRED:
+            raise ConfigError(f"{what} needs the option {name!r}, which is not set.")
+    return filled

@@ -256,5 +256,5 @@ def test_methods_and_options_are_checked_by_name() -> None:
         merge_many(spec, states, method="average")
     with pytest.raises(ConfigError, match="'pivot' has no option 'init'.*pivot"):
         merge_many(spec, states, method="pivot", init="identity")
-    with pytest.raises(ConfigError, match="needs 'model'"):
+    with pytest.raises(ConfigError, match="needs the option 'model'"):
         merge_many(spec, states, method="activations")

@@ -269,7 +269,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("fisher", {}, ConfigError, "needs a companion"),
     ("slerp", {"companions": [state(1)] * 2}, ConfigError, "no companions"),
     ("slerp", {"tilt": 1}, ConfigError, "no option 'tilt'; it has none"),
-    ("crossover", {"titl": 1}, ConfigError, "no option 'titl'; it has tilt"),
+    ("crossover", {"titl": 1}, ConfigError, "no option 'titl'; did you mean 'tilt'. It has tilt"),
     ("greedy_soup", {}, ConfigError, "needs the option 'score'"),
     ("slerp", {"weights": [0.1, 0.9]}, ConfigError, "takes one weight"),
     ("slerp", {"weights": float("nan")}, ConfigError, "finite"),

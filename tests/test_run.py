@@ -261,9 +261,9 @@ def test_an_algorithm_is_one_function_and_one_config():
     assert got[1] is task.batches["train"]
     assert torch.equal(got[2].state_dict()["layers.0.weight"], state_b["layers.0.weight"])
     assert got[3:] == (3, 5)
-    with pytest.raises(ConfigError, match="algo=own has no option 'strenth'; it has strength"):
+    with pytest.raises(ConfigError, match="algo=own has no option 'strenth'; did you mean 'strength'"):
         load_algorithm(OmegaConf.create({**algo, "strenth": 3}))
-    with pytest.raises(ConfigError, match="needs 'strength'"):
+    with pytest.raises(ConfigError, match="needs the option 'strength'"):
         load_algorithm(OmegaConf.create({"name": "own", "_target_": f"{__name__}.own_algorithm"}))
 
 

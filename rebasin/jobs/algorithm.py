@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..matching import MatchResult
 from ..spec import PermutationSpec
-from ..types import Progress, State
+from ..types import Maker, Progress, State, arguments_of, check_options, supply
 from .configuration import resolved
 from .resume import Resume
 
@@ -62,22 +61,21 @@ class Algorithm:
         Raises:
             ConfigError: the algorithm searches by a reward, but the model makes no images of prompts.
         """
-        make: dict[str, Callable[[], Any]] = {
-            "spec": lambda: spec,
-            "state_a": lambda: state_a,
-            "state_b": lambda: state_b,
-            "model_a": lambda: loaded(task.model, state_a),
-            "model_b": lambda: loaded(task.model, state_b),
-            "objective": lambda: self._objective(task),
-            "batches": lambda: self._batches(task, seed),
-            "pipeline": lambda: task.pipeline,
-            "captions": lambda: task.captions,
-            "seed": lambda: seed,
-            "progress": lambda: progress,
+        offered = {
+            "spec": spec,
+            "state_a": state_a,
+            "state_b": state_b,
+            "model_a": Maker(lambda: loaded(task.model, state_a)),
+            "model_b": Maker(lambda: loaded(task.model, state_b)),
+            "objective": Maker(lambda: self._objective(task)),
+            "batches": Maker(lambda: self._batches(task, seed)),
+            "pipeline": task.pipeline,
+            "captions": task.captions,
+            "seed": seed,
+            "progress": progress,
+            **(resume.arguments(self.function) if resume is not None else {}),
         }
-        wanted = [name for name in inspect.signature(self.function).parameters if name in SUPPLY]
-        kept = resume.arguments(self.function) if resume is not None else {}
-        result = self.function(**{name: make[name]() for name in wanted}, **kept, **self.options)
+        result = self.function(**supply(self.function, offered, self.options, what=f"algo={self.name}"))
         if resume is not None:
             resume.finish()
         return result
@@ -122,20 +120,12 @@ def load_algorithm(algo: DictConfig) -> Algorithm:
         ConfigError: an option that the function does not have, or an argument that a run can't supply.
     """
     function = get_method(algo["_target_"])
-    takes = {k: v for k, v in inspect.signature(function).parameters.items() if k not in SUPPLY + KEPT}
     options = {
         name: value
         for name, value in resolved(algo).items()
         if name not in ("_target_", "name", "many", "reward")
     }
-    unknown = [name for name in options if name not in takes]
-    if unknown:
-        raise ConfigError(
-            f"algo={algo.name} has no option {unknown[0]!r}; it has {', '.join(takes) or 'none'}."
-        )
-    missing = [name for name, p in takes.items() if p.default is p.empty and name not in options]
-    if missing:
-        raise ConfigError(f"algo={algo.name} needs {missing[0]!r}, which a run lacks; set algo.{missing[0]}.")
+    check_options(f"algo={algo.name}", options, arguments_of(function, SUPPLY + KEPT))
     return Algorithm(algo.name, function, options, resolved(algo).get("reward"))
 
 

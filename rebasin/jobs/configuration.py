@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..errors import ConfigError, RebasinError
+from ..errors import ConfigError, RebasinError, unknown
 from ..files import config_dir
 from .experiments import GROUP as EXPERIMENT
 from .experiments import expand
@@ -164,9 +163,7 @@ def _no_option(name: str, arguments: Iterable[str], config: str) -> str:
         )
     prefix = f"{parent}." if parent else ""
     known = [prefix + str(k) for k in node if k not in INTERNAL]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? The" if close else "the"
-    return f"There is no option {name!r}; {hint} options there are {', '.join(known)}."
+    return str(unknown(f"There is no option {name!r}", name, known, "the options there are"))
 
 
 def _group_choices(arguments: Iterable[str]) -> list[str]:

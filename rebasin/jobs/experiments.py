@@ -7,7 +7,6 @@ command line, behind everything that the user wrote: what the user sets wins.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from ..errors import ConfigError, RebasinError
+from ..errors import ConfigError, RebasinError, unknown
 from ..files import config_dir
 
 GROUP = "experiment"
@@ -46,10 +45,7 @@ def declaration(name: str) -> dict[str, Any]:
     """
     file = config_dir() / GROUP / f"{name}.yaml"
     if name.startswith("_") or not file.is_file():
-        known = names()
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}? There are" if close else "there are"
-        raise ConfigError(f"There is no experiment {name!r}; {hint} {', '.join(known)}.")
+        raise unknown(f"There is no experiment {name!r}", name, names(), "there are")
     found = OmegaConf.to_container(OmegaConf.load(file))
     assert isinstance(found, dict)
     return found[GROUP]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig
 
 from ..errors import ConfigError
-from ..types import State
+from ..types import State, arguments_of, check_options, supply
 from .configuration import resolved
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def is_many(cfg: DictConfig) -> bool:
 
     chosen = next((cfg.model.get(field) for field in ("files", "seeds") if cfg.model.get(field)), None)
     several = isinstance(chosen, ListConfig) and len(chosen) != 2
-    if "states" in inspect.signature(get_method(cfg.algo["_target_"])).parameters:
+    if "states" in arguments_of(get_method(cfg.algo["_target_"])):
         return True
     if several and not cfg.algo.get("many"):
         raise ConfigError(
@@ -127,15 +126,17 @@ def _function(cfg: DictConfig) -> Any:
 
     target = cfg.algo["_target_"]
     function = get_method(target)
-    if "states" not in inspect.signature(function).parameters:
+    if "states" not in arguments_of(function):
         target = cfg.algo.many
         function = get_method(target)
-    given = (*SUPPLY, *KEPT, "states", "model")
-    takes = [name for name in inspect.signature(function).parameters if name not in given]
-    unknown = [name for name in resolved(cfg.algo) if name not in (*OWN, *takes)]
-    if unknown:
-        raise ConfigError(f"algo={cfg.algo.name} has no option {unknown[0]!r}; it has {', '.join(takes)}.")
+    known = arguments_of(function, (*SUPPLY, *KEPT, "states", "model"))
+    check_options(f"algo={cfg.algo.name}", _options(cfg), known)
     return function
+
+
+def _options(cfg: DictConfig) -> dict[str, Any]:
+    """The options of the algorithm's function."""
+    return {name: value for name, value in resolved(cfg.algo).items() if name not in OWN}
 
 
 def _align(
@@ -149,15 +150,13 @@ def _align(
 ) -> ManyResult:
     from . import stages as steps
 
-    supply = {
+    resume = steps.resume(cfg, config)
+    offered = {
         "spec": spec, "states": states, "model": task.model, "objective": task.objective,
         "batches": task.batches["train"], "seed": cfg.seed, "progress": progress,
+        **(resume.arguments(function) if resume is not None else {}),
     }  # fmt: skip
-    takes = inspect.signature(function).parameters
-    options = {name: value for name, value in resolved(cfg.algo).items() if name not in OWN}
-    resume = steps.resume(cfg, config)
-    kept = resume.arguments(function) if resume is not None else {}
-    result = function(**{name: value for name, value in supply.items() if name in takes}, **kept, **options)
+    result = function(**supply(function, offered, _options(cfg), what=f"algo={cfg.algo.name}"))
     if resume is not None:
         resume.finish()
     return result

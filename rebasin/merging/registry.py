@@ -25,6 +25,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..types import REQUIRED, arguments_of, check_options
 
 SUPPLY = ("a", "b", "models", "base", "alpha", "weights", "scales", "companions", "generator", "name")
 
@@ -78,19 +79,10 @@ class Method:
         """The options with their defaults filled in.
 
         Raises:
-            ConfigError: an option that the method does not have.
+            ConfigError: an option that the method does not have, or one that it needs is missing.
         """
         known = {**self.options, **plan_options(self.plan)}
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise ConfigError(
-                f"the merge method '{self.name}' has no option '{unknown[0]}'; it has {', '.join(known) or 'none'}."
-            )
-        filled = {**known, **options}
-        missing = [name for name, value in filled.items() if value is inspect.Parameter.empty]
-        if missing:
-            raise ConfigError(f"the merge method '{self.name}' needs the option '{missing[0]}'.")
-        return filled
+        return check_options(f"The merge method {self.name!r}", options, known)
 
 
 METHODS: dict[str, Method] = {}
@@ -151,35 +143,31 @@ def describe(
     plan: Callable[..., Any] | None = None,
 ) -> Method:
     """The method that a function's signature and docstring describe."""
-    parameters = inspect.signature(function).parameters
+    takes = arguments_of(function)
     kinds: tuple[WeightKind, ...] = ("alpha", "weights", "scales")
-    kind: WeightKind | None = next((k for k in kinds if k in parameters), None)
-    base = parameters.get("base")
+    kind: WeightKind | None = next((k for k in kinds if k in takes), None)
     return Method(
         name=name,
         function=function,
         description=(inspect.getdoc(function) or name).split("\n\n")[0].replace("\n", " "),
         formula=formula,
         reference=reference,
-        inputs="N" if "models" in parameters else 2,
+        inputs="N" if "models" in takes else 2,
         least=least,
-        needs_base=base is not None and base.default is inspect.Parameter.empty,
-        takes_base=base is not None,
+        needs_base=takes.get("base") is REQUIRED,
+        takes_base="base" in takes,
         weight=kind,
         default_weight=default,
-        options={k: p.default for k, p in parameters.items() if k not in SUPPLY},
+        options=arguments_of(function, SUPPLY),
         zero=zero,
         one=one,
         self_any_base=self_any_base,
-        random="generator" in parameters,
+        random="generator" in takes,
         plan=plan,
-        takes=frozenset(parameters) & frozenset(SUPPLY),
+        takes=frozenset(takes) & frozenset(SUPPLY),
     )
 
 
 def plan_options(plan: Callable[..., Any] | None) -> dict[str, Any]:
     """The options of a plan: what it takes beyond states and base."""
-    if plan is None:
-        return {}
-    parameters = inspect.signature(plan).parameters
-    return {k: p.default for k, p in parameters.items() if k not in ("states", "base", "progress")}
+    return {} if plan is None else arguments_of(plan, ("states", "base", "progress"))

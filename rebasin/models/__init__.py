@@ -1,6 +1,5 @@
 """The paper's networks, built by name, and their training on first use."""
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from rebasin.models.library import network as library_network
 from rebasin.models.mlp import MLP
 from rebasin.models.resnet import ResNet
 from rebasin.models.vgg import VGG
+from rebasin.types import supply
 
 prepare_torchvision()  # before a model imports diffusers
 
@@ -35,11 +35,7 @@ def build(name: str, **options: Any) -> nn.Module:
     """
     if name not in CLASSIFIERS:
         raise ConfigError(f"there is no classifier '{name}': choose one of {', '.join(CLASSIFIERS)}.")
-    known = list(inspect.signature(CLASSIFIERS[name]).parameters)
-    unknown = [option for option in options if option not in known]
-    if unknown:
-        raise ConfigError(f"model '{name}' has no option '{unknown[0]}': it has {', '.join(known)}.")
-    return CLASSIFIERS[name](**options)
+    return CLASSIFIERS[name](**supply(CLASSIFIERS[name], {}, options, what=f"The model {name!r}"))
 
 
 def fitting_options(name: str, dataset: Dataset, options: Mapping[str, Any] | None = None) -> dict[str, Any]:

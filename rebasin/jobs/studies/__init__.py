@@ -6,14 +6,13 @@ mappings from names to numbers, words and lists, which `python -m rebasin.report
 
 from __future__ import annotations
 
-import inspect
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from ...errors import ConfigError
+from ...types import supply
 from ..configuration import resolved
 
 if TYPE_CHECKING:
@@ -38,17 +37,14 @@ def run_study(cfg: DictConfig, folder: Path, console: Console, command: str = ""
     config = resolved(cfg)
     options = {key: value for key, value in config["study"].items() if key != "_target_"}
     function = get_method(config["study"]["_target_"])
-    takes = [name for name in inspect.signature(function).parameters if name not in ("cfg", "console")]
-    unknown = [name for name in options if name not in takes]
-    if unknown:
-        raise ConfigError(f"The study has no option {unknown[0]!r}; it has {', '.join(takes) or 'none'}.")
+    given = supply(function, {"cfg": cfg, "console": console}, options, what="The study")
     steps.settle(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.dry_run:
         console.say(f"would do the study {config['study']['_target_']} and leave its results in {folder}")
         return None
     with reporting.open_logger(cfg.logger, config, folder) as logger:
-        rows = function(cfg, console, **options)
+        rows = function(**given)
         results = plain(
             {
                 **head(config),

@@ -377,6 +377,7 @@ def _are_labels(x: Any, y: Any) -> bool:
 
 
 def _required(model: nn.Module) -> int:
+    # How many inputs a call has, not which options (as types.supply does): positions count, and names do not.
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(model.forward).parameters.values()
     return sum(p.kind in kinds and p.default is p.empty for p in parameters)

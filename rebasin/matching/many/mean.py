@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from ...errors import ConfigError, SpecMismatchError
 from ...spec import Permutation, PermutationSpec
-from ...types import Progress, tell
+from ...types import Progress, check_options, tell
 from ..result import MatchResult
 from ..schedule import Order, order_of
 from ..weights.matching import weight_matching
@@ -139,11 +139,7 @@ def match_options(match: Mapping[str, Any] | None) -> dict[str, Any]:
         ConfigError: there is no such option, or it can't be had here.
     """
     options = dict(match or {})
-    for name in options:
-        if name not in OPTIONS:
-            raise ConfigError(
-                f"The matching of many models has no option {name!r}: it has {', '.join(OPTIONS)}."
-            )
+    check_options("The matching of many models", options, dict.fromkeys(OPTIONS))
     if options.get("init", "identity") not in ("identity", "forward"):
         raise ConfigError(
             f"A matching among many starts at 'identity' or 'forward', not {options['init']!r}."

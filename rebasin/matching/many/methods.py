@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...errors import ConfigError
 from ...spec import PermutationSpec
-from ...types import Progress
+from ...types import Progress, supply
 from .activations import match_many_activations
 from .cycle_consistent import match_cycle_consistently
 from .mean import match_to_mean
@@ -69,15 +68,5 @@ def merge_many(
     """
     if method not in METHODS:
         raise ConfigError(f"There is no method {method!r}: choose one of {', '.join(METHODS)}.")
-    function = METHODS[method]
-    takes = inspect.signature(function).parameters
-    for name in options:
-        if name not in takes:
-            own = ", ".join(n for n in takes if n not in ("spec", "states"))
-            raise ConfigError(f"The method {method!r} has no option {name!r}: it has {own}.")
-    given = {"weights": weights, "seed": seed, "progress": progress, **options}
-    needed = [name for name, p in takes.items() if p.default is p.empty]
-    missing = [name for name in needed if name not in ("spec", "states", *given)]
-    if missing:
-        raise ConfigError(f"The method {method!r} needs {missing[0]!r}.")
-    return function(spec, states, **{name: value for name, value in given.items() if name in takes})
+    given = {"spec": spec, "states": states, "weights": weights, "seed": seed, "progress": progress}
+    return METHODS[method](**supply(METHODS[method], given, options, what=f"The method {method!r}"))
