@@ -32,8 +32,8 @@ from rebasin.matching import (
 from rebasin.matching.activations.hook_sites import find_taps, sample_rows
 from rebasin.matching.activations.moments import Moments
 from rebasin.matching.activations.prompts import match_pipelines, prompt_activation_matching
-from rebasin.matching.activations.statistics import call_model
 from rebasin.models import MLP, VGG, ResNet, tiny_sd
+from rebasin.modules import call_model
 from rebasin.objectives import CrossEntropy, Denoising
 from rebasin.spec import Permutation, PermutationSpec
 from rebasin.tasks import load_task

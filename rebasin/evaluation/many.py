@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..modules import eval_mode
 from ..objectives import Objective
-from ..objectives.base import eval_mode
 from ..types import State
 from .calibration import BINS, Calibration, calibration
 

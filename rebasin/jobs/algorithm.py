@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from ..errors import ConfigError
 from ..matching import MatchResult
+from ..modules import loaded
 from ..spec import PermutationSpec
 from ..types import Maker, Progress, State, arguments_of, check_options, supply
 from .configuration import resolved
@@ -127,10 +126,3 @@ def load_algorithm(algo: DictConfig) -> Algorithm:
     }
     check_options(f"algo={algo.name}", options, arguments_of(function, SUPPLY + KEPT))
     return Algorithm(algo.name, function, options, resolved(algo).get("reward"))
-
-
-def loaded(model: nn.Module, state: State) -> nn.Module:
-    """A copy of `model` with the weights of `state`."""
-    loaded = copy.deepcopy(model)
-    loaded.load_state_dict(dict(state))
-    return loaded

@@ -13,8 +13,8 @@ from ..errors import ConfigError
 from ..merging import BlockWeights, MergedState, Method, block_weights, diagonal_fisher, merge
 from ..merging.merged import find_method
 from ..merging.registry import plan_options
+from ..modules import loaded
 from ..types import Progress, State
-from .algorithm import loaded
 from .configuration import resolved
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from ..errors import ConfigError, VerificationError
 from ..evaluation import Curve, barrier
 from ..matching import MatchResult
 from ..merging import interpolate
+from ..modules import loaded
 from ..spec import PermutationSpec
 from ..tracing import verify
 from ..types import Progress, State, within
-from .algorithm import loaded
 from .resume import Resume, resume_file
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..modules import eval_mode
 from ..objectives import Objective
-from ..objectives.base import eval_mode
 from ..types import Progress, tell
 
 

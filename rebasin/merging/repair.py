@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum
 from time import perf_counter
 from typing import Any
 
@@ -29,19 +28,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..matching.activations.statistics import call_model
-from ..objectives.base import eval_mode
+from ..modules import Forward, call_model, eval_mode, to_device
 from ..spec import PermutationSpec
 from ..types import State
 from .repair_sites import (
-    DEAD,
-    Forward,
-    affine,
+    Rescaling,
     batch_norms,
     hidden_sites,
+    mean_of,
     measure,
     member_weights,
-    on,
+    replaced,
     working_copy,
 )
 
@@ -100,7 +97,7 @@ def reset_statistics(
             norm.momentum = None  # the mean over all batches, not a moving one
             norm.train()
         for batch in batches:
-            (forward or call_model)(work, on(where, batch))
+            (forward or call_model)(work, to_device(batch, where))
             seen += 1
     if not seen:
         raise DataError("There are no batches to collect the statistics of BatchNorm from.")
@@ -113,10 +110,7 @@ def reset_statistics(
             raise DataError(
                 f"The statistics {name!r} are not finite on these batches, so they can't be reset."
             )
-    return {
-        name: found[name].to(tensor.device, tensor.dtype) if name in fresh else tensor
-        for name, tensor in state.items()
-    }
+    return replaced(state, {name: found[name] for name in fresh & found.keys()})
 
 
 def repair(
@@ -158,31 +152,11 @@ def repair(
     start = reset_statistics(model, merged, batches, forward=forward, device=device) if has_norms else merged
     work, _ = working_copy(model, start, where)
     sites, left_out = hidden_sites(spec, work)
-    total = fsum(raw)
-    goals: dict[str, tuple[Tensor, Tensor]] = {}
-    first: dict[str, tuple[Tensor, Tensor]] = {}
-    for member, weight in zip(members, raw, strict=True):
-        one, _ = working_copy(model, member, where)
-        for name, moments in measure(one, sites, batches, call, where).items():
-            old = first.setdefault(name, moments)
-            # Relative to the first, so that equal members have exactly their own statistics as goal.
-            steps = [(new - at).mul_(weight / total) for new, at in zip(moments, old, strict=True)]
-            mean, std = goals.get(name, old)
-            goals[name] = mean + steps[0], std + steps[1]
-    scales: dict[str, float] = {}
-    changed: dict[str, Tensor] = {}
-    modules = dict(work.named_modules())
-    for name in goals:  # in the order in which they run
-        mean, std = measure(work, {name: sites[name]}, batches, call, where)[name]
-        goal_mean, goal_std = goals[name]
-        alive = std > DEAD * std.max()
-        scale = torch.where(alive, goal_std / torch.where(alive, std, 1.0), 1.0)
-        for kind, tensor in affine(modules[name], scale, goal_mean - scale * mean).items():
-            changed[f"{name}.{kind}"] = tensor
-        scales[name] = float(scale.mean())
-    state = {
-        name: changed[name].to(tensor.device, tensor.dtype) if name in changed else tensor
-        for name, tensor in start.items()
-    }
-    left = tuple(left_out) + tuple(name for name in sites if name not in scales)
-    return Repaired(state, scales, left, has_norms, perf_counter() - began)
+    found = [measure(working_copy(model, m, where)[0], sites, batches, call, where) for m in members]
+    rescaling = Rescaling(work)
+    for name in found[0]:  # in the order in which they run
+        now = measure(work, {name: sites[name]}, batches, call, where)[name]
+        goal_mean, goal_std = (mean_of([one[name][k] for one in found], raw) for k in (0, 1))
+        rescaling.apply(name, now, (goal_mean, goal_std))
+    left = tuple(left_out) + tuple(name for name in sites if name not in rescaling.scales)
+    return Repaired(rescaling.state(start), rescaling.scales, left, has_norms, perf_counter() - began)

@@ -39,23 +39,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import DataError
-from ..matching.activations.statistics import call_model
-from ..objectives.base import eval_mode
+from ..modules import Forward, call_model, eval_mode, hooked, to_device
 from ..spec import PermutationSpec
 from ..types import State
 from .repair import Repaired
 from .repair_sites import (
-    DEAD,
-    Forward,
-    Hook,
     NeuronMoments,
-    affine,
+    Rescaling,
     batch_norms,
     by_neuron,
     hidden_sites,
-    hooked,
+    mean_of,
     member_weights,
-    on,
+    ratio,
     working_copy,
 )
 
@@ -94,27 +90,16 @@ def repair_closed_form(
     watched = _Watched(work, {n: size for n, size in known.items() if n not in norms}, norms.keys())
     member, _ = working_copy(model, merged, where)
     _gather(watched, member, members, raw, batches, forward or call_model, where)
-    scales: dict[str, float] = {}
-    changed: dict[str, Tensor] = {}
-    modules = dict(work.named_modules())
+    rescaling = Rescaling(work)
     for name in watched.order:
+        moments, goal = watched.mixed[name].result(name), watched.goals(name, raw)
         if name in norms:
-            _, mixed = watched.mixed[name].result(name)
-            ratio = _ratio(mixed, watched.goals(name, raw)[1])
-            changed[f"{name}.running_var"] = _variance(members, f"{name}.running_var", raw, ratio)
+            variance = f"{name}.running_var"
+            rescaling.tensors[variance] = _variance(members, variance, raw, ratio(moments[1], goal[1]))
         elif name not in watched.absorbed:
-            mean, std = watched.mixed[name].result(name)
-            goal_mean, goal_std = watched.goals(name, raw)
-            scale = _ratio(goal_std, std)
-            for kind, tensor in affine(modules[name], scale, goal_mean - scale * mean).items():
-                changed[f"{name}.{kind}"] = tensor
-            scales[name] = float(scale.mean())
-    state = {
-        name: changed[name].to(tensor.device, tensor.dtype) if name in changed else tensor
-        for name, tensor in merged.items()
-    }
-    left = tuple(left_out) + tuple(n for n in known if n not in scales and n not in norms)
-    return Repaired(state, scales, left, bool(norms), perf_counter() - began)
+            rescaling.apply(name, moments, goal)
+    left = tuple(left_out) + tuple(n for n in known if n not in rescaling.scales and n not in norms)
+    return Repaired(rescaling.state(merged), rescaling.scales, left, bool(norms), perf_counter() - began)
 
 
 class _Watched:
@@ -141,27 +126,25 @@ class _Watched:
     def begin(self, member: int, share: float) -> None:
         self.member, self._share, self._calls = member, share, {}
 
-    def hook(self, name: str) -> Hook:
-        def see(module: nn.Module, args: Any, output: Tensor) -> None:
-            if name not in self.order:
-                self.order.append(name)
-            size = self.sites.get(name) or int(output.shape[1])
-            inside = name in self.norms
-            rows = by_neuron(module, args, output, size, args[0] if inside else None)
-            self.own.setdefault((name, self.member), NeuronMoments()).add(rows)
-            if inside:
-                self.absorbed |= {other for other, answer in self._answers if answer is args[0]}
-            else:
-                self._answers.append((name, output))
-            seen = args[0] if inside or isinstance(module, NORMS) else output
-            call = name, self._calls.get(name, 0)
-            self._calls[name] = call[1] + 1
-            # A copy, because what follows may work in place. The mean of those so far moves by a share of the
-            # difference, so that equal ones have themselves as mean, to the bit.
-            old = self._mean.get(call)
-            self._mean[call] = seen.clone() if old is None else old + (seen - old) * self._share
-
-        return see
+    def see(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        """A forward hook: a member's answer at the module `name`."""
+        if name not in self.order:
+            self.order.append(name)
+        size = self.sites.get(name) or int(output.shape[1])
+        inside = name in self.norms
+        rows = by_neuron(module, args, output, size, args[0] if inside else None)
+        self.own.setdefault((name, self.member), NeuronMoments()).add(rows)
+        if inside:
+            self.absorbed |= {other for other, answer in self._answers if answer is args[0]}
+        else:
+            self._answers.append((name, output))
+        seen = args[0] if inside or isinstance(module, NORMS) else output
+        call = name, self._calls.get(name, 0)
+        self._calls[name] = call[1] + 1
+        # A copy, because what follows may work in place. The mean of those so far moves by a share of the
+        # difference, so that equal ones have themselves as mean, to the bit.
+        old = self._mean.get(call)
+        self._mean[call] = seen.clone() if old is None else old + (seen - old) * self._share
 
     def end_member(self) -> None:
         self._answers = []
@@ -178,13 +161,9 @@ class _Watched:
         self._mean = {}
 
     def goals(self, name: str, raw: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """The weighted mean of the members' mean and standard deviation, relative to the first (see `repair`)."""
-        first = mean, std = self.own[name, 0].result(name)
-        for member, weight in enumerate(raw):
-            found = self.own[name, member].result(name)
-            mean = mean + (found[0] - first[0]) * (weight / fsum(raw))
-            std = std + (found[1] - first[1]) * (weight / fsum(raw))
-        return mean, std
+        """The weighted mean of the members' mean and standard deviation."""
+        means, stds = zip(*(self.own[name, member].result(name) for member in range(len(raw))), strict=True)
+        return mean_of(means, raw), mean_of(stds, raw)
 
 
 def _gather(
@@ -196,35 +175,26 @@ def _gather(
     call: Forward,
     device: torch.device,
 ) -> None:
-    modules = dict(model.named_modules())
     seen = False
-    hooks = {modules[name]: watched.hook(name) for name in (*watched.sites, *watched.norms)}
-    with hooked(hooks), eval_mode(model):
+    modules = {name: model.get_submodule(name) for name in (*watched.sites, *watched.norms)}
+    with hooked(modules, watched.see), torch.no_grad(), eval_mode(model):
         for batch in batches:
             seen = True
             for member, state in enumerate(members):
                 model.load_state_dict(dict(state))
                 watched.begin(member, raw[member] / fsum(raw[: member + 1]))
-                call(model, on(device, batch))
+                call(model, to_device(batch, device))
                 watched.end_member()
             watched.end_batch()
     if not seen:
         raise DataError("There are no batches to measure activations on.")
 
 
-def _ratio(goal: Tensor, std: Tensor) -> Tensor:
-    """goal / std, and 1 where there is hardly anything to scale."""
-    alive = std > DEAD * std.max()
-    return torch.where(alive, goal / torch.where(alive, std, 1.0), 1.0)
-
-
 def _variance(members: Sequence[State], name: str, raw: Sequence[float], ratio: Tensor) -> Tensor:
     """(ratio * sum_j w_j sqrt(v_j))^2, as a multiple of the first member's, so that equal members keep theirs."""
-    first = members[0][name].to(ratio)
-    std = root = first.sqrt()
-    for state, weight in zip(members, raw, strict=True):
-        std = std + (state[name].to(ratio).sqrt() - root) * (weight / fsum(raw))
+    variances = [state[name].to(ratio) for state in members]
+    std, root = mean_of([v.sqrt() for v in variances], raw), variances[0].sqrt()
     alive = root > 0
     return torch.where(
-        alive, first * (ratio * std / torch.where(alive, root, 1.0)).square(), (ratio * std).square()
+        alive, variances[0] * (ratio * std / torch.where(alive, root, 1.0)).square(), (ratio * std).square()
     )

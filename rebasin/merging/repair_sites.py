@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from math import fsum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, DataError
-from ..objectives.base import eval_mode
+from ..modules import Forward, device_of, eval_mode, hooked, to_device
 from ..spec import PermutationSpec
 from ..types import State
-
-Forward = Callable[[nn.Module, Any], Any]
-Hook = Callable[[nn.Module, Any, Any], None]
 
 CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 CHANNELS_SECOND = (nn.Conv1d, nn.Conv2d, nn.Conv3d, _BatchNorm, nn.GroupNorm)
@@ -105,16 +101,13 @@ def measure(
     """
     found: dict[str, NeuronMoments] = {}
 
-    def watch(name: str, neurons: int) -> Hook:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            found.setdefault(name, NeuronMoments()).add(by_neuron(module, args, output, neurons))
+    def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        found.setdefault(name, NeuronMoments()).add(by_neuron(module, args, output, sites[name]))
 
-        return hook
-
-    modules = dict(model.named_modules())
-    with hooked({modules[name]: watch(name, n) for name, n in sites.items()}), eval_mode(model):
+    watched = {name: model.get_submodule(name) for name in sites}
+    with hooked(watched, hook), torch.no_grad(), eval_mode(model):
         for batch in batches:
-            call(model, on(device, batch))
+            call(model, to_device(batch, device))
     if not batches:
         raise DataError("There are no batches to measure activations on.")
     return {name: moments.result(name) for name, moments in found.items()}
@@ -166,40 +159,64 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def affine(module: nn.Module, scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
-    """Change the module so that its output y becomes scale * y + shift, both [neurons]; its new weight and bias."""
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
-    with torch.no_grad():
-        weight.mul_(scale.to(weight).reshape(-1, *[1] * (weight.ndim - 1)))
-        bias.copy_((bias.double() * scale + shift).to(bias))
-    return {"weight": weight.detach(), "bias": bias.detach()}
+def mean_of(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The weighted mean, as steps from the first of the values: equal ones have exactly themselves as mean."""
+    first = mean = values[0]
+    for value, weight in zip(values, weights, strict=True):
+        mean = mean + (value - first) * (weight / fsum(weights))
+    return mean
 
 
-@contextmanager
-def hooked(hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
-    """Forward hooks, and no gradients, for the time of a `with`."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
-    try:
+def ratio(goal: Tensor, std: Tensor) -> Tensor:
+    """goal / std, and 1 where there is hardly anything to scale."""
+    alive = std > DEAD * std.max()
+    return torch.where(alive, goal / torch.where(alive, std, 1.0), 1.0)
+
+
+class Rescaling:
+    """The layers of a merge that were rescaled so far: their new tensors, and module -> mean factor."""
+
+    def __init__(self, merge: nn.Module) -> None:
+        self.modules = dict(merge.named_modules())
+        self.scales: dict[str, float] = {}
+        self.tensors: dict[str, Tensor] = {}
+
+    def apply(self, name: str, moments: tuple[Tensor, Tensor], goal: tuple[Tensor, Tensor]) -> None:
+        """Change a module in place whose neurons have these means and standard deviations, so that they have the
+        goal's: its output y becomes scale * y + shift, both [neurons].
+        """
+        (mean, std), (goal_mean, goal_std) = moments, goal
+        scale = ratio(goal_std, std)
+        shift = goal_mean - scale * mean
+        weight, bias = self.modules[name].weight, self.modules[name].bias
+        assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
         with torch.no_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+            weight.mul_(scale.to(weight).reshape(-1, *[1] * (weight.ndim - 1)))
+            bias.copy_((bias.double() * scale + shift).to(bias))
+        self.tensors |= {f"{name}.weight": weight.detach(), f"{name}.bias": bias.detach()}
+        self.scales[name] = float(scale.mean())
+
+    def state(self, merged: State) -> dict[str, Tensor]:
+        """`merged` with what was changed."""
+        return replaced(merged, self.tensors)
+
+
+def replaced(state: State, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with other values for some tensors, in its own types and where they were."""
+    return {
+        name: changed[name].to(tensor.device, tensor.dtype) if name in changed else tensor
+        for name, tensor in state.items()
+    }
 
 
 def working_copy(
     model: nn.Module, state: State, device: torch.device | str | None
 ) -> tuple[nn.Module, torch.device]:
     """A copy of `model` with the weights of `state`, in at least float32; and where it is."""
-    where = torch.device(next(model.parameters()).device if device is None else device)
+    where = device_of(model) if device is None else torch.device(device)
     work = copy.deepcopy(model)
     tensors = dict(state)
     half = any(t.is_floating_point() and t.dtype.itemsize < 4 for t in tensors.values())
     work = work.float() if half else work
     work.load_state_dict(tensors)
     return work.to(where).eval(), where
-
-
-def on(device: torch.device, batch: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)

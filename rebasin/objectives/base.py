@@ -1,13 +1,13 @@
 """The interface of every objective, and how its figures are averaged over batches."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rebasin.errors import DataError
+from ..errors import DataError
+from ..modules import eval_mode
 
 Measure = Callable[[nn.Module, Any], tuple[Mapping[str, Tensor], int]]
 
@@ -47,15 +47,3 @@ def mean_over_batches(model: nn.Module, batches: Iterable[Any], measure: Measure
     if total == 0:
         raise DataError("there is nothing to evaluate: the list of batches is empty.")
     return {name: value / total for name, value in sums.items()}
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every submodule has its own training flag back."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag

@@ -14,6 +14,7 @@ from ..checkpoints import load_safetensors
 from ..data.captioned_digits import PLAIN_TEMPLATES, WORDS, denoising_batches, embed_captions, to_pixels
 from ..data.captioned_digits import load as load_images
 from ..models import tiny_sd
+from ..modules import with_weights
 from ..objectives import Denoising
 from ..objectives.reward import decoder
 from ..reporting.samples import Samples
@@ -103,16 +104,12 @@ def sample(
     """
     prompts = [f"a handwritten {WORDS[i % len(WORDS)]}" for i in range(count)]
     net = pipeline.unet if model is None else model
-    original = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     rows = {}
-    try:
-        for label, state in states.items():
-            net.load_state_dict(dict(state))
-            noise = [torch.Generator().manual_seed(1000 * seed + i) for i in range(count)]
+    for label, state in states.items():
+        noise = [torch.Generator().manual_seed(1000 * seed + i) for i in range(count)]
+        with with_weights(net, state):
             made = pipeline(prompts, generator=noise, num_inference_steps=steps, guidance_scale=guidance)
-            rows[label] = made.images  # pyright: ignore[reportAttributeAccessIssue]
-    finally:
-        net.load_state_dict(original)
+        rows[label] = made.images  # pyright: ignore[reportAttributeAccessIssue]
     return Samples(prompts, rows)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import TraceError
+from ..modules import eval_mode
 
 
 def named_outputs(output: Any, name: str = "output") -> dict[str, Tensor]:
@@ -91,17 +92,14 @@ def compose(function: Callable[..., Any], **modules: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """eval() for the time being, restored module by module; attention fast paths off, they hide their operators."""
-    modes = [(module, module.training) for module in model.modules()]
+    """`eval_mode`, with the fast paths of attention off: they hide its operators."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with eval_mode(model):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, mode in modes:
-            module.training = mode
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..errors import VerificationError
+from ..modules import device_of
 from ..spec import Permutation, PermutationSpec
 from ..types import State
 from .export import evaluation_mode, named_outputs
@@ -67,8 +68,7 @@ def verify(
     random matrices and inputs of unit scale keep the outputs in a sane range. The tolerance is 1e-5 in fp32 and 1e-9
     in fp64. On failure the guilty groups are found by bisection.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if device.type == "meta":
+    if device_of(model).type == "meta":
         raise VerificationError(
             "A model on the meta device has no numbers to verify; build a small configuration of it, or real weights."
         )

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ...modules import with_weights
 from ...objectives.base import Objective
 from ...types import ProgressEvent, State
 from .aligned_pair import aligned_pair
@@ -112,9 +113,5 @@ def _grid(low: float, high: float, points: int) -> list[float]:
 
 
 def _loss(model: nn.Module, objective: Objective, batches: Sequence[Any], state: State) -> float:
-    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    try:
-        model.load_state_dict(dict(state))
+    with with_weights(model, state):
         return objective.evaluate(model, batches)["loss"]
-    finally:
-        model.load_state_dict(kept)

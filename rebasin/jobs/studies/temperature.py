@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...evaluation import Curve
 from ...merging import interpolate
-from ...objectives.base import eval_mode
+from ...modules import eval_mode, with_weights
 from ...types import State
 from .aligned_pair import aligned_pair
 
@@ -78,15 +78,10 @@ def logits_of(
     model: nn.Module, objective: Any, batches: Sequence[Any], state: State
 ) -> tuple[Tensor, Tensor]:
     """Logits [n, classes], float64, and labels [n] of the model with the weights of `state`."""
-    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    try:
-        model.load_state_dict(dict(state))
-        with torch.no_grad(), eval_mode(model):
-            found = [objective.logits(model, batch) for batch in batches]
-        logits, labels = (torch.cat([pair[k] for pair in found]).cpu() for k in (0, 1))
-        return logits.double(), labels
-    finally:
-        model.load_state_dict(kept)
+    with torch.no_grad(), eval_mode(model), with_weights(model, state):
+        found = [objective.logits(model, batch) for batch in batches]
+    logits, labels = (torch.cat([pair[k] for pair in found]).cpu() for k in (0, 1))
+    return logits.double(), labels
 
 
 def fitted_temperature(logits: Tensor, labels: Tensor) -> float:

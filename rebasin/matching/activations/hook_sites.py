@@ -12,11 +12,9 @@ as it permutes the axis.
 
 from __future__ import annotations
 
-import copy
 import re
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ...modules import hooked, loaded
 from ...spec import Indices, Permutation, PermutationSpec, Site, to_array
 from ...tracing.export import evaluation_mode, named_outputs
 
@@ -109,8 +108,7 @@ def find_taps(spec: PermutationSpec, model: nn.Module, call: Call) -> list[Tap]:
     found = [tap for tap in taps.values() if (tap.module, tap.where) in seen]
     if unsure:
         permutation = spec.random(seed=0)
-        moved = copy.deepcopy(model)
-        moved.load_state_dict(permutation.apply(model.state_dict()))
+        moved = loaded(model, permutation.apply(model.state_dict()))
         asked: dict[str, set[Where]] = {}
         for name, where in unsure:
             asked.setdefault(name, set()).add(where)
@@ -284,25 +282,6 @@ def _positions(count: int, tokens: int, seed: int, first: int, samples: int, dev
     rng = np.random.default_rng([seed, count])
     patterns = np.stack([rng.permutation(count)[:tokens] for _ in range(PATTERNS)])
     return torch.from_numpy(patterns[(first + np.arange(samples)) % PATTERNS]).to(device)
-
-
-@contextmanager
-def hooked(
-    modules: Mapping[str, nn.Module], hook: Callable[[str, nn.Module, Any, Any, Any], None]
-) -> Iterator[None]:
-    """Call `hook(name, module, args, kwargs, output)` after each call of each module, inside the block only."""
-    handles = []
-    try:
-        for name, module in modules.items():
-
-            def after(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-                hook(name, module, args, kwargs, output)
-
-            handles.append(module.register_forward_hook(after, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # Asking -----------------------------------------------------------------------------------------------------

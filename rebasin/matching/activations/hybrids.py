@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError
+from ...modules import Forward
 from ...objectives import Objective
 from ...spec import PermutationSpec
 from ...types import Progress, tell
@@ -27,7 +28,7 @@ from ..weights.matching import weight_matching
 from .joint import Joint
 from .matching import activation_matching, check_statistic, match_statistics, require_seen
 from .moments import Statistic
-from .statistics import Forward, Reads, Sites, activation_statistics
+from .statistics import Reads, Sites, activation_statistics
 
 
 def activation_then_weight(

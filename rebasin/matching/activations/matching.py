@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ...modules import Forward
 from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec, displaced
 from ...types import Progress, State, tell
@@ -36,7 +37,7 @@ from ..result import MatchResult, Sweep, Update, moved_per_group
 from ..weights.endpoints import Pair
 from .joint import Joint
 from .moments import Statistic
-from .statistics import ActivationState, ActivationStatistics, Forward, Reads, Sites, activation_statistics
+from .statistics import ActivationState, ActivationStatistics, Reads, Sites, activation_statistics
 
 TIES = 1e-6
 """The weights' share where they decide what activations leave open; no difference between activations is as small."""

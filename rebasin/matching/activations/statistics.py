@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-import inspect
 import json
 import os
 from collections import deque
@@ -22,17 +21,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import CheckpointError, ConfigError, DataError, SpecMismatchError
+from ...modules import Forward, call_model, device_of, hooked, to_device
 from ...objectives import Objective
 from ...spec import Group, Leaf, Node, PermutationSpec
 from ...tensors import load_safetensors, save_safetensors
 from ...tracing.export import evaluation_mode
 from ...types import Progress, tell
-from .hook_sites import Tap, find_taps, hooked, sample_rows, tensor_at
+from .hook_sites import Tap, find_taps, sample_rows, tensor_at
 from .moments import Moments, Statistic
 
 Reads = Literal["inputs", "outputs", "both"]
 Sites = Literal["all", "last"] | Sequence[str] | None
-Forward = Callable[[nn.Module, Any], Any]
 Key = tuple[str, str, int]  # module, where, dimension: one tensor, on which several cells may be
 
 STATE_FORMAT = "1"
@@ -189,12 +188,12 @@ def activation_statistics(
     if first is _END:
         raise DataError("There is nothing to match activations on: the batches are empty; give at least one.")
 
-    head = _to_device(_head(first), model_a)
+    head = to_device(_head(first), device_of(model_a))
     taps = choose(spec, find_taps(spec, model_a, lambda model: call(model, head)), reads, sites)
     cells = [spec.cells[tap.cell].size for tap in taps]
     dtype = torch.float64 if 8 * sum(n * n for n in cells) <= LARGE else torch.float32
     dtype = getattr(torch, precision) if precision else dtype
-    here = _device(model_a)
+    here = device_of(model_a)
     options: dict[str, str] = {}
     if checkpoint is not None or resume_from is not None:
         options = _fingerprint(spec, model_a, model_b, taps, tokens, seed, dtype)
@@ -227,7 +226,7 @@ def activation_statistics(
             done += 1
             for side, model in enumerate((model_a, model_b)):
                 with pair.watching(model, side):
-                    call(model, _to_device(batch, model))
+                    call(model, to_device(batch, device_of(model)))
             pair.check(done)
             if checkpoint is not None:
                 checkpoint(ActivationState(options, done, pair.seen[0], moments, perf_counter() - began))
@@ -346,43 +345,6 @@ def _different(key: Key) -> SpecMismatchError:
     )
 
 
-def call_model(model: nn.Module, batch: Any) -> Any:
-    """The default forward: a tensor, the arguments as a tuple or a mapping, or (inputs, labels).
-
-    A pair whose second member has one whole number for each sample is taken as (inputs, labels), unless the model
-    requires two arguments. ((arguments), {keywords}) gives both kinds.
-    """
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if not isinstance(batch, tuple | list):
-        raise DataError(
-            f"A batch is {type(batch).__name__}; give a tensor, a tuple, a mapping, or forward=function(model, batch)."
-        )
-    if len(batch) == 2 and isinstance(batch[0], tuple | list) and isinstance(batch[1], Mapping):
-        return model(*batch[0], **batch[1])
-    if len(batch) == 2 and _are_labels(*batch) and _required(model) < 2:
-        return model(batch[0])
-    return model(*batch)
-
-
-def _are_labels(x: Any, y: Any) -> bool:
-    return (
-        isinstance(x, Tensor)
-        and isinstance(y, Tensor)
-        and not y.is_floating_point()
-        and y.shape == x.shape[:1]
-    )
-
-
-def _required(model: nn.Module) -> int:
-    # How many inputs a call has, not which options (as types.supply does): positions count, and names do not.
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(model.forward).parameters.values()
-    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
-
-
 _END = object()
 
 
@@ -414,18 +376,9 @@ def _head(batch: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t[:2], batch)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _to_device(batch: Any, model: nn.Module) -> Any:
-    device = _device(model)
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
-
-
 def _moved(model: nn.Module, device: torch.device | str) -> nn.Module:
     """The model itself if it is there already, else a copy that is."""
-    if _device(model) == torch.device(device):
+    if device_of(model) == torch.device(device):
         return model
     return copy.deepcopy(model).to(device)
 

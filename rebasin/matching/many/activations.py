@@ -12,7 +12,6 @@ another cost. The data is gone through once for each pair, and not again.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from time import perf_counter
@@ -23,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ...modules import Forward, loaded
 from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec
-from ...types import Progress, State, tell
+from ...types import Progress, tell
 from ..activations.matching import check_statistic, require_seen
 from ..activations.moments import Statistic
-from ..activations.statistics import Forward, Reads, Sites, activation_statistics
+from ..activations.statistics import Reads, Sites, activation_statistics
 from ..assignment.blocks import assign
 from ..schedule import Order, order_of
 from .models import Models, Source
@@ -90,7 +90,7 @@ def match_many_activations(
     pairs: dict[tuple[int, int], Matrices] = {}
     numbers = list(combinations(range(n), 2))
     for i, j in numbers:
-        a, b = (_loaded(model, models.open(k)) for k in (i, j))
+        a, b = (loaded(model, models.open(k)) for k in (i, j))
         found = activation_statistics(
             spec, a, b, batches, objective=objective, forward=forward, reads=reads, sites=sites, tokens=tokens,
             seed=seed, device=device,
@@ -191,10 +191,3 @@ def _value(
 
 def _measured(last: Pass, distance: float) -> Pass:
     return Pass(last.number, distance, last.moved, last.steps, last.seconds)
-
-
-def _loaded(model: nn.Module, state: State) -> nn.Module:
-    """A copy of `model` with the weights of `state`."""
-    loaded = copy.deepcopy(model)
-    loaded.load_state_dict(dict(state))
-    return loaded

@@ -17,7 +17,6 @@ auxiliary weights. With l fixed and alike all w_i are the same, so there is one 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from time import perf_counter
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, DataError, SpecMismatchError
+from ...modules import loaded
 from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec
 from ...types import Progress, tell, widened
@@ -191,8 +191,7 @@ class _Search:
         lr: float,
         momentum: float,
     ) -> None:
-        first = copy.deepcopy(model)
-        first.load_state_dict(dict(models.open(0)))
+        first = loaded(model, models.open(0))
         self.models, self.device = models, device
         self.ends = Ends(models.spec, first, first, objective, device, autocast)
         self.tensors = [

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ...errors import CheckpointError
 from ...merging.interpolate import check_names, interpolate_tensor
+from ...modules import eval_mode, to_device
 from ...objectives import Objective
-from ...objectives.base import eval_mode
 from ...spec import Permutation, PermutationSpec
 
 Autocast = Literal["bf16"]
@@ -102,7 +102,7 @@ class Ends:
         return self.evaluate(self.a, batches), self.evaluate({**self.a, **self.b}, batches)
 
     def _call(self, tensors: Mapping[str, Tensor], what: Any, data: Any, *more: Any) -> Any:
-        data = _on(self.device, data)
+        data = to_device(data, self.device)
         narrow = nullcontext() if self._autocast is None else torch.autocast(self.device.type, torch.bfloat16)
         named = {f"model.{name}": tensor for name, tensor in tensors.items()}
         return functional_call(self._inside, named, (what, narrow, data, *more))
@@ -148,17 +148,6 @@ def _tensors(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
                 f"Tensor {name!r} is on the meta device: load the endpoint's weights into the model first."
             )
     return {name: tensor.detach().to(device) for name, tensor in named.items()}
-
-
-def _on(device: torch.device, data: Any) -> Any:
-    """`data` with its tensors on `device`, through lists, tuples and mappings."""
-    if isinstance(data, Tensor):
-        return data.to(device)
-    if isinstance(data, Mapping):
-        return {key: _on(device, value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return type(data)(_on(device, value) for value in data)
-    return data
 
 
 @contextmanager

@@ -1,0 +1,122 @@
+"""What every room does with a torch module: evaluation mode, other weights, hooks, and a call on a batch."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .errors import DataError
+from .types import State
+
+Forward = Callable[[nn.Module, Any], Any]
+"""Calls a model on a batch."""
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are; the CPU for a model without any."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def to_device(batch: Any, device: torch.device | str) -> Any:
+    """The batch with all tensors in it on `device`, through lists, tuples and mappings."""
+
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(device)
+        # Mappings of other libraries (a tokenizer's output, say) are leaves to torch.
+        return {k: to_device(v, device) for k, v in leaf.items()} if isinstance(leaf, Mapping) else leaf
+
+    return pytree.tree_map(moved, batch)
+
+
+def loaded(model: nn.Module, state: State) -> nn.Module:
+    """A copy of `model` with the weights of `state`."""
+    made = copy.deepcopy(model)
+    made.load_state_dict(dict(state))
+    return made
+
+
+@contextmanager
+def with_weights(model: nn.Module, state: State) -> Iterator[nn.Module]:
+    """The model itself, with the weights of `state` inside the block and with its own again afterwards."""
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        model.load_state_dict(dict(state))
+        yield model
+    finally:
+        model.load_state_dict(own)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every submodule has its own training flag back."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextmanager
+def hooked(
+    modules: Mapping[str, nn.Module], hook: Callable[[str, nn.Module, Any, Any, Any], None]
+) -> Iterator[None]:
+    """Call `hook(name, module, args, kwargs, output)` after each call of each module, inside the block only."""
+    handles = []
+    try:
+        for name, module in modules.items():
+
+            def after(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                hook(name, module, args, kwargs, output)
+
+            handles.append(module.register_forward_hook(after, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """The default forward: a tensor, the arguments as a tuple or a mapping, or (inputs, labels).
+
+    A pair whose second member has one whole number for each sample is taken as (inputs, labels), unless the model
+    requires two arguments. ((arguments), {keywords}) gives both kinds.
+    """
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if not isinstance(batch, tuple | list):
+        raise DataError(
+            f"A batch is {type(batch).__name__}; give a tensor, a tuple, a mapping, or forward=function(model, batch)."
+        )
+    if len(batch) == 2 and isinstance(batch[0], tuple | list) and isinstance(batch[1], Mapping):
+        return model(*batch[0], **batch[1])
+    if len(batch) == 2 and _are_labels(*batch) and _required(model) < 2:
+        return model(batch[0])
+    return model(*batch)
+
+
+def _are_labels(x: Any, y: Any) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and isinstance(y, Tensor)
+        and not y.is_floating_point()
+        and y.shape == x.shape[:1]
+    )
+
+
+def _required(model: nn.Module) -> int:
+    # How many inputs a call has, not which options (as types.supply does): positions count, and names do not.
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
