@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from rebasin.errors import CheckpointError, ConfigError
-from rebasin.merging.interpolate import check_names, interpolate_tensor
+from rebasin.merging.inputs import check_names
+from rebasin.merging.interpolate import interpolate_tensor
 
 from ..types import Progress, State, tell
 

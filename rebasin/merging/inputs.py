@@ -45,7 +45,12 @@ def same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*bits)
 
 
-def check_names(one: State, other: State, label: str, other_label: str) -> None:
+def check_names(one: State, other: State, label: str = "A", other_label: str = "B") -> None:
+    """The same names, and the same shapes where these are known without reading a tensor.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
     for has, lacks, mine, theirs in ((label, other_label, one, other), (other_label, label, other, one)):
         names = set(theirs)  # `in` would read the tensor of a lazy mapping
         missing = [name for name in mine if name not in names]
@@ -75,4 +80,11 @@ def wrong_shape(
     return CheckpointError(
         f"tensor '{name}' has shape {shape} in {label} and {other} in {other_label}:"
         " all must have the same architecture."
+    )
+
+
+def integers_differ(name: str, label: str, other_label: str) -> CheckpointError:
+    return CheckpointError(
+        f"integer tensor '{name}' differs between {label} and {other_label}: integers can't be merged, so make them"
+        " equal or leave the tensor out."
     )

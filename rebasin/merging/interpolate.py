@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from rebasin.errors import CheckpointError, ConfigError
-
-from ..types import State
+from ..errors import CheckpointError, ConfigError
+from ..types import State, is_number, widened
+from .inputs import check_names, integers_differ, wrong_shape
 
 # Counters, not weights: BatchNorm's number of batches seen. Two trainings may differ in them without harm.
 COUNTERS = ("num_batches_tracked",)
@@ -37,40 +37,24 @@ def interpolate(state_a: State, state_b: State, lam: float) -> dict[str, Tensor]
     return {name: interpolate_tensor(name, state_a[name], state_b[name], lam) for name in state_a}
 
 
-def check_names(state_a: State, state_b: State) -> None:
-    """Raise CheckpointError unless A and B hold the same names. Reads no tensor."""
-    for one, other, has, lacks in ((state_a, state_b, "A", "B"), (state_b, state_a, "B", "A")):
-        names = set(other)  # `in` would read the tensor of a lazy mapping
-        missing = [name for name in one if name not in names]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise CheckpointError(
-                f"tensor '{missing[0]}'{more} is in {has} but not in {lacks}: "
-                "both endpoints must come from the same architecture."
-            )
-
-
 def interpolate_tensor(name: str, a: Tensor, b: Tensor, lam: float) -> Tensor:
     """`interpolate` for one tensor; `name` is used in errors and to tell counters from weights."""
     if not math.isfinite(lam):
         raise ConfigError(f"lambda is {lam}, but it must be a finite number, usually between 0 and 1.")
     if a.shape != b.shape:
-        raise CheckpointError(
-            f"tensor '{name}' has shape {tuple(a.shape)} in A and {tuple(b.shape)} in B: "
-            "both endpoints must come from the same architecture."
-        )
+        raise wrong_shape(name, "A", tuple(a.shape), "B", tuple(b.shape))
     a, b = a.detach(), b.detach()
-    if _is_number(a) != _is_number(b):
+    if is_number(a.dtype) != is_number(b.dtype):
         raise CheckpointError(
             f"tensor '{name}' is {a.dtype} in A and {b.dtype} in B: these cannot be interpolated."
         )
     if lam == 0:
         return a.clone()
-    if not _is_number(a):
+    if not is_number(a.dtype):
         return _whole(name, a, b.to(a.device), lam)
     if lam == 1:
         return b.to(device=a.device, dtype=a.dtype, copy=True)
-    wide = torch.promote_types(torch.promote_types(_wide(a.dtype), _wide(b.dtype)), torch.float32)
+    wide = torch.promote_types(torch.promote_types(widened(a.dtype), widened(b.dtype)), torch.float32)
     # lerp is (1 - lam) A + lam B, written such that equal tensors (frozen parts, say) stay equal to the bit.
     return torch.lerp(a.to(wide), b.to(device=a.device, dtype=wide), lam).to(a.dtype)
 
@@ -79,17 +63,5 @@ def _whole(name: str, a: Tensor, b: Tensor, lam: float) -> Tensor:
     if name.rsplit(".", 1)[-1] in COUNTERS:
         return (b if lam == 1 else a).clone()
     if not torch.equal(a, b.to(a.dtype)):
-        raise CheckpointError(
-            f"integer tensor '{name}' differs between A and B: integers cannot be interpolated, "
-            "so make them equal or leave the tensor out."
-        )
+        raise integers_differ(name, "A", "B")
     return a.clone()
-
-
-def _is_number(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    # The eight-bit floats promote with nothing; everything narrower than float32 is exact in float32.
-    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
 from ..types import LazyState, Progress, ProgressEvent, State, dtype_of, is_number, shape_of, widened
-from .inputs import check_finite, is_finite, same, wrong_shape
+from .inputs import check_finite, integers_differ, is_finite, same, wrong_shape
 from .interpolate import COUNTERS
 from .registry import Method
 from .weights import Weights, fit_weights
@@ -160,10 +160,7 @@ class MergedState(LazyState):
             if is_number(other.dtype) or not torch.equal(
                 first, other.to(device=first.device, dtype=first.dtype)
             ):
-                raise CheckpointError(
-                    f"integer tensor '{name}' differs between {self.labels[0]} and {label}: integers can't be merged,"
-                    " so make them equal or leave the tensor out."
-                )
+                raise integers_differ(name, self.labels[0], label)
         return first.clone()
 
     def _read(self, name: str, label: str, state: State) -> Tensor:

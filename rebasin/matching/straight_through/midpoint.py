@@ -18,7 +18,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import CheckpointError
-from ...merging.interpolate import check_names, interpolate_tensor
+from ...merging.inputs import check_names
+from ...merging.interpolate import interpolate_tensor
 from ...modules import eval_mode, to_device
 from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec
