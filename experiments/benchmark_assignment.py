@@ -5,7 +5,7 @@
 
 The costs are those of matching two networks that have nothing to do with each other, the hardest there are: `gaussian`
 weights, `unequal` norms of neurons and of inputs, `flat` networks (8 dimensions), and `dead` neurons (a third of them).
-`again` starts from the prices that solved costs which differ by a hundredth. All have to reach the same value. Seconds
+`again` starts from the duals that solved costs which differ by a hundredth. All have to reach the same value. Seconds
 are the best of --repeats calls; numba's compiling, once for an installation, is told apart. Writes assignment.json and
 assignment.md to --out.
 """
@@ -53,10 +53,10 @@ def measure(kind: str, n: int, seed: int, repeats: int, alone: bool) -> dict[str
 
     costs = costs_of(kind, n, seed)
     noise = np.random.default_rng(seed + 1).standard_normal((n, n), dtype=np.float32)
-    prices = solve(costs * (1 + 0.01 * noise))[1]
+    duals = solve(costs * (1 + 0.01 * noise))[1]
     calls: dict[str, Callable[[], np.ndarray]] = {
         "ours": lambda: solve(costs)[0],
-        "again": lambda: solve(costs, prices)[0],
+        "again": lambda: solve(costs, duals)[0],
     }
     if not alone:
         calls["scipy"] = lambda: linear_sum_assignment(costs, maximize=True)[1]

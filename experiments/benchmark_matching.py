@@ -2,7 +2,7 @@
 
     matmul   one product of two square matrices, timed here, scaled to the floating point operations of one
              sweep: what the cost matrices alone would take at best
-    loop     the paper's algorithm written down plainly (`plain_loop` below), on the same spec
+    loop     the paper's algorithm as it prints it (`rebasin.matching.reference`), on the same spec
     peer     the PyPI package `rebasin`, which has our import name and so needs an environment of its own:
                  python -m venv peer && peer/bin/pip install torch numpy scipy tqdm graphviz torchview
                  peer/bin/pip install --no-deps rebasin
@@ -301,77 +301,6 @@ def flops(spec: Any) -> float:
 # Methods ----------------------------------------------------------------------------------------------------
 
 
-def plain_loop(
-    spec: Any, a: State, b: State, seed: int, max_sweeps: int = 100
-) -> tuple[Any, int, list[float]]:
-    """The paper's algorithm as it reads: all groups in random order, until a sweep without progress.
-
-    Every cost matrix anew and whole, every assignment by scipy. Returns the permutation, the number of sweeps
-    and the seconds of each.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    from rebasin.spec import Branch, Leaf, Permutation, to_array
-
-    def rows(tensor: Tensor, site: Any) -> Tensor:
-        chosen = tensor.float().index_select(site.axis, torch.from_numpy(to_array(site.positions)))
-        return chosen.movedim(site.axis, 0).reshape(len(site.positions), -1)
-
-    def arrange(group: Any, dst: Any, src: Any, costs: Mapping[str, np.ndarray]) -> tuple[float, list[Any]]:
-        """The value of the best arrangement of `src` at `dst`, and its (cell, places, neurons) triples."""
-        if isinstance(dst, Leaf):
-            cell, places, neurons = group.cells[dst.cell].name, to_array(dst.neurons), to_array(src.neurons)
-            block = costs[cell][np.ix_(places, neurons)]
-            r, c = linear_sum_assignment(block, maximize=True)
-            return float(block[r, c].sum()), [(cell, places, neurons[c])]
-        assert isinstance(dst, Branch)
-        n = len(dst.children)
-        if dst.moves == "fixed":
-            legal = {(k, k) for k in range(n)}
-        elif dst.moves == "any":
-            legal = {(i, j) for i in range(n) for j in range(n)}
-        else:
-            legal = {(k, chosen) for move in dst.moves for k, chosen in enumerate(move)}
-        inner = {(i, j): arrange(group, dst.children[i], src.children[j], costs) for i, j in legal}
-        if dst.moves == "fixed":
-            order = list(range(n))
-        elif dst.moves == "any":
-            values = np.array([[inner[i, j][0] for j in range(n)] for i in range(n)])
-            order = linear_sum_assignment(values, maximize=True)[1].tolist()
-        else:
-            order = max(dst.moves, key=lambda move: sum(inner[k, c][0] for k, c in enumerate(move)))
-        chosen = [inner[k, c] for k, c in enumerate(order)]
-        return sum(value for value, _ in chosen), [piece for _, pieces in chosen for piece in pieces]
-
-    index = {name: np.arange(cell.size) for name, cell in spec.cells.items()}
-    rng = np.random.default_rng(seed)
-    seconds: list[float] = []
-    progress = True
-    while progress and len(seconds) < max_sweeps:
-        began = time.perf_counter()
-        progress = False
-        for g in rng.permutation(len(spec)):
-            group = spec.groups[g]
-            costs = {}
-            for cell in group.cells:
-                cost = torch.zeros(cell.size, cell.size)
-                for site in cell.sites:
-                    if site.parameter not in spec.buffers:
-                        w_b = b[site.parameter]
-                        for axis, moved in Permutation(spec, index).axes_of(site.parameter, skip=cell.name):
-                            w_b = w_b.index_select(axis, torch.from_numpy(moved))
-                        cost += rows(a[site.parameter], site) @ rows(w_b, site).T
-                costs[cell.name] = cost.numpy()
-            old = sum(float(costs[c.name][np.arange(c.size), index[c.name]].sum()) for c in group.cells)
-            new, pieces = arrange(group, group.tree, group.tree, costs)
-            for cell, places, neurons in pieces:
-                index[cell] = index[cell].copy()
-                index[cell][places] = neurons
-            progress |= new > old + 1e-12
-        seconds.append(time.perf_counter() - began)
-    return Permutation(spec, index), len(seconds), seconds
-
-
 def run_ours(case: Case, a: State, b: State, spec: Any, init: str, seed: int) -> dict[str, Any]:
     from rebasin import weight_matching
 
@@ -388,11 +317,14 @@ def run_ours(case: Case, a: State, b: State, spec: Any, init: str, seed: int) ->
 
 
 def run_loop(case: Case, a: State, b: State, spec: Any, seed: int) -> dict[str, Any]:
-    permutation, sweeps, seconds = plain_loop(spec, a, b, seed)
+    from rebasin.matching import reference
+
+    began = time.perf_counter()
+    permutation, sweeps = reference.weight_matching(spec, a, b, seed=seed)
     return {
         "objective": inner(spec, a, permutation.apply(b)),
         "sweeps": sweeps,
-        "first_sweep": seconds[0],
+        "first_sweep": (time.perf_counter() - began) / sweeps,  # the mean: all of its sweeps are alike
         "moved": permutation.moved(),
         "permutation": permutation,
     }

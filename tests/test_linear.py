@@ -1,4 +1,4 @@
-"""Linear assignments: always scipy's value, whatever the prices they start from, and a proof."""
+"""Linear assignments: always scipy's value, whatever the duals they start from, and a proof."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def test_the_value_is_the_best_and_the_prices_prove_it(kind: str, n: int, dtype:
     costs = problem(kind, n).astype(dtype)
     rng = np.random.default_rng(0)
     for start in (None, np.zeros(n), rng.standard_normal(n), 100 * rng.standard_normal(n), costs.max(axis=0)):
-        column, prices = solve(costs, start)
+        column, duals = solve(costs, start)
         assert sorted(column) == list(range(n))
         assert value(costs, column) == pytest.approx(best(costs), rel=1e-12, abs=1e-12)
-        left = costs.astype(np.float64) - prices
+        left = costs.astype(np.float64) - duals
         regret = left.max(axis=1) - left[np.arange(n), column]
-        assert regret.max() <= 1e-12 * (np.abs(costs).max() + np.abs(prices).max())
+        assert regret.max() <= 1e-12 * (np.abs(costs).max() + np.abs(duals).max())
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,12 @@ def test_auctions_bids_and_paths_share_the_work_as_they_like(
 
 def test_neither_the_costs_nor_the_given_prices_are_changed() -> None:
     costs = problem("random", 150)
-    prices = solve(costs)[1]
-    before, then = costs.copy(), prices.copy()
-    solve(costs, prices)
-    linear_assignment(torch.from_numpy(costs), torch.from_numpy(prices))
+    duals = solve(costs)[1]
+    before, then = costs.copy(), duals.copy()
+    solve(costs, duals)
+    linear_assignment(torch.from_numpy(costs), torch.from_numpy(duals))
     assert np.array_equal(costs, before)
-    assert np.array_equal(prices, then)
+    assert np.array_equal(duals, then)
 
 
 def test_costs_need_not_lie_in_order() -> None:
@@ -121,13 +121,13 @@ def test_the_solver_is_chosen_by_the_size_and_the_answer_is_the_same(kind: str, 
     assert gain == pytest.approx(reached - float(costs.double().trace()), rel=1e-9, abs=1e-9)
     easy = len(set(costs.argmax(dim=1).tolist())) == n
     assert len(learned) == (n >= SMALLEST and not easy)
-    for prices in learned:
-        assert linear_assignment(costs, prices)[1] == pytest.approx(reached, rel=1e-12)
+    for duals in learned:
+        assert linear_assignment(costs, duals)[1] == pytest.approx(reached, rel=1e-12)
 
 
 def test_learned_prices_leave_hardly_anything_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = problem("low rank", 300).astype(np.float32)
-    column, prices = solve(costs)
+    column, duals = solve(costs)
     similar = costs + 1e-3 * problem("random", 300).astype(np.float32)
     left_over: list[int] = []
     bid = jonker_volgenant._bid.py_func
@@ -139,7 +139,7 @@ def test_learned_prices_leave_hardly_anything_to_do(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(jonker_volgenant, "_bid", counted)
     afresh = jonker_volgenant._solve.py_func(similar, np.zeros(300), 1.0, np.zeros(0), 0, 2, 1)
-    again = jonker_volgenant._solve.py_func(similar, prices.copy(), 1.0, np.zeros(0), 0, 2, 1)
+    again = jonker_volgenant._solve.py_func(similar, duals.copy(), 1.0, np.zeros(0), 0, 2, 1)
     assert value(similar, afresh) == pytest.approx(value(similar, again), rel=1e-12)
     assert (again == column).mean() > 0.5
     assert len(left_over) == 4  # two rounds each, of which the second leaves the rows for paths
@@ -149,7 +149,7 @@ def test_learned_prices_leave_hardly_anything_to_do(monkeypatch: pytest.MonkeyPa
 
 def test_prices_are_taken_if_they_spread_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = problem("shifted", 150)
-    prices = solve(costs)[1]
+    duals = solve(costs)[1]
     starts: list[np.ndarray] = []
     inner = jonker_volgenant._solve
 
@@ -160,9 +160,9 @@ def test_prices_are_taken_if_they_spread_the_rows(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(jonker_volgenant, "_solve", noted)
     one_bargain = np.zeros(150)
     one_bargain[7] = -1e6
-    for given in (prices, one_bargain, None):
+    for given in (duals, one_bargain, None):
         assert value(costs, solve(costs, given)[0]) == pytest.approx(best(costs), rel=1e-12)
-    assert np.array_equal(starts[0], prices)
+    assert np.array_equal(starts[0], duals)
     assert not starts[1].any()
     assert not starts[2].any()
 

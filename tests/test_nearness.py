@@ -13,10 +13,10 @@ from rebasin.matching import weight_matching
 from rebasin.matching.assignment.blocks import assign
 from rebasin.matching.schedule import axes_met
 from rebasin.matching.weights import nearness
+from rebasin.matching.weights.accelerator import Accelerator
 from rebasin.matching.weights.costs import WeightCosts
 from rebasin.matching.weights.endpoints import Pair
 from rebasin.matching.weights.nearness import nearest
-from rebasin.matching.weights.products import Products
 from rebasin.spec import Branch, Permutation, PermutationSpec, admits
 
 WIDE = PermutationSpec(
@@ -130,14 +130,14 @@ def test_unlike_networks_are_not_looked_at_again_before_most_neighbours_moved(mo
         {"first": (40, 500), "second": (60, 40), "third": (10, 60)},
     )
     pair = Pair(spec, draw(spec, 1), draw(spec, 2))
-    pair.products = Products(pair)
+    accelerator: Accelerator | None = Accelerator(pair)
     looked: list[str] = []
     guess = nearness._guess
     monkeypatch.setattr(nearness, "_guess", lambda costs, cell: looked.append(cell) or guess(costs, cell))
 
     def look(number: int = 0) -> int:
         looked.clear()
-        assert nearest(WeightCosts(pair), spec.groups[number]) is None
+        assert nearest(WeightCosts(pair, accelerator), spec.groups[number]) is None
         return len(looked)
 
     def move(count: int) -> None:
@@ -151,7 +151,7 @@ def test_unlike_networks_are_not_looked_at_again_before_most_neighbours_moved(mo
     move(60)
     assert look() == 1
     assert look() == 0
-    pair.products = None
+    accelerator = None
     assert look() == 1  # nothing is kept, nothing is known
 
 
@@ -188,7 +188,7 @@ def test_a_near_pair_takes_no_cost_matrix(dtype: torch.dtype, monkeypatch: pytes
 
 def test_a_cell_without_weights_at_these_sites_stays() -> None:
     a, b = near()
-    assert stays(nearest(WeightCosts(Pair(WIDE, a, b), lambda parameter, axis: False), WIDE.groups[0]))
+    assert stays(nearest(WeightCosts(Pair(WIDE, a, b), choose=lambda parameter, axis: False), WIDE.groups[0]))
 
 
 def test_only_large_groups_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:

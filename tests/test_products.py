@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -11,12 +11,12 @@ from test_weight_matching import SPECS, State, chain, draw, free, mlp, noisy
 from torch import Tensor
 
 from rebasin.matching import weight_matching
-from rebasin.matching.assignment.blocks import assign
-from rebasin.matching.weights import products
+from rebasin.matching.assignment.blocks import Costs, assign
+from rebasin.matching.weights import matching, products
+from rebasin.matching.weights.accelerator import Accelerator
 from rebasin.matching.weights.costs import WeightCosts
 from rebasin.matching.weights.endpoints import Pair, inner
-from rebasin.matching.weights.products import Products
-from rebasin.spec import Group, Permutation, PermutationSpec
+from rebasin.spec import Group, Indices, Permutation, PermutationSpec
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +34,9 @@ def cube() -> PermutationSpec:
 ALL = SPECS | {"cube": cube}
 
 
-def pair_of(spec: PermutationSpec, dtype: torch.dtype = torch.float64, **options: int) -> Pair:
+def remembering(spec: PermutationSpec, dtype: torch.dtype = torch.float64) -> WeightCosts:
     pair = Pair(spec, draw(spec, 1, dtype), draw(spec, 2, dtype))
-    pair.products = Products(pair, **options)
-    return pair
+    return WeightCosts(pair, Accelerator(pair))
 
 
 def rearranged(group: Group, rng: np.random.Generator, few: bool) -> dict[str, np.ndarray]:
@@ -54,21 +53,14 @@ def everything(costs: WeightCosts, group: Group) -> list[Tensor]:
     """All blocks that matching the group asks for."""
     asked: list[Tensor] = []
 
-    class Asking:
-        def block(self, cell: str, neurons: object) -> Tensor:
-            asked.append(costs.block(cell, neurons))  # pyright: ignore[reportArgumentType]
+    class Asking(Costs):
+        def block(self, cell: str, neurons: Indices) -> Tensor:
+            asked.append(costs.block(cell, neurons))
             return asked[-1]
 
-        def diagonal(self, cell: str, blocks: object) -> list[Tensor]:
-            found = costs.diagonal(cell, blocks)  # pyright: ignore[reportArgumentType]
-            asked.extend(found)
+        def diagonal(self, cell: str, blocks: Sequence[Indices]) -> list[Tensor]:
+            asked.extend(found := costs.diagonal(cell, blocks))
             return found
-
-        def prices(self, cell: str, neurons: object) -> None:
-            return None
-
-        def learn(self, cell: str, neurons: object, prices: Tensor) -> None:
-            pass
 
     assign(group, Asking())
     return asked
@@ -77,14 +69,13 @@ def everything(costs: WeightCosts, group: Group) -> list[Tensor]:
 @pytest.mark.parametrize("name", ALL)
 def test_kept_products_are_those_computed_afresh(name: str) -> None:
     spec = ALL[name]()
-    pair = pair_of(spec)
+    costs = remembering(spec)
+    pair = costs.pair
     rng = np.random.default_rng(0)
     for step in range(40):
         group = spec.groups[rng.integers(len(spec))]
-        kept = everything(WeightCosts(pair), group)
-        pair.products, held = None, pair.products
+        kept = everything(costs, group)
         afresh = everything(WeightCosts(pair), group)
-        pair.products = held
         for x, y in zip(kept, afresh, strict=True):
             assert torch.allclose(x, y, rtol=1e-10, atol=1e-10)
         other = spec.groups[rng.integers(len(spec))]
@@ -109,9 +100,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def test_the_work_follows_what_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = mlp()
-    pair, shapes = pair_of(spec), counted(monkeypatch)
+    costs, shapes = remembering(spec), counted(monkeypatch)
+    pair = costs.pair
     h0, h1 = spec.groups
-    costs = WeightCosts(pair)
     costs.block("h1", range(24))
     assert sorted(shapes) == [(5, 24), (24, 32)]
     shapes.clear()
@@ -138,21 +129,20 @@ def test_the_work_follows_what_moved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_was_settled_first_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = mlp()
-    pair, shapes = pair_of(spec), counted(monkeypatch)
-    inputs = WeightCosts(pair, lambda parameter, axis: axis == 0)
+    costs, shapes = remembering(spec), counted(monkeypatch)
+    inputs = WeightCosts(costs.pair, costs.accelerator, lambda parameter, axis: axis == 0)
     part = inputs.block("h0", range(32)).clone()
     assert shapes == [(32, 12)]
-    whole = WeightCosts(pair).block("h0", range(32)).clone()
+    whole = costs.block("h0", range(32)).clone()
     assert shapes == [(32, 12), (24, 32)]
     assert torch.equal(inputs.block("h0", range(32)), part)  # fewer sites than are held: afresh
-    pair.products = None
-    assert torch.allclose(WeightCosts(pair).block("h0", range(32)), whole, rtol=1e-12)
+    assert torch.allclose(WeightCosts(costs.pair).block("h0", range(32)), whole, rtol=1e-12)
 
 
 def test_after_updates_of_full_rank_a_product_is_computed_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = mlp()
-    pair = pair_of(spec, torch.float32)
-    costs = WeightCosts(pair)
+    costs = remembering(spec, torch.float32)
+    pair = costs.pair
     costs.block("h1", range(24))
     shapes = counted(monkeypatch)
     rng = np.random.default_rng(0)
@@ -165,23 +155,23 @@ def test_after_updates_of_full_rank_a_product_is_computed_afresh(monkeypatch: py
     for rank in ranks:
         between = 0 if rank == 32 else between + rank
         assert between <= products.DRIFT * 32
-    pair.products = None
     exact = Pair(spec, draw(spec, 1, torch.float64), draw(spec, 2, torch.float64))
     exact.set(pair.permutation)
     true = WeightCosts(exact).block("h1", range(24))
-    fresh = float((costs.block("h1", range(24)) - true).abs().max())
+    fresh = float((WeightCosts(pair).block("h1", range(24)) - true).abs().max())
     assert float((kept - true).abs().max()) < 8 * fresh  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
-def test_memory_goes_to_the_products_that_save_most() -> None:
+def test_memory_goes_to_the_products_that_save_most(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = mlp()
     bytes_of = {"h0": 8 * 32 * 32, "h1": 8 * 24 * 24}
     for budget, expected in ((0, ""), (bytes_of["h1"], "h1"), (bytes_of["h0"], "h1"), (1 << 20, "h0 h1")):
-        pair = pair_of(spec, budget=budget)  # a neuron of h1 has 38 weights, one of h0 37
+        monkeypatch.setattr(products.Products.__init__, "__defaults__", (budget,))
+        costs = remembering(spec)  # a neuron of h1 has 38 weights, one of h0 37
         for cell, size in (("h0", 32), ("h1", 24)):
-            WeightCosts(pair).block(cell, range(size))
-        assert pair.products is not None
-        assert [cell for cell, _ in pair.products._kept] == expected.split()
+            costs.block(cell, range(size))
+        assert costs.accelerator is not None
+        assert [cell for cell, _ in costs.accelerator.products._kept] == expected.split()
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -190,8 +180,8 @@ def test_matching_ends_as_without_them(name: str, init: str, monkeypatch: pytest
     spec = SPECS[name]()
     a, b = draw(spec, 1), noisy(draw(spec, 1), 1.5)
     results = []
-    for budget in (1 << 20, 0):
-        monkeypatch.setattr(products.Products.__init__, "__defaults__", (budget,))
+    for accelerator in (Accelerator, lambda pair: None):
+        monkeypatch.setattr(matching, "Accelerator", accelerator)
         results.append(weight_matching(spec, a, b, init=init))  # pyright: ignore[reportArgumentType]
     assert results[0].permutation == results[1].permutation
     assert results[0].converged

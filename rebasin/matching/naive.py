@@ -16,7 +16,6 @@ def naive(spec: PermutationSpec, state_a: State, state_b: State) -> MatchResult:
         objective=pair.objective,
         history=(),
         converged=True,
-        moved=0,
         seconds=0.0,
         initial_objective=pair.objective,
         distance_before=pair.distance,

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,24 @@ from ..spec import Permutation, PermutationSpec, displaced
 STATE_FORMAT = "1"
 
 
-def moved_per_group(permutation: Permutation) -> dict[str, int]:
-    """Neurons that do not stay where they are, by group name; groups of one name are added up."""
-    moved: dict[str, int] = {}
-    for group in permutation.spec:
-        own = displaced(permutation.index[cell.name] for cell in group.cells)
-        moved[group.name] = moved.get(group.name, 0) + own
-    return moved
+class Found:
+    """What all results have that found one permutation of B."""
+
+    permutation: Permutation
+
+    @property
+    def moved(self) -> int:
+        """Neurons that are not where they were in B."""
+        return self.permutation.moved()
+
+    @property
+    def moved_per_group(self) -> dict[str, int]:
+        """The same by group name; groups of one name are added up."""
+        moved: dict[str, int] = {}
+        for group in self.permutation.spec:
+            own = displaced(self.permutation.index[cell.name] for cell in group.cells)
+            moved[group.name] = moved.get(group.name, 0) + own
+        return moved
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class MatchResult:
+class MatchResult(Found):
     """An alignment of B to A: `permutation.apply(state_b)` is B brought to A.
 
     Attributes:
@@ -65,7 +76,6 @@ class MatchResult:
         history: the sweeps of the attempt that found it.
         converged: no single group can be improved any more: each was looked at after the last change of what
             its costs depend on. False if `max_sweeps` ended the search.
-        moved: neurons that are not where they were in B; `moved_per_group` by group name.
         seconds: wall time, including that before an interruption.
         initial_objective, distance_before: without a permutation, as a naive merge would have it.
         distance_before, distance_after: |A - B| and |A - pi(B)| over the same parameters (never normalised).
@@ -77,14 +87,12 @@ class MatchResult:
     objective: float
     history: tuple[Sweep, ...]
     converged: bool
-    moved: int
     seconds: float
     initial_objective: float
     distance_before: float
     distance_after: float
     sweeps: int
     restarts: tuple[float, ...]
-    moved_per_group: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def spread(self) -> float:

@@ -80,9 +80,13 @@ def axes_met(group: Group) -> dict[str, set[int]]:
 
 
 def run_in_order(
-    job: Callable[[int], None], order: Sequence[int], before: Sequence[frozenset[int]], workers: int
+    job: Callable[[int], None],
+    order: Sequence[int],
+    before: Sequence[frozenset[int]],
+    workers: int,
+    done: Callable[[int], None] = lambda group: None,
 ) -> None:
-    """Call `job` for every group, as if one after the other in `order`.
+    """Call `job` for every group, as if one after the other in `order`, and `done` when it is, from this thread.
 
     With several workers a group starts as soon as all groups of `before[group]` that precede it in `order`
     are done. Those that it does not wait for touch none of its tensors, so the outcome is that of the
@@ -91,6 +95,7 @@ def run_in_order(
     if workers <= 1:
         for group in order:
             job(group)
+            done(group)
         return
     place = {group: k for k, group in enumerate(order)}
     waiting = {
@@ -103,14 +108,15 @@ def run_in_order(
             for group in ready:
                 del waiting[group]
                 running[pool.submit(job, group)] = group
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            ended, _ = wait(running, return_when=FIRST_COMPLETED)
             try:
-                for future in done:
+                for future in ended:
                     future.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-            for finished in (running.pop(future) for future in done):
+            for finished in (running.pop(future) for future in ended):
+                done(finished)
                 for rest in waiting.values():
                     rest.discard(finished)
 

@@ -21,7 +21,7 @@ from ...modules import Forward
 from ...objectives import Objective
 from ...spec import PermutationSpec
 from ...types import Progress, tell
-from ..result import MatchResult, Sweep, moved_per_group
+from ..result import MatchResult, Sweep
 from ..schedule import Order
 from ..weights.endpoints import Pair
 from ..weights.matching import weight_matching
@@ -120,32 +120,23 @@ def activation_and_weight(
     initial = joint.objective
     pair.set(start.permutation)
     history = [Sweep(0, joint.objective, pair.permutation.moved())]
-
-    def report(sweep: Sweep) -> None:
+    converged = False
+    for sweep, converged in joint.descend(spec.groups, order, seed, max_sweeps):  # noqa: B007 (the last one counts)
+        history.append(sweep)
         tell(
-            progress,
-            "activations and weights",
-            sweep.number,
-            max_sweeps,
-            objective=sweep.objective,
-            moved=sweep.moved,
-            seconds=perf_counter() - began,
-        )
-
-    sweeps, converged = joint.descend(spec.groups, order, seed, max_sweeps, report)
-    history += sweeps
+            progress, "activations and weights", sweep.number, max_sweeps, objective=sweep.objective,
+            moved=sweep.moved, seconds=perf_counter() - began,
+        )  # fmt: skip
     permutation = pair.permutation
     return MatchResult(
         permutation=permutation,
         objective=history[-1].objective,
         history=tuple(history),
         converged=converged,
-        moved=permutation.moved(),
         seconds=perf_counter() - began,
         initial_objective=initial,
         distance_before=start.distance_before,
         distance_after=pair.distance,
         sweeps=len(history) - 1,
         restarts=(history[-1].objective,),
-        moved_per_group=moved_per_group(permutation),
     )

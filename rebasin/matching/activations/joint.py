@@ -8,7 +8,7 @@ alone (weights.py). Both parts are divided by the largest value that they could 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ...spec import Group, Indices, displaced, to_array
-from ..assignment.blocks import assign
+from ..assignment.blocks import Costs, assign
 from ..assignment.linear_assignment import TOLERANCE
+from ..descent import coordinate_descent
 from ..result import Sweep, Update
 from ..schedule import Order, neighbours, order_of
 from ..weights.costs import WeightCosts
@@ -71,36 +72,33 @@ class Joint:
         return Update(group.name, gain, count)
 
     def descend(
-        self,
-        groups: Sequence[Group],
-        order: Order,
-        seed: int,
-        max_sweeps: int,
-        report: Callable[[Sweep], None] = lambda sweep: None,
-    ) -> tuple[list[Sweep], bool]:
-        """Improve these groups until none can be: the sweeps, and whether it came to that."""
+        self, groups: Sequence[Group], order: Order, seed: int, max_sweeps: int
+    ) -> Iterator[tuple[Sweep, bool]]:
+        """Improve these groups until none can be: each sweep, and whether it has come to that."""
         spec = self.pair.spec
-        dirty = {number for number, group in enumerate(spec) if group in groups}
-        near, chosen = neighbours(spec), frozenset(dirty)
-        sweeps: list[Sweep] = []
-        while dirty and len(sweeps) < max_sweeps:
-            updates, began = [], perf_counter()
-            for number in order_of(order, len(spec), seed, 0, len(sweeps)):
-                if number in dirty:
-                    dirty.discard(number)
-                    updates.append(self.improve(spec.groups[number]))
-                    if updates[-1].moved:
-                        dirty |= near[number] & chosen
-            count = self.pair.permutation.moved()
-            seconds = perf_counter() - began
-            sweeps.append(Sweep(len(sweeps) + 1, self.objective, count, tuple(updates), seconds))
-            report(sweeps[-1])
-        return sweeps, not dirty
+        chosen = {number for number, group in enumerate(spec) if group in groups}
+        dirty = set(chosen)
+        updates: list[Update] = []
+
+        def improved(number: int) -> bool:
+            updates.append(self.improve(spec.groups[number]))
+            return updates[-1].moved > 0
+
+        def begin(number: int) -> list[int]:
+            updates.clear()
+            return order_of(order, len(spec), seed, 0, number - 1)
+
+        near = [others & chosen for others in neighbours(spec)]
+        began = perf_counter()
+        for number in coordinate_descent(improved, near, begin, dirty, max_sweeps):
+            moved, seconds = self.pair.permutation.moved(), perf_counter() - began
+            yield Sweep(number, self.objective, moved, tuple(updates), seconds), not dirty
+            began = perf_counter()
 
 
 @dataclass(frozen=True)
-class _Costs:
-    """Answers `assignment.Costs`: what neuron j, where it is now, gains at place i."""
+class _Costs(Costs):
+    """What neuron j, where it is now, gains at place i."""
 
     joint: Joint
 
@@ -110,12 +108,6 @@ class _Costs:
     def diagonal(self, cell: str, blocks: Any) -> list[Tensor]:
         made = self.joint.weights.diagonal(cell, blocks)
         return [self._with_activations(cell, n, block) for n, block in zip(blocks, made, strict=True)]
-
-    def prices(self, cell: str, neurons: Indices) -> Tensor | None:
-        return None
-
-    def learn(self, cell: str, neurons: Indices, prices: Tensor) -> None:
-        pass
 
     def _with_activations(self, cell: str, neurons: Indices, block: Tensor) -> Tensor:
         total = block.double() * self.joint.on_weights

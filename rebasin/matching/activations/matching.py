@@ -18,6 +18,7 @@ them that brings the weights closest is taken.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -33,7 +34,7 @@ from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec, displaced
 from ...types import Progress, State, tell
 from ..assignment.blocks import assign
-from ..result import MatchResult, Sweep, Update, moved_per_group
+from ..result import MatchResult, Sweep, Update
 from ..weights.endpoints import Pair
 from .joint import Joint
 from .moments import Statistic
@@ -229,7 +230,8 @@ def _finish(solved: _Solved, state_a: State, state_b: State) -> ActivationResult
     distance = pair.distance
     pair.set(Permutation(spec, solved.index))
     open_ = [group for group in spec if group.cells[0].name in solved.left]
-    Joint(pair, solved.left, solved.largest, TIES).descend(open_, "forward", 0, TIE_SWEEPS)
+    joint = Joint(pair, solved.left, solved.largest, TIES)
+    deque(joint.descend(open_, "forward", 0, TIE_SWEEPS), maxlen=0)
     permutation = pair.permutation
     updates = tuple(
         Update(group.name, gain, displaced(permutation.index[cell.name] for cell in group.cells))
@@ -242,14 +244,12 @@ def _finish(solved: _Solved, state_a: State, state_b: State) -> ActivationResult
         objective=solved.objective,
         history=(start, Sweep(1, solved.objective, permutation.moved(), updates, seconds)),
         converged=True,
-        moved=permutation.moved(),
         seconds=seconds,
         initial_objective=solved.initial_objective,
         distance_before=distance,
         distance_after=pair.distance,
         sweeps=1,
         restarts=(solved.objective,),
-        moved_per_group=moved_per_group(permutation),
         **solved.about,
     )
 

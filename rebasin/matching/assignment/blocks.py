@@ -22,6 +22,7 @@ bounds. Otherwise the chosen ones are solved exactly, and the outer problem once
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -40,28 +41,27 @@ CostFunction = Callable[[Indices, Indices], Matrix]
 """(places [r], neurons [c]) -> that block of the cost matrix, [r, c]."""
 
 
-class Costs(Protocol):
+class Costs(ABC):
     """Where the cost matrices come from; blocks that the tree rules out are never asked for."""
 
+    @abstractmethod
     def block(self, cell: str, neurons: Indices) -> Tensor:
         """The costs [k, k] of `neurons` at each other's places."""
-        ...
 
     def diagonal(self, cell: str, blocks: Sequence[Indices]) -> list[Tensor]:
         """`block` for each of `blocks`, which may be computed together."""
-        ...
+        return [self.block(cell, neurons) for neurons in blocks]
 
-    def prices(self, cell: str, neurons: Indices) -> Tensor | None:
+    def duals(self, cell: str, neurons: Indices) -> Tensor | None:
         """What `learn` was told when these neurons were last assigned, [k], as they are ordered now, or None."""
-        ...
+        return None
 
-    def learn(self, cell: str, neurons: Indices, prices: Tensor) -> None:
-        """Take note of the prices, float64 [k] on the CPU, that proved a solution (see `linear_assignment`)."""
-        ...
+    def learn(self, cell: str, neurons: Indices, duals: Tensor) -> None:  # noqa: B027 (optional)
+        """Take note of the dual variables, float64 [k] on the CPU, that proved a solution (see `linear_assignment`)."""
 
 
 @dataclass(frozen=True)
-class GivenCosts:
+class GivenCosts(Costs):
     """Costs from outside: for each cell a matrix [size, size] or a function that gives a block of it."""
 
     costs: Mapping[str, Matrix | CostFunction]
@@ -74,15 +74,6 @@ class GivenCosts:
             whole = isinstance(neurons, range) and neurons == range(len(matrix))
             return matrix if whole else matrix[chosen[:, None], chosen]
         return torch.as_tensor(given(neurons, neurons))
-
-    def diagonal(self, cell: str, blocks: Sequence[Indices]) -> list[Tensor]:
-        return [self.block(cell, neurons) for neurons in blocks]
-
-    def prices(self, cell: str, neurons: Indices) -> Tensor | None:
-        return None
-
-    def learn(self, cell: str, neurons: Indices, prices: Tensor) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -130,7 +121,7 @@ def assign(
         for neurons, matrix in zip(blocks, source.diagonal(name, blocks), strict=True):
             column, reached, gained = linear_assignment(
                 matrix,
-                source.prices(name, neurons),
+                source.duals(name, neurons),
                 tolerance,
                 partial(source.learn, name, neurons),
             )
@@ -170,7 +161,7 @@ class _Table(Protocol):
         ...
 
     def tighten(self) -> None:
-        """Lower the bounds that are not exact, at the price of a few passes over the costs."""
+        """Lower the bounds that are not exact, at the dual of a few passes over the costs."""
         ...
 
     def solve(self, i: int, j: int) -> None:

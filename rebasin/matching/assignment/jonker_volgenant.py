@@ -1,19 +1,19 @@
-"""Jonker and Volgenant's algorithm for the dense linear assignment problem, from any prices, compiled by numba.
+"""Jonker and Volgenant's algorithm for the dense linear assignment problem, from any dual variables, compiled by numba.
 
 "A shortest augmenting path algorithm for dense and sparse linear assignment problems", Computing 38 (1987).
 
-Let column j have a price p_j. Row i wants the columns with the largest c_ij - p_j, and an assignment that gives every
-row one that it wants is optimal, because any other has at most the same sum of c_ij - p_j and pays the same prices. Two
-steps lead there, and from the first bid on every row that has a column wants it:
+Let column j have a dual variable p_j, its price. Row i wants the columns with the largest c_ij - p_j, and an assignment
+that gives every row one that it wants is optimal, because any other has at most the same sum of c_ij - p_j and pays the
+same prices. Two steps lead there, and from the first bid on every row that has a column wants it:
 
-    bids    A row without a column takes the one that it wants most, and raises its price until the second best is as
+    bids    A row without a column takes the one that it wants most, and raises its dual until the second best is as
             good (the paper's augmenting row reduction, an auction without a minimal bid). Who had it must bid again.
             That settles nearly all rows; the last ones would outbid each other for long, so the number is limited.
     paths   A row that is left finds the cheapest chain of exchanges to a column that nobody has (Dijkstra's algorithm),
-            and prices rise along the way by as much as is needed to keep everyone content.
+            and duals rise along the way by as much as is needed to keep everyone content.
 
-The prices decide how soon the end is reached, not where: from those of a similar problem hardly any path is needed.
-Where many rows are left after a few bids, prices are therefore found first, by auctions in which every bid exceeds the
+The duals decide how soon the end is reached, not where: from those of a similar problem hardly any path is needed.
+Where many rows are left after a few bids, duals are therefore found first, by auctions in which every bid exceeds the
 last one by a large step, then by a small one, and whose outcome is forgotten (scaling: Bertsekas, "Auction algorithms
 for network flow problems", 1992). A hard problem of thousands of rows then takes a fifth of the time.
 
@@ -33,7 +33,7 @@ LANES = 64
 """So many columns are looked at in one go, one of each residue class: that loop becomes vector instructions."""
 
 HARD = 0.15
-"""If so large a share of the rows is left by one bid a row, prices are found first,"""
+"""If so large a share of the rows is left by one bid a row, duals are found first,"""
 
 STEPS = (0.1, 0.02)
 """by auctions with these steps, in standard deviations of the costs,"""
@@ -48,7 +48,7 @@ ROUNDS = 2
 """so many rounds."""
 
 SAMPLE = 64
-"""By so many rows are prices and costs judged."""
+"""By so many rows are duals and costs judged."""
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
@@ -58,53 +58,53 @@ def _compiled(function: Callable[..., Any]) -> Any:
         return njit(nogil=True)(function)
 
 
-def solve(costs: np.ndarray, prices: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The assignment with the largest sum, and the prices that prove it.
+def solve(costs: np.ndarray, duals: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The assignment with the largest sum, and the duals that prove it.
 
     Args:
         costs: [n, n] float32 or float64; finite.
-        prices: [n], where to start, taken only if rows want more different columns at these prices than at none.
+        duals: [n], where to start, taken only if rows want more different columns at these duals than at none.
 
     Returns:
         column: int64 [n], a bijection; of several that are best, any.
-        prices: float64 [n]; no row would gain from another column, but for float64's rounding.
+        duals: float64 [n]; no row would gain from another column, but for float64's rounding.
     """
     costs = np.ascontiguousarray(costs)
     start = np.zeros(len(costs))
-    if prices is not None:
-        given = np.array(prices, dtype=np.float64)
+    if duals is not None:
+        given = np.array(duals, dtype=np.float64)
         if _wanted(costs, given) > _wanted(costs, start):
             start = given
     return _solve(costs, start, HARD, np.array(STEPS), PATIENCE, BIDS, ROUNDS), start
 
 
 @_compiled
-def _solve(costs: Any, prices: Any, hard: float, steps: Any, patience: int, bids: int, rounds: int) -> Any:
-    """The assignment [n]; `prices` [n] become those that prove it."""
-    n = prices.size
+def _solve(costs: Any, duals: Any, hard: float, steps: Any, patience: int, bids: int, rounds: int) -> Any:
+    """The assignment [n]; `duals` [n] become those that prove it."""
+    n = duals.size
     column, row = np.full(n, -1), np.full(n, -1)
-    free = _bid(costs, prices, column, row, np.arange(n), n, 0.0)
+    free = _bid(costs, duals, column, row, np.arange(n), n, 0.0)
     if free.size > hard * n:
         spread = costs[:: max(1, n // SAMPLE)].std()
         for step in steps:
             column[:], row[:] = -1, -1
-            _bid(costs, prices, column, row, np.arange(n), patience * n, step * spread)
+            _bid(costs, duals, column, row, np.arange(n), patience * n, step * spread)
         column[:], row[:] = -1, -1
         free = np.arange(n)
     for _ in range(rounds):
-        free = _bid(costs, prices, column, row, free, bids * n, 0.0)
+        free = _bid(costs, duals, column, row, free, bids * n, 0.0)
     if free.size:
         unowned = np.flatnonzero(row < 0)
         reach, closed = np.empty(n), np.zeros(n)
         rows, columns, offset = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n)
         for left in range(free.size):
             ends = unowned[: free.size - left]
-            _path(costs, prices, column, row, free[left], ends, reach, closed, rows, columns, offset)
+            _path(costs, duals, column, row, free[left], ends, reach, closed, rows, columns, offset)
     return column
 
 
 @_compiled
-def _bid(costs: Any, prices: Any, column: Any, row: Any, free: Any, bids: int, step: float) -> Any:
+def _bid(costs: Any, duals: Any, column: Any, row: Any, free: Any, bids: int, step: float) -> Any:
     """One round of bids of the rows in `free`, each `step` higher than it has to be, of which at most about `bids`
     displace another row; those left at its end.
     """
@@ -114,10 +114,10 @@ def _bid(costs: Any, prices: Any, column: Any, row: Any, free: Any, bids: int, s
     while next_ < queue.size:
         i = queue[next_]
         next_ += 1
-        best, second, j, other = _two_best(costs[i], prices, lane)
+        best, second, j, other = _two_best(costs[i], duals, lane)
         rises = best - second + step > 0.0 and other >= 0
         if rises:
-            prices[j] += best - second + step
+            duals[j] += best - second + step
         elif row[j] >= 0 and other >= 0:  # both are wanted: rather the one that may have no owner
             j = other
         owner = row[j]
@@ -136,7 +136,7 @@ def _bid(costs: Any, prices: Any, column: Any, row: Any, free: Any, bids: int, s
 @_compiled
 def _path(
     costs: Any,
-    prices: Any,
+    duals: Any,
     column: Any,
     row: Any,
     first: int,
@@ -157,10 +157,10 @@ def _path(
     lane = np.empty(LANES)
     reach[:] = np.inf
     distance, seen, end, i = 0.0, 0, -1, first
-    content = _two_best(costs[i], prices, lane)[0]
+    content = _two_best(costs[i], duals, lane)[0]
     while True:
         rows[seen], offset[seen] = i, distance + content
-        j, distance = _nearest(costs[i], prices, offset[seen], reach, closed, lane)
+        j, distance = _nearest(costs[i], duals, offset[seen], reach, closed, lane)
         for k in range(
             ends.size
         ):  # among equally near columns one without an owner, else long plateaus are searched
@@ -174,36 +174,36 @@ def _path(
         seen += 1
         closed[j] = np.inf
         i = row[j]
-        content = np.float64(costs[i, j]) - prices[j]
+        content = np.float64(costs[i, j]) - duals[j]
     j, before = end, seen + 1
     while (
         before > 0
     ):  # each column goes to the row that reached it at the least cost, and that row's own is next
         least, k = np.inf, 0
         for candidate in range(before):
-            cost = offset[candidate] - (np.float64(costs[rows[candidate], j]) - prices[j])
+            cost = offset[candidate] - (np.float64(costs[rows[candidate], j]) - duals[j])
             if cost < least:
                 least, k = cost, candidate
         row[j] = rows[k]
         j, column[rows[k]] = column[rows[k]], j
         before = k
     for k in range(seen):
-        prices[columns[k]] += distance - reach[columns[k]]
+        duals[columns[k]] += distance - reach[columns[k]]
         closed[columns[k]] = 0.0
 
 
 @_compiled
-def _two_best(costs: Any, prices: Any, lane: Any) -> Any:
+def _two_best(costs: Any, duals: Any, lane: Any) -> Any:
     """The largest and the second largest c_j - p_j of a row [n], and their columns (-1: there is but one column)."""
-    n = prices.size
+    n = duals.size
     whole = n - n % LANES
     lane[:] = -np.inf
     for start in range(0, whole, LANES):
         for k in range(LANES):
-            net = np.float64(costs[start + k]) - prices[start + k]
+            net = np.float64(costs[start + k]) - duals[start + k]
             lane[k] = net if net > lane[k] else lane[k]
     for j in range(whole, n):
-        lane[j - whole] = max(lane[j - whole], np.float64(costs[j]) - prices[j])
+        lane[j - whole] = max(lane[j - whole], np.float64(costs[j]) - duals[j])
     best, second, at, other = -np.inf, -np.inf, 0, -1
     for k in range(LANES):
         if lane[k] > best:
@@ -212,7 +212,7 @@ def _two_best(costs: Any, prices: Any, lane: Any) -> Any:
             second, other = lane[k], k
     first, rival, runner = -1, -np.inf, -1  # within the best lane
     for j in range(at, n, LANES):
-        net = np.float64(costs[j]) - prices[j]
+        net = np.float64(costs[j]) - duals[j]
         if net == best and first < 0:
             first = j
         elif net > rival:
@@ -220,26 +220,26 @@ def _two_best(costs: Any, prices: Any, lane: Any) -> Any:
     if rival >= second:
         return best, rival, first, runner
     for j in range(other, n, LANES):
-        if np.float64(costs[j]) - prices[j] == second:
+        if np.float64(costs[j]) - duals[j] == second:
             return best, second, first, j
     return best, second, first, -1
 
 
 @_compiled
-def _nearest(costs: Any, prices: Any, offset: float, reach: Any, closed: Any, lane: Any) -> Any:
+def _nearest(costs: Any, duals: Any, offset: float, reach: Any, closed: Any, lane: Any) -> Any:
     """Lowers `reach` [n] to what the columns cost by way of a row [n]; the nearest open column and its distance."""
-    n = prices.size
+    n = duals.size
     whole = n - n % LANES
     lane[:] = np.inf
     for start in range(0, whole, LANES):
         for k in range(LANES):
-            cost = offset - (np.float64(costs[start + k]) - prices[start + k])
+            cost = offset - (np.float64(costs[start + k]) - duals[start + k])
             cost = cost if cost < reach[start + k] else reach[start + k]
             reach[start + k] = cost
             cost += closed[start + k]
             lane[k] = cost if cost < lane[k] else lane[k]
     for j in range(whole, n):
-        reach[j] = min(reach[j], offset - (np.float64(costs[j]) - prices[j]))
+        reach[j] = min(reach[j], offset - (np.float64(costs[j]) - duals[j]))
         lane[j - whole] = min(lane[j - whole], reach[j] + closed[j])
     at = 0
     for k in range(LANES):
@@ -252,10 +252,10 @@ def _nearest(costs: Any, prices: Any, offset: float, reach: Any, closed: Any, la
 
 
 @_compiled
-def _wanted(costs: Any, prices: Any) -> int:
+def _wanted(costs: Any, duals: Any) -> int:
     """How many different columns are wanted most, by a sample of the rows."""
     lane = np.empty(LANES)
-    hit = np.zeros(prices.size, np.bool_)
-    for i in range(0, prices.size, max(1, prices.size // SAMPLE)):
-        hit[_two_best(costs[i], prices, lane)[2]] = True
+    hit = np.zeros(duals.size, np.bool_)
+    for i in range(0, duals.size, max(1, duals.size // SAMPLE)):
+        hit[_two_best(costs[i], duals, lane)[2]] = True
     return hit.sum()

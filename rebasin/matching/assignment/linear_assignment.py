@@ -3,8 +3,8 @@
 Most assignments that occur while two models are aligned are easy, and to prove one optimal costs far less than to
 solve it from nothing: a row's largest entry bounds what the row can contribute, so if the rows' argmaxima are all
 different, they are an optimal assignment. That is found where the costs are. What it does not decide is solved on the
-CPU, from the prices that proved the last solution of a similar problem, if there was one (jonker_volgenant.py); small
-problems by scipy.
+CPU, from the dual variables that proved the last solution of a similar problem, if there was one
+(jonker_volgenant.py); small problems by scipy.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ SMALLEST = 128
 
 def linear_assignment(
     costs: Tensor,
-    prices: Tensor | None = None,
+    duals: Tensor | None = None,
     tolerance: float = TOLERANCE,
-    learn: Callable[[Tensor], None] = lambda prices: None,
+    learn: Callable[[Tensor], None] = lambda duals: None,
 ) -> tuple[np.ndarray, float, float]:
     """The assignment that maximises `sum_i costs[i, column[i]]`, the identity if that is as good.
 
     Args:
         costs: [n, n] float, on any device; finite.
-        prices: one number a column, [n], from which a large problem is solved. They may be anything: they decide how
+        duals: one number a column, [n], from which a large problem is solved. They may be anything: they decide how
             fast the answer comes, never what it is worth.
         tolerance: a gain over the identity below this share counts as none.
-        learn: told the prices, float64 on the CPU, that prove the solution of a large problem; they suit similar costs.
+        learn: told the duals, float64 on the CPU, that prove the solution of a large problem; they suit similar costs.
 
     Returns:
         column: int64 [n], a bijection.
@@ -44,7 +44,7 @@ def linear_assignment(
         gain: its gain over the identity, 0.0 if it is the identity.
     """
     n = costs.shape[0]
-    column = _solved(costs, prices, learn)
+    column = _solved(costs, duals, learn)
     stay = costs.diagonal().double().cpu().numpy()
     if np.array_equal(column, np.arange(n)):
         return column, float(stay.sum()), 0.0
@@ -55,10 +55,10 @@ def linear_assignment(
     return column, float(chosen.sum()), gain
 
 
-def _solved(costs: Tensor, prices: Tensor | None, learn: Callable[[Tensor], None]) -> np.ndarray:
+def _solved(costs: Tensor, duals: Tensor | None, learn: Callable[[Tensor], None]) -> np.ndarray:
     """An optimal assignment [n], by the cheapest means that proves it."""
     n = costs.shape[0]
-    if prices is None:  # with them it was not easy the last time
+    if duals is None:  # with them it was not easy the last time
         on_cpu = costs.device.type == "cpu"  # there numpy is ten times as fast as torch
         column = costs.numpy().argmax(axis=1) if on_cpu else costs.argmax(dim=1).cpu().numpy()
         hit = np.zeros(n, dtype=bool)
@@ -69,6 +69,6 @@ def _solved(costs: Tensor, prices: Tensor | None, learn: Callable[[Tensor], None
         return linear_sum_assignment(costs.cpu().numpy(), maximize=True)[1].astype(np.int64)
     from .jonker_volgenant import solve  # numba takes half a second to load, and few tasks need it
 
-    column, proof = solve(costs.cpu().numpy(), None if prices is None else prices.double().cpu().numpy())
+    column, proof = solve(costs.cpu().numpy(), None if duals is None else duals.double().cpu().numpy())
     learn(torch.from_numpy(proof))
     return column

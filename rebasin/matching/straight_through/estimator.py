@@ -29,7 +29,7 @@ from ...errors import ConfigError, DataError
 from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec
 from ...types import Progress
-from ..result import MatchResult, moved_per_group
+from ..result import MatchResult
 from ..weights.endpoints import Pair
 from ..weights.matching import weight_matching
 from .best_seen import BestSeen
@@ -183,7 +183,6 @@ def straight_through(
         objective=seen.objective,
         history=tuple(seen.history),
         converged=seen.best_step <= (1 - SETTLED) * (len(seen.history) - 1),
-        moved=seen.best.moved(),
         seconds=perf_counter() - began,
         best_step=seen.best_step,
         start_objective=seen.first,
@@ -192,7 +191,6 @@ def straight_through(
         distance_before=before,
         distance_after=pair.distance,
         sweeps=sweeps,
-        moved_per_group=moved_per_group(seen.best),
         **{f"seconds_{part}": seconds for part, seconds in seen.seconds.items()},
     )
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...merging.interpolate import interpolate_tensor
 from ...spec import Group, Permutation, PermutationSpec
+from ..weights.costs import WeightCosts
 from ..weights.endpoints import Pair
 from ..weights.matching import improve
 from .midpoint import Ends
@@ -122,7 +123,7 @@ class _Part:
         for _ in range(DOUBLINGS):
             length = rate * size / steepness
             pair = Pair(self.spec, {**b, **{name: b[name] - length * slope[name] for name in free}}, b)
-            if improve(pair, self.group).moved:
+            if improve(WeightCosts(pair), self.group).moved:
                 self.rate = rate
                 return pair.permutation
             rate = min(2 * rate, LONGEST)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ...spec import Permutation
+from ..result import Found
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class StraightThroughResult:
+class StraightThroughResult(Found):
     """An alignment of B to A: `permutation.apply(state_b)` is B brought to A.
 
     Losses are on the held-out batches, at the midpoint, minus the mean of A's and B's; lower is better.
@@ -54,7 +54,6 @@ class StraightThroughResult:
         objective: its loss; `start_objective` that of the start, `initial_objective` that of a naive merge.
         history: the start and every step.
         converged: the last fifth of the steps has brought no improvement.
-        moved: neurons that are not where they were in B; `moved_per_group` by group name.
         seconds: wall time; `seconds_start` (finding the start), `seconds_projection`, `seconds_gradient` and
             `seconds_scoring` are parts of it.
         endpoints: the held-out loss of A and of B.
@@ -66,7 +65,6 @@ class StraightThroughResult:
     objective: float
     history: tuple[Step, ...]
     converged: bool
-    moved: int
     seconds: float
     best_step: int
     start_objective: float
@@ -79,7 +77,6 @@ class StraightThroughResult:
     seconds_projection: float
     seconds_gradient: float
     seconds_scoring: float
-    moved_per_group: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def restarts(self) -> tuple[float, ...]:

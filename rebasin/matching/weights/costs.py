@@ -24,19 +24,22 @@ import torch
 from torch import Tensor
 
 from ...spec import Indices, Site, indices, to_array
+from ..assignment.blocks import Costs
+from .accelerator import Accelerator
 from .endpoints import Pair
 
 Choose = Callable[[str, int], bool]
 """(parameter, axis) -> whether the site is to be counted."""
 
 
-class WeightCosts:
-    """Answers `assignment.Costs` from a pair of endpoints, computing only the blocks that are asked for."""
+class WeightCosts(Costs):
+    """The costs of a pair of endpoints, computing only the blocks that are asked for."""
 
-    def __init__(self, pair: Pair, choose: Choose | None = None) -> None:
+    def __init__(
+        self, pair: Pair, accelerator: Accelerator | None = None, choose: Choose | None = None
+    ) -> None:
         """`choose` leaves sites out; buffers are always left out."""
-        self.pair = pair
-        self.choose = choose
+        self.pair, self.accelerator, self.choose = pair, accelerator, choose
         self.dtype = pair.dtype
 
     def sites(self, cell: str) -> list[tuple[str, int, list[Site]]]:
@@ -90,27 +93,19 @@ class WeightCosts:
                 found[k] = product
         return [block for block in found if block is not None]
 
-    def prices(self, cell: str, neurons: Indices) -> Tensor | None:
-        """Only if the pair keeps anything; those of some of the sites suit all, too, if not as well."""
-        kept = None if self.pair.products is None else self.pair.products.prices.get((cell, int(neurons[0])))
-        return None if kept is None else kept[self._here(cell, neurons)]
+    def duals(self, cell: str, neurons: Indices) -> Tensor | None:
+        return None if self.accelerator is None else self.accelerator.duals(cell, neurons)
 
-    def learn(self, cell: str, neurons: Indices, prices: Tensor) -> None:
-        if self.pair.products is not None:
-            kept = prices.new_zeros(self.pair.index[cell].size)
-            kept[self._here(cell, neurons)] = prices
-            self.pair.products.prices[cell, int(neurons[0])] = kept
-
-    def _here(self, cell: str, neurons: Indices) -> Tensor:
-        """The numbers in B of the neurons that are at these places now."""
-        return torch.from_numpy(self.pair.index[cell][to_array(neurons)])
+    def learn(self, cell: str, neurons: Indices, duals: Tensor) -> None:
+        if self.accelerator is not None:
+            self.accelerator.learn(cell, neurons, duals)
 
     def _products(self, cell: str, neurons: Indices, count: int) -> Tensor:
         """[count, k, k] for `count` blocks of k neurons each, which `neurons` lists one after the other."""
         sites = {(parameter, axis): own for parameter, axis, own in self.sites(cell)}
         compute = partial(self._product, sites, neurons)
-        if self.pair.products is not None and self.pair.products.keeps(cell):
-            return self.pair.products.sum(cell, neurons, count, list(sites), compute)
+        if self.accelerator is not None and self.accelerator.products.keeps(cell):
+            return self.accelerator.products.sum(cell, neurons, count, list(sites), compute)
         k = len(neurons) // count
         total = torch.zeros(count, k, k, dtype=self.dtype, device=self.pair.device)
         vectors_a, vectors_b = [], []

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,9 +21,6 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...spec import Group, Permutation, PermutationSpec, to_array
 from ...types import State, dtype_of
-
-if TYPE_CHECKING:
-    from .products import Products
 
 CHUNK = 1 << 18
 """Elements that are widened to float64 at a time: they stay in the cache."""
@@ -62,10 +59,7 @@ class Pair:
         weight: w_k; 1, or 1 / (|A_k| |B_k|) if normalised by tensor.
         squares: (|A_k|^2, |B_k|^2) of every counted parameter.
         dtype: of cost matrices; float32, but float64 if the endpoints are.
-        products: what cost matrices keep from one update to the next; None: nothing.
     """
-
-    products: Products | None = None
 
     def __init__(
         self,

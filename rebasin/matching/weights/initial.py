@@ -6,33 +6,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from time import perf_counter
 from typing import Literal
 
 import numpy as np
 
 from ...errors import ConfigError, SpecMismatchError
 from ...spec import Group, Permutation, displaced
-from ..assignment.blocks import assign
+from ...types import Progress, tell
 from ..schedule import sharing
 from .costs import WeightCosts
-from .endpoints import Pair
-from .nearness import nearest
+from .nearness import arrangement
 
 Init = Literal["identity", "forward", "random"] | Permutation
 
 
-Visit = Callable[[str, int, int], None]
-"""Called after each group with what is being done, how many groups are done, and how many neurons these moved."""
+EVERY = 1.0
+"""Seconds between two calls of the progress callback within a sweep."""
 
 
-def start(pair: Pair, init: Init, seed: int, restart: int, visit: Visit) -> None:
-    """Bring `pair` to its start.
+class Visits:
+    """Tells about once a second which group a long sweep has come to, and the seconds left to its end."""
+
+    def __init__(self, groups: int, progress: Progress | None) -> None:
+        self.groups, self.progress = groups, progress
+
+    def begin(self, sweep: str) -> None:
+        self.sweep, self.count, self.moved = sweep, 0, 0
+        self.began = self.told = perf_counter()
+
+    def done(self, moved: int) -> None:
+        """A group was visited, and so many of its neurons have changed places."""
+        self.count += 1
+        self.moved += moved
+        now = perf_counter()
+        if now - self.told > EVERY:
+            self.told = now
+            left = (now - self.began) / self.count * (self.groups - self.count)
+            stage, seconds = f"weight matching, {self.sweep}, group", now - self.began
+            tell(self.progress, stage, self.count, self.groups, moved=self.moved, seconds=seconds, left=left)
+
+
+def start(costs: WeightCosts, init: Init, seed: int, restart: int, visits: Visits) -> None:
+    """Bring the costs' pair to its start.
 
     Raises:
         ConfigError: `init` is no start.
         SpecMismatchError: a given permutation belongs to another spec, or its own does not allow it.
     """
-    spec = pair.spec
+    pair, spec = costs.pair, costs.pair.spec
     if isinstance(init, Permutation):
         if init.spec != spec:
             raise SpecMismatchError(
@@ -50,14 +72,15 @@ def start(pair: Pair, init: Init, seed: int, restart: int, visit: Visit) -> None
         pair.set(spec.random(int(drawn) if restart else seed))
     elif init == "forward":
         pair.set(spec.identity())
-        forward(pair, visit)
+        visits.begin("first guess")
+        forward(costs, visits.done)
     else:
         raise ConfigError(
             f"The init {init!r} is unknown: give 'identity', 'forward', 'random' or a permutation."
         )
 
 
-def forward(pair: Pair, visit: Visit = lambda *_: None) -> None:
+def forward(costs: WeightCosts, done: Callable[[int], None] = lambda moved: None) -> None:
     """Match group by group from the input to the output, each by what is settled already.
 
     A site tells something as soon as all other axes of its parameter are matched, or do not move at all.
@@ -66,7 +89,7 @@ def forward(pair: Pair, visit: Visit = lambda *_: None) -> None:
     are not settled yet and stay out. The next group is always the one of whose weights the largest share is
     settled.
     """
-    spec = pair.spec
+    pair, spec = costs.pair, costs.pair.spec
     matched: set[str] = set()
     near = sharing(spec)
 
@@ -86,17 +109,14 @@ def forward(pair: Pair, visit: Visit = lambda *_: None) -> None:
         return known / total if total else 0.0
 
     waiting = {number: share(group) for number, group in enumerate(spec.groups)}
-    moved = 0
     while waiting:
         number = max(waiting, key=lambda g: (waiting[g], -g))
         group = spec.groups[number]
-        costs = WeightCosts(pair, settled if waiting.pop(number) else None)
-        found = nearest(costs, group)
-        if found is None:
-            found = assign(group, costs).index
-        if leave := displaced(found.values()):
+        choose = settled if waiting.pop(number) else None
+        found = arrangement(WeightCosts(pair, costs.accelerator, choose), group)
+        moved = displaced(found.values())
+        if moved:
             pair.move(group, found)
-            moved += leave
         matched |= {cell.name for cell in group.cells}
         waiting |= {g: share(spec.groups[g]) for g in near[number] if g in waiting}
-        visit("first guess", len(spec) - len(waiting), moved)
+        done(moved)

@@ -20,11 +20,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from time import perf_counter
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,18 +32,16 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...spec import Group, Indices, Node, Permutation, PermutationSpec, displaced
 from ...types import Progress, State, tell
-from ..assignment.blocks import assign, independent, leaves
+from ..assignment.blocks import Costs, assign, independent, leaves
 from ..assignment.linear_assignment import TOLERANCE
-from ..result import Attempt, MatchResult, MatchState, Sweep, Update, moved_per_group
+from ..descent import coordinate_descent
+from ..result import Attempt, MatchResult, MatchState, Sweep, Update
 from ..schedule import Order, axes_met, neighbours, order_of, run_in_order, sharing
+from .accelerator import Accelerator
 from .costs import WeightCosts, tensor_cores
 from .endpoints import Move, Pair, keep_freed_memory, touched
-from .initial import Init, Visit, start
-from .nearness import nearest
-from .products import Products
-
-EVERY = 1.0
-"""Seconds between two calls of the progress callback within a sweep."""
+from .initial import Init, Visits, start
+from .nearness import arrangement
 
 NOISE = 1e-3
 """Rounding makes no predicted gain wrong by this share of the largest objective its tensors could have."""
@@ -55,7 +52,7 @@ def weight_matching(
     state_a: State,
     state_b: State,
     *,
-    init: Init = "identity",
+    init: Init = "forward",
     order: Order = "random",
     seed: int = 0,
     max_sweeps: int = 100,
@@ -77,8 +74,8 @@ def weight_matching(
     Args:
         spec: the architecture's symmetries.
         state_a, state_b: name -> tensor, lazy mappings too; further keys are ignored. Never changed.
-        init: "identity" (the paper), "forward" (a first guess from input to output, usually at least as good
-            and with far fewer sweeps to go), "random", or a permutation to start from.
+        init: "forward" (a first guess from input to output, at least as good in every pair tried and with far
+            fewer sweeps to go), "identity" (the paper), "random", or a permutation to start from.
         order: "random" (the paper: a fresh order every sweep), "forward", "backward", or a function of
             (sweep, number of groups) that gives the group numbers in their order.
         seed: of everything random.
@@ -113,7 +110,6 @@ def weight_matching(
         workers = 1 if torch.device(device).type == "cpu" else min(16, os.cpu_count() or 1)
     keep_freed_memory()
     pair = Pair(spec, state_a, state_b, normalize=normalize, device=device)
-    pair.products = Products(pair)
     initial_objective, distance_before = pair.objective, pair.distance
     options = _fingerprint(spec, init, order, seed, restarts, normalize, initial_objective)
     finished: tuple[float, ...] = ()
@@ -123,61 +119,51 @@ def weight_matching(
         _check_resumable(resumed, options)
         finished, best = resumed.finished, resumed.best
         began -= resumed.seconds
+    costs = WeightCosts(pair, Accelerator(pair))
+    visits = Visits(len(spec), progress)
 
-    def report(now: Attempt, dirty: set[int]) -> None:
-        seconds = perf_counter() - began
-        if checkpoint is not None:
-            checkpoint(MatchState(options, now, tuple(sorted(dirty)), finished, best, seconds))
-        tell(
-            progress,
-            "weight matching",
-            now.history[-1].number,
-            max_sweeps,
-            objective=now.objective,
-            moved=now.history[-1].moved,
-            seconds=seconds,
-            left=None,
-            restart=len(finished),
-        )
-
-    visits = _Visits(len(spec), progress)
     for restart in range(len(finished), restarts):
-        if resumed is not None:
-            begun, dirty = resumed.current, set(resumed.dirty)
-            pair.set(begun.permutation)
-            resumed = None
-        else:
-            # In a fixed order a second descent from the same start would repeat the first.
-            with tensor_cores(tf32):
-                start(pair, init if restart == 0 or order == "random" else "random", seed, restart, visits)
-            dirty = set(range(len(spec)))
-            begun = _attempt(pair, (), dirty)
         with tensor_cores(tf32):
-            attempt = _descend(pair, begun, dirty, order, seed, restart, max_sweeps, workers, report, visits)
+            if resumed is not None:
+                begun, dirty = resumed.current, set(resumed.dirty)
+                pair.set(begun.permutation)
+                resumed = None
+            else:
+                # In a fixed order a second descent from the same start would repeat the first.
+                start(costs, init if restart == 0 or order == "random" else "random", seed, restart, visits)
+                dirty = set(range(len(spec)))
+                begun = _attempt(pair, (), dirty)
+            attempt = begun
+            for attempt in _descend(costs, begun, dirty, order, seed, restart, max_sweeps, workers, visits):
+                seconds = perf_counter() - began
+                if checkpoint is not None:
+                    checkpoint(MatchState(options, attempt, tuple(sorted(dirty)), finished, best, seconds))
+                sweep = attempt.history[-1]
+                tell(
+                    progress, "weight matching", sweep.number, max_sweeps, objective=attempt.objective,
+                    moved=sweep.moved, seconds=seconds, left=None, restart=len(finished),
+                )  # fmt: skip
         finished = (*finished, attempt.objective)
         if best is None or attempt.objective > best.objective:
             best = attempt
     assert best is not None
     pair.set(best.permutation)
-    pair.products = None  # it knows the pair: a circle, which would keep the models in memory for a while
     return MatchResult(
         permutation=best.permutation,
         objective=best.objective,
         history=best.history,
         converged=best.converged,
-        moved=best.permutation.moved(),
         seconds=perf_counter() - began,
         initial_objective=initial_objective,
         distance_before=distance_before,
         distance_after=pair.distance,
         sweeps=len(best.history) - 1,
         restarts=finished,
-        moved_per_group=moved_per_group(best.permutation),
     )
 
 
 def _descend(
-    pair: Pair,
+    costs: WeightCosts,
     attempt: Attempt,
     dirty: set[int],
     order: Order,
@@ -185,67 +171,36 @@ def _descend(
     restart: int,
     max_sweeps: int,
     workers: int,
-    report: Callable[[Attempt, set[int]], None],
-    visits: Visit,
-) -> Attempt:
-    """Sweep until no group is dirty: one that is not is optimal given all others."""
-    near, before = neighbours(pair.spec), sharing(pair.spec)
-    for number in range(len(attempt.history), max_sweeps + 1):
-        if not dirty:
-            break
-        began = perf_counter()
-        groups = order_of(order, len(pair.spec), seed, restart, number - 1)
-        updates = _sweep(pair, groups, dirty, near, before, workers, partial(visits, f"sweep {number}"))
-        attempt = _attempt(pair, attempt.history, dirty, updates, perf_counter() - began)
-        report(attempt, dirty)
-    return attempt
-
-
-def _sweep(
-    pair: Pair,
-    groups: Sequence[int],
-    dirty: set[int],
-    near: Sequence[frozenset[int]],
-    before: Sequence[frozenset[int]],
-    workers: int,
-    visit: Callable[[int, int], None],
-) -> tuple[Update, ...]:
-    """Improve those of `groups`, in that order, that are dirty when their turn comes."""
+    visits: Visits,
+) -> Iterator[Attempt]:
+    """The attempt after each sweep, until no group is `dirty`: one that is not is optimal given all others."""
+    spec, before = costs.pair.spec, sharing(costs.pair.spec)
+    groups: list[int] = []
     updates: dict[int, Update] = {}
-    visited: list[int] = []
 
-    def improve_if_dirty(g: int) -> None:
-        visited.append(g)
-        if g not in dirty:
-            return
-        dirty.discard(g)
-        updates[g] = improve(pair, pair.spec.groups[g])
-        if updates[g].moved:
-            dirty.update(near[g])
-        if workers <= 1:  # callbacks come from the caller's thread
-            visit(len(visited), sum(update.moved for update in updates.values()))
+    def improved(number: int) -> bool:
+        updates[number] = improve(costs, spec.groups[number])
+        return updates[number].moved > 0
 
-    run_in_order(improve_if_dirty, groups, before, workers)
-    return tuple(updates[g] for g in groups if g in updates)
+    def begin(number: int) -> list[int]:
+        updates.clear()
+        visits.begin(f"sweep {number}")
+        groups[:] = order_of(order, len(spec), seed, restart, number - 1)
+        return groups
 
+    def done(number: int) -> None:
+        visits.done(updates[number].moved if number in updates else 0)
 
-class _Visits:
-    """Tells about once a second which group a long sweep has come to, and the seconds left to its end."""
+    def run(visit: Callable[[int], None], groups: Sequence[int]) -> None:
+        run_in_order(visit, groups, before, workers, done)
 
-    def __init__(self, groups: int, progress: Progress | None) -> None:
-        self.groups, self.progress = groups, progress
-        self.sweep, self.began = "", 0.0
-        self.told = perf_counter()
-
-    def __call__(self, sweep: str, done: int, moved: int) -> None:
-        now = perf_counter()
-        if sweep != self.sweep:
-            self.sweep, self.began = sweep, now
-        elif self.progress is not None and now - self.told > EVERY:
-            self.told = now
-            left = (now - self.began) / done * (self.groups - done)
-            stage = f"weight matching, {sweep}, group"
-            tell(self.progress, stage, done, self.groups, moved=moved, seconds=now - self.began, left=left)
+    sweeps = coordinate_descent(
+        improved, neighbours(spec), begin, dirty, max_sweeps, first=len(attempt.history), run=run
+    )
+    for _ in sweeps:
+        made = tuple(updates[group] for group in groups if group in updates)
+        attempt = _attempt(costs.pair, attempt.history, dirty, made, perf_counter() - visits.began)
+        yield attempt
 
 
 def _attempt(
@@ -265,7 +220,7 @@ def _attempt(
     return Attempt(permutation, objective, (*history, sweep), not dirty)
 
 
-def improve(pair: Pair, group: Group) -> Update:
+def improve(costs: WeightCosts, group: Group) -> Update:
     """Bring one group to its best arrangement given all others.
 
     Its costs are linear in its permutation unless it meets a tensor on two axes (the recurrent matrix of an
@@ -275,16 +230,13 @@ def improve(pair: Pair, group: Group) -> Update:
     where nothing would move.
     """
     if all(len(axes) == 1 for axes in axes_met(group).values()):
-        costs = WeightCosts(pair)
-        index = nearest(costs, group)
-        return _accept(pair, group, assign(group, costs).index if index is None else index, certain=True)
+        return _accept(costs.pair, group, arrangement(costs, group), certain=True)
     gain, moved = 0.0, 0
     for unit in independent(group.tree):
-        costs = WeightCosts(pair)
         meets_itself = _meets_itself(group, unit)
         for share in (0.0, 0.25, 0.5, 0.75) if meets_itself else (0.0,):
             found = assign(group, _Inert(costs, share) if share else costs, units=[unit])
-            update = _accept(pair, group, found.index, certain=not meets_itself)
+            update = _accept(costs.pair, group, found.index, certain=not meets_itself)
             if update.moved:
                 gain, moved = gain + update.gain, moved + update.moved
                 break
@@ -312,7 +264,7 @@ def _accept(pair: Pair, group: Group, index: Mapping[str, np.ndarray], certain: 
 
 
 @dataclass(frozen=True)
-class _Inert:
+class _Inert(Costs):
     """Costs with a bonus for staying: `share` of the most that any neuron would gain elsewhere."""
 
     costs: WeightCosts
@@ -322,15 +274,6 @@ class _Inert:
         block = self.costs.block(cell, neurons)
         bonus = self.share * (block.amax(dim=1) - block.diagonal()).amax()
         return block + bonus * torch.eye(len(block), dtype=block.dtype, device=block.device)
-
-    def diagonal(self, cell: str, blocks: Any) -> list[Tensor]:
-        return [self.block(cell, neurons) for neurons in blocks]
-
-    def prices(self, cell: str, neurons: Indices) -> Tensor | None:
-        return None
-
-    def learn(self, cell: str, neurons: Indices, prices: Tensor) -> None:
-        pass
 
 
 def _meets_itself(group: Group, unit: Node) -> bool:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ...spec import Group, admits, displaced
+from ..assignment.blocks import assign
 from .costs import WeightCosts
 from .endpoints import CHUNK, Pair, touched
 
@@ -59,6 +60,12 @@ ROUNDING = 1e-3
 """No squared distance is wrong by this share: sums of 10^5 squares in float32."""
 
 
+def arrangement(costs: WeightCosts, group: Group) -> Mapping[str, np.ndarray]:
+    """The best legal arrangement of `group` by these costs, cell name -> int64 [size]: by proof, else by assignment."""
+    proved = nearest(costs, group)
+    return assign(group, costs).index if proved is None else proved
+
+
 def nearest(costs: WeightCosts, group: Group) -> dict[str, np.ndarray] | None:
     """An arrangement, cell name -> int64 [size], that is proved to be the best legal one of `group` by these costs; or
     None.
@@ -66,7 +73,7 @@ def nearest(costs: WeightCosts, group: Group) -> dict[str, np.ndarray] | None:
     work = sum(2.0 * costs.coordinates(cell.name) * cell.size**2 for cell in group.cells)
     if work < WORTH:
         return None
-    unlike = {} if costs.pair.products is None else costs.pair.products.unlike
+    unlike = {} if costs.accelerator is None else costs.accelerator.unlike
     key = group.cells[0].name  # groups may share a name, cells don't
     if key in unlike and not _others_moved(costs.pair, group, unlike[key]):
         return None

@@ -72,8 +72,6 @@ class Products:
 
     def __init__(self, pair: Pair, budget: int = BUDGET) -> None:
         self.pair = pair
-        self.prices: dict[tuple[str, int], Tensor] = {}  # filled by costs.py, by the neurons' numbers in B
-        self.unlike: dict[str, dict[str, np.ndarray]] = {}  # filled by nearness.py
         self._kept: dict[tuple[str, int], _Kept] = {}
         wanted = sorted(
             (sum(_terms(pair, *where) for where in _sites(pair, group, cell.sites)), number, cell.name)
