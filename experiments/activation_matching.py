@@ -149,7 +149,7 @@ def variants(
 ) -> Iterator[tuple[str, Permutation]]:
     a, b = one.state_dict(), other.state_dict()
     yield "naive", spec.identity()
-    yield "weight", rebasin.weight_matching(spec, a, b).permutation
+    yield "weight", rebasin.weight_matching(spec, a, b, init="identity").permutation
     places: tuple[tuple[Reads, str], ...] = (("inputs", "behind"), ("outputs", "before"))  # the ReLU
     for reads, told in places:
         seen = activation_statistics(spec, one, other, batches, reads=reads)

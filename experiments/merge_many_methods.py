@@ -93,7 +93,7 @@ def matched_pairs(
     """Every pair matched by itself."""
     found = {}
     for i, j in combinations(range(len(states)), 2):
-        found[i, j] = weight_matching(spec, states[i], states[j], seed=seed).permutation
+        found[i, j] = weight_matching(spec, states[i], states[j], init="identity", seed=seed).permutation
         found[j, i] = found[i, j].invert()
     return found
 

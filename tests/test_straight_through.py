@@ -98,7 +98,8 @@ def gradient_norm(pair: Pair, permutation: Permutation, batch: tuple[Tensor, Ten
 def test_a_steps_gradient_is_half_of_the_midpoints(small: Pair, represents: Any, share: float):
     batch = small.batches[0]
     found = small.search(steps=1, batches=[batch], represents=represents, init="identity")
-    start = rebasin.weight_matching(small.spec, small.a.state_dict(), small.b.state_dict()).permutation
+    states = small.a.state_dict(), small.b.state_dict()
+    start = rebasin.weight_matching(small.spec, *states, init="identity").permutation
     assert found.history[0].moved == start.moved() > 0, "the first projection is weight matching"
     norm = found.history[1].gradient_norm
     assert norm is not None and norm == pytest.approx(share * gradient_norm(small, start, batch), rel=1e-5)

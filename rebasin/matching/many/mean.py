@@ -138,9 +138,9 @@ def match_options(match: Mapping[str, Any] | None) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such option, or it can't be had here.
     """
-    options = dict(match or {})
+    options = {"init": "identity", **(match or {})}  # the paper's
     check_options("The matching of many models", options, dict.fromkeys(OPTIONS))
-    if options.get("init", "identity") not in ("identity", "forward"):
+    if options["init"] not in ("identity", "forward"):
         raise ConfigError(
             f"A matching among many starts at 'identity' or 'forward', not {options['init']!r}."
         )
@@ -169,7 +169,7 @@ class _Run:
         self.models, self.spec, self.seed = models, models.spec, seed
         self.order: Order = order
         self.options = match_options(match)
-        self.first_start = self.options.pop("init", "identity")
+        self.first_start = self.options.pop("init")
         self.begin = _begin(self.spec, init, len(models))
         if keep and isinstance(init, str):
             raise ConfigError("keep=True needs the permutations that are to be kept as init.")

@@ -49,7 +49,7 @@ def start_from(
         return spec.identity()
     if start == "weight_matching":
         state_a, state_b = model_a.state_dict(), model_b.state_dict()
-        return weight_matching(spec, state_a, state_b, seed=seed, device=device).permutation
+        return weight_matching(spec, state_a, state_b, init="identity", seed=seed, device=device).permutation
     if start == "activation_then_weight":
         found = activation_then_weight(
             spec, model_a, model_b, batches, objective=objective, seed=seed, device=device
