@@ -390,9 +390,9 @@ def test_an_interrupted_pass_ends_like_an_uninterrupted_one(tmp_path):
     assert resumed.permutation == whole.permutation
     assert resumed.objective == whole.objective
     assert resumed.batches == whole.batches == 5
-    with pytest.raises(ConfigError, match="can't be continued: their tokens differed"):
+    with pytest.raises(ConfigError, match="can't be continued: its tokens differed"):
         rebasin.activation_matching(spec, a, b, batches, tokens=8, resume_from=state)
-    with pytest.raises(ConfigError, match="can't be continued: their weights differed"):
+    with pytest.raises(ConfigError, match="can't be continued: its weights differed"):
         rebasin.activation_matching(spec, a, a, batches, tokens=7, resume_from=state)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError):

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..errors import CheckpointError
-from ..spec import Permutation, PermutationSpec, displaced
-
-STATE_FORMAT = "1"
+from ..spec import Permutation, displaced
+from .search_state import SearchState
 
 
 class Found:
@@ -39,6 +29,13 @@ class Found:
             own = displaced(self.permutation.index[cell.name] for cell in group.cells)
             moved[group.name] = moved.get(group.name, 0) + own
         return moved
+
+
+def moved_between(before: Permutation | None, after: Permutation) -> int:
+    """How many neurons are at another place than before; None: than without a permutation."""
+    if before is None:
+        return after.moved()
+    return sum(int(np.count_nonzero(index != before.index[cell])) for cell, index in after.index.items())
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class MatchState:
+class MatchState(SearchState):
     """Where matching stands after a finished sweep; given to `resume_from`, it ends as if never interrupted.
 
     Attributes:
@@ -141,76 +138,10 @@ class MatchState:
         seconds: wall time so far.
     """
 
-    options: Mapping[str, str]
+    called: ClassVar[str] = "matching"
+
     current: Attempt
     dirty: tuple[int, ...]
     finished: tuple[float, ...] = ()
     best: Attempt | None = None
     seconds: float = 0.0
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """One safetensors file, written beside the target and renamed."""
-        target = Path(path)
-        attempts = {"current": self.current} | ({"best": self.best} if self.best is not None else {})
-        tensors = {
-            f"{which}/{cell}": torch.from_numpy(index.astype(np.int32))
-            for which, attempt in attempts.items()
-            for cell, index in attempt.permutation.index.items()
-        }
-        plain = {
-            "options": dict(self.options),
-            "dirty": self.dirty,
-            "finished": self.finished,
-            "seconds": self.seconds,
-        }
-        for which, attempt in attempts.items():
-            plain[which] = {
-                "objective": attempt.objective,
-                "converged": attempt.converged,
-                "history": [asdict(sweep) for sweep in attempt.history],
-            }
-        header = {
-            "matching": STATE_FORMAT,
-            "spec": self.current.permutation.spec.to_json(),
-            "state": json.dumps(plain),
-        }
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata=header)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> MatchState:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: the file is no such state or is damaged.
-        """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header, names = file.metadata() or {}, file.keys()
-                if header.get("matching") != STATE_FORMAT:
-                    raise CheckpointError(
-                        f"{path} holds no interrupted matching that this version can continue."
-                    )
-                tensors = {key: file.get_tensor(key).numpy().astype(np.int64) for key in names}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} can't be read as an interrupted matching: {error}.") from error
-        spec = PermutationSpec.from_json(header["spec"])
-        plain = json.loads(header["state"])
-
-        def attempt(which: str) -> Attempt:
-            index = {name: tensors[f"{which}/{name}"] for name in spec.cells}
-            data = plain[which]
-            history = tuple(
-                Sweep(**(sweep | {"updates": tuple(Update(**u) for u in sweep["updates"])}))
-                for sweep in data["history"]
-            )
-            return Attempt(Permutation(spec, index), data["objective"], history, data["converged"])
-
-        state = cls(plain["options"], attempt("current"), tuple(plain["dirty"]), tuple(plain["finished"]))
-        return replace(state, best=attempt("best") if "best" in plain else None, seconds=plain["seconds"])

@@ -6,27 +6,26 @@ import copy
 import difflib
 import hashlib
 import json
-import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ...errors import CheckpointError, ConfigError, DataError, SpecMismatchError
+from ...errors import ConfigError, DataError, SpecMismatchError
 from ...modules import Forward, call_model, device_of, hooked, to_device
 from ...objectives import Objective
 from ...spec import Group, Leaf, Node, PermutationSpec
-from ...tensors import load_safetensors, save_safetensors
 from ...tracing.export import evaluation_mode
 from ...types import Progress, tell
+from ..search_state import SearchState
 from .hook_sites import Tap, find_taps, sample_rows, tensor_at
 from .moments import Moments, Statistic
 
@@ -34,7 +33,6 @@ Reads = Literal["inputs", "outputs", "both"]
 Sites = Literal["all", "last"] | Sequence[str] | None
 Key = tuple[str, str, int]  # module, where, dimension: one tensor, on which several cells may be
 
-STATE_FORMAT = "1"
 LARGE = 2 << 30
 """Statistics that would take more bytes than this in float64 are kept in float32."""
 
@@ -101,48 +99,18 @@ class ActivationStatistics:
 
 
 @dataclass(frozen=True, eq=False)
-class ActivationState:
+class ActivationState(SearchState):
     """Where a pass stands after some batches; given to `resume_from`, it ends as if it had not been interrupted.
 
     The tensors are those that the pass goes on to change: save the state before the callback that got it returns.
     """
 
-    options: Mapping[str, str]
+    called: ClassVar[str] = "pass over the activations"
+
     batches: int
-    seen: Mapping[Key, int]
+    seen: tuple[tuple[Key, int], ...]
     moments: tuple[Moments, ...]
     seconds: float = 0.0
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """One safetensors file, written beside the target and renamed."""
-        tensors = {f"{k}/{n}": t.cpu() for k, m in enumerate(self.moments) for n, t in m.tensors().items()}
-        plain = {
-            "options": dict(self.options),
-            "batches": self.batches,
-            "seen": [[*key, count] for key, count in self.seen.items()],
-            "counts": [m.count for m in self.moments],
-            "seconds": self.seconds,
-        }
-        save_safetensors(path, tensors, {"activations": STATE_FORMAT, "state": json.dumps(plain)})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ActivationState:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: the file is no such state or is damaged.
-        """
-        file = load_safetensors(path)
-        if file.metadata.get("activations") != STATE_FORMAT:
-            raise CheckpointError(f"{path} holds no interrupted activation statistics of this version.")
-        plain = json.loads(file.metadata["state"])
-        names = ("mean_a", "mean_b", "square_a", "square_b", "cross")
-        moments = tuple(
-            Moments(count, *(file[f"{k}/{name}"].clone() for name in names))
-            for k, count in enumerate(plain["counts"])
-        )
-        seen = {(module, where, dim): count for module, where, dim, count in plain["seen"]}
-        return cls(plain["options"], plain["batches"], seen, moments, plain["seconds"])
 
 
 def activation_statistics(
@@ -201,7 +169,7 @@ def activation_statistics(
     if resume_from is None:
         moments = tuple(Moments.zeros(n, dtype, here) for n in cells)
     else:
-        _check_resumable(resume_from, options)
+        resume_from.require(options)
         done, seen = resume_from.batches, dict(resume_from.seen)
         moments = tuple(
             Moments(m.count, **{name: t.to(here, copy=True) for name, t in m.tensors().items()})
@@ -229,7 +197,8 @@ def activation_statistics(
                     call(model, to_device(batch, device_of(model)))
             pair.check(done)
             if checkpoint is not None:
-                checkpoint(ActivationState(options, done, pair.seen[0], moments, perf_counter() - began))
+                seconds = perf_counter() - began
+                checkpoint(ActivationState(options, done, tuple(pair.seen[0].items()), moments, seconds))
             report()
     return ActivationStatistics(spec, taps, moments, done, perf_counter() - began)
 
@@ -403,11 +372,3 @@ def _fingerprint(
         "seed": str(seed),
         "precision": str(dtype).removeprefix("torch."),
     }
-
-
-def _check_resumable(state: ActivationState, options: Mapping[str, str]) -> None:
-    for name, value in options.items():
-        if state.options.get(name) != value:
-            raise ConfigError(
-                f"These activation statistics can't be continued: their {name} differed; use the same or start afresh."
-            )

@@ -17,7 +17,6 @@ in float64 before it is accepted.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,13 +29,14 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...spec import Group, Indices, Node, Permutation, PermutationSpec, displaced
+from ...spec import Group, Indices, Node, PermutationSpec, displaced
 from ...types import Progress, State, tell
 from ..assignment.blocks import Costs, assign, independent, leaves
 from ..assignment.linear_assignment import TOLERANCE
 from ..descent import coordinate_descent
 from ..result import Attempt, MatchResult, MatchState, Sweep, Update
 from ..schedule import Order, axes_met, neighbours, order_of, run_in_order, sharing
+from ..search_state import told
 from .accelerator import Accelerator
 from .costs import WeightCosts, tensor_cores
 from .endpoints import Move, Pair, keep_freed_memory, touched
@@ -111,12 +111,20 @@ def weight_matching(
     keep_freed_memory()
     pair = Pair(spec, state_a, state_b, normalize=normalize, device=device)
     initial_objective, distance_before = pair.objective, pair.distance
-    options = _fingerprint(spec, init, order, seed, restarts, normalize, initial_objective)
+    options = {
+        "architecture": spec.hash,
+        "weights": repr(initial_objective),
+        "init": told(init),
+        "order": told(order),
+        "seed": str(seed),
+        "restarts": str(restarts),
+        "normalize": str(normalize),
+    }
     finished: tuple[float, ...] = ()
     best: Attempt | None = None
     resumed = resume_from
     if resumed is not None:
-        _check_resumable(resumed, options)
+        resumed.require(options)
         finished, best = resumed.finished, resumed.best
         began -= resumed.seconds
     costs = WeightCosts(pair, Accelerator(pair))
@@ -281,41 +289,3 @@ def _meets_itself(group: Group, unit: Node) -> bool:
     cells = {leaf.cell for leaf in leaves(unit)}
     part = replace(group, cells=tuple(group.cells[c] for c in sorted(cells)))
     return any(len(axes) > 1 for axes in axes_met(part).values())
-
-
-def _fingerprint(
-    spec: PermutationSpec,
-    init: Init,
-    order: Order,
-    seed: int,
-    restarts: int,
-    normalize: str | None,
-    initial_objective: float,
-) -> dict[str, str]:
-    """What a continued run must have in common with the interrupted one."""
-    if isinstance(init, Permutation):
-        told = "given " + hashlib.sha256(b"".join(i.tobytes() for i in init.index.values())).hexdigest()
-    else:
-        told = init
-    return {
-        "architecture": spec.hash,
-        "weights": repr(initial_objective),
-        "init": told,
-        "order": "a function" if callable(order) else order,
-        "seed": str(seed),
-        "restarts": str(restarts),
-        "normalize": str(normalize),
-    }
-
-
-def _check_resumable(state: MatchState, options: Mapping[str, str]) -> None:
-    for name, value in options.items():
-        if state.options.get(name) != value:
-            told = (
-                f" ({state.options.get(name)} then, {value} now)"
-                if name not in ("architecture", "weights")
-                else ""
-            )
-            raise ConfigError(
-                f"This matching can't be continued: its {name} differed{told}; use the same or start afresh."
-            )

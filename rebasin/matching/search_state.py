@@ -1,0 +1,182 @@
+"""Where a search stands, in one file: all that it needs to go on after an interruption as if there had been none.
+
+A state is a frozen dataclass of plain values, permutations and tensors. Its type hints say how it is read again, so a
+search that can be continued declares what it has to remember, and no more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import chain, repeat
+from pathlib import Path
+from types import NoneType
+from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import CheckpointError, ConfigError
+from ..spec import Permutation, PermutationSpec
+from ..tensors import SafetensorsState, load_safetensors, save_safetensors
+from ..types import LazyState
+
+FORMAT = "2"
+
+DIGESTS = ("architecture", "weights", "models", "batches", "sites")
+"""Options whose values tell a reader nothing."""
+
+
+@dataclass(frozen=True)
+class SearchState:
+    """What all states have in common; given to `resume_from`, a search ends as if never interrupted.
+
+    A field that is a mapping of tensors is read from the file whenever one of them is asked for.
+
+    Attributes:
+        called: what is under way, in words.
+        options: what must not change between interruption and continuation, models and data included.
+    """
+
+    called: ClassVar[str] = "search"
+
+    options: Mapping[str, str]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """One safetensors file, indices in int32, written beside the target and renamed."""
+        tensors: dict[str, Tensor] = {}
+        specs: list[PermutationSpec] = []
+        plain = _plain(self, "", tensors, specs)
+        header = {"search": type(self).__name__, "format": FORMAT, "state": json.dumps(plain)}
+        if specs:
+            header["spec"] = specs[0].to_json()
+        save_safetensors(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is no such state or is damaged.
+        """
+        file = load_safetensors(Path(path))
+        known = file.metadata.get("search"), file.metadata.get("format")
+        if known != (cls.__name__, FORMAT):
+            raise CheckpointError(f"{path} holds no interrupted {cls.called} that this version can continue.")
+        try:
+            spec = PermutationSpec.from_json(file.metadata["spec"]) if "spec" in file.metadata else None
+            return _value(cls, json.loads(file.metadata["state"]), "", file, spec)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged: it is no complete {cls.called}.") from error
+
+    def require(self, options: Mapping[str, str]) -> None:
+        """Raise `ConfigError` if the search was begun with other options."""
+        for name, now in options.items():
+            then = self.options.get(name)
+            if then != now:
+                told = "" if name in DIGESTS else f" ({then} then, {now} now)"
+                raise ConfigError(
+                    f"This {self.called} can't be continued: its {name} differed{told}; use the same or start"
+                    " afresh."
+                )
+
+
+def told(option: Any) -> str:
+    """An option in the words of `SearchState.options`; permutations by a digest of their indices."""
+    given = [option] if isinstance(option, Permutation) else option
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        indices = chain.from_iterable(p.index.values() for p in given if p is not None)
+        digest = hashlib.sha256(b"".join(index.tobytes() for index in indices)).hexdigest()
+        return f"{len(given)} given, {digest}"
+    return "a function" if callable(option) else str(option)
+
+
+def digest_of(data: Any) -> str:
+    """A digest of the tensors and plain values in nested lists, tuples and mappings, to the bit."""
+    sha = hashlib.sha256()
+    for leaf in pytree.tree_leaves(data):
+        if isinstance(leaf, Tensor):
+            sha.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            sha.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            plain = isinstance(leaf, str | int | float | NoneType)
+            sha.update(repr(leaf if plain else type(leaf)).encode())
+    return sha.hexdigest()
+
+
+def _plain(value: Any, at: str, tensors: dict[str, Tensor], specs: list[PermutationSpec]) -> Any:
+    """`value` as JSON can have it; what its tensors and permutations hold goes into `tensors`, named by its place."""
+    if isinstance(value, Permutation):
+        specs.append(value.spec)
+        tensors |= {
+            f"{at}/{cell}": torch.from_numpy(index.astype(np.int32)) for cell, index in value.index.items()
+        }
+        return "permutation"
+    if isinstance(value, Tensor):
+        tensors[at] = value
+        return "tensor"
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(one, f"{at}/{key}", tensors, specs) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(one, f"{at}/{number}", tensors, specs) for number, one in enumerate(value)]
+    return value
+
+
+def _value(kind: Any, plain: Any, at: str, file: SafetensorsState, spec: PermutationSpec | None) -> Any:
+    """What `_plain` made of a value of type `kind`, turned back."""
+    origin, kinds = get_origin(kind), get_args(kind)
+    if NoneType in kinds:
+        return None if plain is None else _value(kinds[0], plain, at, file, spec)
+    if kind is Tensor:
+        return file[at]
+    if kind is Permutation:
+        if spec is None:
+            raise LookupError("permutations without a spec")
+        index = {cell: file[f"{at}/{cell}"].numpy().astype(np.int64) for cell in spec.cells}
+        permutation = Permutation(spec, index)
+        if not spec.contains(permutation):
+            raise ValueError("an illegal permutation")
+        return permutation
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(
+            **{
+                f.name: _value(hints[f.name], plain[f.name], f"{at}/{f.name}", file, spec)
+                for f in fields(kind)
+            }
+        )
+    if origin is tuple:
+        each = repeat(kinds[0], len(plain)) if kinds[-1] is Ellipsis else kinds
+        pairs = zip(each, plain, strict=True)
+        return tuple(_value(one, item, f"{at}/{k}", file, spec) for k, (one, item) in enumerate(pairs))
+    if kind == Mapping[str, Tensor]:
+        return _Tensors(file, at, tuple(plain))
+    if origin is Mapping:
+        return {key: _value(kinds[1], one, f"{at}/{key}", file, spec) for key, one in plain.items()}
+    scalars = (int, float) if kind is float else kind
+    if kind in (bool, int, float, str) and not isinstance(plain, scalars):
+        raise TypeError(f"{at} is no {kind.__name__}")
+    return plain
+
+
+class _Tensors(LazyState):
+    """The tensors of a file whose names begin with `at`, without that."""
+
+    def __init__(self, file: SafetensorsState, at: str, names: tuple[str, ...]) -> None:
+        self._file, self._at, self._names = file, at, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file[f"{self._at}/{name}"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
