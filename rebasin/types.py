@@ -5,7 +5,7 @@ function that a name stands for gets its arguments: by its signature.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,25 +19,63 @@ State = Mapping[str, Tensor]
 
 
 class LazyState(Mapping[str, Tensor]):
-    """A state whose tensors are read or computed when they are asked for.
+    """A state whose tensors are read or computed when they are asked for; a subclass says how, in `__getitem__`.
 
-    Those that know shapes and types beforehand, from a file's header say, override the two methods.
+    `known` is the table of its names, which knows shapes and types beforehand: a mapping of the same names to values
+    with a `shape` and a `dtype` (entries of a file's header, tensors, `LazyTensor`), or another state.
     """
 
+    def __init__(self, known: Mapping[str, Any]) -> None:
+        self.known = known
+        self._names = dict.fromkeys(known)  # in order; a mapping's own `in` may make the tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
     def shape_of(self, name: str) -> tuple[int, ...]:
-        return tuple(self[name].shape)
+        return shape_of(self.known, name)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return self[name].dtype
+        return dtype_of(self.known, name)
 
 
-def shape_of(state: State, name: str) -> tuple[int, ...]:
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a derived state: its shape and type, which are known, and how it is made."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
+class DerivedState(LazyState):
+    """A state of lazy tensors by name, each made anew whenever it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        super().__init__(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.known[name].make()
+
+
+def passed(state: State, name: str) -> LazyTensor:
+    """Tensor `name` of `state`, as it is: for a derived state that has it, maybe under another name."""
+    return LazyTensor(shape_of(state, name), dtype_of(state, name), lambda: state[name])
+
+
+def shape_of(state: Mapping[str, Any], name: str) -> tuple[int, ...]:
     """The shape of a tensor, without reading it where the state is lazy."""
     known = getattr(state, "shape_of", None)  # mappings of the user's own need not derive from LazyState
     return tuple(state[name].shape) if known is None else tuple(known(name))
 
 
-def dtype_of(state: State, name: str) -> torch.dtype:
+def dtype_of(state: Mapping[str, Any], name: str) -> torch.dtype:
     """The type of a tensor, without reading it where the state is lazy."""
     known = getattr(state, "dtype_of", None)
     return state[name].dtype if known is None else known(name)

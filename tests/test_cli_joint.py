@@ -9,7 +9,7 @@ import torch
 from cli_twins import Files, read, rebasin
 
 from rebasin.checkpoints import open_checkpoint, save_safetensors
-from rebasin.cli.joint import joint_spec, joint_state
+from rebasin.checkpoints.joint import joint_spec, joint_state
 from rebasin.spec import Permutation
 
 
@@ -19,7 +19,7 @@ def test_joint_permutation_is_undone(tmp_path: Path) -> None:
     spec = joint_spec(a, ("unet", "text_encoder"))
     stream = [g for g in spec if len({s.parameter.split(".")[0] for c in g.cells for s in c.sites}) == 2]
     assert len(stream) == 1  # what passes from the one to the other is one group
-    moved = spec.random(2).apply(joint_state(a, spec))
+    moved = spec.random(2).apply(joint_state(a, ("unet", "text_encoder")))
     states = {
         part: {n.removeprefix(f"{part}."): t for n, t in moved.items() if n.startswith(f"{part}.")}
         for part in a.components

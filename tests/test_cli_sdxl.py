@@ -10,7 +10,7 @@ from cli_twins import Files, read, rebasin
 
 from rebasin.adapters import move_adapter
 from rebasin.checkpoints import open_checkpoint, save_safetensors
-from rebasin.cli.joint import joint_spec, joint_state
+from rebasin.checkpoints.joint import joint_spec, joint_state
 from rebasin.spec import Permutation
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -41,7 +41,9 @@ def test_joint_permutation_of_both_text_encoders_is_undone(tmp_path: Path) -> No
     a = open_checkpoint(files.a)
     spec = joint_spec(a, ("unet", "text_encoder", "text_encoder_2"))
     states = {part: {} for part in a.components}
-    for name, tensor in spec.random(2).apply(joint_state(a, spec)).items():
+    for name, tensor in (
+        spec.random(2).apply(joint_state(a, ("unet", "text_encoder", "text_encoder_2"))).items()
+    ):
         part, _, rest = name.partition(".")
         states[part][rest] = tensor
     b = save_safetensors(tmp_path / "joint.safetensors", a.restore(states))

@@ -10,11 +10,11 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..files import PathLike
 from ..tensors import load_safetensors
-from ..types import State
+from ..types import DerivedState, State
 from . import components, folders
 from .components import Found
 from .families import EXPECTED, TITLES, Identity, Shapes, foreign, identify
-from .key_map import ComponentState, DerivedState, Link, replaced
+from .key_map import Link, component_state, replaced
 from .pickled import load_pickled
 from .prediction_type import Prediction, prediction
 
@@ -52,14 +52,14 @@ class Checkpoint:
         """What it is, for a sentence."""
         return str(Identity(self.family, self.variant))
 
-    def component(self, name: str) -> State:
+    def component(self, name: str) -> DerivedState:
         """A component in diffusers' (or transformers') names, lazily.
 
         Raises:
             CheckpointError: the checkpoint has no such component; names those that it has.
         """
         self.require(name)
-        return ComponentState(self.raw, self.links[name])
+        return component_state(self.raw, self.links[name])
 
     def restore(self, states: Mapping[str, State], keep_dtype: bool = True) -> DerivedState:
         """The whole checkpoint under its own names, in its own order, with these components replaced.
@@ -97,7 +97,7 @@ class Checkpoint:
 
     def shapes(self, component: str) -> Shapes:
         """Name in diffusers -> shape."""
-        state = ComponentState(self.raw, self.links[component])
+        state = component_state(self.raw, self.links[component])
         return {name: state.shape_of(name) for name in state}
 
 
@@ -141,7 +141,7 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
     if not found or other is not None:
         raise CheckpointError(f"{where} is {other or 'no model that is known here'}, but {EXPECTED}.")
     links = {name: components.links(place, raw) for name, place in found.items()}
-    states = {name: ComponentState(raw, own) for name, own in links.items()}
+    states = {name: component_state(raw, own) for name, own in links.items()}
     shapes = {name: {n: s.shape_of(n) for n in s} for name, s in states.items()}
     identity = identify(shapes, found, where)
     diffusers = any(place.layout == "diffusers" or "/" in place.prefix for place in found.values())

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import CheckpointError
 from ..tensors import JoinedState, load_safetensors
+from ..types import DerivedState, State, passed
 from .components import TEXT, TEXT_2, UNET, VAE
-from .key_map import DerivedState, passed
 from .pickled import load_pickled
 
 PARTS = (UNET, VAE, TEXT, TEXT_2)
@@ -27,7 +24,7 @@ WEIGHTS = re.compile(
 )
 
 
-def load_folder(folder: Path, variant: str | None = None) -> Mapping[str, Tensor]:
+def load_folder(folder: Path, variant: str | None = None) -> State:
     """The tensors of a diffusers folder, lazily, named `component/tensor`; of a component's own folder, `tensor`.
 
     Raises:
@@ -44,7 +41,7 @@ def load_folder(folder: Path, variant: str | None = None) -> Mapping[str, Tensor
     return DerivedState({f"{part}/{n}": passed(s, n) for part, s in states.items() for n in s})
 
 
-def load_weights(folder: Path, variant: str | None = None) -> Mapping[str, Tensor]:
+def load_weights(folder: Path, variant: str | None = None) -> State:
     """The tensors of one component's folder, lazily; safetensors are preferred to pickles.
 
     `variant` is the word in file names such as model.fp16.safetensors; None: the file without one, or the only one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tensors.writer import convert
-from ..types import LazyState, State, dtype_of, shape_of
+from ..types import DerivedState, LazyTensor, State, dtype_of, passed, shape_of
 
 
 @dataclass(frozen=True)
@@ -55,71 +55,14 @@ def write(links: Sequence[Link], tensors: Sequence[Tensor], shape: tuple[int, ..
     return tensors[0].reshape(shape)
 
 
-class ComponentState(LazyState):
+def component_state(raw: State, links: Iterable[Link]) -> DerivedState:
     """A component of a checkpoint in diffusers' names; each tensor is read from the file when it is asked for."""
 
-    def __init__(self, raw: State, links: Iterable[Link]):
-        self.raw = raw
-        self.links = {link.name: link for link in links}
+    def lazy(link: Link) -> LazyTensor:
+        shape = link.shape(shape_of(raw, link.source))
+        return LazyTensor(shape, dtype_of(raw, link.source), lambda: link.read(raw[link.source]))
 
-    def __getitem__(self, name: str) -> Tensor:
-        link = self.links[name]
-        return link.read(self.raw[link.source])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.links
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.links)
-
-    def __len__(self) -> int:
-        return len(self.links)
-
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        link = self.links[name]
-        return link.shape(shape_of(self.raw, link.source))
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        return dtype_of(self.raw, self.links[name].source)
-
-
-@dataclass(frozen=True)
-class Item:
-    """A tensor that a lazy state will have: what is known of it, and how it is made."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-
-
-class DerivedState(LazyState):
-    """A lazy state whose tensors are made, one by one, when they are asked for."""
-
-    def __init__(self, items: Mapping[str, Item]):
-        self.items_ = dict(items)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.items_[name].make()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.items_
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.items_)
-
-    def __len__(self) -> int:
-        return len(self.items_)
-
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        return self.items_[name].shape
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        return self.items_[name].dtype
-
-
-def passed(state: State, name: str) -> Item:
-    """Tensor `name` of `state`, as it is."""
-    return Item(shape_of(state, name), dtype_of(state, name), lambda: state[name])
+    return DerivedState({link.name: lazy(link) for link in links})
 
 
 def replaced(
@@ -136,7 +79,7 @@ def replaced(
         for link in links[component]:
             by_source.setdefault(link.source, (state, []))[1].append(link)
 
-    def item(name: str) -> Item:
+    def lazy(name: str) -> LazyTensor:
         state, own = by_source.get(name, (raw, []))
         if not any(link.name in state for link in own):
             return passed(raw, name)
@@ -153,6 +96,6 @@ def replaced(
                 write(own, [t.to(tensors[0].dtype) for t in tensors], shape), dtype, name, "the result"
             )
 
-        return Item(shape, dtype, make)
+        return LazyTensor(shape, dtype, make)
 
-    return DerivedState({name: item(name) for name in raw})
+    return DerivedState({name: lazy(name) for name in raw})

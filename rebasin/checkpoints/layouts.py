@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..types import State, dtype_of, shape_of
+from ..types import DerivedState, LazyTensor, State, dtype_of, shape_of
 from . import keys_text, keys_unet, keys_vae
 from .components import TEXT, TEXT_2, UNET, VAE, vae_levels
-from .key_map import DerivedState, Item, Link, write
+from .key_map import Link, write
 
 PREFIXES: dict[str, dict[str, tuple[str, str]]] = {
     "sd1": {TEXT: ("cond_stage_model.transformer.", "transformers")},
@@ -31,11 +31,11 @@ def single_file(family: str, components: Mapping[str, State]) -> DerivedState:
     Raises:
         CheckpointError: the family has no single-file layout, or a tensor has no place in it.
     """
-    items: dict[str, Item] = {}
+    tensors: dict[str, LazyTensor] = {}
     for component, state in components.items():
         for source, links in _places(family, component, state).items():
-            items[source] = _item(state, links)
-    return DerivedState(items)
+            tensors[source] = _joined(state, links)
+    return DerivedState(tensors)
 
 
 def _places(family: str, component: str, state: State) -> dict[str, list[Link]]:
@@ -80,7 +80,8 @@ def _links(family: str, component: str, state: State) -> Iterator[Link]:
         yield Link(name, prefix + source, how, part, 3 if how == "rows" else 1)
 
 
-def _item(state: State, links: list[Link]) -> Item:
+def _joined(state: State, links: list[Link]) -> LazyTensor:
+    """The tensor of a file that is made of those that these links lead to."""
     first = links[0]
     shape = shape_of(state, first.name)
     if first.how == "rows":
@@ -93,7 +94,7 @@ def _item(state: State, links: list[Link]) -> Item:
     def make() -> Tensor:
         return write(links, [state[link.name] for link in links], shape)
 
-    return Item(shape, dtype_of(state, first.name), make)
+    return LazyTensor(shape, dtype_of(state, first.name), make)
 
 
 def position_ids(length: int = 77) -> Tensor:

@@ -15,10 +15,10 @@ from ..errors import CheckpointError
 from ..files import PathLike, atomic_folder, atomic_path, write_text
 from ..tensors import save_safetensors
 from ..tensors.writer import all_finite, convert, require_space, target_dtype
-from ..types import Progress, State, dtype_of, shape_of, tell
+from ..types import DerivedState, LazyTensor, Progress, State, dtype_of, passed, shape_of, tell
 from .architectures import PARTS_OF, component_config, published
 from .components import TEXT, TEXT_2, UNET, VAE
-from .key_map import ComponentState, DerivedState, Item, passed
+from .key_map import component_state
 from .layouts import single_file
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ def parts(checkpoint: Checkpoint, state: State) -> dict[str, State]:
     """Component -> its tensors in diffusers' names, out of a state that has the names of `checkpoint`."""
     found: dict[str, State] = {}
     for name in checkpoint.components:
-        found[name] = ComponentState(state, [link for link in checkpoint.links[name] if link.source in state])
+        found[name] = component_state(
+            state, [link for link in checkpoint.links[name] if link.source in state]
+        )
     return found
 
 
@@ -104,11 +106,11 @@ def cast(state: State, dtype: Types, where: object) -> State:
     if dtype is None:
         return state
 
-    def item(name: str) -> Item:
+    def lazy(name: str) -> LazyTensor:
         stored = target_dtype(name, dtype_of(state, name), dtype)
-        return Item(shape_of(state, name), stored, lambda: convert(state[name], stored, name, where))
+        return LazyTensor(shape_of(state, name), stored, lambda: convert(state[name], stored, name, where))
 
-    return DerivedState({name: item(name) for name in state})
+    return DerivedState({name: lazy(name) for name in state})
 
 
 def _save_pickle(target: Path, state: State, progress: Progress | None) -> None:

@@ -11,7 +11,6 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,15 +63,8 @@ class PickledState(LazyState):
             raise CheckpointError(f"{path} holds no named tensors, so it is no model.")
         outside = [str(k) for k in content if k != "state_dict"] if tensors is nested else []
         self.left_out = (*outside, *(str(k) for k, v in tensors.items() if not isinstance(v, Tensor)))
-        self._whole: dict[str, Tensor] = {}
-        self._places: dict[str, _Place] = {}
-        for name, tensor in tensors.items():
-            if not isinstance(tensor, Tensor):
-                continue
-            if zipped:
-                self._places[str(name)] = self._place(str(name), tensor)
-            else:
-                self._whole[str(name)] = tensor
+        named = {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        super().__init__({name: self._place(name, t) for name, t in named.items()} if zipped else named)
 
     def _place(self, name: str, tensor: Tensor) -> _Place:
         # Under fake tensors torch notes where in the file a storage begins.
@@ -92,28 +84,13 @@ class PickledState(LazyState):
         return place
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._whole:
-            return self._whole[name].clone()
-        if name not in self._places:
+        if name not in self.known:
             raise KeyError(f"{self.path} has no tensor {name!r}.")
-        place = self._places[name]
+        place = self.known[name]
+        if isinstance(place, Tensor):
+            return place.clone()
         data = self._raw.read(place.start, place.length * place.dtype.itemsize, f"tensor {name!r}")
         return data.view(place.dtype).as_strided(place.shape, place.stride).contiguous()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._places or name in self._whole
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._whole or self._places)
-
-    def __len__(self) -> int:
-        return len(self._whole or self._places)
-
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        return tuple(self._whole[name].shape) if name in self._whole else self._places[name].shape
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        return self._whole[name].dtype if name in self._whole else self._places[name].dtype
 
 
 def load_pickled(path: PathLike) -> PickledState:

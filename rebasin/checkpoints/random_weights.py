@@ -12,10 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..types import State, dtype_of, shape_of
+from ..types import DerivedState, LazyTensor, State, dtype_of, passed, shape_of
 from .architectures import build
 from .components import TEXT, UNET
-from .key_map import DerivedState, Item, passed
 from .layouts import position_ids, single_file
 from .reduced_width import twin
 
@@ -47,14 +46,16 @@ def random_checkpoint(
             shapes["text_projection.weight"] = (config["hidden_size"], config["hidden_size"])
         states[name] = random_state(shapes, seed, dtype, f"{name}.")
     whole = single_file(family, states)
-    items = {name: passed(whole, name) for name in whole}
-    items |= {name: Item(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in _extras(family).items()}
+    tensors = {name: passed(whole, name) for name in whole}
+    tensors |= {
+        name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in _extras(family).items()
+    }
     if ema:
         unet = single_file(
             family, {UNET: random_state(_shapes(states[UNET]), seed + 1, torch.float32, "ema.")}
         )
-        items |= {ema_name(name): passed(unet, name) for name in unet}
-    return DerivedState(items)
+        tensors |= {ema_name(name): passed(unet, name) for name in unet}
+    return DerivedState(tensors)
 
 
 def random_state(
@@ -62,7 +63,7 @@ def random_state(
 ) -> DerivedState:
     """Matrices ~ N(0, 1 / fan-in), vectors N(0, 0.01), weights of norms around 1."""
 
-    def item(name: str, shape: tuple[int, ...]) -> Item:
+    def lazy(name: str, shape: tuple[int, ...]) -> LazyTensor:
         def make() -> Tensor:
             noise = torch.randn(shape, generator=_generator(prefix + name, seed))
             if len(shape) > 1:
@@ -72,15 +73,15 @@ def random_state(
                 noise += 1.0 if "norm" in name and name.endswith("weight") else 0.0
             return noise.to(dtype)
 
-        return Item(shape, dtype, make)
+        return LazyTensor(shape, dtype, make)
 
-    return DerivedState({name: item(name, shape) for name, shape in shapes.items()})
+    return DerivedState({name: lazy(name, shape) for name, shape in shapes.items()})
 
 
 def noisy(state: State, size: float, seed: int = 0) -> DerivedState:
     """`state` with normal noise of `size` times each tensor's standard deviation: a stand-in for a fine-tune."""
 
-    def item(name: str) -> Item:
+    def lazy(name: str) -> LazyTensor:
         def make() -> Tensor:
             tensor = state[name]
             if not tensor.is_floating_point() or tensor.numel() < 2:
@@ -89,9 +90,9 @@ def noisy(state: State, size: float, seed: int = 0) -> DerivedState:
             noise = torch.randn(wide.shape, generator=_generator(f"noise.{name}", seed))
             return wide.add_(noise, alpha=size * float(wide.std())).to(tensor.dtype)
 
-        return Item(shape_of(state, name), dtype_of(state, name), make)
+        return LazyTensor(shape_of(state, name), dtype_of(state, name), make)
 
-    return DerivedState({name: item(name) for name in state})
+    return DerivedState({name: lazy(name) for name in state})
 
 
 def ema_name(name: str) -> str:

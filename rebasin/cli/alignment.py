@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters import part, union
 from ..checkpoints import component_spec, load_metadata
+from ..checkpoints.joint import PARTS, joint_spec, joint_state
 from ..errors import CheckpointError, ConfigError
 from ..jobs.resume import Resume
 from ..spec import Permutation, PermutationSpec
 from ..types import Progress, State, within
-from .joint import PARTS, joint_spec, joint_state
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
@@ -146,7 +146,9 @@ def specs_of(checkpoint: Checkpoint, components: Sequence[str], joint: bool) -> 
 
 def state_of(checkpoint: Checkpoint, name: str, spec: PermutationSpec) -> State:
     """The state that a spec of `specs_of` speaks of."""
-    return joint_state(checkpoint, spec) if name == JOINT else checkpoint.component(name)
+    if name != JOINT:
+        return checkpoint.component(name)
+    return joint_state(checkpoint, dict.fromkeys(name.split(".")[0] for name in spec.shapes))
 
 
 def align_pair(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..types import LazyState, State
+from ..types import DerivedState, LazyTensor, State, dtype_of, shape_of
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
@@ -102,29 +102,20 @@ def compute(
     if inputs is not None:
         args, kwargs = inputs(args, kwargs)
     _fill_constants(module)
-    cpu_offload(module, execution_device=torch.device("cpu"), state_dict=_Wide(state))  # pyright: ignore
+    cpu_offload(module, execution_device=torch.device("cpu"), state_dict=_wide(state))  # pyright: ignore
     with torch.no_grad():
         return named_outputs(module(*args, **kwargs))
 
 
-class _Wide(LazyState):
+def _wide(state: State) -> DerivedState:
     """A state in float32, tensor by tensor."""
 
-    def __init__(self, state: State) -> None:
-        self.state = state
+    def lazy(name: str) -> LazyTensor:
+        own = dtype_of(state, name)
+        wide = torch.float32 if own.is_floating_point else own
+        return LazyTensor(shape_of(state, name), wide, lambda: state[name].to(wide))
 
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self.state[name]
-        return tensor.float() if tensor.is_floating_point() else tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.state
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.state)
-
-    def __len__(self) -> int:
-        return len(self.state)
+    return DerivedState({name: lazy(name) for name in state})
 
 
 def _fill_constants(module: nn.Module) -> None:

@@ -83,7 +83,7 @@ def merge(console: Console, request: Request) -> None:
 
     found: Alignment | Many | None = None
     checks: dict[str, Difference] | None = None
-    views = [{name: model.component(name) for name in components} for model in models]
+    views: list[dict[str, State]] = [{name: model.component(name) for name in components} for model in models]
     if request.align or request.permutation:
         specs = steps.specs(console, models[0], components, request.joint)
         if len(models) == 2:

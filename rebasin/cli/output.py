@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..checkpoints import FORMATS, Saved, save_checkpoint
-from ..checkpoints.key_map import DerivedState, Item, passed
 from ..errors import CheckpointError, ConfigError
 from ..tensors.writer import target_dtype
-from ..types import Progress, State
+from ..types import DerivedState, LazyTensor, Progress, State, passed
 from .options import DTYPES
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def stored_as(
     large = {
         link.source
         for link in checkpoint.links["unet"]
-        if len(checkpoint.component("unet").shape_of(link.name)) > 1  # type: ignore[attr-defined]
+        if len(checkpoint.component("unet").shape_of(link.name)) > 1
     }
     return lambda name, own: wanted if name in large else torch.float16
 
@@ -79,12 +78,12 @@ def finished(
     if prune:
         for kind in ("ema", "schedule", "unused", "other"):
             dropped.update(name for name in checkpoint.extras.get(kind, ()) if name not in MARKS)
-    items = {name: passed(whole, name) for name in whole if name not in dropped}
+    tensors = {name: passed(whole, name) for name in whole if name not in dropped}
     if fix_clip:
         for name in checkpoint.extras.get("position_ids", ()):
-            length = items[name].shape[-1]
-            items[name] = Item((1, length), torch.int64, lambda n=length: torch.arange(n)[None])
-    return DerivedState(items)
+            length = tensors[name].shape[-1]
+            tensors[name] = LazyTensor((1, length), torch.int64, lambda n=length: torch.arange(n)[None])
+    return DerivedState(tensors)
 
 
 def _fitting_vae(checkpoint: Checkpoint, vae: Checkpoint) -> State:

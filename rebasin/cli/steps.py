@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import Checkpoint
+from ..checkpoints.joint import PARTS
 from ..errors import ConfigError, VerificationError
-from ..types import State
+from ..types import DerivedState, State
 from . import output, provenance, session
 from .alignment import JOINT, Alignment, align_pair, given, specs_of
 from .function import Difference, compare_chains, compare_functions
 from .inputs import sha256_of, size_of
-from .joint import PARTS
 from .many import Many, align_many
 from .request import Request
 from .weighting import Weighting
 
 if TYPE_CHECKING:
-    from ..checkpoints.key_map import DerivedState
     from ..reporting.console import Console
     from ..spec import PermutationSpec
 

@@ -53,13 +53,13 @@ def verify(
     """
     from ..adapters import part
     from ..checkpoints import component_spec, open_checkpoint
+    from ..checkpoints.joint import PARTS
     from ..errors import CheckpointError, RebasinError
     from ..spec import Permutation
     from . import session
     from .alignment import of_component
     from .function import compare_chains, compare_functions
     from .inputs import common, open_all
-    from .joint import PARTS
     from .kinds import kind_of_file
 
     console = session.begin(threads=threads)

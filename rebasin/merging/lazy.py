@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from ..types import LazyState, Progress, ProgressEvent, State, dtype_of, is_number, shape_of, widened
+from ..types import LazyState, Progress, ProgressEvent, State, dtype_of, is_number, widened
 from .inputs import check_finite, integers_differ, is_finite, same, wrong_shape
 from .interpolate import COUNTERS
 from .registry import Method
@@ -37,26 +37,12 @@ class MergedState(LazyState):
         self.method, self.states, self.base, self.options = method, states, base, dict(options)
         self.weights, self.seed, self.companions, self.labels = weights, seed, companions, labels
         self.device, self.dtype, self.progress = device, dtype, progress
-        self._names = tuple(states[0])
-        self._known = frozenset(self._names)
+        super().__init__(states[0])
         self._done: set[str] = set()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._known
-
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        """The tensor's shape, from the first model's header where that is lazy."""
-        return shape_of(self.states[0], name)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The tensor's dtype in the result."""
-        found = dtype_of(self.states[0], name)
+        found = super().dtype_of(name)
         return self.dtype if self.dtype is not None and found.is_floating_point else found
 
     def weights_of(self, name: str) -> float | list[float] | None:
@@ -65,7 +51,7 @@ class MergedState(LazyState):
         return fit_weights(self.method, given, len(self.states), name)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._known:
+        if name not in self:
             raise KeyError(f"the merge has no tensor {name!r}.")
         with torch.no_grad():
             tensor = self._merged(name)

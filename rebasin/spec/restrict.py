@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from ..errors import ConfigError
-from . import Branch, Leaf, Node, PermutationSpec
+from .permutation import PermutationSpec
+from .structure import Branch, Leaf, Node
 
 Structure = Literal["full", "within", "free"]
 

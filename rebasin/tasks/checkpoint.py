@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint, component_spec, open_checkpoint, require_same_family, save_checkpoint
 from ..checkpoints.architectures import component_config
+from ..checkpoints.joint import joint_module, joint_spec, joint_state, without_prefix
 from ..checkpoints.specs import proof
 from ..errors import ConfigError
 from ..spec import PermutationSpec
-from ..types import LazyState, State
+from ..types import State
 from .agreement import Agreement, outputs_of, with_targets
 from .base import Part, Task, require
 
@@ -120,8 +121,6 @@ class _Pair:
     def spec(self) -> PermutationSpec:
         """The proved spec."""
         if self.joint:
-            from ..cli.joint import joint_spec
-
             return joint_spec(self.a, self.names)
         return component_spec(self.a, self.component)
 
@@ -144,9 +143,7 @@ class _Pair:
     def state(self, checkpoint: Checkpoint) -> State:
         if not self.joint:
             return checkpoint.component(self.component)
-        from ..cli.joint import PrefixedState
-
-        return PrefixedState({name: checkpoint.component(name) for name in self.names})
+        return joint_state(checkpoint, self.names)
 
     def built(self) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         """The architecture, its parameters without numbers, and example inputs, which have some."""
@@ -158,9 +155,7 @@ class _Pair:
             parts = {name: modules.build(name, component_config(self.a, name)) for name in self.names}
         if not self.joint:
             return parts[self.component]
-        from ..cli.joint import _joint
-
-        return *_joint(parts), {}
+        return *joint_module(parts), {}
 
     def inputs(self, count: int, seed: int) -> list[dict[str, Any]]:
         found = []
@@ -224,28 +219,9 @@ class _Pair:
     def export(self, folder: Path, merged: State, metadata: Mapping[str, str]) -> Path:
         """The merge as a whole checkpoint: A with this component replaced, in A's names, order and types."""
         suffix = "" if self.a.path.is_dir() else ".safetensors"
-        parts = {name: _Without(merged, f"{name}.") if self.joint else merged for name in self.names}
+        parts = {name: without_prefix(merged, f"{name}.") if self.joint else merged for name in self.names}
         header = {**self.a.metadata, **metadata}
         return save_checkpoint(folder / f"checkpoint{suffix}", self.a, self.a.restore(parts), header).path
-
-
-class _Without(LazyState):
-    """A part of a state whose names share a prefix, without it."""
-
-    def __init__(self, state: State, prefix: str):
-        self.state, self.prefix = state, prefix
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.state[self.prefix + name]
-
-    def __contains__(self, name: object) -> bool:
-        return f"{self.prefix}{name}" in self.state
-
-    def __iter__(self) -> Any:
-        return (n.removeprefix(self.prefix) for n in self.state if n.startswith(self.prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 def filled(model: nn.Module, state: State, dtype: torch.dtype) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import PathLike
-from ..types import LazyState, dtype_of, shape_of
+from ..types import DerivedState, LazyState, State, passed
 from .header import read_header
 
 
@@ -76,72 +76,40 @@ class SafetensorsState(LazyState):
         self.path = Path(path)
         self._raw = RawFile(self.path)
         header = read_header(self._raw.file, self.path, self._raw.size)
-        self._entries = header.entries
+        super().__init__(header.entries)
         self.metadata: dict[str, str] = dict(header.metadata)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._entries:
+        if name not in self.known:
             raise KeyError(f"{self.path} has no tensor {name!r}.")
-        entry = self._entries[name]
+        entry = self.known[name]
         data = self._raw.read(entry.start, entry.end - entry.start, f"tensor {name!r}")
         return data.view(entry.dtype).reshape(entry.shape)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     def __repr__(self) -> str:
         return f"SafetensorsState({str(self.path)!r}, {len(self)} tensors)"
 
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        return self._entries[name].shape
 
-    def dtype_of(self, name: str) -> torch.dtype:
-        return self._entries[name].dtype
-
-
-class JoinedState(LazyState):
+class JoinedState(DerivedState):
     """Several lazy states as one: the shards of a file that was saved in parts.
 
     Raises:
         CheckpointError: two shards have a tensor of the same name.
     """
 
-    def __init__(self, states: Sequence[Mapping[str, Tensor]]):
+    def __init__(self, states: Sequence[State]):
         self.metadata: dict[str, str] = {}
-        self._owner: dict[str, Mapping[str, Tensor]] = {}
+        owner: dict[str, State] = {}
         for state in states:
             self.metadata |= getattr(state, "metadata", {})
             for name in state:
-                if name in self._owner:
+                if name in owner:
                     raise CheckpointError(
-                        f"Tensor {name!r} is in {getattr(self._owner[name], 'path', 'one shard')} and in"
+                        f"Tensor {name!r} is in {getattr(owner[name], 'path', 'one shard')} and in"
                         f" {getattr(state, 'path', 'another')}, so these are no shards of one file."
                     )
-                self._owner[name] = state
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._owner[name][name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._owner
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._owner)
-
-    def __len__(self) -> int:
-        return len(self._owner)
-
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        return shape_of(self._owner[name], name)
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        return dtype_of(self._owner[name], name)
+                owner[name] = state
+        super().__init__({name: passed(state, name) for name, state in owner.items()})
 
 
 def load_safetensors(path: PathLike) -> SafetensorsState:

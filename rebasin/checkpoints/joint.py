@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from ..errors import VerificationError
 from ..spec import PermutationSpec
 from ..tracing import compose, trace, verify
-from ..types import LazyState, State, dtype_of, shape_of
+from ..types import DerivedState, State, passed
+from .architectures import FULL_WIDTH, architecture, build, component_config
+from .reduced_width import TWIN_WIDTH, narrow_text, narrow_unet
+from .specs import structure
 
 if TYPE_CHECKING:
-    from ..checkpoints import Checkpoint
+    from .checkpoint import Checkpoint
 
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
@@ -30,12 +33,7 @@ def joint_spec(checkpoint: Checkpoint, components: Sequence[str]) -> Permutation
     Raises:
         VerificationError: the proof failed; nothing may be aligned with this spec.
     """
-    from ..checkpoints import architecture
-    from ..checkpoints.architectures import FULL_WIDTH, build, component_config
-    from ..checkpoints.reduced_width import TWIN_WIDTH, narrow_text, narrow_unet
-    from ..checkpoints.specs import structure
-
-    module, args = _joint({name: architecture(checkpoint, name) for name in components})
+    module, args = joint_module({name: architecture(checkpoint, name) for name in components})
     spec = trace(module, *args)
     family = checkpoint.family
     ratio = TWIN_WIDTH[family] / FULL_WIDTH[family]
@@ -46,7 +44,7 @@ def joint_spec(checkpoint: Checkpoint, components: Sequence[str]) -> Permutation
     width = min(TWIN_WIDTH[family], own["block_out_channels"][0])
     pooled = list(configs.values())[-1]["projection_dim"]
     configs["unet"] = narrow_unet(own, width, reads, pooled)
-    small, inputs = _joint({name: build(name, config, "cpu") for name, config in configs.items()})
+    small, inputs = joint_module({name: build(name, config, "cpu") for name, config in configs.items()})
     twins = trace(small, *inputs)
     if structure(twins) != structure(spec):
         raise VerificationError(
@@ -56,7 +54,7 @@ def joint_spec(checkpoint: Checkpoint, components: Sequence[str]) -> Permutation
     return spec
 
 
-def _joint(built: Mapping[str, Built]) -> tuple[nn.Module, tuple[Any, ...]]:
+def joint_module(built: Mapping[str, Built]) -> tuple[nn.Module, tuple[Any, ...]]:
     """The modules as one that goes from token ids to predicted noise, and its example inputs."""
     texts = [name for name in TEXTS if name in built]
     unet, (sample, timestep, _), kwargs = built["unet"]
@@ -85,36 +83,13 @@ def _joint(built: Mapping[str, Built]) -> tuple[nn.Module, tuple[Any, ...]]:
     return compose(run, **modules), (*ids, sample, timestep, *numbers)
 
 
-class PrefixedState(LazyState):
-    """States of several components as one, lazily: `component.name`."""
-
-    def __init__(self, states: Mapping[str, State]) -> None:
-        self.states = states
-
-    def __getitem__(self, name: str) -> Tensor:
-        component, _, inner = name.partition(".")
-        return self.states[component][inner]
-
-    def __contains__(self, name: object) -> bool:
-        component, _, inner = str(name).partition(".")
-        return component in self.states and inner in self.states[component]
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"{component}.{name}" for component, state in self.states.items() for name in state)
-
-    def __len__(self) -> int:
-        return sum(map(len, self.states.values()))
-
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        component, _, inner = name.partition(".")
-        return shape_of(self.states[component], inner)
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        component, _, inner = name.partition(".")
-        return dtype_of(self.states[component], inner)
+def joint_state(checkpoint: Checkpoint, components: Iterable[str]) -> DerivedState:
+    """These components as the one state that a joint spec speaks of, with names `component.name`."""
+    states = {name: checkpoint.component(name) for name in components}
+    return DerivedState({f"{own}.{name}": passed(s, name) for own, s in states.items() for name in s})
 
 
-def joint_state(checkpoint: Checkpoint, spec: PermutationSpec) -> PrefixedState:
-    """The components that a joint spec speaks of, as one state."""
-    names = dict.fromkeys(name.split(".")[0] for name in spec.shapes)
-    return PrefixedState({name: checkpoint.component(name) for name in names})
+def without_prefix(state: State, prefix: str) -> DerivedState:
+    """The part of a joint state whose names start with `prefix`, without it."""
+    own = (name.removeprefix(prefix) for name in state if name.startswith(prefix))
+    return DerivedState({name: passed(state, prefix + name) for name in own})

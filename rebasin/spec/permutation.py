@@ -1,0 +1,341 @@
+"""All symmetries of an architecture, and the single permutation: how it acts on a state, and its file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, SpecMismatchError
+from ..files import PathLike
+from ..tensors import load_safetensors, save_safetensors
+from ..types import LazyState, State, shape_of
+from .serialisation import group_from, group_to
+from .structure import Cell, Group, Site, admits, draw, to_array
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Pin:
+    """`count` positions of a parameter's axis that may not move, and the operator that forbids it."""
+
+    parameter: str
+    axis: int
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Shares (0 to 1) of all parameters with at least one, and of the matrices' with both, axes permuted."""
+
+    one: float
+    both: float
+
+
+@dataclass(frozen=True, eq=False)
+class PermutationSpec:
+    """All groups of an architecture and where they act.
+
+    `shapes` has every floating point parameter and persistent buffer, `buffers` those that are moved but are no
+    parameters (running statistics), `aliases` other names of the same tensor (tied weights), `pins` what stays.
+    """
+
+    groups: tuple[Group, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    buffers: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    pins: tuple[Pin, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"PermutationSpec({self.neurons:,} neurons in {len(self.groups)} groups, {self.hash[:12]})"
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PermutationSpec) and self.hash == other.hash
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+    @cached_property
+    def cells(self) -> dict[str, Cell]:
+        """Every cell by name."""
+        return {cell.name: cell for group in self.groups for cell in group.cells}
+
+    @cached_property
+    def axes(self) -> dict[str, dict[int, tuple[tuple[str, Site], ...]]]:
+        """parameter -> axis -> the (cell name, site) pairs that act there."""
+        found: dict[str, dict[int, list[tuple[str, Site]]]] = {}
+        for cell in self.cells.values():
+            for site in cell.sites:
+                found.setdefault(site.parameter, {}).setdefault(site.axis, []).append((cell.name, site))
+        return {name: {axis: tuple(s) for axis, s in sorted(by.items())} for name, by in found.items()}
+
+    @property
+    def neurons(self) -> int:
+        return sum(group.neurons for group in self.groups)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of what the spec permits (names, shapes, groups; not the prose of its pins)."""
+        payload = self._payload()
+        payload.pop("pins")
+        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+    def identity(self) -> Permutation:
+        return Permutation(self, {name: np.arange(cell.size) for name, cell in self.cells.items()})
+
+    def random(self, seed: int = 0) -> Permutation:
+        """A uniformly drawn member of the group."""
+        rng = np.random.default_rng(seed)
+        index = {name: np.arange(cell.size) for name, cell in self.cells.items()}
+        for group in self.groups:
+            draw(group, group.tree, group.tree, index, rng)
+        return Permutation(self, index)
+
+    def contains(self, permutation: Permutation) -> bool:
+        """Whether `permutation` is legal: a member of the group that the trees describe."""
+        return permutation.spec == self and all(admits(group, permutation.index) for group in self.groups)
+
+    def coverage(self) -> Coverage:
+        total = one = matrices = both = 0.0
+        for name, shape in self.shapes.items():
+            if name in self.buffers or name in self.aliases:
+                continue
+            numel = math.prod(shape)
+            share = [
+                sum(len(site.positions) for _, site in self.axes.get(name, {}).get(axis, ())) / max(size, 1)
+                for axis, size in enumerate(shape)
+            ]
+            total += numel
+            one += numel * (1 - math.prod(1 - s for s in share))
+            if len(shape) >= 2:
+                matrices += numel
+                both += numel * share[0] * share[1]
+        return Coverage(one / total if total else 0.0, both / matrices if matrices else 0.0)
+
+    def summary(self, max_rows: int | None = None) -> str:
+        """The table a person reads: groups, sizes, structure, where they act, what is pinned and by what."""
+        coverage = self.coverage()
+        lines = [
+            f"{self.neurons:,} neurons in {len(self.groups)} groups ({len(self.cells)} cells); parameters with at"
+            f" least one axis permuted {coverage.one:.4%}, with both {coverage.both:.1%}"
+            f" (of those that have two)",
+            "",
+            f"{'group':44}  {'neurons':>8}  {'structure':28}  acts on",
+        ]
+        for group in self.groups[:max_rows]:
+            sites = [f"{s.parameter}[{s.axis}]" for cell in group.cells for s in cell.sites]
+            sites = list(dict.fromkeys(sites))
+            where = ", ".join(sites[:3]) + (f" and {len(sites) - 3} more" if len(sites) > 3 else "")
+            lines.append(f"{group.name:44}  {group.neurons:>8,}  {group.structure:28}  {where}")
+        if max_rows is not None and len(self.groups) > max_rows:
+            lines.append(f"... and {len(self.groups) - max_rows} more groups")
+        if self.pins:
+            lines += ["", f"{'pinned axis':56}  {'count':>8}  by"]
+            for pin in self.pins[:max_rows]:
+                lines.append(f"{pin.parameter + f'[{pin.axis}]':56}  {pin.count:>8,}  {pin.reason}")
+            if max_rows is not None and len(self.pins) > max_rows:
+                lines.append(f"... and {len(self.pins) - max_rows} more pinned axes")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "hash": self.hash, **self._payload()})
+
+    @classmethod
+    def from_json(cls, text: str) -> PermutationSpec:
+        try:
+            data = json.loads(text)
+            version = data["format"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise SpecMismatchError(
+                "This text is not a permutation spec: it is no JSON with a 'format'."
+            ) from error
+        if version != FORMAT:
+            raise SpecMismatchError(
+                f"The permutation spec has format {version}, but this version reads {FORMAT}; trace the model again."
+            )
+        spec = cls(
+            groups=tuple(group_from(g) for g in data["groups"]),
+            shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
+            buffers=frozenset(data["buffers"]),
+            aliases=data["aliases"],
+            pins=tuple(Pin(*pin) for pin in data["pins"]),
+        )
+        if spec.hash != data["hash"]:
+            raise SpecMismatchError(
+                "The permutation spec is damaged: its hash does not fit; trace the model again."
+            )
+        return spec
+
+    def _payload(self) -> dict[str, Any]:
+        return {
+            "groups": [group_to(g) for g in self.groups],
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "buffers": sorted(self.buffers),
+            "aliases": dict(self.aliases),
+            "pins": [[p.parameter, p.axis, p.count, p.reason] for p in self.pins],
+        }
+
+    def check(self, state: State, what: str = "the state") -> None:
+        """Raise `SpecMismatchError` if `state` misses a tensor that the spec moves or has another shape for it."""
+        for name in self.axes:
+            tensor = _get(state, name, self.aliases)
+            if tensor is None:
+                raise SpecMismatchError(f"{what} has no tensor {name!r}, which the spec permutes.")
+            if shape_of(state, tensor) != tuple(self.shapes[name]):
+                raise SpecMismatchError(
+                    f"Tensor {name!r} of {what} has shape {shape_of(state, tensor)}, but the spec expects"
+                    f" {tuple(self.shapes[name])}: it was traced for another architecture."
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Permutation:
+    """One member of a spec's symmetry group: cell name -> int64 [size], `new[i] = old[index[i]]`."""
+
+    spec: PermutationSpec
+    index: Mapping[str, np.ndarray]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Permutation)
+            and self.spec == other.spec
+            and all(np.array_equal(p, other.index[name]) for name, p in self.index.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Permutation({self.moved():,} of {self.spec.neurons:,} neurons moved)"
+
+    def apply(self, state: State) -> dict[str, Tensor]:
+        """`state` with its neurons permuted; tensors that do not move are passed on, nothing is changed in place.
+
+        `state` is any mapping name -> tensor, lazy ones and ones with further keys included.
+
+        Raises:
+            SpecMismatchError: a tensor is missing or has another shape; it names the tensor and both shapes.
+        """
+        self.spec.check(state)
+        return {name: self.apply_to(name, state[name]) for name in state}
+
+    def view(self, state: State) -> PermutedState:
+        """`state` with its neurons permuted when a tensor is read: what `apply` gives, without holding it.
+
+        Raises:
+            SpecMismatchError: a tensor is missing or has another shape; it names the tensor and both shapes.
+        """
+        self.spec.check(state)
+        return PermutedState(self, state)
+
+    def apply_to(self, name: str, tensor: Tensor) -> Tensor:
+        """One tensor of a state, by its name: the streaming form of `apply`."""
+        for axis, index in self.axes_of(name):
+            if axis >= tensor.ndim or tensor.shape[axis] != len(index):
+                raise SpecMismatchError(
+                    f"Tensor {name!r} has shape {tuple(tensor.shape)}, but the spec expects"
+                    f" {tuple(self.spec.shapes[self.spec.aliases.get(name, name)])}."
+                )
+            tensor = tensor.index_select(axis, torch.from_numpy(index).to(tensor.device))
+        return tensor
+
+    def axes_of(self, name: str, skip: str | None = None) -> list[tuple[int, np.ndarray]]:
+        """The (axis, int64 index [axis size]) pairs that move tensor `name`; identities and cell `skip` left out."""
+        name = self.spec.aliases.get(name, name)
+        moves = []
+        for axis, sites in self.spec.axes.get(name, {}).items():
+            full = np.arange(self.spec.shapes[name][axis])
+            moved = False
+            for cell, site in sites:
+                perm = self.index[cell]
+                if cell != skip and not _is_identity(perm):
+                    positions = to_array(site.positions)
+                    full[positions] = positions[perm]
+                    moved = True
+            if moved:
+                moves.append((axis, full))
+        return moves
+
+    def invert(self) -> Permutation:
+        return Permutation(self.spec, {name: np.argsort(p) for name, p in self.index.items()})
+
+    def compose(self, other: Permutation) -> Permutation:
+        """The permutation that applies `other` first: `p.compose(q).apply(s) == p.apply(q.apply(s))`."""
+        if self.spec != other.spec:
+            raise SpecMismatchError("Permutations of two different specs can't be composed.")
+        return Permutation(self.spec, {name: other.index[name][p] for name, p in self.index.items()})
+
+    @property
+    def is_identity(self) -> bool:
+        return all(_is_identity(p) for p in self.index.values())
+
+    def moved(self) -> int:
+        """The number of neurons that do not stay where they are."""
+        return displaced(self.index.values())
+
+    def save(self, path: PathLike, metadata: Mapping[str, str] | None = None) -> None:
+        """A safetensors file with one int32 tensor a cell; its header has the spec, so the file stands alone."""
+        tensors = {name: torch.from_numpy(p.astype(np.int32)) for name, p in self.index.items()}
+        told = {**json.loads(self.spec.to_json()), "metadata": dict(metadata or {})}
+        save_safetensors(path, tensors, {"spec": json.dumps(told)})
+
+    @classmethod
+    def load(cls, path: PathLike) -> Permutation:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is no permutation, is damaged, or holds an illegal permutation.
+        """
+        file = load_safetensors(path)
+        if "spec" not in file.metadata:
+            raise CheckpointError(f"{path} holds no permutation: its header has no spec.")
+        index = {name: tensor.numpy().astype(np.int64) for name, tensor in file.items()}
+        spec = PermutationSpec.from_json(file.metadata["spec"])
+        if set(index) != set(spec.cells):
+            raise CheckpointError(f"{path} is damaged: its tensors are not the cells of its spec.")
+        permutation = cls(spec, index)
+        if not spec.contains(permutation):
+            raise CheckpointError(f"{path} holds a permutation that its own spec does not allow.")
+        return permutation
+
+
+class PermutedState(LazyState):
+    """A state seen through a permutation; each tensor is read and moved when it is asked for."""
+
+    def __init__(self, permutation: Permutation, state: State) -> None:
+        super().__init__(state)
+        self.permutation = permutation
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.permutation.apply_to(name, self.known[name])
+
+
+def displaced(indices: Iterable[np.ndarray]) -> int:
+    """How many neurons are not where they were, under indices [size] of any number of cells."""
+    return sum(int(np.count_nonzero(index != np.arange(index.size))) for index in indices)
+
+
+def _is_identity(perm: np.ndarray) -> bool:
+    return bool((perm == np.arange(perm.size)).all())
+
+
+def _get(state: State, name: str, aliases: Mapping[str, str]) -> str | None:
+    """The key under which `state` has tensor `name`: a tied weight may be there under any of its names."""
+    if name in state:
+        return name
+    return next((alias for alias, target in aliases.items() if target == name and alias in state), None)
