@@ -31,7 +31,7 @@ from rebasin.checkpoints import write_text
 from rebasin.data import classification
 from rebasin.data.captioned_digits import denoising_batches
 from rebasin.matching import activation_and_weight, activation_statistics, match_statistics
-from rebasin.matching.activations.hook_sites import find_taps
+from rebasin.matching.activations.hook_sites import find_hook_sites
 from rebasin.matching.activations.statistics import Reads
 from rebasin.models import tiny_sd
 from rebasin.models.cache import trained
@@ -192,7 +192,7 @@ def cost(
     few = {name: tensor[:2] for name, tensor in first.items()}
 
     def places() -> None:
-        find_taps(spec, one, lambda model: objective.loss(model, few))
+        find_hook_sites(spec, one, lambda model: objective.loss(model, few))
 
     rows: list[dict[str, Any]] = []
     for tokens in (8, 16, 32, 0):

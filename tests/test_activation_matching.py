@@ -29,7 +29,7 @@ from rebasin.matching import (
     activation_then_weight,
     match_statistics,
 )
-from rebasin.matching.activations.hook_sites import find_taps, sample_rows
+from rebasin.matching.activations.hook_sites import find_hook_sites, sample_rows
 from rebasin.matching.activations.moments import Moments
 from rebasin.matching.activations.prompts import match_pipelines, prompt_activation_matching
 from rebasin.models import MLP, VGG, ResNet, tiny_sd
@@ -146,10 +146,10 @@ def test_channels_are_found_whichever_dimension_they_have():
     """A norm of somebody's own, with as many pixels on a side as channels."""
     model = ResNet(0.5, blocks=1)
     spec = rebasin.trace(model.eval(), images(2))
-    taps = find_taps(spec, model, lambda m: m(images(2)))
-    norms = {tap.module: tap.dim for tap in taps if tap.module.endswith("norm")}
+    hook_sites = find_hook_sites(spec, model, lambda m: m(images(2)))
+    norms = {site.module: site.dim for site in hook_sites if site.module.endswith("norm")}
     assert norms and set(norms.values()) == {1}
-    assert all(tap.dim == -3 for tap in taps if tap.module.endswith("conv"))
+    assert all(site.dim == -3 for site in hook_sites if site.module.endswith("conv"))
 
 
 # Statistics -------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ PATTERNS = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Tap:
+class HookSite:
     """Neuron i of `cell` is at each of `positions[k][i]`, k = 0, 1, ..., of dimension `dim` of a module's tensor.
 
     `where` is the tensor: the output, the first input, or a projection inside of torch's MultiheadAttention. Further
@@ -59,7 +59,7 @@ class Tap:
 
     @property
     def content(self) -> tuple[Any, ...]:
-        """Equal for taps that look at the same numbers."""
+        """Equal for hook sites that look at the same numbers."""
         return self.source, self.dim, self.cell, _starts(self.positions)
 
     def columns(self, rows: Tensor) -> Tensor:
@@ -71,14 +71,14 @@ class Tap:
         )
 
 
-def find_taps(spec: PermutationSpec, model: nn.Module, call: Call) -> list[Tap]:
-    """All taps that `call(model)`, a forward pass on a few samples, really reaches, in the order of execution.
+def find_hook_sites(spec: PermutationSpec, model: nn.Module, call: Call) -> list[HookSite]:
+    """All hook sites that `call(model)`, a forward pass on a few samples, really reaches, in the order of execution.
 
-    A tensor on which another dimension than the channels may be one of neurons, too (a mixer's), is no tap if it is:
+    A tensor on which another dimension than the channels may be one of neurons, too (a mixer's), is no site if it is:
     its positions in A and B do not correspond.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    taps: dict[tuple[Any, ...], Tap] = {}
+    hook_sites: dict[tuple[Any, ...], HookSite] = {}
     strangers: dict[str, list[str]] = {}
     for parameter, axes in spec.axes.items():
         aliases = [alias for alias, target in spec.aliases.items() if target == parameter]
@@ -90,12 +90,12 @@ def find_taps(spec: PermutationSpec, model: nn.Module, call: Call) -> list[Tap]:
                 continue
             for axis, sites in axes.items():
                 for place in places.get((leaf, axis), ()):
-                    _collect(taps, modules[owner], owner, place, sites)
+                    _collect(hook_sites, modules[owner], owner, place, sites)
     wanted: dict[str, set[Where]] = {owner: {"output"} for owner in strangers}
-    for tap in taps.values():
-        wanted.setdefault(tap.module, set()).add(tap.where)
+    for site in hook_sites.values():
+        wanted.setdefault(site.module, set()).add(site.where)
     sizes = {spec.shapes[parameter][axis] for parameter, axes in spec.axes.items() for axis in axes}
-    known = {(tap.module, tap.where): tap for tap in taps.values()}
+    known = {(site.module, site.where): site for site in hook_sites.values()}
 
     def keep(name: str, where: Where, tensor: Tensor) -> bool:
         if name in strangers:
@@ -105,7 +105,7 @@ def find_taps(spec: PermutationSpec, model: nn.Module, call: Call) -> list[Tap]:
 
     seen = _watch(model, wanted, call, keep)
     unsure = {place: first.copy for place, first in seen.items() if first.copy is not None}
-    found = [tap for tap in taps.values() if (tap.module, tap.where) in seen]
+    found = [site for site in hook_sites.values() if (site.module, site.where) in seen]
     if unsure:
         permutation = spec.random(seed=0)
         moved = loaded(model, permutation.apply(model.state_dict()))
@@ -114,15 +114,15 @@ def find_taps(spec: PermutationSpec, model: nn.Module, call: Call) -> list[Tap]:
             asked.setdefault(name, set()).add(where)
         after = _watch(moved, asked, call, lambda *_: True)
         compare = _Compare(spec, permutation, unsure, after)
-        found = [tap for tap in found if (tap.module, tap.where) not in unsure or compare.confirms(tap)]
-        more: dict[tuple[Any, ...], Tap] = {}
+        found = [site for site in found if (site.module, site.where) not in unsure or compare.confirms(site)]
+        more: dict[tuple[Any, ...], HookSite] = {}
         for owner, parameters in strangers.items():
             for dim, sites in compare.answers(owner, parameters):
                 _collect(more, modules[owner], owner, _Place("output", dim), sites)
         found += more.values()
     order = {place: number for number, place in enumerate(seen)}
-    found.sort(key=lambda tap: order[tap.module, tap.where])
-    return [replace(tap, source=seen[tap.module, tap.where].place) for tap in found]
+    found.sort(key=lambda site: order[site.module, site.where])
+    return [replace(site, source=seen[site.module, site.where].place) for site in found]
 
 
 @dataclass(frozen=True)
@@ -189,13 +189,13 @@ def _owner(parameter: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
 
 
 def _collect(
-    taps: dict[tuple[Any, ...], Tap],
+    hook_sites: dict[tuple[Any, ...], HookSite],
     module: nn.Module,
     name: str,
     place: _Place,
     sites: Sequence[tuple[str, Site]],
 ) -> None:
-    """Add a tap for each cell among `sites`; weight and bias, or two names of one module, give the same one."""
+    """Add a site for each cell among `sites`; weight and bias, or two names of one module, give the same one."""
     by_cell: dict[str, list[Indices]] = {}
     for cell, site in sites:
         found = _within(site.positions, place)
@@ -206,7 +206,7 @@ def _collect(
         whole = all(isinstance(p, range) and p.step == 1 for p in positions)
         for part in [[p] for p in positions] if whole else [positions]:
             key = (id(module), place.where, place.dim, cell, _starts(part))
-            taps.setdefault(key, Tap(name, place.where, place.dim, cell, tuple(part)))
+            hook_sites.setdefault(key, HookSite(name, place.where, place.dim, cell, tuple(part)))
 
 
 def _starts(positions: Sequence[Indices]) -> tuple[int, ...]:
@@ -238,7 +238,7 @@ def _columns(rows: Tensor, positions: Indices) -> Tensor:
 def tensor_at(
     module: nn.Module, where: Where, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
 ) -> Tensor | None:
-    """The tensor that a tap looks at, from a call of its module; None if there is none."""
+    """The tensor that a site looks at, from a call of its module; None if there is none."""
     if where == "output":
         return output if isinstance(output, Tensor) else next(iter(named_outputs(output).values()), None)
     if where == "input":
@@ -334,16 +334,16 @@ class _Compare:
     before: Mapping[tuple[str, Where], Tensor]
     after: Mapping[tuple[str, Where], _Seen]
 
-    def confirms(self, tap: Tap) -> bool:
-        """Whether the tensor of a tap moves along its dimension as its cell does, and otherwise not at all."""
-        was, now = self.before[tap.module, tap.where], self._after(tap.module, tap.where)
+    def confirms(self, site: HookSite) -> bool:
+        """Whether the tensor of a site moves along its dimension as its cell does, and otherwise not at all."""
+        was, now = self.before[site.module, site.where], self._after(site.module, site.where)
         if now is None or now.shape != was.shape:
             return False
-        index = self.permutation.index[tap.cell]
-        for positions in tap.positions:
+        index = self.permutation.index[site.cell]
+        for positions in site.positions:
             place = torch.from_numpy(to_array(positions))
-            expected = was.index_select(tap.dim, place[index].to(was.device))
-            if not _close(now.index_select(tap.dim, place.to(was.device)), expected):
+            expected = was.index_select(site.dim, place[index].to(was.device))
+            if not _close(now.index_select(site.dim, place.to(was.device)), expected):
                 return False
         return True
 

@@ -26,7 +26,7 @@ from ...spec import Group, Leaf, Node, PermutationSpec
 from ...tracing.export import evaluation_mode
 from ...types import Progress, tell
 from ..search_state import SearchState
-from .hook_sites import Tap, find_taps, sample_rows, tensor_at
+from .hook_sites import HookSite, find_hook_sites, sample_rows, tensor_at
 from .moments import Moments, Statistic
 
 Reads = Literal["inputs", "outputs", "both"]
@@ -39,21 +39,21 @@ LARGE = 2 << 30
 
 @dataclass(frozen=True, eq=False)
 class ActivationStatistics:
-    """The moments of every cell's neurons at each of its taps; any of the statistics can be had from them.
+    """The moments of every cell's neurons at each of its hook sites; any of the statistics can be had from them.
 
-    taps and moments correspond; `seconds` is the wall time, forward passes included.
+    hook_sites and moments correspond; `seconds` is the wall time, forward passes included.
     """
 
     spec: PermutationSpec
-    taps: tuple[Tap, ...]
+    hook_sites: tuple[HookSite, ...]
     moments: tuple[Moments, ...]
     batches: int
     seconds: float
 
     @cached_property
     def unseen(self) -> tuple[Group, ...]:
-        """The groups of whose arrangement the taps show nothing, or not all: some choice has no cell that is seen."""
-        seen = {tap.cell for tap in self.taps}
+        """The groups of whose arrangement nothing is seen, or not all: some choice has no cell with a hook site."""
+        seen = {site.cell for site in self.hook_sites}
         return tuple(group for group in self.spec if _undecided(group, group.tree, seen))
 
     @property
@@ -61,11 +61,11 @@ class ActivationStatistics:
         return sum(m.bytes for m in self.moments)
 
     def costs(self, cell: str, statistic: Statistic) -> Tensor:
-        """[size, size] float64 on the CPU: rows are A's neurons, columns B's; the mean over the cell's taps.
+        """[size, size] float64 on the CPU: rows are A's neurons, columns B's; the mean over the cell's hook sites.
 
-        Zeros for a cell that no tap shows: others of its group decide.
+        Zeros for a cell that no site shows: others of its group decide.
         """
-        seen = [m for tap, m in zip(self.taps, self.moments, strict=True) if tap.cell == cell]
+        seen = [m for site, m in zip(self.hook_sites, self.moments, strict=True) if site.cell == cell]
         if not seen:
             size = self.spec.cells[cell].size
             return torch.zeros(size, size, dtype=torch.float64)
@@ -76,7 +76,7 @@ class ActivationStatistics:
 
     def largest(self, cell: str, statistic: Statistic) -> float:
         """What no permutation of the cell can exceed, by Cauchy and Schwarz."""
-        seen = [m for tap, m in zip(self.taps, self.moments, strict=True) if tap.cell == cell]
+        seen = [m for site, m in zip(self.hook_sites, self.moments, strict=True) if site.cell == cell]
         if not seen:
             return 0.0
         if statistic == "pearson":
@@ -90,11 +90,11 @@ class ActivationStatistics:
         return sum(shares) / len(shares)
 
     def places(self) -> dict[str, tuple[str, ...]]:
-        """Group name -> the taps at which its neurons were seen."""
+        """Group name -> the hook sites at which its neurons were seen."""
         found: dict[str, list[str]] = {}
         group_of = {cell.name: group.name for group in self.spec for cell in group.cells}
-        for tap in self.taps:
-            found.setdefault(group_of[tap.cell], []).append(tap.name)
+        for site in self.hook_sites:
+            found.setdefault(group_of[site.cell], []).append(site.name)
         return {group: tuple(dict.fromkeys(names)) for group, names in found.items()}
 
 
@@ -157,15 +157,15 @@ def activation_statistics(
         raise DataError("There is nothing to match activations on: the batches are empty; give at least one.")
 
     head = to_device(_head(first), device_of(model_a))
-    taps = choose(spec, find_taps(spec, model_a, lambda model: call(model, head)), reads, sites)
-    cells = [spec.cells[tap.cell].size for tap in taps]
+    hook_sites = choose(spec, find_hook_sites(spec, model_a, lambda model: call(model, head)), reads, sites)
+    cells = [spec.cells[site.cell].size for site in hook_sites]
     dtype = torch.float64 if 8 * sum(n * n for n in cells) <= LARGE else torch.float32
     dtype = getattr(torch, precision) if precision else dtype
     here = device_of(model_a)
     options: dict[str, str] = {}
     if checkpoint is not None or resume_from is not None:
-        options = _fingerprint(spec, model_a, model_b, taps, tokens, seed, dtype)
-    done, seen = 0, {_key(tap): 0 for tap in taps}
+        options = _fingerprint(spec, model_a, model_b, hook_sites, tokens, seed, dtype)
+    done, seen = 0, {_key(site): 0 for site in hook_sites}
     if resume_from is None:
         moments = tuple(Moments.zeros(n, dtype, here) for n in cells)
     else:
@@ -175,7 +175,7 @@ def activation_statistics(
             Moments(m.count, **{name: t.to(here, copy=True) for name, t in m.tensors().items()})
             for m in resume_from.moments
         )
-    pair = _Pair(taps, moments, seen, tokens, seed)
+    pair = _SideBySide(hook_sites, moments, seen, tokens, seed)
     total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
 
     def report() -> None:
@@ -200,11 +200,13 @@ def activation_statistics(
                 seconds = perf_counter() - began
                 checkpoint(ActivationState(options, done, tuple(pair.seen[0].items()), moments, seconds))
             report()
-    return ActivationStatistics(spec, taps, moments, done, perf_counter() - began)
+    return ActivationStatistics(spec, hook_sites, moments, done, perf_counter() - began)
 
 
-def choose(spec: PermutationSpec, taps: Sequence[Tap], reads: Reads, sites: Sites) -> tuple[Tap, ...]:
-    """The taps of each cell that are to be used; `reads` and `sites` as `activation_matching` has them.
+def choose(
+    spec: PermutationSpec, hook_sites: Sequence[HookSite], reads: Reads, sites: Sites
+) -> tuple[HookSite, ...]:
+    """The hook_sites of each cell that are to be used; `reads` and `sites` as `activation_matching` has them.
 
     Raises:
         ConfigError: `sites` names a module that shows no neurons, or is something else.
@@ -212,45 +214,45 @@ def choose(spec: PermutationSpec, taps: Sequence[Tap], reads: Reads, sites: Site
     if isinstance(sites, str) and sites not in ("all", "last"):
         raise ConfigError(f"The sites {sites!r} are unknown: give 'all', 'last' or a list of module names.")
     named = None if sites is None or isinstance(sites, str) else set(sites)
-    modules = {tap.module for tap in taps}
+    modules = {site.module for site in hook_sites}
     for name in sorted((named or set()) - modules):
         close = difflib.get_close_matches(name, modules, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ConfigError(f"The module {name!r} of the sites shows no neurons that can move{hint}")
-    order = {id(tap): number for number, tap in enumerate(taps)}
-    chosen: list[Tap] = []
+    order = {id(site): number for number, site in enumerate(hook_sites)}
+    chosen: list[HookSite] = []
     for cell in spec.cells:
-        own = [tap for tap in taps if tap.cell == cell]
+        own = [site for site in hook_sites if site.cell == cell]
         if named is not None:
-            own = [tap for tap in own if tap.module in named] or own
+            own = [site for site in own if site.module in named] or own
         if reads != "both":
-            own = [tap for tap in own if (tap.where == "input") == (reads == "inputs")] or own
-        once = {tap.content: tap for tap in reversed(own)}.values()
-        own = sorted(once, key=lambda tap: order[id(tap)])
+            own = [site for site in own if (site.where == "input") == (reads == "inputs")] or own
+        once = {site.content: site for site in reversed(own)}.values()
+        own = sorted(once, key=lambda site: order[id(site)])
         if sites == "last" and own:
-            own = [tap for tap in own if (tap.module, tap.where) == (own[-1].module, own[-1].where)]
+            own = [site for site in own if (site.module, site.where) == (own[-1].module, own[-1].where)]
         chosen += own
     return tuple(chosen)
 
 
-class _Pair:
+class _SideBySide:
     """Takes A's activations of a batch, and then, with B's at hand, adds both to the moments."""
 
     def __init__(
         self,
-        taps: Sequence[Tap],
+        hook_sites: Sequence[HookSite],
         moments: Sequence[Moments],
         seen: dict[Key, int],
         tokens: int | None,
         seed: int,
     ) -> None:
         self.keys: dict[str, list[Key]] = {}
-        self.members: dict[Key, list[tuple[Tap, Moments]]] = {}
-        for tap, own in zip(taps, moments, strict=True):
-            key = _key(tap)
+        self.members: dict[Key, list[tuple[HookSite, Moments]]] = {}
+        for site, own in zip(hook_sites, moments, strict=True):
+            key = _key(site)
             if key not in self.members:
-                self.keys.setdefault(tap.module, []).append(key)
-            self.members.setdefault(key, []).append((tap, own))
+                self.keys.setdefault(site.module, []).append(key)
+            self.members.setdefault(key, []).append((site, own))
         self.seen = (seen, dict(seen))  # samples of A and of B, for each tensor
         self.tokens, self.seed = tokens, seed
         self.waiting: dict[Key, deque[Tensor]] = {key: deque() for key in self.members}
@@ -282,8 +284,8 @@ class _Pair:
             raise _different(key)
         x = waiting.popleft()
         y = y.to(x.device)
-        for tap, moments in self.members[key]:
-            moments.add(tap.columns(x), tap.columns(y))
+        for site, moments in self.members[key]:
+            moments.add(site.columns(x), site.columns(y))
 
     def check(self, batch: int) -> None:
         """After both forward passes: everything was finite, and nothing is left over.
@@ -332,8 +334,8 @@ def _cells(group: Group, node: Node) -> set[str]:
     return set().union(*(_cells(group, child) for child in node.children))
 
 
-def _key(tap: Tap) -> Key:
-    return tap.module, tap.where, tap.dim
+def _key(site: HookSite) -> Key:
+    return site.module, site.where, site.dim
 
 
 def _head(batch: Any) -> Any:
@@ -356,13 +358,13 @@ def _fingerprint(
     spec: PermutationSpec,
     model_a: nn.Module,
     model_b: nn.Module,
-    taps: Sequence[Tap],
+    hook_sites: Sequence[HookSite],
     tokens: int | None,
     seed: int,
     dtype: torch.dtype,
 ) -> dict[str, str]:
     """What a continued pass must have in common with the interrupted one."""
-    places = json.dumps([[*_key(tap), tap.cell] for tap in taps])
+    places = json.dumps([[*_key(site), site.cell] for site in hook_sites])
     sums = [[float(p.detach().sum(dtype=torch.float64)) for p in m.parameters()] for m in (model_a, model_b)]
     return {
         "architecture": spec.hash,
