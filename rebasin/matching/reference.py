@@ -5,7 +5,7 @@ Ainsworth, Hayase and Srinivasa, "Git Re-Basin: Merging Models modulo Permutatio
     weight_matching      section 3.2, algorithm 1: coordinate descent on the inner product of the weights
     activation_matching  section 3.1: one assignment a group, from what the neurons do on the same data
     straight_through     section 3.3, algorithm 2: follow the loss of the midpoint
-    merge_many           section 4.3, algorithm 3: each model to the mean of the others
+    merge_many           algorithm 3: each model to the mean of the others
 
 Nothing is accelerated, kept or checked: every cost matrix is computed whole, every assignment is solved by scipy. The
 rest of this package computes the same, faster and for more cases; these functions are the oracle of its tests and the
