@@ -41,7 +41,7 @@ def test_links_within_the_repository_lead_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
 def test_files_that_a_page_names_exist(page: str) -> None:
-    """Paths in backquotes such as `matching/descent.py`, from the repository's root, the package or one of its rooms."""
+    """Paths in backquotes, from the root of the repository, of the package, or of one of its rooms."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     known = {
         str(p.relative_to(ROOT))
