@@ -174,25 +174,27 @@ def table(rows: list[Row]) -> str:
 
 def draw(rows: list[Row], name: str, path: Path) -> None:
     """Barrier against width: the pairs as points, their means as lines."""
-    fig = figure(6.4, 4.2)
-    ax = fig.add_subplot()
-    widths = sorted({row.width for row in rows})
-    for place, (method, (color, marker)) in enumerate(LOOKS.items()):
-        shift = 1.02 ** (place - 1.5)
-        chosen = [row for row in rows if row.method == method]
-        x, y = [row.width * shift for row in chosen], [row.barrier for row in chosen]
-        ax.scatter(x, y, color=color, marker=marker, s=26, alpha=0.7, zorder=3)
-        means = [float(np.mean([row.barrier for row in chosen if row.width == width])) for width in widths]
-        ax.plot([width * shift for width in widths], means, color=color, label=method, linewidth=1.3)
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(widths, [str(width) for width in widths])
-    ax.minorticks_off()
-    ax.set_yscale("symlog", linthresh=0.01)
-    ax.set_ylim(bottom=-0.001)
-    ax.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
-    ax.set(xlabel="width of the hidden layers", ylabel="barrier on test data (cross entropy)")
-    ax.set_title(f"MLPs on {name}: naive, weight matching, straight-through estimator")
-    ax.legend(fontsize=8.5)
+    with figure(6.4, 4.2) as fig:
+        ax = fig.add_subplot()
+        widths = sorted({row.width for row in rows})
+        for place, (method, (color, marker)) in enumerate(LOOKS.items()):
+            shift = 1.02 ** (place - 1.5)
+            chosen = [row for row in rows if row.method == method]
+            x, y = [row.width * shift for row in chosen], [row.barrier for row in chosen]
+            ax.scatter(x, y, color=color, marker=marker, s=26, alpha=0.7, zorder=3)
+            means = [
+                float(np.mean([row.barrier for row in chosen if row.width == width])) for width in widths
+            ]
+            ax.plot([width * shift for width in widths], means, color=color, label=method, linewidth=1.3)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(widths, [str(width) for width in widths])
+        ax.minorticks_off()
+        ax.set_yscale("symlog", linthresh=0.01)
+        ax.set_ylim(bottom=-0.001)
+        ax.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
+        ax.set(xlabel="width of the hidden layers", ylabel="barrier on test data (cross entropy)")
+        ax.set_title(f"MLPs on {name}: naive, weight matching, straight-through estimator")
+        ax.legend(fontsize=8.5)
     save_png(fig, path)
 
 

@@ -24,6 +24,7 @@ from rebasin.jobs.studies import counterexample, run_study
 from rebasin.jobs.studies.plane import Plane
 from rebasin.jobs.studies.port import mistakes
 from rebasin.jobs.studies.temperature import fitted_temperature
+from rebasin.reporting import experiments as declared
 from rebasin.reporting import sweep as sweeps
 from rebasin.reporting.console import Console
 from rebasin.reporting.results import FORMAT, save_results
@@ -265,9 +266,9 @@ def test_runs_are_in_the_order_of_the_recipe():
 
 def test_figures_are_those_that_the_experiment_declares_today(swept, monkeypatch):
     new = {**experiments.declaration("width"), "title": "Another"}
-    monkeypatch.setattr(experiments, "declaration", lambda name: new)
+    monkeypatch.setattr(declared, "declaration", lambda name: new)
     assert sweeps.collect(swept).declaration["title"] == "Another"
-    monkeypatch.setattr(experiments, "names", lambda: [])
+    monkeypatch.setattr(declared, "names", lambda: [])
     assert sweeps.collect(swept).declaration["title"] != "Another", "of the runs, if there is no such file"
 
 
@@ -465,8 +466,9 @@ def test_a_baseline_is_counted_once_over_algorithms():
 
 @pytest.mark.parametrize("kind", ["pair", "many", "study"])
 def test_every_kind_of_run_has_tables_and_figures_for_a_tracker(kind, swept, tmp_path):
+    from rebasin.reporting.kinds import summary, tables
+    from rebasin.reporting.loggers import job_type
     from rebasin.reporting.results import load_results
-    from rebasin.reporting.tables import job_type, summary, tables
     from rebasin.run import run
 
     if kind == "pair":
@@ -480,7 +482,7 @@ def test_every_kind_of_run_has_tables_and_figures_for_a_tracker(kind, swept, tmp
             configured(*experiments.first_job("merge_many", "small", *TINY)), tmp_path, Console(_silent())
         )
     assert results is not None
-    assert job_type(results) == {"pair": "match", "many": "merge", "study": "study"}[kind]
+    assert job_type(results["config"]) == {"pair": "match", "many": "merge", "study": "study"}[kind]
     wanted = {"pair": "curves", "many": "models", "study": "rows"}[kind]
     columns, rows = tables(results)[wanted]
     assert rows and all(len(row) == len(columns) for row in rows)

@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 
 from rebasin.evaluation import Curve
+from rebasin.evaluation.samples import Samples
 from rebasin.reporting import draw
-from rebasin.reporting.answers import answers, number
+from rebasin.reporting.answers import answers
 from rebasin.reporting.metrics import metrics
+from rebasin.reporting.numbers import number
 from rebasin.reporting.results import environment
-from rebasin.reporting.samples import Samples, save_samples
+from rebasin.reporting.samples import save_samples
 
 
 def curve(height: float | None, accuracy: bool = False) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from rebasin.jobs.scoring import load_judge
 from rebasin.objectives import Distillation, Reward
 from rebasin.reporting import draw
 from rebasin.reporting.console import Console
-from rebasin.reporting.html import reward_rows
 from rebasin.reporting.metrics import metrics
+from rebasin.reporting.run import score_table
 from rebasin.run import run
 from rebasin.tasks import load_task
 
@@ -127,7 +127,7 @@ def test_one_seed_has_no_interval(searched: Searched, tmp_path: Path):
     _, results, _, _ = searched
     found: dict[str, Any] = {"mean": 0.5, "low": None, "high": None, "values": [0.5]}
     alone = {**results, "rewards": {"models": {"A": found}, "differences": {}, "images": 10, "seconds": 1.0}}
-    assert reward_rows(alone) == [{"label": "A", "mean": "0.500", "interval": "", "kind": "models"}]
+    assert score_table(alone).lines == (("A", "0.500", ""),)
     assert "<h2>Scores</h2>" in draw(alone, tmp_path)[-1].read_text()
     with pytest.raises(ConfigError, match="at least one seed"):
         score_models(None, {}, None, [])  # type: ignore[arg-type]

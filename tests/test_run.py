@@ -26,8 +26,8 @@ from rebasin.jobs.algorithm import load_algorithm
 from rebasin.jobs.configuration import check_types, explain, resolved
 from rebasin.jobs.resume import Resume
 from rebasin.reporting.console import Console
+from rebasin.reporting.kinds import summary
 from rebasin.reporting.results import load_results
-from rebasin.reporting.tables import summary
 from rebasin.run import run
 from rebasin.spec import Permutation
 from rebasin.tasks import load_task

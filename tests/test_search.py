@@ -23,6 +23,7 @@ from torch import nn
 from rebasin import report
 from rebasin.checkpoints import load_metadata, load_safetensors
 from rebasin.errors import CheckpointError, ConfigError, DataError
+from rebasin.evaluation.pareto import beats
 from rebasin.files import config_dir
 from rebasin.merging import METHODS, interpolate, merge
 from rebasin.merging.blocks import block_weights
@@ -36,7 +37,6 @@ from rebasin.search.evaluator import Bench
 from rebasin.search.folder import key, locked, register
 from rebasin.search.groups import group_tensors, interpolated
 from rebasin.search.objectives import load_aims
-from rebasin.search.pareto import beats
 from rebasin.search.space import read_space
 from rebasin.search.verdict import Finalist, references
 from rebasin.search.warm_starts import warm_starts

@@ -28,8 +28,7 @@ def compare_methods(cfg: DictConfig, folder: Path, console: Console, command: st
     """
     # Late: torch, diffusers and matplotlib take seconds to import, and --help and --cfg need none of them.
     from .. import reporting
-    from ..search import comparison_report as report
-    from ..search.comparison import ALIGNED, NAIVE, Trials, compare, fitting
+    from ..search.comparison import ALIGNED, NAIVE, Trials, compare, figures, fitting
     from ..search.evaluator import Bench
     from ..search.folder import base_name
     from ..search.objectives import load_aims
@@ -81,15 +80,11 @@ def compare_methods(cfg: DictConfig, folder: Path, console: Console, command: st
                 objective=task.objective, seed=cfg.seed, progress=console.progress,
             )  # fmt: skip
         with console.stage("report"):
-            results = report.collect(
-                config, inputs.labels, base_name(config), moved, aims, rows, console.seconds, command
-            )
-            report.leave(results, folder)
-            logger.picture("methods", folder / report.PICTURE)
-            for row in results["rows"]:
-                figures = {name: one["mean"] for name, one in row["aims"].items() if one["mean"] is not None}
-                logger.event({"stage": f"{row['name']} {row['kind']}", **figures})
-    report.summary(results, folder, console.console)
+            found = figures(inputs.labels, base_name(config), moved, aims, rows)
+            results = reporting.collect(config, found, console.seconds, command, "methods")
+            reporting.leave(results, folder)
+            logger.results(results, folder)
+    console.summary(results, folder)
     return results
 
 

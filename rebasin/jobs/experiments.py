@@ -18,37 +18,14 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from ..errors import ConfigError, RebasinError, unknown
-from ..files import config_dir
+from ..errors import ConfigError, RebasinError
+from ..reporting.experiments import GROUP, declaration, names
+from ..reporting.results import IRRELEVANT, load_results, relevant
 
-GROUP = "experiment"
+__all__ = ["declaration", "expand", "finished", "first_job", "names"]
+
 SIZES = ("full", "small")
 SHOW = {"--cfg", "-c", "--info", "-i"}
-
-IRRELEVANT = (
-    "again", "dry_run", "experiment", "hydra", "logger", "path", "resume", "size", "target",
-    "tensors", "threads",
-)  # fmt: skip
-"""Options that change no figure: a finished run with other values of these is still finished."""
-
-
-def names() -> list[str]:
-    """The experiments that there are."""
-    return sorted(path.stem for path in (config_dir() / GROUP).glob("[!_]*.yaml"))
-
-
-def declaration(name: str) -> dict[str, Any]:
-    """The block `experiment` of an experiment's file.
-
-    Raises:
-        ConfigError: there is no such experiment; names those that there are.
-    """
-    file = config_dir() / GROUP / f"{name}.yaml"
-    if name.startswith("_") or not file.is_file():
-        raise unknown(f"There is no experiment {name!r}", name, names(), "there are")
-    found = OmegaConf.to_container(OmegaConf.load(file))
-    assert isinstance(found, dict)
-    return found[GROUP]
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
@@ -104,11 +81,6 @@ def _first(override: Override) -> str:
     return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
 
 
-def relevant(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's configuration its figures depend on."""
-    return {key: value for key, value in config.items() if key not in IRRELEVANT}
-
-
 def fingerprint(config: Mapping[str, Any]) -> str:
     """Ten digits that stand for `relevant(config)`; they name a run's folder in a sweep."""
     text = json.dumps(relevant(config), sort_keys=True, default=str)
@@ -117,9 +89,6 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 
 def finished(config: Mapping[str, Any], folder: Path) -> bool:
     """Whether `folder` has the results of a run with this configuration."""
-    # Late: a configuration is composed without the reports' libraries.
-    from ..reporting.results import load_results
-
     try:
         found = load_results(folder)["config"]
     except RebasinError:

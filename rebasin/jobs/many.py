@@ -73,7 +73,7 @@ def run_many(cfg: DictConfig, folder: Path, console: Console, command: str = "")
         spec = specs[task.aligned]
         console.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
     combination = load_combination(cfg, task)
-    reporting.save_blocks(combination, folder)
+    reporting.save_blocks(combination.blocks, folder)
     if cfg.dry_run:
         then = "" if combination.is_mean else f", then {combination.words}"
         console.console.print(
@@ -111,10 +111,11 @@ def run_many(cfg: DictConfig, folder: Path, console: Console, command: str = "")
             for file, name in ((report.MERGED, chosen), (report.REPAIRED, f"{chosen}, REPAIR")):
                 if name in merges:
                     save_safetensors(folder / file, merges[name], {**about, "content": name})
-            results = report.collect(config, task, spec, checks, result, rows, console.seconds, command)
-            report.leave(results, config, folder)
+            found = report.figures(task.labels, task.aligned, spec, checks, result, rows)
+            results = reporting.collect(config, found, console.seconds, command, report.KIND)
+            reporting.leave(results, folder)
             logger.results(results, folder)
-    report.summary(results, folder, console.console)
+    console.summary(results, folder)
     return results
 
 

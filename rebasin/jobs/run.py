@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -16,8 +16,13 @@ from omegaconf import DictConfig
 from .configuration import launch, resolved
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..reporting.console import Console
     from ..reporting.results import Results
+    from ..spec import PermutationSpec
+    from ..tasks import Task
+    from .combination import Combination
 
 
 def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> Results | None:
@@ -30,6 +35,7 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
     """
     # Late: torch, diffusers and matplotlib take seconds to import, and --help and --cfg need none of them.
     from .. import reporting
+    from ..reporting import run as report
     from ..spec.restrict import restrict
     from ..tasks import load_task
     from . import stages as steps
@@ -51,9 +57,9 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
         specs[task.aligned] = spec = restrict(specs[task.aligned], cfg.structure)
         console.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
     combination = load_combination(cfg, task)
-    reporting.save_blocks(combination, folder)
+    reporting.save_blocks(combination.blocks, folder)
     if cfg.dry_run:
-        console.plan(task, specs, config, folder, combination)
+        console.console.print(_plan(task, specs, config, folder, combination), markup=False)
         return None
     judge = load_judge(cfg, task)
 
@@ -99,13 +105,53 @@ def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> R
                 reporting.save_tensors(folder, match.permutation, aligned, merged, config)
                 if task.export is not None:
                     task.export(folder, merged, {"rebasin_command": command})
-            results = reporting.collect(
-                config, task, spec, checks, match, curves, console.seconds, command, rewards, combined
-            )
-            reporting.leave(results, samples, config, folder)
+            found = report.figures(
+                task.labels, task.aligned, spec, checks, match, curves, lam=cfg.lam, rewards=rewards, merge=combined,
+                pictures=[*snapshots.pictures, *([] if samples is None else ["samples.png"])],
+            )  # fmt: skip
+            results = reporting.collect(config, found, console.seconds, command)
+            reporting.leave(results, folder, samples)
             logger.results(results, folder)
     console.summary(results, folder)
     return results
+
+
+def _plan(
+    task: Task,
+    specs: Mapping[str, PermutationSpec],
+    config: Mapping[str, Any],
+    folder: Path,
+    combination: Combination,
+) -> str:
+    """What a run would do, and the specs: the one that is aligned in full, the others in a line."""
+    from ..matching.weights.estimate import about, matching_seconds
+
+    (a, b), spec, blocks = task.labels, specs[task.aligned], combination.blocks
+    estimate = []
+    if config["algo"]["name"] == "weight_matching":
+        seconds = about(matching_seconds(spec))
+        estimate = [f"(about {seconds} here for every restart, if A and B are near each other);"]
+    by_block = [] if not blocks else ["The weight of B by block, also in blocks.png:", blocks.table(), ""]
+    others = (
+        f"\n{name}: {other.summary().splitlines()[0]}" for name, other in specs.items() if other is not spec
+    )
+    return "\n".join(
+        [
+            "",
+            *task.plan,
+            f"Would verify the specs of {', '.join(specs)};",
+            f"align B ({b}) to A ({a}), the {task.aligned}, by {config['algo']['name']};",
+            *estimate,
+            f"merge by {combination.words};",
+            f"evaluate {config['objective']['name']} at {config['evaluate']['points']} points on"
+            f" {', '.join(config['evaluate']['splits'])} data;",
+            f"and leave the result in {folder}.",
+            "",
+            *by_block,
+            f"{task.aligned}: {spec.summary()}",
+            *others,
+        ]
+    )
 
 
 def job(cfg: DictConfig) -> float | None:

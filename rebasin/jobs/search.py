@@ -33,7 +33,8 @@ def search(cfg: DictConfig, folder: Path, console: Console, command: str = "") -
     # Late: torch, diffusers and matplotlib take seconds to import, and --help and --cfg need none of them.
     from .. import reporting
     from ..checkpoints import write_text
-    from ..search.folder import locked
+    from ..search.folder import base_name, locked
+    from ..search.record import figures
     from ..search.setup import load_inputs, prepare
     from ..search.study import (
         NAME,
@@ -90,21 +91,15 @@ def search(cfg: DictConfig, folder: Path, console: Console, command: str = "") -
         with console.stage("judge"):
             judged = judge(setup.bench, setup.aims, winner.candidate, known, cfg.seed, console.progress)
         with console.stage("report"):
-            from ..search import report
-
-            results = report.collect(
-                config, setup, study, baseline, ranked, judged, before, console.seconds, command
-            )
+            found = figures(setup, base_name(config), study, baseline, ranked, judged, before)
+            results = reporting.collect(config, found, console.seconds, command, "search")
             save(folder / BEST, setup, winner, judged, config)
             if options.keep_front and len(setup.aims) > 1:
                 for number, finalist in enumerate(f for f in ranked[1:] if f.front):
                     save(folder / f"front-{number + 1}.safetensors", setup, finalist, None, config)
-            report.leave(results, folder)
-            for picture in report.PICTURES:
-                if (folder / picture).is_file():
-                    logger.picture(Path(picture).stem, folder / picture)
-            logger.event({"stage": "judge", **report.figures(results)})
-    report.summary(results, folder, console.console)
+            reporting.leave(results, folder)
+            logger.results(results, folder)
+    console.summary(results, folder)
     return results
 
 

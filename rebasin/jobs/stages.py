@@ -20,7 +20,7 @@ from ..types import Progress, State, within
 from .resume import Resume, resume_file
 
 if TYPE_CHECKING:
-    from ..reporting.samples import Samples
+    from ..evaluation.samples import Samples
     from ..tasks import Task
 
 

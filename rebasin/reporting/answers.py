@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .numbers import number
 from .results import Results
 
 NEGLIGIBLE = 0.02
@@ -29,23 +30,6 @@ class Answer:
 def answers(results: Results) -> tuple[Answer, Answer, Answer]:
     """Answers to the three questions, in the order of the page."""
     return _legal(results), _helped(results), _cost(results)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """`value` with `digits` significant digits, without exponents where they can be avoided."""
-    if value is None:
-        return "not finite"
-    if value == 0:
-        return "0"
-    if 1e-4 <= abs(value) < 1e5:
-        magnitude = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-        leading = 0
-        small = abs(value)
-        while small < 0.1:
-            small *= 10
-            leading += 1
-        return f"{value:.{max(digits - magnitude, 0) + leading}f}"
-    return f"{value:.{digits - 1}e}"
 
 
 def primary(results: Results) -> tuple[str, dict, dict]:

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _draw(source: Path, docs: Path | None, out: Path | None) -> list[Path]:
-    from .draw import draw
+    from .kinds import draw
     from .results import NAME, load_results
     from .sweep import collect, load
     from .sweep_page import into_docs, leave

@@ -3,49 +3,44 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from .answers import answers, number
-from .html import curve_rows, merge_lines, reward_rows
+from ..types import ProgressEvent
+from .answers import Answer
+from .numbers import duration, number
 from .results import Results
-
-if TYPE_CHECKING:
-    from ..jobs.combination import Combination
-    from ..spec import PermutationSpec
-    from ..tasks import Task
+from .table import Table
 
 TONES = {"good": "green", "mixed": "yellow", "bad": "red", "neutral": "default"}
 
 FILES = {
     "report.html": "read this first",
     "curve.png": "the loss from A to B",
+    "reliability.png": "accuracy against confidence",
+    "methods.png": "every method, naive and aligned",
     "samples.png": "images of A, B and the midpoints",
     "blocks.png": "the weight of B by block",
     "search.png": "the loss at each step of the search",
     "steps.png": "images of the midpoint while it searched",
+    "table.md": "the table above",
     "permutation.safetensors": "the permutation found, with its spec",
+    "permutations.safetensors": "the permutations found, with their spec",
     "aligned.safetensors": "B brought to A",
     "merged.safetensors": "the merge",
+    "repaired.safetensors": "the merge after REPAIR",
+    "best.safetensors": "the winner, with its recipe in the header",
     "checkpoint.safetensors": "A with this component merged, a whole checkpoint",
     "results.json": "every figure",
+    "study.db": "all trials; the same command goes on with them",
     "config.yaml": "the resolved configuration",
     "wandb": "offline run (upload: wandb sync)",
 }
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as people read them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Console:
@@ -89,7 +84,7 @@ class Console:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, details=text)
 
-    def progress(self, event: Mapping[str, Any]) -> None:
+    def progress(self, event: ProgressEvent) -> None:
         """Show an event: stage and step, and any of total, objective, loss, moved, bytes, left.
 
         Algorithms that know it tell the seconds `left`, or None; for others it follows from step and total.
@@ -109,13 +104,13 @@ class Console:
             parts.append(f"statistics {event['bytes'] / 1e9:.2g} GB")
         left = event["left"] if "left" in event else self._left(event)
         if left is not None:
-            parts.append(f"{_duration(left)} left")
+            parts.append(f"{duration(left)} left")
         if self._bar is not None and self._task is not None:
             self._bar.update(
                 self._task, completed=event["step"], total=event.get("total"), details=", ".join(parts)
             )
 
-    def _left(self, event: Mapping[str, Any]) -> float | None:
+    def _left(self, event: ProgressEvent) -> float | None:
         """The seconds that remain, if a step takes what it took so far; None where there is no telling."""
         step, total = event["step"], event.get("total")
         if self._first is None or self._first[0] != event["stage"] or step < self._first[1]:
@@ -125,90 +120,26 @@ class Console:
             return None
         return (time.perf_counter() - self._first[2]) / done * (total - step)
 
-    def plan(
-        self,
-        task: Task,
-        specs: Mapping[str, PermutationSpec],
-        config: Mapping[str, Any],
-        folder: Path,
-        combination: Combination,
-    ) -> None:
-        """What a run would do, and the specs: the one that is aligned in full, the others in a line."""
-        a, b = task.labels
-        lines = [
-            "",
-            *task.plan,
-            f"Would verify the specs of {', '.join(specs)};",
-            f"align B ({b}) to A ({a}), the {task.aligned}, by {config['algo']['name']};",
-            *_estimate(config, specs[task.aligned]),
-            f"merge by {combination.words};",
-            f"evaluate {config['objective']['name']} at {config['evaluate']['points']} points on"
-            f" {', '.join(config['evaluate']['splits'])} data;",
-            f"and leave the result in {folder}.",
-            "",
-            *(
-                ["The weight of B by block, also in blocks.png:", combination.blocks.table(), ""]
-                if combination.blocks
-                else []
-            ),
-            f"{task.aligned}: {specs[task.aligned].summary()}",
-        ]
-        lines += [
-            f"\n{name}: {spec.summary().splitlines()[0]}"
-            for name, spec in specs.items()
-            if name != task.aligned
-        ]
-        self.console.print("\n".join(lines), markup=False)
-
-    def _scores(self, results: Results) -> None:
-        """The table of what a scorer thinks of the images, if one was asked."""
-        rows = reward_rows(results)
-        if not rows:
-            return
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column(results["config"]["evaluate"]["name"], no_wrap=True)
-        for title in ("mean score", "95 % interval"):
-            table.add_column(title, justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(row["label"], row["mean"], row["interval"])
-        self.console.print()
-        self.console.print(table)
-
     def summary(self, results: Results, folder: Path) -> None:
-        """The three answers, the table of curves, and where the files are."""
+        """What the figures say, and where the files are."""
+        from .kinds import (  # late: matplotlib, which commands that only show progress need not wait for
+            pictures,
+            told,
+        )
+
+        own = pictures(results)
         self.console.print()
-        rows = curve_rows(results)
-        accuracy = any(row["accuracy"] for row in rows)
-        columns = {"split": "data", "kind": "merge", "a": "loss A", "b": "loss B"}
-        columns |= {"midpoint": "midpoint", "barrier": "barrier"}
-        columns |= {"accuracy": "accuracy at midpoint"} if accuracy else {}
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for key, title in columns.items():
-            table.add_column(title, justify="left" if key in ("split", "kind") else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*(row[key] for key in columns))
-        self.console.print(table)
-        for line in merge_lines(results):
-            self.console.print(line, markup=False)
-        self._scores(results)
-        self.console.print()
-        for answer in answers(results):
-            color = TONES[answer.tone]
-            self.console.print(f"{answer.question} [bold {color}]{answer.short}.[/] {escape(answer.text)}")
-        self.console.print()
+        for part in told(results):
+            if isinstance(part, Table):
+                self.console.print(part.terminal())
+            elif isinstance(part, Answer):
+                question = part.question if part.question.endswith("?") else f"{part.question}:"
+                short = f"[bold {TONES[part.tone]}]{escape(part.short)}.[/]"
+                self.console.print(f"{escape(question)} {short} {escape(part.text)}")
+            else:
+                self.console.print(part, markup=False)
         shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-        self.console.print(f"In {escape(str(shown))}:")
+        self.console.print(f"\nIn {shown}:", markup=False)
         for name, meaning in FILES.items():
-            if (folder / name).exists():
+            if (folder / name).exists() and (name in own or not name.endswith(".png")):
                 self.console.print(f"  {name:<24}  [dim]{meaning}[/dim]")
-
-
-def _estimate(config: Mapping[str, Any], spec: PermutationSpec) -> list[str]:
-    """What aligning will take, if there is a model of it."""
-    if config["algo"]["name"] != "weight_matching":
-        return []
-    from ..matching.weights.estimate import about, matching_seconds
-
-    return [
-        f"(about {about(matching_seconds(spec))} here for every restart, if A and B are near each other);"
-    ]

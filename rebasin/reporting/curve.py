@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .answers import number
+from .numbers import number
 from .results import Results
-from .style import INK, LINES, MUTED, RC, figure, save_png
+from .style import INK, LINES, MUTED, figure, save_png
 
 SPLITS = {"heldout": "held-out data", "train": "training data"}
 
@@ -21,8 +20,7 @@ def draw_curves(results: Results) -> Figure:
     """One row for each split; the loss on the left and, for classifiers, the accuracy on the right."""
     curves: dict[str, dict[str, Any]] = results["curves"]
     accuracy = any("accuracy" in kind["metrics"] for split in curves.values() for kind in split.values())
-    fig = figure(9.6 if accuracy else 6.4, 3.8 * len(curves))
-    with mpl.rc_context(RC):
+    with figure(9.6 if accuracy else 6.4, 3.8 * len(curves)) as fig:
         axes = fig.subplots(len(curves), 2 if accuracy else 1, squeeze=False)
         for row, (split, kinds) in zip(axes, curves.items(), strict=True):
             if results["algorithm"] == "naive":

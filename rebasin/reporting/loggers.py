@@ -10,11 +10,10 @@ from typing import Any, Protocol
 
 from ..errors import ConfigError
 from ..types import Progress, ProgressEvent
+from .kinds import pictures, summary, tables
 from .results import Results
-from .tables import summary, tables
 
 MODES = ("offline", "online", "disabled")
-PICTURES = ("curve", "samples", "search", "reliability")
 ARTIFACTS = {
     "permutation": ("permutation.safetensors", "permutations.safetensors"),
     "checkpoint": ("merged.safetensors", "aligned.safetensors", "repaired.safetensors"),
@@ -24,7 +23,7 @@ ARTIFACTS = {
 
 
 class Logger(Protocol):
-    def event(self, event: dict[str, Any]) -> None:
+    def event(self, event: ProgressEvent) -> None:
         """A progress event of an algorithm, while it runs."""
         ...
 
@@ -71,7 +70,7 @@ def both(*listeners: Progress) -> Progress:
 class NoLogger:
     """`logger=none`; wandb is not even imported."""
 
-    def event(self, event: dict[str, Any]) -> None:
+    def event(self, event: ProgressEvent) -> None:
         pass
 
     def picture(self, name: str, path: Path) -> None:
@@ -100,14 +99,14 @@ class WandbLogger:
             group=config["group"],
             tags=[str(tag) for tag in config["tags"]] or _tags(run),
             name=f"{run['model']['name']}-{run['algo']['name']}-seed{run['seed']}",
-            job_type=config.get("job_type") or _job_type(run),
+            job_type=config.get("job_type") or job_type(run),
             mode=config["mode"],
             dir=folder,
             config=dict(run),
             settings=wandb.Settings(silent=True, console="off", save_code=False, x_disable_stats=True),
         )
 
-    def event(self, event: dict[str, Any]) -> None:
+    def event(self, event: ProgressEvent) -> None:
         stage = str(event.get("stage"))
         if stage.endswith(", group"):
             return  # progress within a sweep, for the terminal: it has a name of its own in every sweep
@@ -127,10 +126,9 @@ class WandbLogger:
             name: self._wandb.Table(columns=list[Any](columns), data=rows)
             for name, (columns, rows) in tables(results).items()
         }
-        for name in PICTURES:
-            path = folder / f"{name}.png"
+        for path in (folder / name for name in pictures(results)):
             if path.is_file():
-                logged[name] = self._wandb.Image(str(path))
+                logged[path.stem] = self._wandb.Image(str(path))
         self._run.log(logged)
         self._run.summary.update(summary(results))
         self._artifacts(results, folder)
@@ -153,7 +151,7 @@ class WandbLogger:
         self._run.finish(exit_code=int(failed))
 
 
-def _job_type(run: Mapping[str, Any]) -> str:
+def job_type(run: Mapping[str, Any]) -> str:
     """ "study", "merge" (many models) or "match", from a run's configuration."""
     many = str(run["algo"]["name"]).startswith("merge_many")
     return "study" if run.get("study") else "merge" if many else "match"

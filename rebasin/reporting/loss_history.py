@@ -1,50 +1,48 @@
-"""search.png: what a search that looks at the loss saw: training and held-out loss of each step, and where it moved."""
+"""search.png: what a matching that looks at the loss saw: the losses of each step, and where it moved."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from .answers import number
+from .numbers import number
 from .results import Results
-from .style import INK, MUTED, RC, figure, save_png
+from .style import BLUE, INK, MUTED, ORANGE, figure, save_png
 
 NAME = "search.png"
-TRAIN, HELDOUT = "#E69F00", "#0072B2"
+PARTS = ("start", "projection", "gradient", "scoring")
+"""Where the time of such a matching goes."""
 
 
-def has_search(results: Results) -> bool:
+def has_losses(results: Results) -> bool:
     """Whether the algorithm looked at the loss, so that there is something to draw."""
     return "search" in results["match"]
 
 
-def draw_search(results: Results) -> Figure:
+def draw(results: Results) -> Figure:
     """Above the losses at the midpoint minus the mean of A's and B's, below the neurons that each step moved."""
     match = results["match"]
     search, history = match["search"], match["history"]
-    fig = figure(6.8, 4.6)
-    with mpl.rc_context(RC):
+    with figure(6.8, 4.6) as fig:
         top, bottom = fig.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
         train = [(step["step"], step["train"]) for step in history if step["train"] is not None]
         seen = [(step["step"], step["heldout"]) for step in history if step["heldout"] is not None]
         best = [(step["step"], step["objective"]) for step in history if step["objective"] is not None]
         if train:
-            top.plot(*zip(*train, strict=True), color=TRAIN, linewidth=1.0, label="batches of the step")
+            top.plot(*zip(*train, strict=True), color=ORANGE, linewidth=1.0, label="batches of the step")
         if seen:
             top.plot(
                 *zip(*seen, strict=True),
                 "o",
-                color=HELDOUT,
+                color=BLUE,
                 markersize=3,
                 label="batches that select",
                 zorder=3,
             )
         if best:
             top.step(
-                *zip(*best, strict=True), where="post", color=HELDOUT, linewidth=1.8, label="the best so far"
+                *zip(*best, strict=True), where="post", color=BLUE, linewidth=1.8, label="the best so far"
             )
         for value, name in ((search["naive"], "naive"), (search["start"], "start")):
             if value is not None:
@@ -68,14 +66,14 @@ def draw_search(results: Results) -> Figure:
     return fig
 
 
-def save_search(results: Results, path: Path) -> Path:
-    """Draw the search into the PNG file `path`."""
-    return save_png(draw_search(results), path)
+def save(results: Results, folder: Path) -> Path:
+    """Draw it into search.png."""
+    return save_png(draw(results), folder / NAME)
 
 
-def time_split(search: dict[str, Any]) -> str:
-    """Where the time went, in a few words."""
-    seconds = search["seconds"]
-    return ", ".join(
-        f"{part} {seconds[part]:.1f} s" for part in ("start", "projection", "gradient", "scoring")
-    )
+def time_split(results: Results) -> str:
+    """Where the time went, in a few words; "" if the algorithm did not look at the loss."""
+    if not has_losses(results):
+        return ""
+    seconds = results["match"]["search"]["seconds"]
+    return ", ".join(f"{part} {seconds[part]:.1f} s" for part in PARTS)

@@ -1,4 +1,4 @@
-"""What a run on many models leaves: results.json, the table, the reliability diagram, and one HTML page."""
+"""What a run on many models leaves: its figures in results.json, table.md, the reliability diagram, and report.html."""
 
 from __future__ import annotations
 
@@ -6,102 +6,89 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
-
-from ..checkpoints import write_text
 from ..evaluation.calibration import Calibration
-from .answers import number
-from .html import data_uri, template
+from ..files import write_text
+from .metrics import Tables, numbers_of
+from .numbers import cell, number, percent
+from .page import save_page
 from .reliability import save_reliability
-from .results import Results, described, head, plain, save_results, tail
+from .results import Results, described
+from .table import Table
 
 if TYPE_CHECKING:
     from ..evaluation.many import Row
     from ..matching.many.result import ManyResult
     from ..spec import PermutationSpec
-    from ..tasks import Task
 
 KIND = "many"
 MERGED, REPAIRED = "merged.safetensors", "repaired.safetensors"
-TEMPLATE = "report_many.html.j2"
 FIGURE = "reliability.png"
-COLUMNS = ("split", "name", "loss", "barrier", "accuracy", "ece")
+MEASURED = ("loss", "barrier", "accuracy", "ece")
 
 
-def collect(
-    config: Mapping[str, Any],
-    task: Task,
+def figures(
+    labels: Sequence[str],
+    aligned: str,
     spec: PermutationSpec,
     checks: Mapping[str, Any],
     result: ManyResult,
     rows: Mapping[str, Sequence[Row]],
-    seconds: Mapping[str, float],
-    command: str = "",
-) -> Results:
-    """Everything about a run as plain data, with the keys of results.json; null is what is not finite."""
-    return plain(
-        {
-            **head(config),
-            "kind": KIND,
-            "models": list(task.labels),
-            "aligned_part": task.aligned,
-            "spec": described(spec),
-            "verify": dict(checks),
-            "match": result.to_dict(),
-            "distance": {"naive": result.distance_before, "aligned": result.distance},
-            "rows": {split: [row.to_dict() for row in found] for split, found in rows.items()},
-            **tail(config, seconds, command),
-        }
-    )
+) -> dict[str, Any]:
+    """What was measured; `labels` of the models, `aligned` the part that was, `rows` of each split."""
+    return {
+        "models": list(labels),
+        "aligned_part": aligned,
+        "spec": described(spec),
+        "verify": dict(checks),
+        "match": result.to_dict(),
+        "distance": {"naive": result.distance_before, "aligned": result.distance},
+        "rows": {split: [row.to_dict() for row in found] for split, found in rows.items()},
+    }
 
 
-def leave(results: Results, config: Mapping[str, Any], folder: Path) -> None:
-    """Write results.json, config.yaml, table.md, and, for classifiers, reliability.png; and report.html."""
-    save_results(folder, results)
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-    draw(results, folder)
+def pictures(results: Results) -> list[str]:
+    return [FIGURE] if _calibrations(results)[1] else []
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """Write table.md, reliability.png (if there is calibration to show) and report.html."""
-    drawn = [write_text(folder / "table.md", markdown(results))]
-    split = "heldout" if "heldout" in results["rows"] else next(iter(results["rows"]))
-    curves = {row["name"]: calibration_from(row) for row in results["rows"][split] if row["calibration"]}
+    drawn = [write_text(folder / "table.md", table(results).markdown())]
+    split, curves = _calibrations(results)
     if curves:
         title = f"{len(results['models'])} models, {split}"
         drawn.append(save_reliability(curves, folder / FIGURE, title))
-    page = template(TEMPLATE).render(
-        r=results,
-        columns=_columns(results),
-        rows=table(results),
-        reliability=data_uri(folder / FIGURE) if curves else None,
-        config=OmegaConf.to_yaml(OmegaConf.create(results["config"])),
-        number=number,
+    page = save_page(
+        "many",
+        results,
+        folder,
+        pictures(results),
+        table=table(results),
         verdict=verdict(results),
+        worst=number(max(check["max_relative_error"] for check in results["verify"].values()), 2),
+        passes=_passes(results),
     )
-    return [*drawn, write_text(folder / "report.html", page)]
+    return [*drawn, page]
 
 
-def table(results: Results) -> list[dict[str, str]]:
-    """The comparison in words, one row for each split and line."""
+def told(results: Results) -> list[Table | str]:
+    return [table(results), "", verdict(results)]
 
-    def share(value: float | None) -> str:
-        return "" if value is None else f"{value:.1%}"
 
-    return [
+def table(results: Results) -> Table:
+    """The comparison in words, a line for each split and merge; without what the objective does not have."""
+    rows = [
         {
             "split": split,
             "name": row["name"],
             "loss": number(row["loss"]),
             "barrier": number(row["barrier"]),
-            "accuracy": share(row["accuracy"]),
+            "accuracy": percent(row["accuracy"]),
             "ece": "" if row["ece"] is None else f"{row['ece']:.4f}",
         }
         for split, rows in results["rows"].items()
         for row in rows
     ]
+    return Table.of(rows, {name: name for name in ("split", "name", *MEASURED)}, labels=2)
 
 
 def verdict(results: Results) -> str:
@@ -119,40 +106,41 @@ def verdict(results: Results) -> str:
     )
 
 
-def markdown(results: Results) -> str:
-    columns = _columns(results)
-    lines = [
-        "| " + " | ".join(columns) + " |",
-        "|" + "|".join(["---"] * 2 + ["--:"] * (len(columns) - 2)) + "|",
+def summary(results: Results) -> dict[str, float]:
+    """many/SPLIT/NAME/loss, .../barrier, .../accuracy, .../ece, many/distance and seconds/STAGE."""
+    found: dict[str, float] = {}
+    for split, rows in results["rows"].items():
+        for row in rows:
+            found |= numbers_of({name: row.get(name) for name in MEASURED}, f"many/{split}/{row['name']}")
+    seconds = numbers_of(results["seconds"], "seconds")
+    return {**found, "many/distance": results["distance"]["aligned"], **seconds}
+
+
+def tables(results: Results) -> Tables:
+    """models: a row for each split and merge."""
+    rows = [
+        [split, *(row.get(name) for name in ("name", *MEASURED))]
+        for split, found in results["rows"].items()
+        for row in found
     ]
-    lines += ["| " + " | ".join(row[c] for c in columns) + " |" for row in table(results)]
-    return "\n".join(lines) + "\n"
+    return {"models": (["split", "name", *MEASURED], rows)}
 
 
-def summary(results: Results, folder: Path, console: Console) -> None:
-    """The table, and where the files are."""
-    shown = Table(box=None, pad_edge=False, header_style="dim")
-    columns = _columns(results)
-    for column in columns:
-        shown.add_column(column, justify="left" if column in ("split", "name") else "right", no_wrap=True)
-    for row in table(results):
-        shown.add_row(*(row[column] for column in columns))
-    console.print()
-    console.print(shown)
-    console.print(f"\n{verdict(results)}\n\nIn {folder}:", markup=False)
-    for path in sorted(folder.iterdir()):
-        if path.is_file():
-            console.print(f"  {path.name}", markup=False)
+def _calibrations(results: Results) -> tuple[str, dict[str, Calibration]]:
+    """The split that is shown, and of each merge how sure it is and how right."""
+    split = "heldout" if "heldout" in results["rows"] else next(iter(results["rows"]))
+    found = {row["name"]: row["calibration"] for row in results["rows"][split] if row["calibration"]}
+    return split, {
+        name: Calibration(
+            tuple(data["share"]), tuple(data["confidence"]), tuple(data["accuracy"]), data["samples"]
+        )
+        for name, data in found.items()
+    }
 
 
-def calibration_from(row: Mapping[str, Any]) -> Calibration:
-    """The calibration of a line of results.json."""
-    data = row["calibration"]
-    share, confidence, accuracy = (tuple(data[key]) for key in ("share", "confidence", "accuracy"))
-    return Calibration(share, confidence, accuracy, data["samples"])
-
-
-def _columns(results: Results) -> tuple[str, ...]:
-    """Without accuracy and calibration where the objective has none."""
-    rows = table(results)
-    return tuple(column for column in COLUMNS if any(row[column] for row in rows))
+def _passes(results: Results) -> Table:
+    lines = tuple(
+        (str(one["number"]), cell(one["distance"]), f"{one['moved']:,}", f"{one['seconds']:.2f}")
+        for one in results["match"]["history"]
+    )
+    return Table(("pass", "distance", "neurons moved", "seconds"), lines, labels=0)

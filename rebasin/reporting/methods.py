@@ -1,158 +1,102 @@
-"""What a comparison leaves for people: results.json, table.md, methods.png, report.html and the terminal's table."""
+"""What a comparison of methods leaves: table.md, methods.png, report.html, and the terminal's table."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
 
-from ..checkpoints import write_text
-from ..reporting.answers import number
-from ..reporting.html import data_uri
-from ..reporting.results import FORMAT, Results, environment, plain, save_results
-from ..reporting.style import LINES, MUTED, RC, figure, save_png
-from .comparison import ALIGNED, ENDPOINT, NAIVE, PLAIN, Row
-from .objectives import Aim
+from ..files import write_text
+from .answers import Answer
+from .metrics import Tables, numbers_of
+from .numbers import signed
+from .page import save_page
+from .results import Results
+from .style import LINES, MUTED, figure, save_png
+from .table import Table
 
 KIND = "methods"
-TEMPLATE = "methods.html.j2"
 PICTURE = "methods.png"
+ENDPOINT, NAIVE, ALIGNED = "endpoint", "naive", "aligned"
+"""The kinds of rows."""
+PLAIN = "weighted_sum"
 
 
-def collect(
-    config: Mapping[str, Any],
-    labels: Sequence[str],
-    base: str | None,
-    moved: str,
-    aims: Sequence[Aim],
-    rows: Sequence[Row],
-    seconds: Mapping[str, float],
-    command: str,
-) -> Results:
-    """Everything about a comparison as plain data; losses throughout, also where an aim's `sign` is -1."""
-    return plain(
-        {
-            "format": FORMAT,
-            "kind": KIND,
-            "name": f"{config['model']['name']}-methods",
-            "model": config["model"]["name"],
-            "data": config["data"]["name"],
-            "algorithm": config["algo"]["name"],
-            "seed": config["seed"],
-            "labels": list(labels),
-            "base": base,
-            "moved": moved,
-            "aims": [{"name": aim.name, "sign": aim.sign, "units": len(aim.heldout)} for aim in aims],
-            "rows": [asdict(row) for row in rows],
-            "seconds": {**seconds, "total": sum(seconds.values())},
-            "environment": environment(),
-            "config": dict(config),
-            "command": command,
-        }
-    )
-
-
-def leave(results: Results, folder: Path) -> None:
-    """Write results.json, config.yaml, table.md, methods.png and report.html."""
-    save_results(folder, results)
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(results["config"])))
-    draw(results, folder)
+def pictures(results: Results) -> list[str]:
+    return [PICTURE]
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """Write table.md, methods.png and report.html from results.json's content."""
-    rows, columns = table(results), _columns(results)
+    found = table(results)
     picture = save_png(draw_methods(results), folder / PICTURE)
-    page = (
-        Environment(
-            loader=PackageLoader("rebasin.search", "."),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-        )
-        .get_template(TEMPLATE)
-        .render(
-            r=results,
-            rows=rows,
-            columns=columns,
-            verdicts=verdicts(results),
-            picture=data_uri(picture),
-            config=OmegaConf.to_yaml(OmegaConf.create(results["config"])),
-        )
-    )
-    lines = ["| " + " | ".join(columns) + " |", "|---|---|" + "--:|" * (len(columns) - 2)]
-    lines += ["| " + " | ".join(row[column] for column in columns) + " |" for row in rows]
-    return [
-        picture,
-        write_text(folder / "table.md", "\n".join(lines) + "\n"),
-        write_text(folder / "report.html", page),
-    ]
+    page = save_page("methods", results, folder, pictures(results), table=found, answers=verdicts(results))
+    return [picture, write_text(folder / "table.md", found.markdown()), page]
 
 
-def _columns(results: Results) -> list[str]:
-    found = ["method", "", "weight"]
+def told(results: Results) -> list[Table | Answer | str]:
+    """The table, the best, and what was moved."""
+    note = "* the 95 % interval of the difference to plain averaging does not hold 0"
+    return [table(results, short=True), "", *verdicts(results), "", results["moved"], note]
+
+
+def table(results: Results, short: bool = False) -> Table:
+    """The comparison in words, a line for each merge; `short`: without the intervals, so that it fits a terminal."""
+    head, lines = ["method", "", "weight"], []
     for aim in results["aims"]:
-        found += [aim["name"], f"{aim['name']} ± plain"]
-    return [*found, "s"]
-
-
-def table(results: Results) -> list[dict[str, str]]:
-    """The comparison in words, one row for each merge."""
-    found = []
+        head += [aim["name"], "± plain" if short else f"{aim['name']} ± plain"]
     for row in results["rows"]:
-        told = {
-            "method": row["name"],
-            "": row["kind"],
-            "weight": "" if row["weight"] is None else f"{row['weight']:g}",
-            "s": "" if row["kind"] == ENDPOINT or row["error"] else f"{row['seconds']:.2f}",
-        }
+        line = [row["name"], row["kind"], "" if row["weight"] is None else f"{row['weight']:g}"]
         for aim in results["aims"]:
             one = row["aims"].get(aim["name"])
-            told[aim["name"]] = "can't be made" if one is None else _signed(one["mean"], aim)
-            told[f"{aim['name']} ± plain"] = "" if one is None else _gap(one, aim)
-        found.append(told)
-    return found
+            line += ["can't be made", ""] if one is None else [_mean(one, aim), _gap(one, aim, not short)]
+        if not short:
+            line.append("" if row["kind"] == ENDPOINT or row["error"] else f"{row['seconds']:.2f}")
+        lines.append(tuple(line))
+    return Table((*head, *([] if short else ["s"])), tuple(lines), labels=2)
 
 
-def verdicts(results: Results) -> list[dict[str, str]]:
+def verdicts(results: Results) -> list[Answer]:
     """For each objective the best merge, in words that the figures alone choose."""
     found = []
     for aim in results["aims"]:
-        name = aim["name"]
-        merges = [
-            row
-            for row in results["rows"]
-            if row["kind"] != ENDPOINT and name in row["aims"] and row["aims"][name]["mean"] is not None
-        ]
+        name, question = aim["name"], f"Best by {aim['name']}"
+        merges = [row for row in results["rows"] if row["kind"] != ENDPOINT and _known(row, aim)]
         if not merges:
-            found.append({"aim": name, "short": "None", "text": "No merge has a finite value."})
+            found.append(Answer(question, "None", "No merge has a finite value.", "neutral"))
             continue
         best = min(merges, key=lambda row: row["aims"][name]["mean"])
         ends = [row for row in results["rows"] if row["kind"] == ENDPOINT]
         end = min(ends, key=lambda row: row["aims"][name]["mean"])
+        one, other = best["aims"][name], end["aims"][name]
         text = (
-            f"{_signed(best['aims'][name]['mean'], aim)}, {best['kind']}; the better endpoint, {end['name']}, has"
-            f" {_signed(end['aims'][name]['mean'], aim)}."
+            f"{_mean(one, aim)}, {best['kind']}; the better endpoint, {end['name']}, has {_mean(other, aim)}."
         )
         if best["name"] == PLAIN and best["kind"] == NAIVE:
             text += " That is plain averaging: no other method does better."
-        elif "difference" in best["aims"][name]:
-            told = _gap(best["aims"][name], aim)
-            sure = told.endswith("*")
-            text += f" Against plain averaging: {told.rstrip('*').strip()}"
-            text += "." if sure else ", which is no clear difference."
-        found.append({"aim": name, "short": best["name"], "text": text})
+        elif "difference" in one:
+            gap = _gap(one, aim)
+            text += f" Against plain averaging: {gap.rstrip('*').strip()}"
+            text += "." if gap.endswith("*") else ", which is no clear difference."
+        found.append(Answer(question, best["name"], text, "neutral"))
     return found
+
+
+def summary(results: Results) -> dict[str, float]:
+    """METHOD KIND/AIM: the mean loss."""
+    found: dict[str, float] = {}
+    for row in results["rows"]:
+        means = {name: one["mean"] for name, one in row["aims"].items()}
+        found |= numbers_of(means, f"{row['name']} {row['kind']}")
+    return found
+
+
+def tables(results: Results) -> Tables:
+    return {}
 
 
 def draw_methods(results: Results) -> Figure:
@@ -162,9 +106,8 @@ def draw_methods(results: Results) -> Figure:
     """
     aims = results["aims"]
     names = list(dict.fromkeys(row["name"] for row in results["rows"] if row["kind"] != ENDPOINT))
-    fig = figure(1.6 + 4.4 * len(aims), 1.1 + 0.27 * len(names))
     places = {name: len(names) - i for i, name in enumerate(names)}
-    with mpl.rc_context(RC):
+    with figure(1.6 + 4.4 * len(aims), 1.1 + 0.27 * len(names)) as fig:
         panels = fig.subplots(1, len(aims), sharey=True, squeeze=False)[0]
         for ax, aim in zip(panels, aims, strict=True):
             for kind, shift in ((NAIVE, 0.14), (ALIGNED, -0.14)):
@@ -197,33 +140,6 @@ def draw_methods(results: Results) -> Figure:
     return fig
 
 
-def summary(results: Results, folder: Path, console: Console) -> None:
-    """The table, the best, and where the files are."""
-    shown = Table(box=None, pad_edge=False, header_style="dim")
-    names = [aim["name"] for aim in results["aims"]]
-    columns = ["method", "", "weight", *(title for name in names for title in (name, f"{name} ± plain"))]
-    for i, column in enumerate(columns):
-        title = "± plain" if column.endswith("± plain") else column
-        shown.add_column(title, justify="left" if i < 2 else "right", no_wrap=True)
-    for row in table(results):
-        # Without the intervals, which the files have: it must fit into a terminal.
-        short = {key: _without_interval(text) for key, text in row.items()}
-        shown.add_row(*(short[column] for column in columns))
-    console.print()
-    console.print(shown)
-    console.print()
-    for one in verdicts(results):
-        console.print(f"Best by {one['aim']}: {one['short']}, {one['text']}", markup=False)
-    console.print(f"\n{results['moved']}", markup=False)
-    console.print("* the 95 % interval of the difference to plain averaging does not hold 0", markup=False)
-    console.print(f"\nIn {folder}: report.html, table.md, {PICTURE}, results.json", markup=False)
-
-
-def _without_interval(text: str) -> str:
-    before, found, after = text.partition(" (")
-    return before + (" *" if found and after.endswith("*") else "")
-
-
 def _known(row: Mapping[str, Any], aim: Mapping[str, Any]) -> bool:
     one = row["aims"].get(aim["name"])
     return one is not None and one["mean"] is not None
@@ -242,19 +158,20 @@ def _ends(one: Mapping[str, Any], aim: Mapping[str, Any]) -> tuple[float, float]
     return ends[0], ends[1]
 
 
-def _signed(value: float | None, aim: Mapping[str, Any]) -> str:
-    return number(None if value is None else aim["sign"] * value, 4)
+def _mean(one: Mapping[str, Any], aim: dict[str, Any]) -> str:
+    return signed(one["mean"], aim, 4)
 
 
-def _gap(one: Mapping[str, Any], aim: Mapping[str, Any]) -> str:
+def _gap(one: Mapping[str, Any], aim: Mapping[str, Any], interval: bool = True) -> str:
+    """The difference to plain averaging, with its interval; a star where that does not hold 0."""
     mean = one.get("difference")
     if mean is None or not math.isfinite(mean):
         return ""
-    if mean == one["difference_low"] == one["difference_high"] == 0:
-        return "0"
     low, high = one["difference_low"], one["difference_high"]
+    if mean == low == high == 0:
+        return "0"
     if low is None or high is None:
         return f"{aim['sign'] * mean:+.3g}"
     ends = sorted((aim["sign"] * low, aim["sign"] * high))
-    mark = " *" if low * high > 0 else ""
-    return f"{aim['sign'] * mean:+.2g} ({ends[0]:+.2g} to {ends[1]:+.2g}){mark}"
+    between = f" ({ends[0]:+.2g} to {ends[1]:+.2g})" if interval else ""
+    return f"{aim['sign'] * mean:+.2g}{between}{' *' if low * high > 0 else ''}"

@@ -1,12 +1,27 @@
-"""The figures of a run under stable names, for wandb's summary and for tables over many runs."""
+"""The figures of a run under stable names, for wandb's summary and for tables over many runs; docs/experiments.md has
+the names.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ..evaluation import Curve
 from .results import Results
+
+Tables = dict[str, tuple[list[str], list[list[Any]]]]
+"""Name -> columns and rows, for a tracker."""
+
+
+def numbers_of(row: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """What is a number in `row`, under PREFIX/NAME."""
+    return {
+        f"{prefix}/{name}": value
+        for name, value in row.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
 
 
 def metrics(results: Results) -> dict[str, float]:

@@ -5,22 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib as mpl
-
 from ..evaluation.calibration import Calibration
-from .style import INK, MUTED, RC, figure, save_png
-
-LOOKS = (
-    ("#0072B2", "s", "-"),
-    ("#D55E00", "o", "--"),
-    ("#009E73", "^", "-."),
-    ("#CC79A7", "v", ":"),
-    ("#E69F00", "D", "-"),
-    ("#56B4E9", "P", "--"),
-    (MUTED, "X", "-."),
-    ("#8A7A00", "*", ":"),
-    (INK, "p", (0, (6, 1.5, 1, 1.5))),
-)
+from .style import LOOKS, MUTED, figure, save_png
 
 FEW = 5
 """The accuracy of fewer samples says next to nothing."""
@@ -33,19 +19,22 @@ def save_reliability(curves: Mapping[str, Calibration], path: Path, title: str =
     """
     labels = [f"{name} (ECE {one.ece:.3f})" for name, one in curves.items()]
     # The legend is beside the diagram: inside it would hide lines.
-    fig = figure(5.8 + 0.6 + 0.075 * max(map(len, labels)), 6.0)
-    with mpl.rc_context(RC):
+    with figure(5.8 + 0.6 + 0.075 * max(map(len, labels)), 6.0) as fig:
         top, bottom = fig.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    top.plot([0, 1], [0, 1], color=MUTED, linestyle=(0, (1, 2)), linewidth=1.2, label="perfectly calibrated")
-    for number, one in enumerate(curves.values()):
-        color, marker, line = LOOKS[number % len(LOOKS)]
-        bins = [k for k, share in enumerate(one.share) if round(share * one.samples) >= FEW]
-        x, y = [one.confidence[k] for k in bins], [one.accuracy[k] for k in bins]
-        top.plot(x, y, color=color, linestyle=line, linewidth=1.5, label=labels[number])
-        top.scatter(x, y, s=[10 + 150 * one.share[k] for k in bins], color=color, marker=marker, alpha=0.8)
-        edges = [k / len(one.share) for k in range(len(one.share) + 1)]
-        bottom.stairs(one.share, edges, color=color, linestyle=line, linewidth=1.3)
-    top.set(xlim=(0, 1.02), ylim=(0, 1.02), ylabel="accuracy", title=title)
-    fig.legend(loc="outside right upper", fontsize=8.5, frameon=False)
-    bottom.set(xlabel="confidence", ylabel="samples", ylim=(0, 1.02))
+        top.plot(
+            [0, 1], [0, 1], color=MUTED, linestyle=(0, (1, 2)), linewidth=1.2, label="perfectly calibrated"
+        )
+        for number, one in enumerate(curves.values()):
+            color, marker, line = LOOKS[number % len(LOOKS)]
+            bins = [k for k, share in enumerate(one.share) if round(share * one.samples) >= FEW]
+            x, y = [one.confidence[k] for k in bins], [one.accuracy[k] for k in bins]
+            top.plot(x, y, color=color, linestyle=line, linewidth=1.5, label=labels[number])
+            top.scatter(
+                x, y, s=[10 + 150 * one.share[k] for k in bins], color=color, marker=marker, alpha=0.8
+            )
+            edges = [k / len(one.share) for k in range(len(one.share) + 1)]
+            bottom.stairs(one.share, edges, color=color, linestyle=line, linewidth=1.3)
+        top.set(xlim=(0, 1.02), ylim=(0, 1.02), ylabel="accuracy", title=title)
+        fig.legend(loc="outside right upper", fontsize=8.5, frameon=False)
+        bottom.set(xlabel="confidence", ylabel="samples", ylim=(0, 1.02))
     return save_png(fig, path)

@@ -8,94 +8,57 @@ import os
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints import write_text
 from ..errors import CheckpointError
+from ..files import write_text
 
 if TYPE_CHECKING:
-    from ..evaluation import Curve
-    from ..evaluation.rewards import Rewards
-    from ..matching import MatchResult
     from ..spec import PermutationSpec
-    from ..tasks import Task
 
 FORMAT = 1
 NAME = "results.json"
 
 Results = dict[str, Any]
-"""The content of results.json; `collect` has the keys."""
+"""The content of results.json: what `collect` puts around the figures of a kind of job."""
 
 PACKAGES = ("git-rebasin", "torch", "diffusers", "transformers", "safetensors", "numpy", "scipy")
 
 
 def collect(
     config: Mapping[str, Any],
-    task: Task,
-    spec: PermutationSpec,
-    checks: Mapping[str, Any],
-    match: MatchResult,
-    curves: Mapping[str, Mapping[str, Curve]],
+    figures: Mapping[str, Any],
     seconds: Mapping[str, float],
     command: str = "",
-    rewards: Rewards | None = None,
-    merge: Mapping[str, Any] | None = None,
+    kind: str | None = None,
 ) -> Results:
-    """Everything about a run as plain data, with the keys of results.json; null is what is not finite."""
-    results = {
-        **head(config),
-        "lam": config["lam"],
-        "endpoints": dict(zip(("a", "b"), task.labels, strict=True)),
-        "aligned_part": task.aligned,
-        "spec": described(spec),
-        "verify": dict(checks),
-        "match": {
-            "objective": match.objective,
-            "moved": match.moved,
-            "neurons": spec.neurons,
-            "converged": match.converged,
-            "seconds": match.seconds,
-            "sweeps": match.sweeps,
-            "restarts": list(match.restarts),
-            "initial_objective": match.initial_objective,
-            "moved_per_group": dict(match.moved_per_group),
-            "history": [_entry(step) for step in match.history],
-            **_search(match),
-        },
-        "distance": {"naive": match.distance_before, "aligned": match.distance_after},
-        "curves": {
-            split: {kind: asdict(curve) for kind, curve in kinds.items()} for split, kinds in curves.items()
-        },
-        "rewards": None if rewards is None else asdict(rewards),
-        "merge": None if merge is None else dict(merge),
-        **tail(config, seconds, command),
-    }
-    return plain(results)
+    """Everything about a job as plain data, with the keys of results.json; null is what is not finite.
 
-
-def head(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the results of every kind of run begin with: its name, and what was chosen."""
-    return {
-        "format": FORMAT,
-        "name": f"{config['model']['name']}-{config['algo']['name']}",
-        "model": config["model"]["name"],
-        "data": config["data"]["name"],
-        "algorithm": config["algo"]["name"],
-        "seed": config["seed"],
-    }
-
-
-def tail(config: Mapping[str, Any], seconds: Mapping[str, float], command: str) -> dict[str, Any]:
-    """What they end with: the seconds of the stages, the machine, all options, the command."""
-    return {
-        "seconds": {**seconds, "total": sum(seconds.values())},
-        "environment": environment(),
-        "config": dict(config),
-        "command": command,
-    }
+    Args:
+        config: the resolved configuration.
+        figures: what a job of this kind measured.
+        seconds: of its stages.
+        kind: None for a run on two models, or a kind of `kinds`.
+    """
+    of = kind if kind in ("search", "methods") else config["algo"]["name"]
+    return plain(
+        {
+            "format": FORMAT,
+            **({} if kind is None else {"kind": kind}),
+            "name": f"{config['model']['name']}-{of}",
+            "model": config["model"]["name"],
+            "data": config["data"]["name"],
+            "algorithm": config["algo"]["name"],
+            "seed": config["seed"],
+            **figures,
+            "seconds": {**seconds, "total": sum(seconds.values())},
+            "environment": environment(),
+            "config": dict(config),
+            "command": command,
+        }
+    )
 
 
 def described(spec: PermutationSpec) -> dict[str, Any]:
@@ -111,35 +74,16 @@ def described(spec: PermutationSpec) -> dict[str, Any]:
     }
 
 
-def _entry(step: Any) -> dict[str, Any]:
-    """A sweep of a matching, or a step of a search that looks at the loss."""
-    if hasattr(step, "train"):
-        entry = {"step" if name == "number" else name: value for name, value in asdict(step).items()}
-        return {**entry, "seconds": step.seconds}
-    return {
-        "sweep": step.number,
-        "objective": step.objective,
-        "groups": len(step.updates),
-        "moved": step.moved,
-        "seconds": step.seconds,
-    }
+IRRELEVANT = (
+    "again", "dry_run", "experiment", "hydra", "logger", "path", "resume", "size", "target",
+    "tensors", "threads",
+)  # fmt: skip
+"""Options that change no figure: a finished run with other values of these is still finished."""
 
 
-def _search(match: Any) -> dict[str, Any]:
-    """What only a search that looks at the loss has; losses are minus the mean of A's and B's."""
-    if not hasattr(match, "best_step"):
-        return {}
-    parts = ("start", "projection", "gradient", "scoring")
-    return {
-        "search": {
-            "naive": match.initial_objective,
-            "start": match.start_objective,
-            "best": match.objective,
-            "best_step": match.best_step,
-            "endpoints": list(match.endpoints),
-            "seconds": {part: getattr(match, f"seconds_{part}") for part in parts},
-        }
-    }
+def relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's configuration its figures depend on."""
+    return {key: value for key, value in config.items() if key not in IRRELEVANT}
 
 
 def command_line(overrides: Sequence[str]) -> str:

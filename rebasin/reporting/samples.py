@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from PIL.Image import Image
 
-from .style import INK, MUTED, RC, figure, save_png
+from ..evaluation.samples import Samples
+from .style import INK, MUTED, figure, save_png
 
-
-@dataclass(frozen=True)
-class Samples:
-    """`rows[label][i]` is what the model `label` made from `prompts[i]`; its noise depends on i alone."""
-
-    prompts: Sequence[str]
-    rows: Mapping[str, Sequence[Image]]
+NAME = "samples.png"
 
 
 def draw_samples(samples: Samples) -> Figure:
     """One row for each model, one column for each prompt."""
     columns = len(samples.prompts)
-    fig = figure(1.5 + 1.05 * columns, 0.55 + 1.08 * len(samples.rows))
-    with mpl.rc_context({**RC, "axes.grid": False}):
+    size = 1.5 + 1.05 * columns, 0.55 + 1.08 * len(samples.rows)
+    with figure(*size, **{"axes.grid": False}) as fig:
         axes = fig.subplots(len(samples.rows), columns, squeeze=False)
         for row, (label, images) in zip(axes, samples.rows.items(), strict=True):
             for ax, image in zip(row, images, strict=True):

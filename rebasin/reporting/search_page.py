@@ -1,300 +1,163 @@
-"""What a search leaves for people: results.json, pictures, report.html, and the table in the terminal."""
+"""What a search for a merge leaves for people: its pictures, report.html, and the table in the terminal."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from omegaconf import OmegaConf
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from ..checkpoints import write_text
-from ..reporting.answers import number
-from ..reporting.html import data_uri
-from ..reporting.results import FORMAT, Results, environment, plain, save_results
-from . import plots
-from .candidate import Candidate
-from .folder import base_name
-from .study import finished, seconds_of
-from .trials import SAME
-from .verdict import AVERAGE, Finalist
-
-if TYPE_CHECKING:
-    import optuna
-
-    from .setup import Setup
+from .answers import Answer, Tone
+from .metrics import Tables
+from .numbers import between, number, signed
+from .page import save_page
+from .results import Results
+from .search_figures import AVERAGE, figures
+from .style import save_png
+from .table import Table
 
 KIND = "search"
-TEMPLATE = "search.html.j2"
-PICTURES = ("history.png", "importance.png", "front.png", "slices.png", "weights.png")
-
-FILES = {
-    "report.html": "read this first",
-    "best.safetensors": "the winner, with its recipe in the header",
-    "results.json": "every figure",
-    "study.db": "all trials; the same command goes on with them",
-    "config.yaml": "the resolved configuration",
-}
 
 
-def collect(
-    config: Mapping[str, Any],
-    setup: Setup,
-    study: optuna.Study,
-    baseline: Mapping[str, Sequence[float]],
-    ranked: Sequence[Finalist],
-    judged: Sequence[Mapping[str, Any]],
-    before: int,
-    seconds: Mapping[str, float],
-    command: str,
-) -> Results:
-    """Everything about a search as plain data; losses throughout, also where an aim's `sign` is -1."""
-    done = sorted(finished(study), key=lambda trial: trial.number)
-    by_label = {f"trial {trial.number}": trial for trial in done}
-    winner = ranked[0]
-    trials = [
-        {
-            "number": trial.number,
-            # Optuna calls the last batch of a trial that was given up its value.
-            "values": list(trial.values) if trial.state.name == "COMPLETE" else [],
-            "parameters": dict(trial.params),
-            "start": trial.user_attrs.get("start"),
-            "batches": trial.user_attrs.get("batches"),
-            "same_as": trial.user_attrs.get(SAME),
-            "error": trial.user_attrs.get("error"),
-            "seconds": trial.duration.total_seconds() if trial.duration is not None else None,
-        }
-        for trial in done
-    ]
-    return plain(
-        {
-            "format": FORMAT,
-            "kind": KIND,
-            "name": f"{config['model']['name']}-search",
-            "model": config["model"]["name"],
-            "data": config["data"]["name"],
-            "algorithm": config["algo"]["name"],
-            "seed": config["seed"],
-            "labels": list(setup.inputs.labels),
-            "base": base_name(config),
-            "space": setup.space.in_words(),
-            "parameters": sorted({name for trial in done for name in trial.params}),
-            "aims": [
-                {"name": aim.name, "sign": aim.sign, "batches": len(aim.search), "choosing": len(aim.choose)}
-                for aim in setup.aims
-            ],
-            "trials": trials,
-            "resumed": before,
-            "spent": seconds_of(done),
-            "baseline": {label: list(values) for label, values in baseline.items()},
-            "finalists": [
-                {
-                    "label": finalist.label,
-                    "words": str(finalist.candidate),
-                    "search": _search_values(finalist, by_label, baseline),
-                    "chosen": list(finalist.chosen),
-                    "front": finalist.front,
-                }
-                for finalist in ranked
-            ],
-            "winner": {
-                "label": winner.label,
-                "words": str(winner.candidate),
-                "candidate": winner.candidate.to_dict(),
-                "parameters": dict(by_label[winner.label].params) if winner.label in by_label else {},
-            },
-            "judged": [dict(one) for one in judged],
-            "importance": {aim.name: _importance(study, i) for i, aim in enumerate(setup.aims)},
-            "seconds": {**seconds, "total": sum(seconds.values())},
-            "environment": environment(),
-            "config": dict(config),
-            "command": command,
-        }
-    )
-
-
-def leave(results: Results, folder: Path) -> None:
-    """Write results.json, the pictures and report.html."""
-    save_results(folder, results)
-    draw(results, folder)
+def pictures(results: Results) -> list[str]:
+    return list(figures(results))
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """Write the pictures and report.html from results.json's content."""
-    drawn = plots.draw(results, folder)
-    page = (
-        Environment(
-            loader=PackageLoader("rebasin.search", "."),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-        )
-        .get_template(TEMPLATE)
-        .render(
-            r=results,
-            verdict=verdict(results),
-            rows=rows(results),
-            finalists=_finalist_rows(results),
-            pictures={path.stem: data_uri(path) for path in drawn},
-            config=OmegaConf.to_yaml(OmegaConf.create(results["config"])),
-            number=number,
-            given_up=sum(not trial["values"] for trial in results["trials"]),
-        )
+    drawn = [save_png(make(results), folder / name) for name, make in figures(results).items()]
+    page = save_page(
+        "search",
+        results,
+        folder,
+        pictures(results),
+        answers=[verdict(results), *_about(results)],
+        heldout=_heldout(results),
+        finalists=_finalists(results),
+        trials=_trials(results),
     )
-    return [*drawn, write_text(folder / "report.html", page)]
+    return [*drawn, page]
 
 
-def verdict(results: Results) -> tuple[str, str, str]:
-    """(a word or two, a sentence or two, tone) that the figures alone choose: the winner against plain averaging."""
-    told, tones = [], []
-    for one in results["judged"]:
-        found = one["differences"][AVERAGE]
-        name = one["name"]
-        if found["mean"] is None:
-            told.append(f"On {name} a loss is not finite.")
-            tones.append("bad")
-            continue
-        better = -found["mean"]
-        interval = (
-            f" (95 % interval of the difference {number(found['low'])} to {number(found['high'])},"
-            f" {one['units']} units)"
-            if found["low"] is not None
-            else ""
-        )
-        average = abs(one["models"][AVERAGE]["mean"] or 0.0)
-        share = f", {abs(better) / average:.2%}" if average else ""
-        if better == 0 and found["low"] == found["high"] == 0:
-            told.append(f"On held-out {name} the winner is the plain average itself.")
-            tones.append("neutral")
-        elif found["high"] is not None and found["high"] < 0:
-            told.append(
-                f"On held-out {name} the winner beats plain averaging by {number(better)}{share}{interval}."
-            )
-            tones.append("good")
-        elif found["low"] is not None and found["low"] > 0:
-            told.append(
-                f"On held-out {name} the winner is worse than plain averaging by {number(-better)}{share}{interval}."
-            )
-            tones.append("bad")
-        else:
-            told.append(f"On held-out {name} winner and plain average can't be told apart{interval}.")
-            tones.append("neutral")
-    words = {"good": "Yes", "bad": "No", "neutral": "No difference"}
-    tone = tones[0] if len(set(tones)) == 1 else "mixed"
-    return words.get(tone, "In part"), " ".join(told), tone
+def told(results: Results) -> list[Table | Answer | str]:
+    """The held-out table, the winner, the verdict."""
+    winner = results["winner"]
+    return [_heldout(results, False), "", f"Winner: {winner['label']}, {winner['words']}", verdict(results)]
 
 
-def rows(results: Results) -> list[dict[str, str]]:
-    """Held-out figures in words: a row for each aim and model."""
-    found = []
+def verdict(results: Results) -> Answer:
+    """The winner against plain averaging, in words that the figures alone choose."""
+    found: list[tuple[Tone, str]] = [_verdict(one) for one in results["judged"]]
+    tones = {tone for tone, _ in found}
+    tone = found[0][0] if len(tones) == 1 else "mixed"
+    short = {"good": "Yes", "bad": "No", "neutral": "No difference"}.get(tone, "In part")
+    return Answer("Better than plain averaging?", short, " ".join(text for _, text in found), tone)
+
+
+def _verdict(one: Mapping[str, Any]) -> tuple[Tone, str]:
+    """By one objective."""
+    name, found = one["name"], one["differences"][AVERAGE]
+    mean, low, high = found["mean"], found["low"], found["high"]
+    if mean is None:
+        return "bad", f"On {name} a loss is not finite."
+    average = abs(one["models"][AVERAGE]["mean"] or 0.0)
+    size = number(abs(mean)) + (f", {abs(mean) / average:.2%}" if average else "")
+    if low is not None:
+        ends = f"{number(low)} to {number(high)}"
+        interval = f" (95 % interval of the difference {ends}, {one['units']} units)"
+    else:
+        interval = ""
+    if mean == low == high == 0:
+        return "neutral", f"On held-out {name} the winner is the plain average itself."
+    if high is not None and high < 0:
+        return "good", f"On held-out {name} the winner beats plain averaging by {size}{interval}."
+    if low is not None and low > 0:
+        return "bad", f"On held-out {name} the winner is worse than plain averaging by {size}{interval}."
+    return "neutral", f"On held-out {name} winner and plain average can't be told apart{interval}."
+
+
+def _about(results: Results) -> tuple[Answer, Answer]:
+    """What won, and what it cost."""
+    seconds = results["seconds"]
+    given_up = sum(not trial["values"] for trial in results["trials"])
+    before = (
+        f"; went on after {results['resumed']} trials of an earlier session" if results["resumed"] else ""
+    )
+    cost = (
+        f"{len(results['trials'])} trials, {given_up} given up early{before}. Loading, aligning, judging and"
+        f" reporting took {seconds['total'] - seconds['search']:.0f} s more."
+    )
+    winner = results["winner"]
+    return (
+        Answer("What won?", winner["label"], winner["words"], "neutral"),
+        Answer("What did it cost?", f"{results['spent']:.0f} s", cost, "neutral"),
+    )
+
+
+def _heldout(results: Results, intervals: bool = True) -> Table:
+    """Held-out figures: a line for each objective and model; its own interval where `intervals`."""
+    lines = []
     for one in results["judged"]:
         for label, model in one["models"].items():
-            signed = plots.shown(one, 1.0)
-            ends = [model["low"], model["high"]]
             gap = one["differences"].get(label)
-            found.append(
-                {
-                    "aim": one["name"],
-                    "model": label,
-                    "value": _signed(model["mean"], signed),
-                    "interval": _between(ends, signed),
-                    "difference": "" if gap is None else _signed(gap["mean"], signed),
-                    "between": "" if gap is None else _between([gap["low"], gap["high"]], signed),
-                }
-            )
-    return found
-
-
-def figures(results: Results) -> dict[str, float]:
-    """The numbers of the verdict, for a logger."""
-    found: dict[str, float] = {"trials": len(results["trials"]), "spent": results["spent"]}
-    for one in results["judged"]:
-        for label, model in one["models"].items():
-            if model["mean"] is not None:
-                found[f"{one['name']}/{label}"] = one["sign"] * model["mean"]
-        gap = one["differences"][AVERAGE]
-        found |= {f"{one['name']}/winner-average {k}": v for k, v in gap.items() if v is not None}
-    return found
-
-
-def summary(results: Results, folder: Path, console: Console) -> None:
-    """The held-out table, the verdict, and where the files are."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    titles = {
-        "held-out": False,
-        "model": False,
-        "value": True,
-        "winner minus it": True,
-        "95 % interval": True,
-    }
-    for title, right in titles.items():
-        table.add_column(title, justify="right" if right else "left", no_wrap=True)
-    for row in rows(results):
-        table.add_row(*(row[key] for key in ("aim", "model", "value", "difference", "between")))
-    console.print()
-    console.print(table)
-    short, text, tone = verdict(results)
-    color = {"good": "green", "bad": "red", "mixed": "yellow"}.get(tone, "default")
-    console.print(f"\nWinner: {escape(results['winner']['label'])}, {escape(results['winner']['words'])}")
-    console.print(f"Better than plain averaging? [bold {color}]{short}.[/] {escape(text)}\n")
-    console.print(f"In {escape(str(folder))}:")
-    for name, meaning in FILES.items():
-        if (folder / name).exists():
-            console.print(f"  {name:<18}  [dim]{meaning}[/dim]")
-
-
-def _search_values(
-    finalist: Finalist, by_label: Mapping[str, Any], baseline: Mapping[str, Sequence[float]]
-) -> list[float]:
-    if finalist.label in by_label:
-        return list(by_label[finalist.label].values)
-    return list(baseline.get(finalist.label, ()))
-
-
-def _importance(study: optuna.Study, aim: int) -> dict[str, float]:
-    """How much each parameter matters among the better trials (PED-ANOVA, Watanabe et al. 2023); {} for too few."""
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it is about low values: they are losses
-            found = get_param_importances(
-                study, evaluator=PedAnovaImportanceEvaluator(), target=lambda trial: trial.values[aim]
-            )
-    except (ValueError, RuntimeError, ZeroDivisionError):
-        return {}
-    return {name: float(value) for name, value in found.items()}
-
-
-def _finalist_rows(results: Results) -> list[dict[str, Any]]:
-    found = []
-    for finalist in results["finalists"]:
-        told = {"label": finalist["label"], "words": finalist["words"], "front": finalist["front"]}
-        for split in ("search", "chosen"):
-            told[split] = [
-                _signed(value, aim["sign"])
-                for aim, value in zip(results["aims"], finalist[split], strict=False)
+            own = between(model["low"], model["high"], 4, one["sign"])
+            line = [one["name"], label, signed(model["mean"], one, 5), *([own] if intervals else [])]
+            line += [
+                "" if gap is None else signed(gap["mean"], one, 5),
+                "" if gap is None else between(gap["low"], gap["high"], 4, one["sign"]),
             ]
-        found.append(told)
+            lines.append(tuple(line))
+    own_title = ("95 % interval",) if intervals else ()
+    head = ("objective", "model", "value", *own_title, "winner minus it", "95 % interval")
+    return Table(head, tuple(lines), labels=2, strong="value")
+
+
+def _finalists(results: Results) -> Table:
+    aims = results["aims"]
+    head = ["merge"]
+    for aim in aims:
+        head += [f"{aim['name']}, searched", "chosen by"]
+    lines = []
+    for one in results["finalists"]:
+        line = [one["label"] + (" *" if one["front"] and len(aims) > 1 else "")]
+        for i, aim in enumerate(aims):
+            line.append(signed(one["search"][i], aim, 5) if one["search"] else "")
+            line.append(signed(one["chosen"][i], aim, 5))
+        lines.append((*line, one["words"]))
+    return Table((*head, "what it is"), tuple(lines), notes=1)
+
+
+def _trials(results: Results) -> Table:
+    aims = results["aims"]
+    head = ("trial", *(aim["name"] for aim in aims), "known merge", "parameters")
+    lines = []
+    for trial in results["trials"]:
+        values = trial["values"] or [None] * len(aims)
+        without = trial["error"] or "given up"
+        shown = (without if x is None else signed(x, aim, 5) for aim, x in zip(aims, values, strict=True))
+        parameters = ", ".join(f"{name} {_value(value)}" for name, value in trial["parameters"].items())
+        lines.append((str(trial["number"]), *shown, trial["start"] or "", parameters))
+    return Table(head, tuple(lines), labels=0, notes=2)
+
+
+def _value(value: Any) -> str:
+    """Of a parameter."""
+    return f"{value:.3g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
+
+def summary(results: Results) -> dict[str, float]:
+    """judge/AIM/MODEL and judge/AIM/winner-average mean, low, high; judge/trials and judge/spent."""
+    found: dict[str, float] = {"judge/trials": len(results["trials"]), "judge/spent": results["spent"]}
+    for one in results["judged"]:
+        values = {
+            f"{one['name']}/{label}": one["sign"] * model["mean"]
+            for label, model in one["models"].items()
+            if model["mean"] is not None
+        }
+        gap = one["differences"][AVERAGE]
+        values |= {f"{one['name']}/winner-average {k}": v for k, v in gap.items() if v is not None}
+        found |= {f"judge/{name}": value for name, value in values.items()}
     return found
 
 
-def _signed(value: float | None, sign: float) -> str:
-    return number(None if value is None else sign * value, 5)
-
-
-def _between(ends: Sequence[float | None], sign: float) -> str:
-    if any(end is None for end in ends):
-        return ""
-    low, high = sorted(sign * end for end in ends if end is not None)
-    return f"{number(low, 4)} to {number(high, 4)}"
-
-
-def candidate_of(results: Results) -> Candidate:
-    """The winner of a finished search."""
-    return Candidate.from_dict(results["winner"]["candidate"])
+def tables(results: Results) -> Tables:
+    return {}

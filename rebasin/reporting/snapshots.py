@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from PIL.Image import Image
 
 from ..errors import ConfigError
+from ..evaluation.samples import Samples
 from ..merging import interpolate
-from ..types import State
-from .samples import Samples, save_samples
+from ..types import ProgressEvent, State
+from .samples import save_samples
 
 NAME = "steps.png"
 
@@ -48,7 +48,12 @@ class Snapshots:
         self._every, self._seed, self._folder, self._show = every, seed, folder, show
         self._rows: dict[str, list[Image]] = {}
 
-    def __call__(self, event: Mapping[str, Any]) -> None:
+    @property
+    def pictures(self) -> list[str]:
+        """The file that it has made."""
+        return [NAME] if self._rows else []
+
+    def __call__(self, event: ProgressEvent) -> None:
         permutation = event.get("permutation")
         if self._every == 0 or self._sampler is None or permutation is None or event["step"] % self._every:
             return

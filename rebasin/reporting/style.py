@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,34 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..checkpoints import atomic_path
+from ..files import atomic_path
 
 INK, MUTED, GRID = "#1f2328", "#6b7280", "#e5e7eb"
 
-LINES: dict[str, dict[str, Any]] = {
-    # Lightness, dashes and markers differ as well as hue, so that the lines stay apart without colour.
-    "naive": {
-        "color": "#D55E00",
-        "linestyle": (0, (4, 1.6)),
-        "marker": "o",
+LOOKS: tuple[tuple[str, str, Any], ...] = (
+    # Colour, marker, dashes: in an order in which neighbours differ in lightness, too.
+    ("#0072B2", "s", "-"),
+    ("#D55E00", "o", (0, (4, 1.6))),
+    ("#009E73", "^", "-."),
+    ("#CC79A7", "v", (0, (1, 1.2))),
+    ("#E69F00", "D", (0, (6, 1.5, 1, 1.5))),
+    ("#56B4E9", "P", "-"),
+    (INK, "X", (0, (2, 1))),
+    ("#8a7a00", "*", "--"),
+)
+BLUE, VERMILION, ORANGE, SKY = (LOOKS[i][0] for i in (0, 1, 4, 5))
+NAIVE = LOOKS[1]
+"""The look of the naive merge, the same in all figures."""
+
+
+def _line(look: tuple[str, str, Any], width: float) -> dict[str, Any]:
+    return dict(zip(("color", "marker", "linestyle"), look, strict=True)) | {
         "markersize": 3.5,
-        "linewidth": 1.8,
-    },
-    "aligned": {"color": "#0072B2", "linestyle": "-", "marker": "s", "markersize": 3.5, "linewidth": 2.0},
-}
+        "linewidth": width,
+    }
+
+
+LINES = {"naive": _line(NAIVE, 1.8), "aligned": _line(LOOKS[0], 2.0)}
 
 RC: Any = {  # matplotlib's own type lists every key
     "font.family": "DejaVu Sans",
@@ -47,19 +61,20 @@ RC: Any = {  # matplotlib's own type lists every key
 }
 
 
-def figure(width: float, height: float) -> Figure:
-    """An empty figure, `width` x `height` inches, that no window system knows of."""
-    with mpl.rc_context(RC):
-        result = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(result)
-    return result
+@contextmanager
+def figure(width: float, height: float, **style: Any) -> Iterator[Figure]:
+    """An empty figure, `width` x `height` inches, that no window system knows of; what is drawn within the block has
+    the look of all figures, but for the parameters of matplotlib in `style`.
+    """
+    look: Any = {**RC, **style}
+    with mpl.rc_context(look):
+        made = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        FigureCanvasAgg(made)
+        yield made
 
 
 def save_png(fig: Figure, path: Path) -> Path:
     """Write `fig` as PNG, atomically."""
-    buffer = io.BytesIO()
-    with mpl.rc_context(RC):
-        fig.savefig(buffer, format="png", metadata={"Software": None})
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    with mpl.rc_context(RC), atomic_path(path) as temporary:
+        fig.savefig(temporary, format="png", metadata={"Software": None})
     return path

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import write_text
 from ..errors import CheckpointError
-from ..jobs import experiments
-from ..jobs.experiments import relevant
+from ..files import write_text
+from . import experiments
 from .metrics import metrics
 from .results import NAME as RESULTS
-from .results import Results, load_results
+from .results import Results, load_results, relevant
 from .sweep_command import place as order_of
 
 NAME = "sweep.json"

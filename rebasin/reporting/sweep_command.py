@@ -10,7 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from ..jobs.experiments import GROUP, IRRELEVANT
+from .experiments import GROUP
+from .results import IRRELEVANT
 
 if TYPE_CHECKING:
     from .sweep import Sweep

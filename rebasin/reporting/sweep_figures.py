@@ -29,28 +29,15 @@ from statistics import fmean
 from textwrap import fill
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from ..errors import ConfigError
-from .style import INK, MUTED, RC, figure, save_png
+from .style import INK, LOOKS, MUTED, NAIVE, figure, save_png
 from .sweep import Row, Sweep
 
-LOOKS: tuple[tuple[str, str, Any], ...] = (
-    # Okabe and Ito's colours, in an order in which neighbours differ in lightness, too.
-    ("#0072B2", "s", "-"),
-    ("#D55E00", "o", (0, (4, 1.6))),
-    ("#009E73", "^", "-."),
-    ("#CC79A7", "v", (0, (1, 1.2))),
-    ("#E69F00", "D", (0, (6, 1.5, 1, 1.5))),
-    ("#56B4E9", "P", "-"),
-    ("#1f2328", "X", (0, (2, 1))),
-    ("#8a7a00", "*", "--"),
-)
-NAIVE = LOOKS[1]
 KINDS = ("lines", "bars", "contour")
 
 
@@ -135,9 +122,9 @@ def draw_plot(sweep: Sweep, plot: Plot) -> Figure | None:
     lines_of = -(-len(drawn) // columns)
     labels = {line.label: None for _, found in drawn for line in found}
     # The legend is beside the panels: its length must not eat the picture.
-    fig = figure(4.5 * columns + 1.2 + 0.085 * max(map(len, labels)), 3.5 * lines_of)
+    size = 4.5 * columns + 1.2 + 0.085 * max(map(len, labels)), 3.5 * lines_of
     looks = _looks(labels)
-    with mpl.rc_context(RC):
+    with figure(*size) as fig:
         axes = fig.subplots(lines_of, columns, squeeze=False, sharex=plot.kind == "lines" and len(drawn) < 2)
         for ax in axes.flat[len(drawn) :]:
             ax.set_visible(False)
@@ -354,12 +341,11 @@ def _contours(sweep: Sweep, plot: Plot, rows: Sequence[Row]) -> Figure | None:
     rows = [row for row in rows if isinstance(sweep.value(row, plot.z), list)]
     if not rows:
         return None
-    fig = figure(4.6 * len(rows) + 0.8, 4.3)
     grids = [np.asarray(sweep.value(row, plot.z), dtype=float) for row in rows]
     low = min(float(np.nanmin(grid)) for grid in grids)
     high = max(float(np.nanquantile(grid, 0.8)) for grid in grids)
     levels = np.linspace(low, high, 14)
-    with mpl.rc_context({**RC, "axes.grid": False}):
+    with figure(4.6 * len(rows) + 0.8, 4.3, **{"axes.grid": False}) as fig:
         axes = fig.subplots(1, len(rows), squeeze=False)[0]
         filled = None
         for ax, row, grid in zip(axes, rows, grids, strict=True):

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import write_text
-from .html import data_uri, template
+from ..files import write_text
+from .page import data_uri, render
 from .sweep import NAME, Sweep, csv_text, save
 from .sweep_command import command
 from .sweep_figures import draw, plots, words
-from .sweep_tables import Table, table
+from .sweep_tables import table
+from .table import Table
 
-TEMPLATE = "report_sweep.html.j2"
 PICTURES = ("samples.png", "reliability.png", "curve.png")
 MANY = 24
 """Runs of which the page shows the pictures."""
@@ -40,7 +40,8 @@ def page(sweep: Sweep, folder: Path, found: Table | None, runs: Path | None = No
         for plot in plots(sweep)
         if (folder / f"{plot.name}.png").is_file()
     ]
-    return template(TEMPLATE).render(
+    return render(
+        "sweep",
         s=sweep,
         d={"question": "", "paper": None, **sweep.declaration},
         table=found,

@@ -14,27 +14,13 @@ Rows that agree are averaged, with their standard deviation and number.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from .answers import number
+from .numbers import number
 from .sweep import Row, Sweep
 from .sweep_figures import matches, once, words
-
-
-@dataclass(frozen=True)
-class Table:
-    """Words: the head, and the lines; the first `labels` columns are no numbers."""
-
-    head: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
-    labels: int
-
-    def markdown(self) -> str:
-        rules = ["---"] * self.labels + ["--:"] * (len(self.head) - self.labels)
-        rows = [self.head, tuple(rules), *self.lines]
-        return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+from .table import Table
 
 
 def table(sweep: Sweep) -> Table | None:

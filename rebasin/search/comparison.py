@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import RebasinError
 from ..merging import METHODS, Method, diagonal_fisher, merge
 from ..merging.registry import plan_options
+from ..reporting.methods import ALIGNED, ENDPOINT, NAIVE, PLAIN
 from ..types import Progress, State, tell
 from .assessment import bootstrap, difference, sizes_of, units_of
 from .evaluator import Bench
 from .objectives import Aim
-
-ENDPOINT, NAIVE, ALIGNED = "endpoint", "naive", "aligned"
-PLAIN = "weighted_sum"
 
 
 @dataclass(frozen=True)
@@ -220,3 +218,16 @@ def _figures(
                 "difference_high": gap.high,
             }
     return found
+
+
+def figures(
+    labels: Sequence[str], base: str | None, moved: str, aims: Sequence[Aim], rows: Sequence[Row]
+) -> dict[str, Any]:
+    """A comparison as results.json has it; losses throughout, also where an aim's `sign` is -1."""
+    return {
+        "labels": list(labels),
+        "base": base,
+        "moved": moved,
+        "aims": [{"name": aim.name, "sign": aim.sign, "units": len(aim.heldout)} for aim in aims],
+        "rows": [asdict(row) for row in rows],
+    }

@@ -7,19 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..evaluation.pareto import beats
+from ..reporting.search_figures import AVERAGE
 from ..types import Progress, tell
 from .assessment import Interval, bootstrap, difference, sizes_of, units_of
 from .candidate import Candidate
 from .evaluator import Bench
 from .objectives import Aim
-from .pareto import beats
 from .trials import measure
 
 if TYPE_CHECKING:
     import optuna
-
-
-AVERAGE = "plain average"
 
 
 @dataclass(frozen=True)

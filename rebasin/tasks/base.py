@@ -13,8 +13,8 @@ from torch import nn
 
 from ..checkpoints import load_safetensors
 from ..errors import ConfigError
+from ..evaluation.samples import Samples
 from ..objectives import Objective
-from ..reporting.samples import Samples
 from ..spec import PermutationSpec
 from ..tracing import trace
 from ..types import Progress, State

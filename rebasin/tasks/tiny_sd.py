@@ -13,11 +13,11 @@ from omegaconf import DictConfig
 from ..checkpoints import load_safetensors
 from ..data.captioned_digits import PLAIN_TEMPLATES, WORDS, denoising_batches, embed_captions, to_pixels
 from ..data.captioned_digits import load as load_images
+from ..evaluation.samples import Samples
 from ..models import tiny_sd
 from ..modules import with_weights
 from ..objectives import Denoising
 from ..objectives.reward import decoder
-from ..reporting.samples import Samples
 from ..types import Progress, State
 from .base import Part, Task, require
 from .prompted import KINDS, ImageMaker, objective_of

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ..data.captioned_digits import PLAIN_TEMPLATES, WORDS, denoising_batches, embed_captions
 from ..errors import ConfigError
+from ..evaluation.samples import Samples
 from ..jobs.configuration import resolved
 from ..models import tiny_sd
 from ..models.tiny_sd_trained import PromptedUNet, Trainer, recipe
 from ..modules import loaded
 from ..objectives import Denoising
 from ..objectives.reward import decoder
-from ..reporting.samples import Samples
 from ..spec import Group, PermutationSpec
 from ..tracing import trace
 from ..types import Progress, State

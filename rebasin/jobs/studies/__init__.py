@@ -6,7 +6,6 @@ mappings from names to numbers, words and lists, which `python -m rebasin.report
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,11 +26,8 @@ def run_study(cfg: DictConfig, folder: Path, console: Console, command: str = ""
         RebasinError: an input is missing or does not fit; one sentence says which and what to do.
     """
     from hydra.utils import get_method
-    from omegaconf import OmegaConf
 
     from ... import reporting
-    from ...checkpoints import write_text
-    from ...reporting.results import head, plain, save_results, tail
     from .. import stages as steps
 
     config = resolved(cfg)
@@ -45,17 +41,8 @@ def run_study(cfg: DictConfig, folder: Path, console: Console, command: str = ""
         return None
     with reporting.open_logger(cfg.logger, config, folder) as logger:
         rows = function(**given)
-        results = plain(
-            {
-                **head(config),
-                "kind": "study",
-                "rows": rows,
-                **tail(config, console.seconds, command),
-            }
-        )
-        save_results(folder, results)
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+        results = reporting.collect(config, {"rows": rows}, console.seconds, command, "study")
+        reporting.leave(results, folder)
         logger.results(results, folder)
-    where = os.path.relpath(folder)
-    console.console.print(f"{len(rows)} rows in {where}/results.json.", markup=False)
+    console.summary(results, folder)
     return results

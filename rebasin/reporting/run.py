@@ -1,0 +1,298 @@
+"""What a run on two models leaves: its figures in results.json, curve.png, search.png, report.html, and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..files import atomic_path
+from ..merging.block_figure import block_figure
+from ..tensors import load_metadata, load_safetensors, save_safetensors
+from . import loss_history
+from .answers import Answer, answers
+from .curve import save_curves
+from .metrics import Tables, metrics
+from .numbers import between, cell, number, percent
+from .page import save_page
+from .results import Results, described
+from .table import Table
+
+if TYPE_CHECKING:
+    from ..evaluation import Curve
+    from ..evaluation.rewards import Rewards
+    from ..matching import MatchResult
+    from ..merging import BlockWeights
+    from ..spec import Permutation, PermutationSpec
+    from ..types import State
+
+CURVES = {
+    "split": "data", "kind": "merge", "a": "loss of A", "b": "loss of B", "midpoint": "midpoint",
+    "highest": "highest", "at": "at λ", "barrier": "barrier", "barrier_mean": "against the mean",
+    "accuracy": "accuracy at the midpoint",
+}  # fmt: skip
+CURVES_SHORT = {
+    "split": "data", "kind": "merge", "a": "loss A", "b": "loss B", "midpoint": "midpoint", "barrier": "barrier",
+    "accuracy": "accuracy at midpoint",
+}  # fmt: skip
+"""What fits into a terminal."""
+
+
+def figures(
+    labels: Sequence[str],
+    aligned: str,
+    spec: PermutationSpec,
+    checks: Mapping[str, Any],
+    match: MatchResult,
+    curves: Mapping[str, Mapping[str, Curve]],
+    *,
+    lam: float,
+    rewards: Rewards | None = None,
+    merge: Mapping[str, Any] | None = None,
+    pictures: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What was measured.
+
+    Args:
+        labels: of A and B.
+        aligned: the part that was aligned.
+        checks: part -> what was proved of its spec.
+        pictures: the files of pictures that this run made of its models: results can't draw them again.
+    """
+    return {
+        "lam": lam,
+        "endpoints": dict(zip(("a", "b"), labels, strict=True)),
+        "aligned_part": aligned,
+        "spec": described(spec),
+        "verify": dict(checks),
+        "match": {
+            "objective": match.objective,
+            "moved": match.moved,
+            "neurons": spec.neurons,
+            "converged": match.converged,
+            "seconds": match.seconds,
+            "sweeps": match.sweeps,
+            "restarts": list(match.restarts),
+            "initial_objective": match.initial_objective,
+            "moved_per_group": dict(match.moved_per_group),
+            "history": [_entry(step) for step in match.history],
+            **_losses(match),
+        },
+        "distance": {"naive": match.distance_before, "aligned": match.distance_after},
+        "curves": {
+            split: {kind: asdict(curve) for kind, curve in kinds.items()} for split, kinds in curves.items()
+        },
+        "rewards": None if rewards is None else asdict(rewards),
+        "merge": None if merge is None else dict(merge),
+        "pictures": list(pictures),
+    }
+
+
+def _entry(step: Any) -> dict[str, Any]:
+    """A sweep of a matching, or a step of one that looks at the loss."""
+    if hasattr(step, "train"):
+        entry = {"step" if name == "number" else name: value for name, value in asdict(step).items()}
+        return {**entry, "seconds": step.seconds}
+    return {
+        "sweep": step.number,
+        "objective": step.objective,
+        "groups": len(step.updates),
+        "moved": step.moved,
+        "seconds": step.seconds,
+    }
+
+
+def _losses(match: Any) -> dict[str, Any]:
+    """What only a matching that looks at the loss has; losses are minus the mean of A's and B's."""
+    if not hasattr(match, "best_step"):
+        return {}
+    return {
+        "search": {
+            "naive": match.initial_objective,
+            "start": match.start_objective,
+            "best": match.objective,
+            "best_step": match.best_step,
+            "endpoints": list(match.endpoints),
+            "seconds": {part: getattr(match, f"seconds_{part}") for part in loss_history.PARTS},
+        }
+    }
+
+
+def pictures(results: Results) -> list[str]:
+    """The pictures of this run, by its results: its folder may have those of an earlier one, too."""
+    looked = loss_history.has_losses(results)
+    told = results.get("pictures")
+    if told is None:  # an earlier version did not tell which it made
+        told = ["samples.png", *(["steps.png"] if looked and results["config"].get("sample_every") else [])]
+    by_block = (results.get("merge") or {}).get("blocks")
+    found = {"curve.png": results["curves"], loss_history.NAME: looked, "blocks.png": by_block}
+    return [*(name for name, there in found.items() if there), *told]
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Write curve.png, search.png if the algorithm looked at the loss, and report.html, which also shows the pictures
+    of samples and of weights by block that the run has made.
+    """
+    drawn = [save_curves(results, folder / "curve.png")] if results["curves"] else []
+    if loss_history.has_losses(results):
+        drawn.append(loss_history.save(results, folder))
+    page = save_page(
+        "run",
+        results,
+        folder,
+        pictures(results),
+        answers=answers(results),
+        curves=curve_table(results),
+        lines=merge_lines(results),
+        scores=score_table(results),
+        split=loss_history.time_split(results),
+        parts=_parts(results),
+        history=_history(results),
+    )
+    return [*drawn, page]
+
+
+def told(results: Results) -> list[Table | Answer | str]:
+    """What the terminal shows: the curves, the saved merge, scores, and the three answers."""
+    curves, scores = curve_table(results, CURVES_SHORT), score_table(results, "95 % interval")
+    tables = [curves, *merge_lines(results), *(["", scores] if scores.lines else [])]
+    return [*tables, "", *answers(results)]
+
+
+def curve_table(results: Results, titles: Mapping[str, str] = CURVES) -> Table:
+    """A line for each curve."""
+    rows = []
+    for split, kinds in results["curves"].items():
+        for kind, curve in kinds.items():
+            if kind == "aligned" and results["algorithm"] == "naive":
+                continue
+            losses = np.asarray(curve["losses"], dtype=float)
+            accuracy = curve["metrics"].get("accuracy")
+            rows.append(
+                {
+                    "split": split,
+                    "kind": kind,
+                    "a": number(curve["losses"][0]),
+                    "b": number(curve["losses"][-1]),
+                    "midpoint": number(float(np.interp(0.5, curve["lambdas"], losses))),
+                    "highest": number(float(losses.max())),
+                    "at": f"{curve['lambdas'][int(losses.argmax())]:.2f}",
+                    "barrier": number(curve["barrier"]),
+                    "barrier_mean": number(curve["barrier_mean"]),
+                    "accuracy": percent(float(np.interp(0.5, curve["lambdas"], accuracy)))
+                    if accuracy
+                    else "",
+                }
+            )
+    return Table.of(rows, titles, labels=2, strong="barrier")
+
+
+def merge_lines(results: Results) -> list[str]:
+    """The saved merge in words: its method and its own figures, a line for each split."""
+    merge = results.get("merge")
+    if merge is None:
+        return []
+    lines = []
+    for split, found in merge["figures"].items():
+        more = f", accuracy {percent(found['accuracy'])}" if found.get("accuracy") is not None else ""
+        lines.append(
+            f"The saved merge ({merge['words']}) on {split} data: loss {number(found['loss'])}{more}."
+        )
+    return [*lines, *merge["notes"]]
+
+
+def score_table(results: Results, interval: str | None = None) -> Table:
+    """What a scorer thinks of each model's images, then the differences; no lines if none was asked."""
+    rewards = results.get("rewards") or {"models": {}, "differences": {}}
+    lines = tuple(
+        (label, number(found["mean"]), between(found["low"], found["high"]))
+        for kind in ("models", "differences")
+        for label, found in rewards[kind].items()
+    )
+    if interval is None and lines:
+        interval = f"95 % interval over {results['config']['evaluate']['seeds']} seeds of noise"
+    return Table(("model", "mean score", interval or ""), lines, strong="mean score")
+
+
+def _parts(results: Results) -> Table:
+    """The parts whose specs were proved."""
+    head = ("part", "groups", "neurons", "parameters moved on one axis", "on both", "verify error", "legal")
+    lines = tuple(
+        (
+            name + (" (aligned)" if name == results["aligned_part"] else ""),
+            str(check["groups"]),
+            f"{check['neurons']:,}",
+            f"{check['coverage']['one']:.2%}",
+            percent(check["coverage"]["both"]),
+            number(check["max_relative_error"], 2),
+            "yes" if check["passed"] else "NO",
+        )
+        for name, check in results["verify"].items()
+    )
+    return Table(head, lines, notes=1)
+
+
+def _history(results: Results) -> Table:
+    """The matching, step by step."""
+    history = results["match"]["history"]
+    keys = _keys(history)
+    lines = tuple(tuple(cell(entry.get(key)) for key in keys) for entry in history)
+    return Table(tuple(keys), lines, labels=0)
+
+
+def _keys(history: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for entry in history for key in entry))
+
+
+def summary(results: Results) -> dict[str, float]:
+    return metrics(results)
+
+
+def tables(results: Results) -> Tables:
+    """curves: each split, line and lambda; history: each step of the matching."""
+    names = sorted({m for kinds in results["curves"].values() for c in kinds.values() for m in c["metrics"]})
+    curves = [
+        [split, kind, lam, curve["losses"][i], *(curve["metrics"].get(n, [None] * (i + 1))[i] for n in names)]
+        for split, kinds in results["curves"].items()
+        for kind, curve in kinds.items()
+        for i, lam in enumerate(curve["lambdas"])
+    ]
+    history = results["match"]["history"]
+    keys = _keys(history)
+    found: Tables = {"curves": (["split", "merge", "lambda", "loss", *names], curves)}
+    if history:
+        found["history"] = (keys, [[entry.get(key) for key in keys] for entry in history])
+    return found
+
+
+def save_blocks(blocks: BlockWeights | None, folder: Path) -> None:
+    """Draw blocks.png, the weight of every block, if the merge has weights by block."""
+    if blocks is not None:
+        with atomic_path(folder / "blocks.png") as path:
+            block_figure(blocks).savefig(path, dpi=120)
+
+
+def save_tensors(
+    folder: Path,
+    permutation: Permutation,
+    aligned: State,
+    merged: State,
+    config: Mapping[str, Any],
+) -> None:
+    """Write the permutation, B aligned, and the merge; the headers say what they are."""
+    about = {
+        "model": config["model"]["name"],
+        "algorithm": config["algo"]["name"],
+        "seed": str(config["seed"]),
+        "spec_hash": permutation.spec.hash,
+    }
+    path = folder / "permutation.safetensors"
+    permutation.save(path, {**about, "content": "the permutation that brings B to A, and its spec"})
+    # Again, with the header in a fixed order.
+    save_safetensors(path, load_safetensors(path), load_metadata(path))
+    save_safetensors(folder / "aligned.safetensors", aligned, {**about, "content": "B, permuted"})
+    merge = f"merge by {config['merge']['method']}"
+    save_safetensors(folder / "merged.safetensors", merged, {**about, "content": merge})

@@ -1,0 +1,36 @@
+"""What a study leaves: rows in results.json, from which the report of a sweep is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .metrics import Tables, numbers_of
+from .results import Results
+
+KIND = "study"
+
+
+def pictures(results: Results) -> list[str]:
+    return []
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Nothing: a study is one point of a sweep, and its page is the sweep's."""
+    return []
+
+
+def told(results: Results) -> list[str]:
+    return [f"{len(results['rows'])} rows."]
+
+
+def summary(results: Results) -> dict[str, float]:
+    """study/NAME, of a study with one row."""
+    rows = results["rows"]
+    return numbers_of(rows[0], "study") if len(rows) == 1 else {}
+
+
+def tables(results: Results) -> Tables:
+    """rows, without what is no single value."""
+    rows = results["rows"]
+    scalar = {key: None for row in rows for key, value in row.items() if not isinstance(value, (list, dict))}
+    return {"rows": (list(scalar), [[row.get(key) for key in scalar] for row in rows])}
