@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -19,6 +20,7 @@ from rebasin.matching.straight_through.estimator import straight_through
 from rebasin.matching.straight_through.loss_descent import descend
 from rebasin.matching.straight_through.midpoint import Ends
 from rebasin.matching.straight_through.result import StraightThroughResult
+from rebasin.matching.straight_through.state import StraightThroughState
 from rebasin.models import MLP
 from rebasin.models.train import Recipe, train
 from rebasin.objectives import CrossEntropy
@@ -423,6 +425,113 @@ def test_half_precision_endpoints(digits: Pair):
 
 def test_blocks_in_lists_are_found():
     assert len(list(midpoint._blocks(Blocks()))) == 3
+
+
+# After an interruption --------------------------------------------------------------------------------------
+
+
+class Scored(CrossEntropy):
+    """Minus a reward, which may be negative, as that of images is."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return super().loss(model, batch) - 5
+
+    def evaluate(self, model: nn.Module, batches: Any) -> dict[str, float]:
+        found = super().evaluate(model, batches)
+        return {**found, "loss": found["loss"] - 5}
+
+
+def without_times(found: StraightThroughResult) -> Any:
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items() if not k.startswith("seconds")}
+        return [plain(one) for one in value] if isinstance(value, list) else value
+
+    return plain(found.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [
+        (OBJECTIVE, {"init": "best", "steps": 4, "schedule": "cosine", "refine": 3}),
+        (OBJECTIVE, {"optimizer": "sgd", "lr": 0.5, "schedule": "constant", "momentum": 0.5, "refine": 9}),
+        (OBJECTIVE, {"optimizer": "sgd", "lr": 9.0, "momentum": 0.0, "clip": 0.1, "evaluate_every": 3}),
+        (
+            OBJECTIVE,
+            {"accumulate": 3, "project_every": 4, "evaluate_every": 2, "refine": 2, "init": "identity"},
+        ),
+        (
+            OBJECTIVE,
+            {"represents": "midpoint", "projection": "l2", "projection_sweeps": 1, "autocast": "bf16"},
+        ),
+        (Scored(), {"init": "activation_then_weight", "checkpointing": True, "refine": 2}),
+    ],
+)
+def test_resumed_after_anything_it_ends_the_same_to_the_bit(
+    digits: Pair, tmp_path: Path, objective: CrossEntropy, options: dict[str, Any]
+):
+    def search(**more: Any) -> StraightThroughResult:
+        given = {"steps": 8, "lr": 2e-2, **options, **more}
+        return straight_through(digits.spec, digits.a, digits.b, objective, digits.batches, **given)
+
+    paths: list[Path] = []
+
+    def keep(state: StraightThroughState) -> None:
+        paths.append(tmp_path / f"{len(paths)}.safetensors")
+        state.save(paths[-1])
+
+    whole = search(checkpoint=keep)
+    starts = 4 if options.get("init") == "best" else 1
+    assert len(paths) == starts + len(whole.history) and len({step.moved for step in whole.history}) > 1
+    for path in paths:
+        state = StraightThroughState.load(path)
+        found = search(resume_from=state)
+        assert found.permutation == whole.permutation
+        assert without_times(found) == without_times(whole)
+        assert found.seconds > state.seconds > 0
+    last = StraightThroughState.load(paths[-1])
+    assert not last.auxiliary or not options.get("refine"), "after the steps there is nothing large to keep"
+
+
+def test_a_resumed_search_can_be_interrupted_again(digits: Pair, tmp_path: Path):
+    options: dict[str, Any] = {"steps": 6, "lr": 2e-2, "refine": 2}
+    whole, path, state, runs = digits.search(**options), tmp_path / "state", None, 0
+
+    def stop(made: StraightThroughState) -> None:
+        made.save(path)
+        raise KeyboardInterrupt
+
+    while True:
+        try:
+            found = digits.search(**options, checkpoint=stop, resume_from=state)
+            break
+        except KeyboardInterrupt:
+            state, runs = StraightThroughState.load(path), runs + 1
+    assert runs == 1 + len(whole.history) and without_times(found) == without_times(whole)
+
+
+def test_only_the_same_search_can_be_continued(digits: Pair, small: Pair, tmp_path: Path):
+    states: list[StraightThroughState] = []
+    digits.search(steps=2, checkpoint=states.append)
+    for options, word in (
+        ({"seed": 1}, "seed"),
+        ({"steps": 3}, r"steps differed \(2 then, 3 now\)"),
+        ({"lr": 1.0}, "lr"),
+        ({"init": digits.spec.identity()}, "init"),
+        ({"batches": digits.batches[:-1]}, "batches"),
+    ):
+        with pytest.raises(ConfigError, match=f"straight-through search can't be continued: its {word}"):
+            digits.search(**{"steps": 2, **options}, resume_from=states[0])
+    with pytest.raises(ConfigError, match="its architecture differed"):
+        small.search(steps=2, resume_from=states[0])
+    other = Pair(digits.b, digits.a, digits.batches)
+    other.b = copy.deepcopy(digits.b)
+    with pytest.raises(ConfigError, match="its weights differed"):
+        other.search(steps=2, resume_from=states[0])
+    with pytest.raises(ConfigError, match="its objective differed"):
+        straight_through(
+            digits.spec, digits.a, digits.b, Scored(), digits.batches, steps=2, lr=5e-3, resume_from=states[0]
+        )
 
 
 # What it says to mistakes -----------------------------------------------------------------------------------

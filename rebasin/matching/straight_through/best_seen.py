@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal
 
 from ...errors import DataError
 from ...spec import Permutation
-from ...types import Progress, ProgressEvent
+from ...types import Progress, tell
 from .midpoint import Ends
 from .result import Step
 
 PARTS = ("start", "projection", "gradient", "scoring")
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What was seen so far. Scores are losses at the midpoint minus the mean of the endpoints' losses.
+
+    Attributes:
+        endpoints: the losses of A and B; `naive` and `first` are the scores without a permutation and of the start.
+        best, objective, best_step: the permutation with the lowest score, that score, and when it came.
+        scored, scored_at: the permutation that was scored last, and when.
+        history: the start and the steps; `seconds`: their wall time by PARTS.
+    """
+
+    endpoints: tuple[float, float]
+    naive: float
+    first: float
+    best: Permutation
+    objective: float
+    scored: Permutation
+    seconds: Mapping[str, float]
+    best_step: int = 0
+    scored_at: int = 0
+    history: tuple[Step, ...] = ()
+
+
 class BestSeen:
     """Scores permutations on held-out batches, keeps the best, and tells the listener.
 
-    Scores are losses at the midpoint minus the mean of the endpoints' losses.
-
     Attributes:
-        best, objective, best_step: the permutation with the lowest score, that score, and when it came.
-        endpoints: the losses of A and B; `naive` and `first` are the scores without a permutation and of the start.
-        scored_at: the last step that was scored.
-        seconds: wall time by PARTS.
+        now: what was seen so far; `lap` is the wall time by PARTS that is not in it yet.
     """
 
     def __init__(
@@ -34,32 +53,43 @@ class BestSeen:
         ends: Ends,
         heldout: Sequence[Any],
         total: int,
+        began: float,
         progress: Progress | None,
+        seen: Seen | None = None,
     ) -> None:
-        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-        self.history: list[Step] = []
-        self._began, self._before = perf_counter(), dict(self.seconds)
-        self._ends, self._heldout, self._total, self._progress = ends, heldout, total, progress
+        """Look at the endpoints and at the naive midpoint, or go on from what an interrupted search has `seen`.
+
+        Raises:
+            DataError: a loss is not a finite number.
+        """
+        self._ends, self._heldout, self._total = ends, heldout, total
+        self._began, self._progress = began, progress
+        self.lap = dict.fromkeys(PARTS, 0.0)
+        if seen is not None:
+            self.now = seen
+            return
+        identity = ends.spec.identity()
         with self.clock("scoring"):
-            self.endpoints = ends.endpoints(heldout)
-            self.naive = self.score(ends.spec.identity())
-        if not math.isfinite(sum(self.endpoints) + self.naive):
+            losses = ends.endpoints(heldout)
+            middle = ends.evaluate(ends.midpoint(identity), heldout)
+        if not math.isfinite(sum(losses) + middle):
             raise DataError(
-                f"The losses of A, B and their midpoint are {self.endpoints[0]:.4g}, {self.endpoints[1]:.4g} and"
-                f" {self.naive + sum(self.endpoints) / 2:.4g} on the held-out batches: they must be finite numbers."
+                f"The losses of A, B and their midpoint are {losses[0]:.4g}, {losses[1]:.4g} and {middle:.4g} on the"
+                " held-out batches: they must be finite numbers."
             )
+        naive = middle - sum(losses) / 2
+        self.now = Seen(losses, naive, naive, identity, naive, identity, self._lapped())
 
     def score(self, permutation: Permutation) -> float:
         loss = self._ends.evaluate(self._ends.midpoint(permutation), self._heldout)
-        return loss - sum(self.endpoints) / 2
+        return loss - sum(self.now.endpoints) / 2
 
     def start(self, permutation: Permutation) -> None:
         """The first candidate."""
-        self.best = self._scored = permutation
         with self.clock("scoring"):
-            self.objective = self.first = self.naive if permutation.is_identity else self.score(permutation)
-        self.best_step = self.scored_at = 0
-        self._lap()
+            first = self.now.naive if permutation.is_identity else self.score(permutation)
+        found = {"best": permutation, "scored": permutation, "first": first, "objective": first}
+        self.now = replace(self.now, **found, seconds=self._lapped(self.now.seconds))
 
     def step(
         self,
@@ -71,42 +101,41 @@ class BestSeen:
         norm: float | None = None,
     ) -> None:
         """Note a step that led to `permutation`, which is scored if that is due and it is not the last one scored."""
-        number = len(self.history)
-        heldout = self.first if number == 0 else None
-        if due and permutation != self._scored:
+        now, number = self.now, len(self.now.history)
+        heldout = now.first if number == 0 else None
+        if due and permutation != now.scored:
             with self.clock("scoring"):
                 heldout = self.score(permutation)
-            self._scored, self.scored_at = permutation, number
-            if heldout < self.objective:  # never true of a loss that is not a number
-                self.best, self.objective, self.best_step = permutation, heldout, number
-        self.history.append(Step(number, kind, train, heldout, self.objective, moved, norm, *self._lap()))
-        if self._progress is not None:
-            self._progress(self._event(self.history[-1]))
-
-    @contextmanager
-    def clock(self, part: str) -> Iterator[None]:
-        """Add the block's wall time to `seconds[part]`."""
-        began = perf_counter()
-        yield
-        self.seconds[part] += perf_counter() - began
-
-    def _lap(self) -> tuple[float, float, float]:
-        """Seconds of projection, gradient and scoring since the last call."""
-        since = {part: seconds - self._before[part] for part, seconds in self.seconds.items()}
-        self._before = dict(self.seconds)
-        return since["projection"], since["gradient"], since["scoring"]
-
-    def _event(self, step: Step) -> ProgressEvent:
-        return ProgressEvent(
-            "straight-through" if step.kind != "pass" else "straight-through, refinement",
-            step.number,
+            now = replace(now, scored=permutation, scored_at=number)
+            if heldout < now.objective:  # never true of a loss that is not a number
+                now = replace(now, best=permutation, objective=heldout, best_step=number)
+        times = self.lap["projection"], self.lap["gradient"], self.lap["scoring"]
+        step = Step(number, kind, train, heldout, now.objective, moved, norm, *times)
+        self.now = replace(now, history=(*now.history, step), seconds=self._lapped(now.seconds))
+        tell(
+            self._progress,
+            "straight-through" if kind != "pass" else "straight-through, refinement",
+            number,
             self._total,
-            objective=step.objective,
-            loss=step.train,
-            heldout=step.heldout,
-            moved=step.moved,
+            objective=now.objective,
+            loss=train,
+            heldout=heldout,
+            moved=moved,
             seconds=perf_counter() - self._began,
             seconds_projection=step.seconds_projection,
             seconds_gradient=step.seconds_gradient,
-            permutation=self.best,
+            permutation=now.best,
         )
+
+    @contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        """Add the block's wall time to a part."""
+        began = perf_counter()
+        yield
+        self.lap[part] += perf_counter() - began
+
+    def _lapped(self, before: Mapping[str, float] | None = None) -> Mapping[str, float]:
+        """The times up to now; the next lap begins."""
+        total = {part: seconds + (before or {}).get(part, 0.0) for part, seconds in self.lap.items()}
+        self.lap = dict.fromkeys(PARTS, 0.0)
+        return total

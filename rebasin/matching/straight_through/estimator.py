@@ -16,30 +16,28 @@ spec moves has auxiliary weights, since nothing else can change pi.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...errors import ConfigError, DataError
 from ...objectives import Objective
-from ...spec import Permutation, PermutationSpec
+from ...spec import PermutationSpec
 from ...types import Progress
-from ..result import MatchResult
+from ..options import check_choices, check_range
+from ..result import moved_between
 from ..weights.endpoints import Pair
-from ..weights.matching import weight_matching
+from .auxiliary import Auxiliary, Optimizer, Schedule, rate_of
 from .best_seen import BestSeen
+from .draws import Draws, mixed, split
 from .loss_descent import descend
 from .midpoint import Autocast, Ends
 from .result import StraightThroughResult
-from .starts import Start, start_from
+from .starts import Start, candidates, start_from
+from .state import StraightThroughState, fingerprint
 
-Optimizer = Literal["sgd", "adam"]
-Schedule = Literal["constant", "cosine"]
 Represents = Literal["b_endpoint", "midpoint"]
 Projection = Literal["inner_product", "l2"]
 
@@ -74,6 +72,8 @@ def straight_through(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    checkpoint: Callable[[StraightThroughState], None] | None = None,
+    resume_from: StraightThroughState | None = None,
 ) -> StraightThroughResult:
     """Find the permutation that brings B to A by the loss at their midpoint.
 
@@ -114,208 +114,114 @@ def straight_through(
         progress: called after each step and pass with stage, step, total, objective (the best so far on the
             held-out batches), loss, heldout (None if not scored), moved, seconds, seconds_projection,
             seconds_gradient (of this step), and the best permutation so far as `permutation`.
+        checkpoint: called after each candidate for the start, step and pass with a `StraightThroughState` that can be
+            saved; with two to three times the memory of what the spec moves it is large.
+        resume_from: such a state; the end is that of the uninterrupted search.
 
     Raises:
         SpecMismatchError, CheckpointError: models, spec and initial permutation do not go together.
-        ConfigError: an option has an impossible value, or the search diverged.
+        ConfigError: an option, or the state to continue from, does not fit, or the search diverged.
         DataError: there are no batches, or a loss is not a finite number.
     """
-    began = perf_counter()
-    _check_choices(optimizer=(optimizer, Optimizer), schedule=(schedule, Schedule))
-    _check_choices(represents=(represents, Represents), projection=(projection, Projection))
-    _check_choices(autocast=(autocast, Autocast))
-    _check_range(1, steps=steps, project_every=project_every, projection_sweeps=projection_sweeps)
-    _check_range(1, accumulate=accumulate, evaluate_every=evaluate_every)
-    _check_range(0, lr=lr, clip=clip, refine=refine)
-    _check_range(0, 0.9999, momentum=momentum)
-    learn, select = _split(batches) if heldout is None else (batches, heldout)
-    if not learn or not select:
-        raise DataError(
-            "The straight-through estimator needs at least one batch to learn from and one to select by."
-        )
+    began = perf_counter() - (resume_from.seconds if resume_from is not None else 0.0)
+    check_choices(
+        optimizer=(optimizer, Optimizer), schedule=(schedule, Schedule), autocast=(autocast, Autocast)
+    )
+    check_choices(represents=(represents, Represents), projection=(projection, Projection))
+    check_range(1, steps=steps, project_every=project_every, projection_sweeps=projection_sweeps)
+    check_range(1, accumulate=accumulate, evaluate_every=evaluate_every)
+    check_range(0, lr=lr, clip=clip, refine=refine)
+    check_range(0, 0.9999, momentum=momentum)
+    learn, select = split(batches, heldout)
     where = torch.device(next(model_a.parameters()).device if device is None else device)
     ends = Ends(spec, model_a, model_b, objective, where, autocast)
     share = 0.5 if represents == "b_endpoint" else 1.0  # of the midpoint's gradient that belongs to w
     nearest = represents == "midpoint" and projection == "l2"
 
-    with ends.ready(checkpointing):
-        seen = BestSeen(ends, select, steps + refine, progress)
-        with seen.clock("start"):
-            permutation = start_from(
-                init, spec, model_a, model_b, objective, batches, seed, where, seen.score
-            )
-        seen.start(permutation)
-        midpoint = ends.midpoint(permutation)
-        auxiliary = _Auxiliary(ends, optimizer, lr, momentum)
-        draw = _Draws(ends, learn, accumulate, seed)
-        sweeps = 0
+    last, options = resume_from, dict[str, str]()
+    if checkpoint is not None or last is not None:
+        options = fingerprint(
+            ends, objective, [list(learn), list(select)], init=init, steps=steps, optimizer=optimizer, lr=lr,
+            momentum=momentum, schedule=schedule, project_every=project_every, projection_sweeps=projection_sweeps,
+            represents=represents, projection=projection, clip=clip, accumulate=accumulate,
+            evaluate_every=evaluate_every, refine=refine, autocast=autocast, seed=seed,
+        )  # fmt: skip
+    if last is not None:
+        last.require(options)
 
-        for step in range(steps + 1):  # step 0: w = A, and pi(B) is what lies nearest to it
+    with ends.ready(checkpointing):
+        seen = BestSeen(ends, select, steps + refine, began, progress, None if last is None else last.seen)
+        draw = Draws(ends, learn, accumulate, seed, 0 if last is None else last.draws)
+        found = [] if last is None else list(last.candidates)
+        pi, sweeps, refined = (
+            (None, 0, None) if last is None else (last.permutation, last.sweeps, last.refined)
+        )
+        w = Auxiliary(ends, optimizer, lr, momentum)  # Initialize: w <- A
+        if last is not None and last.auxiliary:
+            w.restore(last.auxiliary)
+
+        def keep() -> None:
+            if checkpoint is not None:
+                kept = tuple(found), seen.now, pi, w.tensors if pi and not refined else {}, draw.made
+                seconds = perf_counter() - began
+                checkpoint(StraightThroughState(options, *kept, sweeps, refined, seconds))
+
+        if pi is None:
+            for name in candidates(init)[len(found) :]:
+                with seen.clock("start"):
+                    found.append(start_from(name, spec, model_a, model_b, objective, batches, seed, where))
+                keep()
+            with seen.clock("start"):
+                pi = min(found, key=seen.score) if len(found) > 1 else found[0]
+            seen.start(pi)
+
+        midpoint = ends.midpoint(pi)
+        for step in range(len(seen.now.history), steps + 1):  # repeat; step 0 is a projection only
             train = norm = None
             moved = 0
             if step > 0:
                 chosen = next(draw)
                 with seen.clock("gradient"):
+                    # Evaluate the loss of the midpoint, L(1/2 (A + pi(B))), and its gradient, in terms of w.
                     loss, slope = ends.gradient(midpoint, chosen)
-                    norm = auxiliary.descend(slope, share, _rate(schedule, lr, step, steps), clip)
+                    # Update parameters: w <- w - lr dL/dw.
+                    norm = w.descend(slope, share, rate_of(schedule, lr, step, steps), clip)
                 train = loss - draw.endpoints_mean()
             if step % project_every == 0 or step == steps:
                 with seen.clock("projection"):
-                    match = auxiliary.project(permutation, nearest, projection_sweeps, _mixed(seed, step))
+                    # pi <- proj(w), using algorithm 1.
+                    match = w.project(ends.b, pi, projection_sweeps, mixed(seed, step), nearest=nearest)
                     sweeps += match.sweeps
-                    moved = _differences(match.permutation, permutation)
+                    moved = moved_between(pi, match.permutation)
                     if moved:
-                        permutation = match.permutation
-                        midpoint = ends.midpoint(permutation)
-            due = step - seen.scored_at >= evaluate_every or step in (0, steps)
-            seen.step("step" if step else "start", permutation, due, train, moved, norm)
+                        pi = match.permutation
+                        midpoint = ends.midpoint(pi)
+            due = step - seen.now.scored_at >= evaluate_every or step in (0, steps)
+            seen.step("step" if step else "start", pi, due, train, moved, norm)
+            keep()
 
-        for made in descend(ends, seen.best, draw, refine, _mixed(seed, steps + 1)):
-            for part, seconds in made.seconds.items():
-                seen.seconds[part] += seconds
+        for made in descend(ends, seen.now.best, draw, refine, mixed(seed, steps + 1), refined):
+            refined = made
+            seen.lap |= made.seconds
             seen.step("pass", made.permutation, True, made.after - draw.endpoints_mean(), made.moved)
+            keep()
 
+    now = seen.now
     pair = Pair(spec, ends.a, ends.b, device=where)
     before = pair.distance
-    pair.set(seen.best)
+    pair.set(now.best)
     return StraightThroughResult(
-        permutation=seen.best,
-        objective=seen.objective,
-        history=tuple(seen.history),
-        converged=seen.best_step <= (1 - SETTLED) * (len(seen.history) - 1),
+        permutation=now.best,
+        objective=now.objective,
+        history=now.history,
+        converged=now.best_step <= (1 - SETTLED) * (len(now.history) - 1),
         seconds=perf_counter() - began,
-        best_step=seen.best_step,
-        start_objective=seen.first,
-        initial_objective=seen.naive,
-        endpoints=seen.endpoints,
+        best_step=now.best_step,
+        start_objective=now.first,
+        initial_objective=now.naive,
+        endpoints=now.endpoints,
         distance_before=before,
         distance_after=pair.distance,
         sweeps=sweeps,
-        **{f"seconds_{part}": seconds for part, seconds in seen.seconds.items()},
+        **{f"seconds_{part}": seconds for part, seconds in now.seconds.items()},
     )
-
-
-class _Auxiliary:
-    """The auxiliary weights w of what the spec moves: how they descend, and which pi(B) lies closest."""
-
-    def __init__(self, ends: Ends, optimizer: Optimizer, lr: float, momentum: float) -> None:
-        self.ends = ends
-        self.weights = {name: nn.Parameter(_wide(ends.a[name])) for name in ends.free}
-        # One for each tensor, so that a large model's widened gradient need not be held as a whole.
-        self.optimizers: dict[str, torch.optim.Optimizer] = {
-            name: torch.optim.SGD([weight], lr, momentum)
-            if optimizer == "sgd"
-            else torch.optim.Adam([weight], lr, (momentum, 0.999))
-            for name, weight in self.weights.items()
-        }
-
-    def descend(self, slope: dict[str, Tensor], share: float, rate: float, clip: float | None) -> float:
-        """One step against the gradient, which is that of the midpoint times `share`; returns its norm.
-
-        The gradients are taken out of `slope` one by one.
-        """
-        squares = (
-            float(part.to(torch.promote_types(part.dtype, torch.float32)).square().sum())
-            for part in slope.values()
-        )
-        norm = share * math.sqrt(math.fsum(squares))
-        if not math.isfinite(norm):
-            raise ConfigError(
-                "The gradient of the objective at the midpoint is not finite: compute in float32 or bfloat16,"
-                " or lower lr."
-            )
-        scale = share if clip is None else share * min(1.0, clip / (norm + 1e-6))
-        for name, weight in self.weights.items():
-            optimizer = self.optimizers[name]
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            weight.grad = slope.pop(name).to(weight.dtype) * scale
-            optimizer.step()
-            weight.grad = None
-        return norm
-
-    def project(self, permutation: Permutation, nearest: bool, sweeps: int, seed: int) -> MatchResult:
-        """Weight matching of B to w, from `permutation`; `nearest`: of the midpoint with A to w."""
-        ends = self.ends
-        target = {name: weight.detach() for name, weight in self.weights.items()}
-        if nearest:
-            # |w - (A + pi(B)) / 2| is smallest where <2w - A, pi(B)> is largest: |pi(B)| is |B| for every pi.
-            target = {name: 2 * weight - ends.a[name] for name, weight in target.items()}
-        return weight_matching(
-            permutation.spec,
-            {name: target.get(name, ends.a[name]) for name in ends.moved},
-            {name: ends.b[name] for name in ends.moved},
-            init=permutation,
-            max_sweeps=sweeps,
-            seed=seed,
-            device=ends.device,
-        )
-
-
-class _Draws:
-    """Lists of `count` batches, all batches in a random order, then in another one, and so on."""
-
-    def __init__(self, ends: Ends, batches: Sequence[Any], count: int, seed: int) -> None:
-        self._ends, self._batches, self._count = ends, batches, count
-        self._numbers = _endless(len(batches), seed)
-        self._means: dict[int, float] = {}
-        self._drawn: list[int] = []
-
-    def __iter__(self) -> Iterator[Sequence[Any]]:
-        return self
-
-    def __next__(self) -> Sequence[Any]:
-        self._drawn = [next(self._numbers) for _ in range(self._count)]
-        return [self._batches[number] for number in self._drawn]
-
-    def endpoints_mean(self) -> float:
-        """The mean of A's and B's losses on what was drawn last; each batch is evaluated once."""
-        for number in self._drawn:
-            if number not in self._means:
-                self._means[number] = sum(self._ends.endpoints([self._batches[number]])) / 2
-        return sum(self._means[number] for number in self._drawn) / self._count
-
-
-def _split(batches: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Batches to learn from and, the last fifth, to select by."""
-    last = max(1, len(batches) // 5)
-    return (batches[:-last], batches[-last:]) if len(batches) > 1 else (batches, batches)
-
-
-def _endless(count: int, seed: int) -> Iterator[int]:
-    """All numbers below `count` in a random order, then in another one, and so on."""
-    rng = np.random.default_rng(seed)
-    while True:
-        yield from rng.permutation(count).tolist()
-
-
-def _rate(schedule: Schedule, lr: float, step: int, steps: int) -> float:
-    return lr if schedule == "constant" else lr * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """A copy in at least float32: small steps would be lost in a narrower type."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-
-
-def _differences(new: Permutation, old: Permutation) -> int:
-    """The number of neurons that the two put in different places."""
-    return sum(int(np.count_nonzero(index != old.index[name])) for name, index in new.index.items())
-
-
-def _mixed(seed: int, step: int) -> int:
-    """A seed of its own for each step."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
-
-
-def _check_choices(**given: tuple[str | None, Any]) -> None:
-    for name, (value, kind) in given.items():
-        if value is not None and value not in get_args(kind):
-            raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(get_args(kind))}.")
-
-
-def _check_range(low: float, high: float = math.inf, **given: float | None) -> None:
-    for name, value in given.items():
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            most = f" and at most {high}" if high < math.inf else ""
-            raise ConfigError(f"{name} is {value}, but it must be at least {low}{most}.")

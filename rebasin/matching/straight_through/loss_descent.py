@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from ...merging.interpolate import interpolate_tensor
 from ...spec import Group, Permutation, PermutationSpec
+from ..descent import coordinate_descent
+from ..result import moved_between
 from ..weights.costs import WeightCosts
 from ..weights.endpoints import Pair
 from ..weights.matching import improve
@@ -40,10 +43,13 @@ FRUITLESS = 3
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the groups: the permutation after it, the loss on its batches before and after, and how many
-    groups' candidates were tried and taken; seconds by part: gradient, projection and scoring.
+    """One pass over the groups: the permutation after it, the loss on its batches before and after, how many groups'
+    candidates were tried and taken, and seconds by part: gradient, projection and scoring.
+
+    For the next one there are the groups' `rates` and how many passes in a row changed nothing, `fruitless`.
     """
 
+    number: int
     permutation: Permutation
     before: float
     after: float
@@ -51,55 +57,113 @@ class Pass:
     taken: int
     moved: int
     seconds: Mapping[str, float]
+    rates: tuple[float, ...]
+    fruitless: int
 
 
 def descend(
-    ends: Ends, permutation: Permutation, batches: Iterator[Sequence[Any]], passes: int, seed: int
+    ends: Ends,
+    permutation: Permutation,
+    batches: Iterator[Sequence[Any]],
+    passes: int,
+    seed: int,
+    last: Pass | None = None,
 ) -> Iterator[Pass]:
-    """Up to `passes` passes over the groups, in a random order each, from `permutation` on.
+    """Up to `passes` passes over the groups, in a random order each, from `permutation` on, or from the `last` pass of
+    an interrupted descent.
 
     A pass takes its gradient and its verdicts from one item of `batches`, a list of batches.
     """
-    rng = np.random.default_rng(seed)
-    parts = [_Part(ends, group) for group in permutation.spec]
-    fruitless = 0
-    for _ in range(passes):
-        chosen = next(batches)
-        index = {name: places.copy() for name, places in permutation.index.items()}
-        aligned = {name: permutation.apply_to(name, ends.b[name]) for name in ends.moved}
-        midpoint = ends.midpoint(permutation)
+    descent = _Descent(ends, permutation, batches, seed)
+    first, fruitless = 1, 0
+    if last is not None:
+        descent.restore(last)
+        first, fruitless = last.number + 1, last.fruitless
+    groups = range(len(ends.spec))
+    dirty = set(groups) if fruitless < FRUITLESS else set[int]()
+    # No group is looked at twice in a pass, and all are in the next one, which has other batches.
+    alone = [()] * len(groups)
+    for number in coordinate_descent(descent.improve, alone, descent.begin, dirty, passes, first=first):
+        fruitless = 0 if descent.taken else fruitless + 1
+        yield descent.made(number, fruitless)
+        if fruitless < FRUITLESS:
+            dirty.update(groups)
+
+
+class _Descent:
+    """A pass under way: pi(B), the midpoint and its loss as they are by now, and the gradient at its beginning."""
+
+    def __init__(
+        self, ends: Ends, permutation: Permutation, batches: Iterator[Sequence[Any]], seed: int
+    ) -> None:
+        self.ends, self.batches = ends, batches
+        self.permutation = permutation
+        self.parts = [_Part(ends, group) for group in ends.spec]
+        self.rng = np.random.default_rng(seed)
+
+    def restore(self, last: Pass) -> None:
+        self.permutation = last.permutation
+        for part, rate in zip(self.parts, last.rates, strict=True):
+            part.rate = rate
+        for _ in range(last.number):
+            self.rng.permutation(len(self.parts))
+
+    def begin(self, number: int) -> list[int]:
+        """Take the gradient; the order of the groups."""
+        ends, old = self.ends, self.permutation
+        self.chosen = next(self.batches)
+        self.index = {name: places.copy() for name, places in old.index.items()}
+        self.aligned = {name: old.apply_to(name, ends.b[name]) for name in ends.moved}
+        self.midpoint = ends.midpoint(old)
+        self.seconds = {"gradient": 0.0, "projection": 0.0, "scoring": 0.0}
+        with self._clock("gradient"):
+            self.before, self.slope = ends.gradient(self.midpoint, self.chosen)
+        self.loss, self.tried, self.taken = self.before, 0, 0
+        return self.rng.permutation(len(self.parts)).tolist()
+
+    def improve(self, number: int) -> bool:
+        """Make the group's step if it lowers the loss."""
+        part = self.parts[number]
+        with self._clock("projection"):
+            moves = part.candidate(self.aligned, self.slope)
+        if moves is None:
+            return False
+        with self._clock("scoring"):
+            a = self.ends.a
+            changed = {name: moves.apply_to(name, self.aligned[name]) for name in part.names}
+            halfway = {name: interpolate_tensor(name, a[name], b, 0.5) for name, b in changed.items()}
+            loss = self.ends.evaluate({**self.midpoint, **halfway}, self.chosen)
+        self.tried += 1
+        lower = loss < self.loss - ENOUGH * abs(self.loss)
+        part.rate = min(part.rate * (GROW if lower else SHRINK), LONGEST)
+        if lower:
+            self.loss, self.taken = loss, self.taken + 1
+            self.aligned.update(changed)
+            self.midpoint.update(halfway)
+            self.index |= {cell: self.index[cell][relative] for cell, relative in moves.index.items()}
+        return lower
+
+    def made(self, number: int, fruitless: int) -> Pass:
+        """The pass that is over."""
+        old, self.permutation = self.permutation, Permutation(self.ends.spec, self.index)
+        return Pass(
+            number,
+            self.permutation,
+            self.before,
+            self.loss,
+            self.tried,
+            self.taken,
+            moved_between(old, self.permutation),
+            self.seconds,
+            tuple(part.rate for part in self.parts),
+            fruitless,
+        )
+
+    @contextmanager
+    def _clock(self, part: str) -> Iterator[None]:
         began = perf_counter()
-        before, slope = ends.gradient(midpoint, chosen)
-        seconds = {"gradient": perf_counter() - began, "projection": 0.0, "scoring": 0.0}
-        now, tried, taken = before, 0, 0
-        for number in rng.permutation(len(parts)):
-            began = perf_counter()
-            part = parts[number]
-            moves = part.candidate(aligned, slope)
-            seconds["projection"] += perf_counter() - began
-            if moves is None:
-                continue
-            began = perf_counter()
-            changed = {name: moves.apply_to(name, aligned[name]) for name in part.names}
-            halfway = {name: interpolate_tensor(name, ends.a[name], b, 0.5) for name, b in changed.items()}
-            loss = ends.evaluate({**midpoint, **halfway}, chosen)
-            seconds["scoring"] += perf_counter() - began
-            tried += 1
-            lower = loss < now - ENOUGH * abs(now)
-            part.rate = min(part.rate * (GROW if lower else SHRINK), LONGEST)
-            if lower:
-                now, taken = loss, taken + 1
-                aligned.update(changed)
-                midpoint.update(halfway)
-                for cell, relative in moves.index.items():
-                    index[cell] = index[cell][relative]
-        after = Permutation(permutation.spec, index)
-        moved = sum(int(np.count_nonzero(index[name] != old)) for name, old in permutation.index.items())
-        permutation = after
-        yield Pass(after, before, now, tried, taken, moved, seconds)
-        fruitless = 0 if taken else fruitless + 1
-        if fruitless == FRUITLESS:
-            return
+        yield
+        self.seconds[part] += perf_counter() - began
 
 
 class _Part:

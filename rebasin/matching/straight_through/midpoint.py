@@ -54,9 +54,9 @@ class Ends:
         # What is not saved with a model (position ids) is no part of the endpoints; both have A's.
         saved = model_a.state_dict().keys() | dict(model_a.named_parameters()).keys()
         self.b = {name: b for name, b in self.b.items() if name in saved}
-        check_names({name: a for name, a in self.a.items() if name in saved}, self.b)
         spec.check(self.a, "A")
         spec.check(self.b, "B")
+        check_names({name: a for name, a in self.a.items() if name in saved}, self.b)
         parameters = dict(model_a.named_parameters())
         self.moved = [name for name in self.b if spec.aliases.get(name, name) in spec.axes]
         self.free = [name for name in self.moved if name in parameters]

@@ -88,6 +88,7 @@ class StraightThroughResult(Found):
         plain = {name: value for name, value in vars(self).items() if name not in ("permutation", "history")}
         return {
             **plain,
+            "moved": self.moved,
             "endpoints": list(self.endpoints),
             "moved_per_group": dict(self.moved_per_group),
             "restarts": list(self.restarts),

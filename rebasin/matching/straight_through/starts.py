@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +20,11 @@ TOKENS = 16
 """Positions of each sample whose activations are looked at: more did not change what was found."""
 
 
+def candidates(start: Start) -> tuple[Start, ...]:
+    """Those of which the one with the lowest loss is to be taken: "best" stands for all of the others."""
+    return get_args(Named)[:-1] if start == "best" else (start,)
+
+
 def start_from(
     start: Start,
     spec: PermutationSpec,
@@ -29,11 +34,8 @@ def start_from(
     batches: Sequence[Any],
     seed: int,
     device: torch.device,
-    score: Callable[[Permutation], float],
 ) -> Permutation:
-    """The permutation that `start` stands for; `objective` and `batches` are the search's.
-
-    "best" is that of the others which has the lowest `score`.
+    """The permutation that one of the `candidates` stands for; `objective` and `batches` are the search's.
 
     Raises:
         SpecMismatchError: a given permutation was made for another spec, or is not legal for it.
@@ -50,28 +52,12 @@ def start_from(
     if start == "weight_matching":
         state_a, state_b = model_a.state_dict(), model_b.state_dict()
         return weight_matching(spec, state_a, state_b, init="identity", seed=seed, device=device).permutation
+    given = spec, model_a, model_b, batches
+    options: dict[str, Any] = {"objective": objective, "seed": seed, "device": device}
     if start == "activation_then_weight":
-        found = activation_then_weight(
-            spec, model_a, model_b, batches, objective=objective, seed=seed, device=device
-        )
-        return found.permutation
+        return activation_then_weight(*given, **options).permutation
     if start == "activation_and_weight":
-        found = activation_and_weight(
-            spec, model_a, model_b, batches, objective=objective, tokens=TOKENS, seed=seed, device=device
-        )
-        return found.permutation
-    if start == "best":
-        names: tuple[Named, ...] = (
-            "identity",
-            "weight_matching",
-            "activation_then_weight",
-            "activation_and_weight",
-        )
-        found = [
-            start_from(name, spec, model_a, model_b, objective, batches, seed, device, score)
-            for name in names
-        ]
-        return min(found, key=score)
+        return activation_and_weight(*given, **options, tokens=TOKENS).permutation
     raise ConfigError(
         f"There is no start {start!r}: init takes {', '.join(get_args(Named))} or a permutation."
     )

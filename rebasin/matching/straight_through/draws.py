@@ -1,0 +1,67 @@
+"""Which batches a search learns from, which ones it selects by, and in which order the former come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...errors import DataError
+from .midpoint import Ends
+
+
+def split(batches: Sequence[Any], heldout: Sequence[Any] | None) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Batches to learn from and to select by; without `heldout` the last fifth, which then gives no gradients.
+
+    Raises:
+        DataError: there is none to learn from or none to select by.
+    """
+    if heldout is None:
+        last = max(1, len(batches) // 5)
+        batches, heldout = batches[:-last] or batches, batches[-last:]
+    if not batches or not heldout:
+        raise DataError(
+            "The straight-through estimator needs at least one batch to learn from and one to select by."
+        )
+    return batches, heldout
+
+
+class Draws(Iterator[Sequence[Any]]):
+    """Lists of `count` batches, all batches in a random order, then in another one, and so on.
+
+    Attributes:
+        made: how many lists were drawn; those of an interrupted search are passed over.
+    """
+
+    def __init__(self, ends: Ends, batches: Sequence[Any], count: int, seed: int, made: int = 0) -> None:
+        self._ends, self._batches, self._count, self.made = ends, batches, count, made
+        self._numbers = _endless(len(batches), seed)
+        for _ in range(made * count):
+            next(self._numbers)
+        self._means: dict[int, float] = {}
+        self._drawn: list[int] = []
+
+    def __next__(self) -> Sequence[Any]:
+        self._drawn = [next(self._numbers) for _ in range(self._count)]
+        self.made += 1
+        return [self._batches[number] for number in self._drawn]
+
+    def endpoints_mean(self) -> float:
+        """The mean of A's and B's losses on what was drawn last; each batch is evaluated once."""
+        for number in self._drawn:
+            if number not in self._means:
+                self._means[number] = sum(self._ends.endpoints([self._batches[number]])) / 2
+        return sum(self._means[number] for number in self._drawn) / self._count
+
+
+def _endless(count: int, seed: int) -> Iterator[int]:
+    """All numbers below `count` in a random order, then in another one, and so on."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from rng.permutation(count).tolist()
+
+
+def mixed(seed: int, step: int) -> int:
+    """A seed of its own for each step."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])

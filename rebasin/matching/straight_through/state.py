@@ -1,0 +1,59 @@
+"""What the straight-through estimator needs to go on after an interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ...spec import Permutation
+from ..search_state import SearchState, digest_of, told
+from ..weights.endpoints import Pair
+from .best_seen import Seen
+from .loss_descent import Pass
+from .midpoint import Ends
+
+
+@dataclass(frozen=True, eq=False)
+class StraightThroughState(SearchState):
+    """Where the search stands after a candidate for the start, a step or a pass; given to `resume_from`, it ends as if
+    never interrupted.
+
+    The tensors are those that the search goes on to change: save the state before the callback that got it returns.
+
+    Attributes:
+        options: what must not change between interruption and continuation, weights and batches included.
+        candidates: for the start, as far as they are found.
+        seen: the best so far, and the history.
+        permutation: pi of the last step; None: the start is yet to be chosen.
+        auxiliary: w and the moments of its optimisers (see `Auxiliary.tensors`); none once the steps are done.
+        draws: how many lists of batches were drawn.
+        sweeps: of weight matching, in all projections together.
+        refined: the last pass of the refinement.
+        seconds: wall time so far.
+    """
+
+    called: ClassVar[str] = "straight-through search"
+
+    candidates: tuple[Permutation, ...]
+    seen: Seen
+    permutation: Permutation | None
+    auxiliary: Mapping[str, Tensor]
+    draws: int
+    sweeps: int
+    refined: Pass | None
+    seconds: float
+
+
+def fingerprint(ends: Ends, objective: Any, batches: Any, **options: Any) -> dict[str, str]:
+    """What a continued search must have in common with the interrupted one."""
+    pair = Pair(ends.spec, ends.a, ends.b, device=ends.device)
+    return {
+        "architecture": ends.spec.hash,
+        "weights": repr((pair.objective, pair.distance)),
+        "objective": type(objective).__qualname__,
+        "batches": digest_of(batches),
+        **{name: told(value) for name, value in options.items()},
+    }
