@@ -20,6 +20,7 @@ from ..errors import ConfigError, RebasinError, unknown
 from ..files import config_dir
 from .experiments import GROUP as EXPERIMENT
 from .experiments import expand
+from .resume import UNFINISHED
 
 CONFIG = "config"
 VERSION_BASE = "1.3"
@@ -56,6 +57,8 @@ def launch(job: Callable[[DictConfig], Any], config: str = CONFIG) -> None:
         sys.argv[1:] = expand(sys.argv[1:])
         application(checked)()
     except KeyboardInterrupt:
+        if UNFINISHED:
+            print("\nInterrupted; the same command with resume=true goes on where it stopped.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if full or started:

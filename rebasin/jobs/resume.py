@@ -23,6 +23,12 @@ from ..files import cache_folder
 EVERY = 2.0
 """Seconds between two writes at most; a sweep of a small model is quicker than that, and cheaper to do again."""
 
+SHARE = 0.05
+"""Of the time that may be spent on writing; the states of searches with auxiliary weights are large."""
+
+UNFINISHED: set[Path] = set()
+"""The state files that this process has written and not finished with, for who tells of an interruption."""
+
 IRRELEVANT = ("resume", "threads", "logger", "path", "evaluate", "dry_run", "lam", "merge", "sample_every")
 """Options that change nothing about the matching."""
 
@@ -51,14 +57,15 @@ class Resume:
             if self.wanted and self.path.exists():
                 raise ConfigError("This algorithm can't be continued; leave out resume=true.")
             return {}
-        last = -float("inf")
+        due = -float("inf")
 
         def checkpoint(state: Any) -> None:
-            nonlocal last
-            if monotonic() - last >= EVERY:
+            nonlocal due
+            if (began := monotonic()) >= due:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 state.save(self.path)
-                last = monotonic()
+                UNFINISHED.add(self.path)
+                due = monotonic() + max(EVERY, (monotonic() - began) / SHARE)
 
         found = kind.load(self.path) if self.wanted and self.path.exists() else None
         return {"checkpoint": checkpoint, "resume_from": found}
@@ -66,6 +73,7 @@ class Resume:
     def finish(self) -> None:
         """The matching is done: its state is of no more use."""
         self.path.unlink(missing_ok=True)
+        UNFINISHED.discard(self.path)
 
 
 def state_type(function: Callable[..., Any]) -> Any:
