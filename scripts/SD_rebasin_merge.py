@@ -58,7 +58,7 @@ def output_of(name: str, ckpt: bool) -> Path:
 
 
 def merge(arguments: argparse.Namespace) -> None:
-    from rebasin.cli import jobs, session
+    from rebasin.cli import pipeline, session
     from rebasin.cli.request import Request
     from rebasin.errors import ConfigError
 
@@ -70,7 +70,7 @@ def merge(arguments: argparse.Namespace) -> None:
     overwrite = arguments.overwrite
     if output.exists() and not overwrite and sys.stdin.isatty():
         overwrite = input(f"{output} exists. Replace it? (y/n) ").strip().lower() in ("y", "yes")
-    jobs.merge(
+    pipeline.merge(
         session.begin(arguments.device, arguments.workers),
         Request(
             inputs=(arguments.model_a, arguments.model_b),

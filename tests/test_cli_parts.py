@@ -14,8 +14,8 @@ import torch
 from cli_twins import Files, digest, read, rebasin
 from torch import Tensor
 
+from rebasin.adapters import of_component
 from rebasin.checkpoints import load_safetensors, save_safetensors
-from rebasin.cli.alignment import of_component
 from rebasin.spec import Permutation
 
 BIAS = "first_stage_model.decoder.norm_out.bias"

@@ -6,7 +6,7 @@ See docs/adapters.md.
 from .controlnet import is_controlnet, joint_controlnet, move_controlnet
 from .keys import AdapterInfo, is_adapter
 from .move import describe_adapter, move_adapter
-from .union import component_of, extend, part, union
+from .union import component_of, extend, is_joint, of_component, part, union
 
 __all__ = [
     "AdapterInfo",
@@ -15,9 +15,11 @@ __all__ = [
     "extend",
     "is_adapter",
     "is_controlnet",
+    "is_joint",
     "joint_controlnet",
     "move_adapter",
     "move_controlnet",
+    "of_component",
     "part",
     "union",
 ]

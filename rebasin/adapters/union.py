@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import SpecMismatchError
-from ..spec import Group, Permutation, PermutationSpec, to_array
+from ..spec import Permutation, PermutationSpec, to_array
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet", "transformer")
 """The names of a pipeline's parts, as diffusers names its folders."""
@@ -23,23 +23,39 @@ def union(permutations: Mapping[str, Permutation]) -> Permutation:
 
     The empty name adds no prefix: a joint spec has its components' names already.
     """
-    groups: list[Group] = []
-    shapes: dict[str, tuple[int, ...]] = {}
-    aliases: dict[str, str] = {}
-    buffers: set[str] = set()
-    pins = []
+    specs = []
     index: dict[str, np.ndarray] = {}
     for name, permutation in permutations.items():
         before = f"{name}." if name else ""
-        spec = permutation.spec
-        groups += [_renamed(group, before) for group in spec.groups]
-        shapes |= {before + parameter: shape for parameter, shape in spec.shapes.items()}
-        aliases |= {before + alias: before + target for alias, target in spec.aliases.items()}
-        buffers |= {before + buffer for buffer in spec.buffers}
-        pins += [replace(pin, parameter=before + pin.parameter) for pin in spec.pins]
+        specs.append(_renamed(permutation.spec, lambda parameter, before=before: before + parameter, before))
         index |= {before + cell: perm for cell, perm in permutation.index.items()}
-    return Permutation(
-        PermutationSpec(tuple(groups), shapes, frozenset(buffers), aliases, tuple(pins)), index
+    whole = PermutationSpec(
+        groups=tuple(group for spec in specs for group in spec.groups),
+        shapes={name: shape for spec in specs for name, shape in spec.shapes.items()},
+        buffers=frozenset(name for spec in specs for name in spec.buffers),
+        aliases={name: target for spec in specs for name, target in spec.aliases.items()},
+        pins=tuple(pin for spec in specs for pin in spec.pins),
+    )
+    return Permutation(whole, index)
+
+
+def of_component(permutation: Permutation, component: str) -> Permutation | None:
+    """The part of a union that acts on one component, with its names unprefixed; None if it has none.
+
+    Groups that a joint spec has across components are cut: what is left is legal only along with the rest.
+    """
+    prefix = f"{component}."
+    own = _renamed(
+        permutation.spec, lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None
+    )
+    return part(permutation, own, prefix) if own.shapes else None
+
+
+def is_joint(spec: PermutationSpec) -> bool:
+    """Whether a group reaches across components: then no component may be moved without the others."""
+    return len(component_of(spec)) > 1 and any(
+        len({site.parameter.split(".")[0] for cell in group.cells for site in cell.sites}) > 1
+        for group in spec.groups
     )
 
 
@@ -149,13 +165,29 @@ def _carried(
     return carried
 
 
-def _renamed(group: Group, before: str) -> Group:
-    cells = tuple(
-        replace(
-            cell,
-            name=before + cell.name,
-            sites=tuple(replace(site, parameter=before + site.parameter) for site in cell.sites),
+def _renamed(spec: PermutationSpec, rename: Callable[[str], str | None], before: str = "") -> PermutationSpec:
+    """`spec` under other names of parameters, without those for which `rename` gives None.
+
+    Names of groups and cells get `before` in front of them.
+    """
+    groups = []
+    for group in spec.groups:
+        cells = tuple(
+            replace(
+                cell,
+                name=before + cell.name,
+                sites=tuple(
+                    replace(site, parameter=name) for site in cell.sites if (name := rename(site.parameter))
+                ),
+            )
+            for cell in group.cells
         )
-        for cell in group.cells
+        if any(cell.sites for cell in cells):
+            groups.append(replace(group, name=before + group.name, cells=cells))
+    return PermutationSpec(
+        tuple(groups),
+        {name: shape for old, shape in spec.shapes.items() if (name := rename(old))},
+        frozenset(name for old in spec.buffers if (name := rename(old))),
+        {name: rename(target) or target for old, target in spec.aliases.items() if (name := rename(old))},
+        tuple(replace(pin, parameter=name) for pin in spec.pins if (name := rename(pin.parameter))),
     )
-    return replace(group, name=before + group.name, cells=cells)

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from . import options as o
+from .request import A, B, Request, command
 
 
+@command("a b output joint components start seed device threads check overwrite dry_run")
 def align(
-    a: o.A,
-    b: o.B,
+    a: A,
+    b: B,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Aligned B. Default: B_aligned.safetensors."),
     ] = None,
-    joint: o.Joint = False,
-    only: o.Only = None,
-    start: o.Begin = "forward",
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
-    threads: o.Threads = 0,
-    check: o.Check = True,
-    overwrite: o.Overwrite = False,
-    dry_run: o.DryRun = False,
+    **given: Any,
 ) -> None:
     """Bring B's neurons into A's order, without changing what B computes.
 
@@ -38,23 +31,9 @@ def align(
         rebasin align base.safetensors mine.safetensors -o aligned.safetensors
         rebasin apply aligned.permutation.safetensors my_lora.safetensors
     """
-    from . import jobs
-    from .request import Request
+    from . import pipeline
     from .session import begin
 
     output = output or b.with_name(f"{b.name if b.is_dir() else b.stem}_aligned.safetensors")
-    jobs.align(
-        begin(device, threads),
-        Request(
-            inputs=(a, b),
-            output=output,
-            components=tuple(only or ()),
-            start=start,
-            seed=seed,
-            joint=joint,
-            device=device,
-            check=check,
-            overwrite=overwrite,
-            dry_run=dry_run,
-        ),
-    )
+    request = Request((a, b), output, **given)
+    pipeline.align(begin(request.device, request.threads), request)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters import part, union
+from ..adapters import of_component, part, union
 from ..checkpoints import component_spec, load_metadata
 from ..checkpoints.joint import PARTS, joint_spec, joint_state
 from ..errors import CheckpointError, ConfigError
 from ..jobs.resume import Resume
+from ..matching import weight_matching
 from ..spec import Permutation, PermutationSpec
 from ..types import Progress, State, within
+from .request import Request
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
 
 JOINT = "joint"
+
+Found = tuple[list[Permutation], dict[str, Any]]
+"""Permutations of a component, one for each model that moves, and the figures of the matching that found them."""
 
 FIGURES = (
     "moved",
@@ -34,28 +39,14 @@ FIGURES = (
 """What is kept of a matching's result, per component."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What an alignment depends on besides the models."""
-
-    start: str = "forward"
-    seed: int = 0
-    joint: bool = False
-    device: str = "cpu"
-    max_sweeps: int = 100
-    workers: int | None = None
-
-    def key(self, hashes: Sequence[str], specs: Mapping[str, PermutationSpec]) -> str:
-        """The same for the same alignment: models, options, symmetries."""
-        told = {
-            "models": list(hashes),
-            "specs": {name: spec.hash for name, spec in specs.items()},
-            "start": self.start,
-            "seed": self.seed,
-            "joint": self.joint,
-            "max_sweeps": self.max_sweeps,
-        }
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+def key_of(request: Request, hashes: Sequence[str], specs: Mapping[str, PermutationSpec]) -> str:
+    """The same for the same alignment: models, options, symmetries."""
+    told = {
+        "models": list(hashes),
+        "specs": {name: spec.hash for name, spec in specs.items()},
+        **{name: getattr(request, name) for name in ("start", "seed", "joint", "max_sweeps")},
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,46 +80,6 @@ class Alignment:
         return of_component(self.permutation, component)
 
 
-def of_component(permutation: Permutation, component: str) -> Permutation | None:
-    """The part of a union that acts on one component, with its names unprefixed; None if it has none."""
-    prefix = f"{component}."
-    spec = permutation.spec
-    if not any(name.startswith(prefix) for name in spec.shapes):
-        return None
-    return part(permutation, restricted(spec, prefix), prefix)
-
-
-def restricted(spec: PermutationSpec, prefix: str) -> PermutationSpec:
-    """The sites of `spec` on parameters that start with `prefix`, under names without it.
-
-    Groups that a joint spec has across components are cut: what is left is legal only along with the rest.
-    """
-    from dataclasses import replace
-
-    groups = []
-    for group in spec.groups:
-        cells = tuple(
-            replace(
-                cell,
-                sites=tuple(
-                    replace(site, parameter=site.parameter.removeprefix(prefix))
-                    for site in cell.sites
-                    if site.parameter.startswith(prefix)
-                ),
-            )
-            for cell in group.cells
-        )
-        if any(cell.sites for cell in cells):
-            groups.append(replace(group, cells=cells))
-    own = lambda names: [name.removeprefix(prefix) for name in names if name.startswith(prefix)]  # noqa: E731
-    return PermutationSpec(
-        tuple(groups),
-        {name: spec.shapes[prefix + name] for name in own(spec.shapes)},
-        frozenset(own(spec.buffers)),
-        {name: spec.aliases[prefix + name].removeprefix(prefix) for name in own(spec.aliases)},
-    )
-
-
 def specs_of(checkpoint: Checkpoint, components: Sequence[str], joint: bool) -> dict[str, PermutationSpec]:
     """Component -> proved spec; with `joint` the UNet and the text encoders are one, "joint".
 
@@ -152,49 +103,43 @@ def state_of(checkpoint: Checkpoint, name: str, spec: PermutationSpec) -> State:
 
 
 def align_pair(
-    a: Checkpoint,
-    b: Checkpoint,
+    models: Sequence[Checkpoint],
     specs: Mapping[str, PermutationSpec],
-    options: Options,
+    request: Request,
     target: Path,
-    hashes: tuple[str, str],
+    hashes: Sequence[str],
     progress: Progress | None = None,
 ) -> Alignment:
-    """Bring B to A, or read what an earlier run has found for the same models and options.
+    """Bring the second of two models to the first, or read what an earlier run has found for the same request.
 
     Args:
         target: where the permutation is kept; what is unfinished lies beside it until then.
     """
-    from ..matching import weight_matching
 
-    key = options.key(hashes, specs)
+    def match(name: str, spec: PermutationSpec, resume: Resume) -> Found:
+        result = weight_matching(
+            spec,
+            *(state_of(model, name, spec) for model in models[:2]),
+            init=request.start,
+            seed=request.seed,
+            device=request.device,
+            max_sweeps=request.max_sweeps,
+            workers=request.workers,
+            progress=_named(progress, name),
+            **resume.arguments(weight_matching),
+        )
+        told = {figure: getattr(result, figure) for figure in FIGURES}
+        return [result.permutation], told | {"neurons": spec.neurons}
+
+    key = key_of(request, hashes[:2], specs)
     if (found := reuse(target, key, specs)) is not None:
         return found
-    permutations: dict[str, Permutation] = {}
-    figures: dict[str, dict[str, Any]] = {}
-    kept = Unfinished(target, key)
-    for name, spec in specs.items():
-        finished = kept.load(name, spec)
-        if finished is None:
-            resume = Resume(kept.path(name, "matching"), wanted=True)
-            result = weight_matching(
-                spec,
-                state_of(a, name, spec),
-                state_of(b, name, spec),
-                init=options.start,  # pyright: ignore[reportArgumentType]
-                seed=options.seed,
-                device=options.device,
-                max_sweeps=options.max_sweeps,
-                workers=options.workers,
-                progress=_named(progress, name),
-                **resume.arguments(weight_matching),
-            )
-            told = {figure: getattr(result, figure) for figure in FIGURES} | {"neurons": spec.neurons}
-            finished = result.permutation, told
-            kept.save(name, *finished)
-            resume.finish()
-        permutations[name], figures[name] = finished
-    return keep(target, key, permutations, specs, figures, kept)
+    unfinished = Unfinished(target, key)
+    matched = {name: unfinished.component(name, [name], spec, match) for name, spec in specs.items()}
+    figures = {name: told for name, (_, told) in matched.items()}
+    made = keep(target, key, {name: own for name, ((own,), _) in matched.items()}, specs, figures)
+    unfinished.clear()
+    return made
 
 
 def keep(
@@ -203,13 +148,16 @@ def keep(
     permutations: Mapping[str, Permutation],
     specs: Mapping[str, PermutationSpec],
     figures: Mapping[str, Mapping[str, Any]],
-    kept: Unfinished,
 ) -> Alignment:
-    """Write a finished alignment to `target` and remove what was kept until then."""
-    whole = union({"" if name == JOINT else name: p for name, p in permutations.items()})
+    """Write the finished alignment of one model to `target`."""
+    whole = joined(permutations)
     whole.save(target, {"key": key, "figures": json.dumps(figures)})
-    kept.clear()
     return Alignment(whole, specs, figures, target)
+
+
+def joined(permutations: Mapping[str, Permutation]) -> Permutation:
+    """The permutations of the components, "joint" among them, as one."""
+    return union({"" if name == JOINT else name: own for name, own in permutations.items()})
 
 
 def reuse(target: Path, key: str, specs: Mapping[str, PermutationSpec]) -> Alignment | None:
@@ -231,7 +179,7 @@ def reuse(target: Path, key: str, specs: Mapping[str, PermutationSpec]) -> Align
         ) from error
 
 
-def given(path: Path, specs: Mapping[str, PermutationSpec]) -> Alignment:
+def given_alignment(path: Path, specs: Mapping[str, PermutationSpec]) -> Alignment:
     """The alignment of a file that the user names.
 
     Raises:
@@ -267,9 +215,28 @@ class Unfinished:
     def path(self, name: str, what: str) -> Path:
         return self.target.with_name(f".{self.target.stem}-{self.key[:8]}-{name}.{what}.safetensors")
 
-    def load(self, name: str, spec: PermutationSpec) -> tuple[Permutation, dict[str, Any]] | None:
+    def component(
+        self,
+        name: str,
+        members: Sequence[str],
+        spec: PermutationSpec,
+        match: Callable[[str, PermutationSpec, Resume], Found],
+    ) -> Found:
+        """A component's permutations, kept under the names `members`: found before the interruption, or now."""
+        kept = [self.load(member, spec) for member in members]
+        finished = [one for one in kept if one is not None]
+        if len(finished) == len(members):
+            return [permutation for permutation, _ in finished], finished[0][1]
+        resume = Resume(self.path(name, "matching"), wanted=True)
+        permutations, figures = match(name, spec, resume)
+        for member, permutation in zip(members, permutations, strict=True):
+            permutation.save(self.path(member, "aligned"), {"figures": json.dumps(figures)})
+        resume.finish()
+        return permutations, figures
+
+    def load(self, member: str, spec: PermutationSpec) -> tuple[Permutation, dict[str, Any]] | None:
         """A component that was finished before the interruption."""
-        path = self.path(name, "aligned")
+        path = self.path(member, "aligned")
         if not path.exists():
             return None
         try:
@@ -278,9 +245,6 @@ class Unfinished:
         except (CheckpointError, KeyError):
             return None
         return (permutation, told) if permutation.spec == spec else None
-
-    def save(self, name: str, permutation: Permutation, figures: Mapping[str, Any]) -> None:
-        permutation.save(self.path(name, "aligned"), {"figures": json.dumps(figures)})
 
     def clear(self) -> None:
         """Remove all of these, older ones of the same target included."""

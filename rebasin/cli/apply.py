@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from . import options as o
+from .request import command
 
 
+@command("permutation file output inverse unfold overwrite dry_run")
 def apply(
     permutation: Annotated[
         Path,
@@ -41,8 +42,9 @@ def apply(
             help="Write LoKr modules that can't carry the permutation as LoRA or full differences (a larger file).",
         ),
     ] = False,
-    overwrite: o.Overwrite = False,
-    dry_run: o.DryRun = False,
+    *,
+    overwrite: bool,
+    dry_run: bool,
 ) -> None:
     """Adapters follow their model: a LoRA that was trained on B works on the aligned B after this.
 
@@ -57,9 +59,8 @@ def apply(
     IA3, each with DoRA or without; ControlNet.
     """
     from ..spec import Permutation
-    from . import moving, session
-    from .inputs import check_output
-    from .kinds import kind_of_file
+    from . import permute_file, session
+    from .inputs import check_output, kind_of_file
 
     console = session.begin()
     output = output or file.with_name(f"{file.name if file.is_dir() else file.stem}_aligned.safetensors")
@@ -75,10 +76,10 @@ def apply(
         console.console.print(text, markup=False)
         return
     with console.stage("move"):
-        state, metadata = moving.moved(kind, file, found, unfold)
-        changed = moving.changed_tensors(kind, found, state)
+        state, metadata = permute_file.permuted(kind, file, found, unfold)
+        changed = permute_file.changed_tensors(kind, found, state)
         console.say(f"{kind}: {changed}")
     with console.stage("write"):
-        moving.write(output, file, permutation, state, metadata, inverse, console.progress)
+        permute_file.write(output, file, permutation, state, metadata, inverse, console.progress)
         console.say(f"{output.name}, {session.size(output.stat().st_size)}")
     session.say_where(console, output)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from . import options as o
+from .request import A, B, Request, command
 
 
+@command("a b permutation components start seed device threads json_file plot")
 def compare(
-    a: o.A,
-    b: o.B,
-    permutation: o.Found = None,
-    only: o.Only = None,
-    start: o.Begin = "forward",
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
-    threads: o.Threads = 0,
+    a: A,
+    b: B,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.", show_default=False),
@@ -27,6 +22,7 @@ def compare(
         Path | None,
         typer.Option(metavar="FILE", help="Also draw them (.png, .svg, .pdf).", show_default=False),
     ] = None,
+    **given: Any,
 ) -> None:
     """How far apart two models are, block by block, and the share of neurons that aligning leaves in place.
 
@@ -41,32 +37,31 @@ def compare(
         rebasin compare A B --permutation AB.permutation.safetensors
     """
     import json
+    import os
     import tempfile
 
-    from ..checkpoints import write_text
+    from ..files import write_text
     from . import session
-    from .alignment import Options, align_pair, given, specs_of
-    from .comparing import basin, by_block, draw
+    from .alignment import align_pair, given_alignment, specs_of
+    from .basin import by_block, draw, shared_basin
     from .inputs import common, open_all
 
-    console = session.begin(device, threads)
+    request = Request((a, b), Path(os.devnull), **given)  # writes no model
+    console = session.begin(request.device, request.threads)
     with console.stage("read"):
-        models = open_all([a, b])
-        components = common(models, only)
+        models = open_all(request.inputs)
+        components = common(models, request.components)
         console.say(f"{models[0].title}: {', '.join(components)}")
     with console.stage("spec"):
         specs = specs_of(models[0], components, joint=False)
         console.say(", ".join(f"{name} {spec.neurons:,} neurons" for name, spec in specs.items()))
     with console.stage("align"):
-        if permutation is not None:
-            found = given(permutation, specs)
+        if request.permutation is not None:
+            found = given_alignment(request.permutation, specs)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 target = Path(folder) / "found.safetensors"
-                settings = Options(start, seed, False, device)
-                found = align_pair(
-                    models[0], models[1], specs, settings, target, ("a", "b"), console.progress
-                )
+                found = align_pair(models, specs, request, target, ("a", "b"), console.progress)
         console.say(f"{found.moved:,} neurons would move")
     with console.stage("measure"):
         blocks = by_block(models[0], models[1], components, found, console.progress)
@@ -86,7 +81,7 @@ def compare(
     columns |= {"apart": "|A-B|/|A|", "aligned": "aligned"}
     console.console.print(session.table(columns, rows, ["part", "block"]))
     console.console.print()
-    short, tone, text = basin(blocks)
+    short, tone, text = shared_basin(blocks)
     session.answer(console, "Do they share a basin?", short, tone, text)
     told = {
         "a": a.name,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
-from ..checkpoints import open_checkpoint, require_same_family
+from ..adapters import is_adapter, is_controlnet
+from ..checkpoints import Checkpoint, load_pickled, load_safetensors, open_checkpoint, require_same_family
+from ..checkpoints.folders import load_weights
 from ..errors import CheckpointError, ConfigError
-from ..types import Progress, ProgressEvent
+from ..types import Progress, State, tell
 
-if TYPE_CHECKING:
-    from ..checkpoints import Checkpoint
-
+Kind = Literal["permutation", "adapter", "controlnet", "model"]
 
 BLOCK = 1 << 22
 
@@ -30,6 +31,42 @@ def open_all(paths: Sequence[Path]) -> list[Checkpoint]:
     for other in found[1:]:
         require_same_family(found[0], other)
     return found
+
+
+def kind_of_file(path: Path) -> Kind:
+    """Permutation, adapter, ControlNet, or else: what `open_checkpoint` may know.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    if path.is_dir():
+        return "controlnet" if _folder_class(path) == "ControlNetModel" else "model"
+    if not path.exists():
+        raise CheckpointError(f"There is no file {path}.")
+    if path.suffix != ".safetensors":
+        names = dict.fromkeys(load_pickled(path)) if path.suffix in (".ckpt", ".pt", ".bin", ".pth") else {}
+    else:
+        state = load_safetensors(path)
+        if "spec" in state.metadata:
+            return "permutation"
+        names = dict.fromkeys(state)
+    if is_controlnet(names):
+        return "controlnet"
+    return "adapter" if is_adapter(names) else "model"
+
+
+def open_raw(path: Path) -> State:
+    """The tensors of an adapter or ControlNet under their own names, lazily; of a folder those of its weights."""
+    if path.is_dir():
+        return load_weights(path)
+    return load_safetensors(path) if path.suffix == ".safetensors" else load_pickled(path)
+
+
+def _folder_class(path: Path) -> str:
+    try:
+        return str(json.loads((path / "config.json").read_text(encoding="utf-8")).get("_class_name", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def common(checkpoints: Sequence[Checkpoint], only: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -98,9 +135,7 @@ def sha256_of(path: Path, progress: Progress | None = None) -> str:
             while block := stream.read(BLOCK):
                 digest.update(block)
                 done += len(block)
-                if progress is not None:
-                    event = ProgressEvent(f"hash {path.name}, MB", done >> 20, total)
-                    progress(event)
+                tell(progress, f"hash {path.name}, MB", done >> 20, total)
         hashes.append(digest.hexdigest())
     if not path.is_dir():
         return hashes[0]

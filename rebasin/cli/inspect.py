@@ -31,8 +31,7 @@ def inspect(
         rebasin inspect lora.safetensors --json
     """
     from . import session
-    from .inputs import sha256_of, size_of
-    from .kinds import kind_of_file
+    from .inputs import kind_of_file, sha256_of, size_of
 
     console = session.begin().console
     kind = kind_of_file(file)
@@ -71,7 +70,7 @@ def _model(file: Path) -> dict[str, Any]:
     from . import provenance
 
     checkpoint = open_checkpoint(file)
-    hints = checkpoint.prediction
+    predicted = checkpoint.prediction
     has_unet = "unet" in checkpoint.components
     metadata = provenance.metadata_of(checkpoint)
     return {
@@ -79,7 +78,7 @@ def _model(file: Path) -> dict[str, Any]:
         "layout": {"ldm": "single file (LDM)", "diffusers": "diffusers"}.get(
             checkpoint.layout, checkpoint.layout
         ),
-        "predicts": f"{hints.kind or 'unknown'}: {hints.reason}" if has_unet else None,
+        "predicts": f"{predicted.kind or 'unknown'}: {predicted.reason}" if has_unet else None,
         "tensors": len(checkpoint.raw),
         "also_has": {kind: len(names) for kind, names in checkpoint.extras.items()},
         "metadata": sorted(k for k in metadata if k != provenance.KEY),
@@ -89,7 +88,7 @@ def _model(file: Path) -> dict[str, Any]:
 
 
 def _component(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    state: Any = checkpoint.component(name)
+    state = checkpoint.component(name)
     types = Counter(str(state.dtype_of(n)).removeprefix("torch.") for n in state)
     return {
         "component": name,
@@ -127,7 +126,7 @@ def _permutation(file: Path) -> dict[str, Any]:
 def _adapter(file: Path) -> dict[str, Any]:
     from ..adapters import describe_adapter
     from . import provenance
-    from .kinds import open_raw
+    from .inputs import open_raw
 
     state = open_raw(file)
     info = describe_adapter(state)
@@ -145,7 +144,7 @@ def _adapter(file: Path) -> dict[str, Any]:
 
 def _controlnet(file: Path) -> dict[str, Any]:
     from . import provenance
-    from .kinds import open_raw
+    from .inputs import open_raw
 
     state = open_raw(file)
     ldm = any(name.startswith("control_model.") for name in state)

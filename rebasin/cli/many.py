@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters import union
 from ..jobs.resume import Resume
-from ..spec import Permutation, PermutationSpec
+from ..matching.many.methods import match_to_mean
+from ..spec import PermutationSpec
 from ..types import Progress
-from .alignment import JOINT, Alignment, Options, Unfinished, _named, reuse, state_of
+from .alignment import Alignment, Found, Unfinished, _named, joined, keep, key_of, reuse, state_of
+from .request import Request
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
@@ -80,7 +81,7 @@ def file_of(target: Path, number: int) -> Path:
 def align_many(
     models: Sequence[Checkpoint],
     specs: Mapping[str, PermutationSpec],
-    options: Options,
+    request: Request,
     target: Path,
     hashes: Sequence[str],
     weights: Sequence[float] | None = None,
@@ -90,50 +91,35 @@ def align_many(
 
     Models are opened one at a time; what is found is kept beside `target`, a file a model, unfinished work too.
     """
-    from ..matching.many.methods import match_to_mean
 
-    key = options.key([*hashes, json.dumps(list(weights or ()))], specs)
+    def match(name: str, spec: PermutationSpec, resume: Resume) -> Found:
+        result = match_to_mean(
+            spec,
+            [state_of(model, name, spec) for model in models],
+            weights=weights,
+            seed=request.seed,
+            match={"init": request.start, "device": request.device, "max_sweeps": request.max_sweeps},
+            progress=_named(progress, name),
+            **resume.arguments(match_to_mean),
+        )
+        told = {figure: getattr(result, figure) for figure in FIGURES}
+        return list(result.permutations), told | {"neurons": spec.neurons, "moved": result.moved}
+
+    key = key_of(request, [*hashes, json.dumps(list(weights or ()))], specs)
     files = [file_of(target, i) for i in range(1, len(models))]
-    old = [reuse(file, key, specs) for file in files]
-    first = Alignment(_identity(specs), specs, {})
-    if None not in old:
-        each = [first, *(one for one in old if one is not None)]
-        return Many(tuple(each), each[1].figures, reused=True)
-    found: list[dict[str, Permutation]] = [{} for _ in models]
-    figures: dict[str, dict[str, Any]] = {}
-    kept = Unfinished(target, key)
-    for name, spec in specs.items():
-        finished = [kept.load(f"{name}-{i}", spec) for i in range(len(models))]
-        if None not in finished:
-            permutations = [one[0] for one in finished if one is not None]
-            figures[name] = next(one[1] for one in finished if one is not None)
-        else:
-            resume = Resume(kept.path(name, "matching"), wanted=True)
-            result = match_to_mean(
-                spec,
-                [state_of(model, name, spec) for model in models],
-                weights=weights,
-                seed=options.seed,
-                match={"init": options.start, "device": options.device, "max_sweeps": options.max_sweeps},
-                progress=_named(progress, name),
-                **resume.arguments(match_to_mean),
-            )
-            permutations = list(result.permutations)
-            figures[name] = {f: getattr(result, f) for f in FIGURES}
-            figures[name] |= {"neurons": spec.neurons, "moved": result.moved}
-            for i, permutation in enumerate(permutations):
-                kept.save(f"{name}-{i}", permutation, figures[name])
-            resume.finish()
-        for own, permutation in zip(found, permutations, strict=True):
-            own[name] = permutation
-    each = [first]
-    for file, own in zip(files, found[1:], strict=True):
-        whole = union({"" if name == JOINT else name: p for name, p in own.items()})
-        whole.save(file, {"key": key, "figures": json.dumps(figures)})
-        each.append(Alignment(whole, specs, figures, file))
-    kept.clear()
-    return Many(tuple(each), figures)
-
-
-def _identity(specs: Mapping[str, PermutationSpec]) -> Permutation:
-    return union({"" if name == JOINT else name: spec.identity() for name, spec in specs.items()})
+    first = Alignment(joined({name: spec.identity() for name, spec in specs.items()}), specs, {})
+    old = [one for file in files if (one := reuse(file, key, specs)) is not None]
+    if len(old) == len(files):
+        return Many((first, *old), old[0].figures, reused=True)
+    unfinished = Unfinished(target, key)
+    matched = {
+        name: unfinished.component(name, [f"{name}-{i}" for i in range(len(models))], spec, match)
+        for name, spec in specs.items()
+    }
+    figures = {name: told for name, (_, told) in matched.items()}
+    each = [
+        keep(file, key, {name: own[i] for name, (own, _) in matched.items()}, specs, figures)
+        for i, file in enumerate(files, 1)
+    ]
+    unfinished.clear()
+    return Many((first, *each), figures)

@@ -13,11 +13,9 @@ from ..checkpoints import FORMATS, Saved, save_checkpoint
 from ..errors import CheckpointError, ConfigError
 from ..tensors.writer import target_dtype
 from ..types import DerivedState, LazyTensor, Progress, State, passed
-from .options import DTYPES
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
-
 
 MARKS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 """Names of empty or tiny tensors by which loaders tell what a model predicts: never pruned."""
@@ -32,7 +30,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     if name not in FORMATS:
-        raise ConfigError(f"There is no type {name!r} to store in; choose one of {', '.join(DTYPES)}.")
+        raise ConfigError(f"There is no type {name!r} to store in; choose one of {', '.join(FORMATS)}.")
     return FORMATS[name]
 
 

@@ -1,48 +1,196 @@
-"""What a user asked for, as `rebasin align` and `rebasin merge` hand it on."""
+"""What a user asks for. Every option of `rebasin merge` is declared here, once; other commands have some of them.
+
+Nothing here imports torch: `rebasin merge --help` must not wait for it.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from ..checkpoints.output import FILES
-from .alignment import Options
+import typer
+
+A = Annotated[Path, typer.Argument(metavar="A", help="The model that stays as it is.", show_default=False)]
+B = Annotated[Path, typer.Argument(metavar="B", help="The model that is brought to A.", show_default=False)]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asked for; see the options of the commands."""
+    """What a user asked for: the options of `rebasin merge`, in the order of its help, and what no command offers."""
 
-    inputs: tuple[Path, ...]
-    output: Path
-    alpha: float | None = None
-    method: str = "weighted_sum"
-    options: tuple[str, ...] = ()
-    base: Path | None = None
-    weights: str | None = None
-    align: bool = True
-    permutation: Path | None = None
-    components: tuple[str, ...] = ()
-    dtype: str | None = None
-    prune: bool = False
-    vae: Path | None = None
-    fix_clip: bool = False
-    start: str = "forward"
-    seed: int = 0
-    joint: bool = False
-    device: str = "cpu"
+    inputs: Annotated[
+        tuple[Path, ...],
+        typer.Argument(
+            metavar="A B [C ...]", help="Two or more models; all are aligned to A.", show_default=False
+        ),
+    ]
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="What to write: NAME.safetensors, NAME.ckpt, or the name of a new diffusers folder.",
+            show_default=False,
+        ),
+    ]
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of B, or strength of what the method adds. Default: 0.5, or the method's.",
+            show_default=False,
+        ),
+    ] = None
+    method: Annotated[str, typer.Option(help="How to combine; `rebasin methods` lists all.")] = "weighted_sum"
+    options: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--option", metavar="NAME=VALUE", help="An option of the method, e.g. k=0.2; may be repeated."
+        ),
+    ] = ()
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The model that all were made from, for methods that need it.",
+            show_default=False,
+        ),
+    ] = None
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W",
+            help="A number for each model (0.5,0.3,0.2), or weights by block (IN=0.2,OUT=0.7,attn1=1), a preset"
+            " (GRAD_V) or a YAML file; --alpha is the default for other blocks.",
+            show_default=False,
+        ),
+    ] = None
+    align: Annotated[
+        bool, typer.Option("--align/--no-align", help="Bring the neurons into A's order first.")
+    ] = True
+    permutation: Annotated[
+        Path | None,
+        typer.Option(
+            "--permutation",
+            metavar="FILE",
+            help="Use this alignment, which `rebasin align` or an earlier merge has left, instead of finding one.",
+            show_default=False,
+        ),
+    ] = None
+    joint: Annotated[
+        bool,
+        typer.Option(
+            "--joint",
+            help="Also reorder what the text encoder gives to the UNet. More freedom, but textual inversions and other"
+            " text encoders no longer fit.",
+        ),
+    ] = False
+    components: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--only",
+            metavar="PART",
+            help="Only this component (unet, vae, text_encoder, ...); may be repeated.",
+        ),
+    ] = ()
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Store as fp32, fp16, bf16 or fp8 (the UNet's matrices in 8 bits, the rest in fp16). Default: A's"
+            " types.",
+            show_default=False,
+        ),
+    ] = None
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Leave out what no loader needs: EMA copies, training leftovers.")
+    ] = False
+    vae: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Put this model's VAE into the result.", show_default=False),
+    ] = None
+    fix_clip: Annotated[
+        bool, typer.Option("--fix-clip", help="Write CLIP's position ids anew, as the integers 0 to 76.")
+    ] = False
+    start: Annotated[
+        Literal["forward", "identity"],
+        typer.Option(
+            "--start", help="Where matching starts: a first guess from input to output, or B as it is."
+        ),
+    ] = "forward"
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0
+    device: Annotated[
+        str, typer.Option(help="Where matrices are multiplied: cpu, cuda, cuda:1, mps.", show_default=True)
+    ] = "cpu"
+    threads: Annotated[
+        int, typer.Option("--threads", help="CPU threads; 0 leaves it to torch.", min=0, show_default=False)
+    ] = 0
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Compute with B before and after moving its neurons, and compare the outputs.",
+        ),
+    ] = True
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only print the plan: sizes, memory and an estimate of the time."),
+    ] = False
     max_sweeps: int = 100
     workers: int | None = None
-    check: bool = True
-    overwrite: bool = False
-    dry_run: bool = False
 
     @property
     def kept(self) -> Path:
         """Where the permutation is kept."""
+        from ..checkpoints.output import FILES  # late: torch
+
         name = self.output.stem if self.output.suffix in FILES else self.output.name
         return self.output.with_name(f"{name}.permutation.safetensors")
 
-    @property
-    def alignment(self) -> Options:
-        return Options(self.start, self.seed, self.joint, self.device, self.max_sweeps, self.workers)
+
+def _offered() -> dict[str, inspect.Parameter]:
+    """The fields of `Request` that are options, as the parameters of a function; several values are a list there."""
+    found = {}
+    for name, hint in get_type_hints(Request, include_extras=True).items():
+        if get_origin(hint) is not Annotated:
+            continue
+        kind, option = get_args(hint)
+        default = getattr(Request, name, inspect.Parameter.empty)
+        if get_origin(kind) is tuple:
+            kind = list[get_args(kind)[0]]
+            if default == ():
+                kind, default = kind | None, None
+        found[name] = inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+        )
+    return found
+
+
+def command(names: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command its options, in the order of `names`: its own parameters that are annotated as such, and
+    fields of `Request`, which it gets as keywords. Without names these are all fields that are options.
+    """
+    offered = _offered()
+
+    def declare(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function, eval_str=True).parameters
+        own = {name: one for name, one in signature.items() if get_origin(one.annotation) is Annotated}
+        parameters = [own.get(name, offered.get(name)) for name in names.split() or offered]
+
+        def called(**given: Any) -> None:
+            for name in ("inputs", "options", "components"):  # an option that was not given is None
+                if name in given:
+                    given[name] = tuple(given[name] or ())
+            function(**given)
+
+        called.__name__, called.__doc__ = function.__name__, function.__doc__
+        called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters if one is not None]
+        )
+        return called
+
+    return declare

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..types import ProgressEvent
-from . import options as o
+from .request import Request, command
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..checkpoints import Checkpoint
     from ..spec import Permutation
+    from ..types import State
     from .function import Difference
 
 
+@command("a b components joint seed threads")
 def verify(
     a: Annotated[
         Path, typer.Argument(metavar="A", help="A model, or a permutation file.", show_default=False)
@@ -31,13 +31,11 @@ def verify(
             show_default=False,
         ),
     ],
-    only: o.Only = None,
     joint: Annotated[
         bool,
         typer.Option("--joint", help="Text encoders and UNet as one, for what was aligned with --joint."),
     ] = False,
-    seed: o.Seed = 0,
-    threads: o.Threads = 0,
+    **given: Any,
 ) -> None:
     """Is an alignment legal? Computes with both files, on the same random inputs, and compares the outputs.
 
@@ -51,18 +49,18 @@ def verify(
     Would this permutation be legal for that model?
         rebasin verify B_aligned.permutation.safetensors C.safetensors
     """
-    from ..adapters import part
+    from ..adapters import of_component, part
     from ..checkpoints import component_spec, open_checkpoint
     from ..checkpoints.joint import PARTS
     from ..errors import CheckpointError, RebasinError
     from ..spec import Permutation
+    from ..types import tell
     from . import session
-    from .alignment import of_component
     from .function import compare_chains, compare_functions
-    from .inputs import common, open_all
-    from .kinds import kind_of_file
+    from .inputs import common, kind_of_file, open_all
 
-    console = session.begin(threads=threads)
+    request = Request((a, b), Path(os.devnull), **given)  # writes nothing
+    console = session.begin(threads=request.threads)
     rows: list[dict[str, str]] = []
     failures: list[str] = []
 
@@ -78,17 +76,17 @@ def verify(
             models = [open_checkpoint(b)]
         else:
             models = open_all([a, b])
-        names = common(models, only)
+        names = common(models, request.components)
         console.say(f"{models[0].title}: {', '.join(names)}")
     with console.stage("compute"):
         together = [name for name in names if name in PARTS] if joint or _is_joint(permutation) else []
         if "unet" in together and len(together) > 1:
             before = {name: models[0].component(name) for name in together}
             after = {name: _after(models, permutation, name) for name in together}
-            check("texts and unet", compare_chains(models[0], before, after, seed))
+            check("texts and unet", compare_chains(models[0], before, after, request.seed))
             names = tuple(name for name in names if name not in together)
         for number, name in enumerate(names):
-            console.progress(ProgressEvent(name, number, len(names)))
+            tell(console.progress, name, number, len(names))
             if permutation is not None and not _is_joint(permutation):
                 own = of_component(permutation, name)
                 if own is None:
@@ -99,7 +97,7 @@ def verify(
                     failures.append(f"{name}: {error}")
                     continue
             one, other = models[0].component(name), _after(models, permutation, name)
-            check(name, compare_functions(models[0], name, one, other, seed))
+            check(name, compare_functions(models[0], name, one, other, request.seed))
     if not rows and not failures:
         raise CheckpointError(f"{a} moves none of the components of {b}.")
     console.console.print()
@@ -112,9 +110,9 @@ def verify(
     session.answer(console, "Do they compute the same?", "Yes", "green", "The differences are rounding.")
 
 
-def _after(models: Sequence[Checkpoint], permutation: Permutation | None, name: str) -> Mapping[str, Tensor]:
+def _after(models: Sequence[Checkpoint], permutation: Permutation | None, name: str) -> State:
     """A component of the other model, or of the model under the permutation."""
-    from .alignment import of_component
+    from ..adapters import of_component
 
     if permutation is None:
         return models[1].component(name)
@@ -124,6 +122,6 @@ def _after(models: Sequence[Checkpoint], permutation: Permutation | None, name: 
 
 
 def _is_joint(permutation: Permutation | None) -> bool:
-    from .moving import is_joint
+    from ..adapters import is_joint
 
     return permutation is not None and is_joint(permutation.spec)

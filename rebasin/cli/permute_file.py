@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..adapters import component_of, joint_controlnet, move_adapter, move_controlnet, part
+from ..adapters import (
+    component_of,
+    is_joint,
+    joint_controlnet,
+    move_adapter,
+    move_controlnet,
+    of_component,
+    part,
+)
+from ..adapters.union import prefix_of
 from ..checkpoints import component_spec, open_checkpoint, save_safetensors
+from ..checkpoints.architectures import build, fit, published
+from ..checkpoints.families import identify
 from ..errors import CheckpointError, SpecMismatchError
 from ..spec import Permutation, PermutationSpec
 from ..types import Progress, State
 from . import output, provenance
-from .alignment import of_component
-from .inputs import sha256_of, size_of
-from .kinds import Kind, open_raw
+from .inputs import Kind, open_raw, sha256_of, size_of
 
 
-def moved(kind: Kind, file: Path, permutation: Permutation, unfold: bool) -> tuple[State, dict[str, str]]:
+def permuted(kind: Kind, file: Path, permutation: Permutation, unfold: bool) -> tuple[State, dict[str, str]]:
     """The file's tensors in their new order, and the metadata of its header.
 
     Raises:
@@ -52,12 +61,7 @@ def controlnet_spec(spec: PermutationSpec) -> PermutationSpec:
     Raises:
         SpecMismatchError: it speaks of none.
     """
-    from ..checkpoints.architectures import build, fit, published
-    from ..checkpoints.families import identify
-
-    prefix = (
-        "unet." if "unet" in component_of(spec) and any(n.startswith("unet.") for n in spec.shapes) else ""
-    )
+    prefix = prefix_of(spec, "unet")
     shapes = {
         name.removeprefix(prefix): shape for name, shape in spec.shapes.items() if name.startswith(prefix)
     }
@@ -66,17 +70,6 @@ def controlnet_spec(spec: PermutationSpec) -> PermutationSpec:
     family = identify({"unet": shapes}, {}, "the model of this permutation").family
     module, args, kwargs = build("unet", fit(published(family)["unet"], "unet", shapes))
     return joint_controlnet(module, *args, **kwargs)  # pyright: ignore[reportArgumentType]
-
-
-def is_joint(spec: PermutationSpec) -> bool:
-    """Whether a group reaches across components: then no component may be moved without the others."""
-    return (
-        any(
-            len({site.parameter.split(".")[0] for cell in group.cells for site in cell.sites}) > 1
-            for group in spec.groups
-        )
-        and len(component_of(spec)) > 1
-    )
 
 
 def changed_tensors(kind: Kind, permutation: Permutation, state: State) -> str:

@@ -36,7 +36,7 @@ def method_options(method: Method, given: Sequence[str]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Weighting:
+class MergeWeights:
     """What `rebasin.merging.merge` gets as weights.
 
     Attributes:
@@ -58,9 +58,9 @@ class Weighting:
         return self.given if isinstance(self.given, list) else None
 
 
-def weighting(
+def merge_weights(
     request: Request, method: Method, models: int, checkpoint: Checkpoint, components: Sequence[str]
-) -> Weighting:
+) -> MergeWeights:
     """The weights that --alpha and --weights mean.
 
     Raises:
@@ -80,11 +80,11 @@ def weighting(
         if models > 2 and isinstance(given, float) and method.weight == "weights":
             raise ConfigError(f"One weight is for two models; give --weights with {models} numbers.")
         fit_weights(method, given, models)
-        return Weighting(given)
+        return MergeWeights(given)
     if method.weight == "weights" and models > 2:
         raise ConfigError(f"Block weights are for two models; give --weights with {models} numbers.")
     names = [f"{component}.{name}" for component in components for name in checkpoint.shapes(component)]
-    return Weighting(blocks=block_weights(request.weights, names, request.alpha))
+    return MergeWeights(blocks=block_weights(request.weights, names, request.alpha))
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -1,4 +1,4 @@
-"""How far apart two models are, block by block."""
+"""How far apart two models are, block by block, and whether they share a basin."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..files import atomic_path
 from ..types import Progress, tell
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def by_block(
     return found
 
 
-def basin(blocks: Sequence[Block]) -> tuple[str, str, str]:
+def shared_basin(blocks: Sequence[Block]) -> tuple[str, str, str]:
     """The answer in a word, its colour, and why."""
     neurons = sum(block.neurons for block in blocks)
     share = sum(block.neurons * block.stay for block in blocks) / max(1, neurons)
@@ -114,8 +115,6 @@ def draw(blocks: Sequence[Block], names: tuple[str, str], target: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-
-    from ..checkpoints import atomic_path
 
     labels = [f"{block.component} {block.name}" for block in blocks]
     y = np.arange(len(blocks))

@@ -1,4 +1,4 @@
-"""The steps of the jobs: hashes, specs, alignment, the check on the real weights, and what is written."""
+"""The stages of `rebasin align` and `rebasin merge`: hashes, specs, alignment, check, writing."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints import Checkpoint
 from ..checkpoints.joint import PARTS
 from ..errors import ConfigError, VerificationError
+from ..tensors import writer
 from ..types import DerivedState, State
 from . import output, provenance, session
-from .alignment import JOINT, Alignment, align_pair, given, specs_of
+from .alignment import JOINT, Alignment, align_pair, given_alignment, specs_of
 from .function import Difference, compare_chains, compare_functions
 from .inputs import sha256_of, size_of
 from .many import Many, align_many
+from .merge_weights import MergeWeights
 from .request import Request
-from .weighting import Weighting
 
 if TYPE_CHECKING:
     from ..reporting.console import Console
@@ -31,9 +32,7 @@ def choices(request: Request) -> dict[str, Any]:
 
 def require_space(request: Request, state: DerivedState, like: Checkpoint) -> None:
     """Refuse a full disk before hours of work, not after."""
-    from ..tensors.writer import require_space
-
-    require_space(request.output, output.size_of(state, output.dtype_of(request.dtype), like))
+    writer.require_space(request.output, output.size_of(state, output.dtype_of(request.dtype), like))
 
 
 def hashes(console: Console, paths: Sequence[Path]) -> tuple[str, ...]:
@@ -64,12 +63,9 @@ def aligned(
     """B brought to A: found, found before, or given by the user."""
     with console.stage("align"):
         if request.permutation is not None:
-            found = given(request.permutation, specs)
+            found = given_alignment(request.permutation, specs)
         else:
-            pair = hashes[0], hashes[1]
-            found = align_pair(
-                models[0], models[1], specs, request.alignment, request.kept, pair, console.progress
-            )
+            found = align_pair(models, specs, request, request.kept, hashes, console.progress)
         moved = ", ".join(f"{n} {f['moved']:,} of {f['neurons']:,}" for n, f in found.figures.items())
         console.say(("as found before: " if found.reused else "") + f"moved {moved or found.moved}")
     return found
@@ -81,7 +77,7 @@ def aligned_many(
     models: Sequence[Checkpoint],
     specs: Mapping[str, PermutationSpec],
     hashes: Sequence[str],
-    weights: Weighting,
+    weights: MergeWeights,
 ) -> Many:
     """All models brought to each other, in the order of the first."""
     if request.permutation is not None:
@@ -92,7 +88,7 @@ def aligned_many(
         found = align_many(
             models,
             specs,
-            request.alignment,
+            request,
             request.kept,
             hashes[: len(models)],
             weights.shares,

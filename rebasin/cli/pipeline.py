@@ -1,4 +1,4 @@
-"""The jobs behind `rebasin align` and `rebasin merge`; each function reads like what it does."""
+"""The pipelines behind `rebasin align` and `rebasin merge`; each function reads like what it does."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from ..checkpoints import open_checkpoint
 from ..errors import ConfigError
 from ..types import State
-from . import output, session, steps
+from . import output, session, stages
 from .alignment import Alignment
 from .function import Difference
 from .inputs import check_output, common, open_all
 from .many import Many
+from .merge_weights import merge_weights, method_options
 from .plan import show_plan
 from .request import Request
-from .weighting import method_options, weighting
 
 if TYPE_CHECKING:
     from ..reporting.console import Console
@@ -33,17 +33,17 @@ def align(console: Console, request: Request) -> None:
         console.say(f"{models[0].title}: {', '.join(components)}")
     if request.dry_run:
         return show_plan(console, request, models, components)
-    steps.require_space(request, output.finished(models[1], {}, prune=request.prune), models[1])
-    hashes = steps.hashes(console, request.inputs)
-    specs = steps.specs(console, models[0], components, request.joint)
-    alignment = steps.aligned(console, request, models, specs, hashes)
-    checks = steps.checked(console, request, models[1], components, alignment)
+    stages.require_space(request, output.finished(models[1], {}, prune=request.prune), models[1])
+    hashes = stages.hashes(console, request.inputs)
+    specs = stages.specs(console, models[0], components, request.joint)
+    alignment = stages.aligned(console, request, models, specs, hashes)
+    checks = stages.checked(console, request, models[1], components, alignment)
     b = models[1]
     states = {name: alignment.view(name, b.component(name)) for name in components}
     # EMA copies of B's weights would have to move along; loaders that want them would find B's old order.
     state = output.finished(b, states, prune=request.prune)
-    recipe = {"command": "align", "to": request.inputs[0].name, **steps.choices(request)}
-    steps.write(console, request, state, b, hashes[::-1], [b, models[0]], recipe, alignment)
+    recipe = {"command": "align", "to": request.inputs[0].name, **stages.choices(request)}
+    stages.write(console, request, state, b, hashes[::-1], [b, models[0]], recipe, alignment)
     console.console.print()
     session.say_legal(console, checks, alignment.moved)
     session.say_moved(console, alignment)
@@ -74,24 +74,24 @@ def merge(console: Console, request: Request) -> None:
         if vae is not None:
             vae.require("vae")
             components = tuple(name for name in components if name != "vae")
-        weights = weighting(request, method, len(models), models[0], components)
+        weights = merge_weights(request, method, len(models), models[0], components)
         console.say(f"{len(models)} x {models[0].title}: {', '.join(components)}")
     if request.dry_run:
         return show_plan(console, request, models, components, weights.blocks)
-    steps.require_space(request, output.finished(models[0], {}, prune=request.prune), models[0])
-    hashes = steps.hashes(console, [*request.inputs, *others])
+    stages.require_space(request, output.finished(models[0], {}, prune=request.prune), models[0])
+    hashes = stages.hashes(console, [*request.inputs, *others])
 
     found: Alignment | Many | None = None
     checks: dict[str, Difference] | None = None
     views: list[dict[str, State]] = [{name: model.component(name) for name in components} for model in models]
     if request.align or request.permutation:
-        specs = steps.specs(console, models[0], components, request.joint)
+        specs = stages.specs(console, models[0], components, request.joint)
         if len(models) == 2:
-            found = steps.aligned(console, request, models, specs, hashes)
+            found = stages.aligned(console, request, models, specs, hashes)
             views[1] = {name: found.view(name, views[1][name]) for name in components}
-            checks = steps.checked(console, request, models[1], components, found)
+            checks = stages.checked(console, request, models[1], components, found)
         else:
-            found = steps.aligned_many(console, request, models, specs, hashes, weights)
+            found = stages.aligned_many(console, request, models, specs, hashes, weights)
             views = [
                 {n: one.view(n, view[n]) for n in components}
                 for one, view in zip(found.each, views, strict=True)
@@ -129,10 +129,10 @@ def merge(console: Console, request: Request) -> None:
         "base": request.base.name if request.base else None,
         "vae": request.vae.name if request.vae else None,
         "align": found is not None,
-        **steps.choices(request),
+        **stages.choices(request),
     }
     used = [*models, *([base] if base else []), *([vae] if vae else [])]
-    steps.write(console, request, state, models[0], hashes, used, recipe, found)
+    stages.write(console, request, state, models[0], hashes, used, recipe, found)
     console.console.print()
     if found is None:
         session.answer(
