@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -152,6 +153,7 @@ class Request:
         return self.output.with_name(f"{name}.permutation.safetensors")
 
 
+@cache
 def _offered() -> dict[str, inspect.Parameter]:
     """The fields of `Request` that are options, as the parameters of a function; several values are a list there."""
     found = {}

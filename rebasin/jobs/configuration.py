@@ -58,7 +58,9 @@ def launch(job: Callable[[DictConfig], Any], config: str = CONFIG) -> None:
         application(checked)()
     except KeyboardInterrupt:
         if UNFINISHED:
-            print("\nInterrupted; the same command with resume=true goes on where it stopped.", file=sys.stderr)
+            print(
+                "\nInterrupted; the same command with resume=true goes on where it stopped.", file=sys.stderr
+            )
         sys.exit(130)
     except Exception as error:
         if full or started:
