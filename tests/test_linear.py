@@ -202,3 +202,42 @@ def test_threads_may_solve_at_once_even_for_the_first_time() -> None:
         "for c, (column, _, _) in zip(costs, found, strict=True):",
         "    assert column.tolist() == linear_sum_assignment(c.numpy(), maximize=True)[1].tolist()",
     )
+
+
+NO_NUMBA = """
+import sys, warnings
+import numpy as np, torch
+from scipy.optimize import linear_sum_assignment
+{hide}
+from rebasin.matching.assignment.linear_assignment import linear_assignment
+
+torch.manual_seed(0)
+learned = []
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        costs = torch.randn(200, 200, dtype=dtype)
+        best = linear_sum_assignment(costs.numpy(), maximize=True)[1]
+        for prices in (None, torch.zeros(200)):
+            column, value, gain = linear_assignment(costs, prices, learn=learned.append)
+            assert column.dtype == np.int64 and column.tolist() == best.tolist() and gain > 0
+told = [str(warning.message) for warning in caught if "numba" in str(warning.message)]
+assert len(told) == 1 and told[0].startswith("numba does not work here ({reason}"), told
+assert not learned
+"""
+
+
+@pytest.mark.parametrize(
+    ("hide", "reason"),
+    [
+        ("sys.modules['numba'] = None", "ModuleNotFoundError: "),
+        (
+            "import numba; numba.njit = lambda **_: lambda f: open('/nowhere/machine code')",
+            "FileNotFoundError: ",
+        ),
+        ("import numba; numba.njit = lambda **_: lambda f: lambda *a: 1 / 0", "ZeroDivisionError: "),
+    ],
+    ids=["not installed", "does not load", "does not run"],
+)
+def test_without_numba_scipy_solves_all_after_one_warning(hide: str, reason: str) -> None:
+    in_a_new_process(NO_NUMBA.replace("{hide}", hide).replace("{reason}", reason))

@@ -4,12 +4,16 @@ Most assignments that occur while two models are aligned are easy, and to prove 
 solve it from nothing: a row's largest entry bounds what the row can contribute, so if the rows' argmaxima are all
 different, they are an optimal assignment. That is found where the costs are. What it does not decide is solved on the
 CPU, from the dual variables that proved the last solution of a similar problem, if there was one
-(jonker_volgenant.py); small problems by scipy.
+(jonker_volgenant.py); small problems by scipy, and all of them where numba does not work.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import cache
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,10 +69,35 @@ def _solved(costs: Tensor, duals: Tensor | None, learn: Callable[[Tensor], None]
         hit[column] = True
         if hit.all():
             return column
-    if n < SMALLEST:
+    solve = None if n < SMALLEST else _solver()
+    if solve is None:
         return linear_sum_assignment(costs.cpu().numpy(), maximize=True)[1].astype(np.int64)
-    from .jonker_volgenant import solve  # numba takes half a second to load, and few tasks need it
-
     column, proof = solve(costs.cpu().numpy(), None if duals is None else duals.double().cpu().numpy())
     learn(torch.from_numpy(proof))
     return column
+
+
+_loading = Lock()  # threads that need it at once load it once, and are told once
+
+
+def _solver() -> Callable[..., Any] | None:
+    """Jonker and Volgenant's algorithm; None, after one warning, where numba does not work."""
+    with _loading:
+        return _load_solver()
+
+
+@cache
+def _load_solver() -> Callable[..., Any] | None:
+    try:
+        from .jonker_volgenant import solve  # numba takes half a second to load, and few tasks need it
+
+        solve(np.eye(2, dtype=np.float32), np.zeros(2))  # compiles, or loads what was compiled
+    except Exception as error:  # not installed, not of numpy's version, damaged machine code: any of them
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        warnings.warn(
+            f"numba does not work here ({type(error).__name__}: {reason}), so scipy solves all assignments: the results"
+            " are as good, but large ones take longer.",
+            stacklevel=4,
+        )
+        return None
+    return solve
