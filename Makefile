@@ -5,7 +5,7 @@ ARGS ?=
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint style types clean
 
 help: ## show this help
 	@echo "Git Re-Basin: align the neurons of two models, then merge them."
@@ -20,11 +20,17 @@ help: ## show this help
 demo: .venv/.installed ## run the main job: align and merge two tiny Stable Diffusion UNets (see outputs/)
 	$(PY) -m rebasin.run $(ARGS)
 
-test: .venv/.installed-dev ## run the tests, two files at a time
-	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+test: .venv/.installed-dev ## run the tests, two files at a time; none may be left out but those that need CUDA
+	$(PY) -m pytest -n 2 --dist loadfile --no-skips $(ARGS)
 
-lint: .venv/.installed-dev ## check style (ruff) and types (pyright)
+lint: style types ## check style (ruff), which room imports which (import-linter) and types (pyright)
+
+style: .venv/.installed-dev
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	.venv/bin/lint-imports --no-cache
+
+types: .venv/.installed-dev
 	$(PY) -m pyright --pythonpath $(PY)
 
 clean: ## remove .venv, outputs and caches
@@ -45,6 +51,10 @@ clean: ## remove .venv, outputs and caches
 .venv/.installed-dev: pyproject.toml | .venv/bin/python
 	@echo "Installing into .venv, about 1.6 GB; this takes some minutes once."
 	$(PY) -m pip install --quiet $(PIP_ARGS) -e '.[dev]'
-	@# torchvision breaks other imports where there is no CUDA: it lies aside, for the one test that asks for it.
-	$(PY) -m pip install --quiet $(PIP_ARGS) --no-deps --target .venv/vision 'torchvision>=0.26,<0.29'
+	@# torchvision breaks other imports where there is no CUDA, and image-reward wants an old timm: they lie aside, for
+	@# the tests that ask for them (tests/aside.py).
+	@rm -rf .venv/vision .venv/reward
+	$(PY) -m pip install --quiet $(PIP_ARGS) --no-deps --target .venv/vision 'torchvision>=0.26,<0.29' 'timm>=1.0'
+	$(PY) -m pip install --quiet $(PIP_ARGS) --no-deps --target .venv/reward \
+		image-reward==1.5 timm==0.6.13 fairscale==0.4.13
 	@touch .venv/.installed $@

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,10 +27,25 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["REBASIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(scope="session")
-def data_dir() -> Path:
-    """Real MNIST and Fashion-MNIST, where someone has them."""
-    for folder in (os.environ.get("REBASIN_DATA"), Path(__file__).resolve().parents[2] / "shared" / "data"):
-        if folder and (Path(folder) / "mnist.npz").is_file():
-            return Path(folder)
-    pytest.skip("no MNIST at hand: set REBASIN_DATA to a folder with mnist.npz")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a skipped test fails, unless it needs CUDA")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    return _without_skips((yield), item.config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    return _without_skips((yield), collector.config)
+
+
+def _without_skips(report: Any, config: pytest.Config) -> Any:
+    """Whoever sets up everything wants to know what was left out all the same: an oracle that did not install, say."""
+    if config.getoption("--no-skips") and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if "CUDA" not in reason:
+            report.outcome = "failed"
+            report.longrepr = f"{report.nodeid} may not be left out (--no-skips). {reason}"
+    return report

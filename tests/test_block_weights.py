@@ -278,7 +278,7 @@ def test_the_table_and_the_picture_show_every_block() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("sd_mecha") is None, reason="needs the extra mecha")
 @pytest.mark.parametrize(("config", "blocks"), [("sd1-ldm", "sd1"), ("sdxl-sgm", "sdxl")])
 def test_sd_mecha_puts_every_tensor_into_the_same_block(config: str, blocks: str) -> None:
-    from sd_mecha.extensions import merge_methods, model_configs  # pyright: ignore[reportMissingImports]
+    from sd_mecha.extensions import merge_methods, model_configs
 
     names = list(model_configs.resolve(config).keys())
     method = merge_methods.resolve(f"convert_{blocks}_blocks_to_{config.split('-')[1]}")

@@ -80,8 +80,8 @@ def test_what_sd_mecha_can_not_do_is_told() -> None:
 @installed
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_a_recipe_does_what_we_did(name: str, tmp_path: Path) -> None:
-    import sd_mecha  # pyright: ignore[reportMissingImports]
-    from sd_mecha.extensions import model_configs  # pyright: ignore[reportMissingImports]
+    import sd_mecha
+    from sd_mecha.extensions import model_configs
 
     keys = ("one.weight", "two.bias")
     generators = [torch.Generator().manual_seed(i) for i in range(4)]
@@ -93,7 +93,8 @@ def test_a_recipe_does_what_we_did(name: str, tmp_path: Path) -> None:
     paths = [save_safetensors(tmp_path / f"{i}.safetensors", s) for i, s in enumerate(states)]
     if "recipe-ours" not in {c.identifier for c in model_configs.get_all()}:
         meta = {k: model_configs.KeyMetadata(list(shapes[k]), "float32") for k in keys}
-        model_configs.register(model_configs.ModelConfigImpl("recipe-ours", {"model": meta}))
+        parts: Any = {"model": meta}  # what it turns into components
+        model_configs.register(model_configs.ModelConfigImpl("recipe-ours", parts))
 
     method = METHODS[name]
     chosen = [0, 1, 2] if method.inputs == "N" and name != "model_stock" else [0, 1]

@@ -1,8 +1,9 @@
 """Rewards: sampling against diffusers' pipeline, gradients through the last steps, and ImageReward itself.
 
-The tests of ImageReward need the extra: pip install -e '.[reward]'; pytest tests/test_reward.py (a minute, 4 GB). They
-build the real architecture, all 447 M parameters, with weights that can be made again from a seed, and compare it with
-what the unpatched library gave beside the transformers it was written for (experiments/image_reward_reference.py).
+The tests of ImageReward (`pytest tests/test_reward.py -m image_reward`: a minute, 4 GB) build the real architecture, with
+447 M parameters and weights that can be made again from a seed, and compare it with what the unpatched library gave
+beside the transformers it was written for (experiments/image_reward_reference.py). Its packages and ours do not live in
+one environment, so one test here runs those in a process of their own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from aside import ROOT, environment
 from torch import Tensor, nn
 
 from experiments.image_reward_reference import PROMPTS, checksum, images, weights
@@ -217,9 +221,26 @@ def test_image_reward_says_where_the_weights_are_to_be_had(tmp_path: Path):
 
 # ImageReward itself -----------------------------------------------------------------------------------------
 
-needs_image_reward = pytest.mark.skipif(
-    importlib.util.find_spec("ImageReward") is None, reason="needs the extra: pip install -e '.[reward]'"
-)
+needs_image_reward = pytest.mark.image_reward
+
+
+def test_image_reward_in_a_process_that_sees_its_packages() -> None:
+    there = environment("reward", "vision", needs="ImageReward")
+    if there is None:
+        pytest.skip("no image-reward: make .venv/.installed-dev puts it into .venv/reward")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        __file__,
+        "-m",
+        "image_reward",
+        "--no-skips",
+        "-p",
+        "no:cacheprovider",
+    ]
+    run = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def network(library: str, network: str, channels: int = 3, classes: int = 1000) 
     if find_spec(library) is None:
         raise ConfigError(f"{library} is not installed: pip install {library}.")
     if library == "timm":
-        import timm
+        import timm  # pyright: ignore[reportMissingImports]
 
         if network not in timm.list_models():
             raise ConfigError(f"timm has no network {network!r}: timm.list_models() has all names.")
@@ -37,7 +37,7 @@ def network(library: str, network: str, channels: int = 3, classes: int = 1000) 
     from ..integrations.torchvision import prepare_torchvision
 
     prepare_torchvision()
-    import torchvision
+    import torchvision  # pyright: ignore[reportMissingImports]
 
     if channels != 3:
         raise ConfigError(f"torchvision's networks take 3 channels, not {channels}: model.library=timm.")

@@ -39,8 +39,8 @@ def build(entity: str, project: str, name: str = "Git Re-Basin") -> Any:
         ConfigError: wandb-workspaces is not installed.
     """
     try:
-        import wandb_workspaces.reports.v2 as panels
-        import wandb_workspaces.workspaces as workspaces
+        import wandb_workspaces.reports.v2 as panels  # pyright: ignore[reportMissingImports]
+        import wandb_workspaces.workspaces as workspaces  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             "A dashboard needs wandb-workspaces: pip install 'git-rebasin[dashboard]'."
