@@ -1,7 +1,7 @@
 """Rewards: sampling against diffusers' pipeline, gradients through the last steps, and ImageReward itself.
 
-The tests of ImageReward (`pytest tests/test_reward.py -m image_reward`: a minute, 4 GB) build the real architecture, with
-447 M parameters and weights that can be made again from a seed, and compare it with what the unpatched library gave
+The tests of ImageReward (`pytest tests/test_reward.py -m image_reward`: a minute, 4 GB) build the real architecture,
+447 M parameters, with weights that can be made again from a seed, and compare it with what the unpatched library gave
 beside the transformers it was written for (experiments/image_reward_reference.py). Its packages and ours do not live in
 one environment, so one test here runs those in a process of their own.
 """
