@@ -612,7 +612,7 @@ def test_prompts_and_captioned_images(pipelines, tmp_path):
     text.write_text("# nothing\n\n")
     with pytest.raises(DataError, match="has no prompts: write one a line"):
         read_prompts(text)
-    with pytest.raises(DataError, match="there is no file or folder"):
+    with pytest.raises(DataError, match="There is no file or folder"):
         read_prompts(tmp_path / "missing.txt")
 
     folder = tmp_path / "images"

@@ -316,7 +316,7 @@ def test_what_does_not_fit_is_told_at_once(number: int) -> None:
 
 def test_integers_must_agree() -> None:
     other = state(2) | {"positions": torch.arange(4) + 1}
-    with pytest.raises(CheckpointError, match="integer tensor 'positions' differs between A and B"):
+    with pytest.raises(CheckpointError, match="Integer tensor 'positions' differs between A and B"):
         dict(merge("slerp", [state(1), other]))
     with pytest.raises(CheckpointError, match="'scale' is torch.int64 in B"):
         dict(merge("slerp", [state(1), state(2) | {"scale": torch.tensor(1)}]))

@@ -168,11 +168,11 @@ def test_the_pipeline_takes_a_unet_and_a_folder(unets):
 
 def test_unknown_names_and_damaged_folders_say_what_to_do(tmp_path):
     with pytest.raises(
-        CheckpointError, match="there is no UNet 'seed7' in .*: choose one of seed0, seed1, low, high"
+        CheckpointError, match="There is no UNet 'seed7' in .*: choose one of seed0, seed1, low, high"
     ):
         tiny_sd.load_unet("seed7")
     with pytest.raises(
-        CheckpointError, match="there is no folder .*: give one that scripts/train_tiny_sd.py made"
+        CheckpointError, match="There is no folder .*: give one that scripts/train_tiny_sd.py made"
     ):
         tiny_sd.load_vae(path=tmp_path)
     (tmp_path / "vae").mkdir()
@@ -194,7 +194,7 @@ def test_own_digits(tmp_path):
     read, read_labels = digits.load("test", tmp_path / "own.npz")
     assert np.array_equal(read, images[:5]) and read.dtype == np.uint8
     assert np.array_equal(read_labels, labels[:5]) and read_labels.dtype == np.int64
-    with pytest.raises(DataError, match="there is no split 'validation': choose one of train, test"):
+    with pytest.raises(DataError, match="There is no split 'validation': choose one of train, test"):
         digits.load("validation")  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match="no.npz"):
         digits.load("test", tmp_path / "no.npz")

@@ -15,10 +15,14 @@ from .output import Saved, save_checkpoint
 from .pickled import PickledState, load_pickled
 from .specs import component_spec
 
+LazyState = SafetensorsState
+"""Its name here, which stays; `rebasin.types.LazyState` is what all lazy states derive from."""
+
 __all__ = [
     "FORMATS",
     "Checkpoint",
     "JoinedState",
+    "LazyState",
     "PickledState",
     "SafetensorsState",
     "Saved",

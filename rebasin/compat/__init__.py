@@ -93,7 +93,7 @@ class PermutationCoordinateDescent:
         """
         if self.result is None:
             raise MisuseError(
-                "there is no permutation to apply: call calculate_permutations() or rebasin() first."
+                "There is no permutation to apply: call calculate_permutations() or rebasin() first."
             )
         _load(self.model_b, self.result.permutation.apply(self.model_b.state_dict()))
 

@@ -69,7 +69,7 @@ def load(split: Split = "train", path: str | Path | None = None) -> tuple[np.nda
     not. Raises DataError if the split is unknown or the file is not one of these.
     """
     if split not in SPLITS:
-        raise DataError(f"there is no split {split!r}: choose one of {', '.join(SPLITS)}.")
+        raise DataError(f"There is no split {split!r}: choose one of {', '.join(SPLITS)}.")
     data = classification.load("mnist", ASSET if path is None else path)
     x, y = (data.train_x, data.train_y) if split == "train" else (data.test_x, data.test_y)
     return x[:, 0].mul(255).round().to(torch.uint8).numpy(), y.numpy()

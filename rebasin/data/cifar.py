@@ -102,7 +102,7 @@ def _source(path: Path, layout: Layout) -> tuple[Path, Read]:
         if path.is_dir():
             return path, lambda name: None
     if not path.is_file():
-        raise DataError(f"there is no file or folder {path}.")
+        raise DataError(f"There is no file or folder {path}.")
     try:
         with tarfile.open(path) as archive:
             content = {}

@@ -116,11 +116,11 @@ def load(name: str, path: str | Path | None = None, *, download: bool = False) -
         DataError: unknown name, missing, truncated or odd file; the sentence names the file.
     """
     if name not in NAMES:
-        raise DataError(f"there is no data set '{name}': choose one of {', '.join(NAMES)}.")
+        raise DataError(f"There is no data set '{name}': choose one of {', '.join(NAMES)}.")
     if name == "digits":
         if path is not None:
             raise DataError(
-                "the digits come with scikit-learn and take no path: choose mnist or fashion_mnist for files."
+                "The digits come with scikit-learn and take no path: choose mnist or fashion_mnist for files."
             )
         return _digits()
     path = _known_place(name) if path is None else Path(path).expanduser()
@@ -173,7 +173,7 @@ def _digits() -> Dataset:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError(
-            "the digits are part of scikit-learn, which is not installed: pip install scikit-learn."
+            "The digits are part of scikit-learn, which is not installed: pip install scikit-learn."
         ) from error
     images, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 16
@@ -189,7 +189,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {part: file[_key(file.files, part, keys, path)] for part, (_, keys) in PARTS.items()}
     except FileNotFoundError as error:
-        raise DataError(f"there is no file {path}.") from error
+        raise DataError(f"There is no file {path}.") from error
     except DataError:
         raise
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
@@ -210,7 +210,7 @@ def _key(present: list[str], part: str, keys: tuple[str, ...], path: Path) -> st
 def _read_folder(path: Path) -> dict[str, np.ndarray]:
     folder = path.parent if path.is_file() else path
     if not folder.is_dir():
-        raise DataError(f"there is no file or folder {path}.")
+        raise DataError(f"There is no file or folder {path}.")
     return {part: read_idx(_find(folder, stem)) for part, (stem, _) in PARTS.items()}
 
 

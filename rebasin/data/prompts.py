@@ -27,7 +27,7 @@ def read_prompts(path: str | Path | None = None) -> list[str]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
         raise DataError(
-            f"there is no file or folder {file}: give a text file with one prompt a line."
+            f"There is no file or folder {file}: give a text file with one prompt a line."
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
@@ -50,7 +50,7 @@ def captioned_images(folder: str | Path) -> list[tuple[Path, str]]:
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise DataError(f"there is no folder {root}: give one with images and their captions.")
+        raise DataError(f"There is no folder {root}: give one with images and their captions.")
     table = root / "metadata.jsonl"
     captions: dict[str, str] = {}
     if table.is_file():
@@ -65,7 +65,7 @@ def captioned_images(folder: str | Path) -> list[tuple[Path, str]]:
     for image in sorted(p for p in root.iterdir() if p.suffix.lower() in IMAGES):
         text = image.with_suffix(".txt")
         if image.name not in captions and not text.is_file():
-            raise DataError(f"the image {image} has no caption: write one to {text.name} beside it.")
+            raise DataError(f"The image {image} has no caption: write one to {text.name} beside it.")
         caption = captions.get(image.name) or text.read_text(encoding="utf-8").strip()
         found.append((image, caption))
     if not found:

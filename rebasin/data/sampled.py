@@ -60,13 +60,13 @@ def sampled_batches(
         ConfigError: a part, or a point, that does not exist.
     """
     if not prompts:
-        raise DataError("there are no prompts to sample from: give at least one.")
+        raise DataError("There are no prompts to sample from: give at least one.")
     first = pipelines[0]
     wanted = tuple(parts) if parts is not None else recordable(first)
     for part in wanted:
         if part not in recordable(first):
             raise ConfigError(
-                f"the pipeline has no part {part!r} whose inputs can be recorded: it has"
+                f"The pipeline has no part {part!r} whose inputs can be recorded: it has"
                 f" {', '.join(recordable(first))}."
             )
     chosen = set(chosen_steps(points, steps))
@@ -123,11 +123,11 @@ def encoded_batches(
     unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
     if unet is None or vae is None or getattr(unet.config, "addition_embed_type", None):
         raise ConfigError(
-            "only a UNet that takes latents, timestep and text states can be run on encoded images: let the pipeline"
+            "Only a UNet that takes latents, timestep and text states can be run on encoded images: let the pipeline"
             " sample from prompts instead."
         )
     if not images:
-        raise DataError("there are no images to encode: give at least one.")
+        raise DataError("There are no images to encode: give at least one.")
     side = size or unet.config.sample_size * pipeline.vae_scale_factor
     channels = vae.config.in_channels
     pipeline.scheduler.set_timesteps(steps)

@@ -64,10 +64,10 @@ class Curve:
         values = tuple(float(loss) for loss in losses)
         series = {name: tuple(float(v) for v in column) for name, column in (metrics or {}).items()}
         if len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or any(b <= a for a, b in pairwise(grid)):
-            raise ConfigError("the lambdas of a curve must rise from 0 to 1, both ends included.")
+            raise ConfigError("The lambdas of a curve must rise from 0 to 1, both ends included.")
         for name, column in {"loss": values, **series}.items():
             if len(column) != len(grid):
-                raise ConfigError(f"the curve has {len(grid)} lambdas but {len(column)} values of '{name}'.")
+                raise ConfigError(f"The curve has {len(grid)} lambdas but {len(column)} values of '{name}'.")
         excess = [loss - _line(values, lam) for lam, loss in zip(grid, values, strict=True)]
         top = _argmax(excess)
         return cls(
@@ -84,7 +84,7 @@ class Curve:
         """The barrier of a figure that is better when higher (accuracy): max of line minus value, >= 0."""
         if metric not in self.metrics:
             known = ", ".join(self.metrics) or "none"
-            raise ConfigError(f"this curve has no metric '{metric}': it has {known}.")
+            raise ConfigError(f"This curve has no metric '{metric}': it has {known}.")
         values = self.metrics[metric]
         gaps = [_line(values, lam) - value for lam, value in zip(self.lambdas, values, strict=True)]
         return gaps[_argmax(gaps)]
@@ -121,7 +121,7 @@ def barrier(
         ConfigError: fewer than 2 points, or `evaluate` returns something else.
     """
     if points < 2:
-        raise ConfigError(f"a barrier needs at least 2 points (the endpoints), but points={points}.")
+        raise ConfigError(f"A barrier needs at least 2 points (the endpoints), but points={points}.")
     started = time.perf_counter()
     check_names(state_a, state_b)
     lambdas = [step / (points - 1) for step in range(points)]
@@ -199,7 +199,7 @@ def _restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     meta = [name for name, tensor in slots.items() if tensor.is_meta]
     if meta:
         raise CheckpointError(
-            f"the model's tensor '{meta[0]}' is on the meta device: give a model with real tensors."
+            f"The model's tensor '{meta[0]}' is on the meta device: give a model with real tensors."
         )
     values = {name: tensor.clone() for name, tensor in slots.items()}
     training = {module: module.training for module in model.modules()}
@@ -217,14 +217,14 @@ def _check_slots(slots: Mapping[str, Tensor], state: State) -> None:
     unknown = [name for name in state if name not in slots]
     if unknown:
         raise CheckpointError(
-            f"tensor '{unknown[0]}' of the endpoints is not in the model: give their own architecture."
+            f"Tensor '{unknown[0]}' of the endpoints is not in the model: give their own architecture."
         )
     names = set(state)  # `in` would read the tensor of a lazy mapping
     given = {slots[name].data_ptr() for name in names}
     missing = [name for name, slot in slots.items() if name not in names and slot.data_ptr() not in given]
     if missing:
         raise CheckpointError(
-            f"the model's tensor '{missing[0]}' is not in the endpoints: give their own architecture."
+            f"The model's tensor '{missing[0]}' is not in the endpoints: give their own architecture."
         )
 
 
@@ -232,7 +232,7 @@ def _fitting(name: str, value: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
     # copy_ would broadcast a wrong shape without a word.
     if value.shape != slots[name].shape:
         raise CheckpointError(
-            f"tensor '{name}' has shape {tuple(value.shape)} in the endpoints and "
+            f"Tensor '{name}' has shape {tuple(value.shape)} in the endpoints and "
             f"{tuple(slots[name].shape)} in the model: give their own architecture."
         )
     return value

@@ -31,7 +31,7 @@ def select(selector: str, names: Sequence[str], blocks: Blocks) -> list[str]:
     tests = [_test(part.strip(), names, blocks) for part in parts]
     chosen = [name for name in names if all(test(name) for test in tests)]
     if not chosen:
-        raise ConfigError(f"the block weight '{selector}' selects no tensor: its parts have none in common.")
+        raise ConfigError(f"The block weight '{selector}' selects no tensor: its parts have none in common.")
     return chosen
 
 
@@ -41,7 +41,7 @@ def _test(part: str, names: Sequence[str], blocks: Blocks) -> Callable[[str], bo
         try:
             pattern = re.compile(part.removeprefix("re:"))
         except re.error as error:
-            raise ConfigError(f"the block weight '{part}' is no regular expression: {error}.") from error
+            raise ConfigError(f"The block weight '{part}' is no regular expression: {error}.") from error
         return _some(part, names, lambda name: pattern.search(name) is not None)
     upper = part.upper()
     found = _block_range(upper, blocks)
@@ -60,7 +60,7 @@ def _test(part: str, names: Sequence[str], blocks: Blocks) -> Callable[[str], bo
 
 def _some(part: str, names: Sequence[str], test: Callable[[str], bool]) -> Callable[[str], bool]:
     if not any(test(name) for name in names):
-        raise ConfigError(f"the block weight '{part}' selects no tensor; the first one is '{names[0]}'.")
+        raise ConfigError(f"The block weight '{part}' selects no tensor; the first one is '{names[0]}'.")
     return test
 
 
@@ -80,11 +80,11 @@ def _block_range(part: str, blocks: Blocks) -> set[str] | None:
         if end not in blocks.order:
             known = "" if end not in (*SD1, *SDXL) else " (it belongs to another architecture)"
             raise ConfigError(
-                f"the block '{end}' is not in this model{known}; it has {listed(blocks.order)}."
+                f"The block '{end}' is not in this model{known}; it has {listed(blocks.order)}."
             )
     start, stop = blocks.order.index(first), blocks.order.index(last)
     if start > stop:
-        raise ConfigError(f"the blocks '{part}' run backwards: write {last}-{first}.")
+        raise ConfigError(f"The blocks '{part}' run backwards: write {last}-{first}.")
     return set(blocks.order[start : stop + 1])
 
 

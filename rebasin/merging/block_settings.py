@@ -21,7 +21,7 @@ def parse(setting: Any) -> list[tuple[str, Any]]:
     """The entries of a setting, in order: (selector, number or tuple of numbers); lists and presets have their own."""
     if isinstance(setting, bool) or setting is None:
         raise ConfigError(
-            f"block weights are {setting!r}, but they are a number, a list, a preset's name or entries."
+            f"Block weights are {setting!r}, but they are a number, a list, a preset's name or entries."
         )
     if isinstance(setting, int | float):
         return [("default", float(setting))]
@@ -63,7 +63,7 @@ def preset(name: str) -> tuple[float, ...]:
     if key not in presets:
         near = difflib.get_close_matches(key, [*presets, *aliases], n=3, cutoff=0.4) or list(presets)[:4]
         raise ConfigError(
-            f"there is no preset of block weights '{name}'; there are {', '.join(near)} and others."
+            f"There is no preset of block weights '{name}'; there are {', '.join(near)} and others."
         )
     return presets[key]
 
@@ -74,7 +74,7 @@ def _parse_text(text: str) -> list[tuple[str, Any]]:
         try:
             return parse(yaml.safe_load(Path(text).expanduser().read_text(encoding="utf-8")))
         except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"the block weights in {text} can't be read: {error}.") from error
+            raise ConfigError(f"The block weights in {text} can't be read: {error}.") from error
     items = [
         item.strip() for item in re.split(r",(?![^\[(]*[\])])", text.strip("[]") if "=" not in text else text)
     ]
@@ -92,9 +92,9 @@ def _parse_text(text: str) -> list[tuple[str, Any]]:
             preset(item.removesuffix("@depth"))
             entries.append(("preset", item))
         else:
-            raise ConfigError(f"the block weight '{item}' is no entry SELECTOR=WEIGHT, for example IN04=0.5.")
+            raise ConfigError(f"The block weight '{item}' is no entry SELECTOR=WEIGHT, for example IN04=0.5.")
     if not entries:
-        raise ConfigError("the block weights are empty: give a number, a list, a preset's name or entries.")
+        raise ConfigError("The block weights are empty: give a number, a list, a preset's name or entries.")
     return entries
 
 
@@ -120,6 +120,6 @@ def _number(selector: Any, value: Any) -> Value:
         finite, result = False, 0.0
     if not finite:
         raise ConfigError(
-            f"the block weight of '{selector}' is {value!r}, but it is a number or a list of numbers."
+            f"The block weight of '{selector}' is {value!r}, but it is a number or a list of numbers."
         )
     return result

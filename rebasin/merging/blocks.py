@@ -60,7 +60,7 @@ class BlockWeights:
     def __call__(self, name: str) -> float:
         if name not in self.weights:
             raise ConfigError(
-                f"tensor '{name}' has no block weight: these weights were made for another model."
+                f"Tensor '{name}' has no block weight: these weights were made for another model."
             )
         return self.weights[name]
 
@@ -130,7 +130,7 @@ def block_weights(setting: Any, names: Iterable[str], default: float | None = No
         left = [block for block in blocks.order if any(blocks.of[name] == block for name in rest)]
         if default is None:
             raise ConfigError(
-                f"the block weights set {len(weights)} of {len(names)} tensors and not, for example, '{rest[0]}' in"
+                f"The block weights set {len(weights)} of {len(names)} tensors and not, for example, '{rest[0]}' in"
                 f" {left[0]}: add default=WEIGHT for the others."
             )
         if weights:
@@ -144,7 +144,7 @@ def block_weights(setting: Any, names: Iterable[str], default: float | None = No
 
 def _single(selector: str, value: Any) -> float:
     if not isinstance(value, float):
-        raise ConfigError(f"the block weight of '{selector}' is a list, but it is one number.")
+        raise ConfigError(f"The block weight of '{selector}' is a list, but it is one number.")
     return value
 
 

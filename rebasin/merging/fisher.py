@@ -63,14 +63,14 @@ def diagonal_fisher(
                 count += 1
                 tell(progress, "fisher", count, loss=float(loss.detach()))
     if count == 0:
-        raise DataError("the Fisher information needs data, but there is not one batch.")
+        raise DataError("The Fisher information needs data, but there is not one batch.")
     result = {}
     for name, tensor in model.state_dict().items():
         parameter = named.get(name)
         if parameter is not None and id(parameter) in reached:
             result[name] = sums[id(parameter)] / count
             if not bool(result[name].isfinite().all()):
-                raise DataError(f"the gradient of '{name}' is not finite, so it has no Fisher information.")
+                raise DataError(f"The gradient of '{name}' is not finite, so it has no Fisher information.")
         else:
             result[name] = torch.ones_like(tensor, dtype=torch.float32)
     return result

@@ -17,12 +17,12 @@ def check_finite(name: str, label: str, tensor: Tensor, first: torch.dtype) -> N
     """
     if not is_number(tensor.dtype):
         raise CheckpointError(
-            f"tensor '{name}' is {tensor.dtype} in {label}, but {first} in the first model."
+            f"Tensor '{name}' is {tensor.dtype} in {label}, but {first} in the first model."
         )
     if not is_finite(tensor):
         wrong = "NaN" if bool(tensor.isnan().any()) else "infinity"
         raise CheckpointError(
-            f"tensor '{name}' of {label} has a value that is {wrong}: the file is damaged or its training diverged."
+            f"Tensor '{name}' of {label} has a value that is {wrong}: the file is damaged or its training diverged."
         )
 
 
@@ -57,7 +57,7 @@ def check_names(one: State, other: State, label: str = "A", other_label: str = "
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(
-                f"tensor '{missing[0]}'{more} is in {has} but not in {lacks}: all must have the same architecture."
+                f"Tensor '{missing[0]}'{more} is in {has} but not in {lacks}: all must have the same architecture."
             )
     if all(isinstance(state, dict) or hasattr(state, "shape_of") for state in (one, other)):
         for name in one:
@@ -70,7 +70,7 @@ def check_companion(state: State, companion: State, label: str) -> None:
     missing = [name for name in state if name not in names and is_number(dtype_of(state, name))]
     if missing:
         raise CheckpointError(
-            f"tensor '{missing[0]}' is in {label} but not in its companion: compute it for the whole."
+            f"Tensor '{missing[0]}' is in {label} but not in its companion: compute it for the whole."
         )
 
 
@@ -78,13 +78,13 @@ def wrong_shape(
     name: str, label: str, shape: tuple[int, ...], other_label: str, other: tuple[int, ...]
 ) -> CheckpointError:
     return CheckpointError(
-        f"tensor '{name}' has shape {shape} in {label} and {other} in {other_label}:"
+        f"Tensor '{name}' has shape {shape} in {label} and {other} in {other_label}:"
         " all must have the same architecture."
     )
 
 
 def integers_differ(name: str, label: str, other_label: str) -> CheckpointError:
     return CheckpointError(
-        f"integer tensor '{name}' differs between {label} and {other_label}: integers can't be merged, so make them"
+        f"Integer tensor '{name}' differs between {label} and {other_label}: integers can't be merged, so make them"
         " equal or leave the tensor out."
     )

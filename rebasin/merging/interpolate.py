@@ -46,7 +46,7 @@ def interpolate_tensor(name: str, a: Tensor, b: Tensor, lam: float) -> Tensor:
     a, b = a.detach(), b.detach()
     if is_number(a.dtype) != is_number(b.dtype):
         raise CheckpointError(
-            f"tensor '{name}' is {a.dtype} in A and {b.dtype} in B: these cannot be interpolated."
+            f"Tensor '{name}' is {a.dtype} in A and {b.dtype} in B: these cannot be interpolated."
         )
     if lam == 0:
         return a.clone()

@@ -105,7 +105,7 @@ class MergedState(LazyState):
         result = self.method.function(**given, **self.options)
         if result.shape != tensors[0].shape:
             raise ConfigError(
-                f"the merge method '{self.method.name}' made {tuple(result.shape)} of tensor '{name}', which is"
+                f"The merge method '{self.method.name}' made {tuple(result.shape)} of tensor '{name}', which is"
                 f" {tuple(tensors[0].shape)}: a method must keep shapes."
             )
         if any(result.data_ptr() == tensor.data_ptr() for tensor in (*tensors, *base)):
@@ -161,7 +161,7 @@ class MergedState(LazyState):
         result = tensor.to(dtype, copy=copy)
         if not is_finite(result):
             raise CheckpointError(
-                f"merging tensor '{name}' with '{self.method.name}' gave values that {dtype} can't hold: use smaller"
+                f"Merging tensor '{name}' with '{self.method.name}' gave values that {dtype} can't hold: use smaller"
                 " weights, or a wider dtype."
             )
         return result

@@ -144,7 +144,7 @@ def _package() -> Any:
         return importlib.import_module("sd_mecha")
     except ImportError as error:
         raise ConfigError(
-            "this needs the package sd-mecha, which is not installed: pip install 'git-rebasin[mecha]'."
+            "This needs the package sd-mecha, which is not installed: pip install 'git-rebasin[mecha]'."
         ) from error
 
 

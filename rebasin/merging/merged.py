@@ -63,32 +63,32 @@ def merge(
     )
     if isinstance(chosen.inputs, int) and len(states) != chosen.inputs:
         raise ConfigError(
-            f"the merge method '{chosen.name}' takes {chosen.inputs} models, but got {len(states)}."
+            f"The merge method '{chosen.name}' takes {chosen.inputs} models, but got {len(states)}."
         )
     if len(states) < chosen.least:
         raise ConfigError(
-            f"the merge method '{chosen.name}' takes {chosen.least} models or more, but got {len(states)}."
+            f"The merge method '{chosen.name}' takes {chosen.least} models or more, but got {len(states)}."
         )
     if chosen.needs_base and base is None:
         raise ConfigError(
-            f"the merge method '{chosen.name}' needs a base, the model that all were made from: give one, or choose a"
+            f"The merge method '{chosen.name}' needs a base, the model that all were made from: give one, or choose a"
             " method without."
         )
     if base is not None and not chosen.takes_base:
-        raise ConfigError(f"the merge method '{chosen.name}' has no use for a base: leave it out.")
+        raise ConfigError(f"The merge method '{chosen.name}' has no use for a base: leave it out.")
     if ("companions" in chosen.takes) != (companions is not None):
         need = (
             "needs a companion state (Fisher information) for each model"
             if companions is None
             else "takes no companions"
         )
-        raise ConfigError(f"the merge method '{chosen.name}' {need}.")
+        raise ConfigError(f"The merge method '{chosen.name}' {need}.")
     if companions is not None and len(companions) != len(states):
         raise ConfigError(
-            f"there are {len(states)} models but {len(companions)} companions: give one for each."
+            f"There are {len(states)} models but {len(companions)} companions: give one for each."
         )
     if weights is not None and chosen.weight is None:
-        raise ConfigError(f"the merge method '{chosen.name}' has no weights: leave them out.")
+        raise ConfigError(f"The merge method '{chosen.name}' has no weights: leave them out.")
     filled = chosen.check_options(options)
 
     others = [(label, state) for label, state in zip(labels[1:], states[1:], strict=True)]
@@ -133,5 +133,5 @@ def find_method(method: str | Method) -> Method:
 
         return mecha_method(method.removeprefix("mecha:"))
     if method not in METHODS:
-        raise ConfigError(f"there is no merge method '{method}'; choose one of {', '.join(METHODS)}.")
+        raise ConfigError(f"There is no merge method '{method}'; choose one of {', '.join(METHODS)}.")
     return METHODS[method]

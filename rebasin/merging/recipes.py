@@ -90,7 +90,7 @@ def recipe(
     made = _Recipe()
     inputs = [made.model(model, architecture) for model in models]
     if found.needs_base and base is None:
-        raise ConfigError(f"the merge method '{found.name}' needs a base: give its file.")
+        raise ConfigError(f"The merge method '{found.name}' needs a base: give its file.")
     origin = "" if base is None else made.model(base, architecture)
     if isinstance(weights, BlockWeights):
         if found.weight == "weights" and found.name != "weighted_sum":
@@ -116,7 +116,7 @@ def recipe(
 
 def _blocks(made: _Recipe, weights: BlockWeights, architecture: str | None) -> str:
     if architecture not in CONFIGS:
-        raise ConfigError(f"block weights in a recipe need an architecture, one of {', '.join(CONFIGS)}.")
+        raise ConfigError(f"Block weights in a recipe need an architecture, one of {', '.join(CONFIGS)}.")
     name, order = CONFIGS[architecture]
     rows = {row.block: row for row in weights.rows()}
     uneven = [row.block for row in rows.values() if row.low != row.high]

@@ -126,7 +126,7 @@ def method(
 def add(entry: Method) -> None:
     """Put a method into the registry; a name has one method."""
     if entry.name in METHODS:
-        raise ConfigError(f"there is a merge method '{entry.name}' already; choose another name.")
+        raise ConfigError(f"There is a merge method '{entry.name}' already; choose another name.")
     METHODS[entry.name] = entry
 
 

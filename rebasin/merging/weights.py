@@ -28,7 +28,7 @@ def fit_weights(method: Method, given: Any, models: int, name: str = "") -> floa
     numbers = [float(x) for x in given] if isinstance(given, Sequence) else given
     for number in numbers if isinstance(numbers, list) else [numbers]:
         if number is not None and not math.isfinite(number):
-            raise ConfigError(f"a weight{where} is {number}, but weights must be finite numbers.")
+            raise ConfigError(f"A weight{where} is {number}, but weights must be finite numbers.")
     if kind == "weights":
         if numbers is None:
             return [1 / models] * models
@@ -41,11 +41,11 @@ def fit_weights(method: Method, given: Any, models: int, name: str = "") -> floa
             return [1 - float(numbers), float(numbers)]
         if len(numbers) != models:
             raise ConfigError(
-                f"there are {models} models but {len(numbers)} weights{where}: give one for each."
+                f"There are {models} models but {len(numbers)} weights{where}: give one for each."
             )
         total = sum(numbers)
         if min(numbers) < 0 or total <= 0:
-            raise ConfigError(f"the weights {numbers}{where} must not be negative, nor all be 0.")
+            raise ConfigError(f"The weights {numbers}{where} must not be negative, nor all be 0.")
         return [number / total for number in numbers]
     if kind == "scales":
         if not isinstance(numbers, list):

@@ -34,7 +34,7 @@ def build(name: str, **options: Any) -> nn.Module:
         ConfigError: an unknown name or option, with the valid ones.
     """
     if name not in CLASSIFIERS:
-        raise ConfigError(f"there is no classifier '{name}': choose one of {', '.join(CLASSIFIERS)}.")
+        raise ConfigError(f"There is no classifier '{name}': choose one of {', '.join(CLASSIFIERS)}.")
     return CLASSIFIERS[name](**supply(CLASSIFIERS[name], {}, options, what=f"The model {name!r}"))
 
 

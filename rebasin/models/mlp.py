@@ -18,7 +18,7 @@ class MLP(nn.Module):
         super().__init__()
         if min(inputs, width, classes, depth) < 1:
             raise ConfigError(
-                f"an MLP needs positive sizes, but got {inputs=}, {width=}, {classes=}, {depth=}."
+                f"An MLP needs positive sizes, but got {inputs=}, {width=}, {classes=}, {depth=}."
             )
         sizes = [inputs, *[width] * depth, classes]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))

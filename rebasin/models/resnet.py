@@ -35,12 +35,12 @@ class ResNet(nn.Module):
         sizes = [round(base * width) for base in (16, 32, 64)]
         if norm not in get_args(Norm) or min(*sizes, channels, classes, blocks) < 1:
             raise ConfigError(
-                f"a ResNet has norm {', '.join(get_args(Norm))} and positive sizes, "
+                f"A ResNet has norm {', '.join(get_args(Norm))} and positive sizes, "
                 f"but got {width=}, {norm=}, {channels=}, {classes=}, {blocks=}."
             )
         if norm == "group" and any(size % groups for size in sizes):
             raise ConfigError(
-                f"a ResNet with channels {sizes} cannot have {groups} groups: they must divide them."
+                f"A ResNet with channels {sizes} cannot have {groups} groups: they must divide them."
             )
         self.stem = _ConvNorm(channels, sizes[0], 1, norm, groups)
         self.blocks = nn.ModuleList()

@@ -58,7 +58,7 @@ def load_unet(
     known = UNETS if path is None else tuple(found)
     if name not in known:
         raise CheckpointError(
-            f"there is no UNet {name!r} in {root}: choose one of {', '.join(known) or '(it has none)'}."
+            f"There is no UNet {name!r} in {root}: choose one of {', '.join(known) or '(it has none)'}."
         )
     return _load(UNet2DConditionModel, root / f"unet_{name}", torch_dtype=dtype).eval()
 
@@ -135,7 +135,7 @@ def _folder(part: str, path: str | Path | None) -> Path:
 
 def _load(kind: type[T], folder: Path, **options: Any) -> T:
     if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}: give one that scripts/train_tiny_sd.py made.")
+        raise CheckpointError(f"There is no folder {folder}: give one that scripts/train_tiny_sd.py made.")
     try:
         with _quiet():
             return kind.from_pretrained(str(folder), local_files_only=True, **options)  # pyright: ignore

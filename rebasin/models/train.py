@@ -41,16 +41,16 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.optimizer not in get_args(Optimizer) or self.schedule not in get_args(Schedule):
             raise ConfigError(
-                f"unknown optimizer '{self.optimizer}' or schedule '{self.schedule}': the optimizers are "
+                f"Unknown optimizer '{self.optimizer}' or schedule '{self.schedule}': the optimizers are "
                 f"{', '.join(get_args(Optimizer))}, the schedules {', '.join(get_args(Schedule))}."
             )
         if self.augment not in ("none", *AUGMENTATIONS):
             raise ConfigError(
-                f"unknown augmentation '{self.augment}': choose none, {', '.join(AUGMENTATIONS)}."
+                f"Unknown augmentation '{self.augment}': choose none, {', '.join(AUGMENTATIONS)}."
             )
         if self.epochs < 0 or self.batch_size < 1 or not self.learning_rate > 0 or self.warmup_epochs < 0:
             raise ConfigError(
-                f"a recipe needs epochs >= 0, batch_size >= 1, learning_rate > 0, but got {self}."
+                f"A recipe needs epochs >= 0, batch_size >= 1, learning_rate > 0, but got {self}."
             )
 
 
@@ -111,7 +111,7 @@ def train(
         history.append(float(total) / seen)
         if not math.isfinite(history[-1]):
             raise ConfigError(
-                f"training diverged in epoch {epoch} (loss {history[-1]}): lower the learning rate."
+                f"Training diverged in epoch {epoch} (loss {history[-1]}): lower the learning rate."
             )
         if after is not None:
             after(epoch)

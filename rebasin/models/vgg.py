@@ -31,7 +31,7 @@ class VGG(nn.Module):
         super().__init__()
         if depth not in PLANS or norm not in get_args(Norm) or min(width, channels, classes) < 1:
             raise ConfigError(
-                f"a VGG has depth 11 or 16, norm {', '.join(get_args(Norm))} and positive sizes, "
+                f"A VGG has depth 11 or 16, norm {', '.join(get_args(Norm))} and positive sizes, "
                 f"but got {depth=}, {width=}, {norm=}, {channels=}, {classes=}."
             )
         self.stages = nn.ModuleList()

@@ -45,5 +45,5 @@ def mean_over_batches(model: nn.Module, batches: Iterable[Any], measure: Measure
             for name, mean in means.items():
                 sums[name] = sums.get(name, 0.0) + float(mean) * samples
     if total == 0:
-        raise DataError("there is nothing to evaluate: the list of batches is empty.")
+        raise DataError("There is nothing to evaluate: the list of batches is empty.")
     return {name: value / total for name, value in sums.items()}

@@ -55,7 +55,7 @@ class Denoising:
     def __post_init__(self) -> None:
         if self.prediction not in get_args(Prediction):
             raise ConfigError(
-                f"unknown prediction '{self.prediction}': choose one of {', '.join(get_args(Prediction))}."
+                f"Unknown prediction '{self.prediction}': choose one of {', '.join(get_args(Prediction))}."
             )
         if self.prediction == "flow":
             if self.min_snr_gamma is not None:
@@ -64,7 +64,7 @@ class Denoising:
                 )
         elif self.alphas_cumprod is None or self.alphas_cumprod.ndim != 1:
             raise ConfigError(
-                f"prediction '{self.prediction}' needs the scheduler's alphas_cumprod, a vector of length T."
+                f"Prediction '{self.prediction}' needs the scheduler's alphas_cumprod, a vector of length T."
             )
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
             raise ConfigError(f"min_snr_gamma is {self.min_snr_gamma}, but it must be positive.")
@@ -85,7 +85,7 @@ class Denoising:
         latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
         if latents.shape != noise.shape or timesteps.shape != latents.shape[:1]:
             raise DataError(
-                f"a denoising batch has latents {tuple(latents.shape)}, noise {tuple(noise.shape)} and "
+                f"A denoising batch has latents {tuple(latents.shape)}, noise {tuple(noise.shape)} and "
                 f"timesteps {tuple(timesteps.shape)}, but noise must be shaped like latents, with one "
                 "timestep for each."
             )
@@ -112,7 +112,7 @@ class Denoising:
         assert self.alphas_cumprod is not None  # checked in __post_init__
         steps = len(self.alphas_cumprod)
         if timesteps.is_floating_point() or not bool(((timesteps >= 0) & (timesteps < steps)).all()):
-            raise DataError(f"the timesteps of a denoising batch must be integers from 0 to {steps - 1}.")
+            raise DataError(f"The timesteps of a denoising batch must be integers from 0 to {steps - 1}.")
         return self.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
 
     def _errors(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -122,7 +122,7 @@ class Denoising:
         predicted = model(noisy, timesteps, **given).sample
         if predicted.shape != target.shape:  # the subtraction would broadcast
             raise ConfigError(
-                f"the model returned {tuple(predicted.shape)} where '{self.prediction}' has a target of "
+                f"The model returned {tuple(predicted.shape)} where '{self.prediction}' has a target of "
                 f"{tuple(target.shape)}: models that also predict the variance are not supported."
             )
         errors = (predicted.float() - target.float()).square().flatten(1).mean(1)

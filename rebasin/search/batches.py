@@ -15,7 +15,7 @@ def samples_in(batch: Any) -> int:
     for value in batch.values() if isinstance(batch, Mapping) else batch:
         if isinstance(value, Tensor) and value.ndim > 0:
             return len(value)
-    raise DataError("a batch has no tensor whose first axis could be the samples.")
+    raise DataError("A batch has no tensor whose first axis could be the samples.")
 
 
 def cut(batches: Sequence[Any], size: int) -> list[Any]:
@@ -38,7 +38,7 @@ def deal(pieces: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
     """
     if len(pieces) < 2:
         raise DataError(
-            f"a search needs two batches or more, one to search on and one to choose by, but there is {len(pieces)};"
+            f"A search needs two batches or more, one to search on and one to choose by, but there is {len(pieces)};"
             " give it more data, or smaller batches with search.batch (search.unit for search.data=heldout)."
         )
     number = min(max(1, round(share * len(pieces))), len(pieces) - 1)

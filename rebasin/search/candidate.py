@@ -46,7 +46,7 @@ class Candidate:
         if isinstance(given, Mapping):
             if groups is None or any(group not in given for group in groups.order):
                 raise ConfigError(
-                    f"the weights of '{self.method}' are for {', '.join(given)}, but the model has the groups"
+                    f"The weights of '{self.method}' are for {', '.join(given)}, but the model has the groups"
                     f" {', '.join(groups.order) if groups else 'none'}."
                 )
             table = dict(given)

@@ -136,7 +136,7 @@ def fitting(names: Sequence[str], models: int, has_base: bool, gradients: bool) 
         for method in found:
             reason = obstacle(method, models, has_base)
             if reason and not ("companions" in method.takes and gradients):
-                raise ConfigError(f"the merge method '{method.name}' {reason}.")
+                raise ConfigError(f"The merge method '{method.name}' {reason}.")
     plain = METHODS[PLAIN]
     return [plain, *(method for method in found if method is not plain)]
 

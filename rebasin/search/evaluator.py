@@ -51,7 +51,7 @@ class Bench:
         self._slots = self.model.state_dict()  # shares its memory with the model
         missing = [name for name in self._slots if name not in set(states[0])]
         if missing:
-            raise CheckpointError(f"tensor '{missing[0]}' of the architecture is in none of the models.")
+            raise CheckpointError(f"Tensor '{missing[0]}' of the architecture is in none of the models.")
         self._loaded: dict[str, Any] = {}
         self.computed = 0
 

@@ -79,7 +79,7 @@ def group_tensors(names: Iterable[str], by: str, selectors: Sequence[str] = ()) 
 def interpolated(points: Sequence[float], groups: Groups) -> dict[str, float]:
     """Points equally spaced over the depth -> each group's weight; groups without a depth have the points' mean."""
     if len(points) < 2:
-        raise ConfigError("weights over the depth need 2 points or more: space.weights.points=5.")
+        raise ConfigError("Weights over the depth need 2 points or more: space.weights.points=5.")
     mean = sum(points) / len(points)
     found = {}
     for group in groups.order:

@@ -70,7 +70,7 @@ def load_aims(cfg: DictConfig, task: Task, options: DictConfig | None = None) ->
     own = cfg.search if options is None else options
     entries = list(own.objectives)
     if not entries:
-        raise ConfigError("the list of objectives is empty; it takes at least one, for example [run].")
+        raise ConfigError("The list of objectives is empty; it takes at least one, for example [run].")
     aims = tuple(_aim(cfg, task, own, entry) for entry in entries)
     names = [aim.name for aim in aims]
     if len(set(names)) < len(names):
@@ -83,7 +83,7 @@ def _aim(cfg: DictConfig, task: Task, options: DictConfig, entry: Any) -> Aim:
         own = {str(key): value for key, value in entry.items()}
         name = own.pop("name", None)
         if name is None:
-            raise ConfigError("an entry of the objectives has no name; write {name: reward, scorer: ...}.")
+            raise ConfigError("An entry of the objectives has no name; write {name: reward, scorer: ...}.")
         return _other(cfg, options, str(name), own)
     if entry == RUN or str(entry).startswith(f"{RUN}."):
         return _of_task(cfg, task, options, cfg.objective.name, str(entry).partition(".")[2] or "loss")

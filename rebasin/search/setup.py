@@ -81,7 +81,7 @@ def _base(cfg: DictConfig, task: Task, like: State) -> State | None:
     base = dict(task.load_other(str(Path(name).expanduser())))
     missing = [tensor for tensor in like if tensor not in base]
     if missing:
-        raise CheckpointError(f"base {name} lacks tensor '{missing[0]}': it is of another architecture.")
+        raise CheckpointError(f"Base {name} lacks tensor '{missing[0]}': it is of another architecture.")
     return base
 
 

@@ -229,7 +229,7 @@ def _methods(chosen: Any, models: int, has_base: bool) -> tuple[Method, ...]:
                 "greedy_soup is a search of its own; take it from `python -m rebasin.compare_methods`."
             )
         if reason := obstacle(method, models, has_base):
-            raise ConfigError(f"the merge method '{method.name}' {reason}.")
+            raise ConfigError(f"The merge method '{method.name}' {reason}.")
     return found
 
 

@@ -38,7 +38,7 @@ def workers(folder: Path, number: int) -> Iterator[list[subprocess.Popen]]:
 def main() -> None:
     """Work on the search in a folder until its budget is spent or its main process is gone."""
     if len(sys.argv) != 3 or not sys.argv[2].isdigit():
-        raise ConfigError("usage: python -m rebasin.search.worker FOLDER NUMBER")
+        raise ConfigError("The worker is called as python -m rebasin.search.worker FOLDER NUMBER.")
     folder, number = Path(sys.argv[1]), int(sys.argv[2])
     parent = os.getppid()
     from ..jobs import stages as steps

@@ -1,4 +1,4 @@
-"""The sentences of the package's errors, out of its source: where something is raised, `{...}` for what is filled in."""
+"""The sentences of the package's errors, out of its source; `{...}` stands for what is filled in."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def faults(text: str) -> list[str]:
     """What is wrong with the style of a sentence."""
     found = []
     begins_with_a_name = re.match(
-        r"""\{\.\.\.\}|['"`(<\[]|--|\S*[._/=\d]\S*|\w+ (is|has|takes|needs|can)\b""", text
+        r"""\{\.\.\.\}|['"`(<\[]|--|\S*[._/=\d]\S*|(sd-mecha|torchvision|timm|wandb|scikit-learn)\b|"""
+        r"""(?!there|this|it|that|one|none|nothing)\w+ (is|has|takes|needs|can|must|names)\b""",
+        text,
     )
     if not text[0].isupper() and not begins_with_a_name:
         found.append("begins with neither a capital letter nor a name")

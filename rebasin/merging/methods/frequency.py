@@ -86,4 +86,4 @@ def _filter(frequency: Tensor, alpha: float, tilt: float) -> Tensor:
 
 def _check(tilt: float) -> None:
     if not 0 <= tilt <= 1:
-        raise ConfigError(f"the option tilt is {tilt}, but it is a number from 0 to 1.")
+        raise ConfigError(f"The option tilt is {tilt}, but it is a number from 0 to 1.")

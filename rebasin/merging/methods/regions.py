@@ -62,7 +62,7 @@ def clip(models: Sequence[Tensor], stiffness: float = 0.0) -> Tensor:
     model usually is a merge itself: give the result of another `merge`.
     """
     if not 0 <= stiffness <= 1:
-        raise ConfigError(f"the option stiffness of 'clip' is {stiffness}, but it is a number from 0 to 1.")
+        raise ConfigError(f"The option stiffness of 'clip' is {stiffness}, but it is a number from 0 to 1.")
     first, bounds = models[0], models[1:]
     low, high = reduce(torch.minimum, bounds), reduce(torch.maximum, bounds)
     if stiffness:
@@ -76,6 +76,6 @@ def clip(models: Sequence[Tensor], stiffness: float = 0.0) -> Tensor:
 def _region(n: int, width: float, offset: float, device: torch.device) -> Tensor:
     """bool (n,): the positions from offset n on, width n of them, around the end."""
     if not (0 <= width <= 1 and 0 <= offset <= 1):
-        raise ConfigError(f"a share of {width} from {offset} on: both must be between 0 and 1.")
+        raise ConfigError(f"A share of {width} from {offset} on: both must be between 0 and 1.")
     start, end = round(offset * n), round((offset + width) * n)
     return (torch.arange(n, device=device) - start) % n < end - start

@@ -38,7 +38,7 @@ def greedy_plan(
     from ..merged import merge
 
     if mode not in ("min", "max"):
-        raise ConfigError(f"the option mode of 'greedy_soup' is '{mode}'; it takes min or max.")
+        raise ConfigError(f"The option mode of 'greedy_soup' is '{mode}'; it takes min or max.")
     sign, total = (1 if mode == "min" else -1), 2 * len(states) - 1
     step = 0
 
@@ -78,7 +78,7 @@ def ema(models: Sequence[Tensor], decay: float = 0.9) -> Tensor:
     Options: decay, from 0 (the last checkpoint) to below 1.
     """
     if not 0 <= decay < 1:
-        raise ConfigError(f"the option decay of 'ema' is {decay}, but it is from 0 to below 1.")
+        raise ConfigError(f"The option decay of 'ema' is {decay}, but it is from 0 to below 1.")
     result = models[0]
     for tensor in models[1:]:
         result = torch.lerp(result, tensor, 1 - decay)
@@ -95,7 +95,7 @@ def polyak(models: Sequence[Tensor], last: int = 0) -> Tensor:
     Options: last, how many of them; 0 takes all.
     """
     if last < 0 or last > len(models):
-        raise ConfigError(f"the option last of 'polyak' is {last}, but there are {len(models)} checkpoints.")
+        raise ConfigError(f"The option last of 'polyak' is {last}, but there are {len(models)} checkpoints.")
     tail = models[-last:] if last else models
     return average(tail, [1 / len(tail)] * len(tail))
 

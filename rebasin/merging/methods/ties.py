@@ -26,7 +26,7 @@ def ties_sum(
     by `mass` (sum of the differences: the paper's, and what sd-mecha's users call TIES-SOUP) or `count` (majority).
     """
     if vote not in ("mass", "count"):
-        raise ConfigError(f"the option vote of 'ties_sum' is '{vote}'; it takes mass or count.")
+        raise ConfigError(f"The option vote of 'ties_sum' is '{vote}'; it takes mass or count.")
     # In place and model by model: tensors of embeddings are large, and beside the inputs there are at most four.
     votes = torch.zeros_like(base)
     for model in models:
@@ -45,7 +45,7 @@ def ties_sum(
 def largest(delta: Tensor, k: float) -> Tensor:
     """Set all but the share k of the values to 0, in place: the largest magnitudes stay (ties all do)."""
     if not 0 <= k <= 1:
-        raise ConfigError(f"the option k is {k}, but it is a share between 0 and 1.")
+        raise ConfigError(f"The option k is {k}, but it is a share between 0 and 1.")
     kept = round(k * delta.numel())
     if kept == 0:
         return delta.zero_()
@@ -88,7 +88,7 @@ def dropout(
     """
     if not 0 <= probability < 1:
         raise ConfigError(
-            f"the option probability of 'dropout' is {probability}, but it is from 0 to below 1."
+            f"The option probability of 'dropout' is {probability}, but it is from 0 to below 1."
         )
     total = torch.zeros_like(base)
     for model in models:
