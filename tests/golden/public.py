@@ -146,6 +146,7 @@ def files() -> list[str]:
             found += [
                 f"file {name}: {path.relative_to(folder).as_posix()}"
                 for path in folder.rglob("*")
-                if path.is_file() and not path.name.startswith((".", "study.db-"))  # the latter are sqlite's, and go
+                if path.is_file()
+                and not path.name.startswith((".", "study.db-"))  # the latter are sqlite's, and go
             ]
     return sorted(found)
