@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import write_text
 from ..errors import ConfigError
+from ..files import write_text
 from .block_names import SD1, SDXL
 from .blocks import BlockWeights
 from .merged import find_method
