@@ -466,7 +466,7 @@ def test_a_baseline_is_counted_once_over_algorithms():
 
 @pytest.mark.parametrize("kind", ["pair", "many", "study"])
 def test_every_kind_of_run_has_tables_and_figures_for_a_tracker(kind, swept, tmp_path):
-    from rebasin.reporting.kinds import summary, tables
+    from rebasin.reporting.kinds import kind_of
     from rebasin.reporting.loggers import job_type
     from rebasin.reporting.results import load_results
     from rebasin.run import run
@@ -484,9 +484,9 @@ def test_every_kind_of_run_has_tables_and_figures_for_a_tracker(kind, swept, tmp
     assert results is not None
     assert job_type(results["config"]) == {"pair": "match", "many": "merge", "study": "study"}[kind]
     wanted = {"pair": "curves", "many": "models", "study": "rows"}[kind]
-    columns, rows = tables(results)[wanted]
+    columns, rows = kind_of(results).tables(results)[wanted]
     assert rows and all(len(row) == len(columns) for row in rows)
-    figures = summary(results)
+    figures = kind_of(results).summary(results)
     if kind == "many":
         assert figures["many/heldout/members/loss"] == results["rows"]["heldout"][0]["loss"]
         assert sweeps.collect(tmp_path).rows[0]["merge"] == "members"

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console as RichConsole
 
 from rebasin.evaluation import Curve
 from rebasin.evaluation.samples import Samples
-from rebasin.reporting import draw
+from rebasin.reporting import both, draw
 from rebasin.reporting.answers import answers
+from rebasin.reporting.console import Console
+from rebasin.reporting.loggers import Logger
 from rebasin.reporting.metrics import metrics
 from rebasin.reporting.numbers import number
+from rebasin.reporting.page import render
 from rebasin.reporting.results import environment
 from rebasin.reporting.samples import save_samples
+from rebasin.reporting.table import Table
+from rebasin.types import ProgressEvent
 
 
 def curve(height: float | None, accuracy: bool = False) -> dict[str, Any]:
@@ -109,6 +116,55 @@ def test_samples_are_on_the_page_when_they_are_in_the_folder(tmp_path):
     save_samples(Samples(["a seven", ""], {"A": [tile, tile], "B": [tile, tile]}), tmp_path / "samples.png")
     _, page = draw(results(1.0, 0.5), tmp_path)
     assert page.read_text().count("data:image/png;base64,") == 2
+
+
+def test_what_an_earlier_run_left_in_the_folder_is_not_shown(tmp_path):
+    stale = ("search.png", "samples.png", "steps.png", "blocks.png", "reliability.png", "methods.png")
+    for name in stale:
+        save_samples(Samples(["an old one"], {"A": [Image.new("L", (8, 8))]}), tmp_path / name)
+    for case, shown in (
+        (results(1.0, 0.5, pictures=[]), 1),
+        (results(1.0, 0.5, pictures=["samples.png"]), 2),
+        (results(1.0, 0.5), 2),  # of a version that did not tell: it may have had samples, but was no search
+    ):
+        _, page = draw(case, tmp_path)
+        text = page.read_text()
+        assert text.count("data:image/png;base64,") == shown
+        assert "<h2>The search</h2>" not in text and "while it searched" not in text
+        console = RichConsole(record=True, file=io.StringIO(), width=200)
+        Console(console).summary(case, tmp_path)
+        told = console.export_text()
+        assert "curve.png" in told and ("samples.png" in told) == (shown == 2)
+        assert not any(name in told for name in stale if name != "samples.png")
+
+
+def test_a_table_is_the_same_on_the_page_in_markdown_and_in_the_terminal():
+    rows = [{"name": "a", "loss": "1.0", "none": ""}, {"name": "b <i>", "loss": "12", "none": ""}]
+    found = Table.of(rows, {"name": "merge", "none": "unused", "loss": "loss"}, strong="loss")
+    assert found.markdown() == "| merge | loss |\n| --- | --: |\n| a | 1.0 |\n| b <i> | 12 |\n"
+    console = RichConsole(file=io.StringIO(), record=True, width=40)
+    console.print(found.terminal())
+    assert [line.split() for line in console.export_text().splitlines()] == [
+        ["merge", "loss"], ["a", "1.0"], ["b", "<i>", "12"],
+    ]  # fmt: skip
+    html = render("many", r=many(), table=found, verdict="", worst="0", passes=found, pictures={}, machine={},
+                  config="")  # fmt: skip
+    assert '<tr><td>b &lt;i&gt;</td><td class="n"><b>12</b></td></tr>' in html
+
+
+def many() -> dict[str, Any]:
+    base = results(1.0, 0.5)
+    return base | {"kind": "many", "models": ["a", "b"], "match": base["match"] | {"passes": 1}}
+
+
+def test_listeners_take_plain_dicts_of_algorithms_of_the_user():
+    seen: list[Any] = []
+    console = Console(RichConsole(file=io.StringIO(), width=200))
+    progress = both(console.progress, Logger().event, seen.append)
+    with console.stage("align"):
+        progress({"stage": "mine", "step": 1, "total": 4, "objective": 2.5})  # type: ignore[arg-type]
+        progress(ProgressEvent("ours", 2, 4, objective=2.5))
+    assert [event["step"] for event in seen] == [1, 2]
 
 
 def test_names_from_outside_are_escaped(tmp_path):

@@ -26,7 +26,7 @@ from rebasin.jobs.algorithm import load_algorithm
 from rebasin.jobs.configuration import check_types, explain, resolved
 from rebasin.jobs.resume import Resume
 from rebasin.reporting.console import Console
-from rebasin.reporting.kinds import summary
+from rebasin.reporting.kinds import kind_of
 from rebasin.reporting.results import load_results
 from rebasin.run import run
 from rebasin.spec import Permutation
@@ -387,7 +387,7 @@ def test_the_command_sweeps_and_keeps_an_offline_wandb_run_in_each_folder(tmp_pa
         ("mlp", "digits", "weight_matching"),
     )
     assert found.config["model"]["width"] == 16 and found.config["algo"]["name"] == "weight_matching"
-    measured = summary(results)
+    measured = kind_of(results).summary(results)
     assert {name: found.summary[name] for name in measured} == pytest.approx(measured), (
         "all that is documented"
     )

@@ -122,14 +122,12 @@ class Console:
 
     def summary(self, results: Results, folder: Path) -> None:
         """What the figures say, and where the files are."""
-        from .kinds import (  # late: matplotlib, which commands that only show progress need not wait for
-            pictures,
-            told,
-        )
+        # Late: matplotlib takes a second, and commands that only show progress do without.
+        from .kinds import kind_of, pictures
 
         own = pictures(results)
         self.console.print()
-        for part in told(results):
+        for part in kind_of(results).told(results):
             if isinstance(part, Table):
                 self.console.print(part.terminal())
             elif isinstance(part, Answer):

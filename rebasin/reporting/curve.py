@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 
 from .numbers import number
 from .results import Results
-from .style import INK, LINES, MUTED, figure, save_png
+from .style import INK, LINES, MUTED, figure
 
 SPLITS = {"heldout": "held-out data", "train": "training data"}
 
@@ -31,11 +30,6 @@ def draw_curves(results: Results) -> Figure:
                     row[1], kinds, "accuracy", f"Accuracy on {SPLITS.get(split, split)}", results["endpoints"]
                 )
     return fig
-
-
-def save_curves(results: Results, path: Path) -> Path:
-    """Draw the curves into the PNG file `path`."""
-    return save_png(draw_curves(results), path)
 
 
 def _loss_panel(ax: Axes, kinds: dict[str, Any], title: str, endpoints: dict[str, str]) -> None:

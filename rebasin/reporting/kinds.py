@@ -1,29 +1,56 @@
-"""What jobs leave in their folders, whatever their kind; each kind has a module that draws and tells it."""
+"""What jobs leave in their folders, whatever their kind."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.samples import Samples
 from ..files import write_text
-from . import many, methods, run, search_page, study
+from . import many, methods, run, search_figures, search_page, study
 from .answers import Answer
-from .metrics import Tables
-from .page import yaml
+from .metrics import Tables, metrics
+from .page import save_page, yaml
 from .results import Results, save_results
 from .samples import NAME as SAMPLES
 from .samples import save_samples
+from .style import Drawings, save_png
 from .table import Table
 
-KINDS: dict[str | None, Any] = {
-    None: run,
-    many.KIND: many,
-    study.KIND: study,
-    search_page.KIND: search_page,
-    methods.KIND: methods,
+
+@dataclass(frozen=True)
+class Kind:
+    """What is made of the results of one kind of job.
+
+    Attributes:
+        told: what the terminal shows at the end.
+        summary: the single figures by name, for a tracker.
+        page: what the template of this kind is given; with a "table", there is a table.md, too. None: there is no page.
+        drawings: the pictures that results.json suffices for.
+        tables: what has rows, for a tracker.
+    """
+
+    told: Callable[[Results], Sequence[Table | Answer | str]]
+    summary: Callable[[Results], dict[str, float]]
+    page: Callable[[Results], dict[str, Any]] | None = None
+    drawings: Callable[[Results], Drawings] = lambda results: {}
+    tables: Callable[[Results], Tables] = lambda results: {}
+
+
+KINDS: dict[str | None, Kind] = {
+    None: Kind(run.told, metrics, run.page, run.drawings, run.tables),
+    many.KIND: Kind(many.told, many.summary, many.page, many.drawings, many.tables),
+    study.KIND: Kind(study.told, study.summary, tables=study.tables),
+    search_page.KIND: Kind(search_page.told, search_page.summary, search_page.page, search_figures.drawings),
+    methods.KIND: Kind(methods.told, methods.summary, methods.page, methods.drawings),
 }
-"""The kind in results.json -> its module: `pictures`, `draw`, `told`, and for trackers `summary` and `tables`."""
+"""By the `kind` in results.json; runs on two models have none."""
+
+
+def kind_of(results: Results) -> Kind:
+    return KINDS[results.get("kind")]
 
 
 def leave(results: Results, folder: Path, samples: Samples | None = None) -> list[Path]:
@@ -36,29 +63,20 @@ def leave(results: Results, folder: Path, samples: Samples | None = None) -> lis
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Write pictures and pages from what is in results.json."""
-    return _module(results).draw(results, folder)
+    """Write pictures and pages from what is in results.json, and the pictures that the job has made before."""
+    kind = kind_of(results)
+    drawn = [save_png(make(), folder / name) for name, make in kind.drawings(results).items()]
+    if kind.page is not None:
+        page = kind.page(results)
+        if "table" in page:
+            drawn.append(write_text(folder / "table.md", page["table"].markdown()))
+        drawn.append(save_page(results.get("kind", "run"), results, folder, pictures(results), **page))
+    return drawn
 
 
 def pictures(results: Results) -> list[str]:
-    """The names of the pictures that these results have: others in their folder are not of this job."""
-    return _module(results).pictures(results)
-
-
-def told(results: Results) -> list[Table | Answer | str]:
-    """What the terminal shows at the end."""
-    return _module(results).told(results)
-
-
-def summary(results: Results) -> dict[str, float]:
-    """The single figures by name, for a tracker."""
-    return _module(results).summary(results)
-
-
-def tables(results: Results) -> Tables:
-    """What has rows, for a tracker."""
-    return _module(results).tables(results)
-
-
-def _module(results: Results) -> Any:
-    return KINDS[results.get("kind")]
+    """The files of pictures that these results have: others in their folder are of an earlier job."""
+    made = results.get("pictures")
+    if made is None:  # an earlier version did not tell what it had made of its models
+        made = run.made_before(results) if kind_of(results).told is run.told else []
+    return [*kind_of(results).drawings(results), *made]

@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import ConfigError
 from ..types import Progress, ProgressEvent
-from .kinds import pictures, summary, tables
+from .kinds import kind_of, pictures
 from .results import Results
 
 MODES = ("offline", "online", "disabled")
@@ -22,18 +22,17 @@ ARTIFACTS = {
 """Kind -> the files of a run that belong to it."""
 
 
-class Logger(Protocol):
+class Logger:
+    """What a run tells; this one, of `logger=none`, keeps nothing, and wandb is not even imported."""
+
     def event(self, event: ProgressEvent) -> None:
-        """A progress event of an algorithm, while it runs."""
-        ...
+        """A progress event of an algorithm, while it runs; algorithms of the user's own may send plain dicts."""
 
     def picture(self, name: str, path: Path) -> None:
         """A picture that was made while the run goes on."""
-        ...
 
     def results(self, results: Results, folder: Path) -> None:
         """The run's results and the pictures in its folder, at the end."""
-        ...
 
 
 @contextmanager
@@ -43,7 +42,7 @@ def open_logger(config: Mapping[str, Any], run: Mapping[str, Any], folder: Path)
     config: the group; run: the run's whole configuration; folder: the run's, where all files stay.
     """
     if config["name"] == "none":
-        yield NoLogger()
+        yield Logger()
         return
     if config["mode"] not in MODES:
         raise ConfigError(f"logger.mode is {config['mode']!r}; choose one of {', '.join(MODES)}.")
@@ -67,20 +66,7 @@ def both(*listeners: Progress) -> Progress:
     return progress
 
 
-class NoLogger:
-    """`logger=none`; wandb is not even imported."""
-
-    def event(self, event: ProgressEvent) -> None:
-        pass
-
-    def picture(self, name: str, path: Path) -> None:
-        pass
-
-    def results(self, results: Results, folder: Path) -> None:
-        pass
-
-
-class WandbLogger:
+class WandbLogger(Logger):
     """One wandb run: progress while matching, then the curves as a table, the pictures, and `metrics`."""
 
     def __init__(self, config: Mapping[str, Any], run: Mapping[str, Any], folder: Path):
@@ -122,15 +108,16 @@ class WandbLogger:
         self._run.log({name: self._wandb.Image(str(path))})
 
     def results(self, results: Results, folder: Path) -> None:
+        kind = kind_of(results)
         logged: dict[str, Any] = {
             name: self._wandb.Table(columns=list[Any](columns), data=rows)
-            for name, (columns, rows) in tables(results).items()
+            for name, (columns, rows) in kind.tables(results).items()
         }
         for path in (folder / name for name in pictures(results)):
             if path.is_file():
                 logged[path.stem] = self._wandb.Image(str(path))
         self._run.log(logged)
-        self._run.summary.update(summary(results))
+        self._run.summary.update(kind.summary(results))
         self._artifacts(results, folder)
 
     def _artifacts(self, results: Results, folder: Path) -> None:
@@ -141,7 +128,11 @@ class WandbLogger:
                 artifact = self._wandb.Artifact(
                     f"{results['data']}-{results['model']}-{results['algorithm']}-{kind}",
                     type=kind,
-                    metadata={**summary(results), "seed": results["seed"], "command": results.get("command")},
+                    metadata={
+                        **kind_of(results).summary(results),
+                        "seed": results["seed"],
+                        "command": results.get("command"),
+                    },
                 )
                 for file in files:
                     artifact.add_file(str(file))

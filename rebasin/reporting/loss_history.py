@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from matplotlib.figure import Figure
 
 from .numbers import number
 from .results import Results
-from .style import BLUE, INK, MUTED, ORANGE, figure, save_png
+from .style import BLUE, INK, MUTED, ORANGE, figure
 
 NAME = "search.png"
 PARTS = ("start", "projection", "gradient", "scoring")
@@ -64,11 +62,6 @@ def draw(results: Results) -> Figure:
         bottom.set_ylabel("neurons moved")
         bottom.set_xlabel("step (shaded: verified passes)" if passes else "step")
     return fig
-
-
-def save(results: Results, folder: Path) -> Path:
-    """Draw it into search.png."""
-    return save_png(draw(results), folder / NAME)
 
 
 def time_split(results: Results) -> str:

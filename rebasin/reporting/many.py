@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.calibration import Calibration
-from ..files import write_text
 from .metrics import Tables, numbers_of
 from .numbers import cell, number, percent
-from .page import save_page
-from .reliability import save_reliability
+from .reliability import draw_reliability
 from .results import Results, described
+from .style import Drawings
 from .table import Table
 
 if TYPE_CHECKING:
@@ -46,28 +44,19 @@ def figures(
     }
 
 
-def pictures(results: Results) -> list[str]:
-    return [FIGURE] if _calibrations(results)[1] else []
-
-
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Write table.md, reliability.png (if there is calibration to show) and report.html."""
-    drawn = [write_text(folder / "table.md", table(results).markdown())]
+def drawings(results: Results) -> Drawings:
     split, curves = _calibrations(results)
-    if curves:
-        title = f"{len(results['models'])} models, {split}"
-        drawn.append(save_reliability(curves, folder / FIGURE, title))
-    page = save_page(
-        "many",
-        results,
-        folder,
-        pictures(results),
-        table=table(results),
-        verdict=verdict(results),
-        worst=number(max(check["max_relative_error"] for check in results["verify"].values()), 2),
-        passes=_passes(results),
-    )
-    return [*drawn, page]
+    title = f"{len(results['models'])} models, {split}"
+    return {FIGURE: lambda: draw_reliability(curves, title)} if curves else {}
+
+
+def page(results: Results) -> dict[str, Any]:
+    return {
+        "table": table(results),
+        "verdict": verdict(results),
+        "worst": number(max(check["max_relative_error"] for check in results["verify"].values()), 2),
+        "passes": _passes(results),
+    }
 
 
 def told(results: Results) -> list[Table | str]:

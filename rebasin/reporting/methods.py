@@ -5,37 +5,29 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..files import write_text
 from .answers import Answer
-from .metrics import Tables, numbers_of
+from .metrics import numbers_of
 from .numbers import signed
-from .page import save_page
 from .results import Results
-from .style import LINES, MUTED, figure, save_png
+from .style import LINES, MUTED, Drawings, figure
 from .table import Table
 
 KIND = "methods"
-PICTURE = "methods.png"
 ENDPOINT, NAIVE, ALIGNED = "endpoint", "naive", "aligned"
 """The kinds of rows."""
 PLAIN = "weighted_sum"
 
 
-def pictures(results: Results) -> list[str]:
-    return [PICTURE]
+def drawings(results: Results) -> Drawings:
+    return {"methods.png": lambda: draw_methods(results)}
 
 
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Write table.md, methods.png and report.html from results.json's content."""
-    found = table(results)
-    picture = save_png(draw_methods(results), folder / PICTURE)
-    page = save_page("methods", results, folder, pictures(results), table=found, answers=verdicts(results))
-    return [picture, write_text(folder / "table.md", found.markdown()), page]
+def page(results: Results) -> dict[str, Any]:
+    return {"table": table(results), "answers": verdicts(results)}
 
 
 def told(results: Results) -> list[Table | Answer | str]:
@@ -93,10 +85,6 @@ def summary(results: Results) -> dict[str, float]:
         means = {name: one["mean"] for name, one in row["aims"].items()}
         found |= numbers_of(means, f"{row['name']} {row['kind']}")
     return found
-
-
-def tables(results: Results) -> Tables:
-    return {}
 
 
 def draw_methods(results: Results) -> Figure:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from ..evaluation.calibration import Calibration
 from .style import LOOKS, MUTED, figure, save_png
 
@@ -12,8 +14,8 @@ FEW = 5
 """The accuracy of fewer samples says next to nothing."""
 
 
-def save_reliability(curves: Mapping[str, Calibration], path: Path, title: str = "Reliability") -> Path:
-    """Write a PNG with one line for each of `curves`; below it, where each one's samples are.
+def draw_reliability(curves: Mapping[str, Calibration], title: str = "Reliability") -> Figure:
+    """One line for each of `curves`; below it, where each one's samples are.
 
     Bins of fewer than FEW samples are left out. A marker's area is the share of the samples in its bin.
     """
@@ -37,4 +39,9 @@ def save_reliability(curves: Mapping[str, Calibration], path: Path, title: str =
         top.set(xlim=(0, 1.02), ylim=(0, 1.02), ylabel="accuracy", title=title)
         fig.legend(loc="outside right upper", fontsize=8.5, frameon=False)
         bottom.set(xlabel="confidence", ylabel="samples", ylim=(0, 1.02))
-    return save_png(fig, path)
+    return fig
+
+
+def save_reliability(curves: Mapping[str, Calibration], path: Path, title: str = "Reliability") -> Path:
+    """Draw it into the PNG file `path`."""
+    return save_png(draw_reliability(curves, title), path)

@@ -11,14 +11,14 @@ import numpy as np
 
 from ..files import atomic_path
 from ..merging.block_figure import block_figure
-from ..tensors import load_metadata, load_safetensors, save_safetensors
+from ..tensors import save_safetensors
 from . import loss_history
 from .answers import Answer, answers
-from .curve import save_curves
-from .metrics import Tables, metrics
+from .curve import draw_curves
+from .metrics import Tables
 from .numbers import between, cell, number, percent
-from .page import save_page
 from .results import Results, described
+from .style import Drawings
 from .table import Table
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def figures(
         },
         "rewards": None if rewards is None else asdict(rewards),
         "merge": None if merge is None else dict(merge),
-        "pictures": list(pictures),
+        "pictures": [*pictures, *(["blocks.png"] if merge is not None and merge["blocks"] else [])],
     }
 
 
@@ -121,38 +121,30 @@ def _losses(match: Any) -> dict[str, Any]:
     }
 
 
-def pictures(results: Results) -> list[str]:
-    """The pictures of this run, by its results: its folder may have those of an earlier one, too."""
-    looked = loss_history.has_losses(results)
-    told = results.get("pictures")
-    if told is None:  # an earlier version did not tell which it made
-        told = ["samples.png", *(["steps.png"] if looked and results["config"].get("sample_every") else [])]
-    by_block = (results.get("merge") or {}).get("blocks")
-    found = {"curve.png": results["curves"], loss_history.NAME: looked, "blocks.png": by_block}
-    return [*(name for name, there in found.items() if there), *told]
-
-
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Write curve.png, search.png if the algorithm looked at the loss, and report.html, which also shows the pictures
-    of samples and of weights by block that the run has made.
-    """
-    drawn = [save_curves(results, folder / "curve.png")] if results["curves"] else []
+def drawings(results: Results) -> Drawings:
+    found: Drawings = {"curve.png": lambda: draw_curves(results)} if results["curves"] else {}
     if loss_history.has_losses(results):
-        drawn.append(loss_history.save(results, folder))
-    page = save_page(
-        "run",
-        results,
-        folder,
-        pictures(results),
-        answers=answers(results),
-        curves=curve_table(results),
-        lines=merge_lines(results),
-        scores=score_table(results),
-        split=loss_history.time_split(results),
-        parts=_parts(results),
-        history=_history(results),
-    )
-    return [*drawn, page]
+        found[loss_history.NAME] = lambda: loss_history.draw(results)
+    return found
+
+
+def page(results: Results) -> dict[str, Any]:
+    return {
+        "answers": answers(results),
+        "curves": curve_table(results),
+        "lines": merge_lines(results),
+        "scores": score_table(results),
+        "split": loss_history.time_split(results),
+        "parts": _parts(results),
+        "history": _history(results),
+    }
+
+
+def made_before(results: Results) -> list[str]:
+    """What a run of an earlier version, which did not tell, may have made of its models: not what can't be."""
+    looked = loss_history.has_losses(results) and results["config"].get("sample_every")
+    by_block = (results.get("merge") or {}).get("blocks")
+    return ["samples.png", *(["steps.png"] if looked else []), *(["blocks.png"] if by_block else [])]
 
 
 def told(results: Results) -> list[Table | Answer | str]:
@@ -247,10 +239,6 @@ def _keys(history: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for entry in history for key in entry))
 
 
-def summary(results: Results) -> dict[str, float]:
-    return metrics(results)
-
-
 def tables(results: Results) -> Tables:
     """curves: each split, line and lambda; history: each step of the matching."""
     names = sorted({m for kinds in results["curves"].values() for c in kinds.values() for m in c["metrics"]})
@@ -289,10 +277,8 @@ def save_tensors(
         "seed": str(config["seed"]),
         "spec_hash": permutation.spec.hash,
     }
-    path = folder / "permutation.safetensors"
-    permutation.save(path, {**about, "content": "the permutation that brings B to A, and its spec"})
-    # Again, with the header in a fixed order.
-    save_safetensors(path, load_safetensors(path), load_metadata(path))
+    content = "the permutation that brings B to A, and its spec"
+    permutation.save(folder / "permutation.safetensors", {**about, "content": content})
     save_safetensors(folder / "aligned.safetensors", aligned, {**about, "content": "B, permuted"})
     merge = f"merge by {config['merge']['method']}"
     save_safetensors(folder / "merged.safetensors", merged, {**about, "content": merge})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ..evaluation.pareto import beats
 from .results import Results
-from .style import BLUE, INK, MUTED, SKY, VERMILION, figure
+from .style import BLUE, INK, MUTED, SKY, VERMILION, Drawings, figure
 
 TRIED, BEST, KNOWN = SKY, BLUE, VERMILION
 AVERAGE = "plain average"
@@ -23,8 +24,8 @@ SLICES = 12
 Point = tuple[Any, float]
 
 
-def figures(results: Results) -> dict[str, Callable[[Results], Figure]]:
-    """File -> what draws it, of the pictures for which these results have something."""
+def drawings(results: Results) -> Drawings:
+    """Of the pictures those for which these results have something."""
     known = {
         "history.png": (_history, True),
         "importance.png": (_importance, any(results["importance"].values())),
@@ -32,7 +33,7 @@ def figures(results: Results) -> dict[str, Callable[[Results], Figure]]:
         "slices.png": (_slices, bool(results["parameters"])),
         "weights.png": (_weights, isinstance(results["winner"]["candidate"]["weight"], dict)),
     }
-    return {name: draw for name, (draw, there) in known.items() if there}
+    return {name: partial(draw, results) for name, (draw, there) in known.items() if there}
 
 
 def _history(results: Results) -> Figure:

@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from .answers import Answer, Tone
-from .metrics import Tables
 from .numbers import between, number, signed
-from .page import save_page
 from .results import Results
-from .search_figures import AVERAGE, figures
-from .style import save_png
+from .search_figures import AVERAGE
 from .table import Table
 
 KIND = "search"
 
 
-def pictures(results: Results) -> list[str]:
-    return list(figures(results))
-
-
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Write the pictures and report.html from results.json's content."""
-    drawn = [save_png(make(results), folder / name) for name, make in figures(results).items()]
-    page = save_page(
-        "search",
-        results,
-        folder,
-        pictures(results),
-        answers=[verdict(results), *_about(results)],
-        heldout=_heldout(results),
-        finalists=_finalists(results),
-        trials=_trials(results),
-    )
-    return [*drawn, page]
+def page(results: Results) -> dict[str, Any]:
+    return {
+        "answers": [verdict(results), *_about(results)],
+        "heldout": _heldout(results),
+        "finalists": _finalists(results),
+        "trials": _trials(results),
+    }
 
 
 def told(results: Results) -> list[Table | Answer | str]:
@@ -157,7 +142,3 @@ def summary(results: Results) -> dict[str, float]:
         values |= {f"{one['name']}/winner-average {k}": v for k, v in gap.items() if v is not None}
         found |= {f"judge/{name}": value for name, value in values.items()}
     return found
-
-
-def tables(results: Results) -> Tables:
-    return {}

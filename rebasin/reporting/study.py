@@ -1,22 +1,11 @@
-"""What a study leaves: rows in results.json, from which the report of a sweep is drawn."""
+"""What a study leaves: rows in results.json. It is one point of a sweep, whose page has the figures."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from .metrics import Tables, numbers_of
 from .results import Results
 
 KIND = "study"
-
-
-def pictures(results: Results) -> list[str]:
-    return []
-
-
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Nothing: a study is one point of a sweep, and its page is the sweep's."""
-    return []
 
 
 def told(results: Results) -> list[str]:

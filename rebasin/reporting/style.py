@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..files import atomic_path
+
+Drawings = dict[str, Callable[[], Figure]]
+"""The name of a picture's file -> what draws it."""
 
 INK, MUTED, GRID = "#1f2328", "#6b7280", "#e5e7eb"
 
