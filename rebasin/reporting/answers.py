@@ -89,18 +89,20 @@ def _helped(results: Results) -> Answer:
         )
         return Answer(question, "Nothing to do", text, "neutral")
     share = after / before
+    tone: Tone = "good"
+    if after <= NEGLIGIBLE * abs(endpoints):
+        short, rest = "Yes", "; it is gone"
+    elif share <= 0.5:
+        short, rest = "Yes", "; a part remains"
+    elif share <= 0.95:
+        short, tone, rest = "A little", "mixed", "; most of it remains"
+    else:
+        short, tone = "No", "bad"
+        rest = ": unchanged, within 5 %" if share < 1.05 else ": it is higher than without aligning"
     change = (
         f"The barrier on {where} went from {number(before)} to {number(after)}, {max(share, 0):.0%} of naive"
     )
-    detail = f"{moved:,} of {total:,} neurons moved"
-    if after <= NEGLIGIBLE * abs(endpoints):
-        return Answer(question, "Yes", f"{change}; it is gone. {detail}.", "good")
-    if share <= 0.5:
-        return Answer(question, "Yes", f"{change}; a part remains. {detail}.", "good")
-    if share <= 0.95:
-        return Answer(question, "A little", f"{change}; most of it remains. {detail}.", "mixed")
-    verdict = "unchanged, within 5 %" if share < 1.05 else "it is higher than without aligning"
-    return Answer(question, "No", f"{change}: {verdict}. {detail}.", "bad")
+    return Answer(question, short, f"{change}{rest}. {moved:,} of {total:,} neurons moved.", tone)
 
 
 def _cost(results: Results) -> Answer:

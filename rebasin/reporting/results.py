@@ -117,15 +117,24 @@ def load_results(folder: str | os.PathLike[str]) -> Results:
         CheckpointError: there is no results.json of this format; the message names the file.
     """
     path = Path(folder) / NAME
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"There is no {path}; name the folder of a finished run.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}.") from error
+    if not path.is_file():
+        raise CheckpointError(f"There is no {path}; name the folder of a finished run.")
+    results = read_json(path)
     if not isinstance(results, dict) or results.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by this version (format {FORMAT}); run the job again.")
     return results
+
+
+def read_json(path: Path) -> Any:
+    """What is in a JSON file.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}.") from error
 
 
 def _version(name: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +34,7 @@ CURVES = {
     "highest": "highest", "at": "at λ", "barrier": "barrier", "barrier_mean": "against the mean",
     "accuracy": "accuracy at the midpoint",
 }  # fmt: skip
-CURVES_SHORT = {
-    "split": "data", "kind": "merge", "a": "loss A", "b": "loss B", "midpoint": "midpoint", "barrier": "barrier",
-    "accuracy": "accuracy at midpoint",
-}  # fmt: skip
+SHORT = ("split", "kind", "a", "b", "midpoint", "barrier", "accuracy")
 """What fits into a terminal."""
 
 
@@ -149,12 +146,12 @@ def made_before(results: Results) -> list[str]:
 
 def told(results: Results) -> list[Table | Answer | str]:
     """What the terminal shows: the curves, the saved merge, scores, and the three answers."""
-    curves, scores = curve_table(results, CURVES_SHORT), score_table(results, "95 % interval")
+    curves, scores = curve_table(results, SHORT), score_table(results)
     tables = [curves, *merge_lines(results), *(["", scores] if scores.lines else [])]
     return [*tables, "", *answers(results)]
 
 
-def curve_table(results: Results, titles: Mapping[str, str] = CURVES) -> Table:
+def curve_table(results: Results, columns: Iterable[str] = CURVES) -> Table:
     """A line for each curve."""
     rows = []
     for split, kinds in results["curves"].items():
@@ -179,7 +176,7 @@ def curve_table(results: Results, titles: Mapping[str, str] = CURVES) -> Table:
                     else "",
                 }
             )
-    return Table.of(rows, titles, labels=2, strong="barrier")
+    return Table.of(rows, {column: CURVES[column] for column in columns}, labels=2, strong="barrier")
 
 
 def merge_lines(results: Results) -> list[str]:
@@ -196,7 +193,7 @@ def merge_lines(results: Results) -> list[str]:
     return [*lines, *merge["notes"]]
 
 
-def score_table(results: Results, interval: str | None = None) -> Table:
+def score_table(results: Results) -> Table:
     """What a scorer thinks of each model's images, then the differences; no lines if none was asked."""
     rewards = results.get("rewards") or {"models": {}, "differences": {}}
     lines = tuple(
@@ -204,9 +201,9 @@ def score_table(results: Results, interval: str | None = None) -> Table:
         for kind in ("models", "differences")
         for label, found in rewards[kind].items()
     )
-    if interval is None and lines:
-        interval = f"95 % interval over {results['config']['evaluate']['seeds']} seeds of noise"
-    return Table(("model", "mean score", interval or ""), lines, strong="mean score")
+    seeds = results["config"]["evaluate"]["seeds"] if lines else 0
+    interval = f"95 % interval over {seeds} seeds of noise"
+    return Table(("model", "mean score", interval), lines, strong="mean score")
 
 
 def _parts(results: Results) -> Table:

@@ -20,7 +20,7 @@ from ..files import write_text
 from . import experiments
 from .metrics import metrics
 from .results import NAME as RESULTS
-from .results import Results, load_results, relevant
+from .results import Results, load_results, read_json, relevant
 from .sweep_command import place as order_of
 
 NAME = "sweep.json"
@@ -75,6 +75,16 @@ class Sweep:
     def value(self, row: Row, column: str) -> Any:
         """What `row` has in `column`; None if nothing."""
         return row[column] if column in row else self.common.get(column)
+
+    def where(self, wanted: Mapping[str, Any]) -> list[Row]:
+        """The rows that have the wanted value, or one of a list, in each of these columns."""
+        lists = {column: one if isinstance(one, list) else [one] for column, one in wanted.items()}
+        return [row for row in self.rows if all(self.value(row, c) in values for c, values in lists.items())]
+
+    def distinct(self, rows: Sequence[Row], column: str) -> list[Any]:
+        """The values of a column: numbers rise, words stay in the order in which they came."""
+        found = list(dict.fromkeys(self.value(row, column) for row in rows))
+        return sorted(found) if all(isinstance(value, (int, float)) for value in found) else found
 
 
 def collect(folder: Path) -> Sweep:
@@ -181,10 +191,7 @@ def load(path: Path) -> Sweep:
     Raises:
         CheckpointError: the file is missing, or something else.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}.") from error
+    data = read_json(path)
     if not isinstance(data, dict) or data.get("kind") != "sweep" or data.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a sweep of this version (format {FORMAT}).")
     return Sweep(

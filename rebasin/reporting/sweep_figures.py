@@ -34,7 +34,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown
 from .style import INK, LOOKS, MUTED, NAIVE, figure, save_png
 from .sweep import Row, Sweep
 
@@ -66,11 +66,9 @@ class Plot:
     @classmethod
     def declared(cls, data: Mapping[str, Any]) -> Plot:
         """Raises ConfigError: a field that is unknown or missing."""
-        unknown = [key for key in data if key not in cls.__dataclass_fields__]
-        if unknown:
-            raise ConfigError(
-                f"A figure has no field {unknown[0]!r}; it has {', '.join(cls.__dataclass_fields__)}."
-            )
+        for key in data:
+            if key not in cls.__dataclass_fields__:
+                raise unknown(f"A figure has no field {key!r}", key, cls.__dataclass_fields__)
         series = data.get("series", ())
         try:
             plot = cls(**{**data, "series": (series,) if isinstance(series, str) else tuple(series)})
@@ -106,16 +104,14 @@ def draw(sweep: Sweep, folder: Path) -> list[Path]:
 
 def draw_plot(sweep: Sweep, plot: Plot) -> Figure | None:
     """The figure; None if no row has what it shows."""
-    rows = [row for row in sweep.rows if matches(sweep, row, plot.where)]
+    rows = sweep.where(plot.where)
     if plot.kind == "contour":
         return _contours(sweep, plot, rows)
-    panels = _values(sweep, rows, plot.panel) if plot.panel else [None]
-    drawn = []
-    for panel in panels:
-        chosen = rows if plot.panel is None else [r for r in rows if sweep.value(r, plot.panel) == panel]
-        found = lines(sweep, plot, chosen)
-        if found:
-            drawn.append((panel, found))
+    panels: dict[Any, Sequence[Row]] = {None: rows}
+    if plot.panel is not None:
+        values = sweep.distinct(rows, plot.panel)
+        panels = {value: [row for row in rows if sweep.value(row, plot.panel) == value] for value in values}
+    drawn = [(panel, found) for panel, chosen in panels.items() if (found := lines(sweep, plot, chosen))]
     if not drawn:
         return None
     columns = min(3, len(drawn))
@@ -149,12 +145,9 @@ def draw_plot(sweep: Sweep, plot: Plot) -> Figure | None:
 
 def lines(sweep: Sweep, plot: Plot, rows: Sequence[Row]) -> list[Line]:
     """What is drawn in one panel: its rows by series, averaged where they agree."""
-    wanted: list[tuple[str, str, bool]] = []
     several = {"": plot.y} if isinstance(plot.y, str) else plot.y
-    for label, column in plot.baseline.items():
-        wanted.append((label, column, False))
-    for label, column in several.items():
-        wanted.append((label, column, True))
+    wanted = [(label, column, False) for label, column in plot.baseline.items()]
+    wanted += [(label, column, True) for label, column in several.items()]
     found = []
     for label, column, split in wanted:
         series: dict[str, list[Row]] = {}
@@ -178,14 +171,6 @@ def lines(sweep: Sweep, plot: Plot, rows: Sequence[Row]) -> list[Line]:
                     Line(name, x, [*map(fmean, at)], [*map(min, at)], [*map(max, at)], [*map(len, at)])
                 )
     return found
-
-
-def matches(sweep: Sweep, row: Row, where: Mapping[str, Any]) -> bool:
-    """Whether the row has one of the wanted values in each column of `where`."""
-    return all(
-        sweep.value(row, column) in (wanted if isinstance(wanted, list) else [wanted])
-        for column, wanted in where.items()
-    )
 
 
 def once(sweep: Sweep, rows: Sequence[Row], x: str = "") -> list[Row]:
@@ -273,11 +258,6 @@ def words(value: Any) -> str:
     return WORDS.get(value, str(value)) if value is not None else "none"
 
 
-def _values(sweep: Sweep, rows: Sequence[Row], column: str) -> list[Any]:
-    found = list({str(v): v for v in (sweep.value(row, column) for row in rows)}.values())
-    return sorted(found) if all(isinstance(v, int | float) for v in found) else found
-
-
 def _negative(found: Sequence[Line]) -> bool:
     return any(low < 0 for line in found for low in line.low)
 
@@ -288,12 +268,11 @@ def _lines(ax: Axes, plot: Plot, found: Sequence[Line], looks: Mapping[str, Any]
     for line in found:
         color, marker, dashes = looks[line.label]
         x = np.asarray(line.x if numeric else [places[v] for v in line.x], dtype=float)
-        y, low, high = (np.asarray(v, dtype=float) for v in (line.y, line.low, line.high))
+        y = np.asarray(line.y, dtype=float)
         (handles[line.label],) = ax.plot(
             x, y, color=color, marker=marker, linestyle=dashes, markersize=4, linewidth=1.8
         )
-        if max(line.count) > 1:
-            ax.errorbar(x, y, yerr=[y - low, high - y], fmt="none", ecolor=color, elinewidth=1, capsize=2.5)
+        _spread(ax, x, line, color)
     if plot.diagonal:
         ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=":")
     if not numeric:
@@ -314,7 +293,7 @@ def _bars(ax: Axes, plot: Plot, found: Sequence[Line], looks: Mapping[str, Any],
     for k, line in enumerate(found):
         color = looks[line.label][0]
         x = np.asarray([places[str(v)] for v in line.x]) + (k - (len(found) - 1) / 2) * width
-        y, low, high = (np.asarray(v, dtype=float) for v in (line.y, line.low, line.high))
+        y = np.asarray(line.y, dtype=float)
         handles[line.label] = ax.bar(
             x, y, 0.92 * width, color=color, hatch=hatches[k % len(hatches)], edgecolor="white", linewidth=0.5
         )
@@ -322,8 +301,7 @@ def _bars(ax: Axes, plot: Plot, found: Sequence[Line], looks: Mapping[str, Any],
             ax.annotate(
                 "0", (at, 0), (0, 1), textcoords="offset points", ha="center", fontsize=7.5, color=MUTED
             )
-        if max(line.count) > 1:
-            ax.errorbar(x, y, yerr=[y - low, high - y], fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
+        _spread(ax, x, line, INK)
     if sum(map(len, places)) > 80:  # they would run into each other
         ax.set_xticks(list(places.values()), list(places), fontsize=8.5, rotation=35, ha="right")
         ax.tick_params(axis="x", length=0)
@@ -334,6 +312,13 @@ def _bars(ax: Axes, plot: Plot, found: Sequence[Line], looks: Mapping[str, Any],
         ax.set_xticks(list(places.values()), names, fontsize=8.5)
     ax.grid(axis="x", visible=False)
     ax.set_axisbelow(True)
+
+
+def _spread(ax: Axes, x: np.ndarray, line: Line, color: str) -> None:
+    """Bars from the least to the largest, where several rows were averaged."""
+    if max(line.count) > 1:
+        below, above = np.subtract(line.y, line.low), np.subtract(line.high, line.y)
+        ax.errorbar(x, line.y, yerr=[below, above], fmt="none", ecolor=color, elinewidth=1, capsize=2.5)
 
 
 def _contours(sweep: Sweep, plot: Plot, rows: Sequence[Row]) -> Figure | None:

@@ -13,13 +13,12 @@ Rows that agree are averaged, with their standard deviation and number.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Any
 
 from .numbers import number
 from .sweep import Row, Sweep
-from .sweep_figures import matches, once, words
+from .sweep_figures import once, words
 from .table import Table
 
 
@@ -28,9 +27,8 @@ def table(sweep: Sweep) -> Table | None:
     declared = sweep.declaration.get("table")
     if not declared:
         return None
-    rows = [row for row in sweep.rows if matches(sweep, row, declared.get("where") or {})]
-    keys = list(declared.get("rows") or ())
-    values = list(declared["values"])
+    rows = sweep.where(declared.get("where") or {})
+    keys, values = list(declared.get("rows") or ()), list(declared["values"])
     baseline: Mapping[str, str] = declared.get("baseline") or {}
     percent = set(declared.get("percent") or ())
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -40,35 +38,26 @@ def table(sweep: Sweep) -> Table | None:
     lines: list[tuple[str, ...]] = []
     if declared.get("columns"):
         column = declared["columns"]
-        across = _sorted({sweep.value(row, column): None for row in rows})
+        across = sweep.distinct(rows, column)
+
+        def cells(found: Sequence[Row], measured: str) -> list[str]:
+            by = [[row for row in found if sweep.value(row, column) == value] for value in across]
+            return [_shown(sweep, own, measured, measured in percent) for own in by]
+
         for first in {own[:-1]: None for own in groups}:
             near = {own: found for own, found in groups.items() if own[:-1] == first}
             together = once(sweep, [row for found in near.values() for row in found])
-            for label, measured in baseline.items():
-                lines.append((*first, label, *_across(sweep, together, column, across, measured, percent)))
-            for own, found in near.items():
-                lines.append((*own, *_across(sweep, found, column, across, values[0], percent)))
+            lines += [(*first, label, *cells(together, measured)) for label, measured in baseline.items()]
+            lines += [(*own, *cells(found, values[0])) for own, found in near.items()]
         head += tuple(f"{words(column)} {words(value)}" for value in across)
     else:
-        shown = {**{measured: label for label, measured in baseline.items()}}
+        shown = {measured: label for label, measured in baseline.items()}
         shown |= {value: words(value) for value in values}
         shown = {c: label for c, label in shown.items() if any(sweep.value(r, c) is not None for r in rows)}
         head += tuple(shown.values())
         for own, found in groups.items():
             lines.append((*own, *(_shown(sweep, found, value, value in percent) for value in shown)))
     return Table(head, tuple(lines), len(keys)) if lines else None
-
-
-def _across(
-    sweep: Sweep,
-    rows: Sequence[Row],
-    column: str,
-    across: Sequence[Any],
-    value: str,
-    percent: Collection[str],
-) -> list[str]:
-    by = {x: [row for row in rows if sweep.value(row, column) == x] for x in across}
-    return [_shown(sweep, by[x], value, value in percent) for x in across]
 
 
 def _shown(sweep: Sweep, rows: Sequence[Row], column: str, percent: bool) -> str:
@@ -94,11 +83,6 @@ def _in_order(sweep: Sweep, rows: Sequence[Row], keys: Sequence[str]) -> list[Ro
     """By the columns `keys`, one after the other: numbers rise, words stay in the order in which they came."""
     found = list(rows)
     for key in reversed(keys):
-        places = {value: i for i, value in enumerate(_sorted({sweep.value(row, key): None for row in rows}))}
+        places = {value: i for i, value in enumerate(sweep.distinct(rows, key))}
         found.sort(key=lambda row: places[sweep.value(row, key)])
     return found
-
-
-def _sorted(values: Mapping[Any, None]) -> list[Any]:
-    numeric = all(isinstance(v, (int, float)) for v in values)
-    return sorted(values) if numeric else list(values)
