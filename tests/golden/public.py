@@ -9,6 +9,7 @@ import io
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from unittest.mock import patch
 
@@ -98,7 +99,8 @@ def _commands() -> Iterator[str]:
         yield f"command rebasin {name}"
         for parameter in command.params:
             for spelling in (*parameter.opts, *parameter.secondary_opts):
-                yield f"command rebasin {name} {spelling}"
+                if spelling.startswith("-"):  # others are names of arguments, which nobody writes
+                    yield f"command rebasin {name} {spelling}"
 
 
 def _main(module: str) -> Callable[[], object]:
@@ -115,13 +117,20 @@ def _configs() -> Iterator[str]:
         yield from _fields(
             f"config {section}", _composed([], BEGINNINGS[1 + (section == "methods")])[section]
         )
-    for folder in sorted(path for path in config_dir().iterdir() if path.is_dir()):
-        for choice in sorted(path.stem for path in folder.glob("[!_]*.yaml")):
-            group = folder.name
+    groups = {
+        folder.name: sorted(path.stem for path in folder.glob("[!_]*.yaml"))
+        for folder in config_dir().iterdir()
+        if folder.is_dir()
+    }
+    for group, choices in groups.items():
+        for choice in choices:
             yield f"config {group}={choice}"
-            if group not in ("experiment", "hydra"):
-                cfg = _composed([f"{group}={choice}"], "search" if group == "space" else "config")
-                yield from _fields(f"config {group}={choice} {group}", cfg[group])
+    del groups["experiment"], groups["hydra"]
+    for row in zip_longest(*groups.values()):  # one of each group at a time: composing takes a while
+        chosen = [(group, choice) for group, choice in zip(groups, row, strict=True) if choice is not None]
+        cfg = _composed([f"{group}={choice}" for group, choice in chosen], "search")
+        for group, choice in chosen:
+            yield from _fields(f"config {group}={choice} {group}", cfg[group])
 
 
 def _fields(prefix: str, node: object) -> Iterator[str]:
