@@ -7,11 +7,10 @@ function held as an attribute has no name at all; such models are traced anew, w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
-import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -20,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SpecMismatchError
-from ..files import cache_folder
+from ..errors import CheckpointError, SpecMismatchError
+from ..files import cache_folder, write_text
 from ..spec import PermutationSpec
 
 
@@ -39,14 +38,11 @@ def store(key: str | None, spec: PermutationSpec) -> None:
     folder = cache_folder()
     if key is None or folder is None:
         return
-    try:
-        target = folder / "specs" / f"{key}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".part", delete=False) as file:
-            file.write(spec.to_json())
-        os.replace(file.name, target)
-    except OSError:
-        pass  # a cache that can't be written costs time, not results
+    with contextlib.suppress(
+        OSError, CheckpointError
+    ):  # a cache that can't be written costs time, not results
+        (folder / "specs").mkdir(parents=True, exist_ok=True)
+        write_text(folder / "specs" / f"{key}.json", spec.to_json())
 
 
 def fingerprint(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

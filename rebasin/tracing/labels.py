@@ -16,7 +16,7 @@ Under a legal permutation g the tensor at a position moves to where every factor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,10 @@ class Label:
             tuple(self.shape[d] for d in kept),
             tuple(f.reshape([f.shape[d] for d in kept]) for f in self.factors),
         )
+
+    def sized(self, sizes: Mapping[int, int]) -> Label:
+        """With another extent on some dimensions, of which no factor covers any."""
+        return Label(tuple(sizes.get(d, n) for d, n in enumerate(self.shape)), self.factors)
 
     def right_align(self, ndim: int) -> Label:
         return self.expand_rank([0] * (ndim - self.ndim))
@@ -140,8 +144,7 @@ def contract(constraints: Constraints, label: Label, dims: Iterable[int], keep: 
             factors.append(factor)
         elif inside:
             factors.append(constraints.sets_of(factor, tuple(inside)))
-    shape = tuple(1 if d in gone else n for d, n in enumerate(label.shape))
-    result = Label(shape, tuple(factors))
+    result = Label(label.sized(dict.fromkeys(gone, 1)).shape, tuple(factors))
     return result if keep else result.drop(gone)
 
 
@@ -183,9 +186,8 @@ def take(constraints: Constraints, label: Label, dim: int, index: np.ndarray, pi
             if piece is not None:
                 constraints.mark(factor, np.asarray(piece), "is cut out of its dimension")
         factors.append(factor)
-    shape = list(label.shape)
-    shape[dim] = len(index) if shape[dim] > 1 else 1
-    return Label(tuple(shape), tuple(f for f in factors if f.size > 1))
+    sized = label.sized({dim: len(index)} if label.shape[dim] > 1 else {})
+    return sized.map_factors(factors)
 
 
 def distinct(constraints: Constraints, factor: Factor, roles: np.ndarray) -> Factor:
@@ -217,12 +219,8 @@ def reshape(constraints: Constraints, label: Label, old: Sequence[int], new: Seq
                 constraints.member(joint, f)
             factors = [f for f in factors if not any(f is h for h in here)] + [joint]
     moved = [_reshape_factor(constraints, f, old, new, segments) for f in factors]
-    shape = list(new)
-    for ins, outs in segments:
-        if all(label.shape[d] == 1 for d in ins):
-            for d in outs:
-                shape[d] = 1
-    return Label(tuple(shape), tuple(f for f in moved if f.size > 1))
+    uniform = [d for ins, outs in segments if all(label.shape[d] == 1 for d in ins) for d in outs]
+    return Label(tuple(new)).sized(dict.fromkeys(uniform, 1)).map_factors(moved)
 
 
 def _segments(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

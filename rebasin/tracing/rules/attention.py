@@ -8,10 +8,8 @@ from .registry import Call, Result, rule
 
 
 @rule(
-    "scaled_dot_product_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_flash_attention",
+    "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu"
+    " _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention"
 )
 def attention(call: Call) -> Result:
     """q [..., H, T, d], k [..., H, S, d], v [..., H, S, e].
@@ -31,9 +29,7 @@ def attention(call: Call) -> Result:
     if mask is not None:
         scores = combine(c, [scores, mask.label])
     result = matrix_product(c, normalise(c, scores, [-1]), v_label)
-    if isinstance(call.out, list | tuple):
-        return [result, *(Label(tuple(getattr(o, "shape", ()))) for o in call.out[1:])]
-    return result
+    return call.labelled([result, *(Label(tuple(getattr(o, "shape", ()))) for o in call.outputs[1:])])
 
 
 def _repeat_heads(call: Call, label: Label, shape: tuple[int, ...], heads: int) -> Label:

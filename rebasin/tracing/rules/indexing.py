@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..labels import Label, combine, fix, pin
-from .registry import Call, Result, Traced, rule
+from .registry import Call, Result, Traced, pin_arguments, rule
 
 
 @rule("embedding")
@@ -20,21 +22,15 @@ def embedding(call: Call) -> Result:
 def index_select(call: Call) -> Result:
     x, dim = call.tensor("self"), call.args["dim"] % call.tensor("self").ndim
     label = fix(call.constraints, x.label, [dim], "is looked up by index")
-    shape = list(label.shape)
-    shape[dim] = call.shape[dim]
-    return Label(tuple(shape), label.factors)
+    return label.sized({dim: call.shape[dim]})
 
 
-@rule("gather", "take_along_dim")
+@rule("gather take_along_dim")
 def gather(call: Call) -> Result:
     x, index, dim = call.tensor("self"), call.tensor("index"), call.args["dim"]
     dim %= x.ndim
     label = fix(call.constraints, x.label, [dim], "is looked up by index")
-    shape = list(label.shape)
-    shape[dim] = 1
-    return combine(
-        call.constraints, [Label(tuple(shape), label.factors), Label(index.shape, index.label.factors)]
-    )
+    return combine(call.constraints, [label.sized({dim: 1}), Label(index.shape, index.label.factors)])
 
 
 @rule("index")
@@ -57,26 +53,17 @@ def index(call: Call) -> Result:
         return Label(call.shape)
     at = used[0] if adjacent else 0
     kept = label.drop(used)
-    result = kept.expand_rank(range(at, at + width))
-    shape = list(result.shape)
-    shape[at : at + width] = call.shape[at : at + width]
-    return Label(tuple(shape), result.factors)
+    places = range(at, at + width)
+    return kept.expand_rank(places).sized({d: call.shape[d] for d in places})
 
 
 def _is_mask(traced: Traced) -> bool:
-    return traced.value is not None and str(traced.value.dtype) == "torch.bool"
+    return traced.value is not None and traced.value.dtype == torch.bool
 
 
 @rule(
-    "index_put",
-    "scatter",
-    "scatter_add",
-    "scatter_reduce",
-    "index_add",
-    "index_copy",
-    "masked_scatter",
-    "select_scatter",
-    "slice_scatter",
+    "index_put scatter scatter_add scatter_reduce index_add index_copy masked_scatter select_scatter"
+    " slice_scatter"
 )
 def write(call: Call) -> Result:
     """Writing into part of a tensor: with neurons on other dimensions only, it is elementwise there; else fixed."""
@@ -89,17 +76,7 @@ def write(call: Call) -> Result:
         label = fix(call.constraints, x.label, [dim], "is written into in part")
         piece = source.label.expand_rank([dim]) if call.name == "select_scatter" else source.label
         piece = fix(call.constraints, piece, [dim], "is written into a part")
-        piece = Label(tuple(1 if d == dim else n for d, n in enumerate(piece.shape)), piece.factors)
-        base = Label(tuple(1 if d == dim else n for d, n in enumerate(label.shape)), label.factors)
-        joined = combine(call.constraints, [base, piece])
-        return Label(
-            tuple(call.shape[d] if d == dim else n for d, n in enumerate(joined.shape)), joined.factors
-        )
-    for value in call.args.values():
-        if isinstance(value, Traced):
-            pin(call.constraints, value.label, "is written by index")
-        elif isinstance(value, list | tuple):
-            for item in value:
-                if isinstance(item, Traced):
-                    pin(call.constraints, item.label, "is written by index")
+        joined = combine(call.constraints, [label.sized({dim: 1}), piece.sized({dim: 1})])
+        return joined.sized({dim: call.shape[dim]})
+    pin_arguments(call, "is written by index")
     return Label(call.shape)

@@ -17,18 +17,10 @@ def matrix_product(c: Constraints, a: Label, b: Label) -> Label:
     return contract(c, combine(c, [left, right]), [-1])
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "linalg_matmul")
+@rule("matmul mm bmm mv dot vdot linalg_matmul")
 def matmul(call: Call) -> Result:
-    names = (
-        ("self", "other")
-        if "other" in call.args
-        else ("self", "mat2")
-        if "mat2" in call.args
-        else ("self", "vec")
-    )
-    if names[1] not in call.args:
-        names = ("self", "tensor")
-    a, b = (call.tensor(name).label for name in names)
+    second = next(name for name in ("other", "mat2", "vec", "tensor") if name in call.args)
+    a, b = call.tensor("self").label, call.tensor(second).label
     vector_a, vector_b = a.ndim == 1, b.ndim == 1
     a = a.expand_rank([0]) if vector_a else a
     b = b.expand_rank([1]) if vector_b else b
@@ -37,7 +29,7 @@ def matmul(call: Call) -> Result:
     return result.drop(gone)
 
 
-@rule("addmm", "baddbmm", "addmv", "addbmm")
+@rule("addmm baddbmm addmv addbmm")
 def addmm(call: Call) -> Result:
     tensors = [call.tensor(name).label for name in call.args if name in ("mat1", "mat2", "batch1", "batch2")]
     return combine(call.constraints, [call.tensor("self").label, matrix_product(call.constraints, *tensors)])
@@ -45,12 +37,8 @@ def addmm(call: Call) -> Result:
 
 @rule("linear")
 def linear(call: Call) -> Result:
-    c, x, weight, bias = (
-        call.constraints,
-        call.tensor("input").label,
-        call.tensor("weight").label,
-        call.optional("bias"),
-    )
+    c, x, weight = call.constraints, call.tensor("input").label, call.tensor("weight").label
+    bias = call.optional("bias")
     if weight.ndim == 1:
         weight = weight.expand_rank([0])
     product = contract(c, combine(c, [x.expand_rank([x.ndim - 1]), weight]), [-1])
@@ -95,7 +83,7 @@ def einsum(call: Call) -> Result:
     return contract(c, combine(c, laid), range(len(right), len(letters)))
 
 
-@rule("outer", "ger")
+@rule("outer ger")
 def outer(call: Call) -> Result:
     a, b = call.tensor("self").label, call.tensor("vec2").label
     return combine(call.constraints, [a.expand_rank([1]), b.expand_rank([0])])
@@ -112,16 +100,7 @@ def bilinear(call: Call) -> Result:
     return combine(c, [result, bias.label]) if bias is not None else result
 
 
-@rule(
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "conv_transpose1d",
-    "conv_transpose2d",
-    "conv_transpose3d",
-    "convolution",
-    "_convolution",
-)
+@rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution")
 def convolution(call: Call) -> Result:
     """[N, C_in, *space] and [C_out, C_in / groups, *kernel] (transposed: [C_in, C_out / groups, *kernel])."""
     c, x, weight = call.constraints, call.tensor("input"), call.tensor("weight")

@@ -16,18 +16,12 @@ def _channelwise(call: Call, x: Label, names: tuple[str, ...]) -> Label:
 
 def _as_outputs(call: Call, label: Label) -> Result:
     """Native norm operators also return statistics, which nothing downstream may use for their position."""
-    if not isinstance(call.out, list | tuple):
-        return label
-    return [label, *(Label((1,) * len(o.shape)) for o in call.out[1:])]
+    return call.labelled([label, *(Label((1,) * len(o.shape)) for o in call.outputs[1:])])
 
 
 @rule(
-    "batch_norm",
-    "_native_batch_norm_legit_no_training",
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "cudnn_batch_norm",
-    "instance_norm",
+    "batch_norm _native_batch_norm_legit_no_training native_batch_norm _native_batch_norm_legit"
+    " cudnn_batch_norm instance_norm"
 )
 def batch_norm(call: Call) -> Result:
     x = call.tensor("input").label
@@ -47,7 +41,7 @@ def group_sets(c: Constraints, x: Label, groups: int, channels: int) -> None:
         contract(c, split, range(2, split.ndim))
 
 
-@rule("group_norm", "native_group_norm")
+@rule("group_norm native_group_norm")
 def group_norm(call: Call) -> Result:
     x = call.tensor("input")
     groups = int(call.args["num_groups"] if "num_groups" in call.args else call.args["group"])
@@ -55,7 +49,7 @@ def group_norm(call: Call) -> Result:
     return _as_outputs(call, _channelwise(call, x.label, ("weight", "bias")))
 
 
-@rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
+@rule("layer_norm native_layer_norm rms_norm _fused_rms_norm")
 def layer_norm(call: Call) -> Result:
     x = call.tensor("input").label
     dims = len(call.args["normalized_shape"])
@@ -64,7 +58,7 @@ def layer_norm(call: Call) -> Result:
     return _as_outputs(call, combine(call.constraints, [x, *affine]))
 
 
-@rule("_weight_norm", "_weight_norm_interface")
+@rule("_weight_norm _weight_norm_interface")
 def weight_norm(call: Call) -> Result:
     """v / |v| * g, the norm taken over all dimensions but `dim`."""
     v, dim = call.tensor("v").label, call.args.get("dim", 0)

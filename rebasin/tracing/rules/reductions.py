@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..labels import Label, contract, fix, normalise
+from ..labels import Label, combine, contract, fix, normalise
+from .elementwise import pointwise
 from .registry import Call, Result, rule
 
 
@@ -15,56 +16,30 @@ def dimensions(value: Any, ndim: int) -> list[int]:
 
 
 @rule(
-    "sum",
-    "mean",
-    "amax",
-    "amin",
-    "prod",
-    "std",
-    "var",
-    "logsumexp",
-    "norm",
-    "linalg_vector_norm",
-    "nansum",
-    "all",
-    "any",
-    "median",
-    "max",
-    "min",
-    "var_mean",
-    "std_mean",
+    "sum mean amax amin prod std var logsumexp norm linalg_vector_norm nansum all any median max min"
+    " var_mean std_mean"
 )
 def reduction(call: Call) -> Result:
     x = call.tensor("self")
     if call.optional("other") is not None:  # max(a, b) of two tensors
-        from .elementwise import pointwise
-
         return pointwise(call)
     dims = dimensions(call.args.get("dim"), x.ndim)
     keep = bool(call.args.get("keepdim"))
-    label = contract(call.constraints, x.label, dims, keep)
-    if isinstance(call.out, list | tuple):
-        # max over dim gives indices, too: they name positions, so the neurons searched through may not move.
-        if call.name in ("max", "min", "median"):
-            label = contract(
-                call.constraints,
-                fix(call.constraints, x.label, dims, "is searched for a position"),
-                dims,
-                keep,
-            )
-        return [label] * len(call.out)
-    return label
+    c, label = call.constraints, x.label
+    contracted = contract(c, label, dims, keep)
+    # max over dim gives indices, too: they name positions, so the neurons searched through may not move.
+    if isinstance(call.out, list | tuple) and call.name in ("max", "min", "median"):
+        contracted = contract(c, fix(c, label, dims, "is searched for a position"), dims, keep)
+    return call.labelled([contracted] * len(call.outputs))
 
 
-@rule(
-    "argmax", "argmin", "topk", "sort", "argsort", "cumsum", "cumprod", "kthvalue", "cummax", "diff", "unfold"
-)
+@rule("argmax argmin topk sort argsort cumsum cumprod kthvalue cummax diff unfold")
 def positional(call: Call) -> Result:
     x = call.tensor("self")
     name = "dim" if "dim" in call.args else "dimension"
     dims = dimensions(call.args.get(name), x.ndim)
     label = fix(call.constraints, x.label, dims, "depends on the order of its values")
-    outs = call.out if isinstance(call.out, list | tuple) else [call.out]
+    outs = call.outputs
     if any(len(o.shape) != x.ndim for o in outs):
         if call.name == "unfold":
             label = label.expand_rank([label.ndim])
@@ -79,10 +54,10 @@ def positional(call: Call) -> Result:
             ),
             label.factors,
         )
-    return [label] * len(outs) if isinstance(call.out, list | tuple) else label
+    return call.labelled([label] * len(outs))
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin")
+@rule("softmax log_softmax _softmax _log_softmax softmin")
 def softmax(call: Call) -> Result:
     return normalise(
         call.constraints, call.tensor("self").label, dimensions(call.args["dim"], call.tensor("self").ndim)
@@ -91,7 +66,5 @@ def softmax(call: Call) -> Result:
 
 @rule("cosine_similarity")
 def cosine(call: Call) -> Result:
-    from ..labels import combine
-
     both = combine(call.constraints, [call.tensor("x1").label, call.tensor("x2").label])
     return contract(call.constraints, both, dimensions(call.args["dim"], both.ndim))

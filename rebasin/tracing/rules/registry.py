@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..constraints import Constraints
-from ..labels import Label
+from ..labels import Label, pin
 
 Result = Label | list[Any]
 
@@ -49,18 +49,33 @@ class Call:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.out.shape)
 
+    @property
+    def outputs(self) -> list[Any]:
+        return list(self.out) if isinstance(self.out, list | tuple) else [self.out]
+
+    def labelled(self, labels: list[Label]) -> Result:
+        """One label for each of the outputs as the result; the label itself of an operator with a single one."""
+        return labels if isinstance(self.out, list | tuple) else labels[0]
+
 
 Rule = Callable[[Call], Result]
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(names: str) -> Callable[[Rule], Rule]:
+    """Register a function for the operators of these names, which spaces separate."""
+
     def register(function: Rule) -> Rule:
-        for name in names:
-            RULES[name] = function
+        RULES.update(dict.fromkeys(names.split(), function))
         return function
 
     return register
+
+
+def pin_arguments(call: Call, why: str) -> None:
+    """Nothing that the operator is given may move."""
+    for traced in labels_of(list(call.args.values())):
+        pin(call.constraints, traced.label, why)
 
 
 def labels_of(value: Any) -> Iterator[Traced]:
@@ -70,7 +85,3 @@ def labels_of(value: Any) -> Iterator[Traced]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from labels_of(item)
-
-
-def plain(shape: Any) -> Label:
-    return Label(tuple(shape))

@@ -5,28 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from ..constraints import Constraints
-from ..labels import Label, combine, covered, distinct, fix, flat_index, reshape, take
+from ..labels import Label, combine, covered, distinct, fix, flat_index, pin, reshape, take
 from .registry import Call, Result, Traced, rule
 
 
 @rule(
-    "view",
-    "reshape",
-    "_unsafe_view",
-    "flatten",
-    "unflatten",
-    "view_as",
-    "reshape_as",
-    "ravel",
-    "view_copy",
-    "_reshape_alias",
-    "squeeze",
-    "unsqueeze",
-    "atleast_1d",
-    "atleast_2d",
-    "atleast_3d",
-    "squeeze_copy",
-    "unsqueeze_copy",
+    "view reshape _unsafe_view flatten unflatten view_as reshape_as ravel view_copy _reshape_alias"
+    " squeeze unsqueeze atleast_1d atleast_2d atleast_3d squeeze_copy unsqueeze_copy"
 )
 def view(call: Call) -> Result:
     x = call.tensor("self")
@@ -40,19 +25,8 @@ def view(call: Call) -> Result:
 
 
 @rule(
-    "permute",
-    "transpose",
-    "t",
-    "numpy_T",
-    "swapaxes",
-    "swapdims",
-    "movedim",
-    "moveaxis",
-    "permute_copy",
-    "mT",
-    "adjoint",
-    "transpose_copy",
-    "matrix_H",
+    "permute transpose t numpy_T swapaxes swapdims movedim moveaxis permute_copy mT adjoint"
+    " transpose_copy matrix_H"
 )
 def permute(call: Call) -> Result:
     x = call.tensor("self")
@@ -77,12 +51,12 @@ def permute(call: Call) -> Result:
     return x.label.permute(order)
 
 
-@rule("expand", "expand_as", "broadcast_to", "expand_copy")
+@rule("expand expand_as broadcast_to expand_copy")
 def expand(call: Call) -> Result:
     return call.tensor("self").label.right_align(len(call.shape))  # the new dimensions are uniform
 
 
-@rule("repeat", "tile")
+@rule("repeat tile")
 def repeat(call: Call) -> Result:
     """repeat(r) is [r, n] reshaped to [r n] in each dimension."""
     x = call.tensor("self")
@@ -99,8 +73,6 @@ def repeat_interleave(call: Call) -> Result:
     x = call.tensor("self")
     times, dim = call.args["repeats"], call.args.get("dim")
     if not isinstance(times, int) or dim is None:
-        from ..labels import pin
-
         pin(call.constraints, x.label, "is repeated by a tensor of counts")
         return Label(call.shape)
     dim %= x.ndim
@@ -109,7 +81,7 @@ def repeat_interleave(call: Call) -> Result:
     return reshape(call.constraints, wide, old, call.shape)
 
 
-@rule("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack")
+@rule("cat concat concatenate stack hstack vstack dstack column_stack")
 def cat(call: Call) -> Result:
     tensors: list[Traced] = [t for t in call.args["tensors"] if t.shape != (0,)]
     labels, shapes = [t.label for t in tensors], [t.shape for t in tensors]
@@ -119,8 +91,6 @@ def cat(call: Call) -> Result:
         labels = [label.expand_rank([dim]) for label in labels]
         shapes = [(*s[:dim], 1, *s[dim:]) for s in shapes]
     elif call.name in ("hstack", "vstack", "dstack", "column_stack"):
-        from ..labels import pin
-
         for label in labels:
             pin(call.constraints, label, "is stacked")
         return Label(call.shape)
@@ -135,11 +105,8 @@ def concatenate(c: Constraints, labels: list[Label], shapes: list[tuple[int, ...
         return labels[0]
     along = [label.factor_on(dim) for label in labels]
     if all(f is None for f in along):  # the pieces lie next to each other along a plain dimension
-        joined = combine(
-            c, [Label(tuple(1 if d == dim else n for d, n in enumerate(x.shape)), x.factors) for x in labels]
-        )
-        total = sum(s[dim] for s in shapes)
-        return Label(tuple(total if d == dim else n for d, n in enumerate(joined.shape)), joined.factors)
+        joined = combine(c, [x.sized({dim: 1}) for x in labels])
+        return joined.sized({dim: sum(s[dim] for s in shapes)})
     # Some operands have neurons along dim, perhaps on further dimensions too (heads): bring all to the same ones.
     dims = sorted({d for f in along if f is not None for d in covered(f)} | {dim})
     rest = [Label(x.shape, tuple(f for f in x.factors if f.shape[dim] == 1)) for x in labels]
@@ -163,7 +130,7 @@ def concatenate(c: Constraints, labels: list[Label], shapes: list[tuple[int, ...
     whole = distinct(c, np.concatenate(parts, axis=dim), np.concatenate(roles, axis=dim))
     others = [
         Label(
-            tuple(1 if d in dims else n for d, n in enumerate(x.shape)),
+            x.sized(dict.fromkeys(dims, 1)).shape,
             tuple(f for f in x.factors if not any(d in dims for d in covered(f))),
         )
         for x in labels
@@ -184,16 +151,7 @@ def _closure(dims: list[int], labels: list[Label]) -> list[int]:
         found |= more
 
 
-@rule(
-    "split",
-    "split_with_sizes",
-    "chunk",
-    "unsafe_chunk",
-    "unsafe_split",
-    "tensor_split",
-    "unbind",
-    "split_copy",
-)
+@rule("split split_with_sizes chunk unsafe_chunk unsafe_split tensor_split unbind split_copy")
 def split(call: Call) -> Result:
     x, dim = call.tensor("self"), call.args.get("dim", 0)
     dim %= x.ndim
@@ -207,7 +165,7 @@ def split(call: Call) -> Result:
     return results
 
 
-@rule("slice", "narrow", "slice_copy")
+@rule("slice narrow slice_copy")
 def cut(call: Call) -> Result:
     x = call.tensor("self")
     dim = call.args.get("dim", 0) % x.ndim
@@ -222,7 +180,7 @@ def cut(call: Call) -> Result:
     return take(call.constraints, x.label, dim, index, 0)
 
 
-@rule("select", "select_copy")
+@rule("select select_copy")
 def select(call: Call) -> Result:
     x = call.tensor("self")
     dim = call.args["dim"] % x.ndim
@@ -230,7 +188,7 @@ def select(call: Call) -> Result:
     return take(call.constraints, x.label, dim, index, 0 if x.shape[dim] > 1 else None).drop([dim])
 
 
-@rule("flip", "roll")
+@rule("flip roll")
 def rearrange(call: Call) -> Result:
     """The order along a dimension changes by a fixed rule; what is tied to it afterwards says what may still move."""
     x, label = call.tensor("self"), call.tensor("self").label
@@ -250,16 +208,8 @@ def rearrange(call: Call) -> Result:
 
 
 @rule(
-    "pad",
-    "constant_pad_nd",
-    "reflection_pad1d",
-    "reflection_pad2d",
-    "reflection_pad3d",
-    "replication_pad1d",
-    "replication_pad2d",
-    "replication_pad3d",
-    "_pad_circular",
-    "_pad_enum",
+    "pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d"
+    " replication_pad2d replication_pad3d _pad_circular _pad_enum"
 )
 def pad(call: Call) -> Result:
     x = call.tensor("self")
@@ -287,9 +237,7 @@ def pad(call: Call) -> Result:
             label = Label(label.shape, tuple(factors))
         elif factor is not None:
             label = fix(c, label, [dim], "is padded along its neurons")
-        shape = list(label.shape)
-        shape[dim] = call.shape[dim]
-        label = Label(tuple(shape), label.factors)
+        label = label.sized({dim: call.shape[dim]})
     return label
 
 
@@ -323,7 +271,7 @@ def pixel_unshuffle(call: Call) -> Result:
     return reshape(c, wide, (*lead, channels, r, r, height // r, width // r), call.shape)
 
 
-@rule("channel_shuffle", "native_channel_shuffle")
+@rule("channel_shuffle native_channel_shuffle")
 def channel_shuffle(call: Call) -> Result:
     x, groups = call.tensor("self"), call.args["groups"]
     split_shape = (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
@@ -333,51 +281,25 @@ def channel_shuffle(call: Call) -> Result:
 
 
 @rule(
-    "avg_pool1d",
-    "avg_pool2d",
-    "avg_pool3d",
-    "max_pool1d",
-    "max_pool2d",
-    "max_pool3d",
-    "max_pool2d_with_indices",
-    "max_pool3d_with_indices",
-    "max_pool1d_with_indices",
-    "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d",
-    "_adaptive_avg_pool2d",
-    "_adaptive_avg_pool3d",
-    "adaptive_max_pool1d",
-    "adaptive_max_pool2d",
-    "adaptive_max_pool3d",
-    "upsample_nearest1d",
-    "upsample_nearest2d",
-    "upsample_nearest3d",
-    "_upsample_nearest_exact1d",
-    "_upsample_nearest_exact2d",
-    "upsample_bilinear2d",
-    "_upsample_bilinear2d_aa",
-    "upsample_bicubic2d",
-    "_upsample_bicubic2d_aa",
-    "upsample_linear1d",
-    "upsample_trilinear3d",
-    "lp_pool2d",
-    "fractional_max_pool2d",
-    "im2col",
+    "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d max_pool2d_with_indices"
+    " max_pool3d_with_indices max_pool1d_with_indices adaptive_avg_pool1d adaptive_avg_pool2d"
+    " adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool1d"
+    " adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d"
+    " _upsample_nearest_exact1d _upsample_nearest_exact2d upsample_bilinear2d _upsample_bilinear2d_aa"
+    " upsample_bicubic2d _upsample_bicubic2d_aa upsample_linear1d upsample_trilinear3d lp_pool2d"
+    " fractional_max_pool2d im2col"
 )
 def spatial(call: Call) -> Result:
     """Pooling and resizing: channels keep their neurons, space is plain."""
     x = next(call.args[n] for n in ("self", "input") if isinstance(call.args.get(n), Traced))
     count = next((k for k in (1, 2, 3) if f"{k}d" in call.name), 2)
     label = fix(call.constraints, x.label, range(x.ndim - count, x.ndim), "is pooled or resized over")
-    outs = call.out if isinstance(call.out, list | tuple) else [call.out]
+    outs = call.outputs
     if call.name == "im2col":
-        from ..labels import pin
-
         pin(call.constraints, label, "is unfolded into patches")
         return Label(call.shape)
     result = Label((*label.shape[: x.ndim - count], *outs[0].shape[x.ndim - count :]), label.factors)
-    return [result] * len(outs) if isinstance(call.out, list | tuple) else result
+    return call.labelled([result] * len(outs))
 
 
 @rule("glu")
@@ -389,10 +311,8 @@ def glu(call: Call) -> Result:
     return combine(call.constraints, parts)
 
 
-@rule("diag_embed", "diagonal", "expand_dims")
+@rule("diag_embed diagonal expand_dims")
 def unsupported_shape(call: Call) -> Result:
-    from ..labels import pin
-
     pin(call.constraints, call.tensor("self").label, "is read along a diagonal")
     return Label(call.shape)
 
