@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from ..types import LazyState, Progress, ProgressEvent, State, dtype_of, is_number, widened
+from ..types import LazyState, Progress, State, dtype_of, is_number, tell, widened
 from .inputs import check_finite, integers_differ, is_finite, same, wrong_shape
 from .interpolate import COUNTERS
 from .registry import Method
 from .weights import Weights, fit_weights
 
 
+@dataclass(eq=False, repr=False)
 class MergedState(LazyState):
     """The result of `merge`: a mapping whose tensors are computed each time they are read."""
 
-    def __init__(
-        self,
-        method: Method,
-        states: tuple[State, ...],
-        base: State | None,
-        weights: Weights,
-        seed: int,
-        companions: tuple[State, ...],
-        labels: tuple[str, ...],
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        progress: Progress | None,
-        options: Mapping[str, Any],
-    ):
-        self.method, self.states, self.base, self.options = method, states, base, dict(options)
-        self.weights, self.seed, self.companions, self.labels = weights, seed, companions, labels
-        self.device, self.dtype, self.progress = device, dtype, progress
-        super().__init__(states[0])
+    method: Method
+    states: Sequence[State]
+    base: State | None
+    weights: Weights
+    seed: int
+    companions: Sequence[State]
+    labels: Sequence[str]
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    progress: Progress | None
+    options: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        super().__init__(self.states[0])
         self._done: set[str] = set()
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -57,8 +55,7 @@ class MergedState(LazyState):
             tensor = self._merged(name)
         if self.progress is not None:
             self._done.add(name)
-            event = ProgressEvent("merge", len(self._done), len(self), name=name)
-            self.progress(event)
+            tell(self.progress, "merge", len(self._done), len(self), name=name)
         return tensor
 
     def _merged(self, name: str) -> Tensor:
@@ -70,7 +67,7 @@ class MergedState(LazyState):
         if alone is not None:
             tensor = self._read(name, *alone)
             if is_number(tensor.dtype) and is_finite(tensor):
-                return self._stored(name, tensor, first, copy=True)
+                return self._stored(name, tensor, copy=True)
         tensors = [self._read(name, *source) for source in zip(self.labels, self.states, strict=True)]
         base = [] if self.base is None else [self._read(name, "the base", self.base)]
         # Equal tensors need no method. They may even hold infinities: masks are such constants.
@@ -78,7 +75,7 @@ class MergedState(LazyState):
             return tensors[0].to(self.dtype_of(name), copy=True)
         for label, tensor in zip((*self.labels, "the base"), (*tensors, *base), strict=False):
             check_finite(name, label, tensor, first)
-        return self._stored(name, self._computed(name, weight, tensors, base), first)
+        return self._stored(name, self._computed(name, weight, tensors, base))
 
     def _computed(
         self, name: str, weight: float | list[float] | None, tensors: list[Tensor], base: list[Tensor]
@@ -95,12 +92,16 @@ class MergedState(LazyState):
         for group in (tensors, base, companions):
             for i in range(len(group)):  # in place, so that what was read is dropped at once
                 group[i] = self._wide(group[i], wide, where)
-        arguments: dict[str, Any] = {"models": tensors, "a": tensors[0], "b": tensors[-1], "name": name}
-        arguments["base"] = base[0] if base else None
-        arguments["companions"] = companions
-        arguments["generator"] = generator(self.seed, name) if self.method.random else None
-        if self.method.weight is not None:
-            arguments[self.method.weight] = weight
+        arguments = {
+            "models": tensors,
+            "a": tensors[0],
+            "b": tensors[-1],
+            "base": base[0] if base else None,
+            "companions": companions,
+            "generator": generator(self.seed, name) if self.method.random else None,
+            "name": name,
+            self.method.weight: weight,
+        }
         given = {key: arguments[key] for key in self.method.takes}
         result = self.method.function(**given, **self.options)
         if result.shape != tensors[0].shape:
@@ -155,9 +156,9 @@ class MergedState(LazyState):
             raise wrong_shape(name, self.labels[0], self.shape_of(name), label, tuple(tensor.shape))
         return tensor
 
-    def _stored(self, name: str, tensor: Tensor, first: torch.dtype, copy: bool = False) -> Tensor:
+    def _stored(self, name: str, tensor: Tensor, copy: bool = False) -> Tensor:
         """Cast to the dtype of the result; a value that does not fit is an error, not an infinity."""
-        dtype = self.dtype if self.dtype is not None and first.is_floating_point else first
+        dtype = self.dtype_of(name)
         result = tensor.to(dtype, copy=copy)
         if not is_finite(result):
             raise CheckpointError(

@@ -58,9 +58,8 @@ def merge(
             integers that differ, and for numbers that are not finite before or after merging.
     """
     chosen = find_method(method)
-    labels = tuple(
-        labels or (("A", "B") if len(states) == 2 else (f"model {i + 1}" for i in range(len(states))))
-    )
+    numbered = (f"model {i + 1}" for i in range(len(states)))
+    labels = tuple(labels or (("A", "B") if len(states) == 2 else numbered))
     if isinstance(chosen.inputs, int) and len(states) != chosen.inputs:
         raise ConfigError(
             f"The merge method '{chosen.name}' takes {chosen.inputs} models, but got {len(states)}."
@@ -91,9 +90,7 @@ def merge(
         raise ConfigError(f"The merge method '{chosen.name}' has no weights: leave them out.")
     filled = chosen.check_options(options)
 
-    others = [(label, state) for label, state in zip(labels[1:], states[1:], strict=True)]
-    if base is not None:
-        others.append(("the base", base))
+    others = [*zip(labels[1:], states[1:], strict=True), *([] if base is None else [("the base", base)])]
     for label, state in others:
         check_names(states[0], state, labels[0], label)
     for label, state in zip(labels, companions or (), strict=False):

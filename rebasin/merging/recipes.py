@@ -13,38 +13,63 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import write_text
+from ..files import PathLike, write_text
 from .block_names import SD1, SDXL
 from .blocks import BlockWeights
 from .merged import find_method
 from .registry import Method
 from .weights import fit_weights
 
-PathLike = str | os.PathLike[str]
-
 CONFIGS = {"sd1-ldm": ("sd1", SD1), "sdxl-sgm": ("sdxl", SDXL)}
 """sd-mecha's architectures that it has block weights for: its name of the blocks' config, and the blocks."""
 
 
 class _Recipe:
-    """The lines of a recipe; a node is referred to by the number of its line."""
+    """The lines of a recipe, in which a node is referred to by the number of its line, and what it is to merge.
 
-    def __init__(self) -> None:
+    Attributes:
+        inputs: the nodes of the models; `base` is that of the base, empty if there is none.
+        alpha: the weight; a node, too, if it is by block.
+        options: of the method.
+    """
+
+    def __init__(self, models: Sequence[PathLike], base: PathLike | None, architecture: str | None) -> None:
         self.lines: list[str] = []
         self.notes: list[str] = []
+        self.inputs = [self._model(model, architecture) for model in models]
+        self.base = "" if base is None else self._model(base, architecture)
+        self.alpha: Any = None
+        self.options: Mapping[str, Any] = {}
 
     def add(self, line: str) -> str:
         if line not in self.lines:
             self.lines.append(line)
         return f"&{self.lines.index(line)}"
 
-    def model(self, path: PathLike, config: str | None) -> str:
+    def _model(self, path: PathLike, config: str | None) -> str:
         name = os.fspath(path).replace("\\", "\\\\").replace('"', '\\"')
         return self.add(f'model "{name}" model_config={_value(config)} merge_space="weight"')
 
-    def merge(self, method: str, *inputs: str, **options: Any) -> str:
+    def write(self, method: str, *inputs: str, **options: Any) -> str:
         words = [*inputs, *(f"{key}={_value(value)}" for key, value in options.items())]
         return self.add(f'merge "{method}" {" ".join(words)}')
+
+    def delta(self, node: str) -> str:
+        return self.write("subtract", node, self.base)
+
+    def added(self, node: str, delta: str, alpha: Any) -> str:
+        return self.write("add_difference", node, delta, alpha=alpha)
+
+    def average(self, inputs: Sequence[str], shares: Sequence[float] | None = None) -> None:
+        shares = [1.0] * len(inputs) if shares is None else shares
+        kept = [(node, share) for node, share in zip(inputs, shares, strict=True) if share]
+        if len({share for _, share in kept}) == 1:
+            self.write("n_average", *(node for node, _ in kept))
+            return
+        result, total = kept[0]
+        for node, share in kept[1:]:
+            total += share
+            result = self.write("weighted_sum", result, node, alpha=share / total)
 
     def text(self) -> str:
         return "\n".join(
@@ -87,30 +112,27 @@ def recipe(
 ) -> str:
     """The text of `save_recipe`."""
     found = find_method(method)
-    made = _Recipe()
-    inputs = [made.model(model, architecture) for model in models]
     if found.needs_base and base is None:
         raise ConfigError(f"The merge method '{found.name}' needs a base: give its file.")
-    origin = "" if base is None else made.model(base, architecture)
-    if isinstance(weights, BlockWeights):
-        if found.weight == "weights" and found.name != "weighted_sum":
-            raise ConfigError(f"sd-mecha can't take block weights for '{found.name}'.")
-        alpha: Any = _blocks(made, weights, architecture)
+    made = _Recipe(models, base, architecture)
+    if not isinstance(weights, BlockWeights):
+        made.alpha = fit_weights(found, weights, len(models))
+    elif found.weight == "weights" and found.name != "weighted_sum":
+        raise ConfigError(f"sd-mecha can't take block weights for '{found.name}'.")
     else:
-        alpha = fit_weights(found, weights, len(models))
-    given = found.check_options(options)
+        made.alpha = _blocks(made, weights, architecture)
+    made.options = found.check_options(options)
     if found.name.startswith("mecha:"):
-        strength = {} if found.weight is None else {"alpha": alpha}
-        made.merge(
-            found.name.removeprefix("mecha:"), *inputs, *([origin] if origin else []), **strength, **given
-        )
-        return made.text()
-    if found.name not in RECIPES:
+        strength = {} if found.weight is None else {"alpha": made.alpha}
+        nodes = [*made.inputs, *([made.base] if made.base else [])]
+        made.write(found.name.removeprefix("mecha:"), *nodes, **strength, **made.options)
+    elif found.name in RECIPES:
+        RECIPES[found.name](made)
+    else:
         raise ConfigError(
             f"sd-mecha has no method that does what '{found.name}' does, so there is no recipe for it; it can take the"
             " merged file as a model."
         )
-    RECIPES[found.name](made, inputs, origin, alpha, given)
     return made.text()
 
 
@@ -132,109 +154,87 @@ def _blocks(made: _Recipe, weights: BlockWeights, architecture: str | None) -> s
         "dict " + " ".join(f"{block}={rows[block].low if block in rows else 0.0}" for block in order)
     )
     literal = made.add(f'literal {values} model_config="{name}-supermerger_blocks" merge_space=null')
-    return made.merge(f"convert_{name}_blocks_to_{architecture.split('-')[1]}", literal)
+    return made.write(f"convert_{name}_blocks_to_{architecture.split('-')[1]}", literal)
 
 
-def _average(made: _Recipe, inputs: Sequence[str], shares: Sequence[float]) -> str:
-    kept = [(node, share) for node, share in zip(inputs, shares, strict=True) if share]
-    if len({share for _, share in kept}) == 1:
-        return made.merge("n_average", *(node for node, _ in kept))
-    result, total = kept[0]
-    for node, share in kept[1:]:
-        total += share
-        result = made.merge("weighted_sum", result, node, alpha=share / total)
-    return result
-
-
-def _weighted_sum(made: _Recipe, inputs: list[str], base: str, alpha: Any, given: Mapping[str, Any]) -> None:
-    if isinstance(alpha, str):
-        made.merge("weighted_sum", *inputs, alpha=alpha)
-    elif len(inputs) == 2:
-        made.merge("weighted_sum", *inputs, alpha=alpha[1])
+def _weighted_sum(made: _Recipe) -> None:
+    if isinstance(made.alpha, str) or len(made.inputs) == 2:
+        made.write(
+            "weighted_sum", *made.inputs, alpha=made.alpha if isinstance(made.alpha, str) else made.alpha[1]
+        )
     else:
-        _average(made, inputs, alpha)
+        made.average(made.inputs, made.alpha)
 
 
-def _add_difference(
-    made: _Recipe, inputs: list[str], base: str, alpha: Any, given: Mapping[str, Any]
-) -> None:
-    result = inputs[0]
-    scales = [alpha] * (len(inputs) - 1) if isinstance(alpha, str) else alpha
-    for node, scale in zip(inputs[1:], scales, strict=True):
-        result = made.merge("add_difference", result, made.merge("subtract", node, base), alpha=scale)
-    if given["clamp"]:
-        made.merge("clamp", result, *inputs)
+def _add_difference(made: _Recipe) -> None:
+    result = made.inputs[0]
+    scales = [made.alpha] * (len(made.inputs) - 1) if isinstance(made.alpha, str) else made.alpha
+    for node, scale in zip(made.inputs[1:], scales, strict=True):
+        result = made.added(result, made.delta(node), scale)
+    if made.options["clamp"]:
+        made.write("clamp", result, *made.inputs)
 
 
-def _perpendicular(made: _Recipe, inputs: list[str], base: str, alpha: Any, given: Mapping[str, Any]) -> None:
-    own, other = (made.merge("subtract", node, base) for node in inputs)
-    part = made.merge("perpendicular_component", own, other)
-    made.merge("add_difference", inputs[0], part, alpha=alpha)
+def _perpendicular(made: _Recipe) -> None:
+    part = made.write("perpendicular_component", *(made.delta(node) for node in made.inputs))
+    made.added(made.inputs[0], part, made.alpha)
 
 
-def _train_difference(
-    made: _Recipe, inputs: list[str], base: str, alpha: Any, given: Mapping[str, Any]
-) -> None:
-    mask = made.merge("train_difference_mask", *inputs, base, alpha=alpha)
-    made.merge("add_difference", inputs[0], made.merge("subtract", inputs[1], base), alpha=mask)
+def _train_difference(made: _Recipe) -> None:
+    mask = made.write("train_difference_mask", *made.inputs, made.base, alpha=made.alpha)
+    made.added(made.inputs[0], made.delta(made.inputs[1]), mask)
 
 
-def _ties(made: _Recipe, inputs: list[str], base: str, alpha: Any, given: Mapping[str, Any]) -> None:
-    deltas = [made.merge("subtract", node, base) for node in inputs]
-    if given["k"] < 1:
+def _ties(made: _Recipe) -> None:
+    deltas = [made.delta(node) for node in made.inputs]
+    if made.options["k"] < 1:
         made.notes.append("sd-mecha's ties_sum keeps one value more of every tensor than k says")
-    ties = made.merge("ties_sum", *deltas, k=float(given["k"]), vote_sgn=given["vote"] == "mass")
-    made.merge("add_difference", base, ties, alpha=alpha)
+    k, by_mass = float(made.options["k"]), made.options["vote"] == "mass"
+    made.added(made.base, made.write("ties_sum", *deltas, k=k, vote_sgn=by_mass), made.alpha)
 
 
-def _model_stock(made: _Recipe, inputs: list[str], base: str, alpha: Any, given: Mapping[str, Any]) -> None:
-    if not given["rows"] or len(inputs) != 2:
+def _model_stock(made: _Recipe) -> None:
+    if not made.options["rows"] or len(made.inputs) != 2:
         raise ConfigError(
             "sd-mecha's model_stock is ours of two models with rows=true only, so there is no recipe."
         )
-    deltas = [made.merge("subtract", node, base) for node in inputs]
-    made.merge("add_difference", base, made.merge("model_stock", *deltas), alpha=1.0)
+    made.added(made.base, made.write("model_stock", *(made.delta(node) for node in made.inputs)), 1.0)
 
 
-def _region(name: str) -> Callable[..., None]:
-    def write(made: _Recipe, inputs: list[str], base: str, alpha: Any, given: Mapping[str, Any]) -> None:
-        made.merge(name, *inputs, width=alpha, offset=float(given["offset"]))
-
-    return write
-
-
-def _rotate(made: _Recipe, inputs: list[str], base: str, alpha: Any, given: Mapping[str, Any]) -> None:
+def _rotate(made: _Recipe) -> None:
     made.notes.append("sd-mecha's rotate differs from ours for matrices with fewer rows than columns")
-    nodes = [made.merge("subtract", node, base) for node in inputs] if base else inputs
-    turned = made.merge("rotate", *nodes, alpha=alpha, **{k: float(v) for k, v in given.items()})
-    if base:
-        made.merge("add_difference", base, turned, alpha=1.0)
+    nodes = [made.delta(node) for node in made.inputs] if made.base else made.inputs
+    turned = made.write("rotate", *nodes, alpha=made.alpha, **{k: float(v) for k, v in made.options.items()})
+    if made.base:
+        made.added(made.base, turned, 1.0)
 
 
-def _median(made: _Recipe, inputs: list[str], base: str, alpha: Any, given: Mapping[str, Any]) -> None:
-    if len(set(alpha)) > 1:
+def _median(made: _Recipe) -> None:
+    if len(set(made.alpha)) > 1:
         raise ConfigError("sd-mecha's geometric_median has no weights, so there is no recipe for these.")
-    made.merge("geometric_median", *inputs, maxiter=given["iterations"])
+    made.write("geometric_median", *made.inputs, maxiter=made.options["iterations"])
 
 
-def _ema(made: _Recipe, inputs: list[str], base: str, alpha: Any, given: Mapping[str, Any]) -> None:
-    result = inputs[0]
-    for node in inputs[1:]:
-        result = made.merge("weighted_sum", result, node, alpha=1.0 - given["decay"])
+def _ema(made: _Recipe) -> None:
+    result = made.inputs[0]
+    for node in made.inputs[1:]:
+        result = made.write("weighted_sum", result, node, alpha=1.0 - made.options["decay"])
 
 
-def _same(name: str, *options: str, with_base: bool = False) -> Callable[..., None]:
+def _same(
+    name: str, *options: str, with_base: bool = False, weight: str = "alpha"
+) -> Callable[[_Recipe], None]:
     """A method that sd-mecha has with the same arguments."""
 
-    def write(made: _Recipe, inputs: list[str], base: str, alpha: Any, given: Mapping[str, Any]) -> None:
-        strength = {} if alpha is None else {"alpha": alpha}
-        kept = {option: float(given[option]) for option in options}
-        made.merge(name, *inputs, *([base] if with_base else []), **strength, **kept)
+    def write(made: _Recipe) -> None:
+        strength = {} if made.alpha is None else {weight: made.alpha}
+        kept = {option: float(made.options[option]) for option in options}
+        made.write(name, *made.inputs, *([made.base] if with_base else []), **strength, **kept)
 
     return write
 
 
-RECIPES: dict[str, Callable[..., object]] = {
+RECIPES: dict[str, Callable[[_Recipe], object]] = {
     "weighted_sum": _weighted_sum,
     "wise_ft": _same("weighted_sum"),
     "add_difference": _add_difference,
@@ -244,8 +244,8 @@ RECIPES: dict[str, Callable[..., object]] = {
     "add_cosine_a": _same("add_cosine_a"),
     "add_cosine_b": _same("add_cosine_b"),
     "ties_sum": _ties,
-    "tensor_sum": _region("tensor_sum"),
-    "top_k_tensor_sum": _region("top_k_tensor_sum"),
+    "tensor_sum": _same("tensor_sum", "offset", weight="width"),
+    "top_k_tensor_sum": _same("top_k_tensor_sum", "offset", weight="width"),
     "train_difference": _train_difference,
     "multiply_quotient": _same("multiply_quotient", with_base=True),
     "crossover": _same("crossover", "tilt"),
@@ -253,12 +253,10 @@ RECIPES: dict[str, Callable[..., object]] = {
     "clip": _same("clamp", "stiffness"),
     "model_stock": _model_stock,
     "geometric_median": _median,
-    "uniform_soup": lambda made, inputs, base, alpha, given: _average(made, inputs, [1.0] * len(inputs)),
-    "greedy_soup": lambda made, inputs, base, alpha, given: _average(made, inputs, alpha),
+    "uniform_soup": lambda made: made.average(made.inputs),
+    "greedy_soup": lambda made: made.average(made.inputs, made.alpha),
     "ema": _ema,
-    "polyak": lambda made, inputs, base, alpha, given: _average(
-        made, inputs[-given["last"] :] if given["last"] else inputs, [1.0] * (given["last"] or len(inputs))
-    ),
+    "polyak": lambda made: made.average(made.inputs[-made.options["last"] :]),
 }
 """Those of our methods that sd-mecha can do. Not there: distribution_crossover, fisher, and dropout with our masks."""
 

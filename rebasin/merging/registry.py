@@ -101,71 +101,38 @@ def method(
     least: int = 2,
     plan: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register a function as a merge method; the first sentence of its docstring is the description."""
+    """Register a function as a merge method: its signature says what it takes, the first paragraph of its docstring
+    what it does.
+    """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        add(
-            describe(
-                name or function.__name__,
-                function,
-                formula,
-                reference,
-                zero,
-                one,
-                self_any_base,
-                default,
-                least,
-                plan,
-            )
+        called, takes = name or function.__name__, arguments_of(function)
+        if called in METHODS:
+            raise ConfigError(f"There is a merge method {called!r} already; choose another name.")
+        kinds: tuple[WeightKind, ...] = ("alpha", "weights", "scales")
+        METHODS[called] = Method(
+            name=called,
+            function=function,
+            description=(inspect.getdoc(function) or called).split("\n\n")[0].replace("\n", " "),
+            formula=formula,
+            reference=reference,
+            inputs="N" if "models" in takes else 2,
+            least=least,
+            needs_base=takes.get("base") is REQUIRED,
+            takes_base="base" in takes,
+            weight=next((k for k in kinds if k in takes), None),
+            default_weight=default,
+            options=arguments_of(function, SUPPLY),
+            zero=zero,
+            one=one,
+            self_any_base=self_any_base,
+            random="generator" in takes,
+            plan=plan,
+            takes=frozenset(takes) & frozenset(SUPPLY),
         )
         return function
 
     return register
-
-
-def add(entry: Method) -> None:
-    """Put a method into the registry; a name has one method."""
-    if entry.name in METHODS:
-        raise ConfigError(f"There is a merge method '{entry.name}' already; choose another name.")
-    METHODS[entry.name] = entry
-
-
-def describe(
-    name: str,
-    function: Callable[..., Tensor],
-    formula: str,
-    reference: str,
-    zero: Literal["a", "base"] | None = None,
-    one: Literal["b"] | None = None,
-    self_any_base: bool = True,
-    default: float | None = None,
-    least: int = 2,
-    plan: Callable[..., Any] | None = None,
-) -> Method:
-    """The method that a function's signature and docstring describe."""
-    takes = arguments_of(function)
-    kinds: tuple[WeightKind, ...] = ("alpha", "weights", "scales")
-    kind: WeightKind | None = next((k for k in kinds if k in takes), None)
-    return Method(
-        name=name,
-        function=function,
-        description=(inspect.getdoc(function) or name).split("\n\n")[0].replace("\n", " "),
-        formula=formula,
-        reference=reference,
-        inputs="N" if "models" in takes else 2,
-        least=least,
-        needs_base=takes.get("base") is REQUIRED,
-        takes_base="base" in takes,
-        weight=kind,
-        default_weight=default,
-        options=arguments_of(function, SUPPLY),
-        zero=zero,
-        one=one,
-        self_any_base=self_any_base,
-        random="generator" in takes,
-        plan=plan,
-        takes=frozenset(takes) & frozenset(SUPPLY),
-    )
 
 
 def plan_options(plan: Callable[..., Any] | None) -> dict[str, Any]:

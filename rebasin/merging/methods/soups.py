@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...types import Progress, State, tell
-from ..registry import add, describe, method
+from ..registry import method
 from .linear import average
 
 SOUPS = "Wortsman et al. 2022, Model soups, 2203.05482"
@@ -60,12 +60,10 @@ def greedy_plan(
     return [1 / len(kept) if i in kept else 0.0 for i in range(len(states))]
 
 
+@method("sum_{i kept} m_i / n_kept", SOUPS, name="greedy_soup", one="b", plan=greedy_plan)
 def _kept(models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The mean of the models that help: from the best on, each is kept if the mean with it scores no worse."""
     return average(models, weights)
-
-
-add(describe("greedy_soup", _kept, "sum_{i kept} m_i / n_kept", SOUPS, one="b", plan=greedy_plan))
 
 
 @method(
