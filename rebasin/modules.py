@@ -44,26 +44,46 @@ def loaded(model: nn.Module, state: State) -> nn.Module:
 
 
 @contextmanager
-def with_weights(model: nn.Module, state: State) -> Iterator[nn.Module]:
-    """The model itself, with the weights of `state` inside the block and with its own again afterwards."""
-    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The model's own tensors by name, to be written to; afterwards they, and the training flags, are as before."""
+    own = {
+        name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)
+    }  # extra state may be anything
+    values = {name: tensor.clone() for name, tensor in own.items()}
     try:
-        model.load_state_dict(dict(state))
-        yield model
+        with training_flags(model):
+            yield own
     finally:
-        model.load_state_dict(own)
+        with torch.no_grad():
+            for name, value in values.items():
+                own[name].copy_(value)
+
+
+@contextmanager
+def with_weights(model: nn.Module, state: State) -> Iterator[None]:
+    """The model has the weights of `state` inside the block, and its own again afterwards."""
+    with restored(model):
+        model.load_state_dict(dict(state))
+        yield
+
+
+@contextmanager
+def training_flags(model: nn.Module) -> Iterator[None]:
+    """After the block every submodule has its own training flag back."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block; afterwards every submodule has its own training flag back."""
-    training = {module: module.training for module in model.modules()}
-    try:
+    with training_flags(model):
         model.eval()
         yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
 
 
 @contextmanager

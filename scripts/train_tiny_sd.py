@@ -44,6 +44,7 @@ from rebasin.errors import RebasinError
 from rebasin.models import tiny_sd
 from rebasin.models import tiny_sd_training as training
 from rebasin.models.tiny_sd_training import Recipe
+from rebasin.types import ProgressEvent
 
 STAGES = ("vae", "text", "seed0", "seed1", "low", "high", "evaluate")
 RECIPES = {
@@ -65,10 +66,11 @@ class Bars:
     def __init__(self) -> None:
         self.bar: tqdm | None = None
 
-    def __call__(self, stage: str, step: int, steps: int, loss: float) -> None:
+    def __call__(self, event: ProgressEvent) -> None:
+        stage, step, steps = event["stage"], event["step"], event["total"]
         if self.bar is None or self.bar.desc != stage:
             self.bar = tqdm(total=steps, initial=step - 1, desc=stage, mininterval=2.0)
-        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.bar.set_postfix(loss=f"{event['loss']:.4f}", refresh=False)
         self.bar.update(1)
         if step == steps:
             self.bar.close()

@@ -212,8 +212,8 @@ def test_training_resumes_exactly(tmp_path):
             x = torch.randn(4, 3, generator=rng)
             return (model(x) - x.sum(1, keepdim=True)).square().mean() + float(choose.random())
 
-        def progress(stage, step, steps, loss):
-            if step == stop_at:
+        def progress(event):
+            if event["step"] == stop_at:
                 raise KeyboardInterrupt
 
         record = train("toy", model, recipe, loss_at, progress, tmp_path / "toy.safetensors")

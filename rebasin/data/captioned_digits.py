@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from rebasin.data import classification
-from rebasin.errors import DataError
+from ..errors import DataError
+from . import classification
 
 Split = Literal["train", "test"]
 

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rebasin.data.cifar import ADDRESS, LAYOUTS, read_cifar
-from rebasin.data.idx import read_idx
-from rebasin.errors import DataError
-from rebasin.files import atomic_path
+from ..errors import DataError
+from ..files import atomic_path
+from .cifar import ADDRESS, LAYOUTS, read_cifar
+from .idx import read_idx
 
 NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
 THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

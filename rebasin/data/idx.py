@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rebasin.errors import DataError
+from ..errors import DataError
 
 # MNIST's files hold unsigned bytes (type 8); the format's other types are not used by any data set here.
 UNSIGNED_BYTE = 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rebasin.errors import DataError
+from ..errors import DataError
 
 SHIPPED = Path(__file__).parent / "prompts.txt"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rebasin.errors import ConfigError, DataError
+from ..errors import ConfigError, DataError
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 Points = int | Sequence[float]

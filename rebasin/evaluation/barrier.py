@@ -7,18 +7,17 @@ code against their mean. They agree where the endpoints are equally good.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from rebasin.errors import CheckpointError, ConfigError
-from rebasin.merging.inputs import check_names
-from rebasin.merging.interpolate import interpolate_tensor
-
+from ..errors import CheckpointError, ConfigError
+from ..merging.inputs import check_names
+from ..merging.interpolate import interpolate_tensor
+from ..modules import restored
 from ..types import Progress, State, tell
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
@@ -127,7 +126,7 @@ def barrier(
     lambdas = [step / (points - 1) for step in range(points)]
     losses: list[float] = []
     columns: dict[str, list[float]] = {}
-    with _restored(model) as slots:
+    with restored(model) as slots:
         _check_slots(slots, state_a)
         own = {tensor.untyped_storage().data_ptr() for tensor in slots.values()}
         end_a, end_b = _Apart(state_a, own), _Apart(state_b, own)
@@ -188,32 +187,12 @@ def _figures(result: float | Mapping[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in result.items()}
 
 
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Give the model's own tensors by name, to be overwritten; put back values and training flags after."""
-    slots = {
-        name: tensor.detach()
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor)  # a module's extra state may be anything
-    }
+def _check_slots(slots: Mapping[str, Tensor], state: State) -> None:
     meta = [name for name, tensor in slots.items() if tensor.is_meta]
     if meta:
         raise CheckpointError(
             f"The model's tensor '{meta[0]}' is on the meta device: give a model with real tensors."
         )
-    values = {name: tensor.clone() for name, tensor in slots.items()}
-    training = {module: module.training for module in model.modules()}
-    try:
-        yield slots
-    finally:
-        with torch.no_grad():
-            for name, value in values.items():
-                slots[name].copy_(value)
-        for module, flag in training.items():
-            module.training = flag
-
-
-def _check_slots(slots: Mapping[str, Tensor], state: State) -> None:
     unknown = [name for name in state if name not in slots]
     if unknown:
         raise CheckpointError(

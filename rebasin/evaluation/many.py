@@ -10,9 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from ..modules import eval_mode
+from ..modules import eval_mode, with_weights
 from ..objectives import Objective
 from ..types import State
 from .calibration import BINS, Calibration, calibration
@@ -107,31 +106,12 @@ def _row(name: str, logits: Tensor, labels: Tensor, mean: float, bins: int) -> R
 
 def _answers(model: nn.Module, objective: Any, batches: Sequence[Any], state: State) -> tuple[Tensor, Tensor]:
     """Logits [samples, classes], float32, and labels [samples], on the CPU."""
-    logits, labels = [], []
-    with torch.no_grad(), eval_mode(model):
-        for batch in batches:
-            found, y = functional_call(_Inside(model), _named(model, state), (objective.logits, batch))
-            logits.append(found.cpu())
-            labels.append(y.cpu())
-    return torch.cat(logits), torch.cat(labels)
+    with torch.no_grad(), eval_mode(model), with_weights(model, state):
+        found = [objective.logits(model, batch) for batch in batches]
+    logits, labels = (torch.cat([pair[k].cpu() for pair in found]) for k in (0, 1))
+    return logits, labels
 
 
 def _loss(model: nn.Module, objective: Objective, batches: Sequence[Any], state: State) -> float:
-    found = functional_call(_Inside(model), _named(model, state), (objective.evaluate, batches))
-    return found["loss"]
-
-
-def _named(model: nn.Module, state: State) -> dict[str, Tensor]:
-    own = model.state_dict()
-    return {f"model.{name}": state[name].to(own[name].device, own[name].dtype) for name in own}
-
-
-class _Inside(nn.Module):
-    """What is computed while the model has other tensors than its own."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, what: Any, data: Any) -> Any:
-        return what(self.model, data)
+    with with_weights(model, state):
+        return objective.evaluate(model, batches)["loss"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,9 @@ from scipy import stats
 from torch import nn
 
 from ..errors import ConfigError
+from ..modules import loaded
 from ..objectives import Reward
-from ..types import Progress, ProgressEvent, State
+from ..types import Progress, State, tell
 
 CONFIDENCE = 0.95
 
@@ -82,16 +82,14 @@ def score_models(
     if not batches:
         raise ConfigError("Scores need at least one seed.")
     began = time.perf_counter()
-    own = copy.deepcopy(model)
     found: dict[str, tuple[float, ...]] = {}
     for number, (label, state) in enumerate(states.items()):
-        own.load_state_dict(dict(state))
+        own = loaded(model, state)
         values = []
         for seed, problems in enumerate(batches):
             values.append(objective.evaluate(own, problems)["reward"])
-            if progress is not None:
-                step = number * len(batches) + seed + 1
-                progress(ProgressEvent(f"scoring {label}", step, len(states) * len(batches)))
+            step = number * len(batches) + seed + 1
+            tell(progress, f"scoring {label}", step, len(states) * len(batches))
         found[label] = tuple(values)
     told = {}
     for name, (plus, minus) in (differences or {}).items():

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from rebasin.data.classification import Dataset
-from rebasin.errors import ConfigError
-from rebasin.integrations.torchvision import prepare_torchvision
-from rebasin.models.library import network as library_network
-from rebasin.models.mlp import MLP
-from rebasin.models.resnet import ResNet
-from rebasin.models.vgg import VGG
-from rebasin.types import supply
+from ..data.classification import Dataset
+from ..errors import ConfigError
+from ..integrations.torchvision import prepare_torchvision
+from ..types import supply
+from .library import network as library_network
+from .mlp import MLP
+from .resnet import ResNet
+from .vgg import VGG
 
 prepare_torchvision()  # before a model imports diffusers
 

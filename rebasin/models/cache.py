@@ -1,5 +1,7 @@
 """Classifiers trained on first use and kept on disk, under a hash of all that determines the result."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import time
@@ -12,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rebasin.data.classification import Dataset
-from rebasin.errors import CheckpointError, ConfigError
-from rebasin.files import cache_folder
-from rebasin.models import build, fitting_options
-from rebasin.models.train import RECIPES, Recipe, train
-from rebasin.tensors import load_safetensors, save_safetensors
-
+from ..data.classification import Dataset
+from ..errors import CheckpointError, ConfigError
+from ..files import cache_folder
+from ..modules import loaded
+from ..tensors import load_safetensors, save_safetensors
 from ..types import Progress, ProgressEvent, State
+from . import build, fitting_options
+from .train import RECIPES, Recipe, train
 
 # Raise it when a change of the models or of the loop changes the trained weights.
 VERSION = 1
@@ -48,9 +50,7 @@ class Trained:
 
     def model(self) -> nn.Module:
         """A new model with these weights, in eval mode."""
-        model = build(self.name, **self.options)
-        model.load_state_dict(self.state)
-        return model.eval()
+        return loaded(build(self.name, **self.options), self.state).eval()
 
 
 def trained(
@@ -71,7 +71,7 @@ def trained(
         options: of the model (`width`, `norm`, ...); the sizes that the data determines are filled in.
         recipe: by default `RECIPES[name]`.
         seed: of the start weights and of the order of the samples.
-        cache: the folder; by default `paths.cache_folder()`. A damaged file in it is replaced, with a warning.
+        cache: the folder; by default `files.cache_folder()`. A damaged file in it is replaced, with a warning.
         progress: as in `rebasin.models.train.train`, with model and seed too; not called for a cached model.
         epoch: the weights after so many epochs of the recipe instead of those at its end; 0 are the start weights.
         kept: epochs whose weights are cached as well when there is a training, for later calls with `epoch`.
@@ -88,90 +88,102 @@ def trained(
         raise ConfigError(f"epoch is {epoch}, but the recipe has {recipe.epochs}: give 0 to {recipe.epochs}.")
     config = {
         "version": VERSION,
-        "torch": torch.__version__,
-        "device": torch.device(device).type,
         "model": name,
         "options": options,
         "recipe": {k: v for k, v in asdict(recipe).items() if (k, v) != ("augment", "none")},
         "seed": seed,
         "data": dataset.fingerprint,
     }
-    folder = cache_folder(cache)
-    wanted = recipe.epochs if epoch is None else epoch
-    key, path = place(_at(config, wanted, recipe.epochs), folder, f"{name}-{dataset.name}")
-    if path is not None and path.exists():
-        try:
-            state, metadata = read_cached(path, key, model)
-            history = tuple(json.loads(metadata["history"]))
-            return Trained(name, options, state, history, float(metadata["seconds"]), True, path)
-        except CheckpointError as error:
-            warnings.warn(f"{error} The model is trained anew.", stacklevel=2)
+    folder, last = cache_folder(cache), recipe.epochs
+    wanted = last if epoch is None else epoch
+
+    def place(done: int) -> Place:
+        at = config if done == last else {**config, "epoch": done}
+        return Place.of(at, device, folder, f"{name}-{dataset.name}")
+
+    found, path = place(wanted).read(model), place(wanted).path
+    if found is not None:
+        state, metadata = found
+        history = tuple(json.loads(metadata["history"]))
+        return Trained(name, options, state, history, float(metadata["seconds"]), True, path)
 
     started = time.perf_counter()
     x, y = dataset.train_x.to(device), dataset.train_y.to(device)
     states: dict[int, tuple[dict[str, Tensor], float]] = {}
 
     def keep(done: int) -> None:
-        if done in {*kept, wanted, recipe.epochs}:
-            state = {key: tensor.detach().cpu().clone() for key, tensor in model.state_dict().items()}
-            states[done] = state, time.perf_counter() - started
+        if done in {*kept, wanted, last}:
+            states[done] = on_cpu(model), time.perf_counter() - started
 
-    history = train(model.to(device), x, y, recipe, seed, _named(progress, name, seed), keep)
-    for done, (state, seconds) in states.items() if folder is not None else ():
-        key, file = place(_at(config, done, recipe.epochs), folder, f"{name}-{dataset.name}")
-        assert file is not None
-        write_cached(file, key, state, history[:done], seconds)
+    def named(event: ProgressEvent) -> None:
+        if progress is not None:
+            progress(ProgressEvent(**event, model=name, seed=seed))
+
+    history = train(model.to(device), x, y, recipe, seed, named, keep)
+    for done, (state, seconds) in states.items():
+        place(done).write(state, history[:done], seconds)
     state, seconds = states[wanted]
     return Trained(name, options, state, history[:wanted], seconds, False, path)
 
 
-def place(config: Mapping[str, Any], folder: Path | None, stem: str) -> tuple[str, Path | None]:
-    """What identifies a training with this configuration, and its file in the cache `folder`."""
-    key = json.dumps(config, sort_keys=True)
-    name = f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    return key, None if folder is None else folder / name
+@dataclass(frozen=True)
+class Place:
+    """Where the cache has a training: `key` says what was trained and how, `path` is its file, None without a cache."""
+
+    key: str
+    path: Path | None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], device: str, folder: Path | None, stem: str) -> Place:
+        """That of a training with this configuration, on this kind of device and with this version of torch."""
+        where = {"torch": torch.__version__, "device": torch.device(device).type}
+        key = json.dumps({**config, **where}, sort_keys=True)
+        name = f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+        return cls(key, None if folder is None else folder / name)
+
+    def read(self, model: nn.Module) -> tuple[dict[str, Tensor], Mapping[str, str]] | None:
+        """The weights that `write` left for a model like this one, and the file's metadata; None if there are none, or
+        none that can be used, which is told as a warning.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            file = load_safetensors(self.path)
+            metadata = file.metadata
+            if metadata.get("config") != self.key or not {"sha256", "history", "seconds"} <= metadata.keys():
+                raise CheckpointError(f"{self.path} was not written for this model.")
+            state = {
+                name: file[name].clone() for name in file
+            }  # copies, so that nothing keeps the file mapped
+            if digest(state) != metadata["sha256"] or state.keys() != model.state_dict().keys():
+                raise CheckpointError(f"{self.path} is damaged: its tensors are not those that were written.")
+        except CheckpointError as error:
+            warnings.warn(f"{error} The model is trained anew.", stacklevel=3)
+            return None
+        return state, metadata
+
+    def write(self, state: State, history: Sequence[float], seconds: float) -> None:
+        """Keep the weights; a folder that can't be written to costs a warning."""
+        if self.path is None:
+            return
+        plain = {
+            "config": self.key,
+            "sha256": digest(state),
+            "history": json.dumps(history),
+            "seconds": repr(seconds),
+        }
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_safetensors(self.path, state, plain)
+        except (OSError, CheckpointError) as error:
+            warnings.warn(
+                f"the trained model could not be kept in {self.path.parent} ({error}).", stacklevel=3
+            )
 
 
-def _at(config: Mapping[str, Any], epoch: int, last: int) -> dict[str, Any]:
-    """The configuration of the weights after `epoch` epochs."""
-    return {**config, **({} if epoch == last else {"epoch": epoch})}
-
-
-def _named(progress: Progress | None, name: str, seed: int) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda event: progress(ProgressEvent(**{**event, "model": name, "seed": seed}))
-
-
-def read_cached(path: Path, key: str, model: nn.Module) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """The weights that `write_cached` left in `path` for `key`, and the file's metadata.
-
-    Raises:
-        CheckpointError: it is of another training or another model, or damaged.
-    """
-    file = load_safetensors(path)
-    metadata = file.metadata
-    if metadata.get("config") != key or not {"sha256", "history", "seconds"} <= metadata.keys():
-        raise CheckpointError(f"{path} was not written for this model.")
-    state = {name: file[name].clone() for name in file}  # copies, so that nothing keeps the file mapped
-    if digest(state) != metadata["sha256"] or state.keys() != model.state_dict().keys():
-        raise CheckpointError(f"{path} is damaged: its tensors are not those that were written.")
-    return state, metadata
-
-
-def write_cached(path: Path, key: str, state: State, history: Sequence[float], seconds: float) -> None:
-    """Keep the weights in `path`; a folder that can't be written to costs a warning."""
-    metadata = {
-        "config": key,
-        "sha256": digest(state),
-        "history": json.dumps(history),
-        "seconds": repr(seconds),
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_safetensors(path, state, metadata)
-    except (OSError, CheckpointError) as error:
-        warnings.warn(f"the trained model could not be kept in {path.parent} ({error}).", stacklevel=2)
+def on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the model's tensors."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 def digest(state: State) -> str:

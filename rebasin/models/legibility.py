@@ -12,7 +12,6 @@ from torch import Tensor
 from ..data import classification
 from ..data.captioned_digits import ASSET, WORDS
 from ..errors import DataError
-from . import build
 from .cache import trained
 
 ARCHITECTURE = "vgg"
@@ -29,9 +28,7 @@ class Legibility:
 
     def __init__(self) -> None:
         found = trained(ARCHITECTURE, classification.load("mnist", ASSET), OPTIONS)
-        self.model = build(ARCHITECTURE, **found.options)
-        self.model.load_state_dict(dict(found.state))
-        self.model.eval().requires_grad_(False)
+        self.model = found.model().requires_grad_(False)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Raises DataError for a prompt that does not name exactly one digit."""

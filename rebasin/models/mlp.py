@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from rebasin.errors import ConfigError
+from ..errors import ConfigError
 
 
 class MLP(nn.Module):

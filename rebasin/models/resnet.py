@@ -4,8 +4,8 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from rebasin.errors import ConfigError
-from rebasin.models.norms import ChannelLayerNorm
+from ..errors import ConfigError
+from .norms import ChannelLayerNorm
 
 Norm = Literal["layer", "batch", "group"]
 

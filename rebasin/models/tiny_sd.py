@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from rebasin.errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -6,26 +6,24 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from ..data import captioned_digits as digits
 from ..data import classification
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from ..files import cache_folder
-from ..types import Progress, State, tell
+from ..types import Progress, State, within
 from . import tiny_sd
 from . import tiny_sd_training as training
-from .cache import digest, place, read_cached, write_cached
+from .cache import Place, digest, on_cpu
 from .tiny_sd_training import Recipe
 
 VERSION = 1
@@ -53,7 +51,7 @@ class Trainer:
         width: channels of the UNets' first level.
         recipe, text_recipe: of the UNets and of their own text encoders; the seeds in them do not count.
         data: see `captioned_digits.load`.
-        cache: the folder; by default `paths.cache_folder()`.
+        cache: the folder; by default `files.cache_folder()`.
         device: where to train.
     """
 
@@ -117,20 +115,17 @@ class Trainer:
             "mnist", digits.ASSET if self.data is None else self.data
         ).fingerprint
         own = {k: v for k, v in asdict(recipe).items() if k != "checkpoint_every"}
-        where = {"torch": torch.__version__, "device": torch.device(self.device).type}
-        config = {"version": VERSION, **where, **what, "recipe": own, "data": fingerprint}
-        key, path = place(config, cache_folder(self.cache), stem)
-        if path is not None and path.exists():
-            try:
-                return read_cached(path, key, model)[0]
-            except CheckpointError as error:
-                warnings.warn(f"{error} The model is trained anew.", stacklevel=2)
-        unfinished = None if path is None else path.with_suffix(".unfinished")
+        config = {"version": VERSION, **what, "recipe": own, "data": fingerprint}
+        place = Place.of(config, self.device, cache_folder(self.cache), stem)
+        found = place.read(model)
+        if found is not None:
+            return found[0]
+        unfinished = None if place.path is None else place.path.with_suffix(".unfinished")
         began = time.perf_counter()
         made, record = train(unfinished)
-        state = {name: tensor.detach().cpu().clone() for name, tensor in made.state_dict().items()}
-        if path is not None and unfinished is not None:
-            write_cached(path, key, state, [record["train_loss"]], time.perf_counter() - began)
+        state = on_cpu(made)
+        place.write(state, [record["train_loss"]], time.perf_counter() - began)
+        if unfinished is not None:
             unfinished.unlink(missing_ok=True)
         return state
 
@@ -153,11 +148,8 @@ def recipe(options: Mapping[str, Any]) -> Recipe:
 
 
 def _seeded(recipe: Recipe, seed: int) -> Recipe:
-    return Recipe(**{**asdict(recipe), "seed": seed})
+    return replace(recipe, seed=seed)
 
 
-def _told(progress: Progress | None, seed: int, what: str) -> training.Progress:
-    def told(stage: str, step: int, steps: int, loss: float) -> None:
-        tell(progress, f"{what} of seed {seed}", step, steps, loss=loss)
-
-    return told
+def _told(progress: Progress | None, seed: int, what: str) -> Progress | None:
+    return None if progress is None else lambda event: progress(within(event, f"{what} of seed {seed}"))

@@ -2,8 +2,7 @@
 
 Each function trains one part and returns it with a record of figures. All randomness of step s comes from a
 generator seeded with (seed, s), and the learning rate is a function of s, so that a run that was interrupted
-continues exactly where it stopped. Progress goes through a callback (stage, step, steps, loss); nothing is
-printed here.
+continues exactly where it stopped. Nothing is printed here.
 """
 
 from __future__ import annotations
@@ -23,11 +22,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from rebasin.data import captioned_digits as digits
-from rebasin.models import tiny_sd
-from rebasin.tensors import load_safetensors, save_safetensors
+from ..data import captioned_digits as digits
+from ..modules import device_of, to_device
+from ..objectives import Denoising
+from ..tensors import load_safetensors, save_safetensors
+from ..types import Progress, tell
+from . import tiny_sd
 
-Progress = Callable[[str, int, int, float], None]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names
 
 
@@ -59,7 +60,7 @@ def train(
     model: torch.nn.Module,
     recipe: Recipe,
     loss_at: Callable[[torch.Generator, np.random.Generator], torch.Tensor],
-    progress: Progress,
+    progress: Progress | None,
     checkpoint: Path | None = None,
 ) -> dict[str, float]:
     """AdamW on `loss_at`, in place; the model ends with its averaged weights if the recipe has an EMA.
@@ -95,7 +96,7 @@ def train(
             decay = min(recipe.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(averaged.values()), [p.detach() for p in parameters], 1 - decay)
         losses.append(loss.item())
-        progress(stage, step + 1, recipe.steps, losses[-1])
+        tell(progress, stage, step + 1, recipe.steps, loss=losses[-1])
         if checkpoint is not None and (step + 1) % recipe.checkpoint_every == 0:
             _save(checkpoint, named, averaged, optimizer, losses, time.monotonic() - started)
     if averaged:
@@ -137,7 +138,7 @@ def _resume(path: Path, named, averaged, optimizer) -> tuple[list[float], float]
 
 
 def train_vae(
-    images: np.ndarray, recipe: Recipe, device: str, progress: Progress, checkpoint: Path | None = None
+    images: np.ndarray, recipe: Recipe, device: str, progress: Progress | None, checkpoint: Path | None = None
 ) -> tuple[AutoencoderKL, dict[str, float]]:
     """An autoencoder of images uint8 [n, 28, 28]; its scaling_factor makes the latents' standard deviation 1.
 
@@ -184,7 +185,7 @@ def train_text_encoder(
     tokenizer: CLIPTokenizer,
     recipe: Recipe,
     device: str,
-    progress: Progress,
+    progress: Progress | None,
     checkpoint: Path | None = None,
 ) -> tuple[CLIPTextModel, dict[str, float]]:
     """CLIP in miniature on (image, caption) pairs; the image tower is thrown away.
@@ -302,7 +303,7 @@ def train_unet(
     corpus: Corpus,
     recipe: Recipe,
     device: str,
-    progress: Progress,
+    progress: Progress | None,
     checkpoint: Path | None = None,
 ) -> tuple[UNet2DConditionModel, dict[str, float]]:
     """Epsilon prediction on the corpus; a tenth of the captions is empty, for classifier-free guidance."""
@@ -328,26 +329,17 @@ def train_unet(
     return model, record
 
 
-@torch.no_grad()
 def denoising_loss(unet: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> float:
     """Mean squared error of the predicted noise over batches of captioned_digits.denoising_batches."""
-    alphas = tiny_sd.new_scheduler().alphas_cumprod
-    total, count = 0.0, 0
-    for batch in batches:
-        alpha = alphas[batch["timesteps"]][:, None, None, None]
-        noisy = alpha.sqrt() * batch["latents"] + (1 - alpha).sqrt() * batch["noise"]
-        device = next(unet.parameters()).device
-        output = unet(noisy.to(device), batch["timesteps"].to(device), batch["condition"].to(device)).sample
-        total += F.mse_loss(output.cpu(), batch["noise"], reduction="sum").item()
-        count += noisy.numel()
-    return total / count
+    problem = Denoising(alphas_cumprod=tiny_sd.new_scheduler().alphas_cumprod)
+    return problem.evaluate(unet, [to_device(batch, device_of(unet)) for batch in batches])["loss"]
 
 
 # A judge of samples -----------------------------------------------------------------------------------------
 
 
 def train_classifier(
-    images: np.ndarray, labels: np.ndarray, recipe: Recipe, device: str, progress: Progress
+    images: np.ndarray, labels: np.ndarray, recipe: Recipe, device: str, progress: Progress | None
 ) -> torch.nn.Module:
     """A small convolutional classifier of pixels [n, 1, 32, 32] in -1..1 that judges the samples; it is not
     kept.

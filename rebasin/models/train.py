@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rebasin.errors import ConfigError
-from rebasin.models.augment import AUGMENTATIONS
-
+from ..errors import ConfigError
 from ..types import Progress, tell
+from .augment import AUGMENTATIONS
 
 Optimizer = Literal["adam", "sgd"]
 Schedule = Literal["constant", "cosine"]

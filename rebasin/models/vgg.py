@@ -5,8 +5,8 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rebasin.errors import ConfigError
-from rebasin.models.norms import ChannelLayerNorm
+from ..errors import ConfigError
+from .norms import ChannelLayerNorm
 
 Norm = Literal["layer", "batch", "none"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rebasin.objectives.base import mean_over_batches
+from .base import mean_over_batches
 
 Batch = tuple[Tensor, Tensor]
 

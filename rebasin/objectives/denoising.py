@@ -20,8 +20,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from rebasin.errors import ConfigError, DataError
-from rebasin.objectives.base import mean_over_batches
+from ..errors import ConfigError, DataError
+from .base import mean_over_batches
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
 
