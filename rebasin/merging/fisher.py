@@ -6,11 +6,12 @@ expectation over samples. It is the empirical one: the loss is the objective's, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..errors import DataError
 from ..modules import eval_mode
@@ -78,31 +79,9 @@ def diagonal_fisher(
 
 def _samples(batch: Any) -> Iterator[Any]:
     """The batch's samples as batches of one."""
-    size = next((len(t) for t in _tensors(batch)), None)
+    size = next((len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), None)
     if size is None:
         yield batch
         return
     for i in range(size):
-        yield _slice(batch, i, size)
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        if batch.ndim:
-            yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from _tensors(value)
-
-
-def _slice(batch: Any, i: int, size: int) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[i : i + 1] if batch.ndim and len(batch) == size else batch
-    if isinstance(batch, Mapping):
-        return {key: _slice(value, i, size) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)([_slice(value, i, size) for value in batch])
-    return batch
+        yield pytree.tree_map_only(Tensor, lambda t, i=i: t[i : i + 1] if t.ndim and len(t) == size else t, batch)
