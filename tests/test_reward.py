@@ -24,11 +24,12 @@ from aside import ROOT, environment
 from torch import Tensor, nn
 
 from experiments.image_reward_reference import PROMPTS, checksum, images, weights
+from rebasin.data.prompts import read_prompts
 from rebasin.errors import CheckpointError, ConfigError, DataError
 from rebasin.models import tiny_sd
 from rebasin.objectives import Denoising, Reward
 from rebasin.objectives import image_reward as ir
-from rebasin.objectives.prompts import prompt_batches, read_prompts
+from rebasin.objectives.prompts import prompt_batches
 from rebasin.objectives.reward import decoder, load_scorer
 from rebasin.objectives.sampling import sample
 
@@ -190,7 +191,7 @@ def test_prompts_and_their_noise(tmp_path: Path):
     file.write_text("# nothing\n")
     with pytest.raises(DataError, match="no prompts"):
         read_prompts(file)
-    with pytest.raises(DataError, match="can't be read"):
+    with pytest.raises(DataError, match="there is no file or folder"):
         read_prompts(tmp_path / "missing.txt")
 
     def embed(texts: Any) -> Tensor:

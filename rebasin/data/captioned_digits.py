@@ -17,6 +17,7 @@ import torch
 
 from ..errors import DataError
 from . import classification
+from .batches import batched
 
 Split = Literal["train", "test"]
 
@@ -183,12 +184,4 @@ def denoising_batches(
     timesteps = torch.from_numpy(steps.astype(np.int64))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
     condition = table[torch.from_numpy(numbers)]
-    return [
-        {
-            "latents": latents[i : i + batch_size],
-            "noise": noise[i : i + batch_size],
-            "timesteps": timesteps[i : i + batch_size],
-            "condition": condition[i : i + batch_size],
-        }
-        for i in range(0, n, batch_size)
-    ]
+    return batched(batch_size, latents=latents, noise=noise, timesteps=timesteps, condition=condition)

@@ -107,13 +107,7 @@ def listed(blocks: Sequence[str]) -> str:
     """Block names with runs shortened: BASE, IN00 to IN11, M00."""
     runs: list[list[str]] = []
     for block in blocks:
-        side = block.rstrip("0123456789")
-        if (
-            runs
-            and block != side
-            and runs[-1][-1].rstrip("0123456789") == side
-            and _follows(runs[-1][-1], block)
-        ):
+        if runs and _follows(runs[-1][-1], block):
             runs[-1].append(block)
         else:
             runs.append([block])
@@ -122,5 +116,8 @@ def listed(blocks: Sequence[str]) -> str:
 
 
 def _follows(one: str, other: str) -> bool:
-    numbers = [re.search(r"\d+$", block) for block in (one, other)]
-    return all(numbers) and int(numbers[1][0]) == int(numbers[0][0]) + 1  # pyright: ignore[reportOptionalSubscript]
+    """Whether they are numbered blocks of one side, one after the other."""
+    side = one.rstrip("0123456789")
+    numbers = one[len(side) :], other[len(side) :]
+    numbered = other.rstrip("0123456789") == side and all(numbers)
+    return numbered and int(numbers[1]) == int(numbers[0]) + 1

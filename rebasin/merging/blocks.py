@@ -102,44 +102,36 @@ def block_weights(setting: Any, names: Iterable[str], default: float | None = No
     names = list(names)
     blocks = find_blocks(names)
     notes: list[str] = []
-    weights: dict[str, float] = {}
-    rules: dict[str, str] = {}
+    found: dict[str, tuple[float, str]] = {}  # tensor name -> weight and rule
     for selector, value in parse(setting):
         if selector == "default":
             default = _single(selector, value)
-        elif selector == "preset":
-            _set_list(
-                str(value),
-                preset(str(value).removesuffix("@depth")),
-                blocks,
-                str(value),
-                weights,
-                rules,
-                notes,
-            )
-        elif selector == "list":
-            assert isinstance(value, tuple)
-            _set_list("list", value, blocks, f"the list of {len(value)}", weights, rules, notes)
+        elif selector in ("preset", "list"):
+            values = preset(value.removesuffix("@depth")) if selector == "preset" else value
+            rule = value if selector == "preset" else f"the list of {len(value)}"
+            of_block, told = _by_block(values, blocks, rule)
+            notes += told
+            found |= {n: (of_block[b], rule) for n, b in blocks.of.items() if b in of_block}
         else:
             chosen = select(selector, names, blocks)
             rule = selector if isinstance(value, float) else f"{selector} over depth"
-            for name, weight in zip(chosen, _spread(value, chosen, blocks), strict=True):
-                weights[name], rules[name] = weight, rule
-    rest = [name for name in names if name not in weights]
+            spread = _spread(value, chosen, blocks)
+            found |= {name: (weight, rule) for name, weight in zip(chosen, spread, strict=True)}
+    rest = [name for name in names if name not in found]
     if rest:
         left = [block for block in blocks.order if any(blocks.of[name] == block for name in rest)]
         if default is None:
             raise ConfigError(
-                f"The block weights set {len(weights)} of {len(names)} tensors and not, for example, '{rest[0]}' in"
+                f"The block weights set {len(found)} of {len(names)} tensors and not, for example, '{rest[0]}' in"
                 f" {left[0]}: add default=WEIGHT for the others."
             )
-        if weights:
+        if found:
             notes.append(
                 f"{len(rest)} of {len(names)} tensors, in {listed(left)}, take the default {default:g}."
             )
-        weights |= dict.fromkeys(rest, default)
-        rules |= dict.fromkeys(rest, "default")
-    return BlockWeights({n: weights[n] for n in names}, {n: rules[n] for n in names}, blocks, tuple(notes))
+        found |= dict.fromkeys(rest, (default, "default"))
+    weights, rules = ({name: found[name][k] for name in names} for k in (0, 1))
+    return BlockWeights(weights, rules, blocks, tuple(notes))
 
 
 def _single(selector: str, value: Any) -> float:
@@ -148,33 +140,28 @@ def _single(selector: str, value: Any) -> float:
     return value
 
 
-def _set_list(
-    name: str, values: tuple[float, ...], blocks: Blocks, rule: str,
-    weights: dict[str, float], rules: dict[str, str], notes: list[str],
-) -> None:  # fmt: skip
-    """Set every block from a list: by name where the list fits the blocks' names, else spread over the depth."""
+def _by_block(values: Sequence[float], blocks: Blocks, rule: str) -> tuple[dict[str, float], list[str]]:
+    """Block -> weight from a list, and what to tell: by name where the list fits the blocks' names, else (or as
+    `rule` asks) spread over the depth.
+    """
+    of_block: dict[str, float] = {}
     by_name = dict(zip(SD1, values, strict=True)) if len(values) == len(SD1) else {}
-    per_block: dict[str, float] = {}
-    if len(values) == len(blocks.order):
-        per_block = dict(zip(blocks.order, values, strict=True))
-    elif len(values) == len(blocks.depth):
-        per_block = dict(zip(blocks.depth, values, strict=True))
-    elif blocks.kind in ("sd1", "sdxl") and by_name and not name.endswith("@depth"):
-        per_block = {block: by_name[block] for block in blocks.order if block in by_name}
+    told: list[str] = []
+    if len(values) in (len(blocks.order), len(blocks.depth)):
+        order = blocks.order if len(values) == len(blocks.order) else blocks.depth
+        of_block = dict(zip(order, values, strict=True))
+    elif blocks.kind in ("sd1", "sdxl") and by_name and not rule.endswith("@depth"):
+        of_block = {block: by_name[block] for block in blocks.order if block in by_name}
         if blocks.kind == "sdxl":
-            notes.append(
-                f"SDXL has no IN09 to IN11 and OUT09 to OUT11: these weights of {rule} are not used."
-            )
-    if name.endswith("@depth") or not per_block:
+            told.append(f"SDXL has no IN09 to IN11 and OUT09 to OUT11: these weights of {rule} are not used.")
+    if rule.endswith("@depth") or not of_block:
         knots = values[1:] if by_name else values
         spread = np.interp(np.linspace(0, 1, len(blocks.depth)), np.linspace(0, 1, len(knots)), knots)
-        per_block = dict(zip(blocks.depth, map(float, spread), strict=True))
+        of_block = dict(zip(blocks.depth, map(float, spread), strict=True))
         if by_name and "BASE" in blocks.order:
-            per_block["BASE"] = values[0]
-        notes.append(f"{rule} was spread over the {len(blocks.depth)} blocks of this model.")
-    for tensor, block in blocks.of.items():
-        if block in per_block:
-            weights[tensor], rules[tensor] = per_block[block], rule
+            of_block["BASE"] = values[0]
+        told.append(f"{rule} was spread over the {len(blocks.depth)} blocks of this model.")
+    return of_block, told
 
 
 def _spread(value: Value, chosen: Sequence[str], blocks: Blocks) -> list[float]:

@@ -84,4 +84,6 @@ def _samples(batch: Any) -> Iterator[Any]:
         yield batch
         return
     for i in range(size):
-        yield pytree.tree_map_only(Tensor, lambda t, i=i: t[i : i + 1] if t.ndim and len(t) == size else t, batch)
+        yield pytree.tree_map_only(
+            Tensor, lambda t, i=i: t[i : i + 1] if t.ndim and len(t) == size else t, batch
+        )

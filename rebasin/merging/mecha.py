@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,7 +53,7 @@ def mecha_method(name: str) -> Method:
     everything = [kinds.vararg] if many else []
 
     def run(
-        models: Sequence[Tensor], name: str, base: Tensor | None, alpha: float | None, **given: Any
+        models: Sequence[Tensor], name: str, base: Tensor | None, alpha: float | None = None, **given: Any
     ) -> Tensor:
         if base is not None and not third:
             models = [
@@ -67,12 +67,8 @@ def mecha_method(name: str) -> Method:
         settings = {**given, **({} if alpha is None else {"alpha": alpha})}
         keywords = {key: _value(value, of.get(key), models[0]) for key, value in settings.items()}
         if found.has_varkwargs:
-            keywords |= {
-                "key": name,
-                "key_relation": SimpleNamespace(),
-                "cache": None,
-                "output_reused": False,
-            }
+            relation = SimpleNamespace()
+            keywords |= {"key": name, "key_relation": relation, "cache": None, "output_reused": False}
         result = found.__wrapped__(*arguments, **keywords)
         if not isinstance(result, Tensor):  # some say 0 for nothing to add
             result = torch.full_like(models[0], float(result))
@@ -80,7 +76,7 @@ def mecha_method(name: str) -> Method:
 
     return Method(
         name=f"mecha:{name}",
-        function=_with_signature(run, with_alpha=weight is not None),
+        function=run,
         description=f"sd-mecha's {name}.",
         formula="see sd-mecha",
         reference=REFERENCE,
@@ -176,9 +172,3 @@ def _value(value: Any, kind: Any, like: Tensor) -> Any:
     if kind is torch.Tensor and not isinstance(value, Tensor) and value is not None:
         return torch.tensor(value, dtype=like.dtype, device=like.device)
     return value
-
-
-def _with_signature(run: Callable[..., Tensor], with_alpha: bool) -> Callable[..., Tensor]:
-    if with_alpha:
-        return run
-    return lambda models, name, base, **options: run(models, name, base, None, **options)

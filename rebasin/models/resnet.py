@@ -5,7 +5,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .norms import ChannelLayerNorm
+from .norms import norm_of
 
 Norm = Literal["layer", "batch", "group"]
 
@@ -76,12 +76,7 @@ class _ConvNorm(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
-        if norm == "layer":
-            self.norm = ChannelLayerNorm(outputs)
-        elif norm == "batch":
-            self.norm = nn.BatchNorm2d(outputs)
-        else:
-            self.norm = nn.GroupNorm(groups, outputs)
+        self.norm = norm_of(norm, outputs, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))

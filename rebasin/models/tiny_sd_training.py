@@ -246,17 +246,11 @@ def train_text_encoder(
         held = np.arange(known, len(images))
         pixels = digits.to_pixels(images[held]).to(device)
         logits = clip(input_ids=tokens.to(device), pixel_values=pixels).logits_per_image.cpu()
-    plain = torch.tensor(
-        [d for caption, d, _ in digits.CAPTIONS if caption.startswith("a handwritten digit")]
-    )
-    rows = [
-        i for i, (caption, _, _) in enumerate(digits.CAPTIONS) if caption.startswith("a handwritten digit")
-    ]
-    record["digit_accuracy"] = float(
-        (plain[logits[:, rows].argmax(1)] == torch.from_numpy(labels[held])).float().mean()
-    )
-    extreme = np.flatnonzero(ink[held] != 1)
     text_of = {caption: i for i, (caption, _, _) in enumerate(digits.CAPTIONS)}
+    rows = [i for caption, i in text_of.items() if caption.startswith("a handwritten digit")]
+    answers = caption_digit[rows][logits[:, rows].argmax(1).numpy()]
+    record["digit_accuracy"] = float((answers == labels[held]).mean(dtype=np.float32))
+    extreme = np.flatnonzero(ink[held] != 1)
     words = [digits.WORDS[d] for d in labels[held][extreme]]
     thin = logits[extreme, [text_of[f"a thin {word}"] for word in words]]
     bold = logits[extreme, [text_of[f"a bold {word}"] for word in words]]

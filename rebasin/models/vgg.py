@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .norms import ChannelLayerNorm
+from .norms import norm_of
 
 Norm = Literal["layer", "batch", "none"]
 
@@ -62,8 +62,7 @@ class _ConvNormRelu(nn.Module):
     def __init__(self, inputs: int, outputs: int, norm: Norm):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
-        norms = {"layer": ChannelLayerNorm, "batch": nn.BatchNorm2d, "none": lambda _: nn.Identity()}
-        self.norm = norms[norm](outputs)
+        self.norm = norm_of(norm, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x)).relu()

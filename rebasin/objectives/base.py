@@ -1,12 +1,13 @@
 """The interface of every objective, and how its figures are averaged over batches."""
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..modules import eval_mode
 
 Measure = Callable[[nn.Module, Any], tuple[Mapping[str, Tensor], int]]
@@ -47,3 +48,25 @@ def mean_over_batches(model: nn.Module, batches: Iterable[Any], measure: Measure
     if total == 0:
         raise DataError("There is nothing to evaluate: the list of batches is empty.")
     return {name: value / total for name, value in sums.items()}
+
+
+def imported(what: str, path: str) -> Any:
+    """The callable at "package.module:name" (or "package.module.name"); a class is called without arguments.
+
+    Args:
+        what: what it is to users, a scorer say.
+
+    Raises:
+        ConfigError: there is none, or it can't be called.
+    """
+    module, _, name = path.replace(":", ".").rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"The {what} {path!r} can't be imported ({error}); write it as package.module:function."
+        ) from error
+    made = found() if isinstance(found, type) else found
+    if not callable(made):
+        raise ConfigError(f"The {what} {path!r} is {type(made).__name__}, which can't be called.")
+    return made

@@ -117,9 +117,8 @@ class Denoising:
 
     def _errors(self, model: nn.Module, batch: Batch) -> Tensor:
         noisy, target = self.noisy_and_target(batch)
-        timesteps, condition = batch["timesteps"], batch.get("condition")
-        given = {} if condition is None else {"encoder_hidden_states": condition}
-        predicted = model(noisy, timesteps, **given).sample
+        timesteps = batch["timesteps"]
+        predicted = predict(model, noisy, timesteps, batch.get("condition"))
         if predicted.shape != target.shape:  # the subtraction would broadcast
             raise ConfigError(
                 f"The model returned {tuple(predicted.shape)} where '{self.prediction}' has a target of "
@@ -130,6 +129,12 @@ class Denoising:
 
     def _measure(self, model: nn.Module, batch: Batch) -> tuple[Mapping[str, Tensor], int]:
         return {"loss": self._errors(model, batch).mean()}, len(batch["timesteps"])
+
+
+def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Tensor | None) -> Tensor:
+    """What the denoiser says of noisy latents [n, ...] at timesteps [n]."""
+    given: dict[str, Any] = {} if condition is None else {"encoder_hidden_states": condition}
+    return model(noisy, timesteps, **given).sample
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import eval_mode
-from .denoising import Batch, Denoising
+from ..modules import eval_mode
+from .denoising import Batch, Denoising, predict
 from .problems import stratified
 from .sampling import sample
 
@@ -75,7 +75,6 @@ def teach(
                     )
             batch = {"latents": torch.cat(made), "noise": noise, "timesteps": times, "condition": condition}
             noisy, _ = problem.noisy_and_target(batch)
-            told = {} if condition is None else {"encoder_hidden_states": condition}
-            a, b = (model(noisy, times, **told).sample for model in (model_a, model_b))
+            a, b = (predict(model, noisy, times, condition) for model in (model_a, model_b))
             batches.append({**batch, "target": (a + b) / 2})
     return batches

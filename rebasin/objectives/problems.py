@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.batches import batched
 from ..errors import ConfigError
 from .denoising import Denoising
 
@@ -42,12 +43,8 @@ def problems(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
     timesteps = stratified(problem, n, generator).to(clean.device)
-    batches = []
-    for i in range(0, n, batch_size):
-        part = slice(i, i + batch_size)
-        batch: dict[str, Any] = {"latents": clean[part], "noise": noise[part], "timesteps": timesteps[part]}
-        batches.append(batch if condition is None else {**batch, "condition": condition[part]})
-    return batches
+    given = {} if condition is None else {"condition": condition}
+    return batched(batch_size, latents=clean, noise=noise, timesteps=timesteps, **given)
 
 
 def stratified(problem: Denoising, n: int, generator: torch.Generator) -> Tensor:

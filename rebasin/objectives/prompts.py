@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError
+from ..data.batches import batched
+from ..errors import ConfigError
 
 Embed = Callable[[Sequence[str]], Tensor]
 """n prompts -> text states [n, tokens, width]."""
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a text file that are not empty and do not begin with #.
-
-    Raises:
-        DataError: there is no such file, it is no text, or it has no prompt.
-    """
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The prompts can't be read from {path}: {error}.") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not prompts:
-        raise DataError(f"{path} has no prompts: write one on each line.")
-    return prompts
 
 
 def prompt_batches(
@@ -60,12 +44,5 @@ def prompt_batches(
     noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(count)])
     texts = [prompts[i % len(prompts)] for i in range(count)]
     states, empty = embed(texts), embed([""])
-    return [
-        {
-            "noise": noise[i : i + batch_size].to(states.device),
-            "condition": states[i : i + batch_size],
-            "unconditional": empty,
-            "prompts": texts[i : i + batch_size],
-        }
-        for i in range(0, count, batch_size)
-    ]
+    batches = batched(batch_size, noise=noise.to(states.device), condition=states, prompts=texts)
+    return [{**batch, "unconditional": empty} for batch in batches]

@@ -12,7 +12,6 @@ batches, so that two models are comparable image by image.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .base import mean_over_batches
+from .base import imported, mean_over_batches
 from .denoising import Denoising
 from .sampling import sample, timesteps
 
@@ -123,15 +122,4 @@ def load_scorer(path: str) -> Scorer:
 
     Raises ConfigError if there is none.
     """
-    module, _, name = path.replace(":", ".").rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"The scorer {path!r} can't be imported ({error}); write it as package.module:function."
-        ) from error
-    made = found() if isinstance(found, type) else found
-    if not callable(made):
-        raise ConfigError(f"The scorer {path!r} is {type(made).__name__}, which can't be called.")
-    scorer: Any = made
-    return scorer
+    return imported("scorer", path)

@@ -6,13 +6,11 @@ are the scheduler's "trailing" ones: the first is the last of the training sched
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .denoising import Denoising
+from .denoising import Denoising, predict
 
 
 def sample(
@@ -79,30 +77,29 @@ def _predict(
 
 def _call(model: nn.Module, latents: Tensor, time: int, condition: Tensor | None) -> Tensor:
     times = torch.full((len(latents),), time, dtype=torch.long, device=latents.device)
-    given: dict[str, Any] = {} if condition is None else {"encoder_hidden_states": condition}
-    return model(latents, times, **given).sample
+    return predict(model, latents, times, condition)
 
 
 def _split(problem: Denoising, latents: Tensor, predicted: Tensor, time: int) -> tuple[Tensor, Tensor]:
     """The clean latents and the noise that a prediction stands for."""
-    if problem.prediction == "flow":
-        share = time / problem.flow_timesteps
-        return latents - share * predicted, latents + (1 - share) * predicted
     signal, spread = _scales(problem, time)
+    if problem.prediction == "flow":
+        return latents - spread * predicted, latents + signal * predicted
     if problem.prediction == "epsilon":
         return (latents - spread * predicted) / signal, predicted
     return signal * latents - spread * predicted, spread * latents + signal * predicted
 
 
 def _noisy(problem: Denoising, clean: Tensor, noise: Tensor, time: int) -> Tensor:
-    if problem.prediction == "flow":
-        share = time / problem.flow_timesteps
-        return (1 - share) * clean + share * noise
     signal, spread = _scales(problem, time)
     return signal * clean + spread * noise
 
 
 def _scales(problem: Denoising, time: int) -> tuple[float, float]:
+    """What clean latents and noise are multiplied by."""
+    if problem.prediction == "flow":
+        share = time / problem.flow_timesteps
+        return 1 - share, share
     assert problem.alphas_cumprod is not None  # Denoising checks that
     alpha = float(problem.alphas_cumprod[time])
     return alpha**0.5, (1 - alpha) ** 0.5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from ..data.prompts import read_prompts
 from ..errors import ConfigError
 from ..files import config_dir
 from ..objectives import Reward
-from ..objectives.base import mean_over_batches
-from ..objectives.prompts import read_prompts
+from ..objectives.base import imported, mean_over_batches
 from .batches import cut, deal, samples_in
 
 if TYPE_CHECKING:
@@ -138,15 +137,7 @@ def _of_task(cfg: DictConfig, task: Task, options: DictConfig, name: str, figure
 
 
 def _of_path(task: Task, options: DictConfig, path: str) -> Aim:
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"The objective {path!r} can't be imported ({error}); write it as package.module:function."
-        ) from error
-    if not callable(function):
-        raise ConfigError(f"The objective {path!r} is {type(function).__name__}, which can't be called.")
+    function, name = imported("objective", path), path.rpartition(":")[2]
 
     def figures(model: nn.Module, batch: Any) -> tuple[dict[str, Tensor], int]:
         return {"loss": torch.as_tensor(function(model, batch))}, samples_in(batch)

@@ -12,9 +12,10 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from ..data.prompts import read_prompts
 from ..errors import ConfigError
 from ..objectives import Denoising, Objective, Reward, teach
-from ..objectives.prompts import Embed, prompt_batches, read_prompts
+from ..objectives.prompts import Embed, prompt_batches
 from ..objectives.reward import Scorer, load_scorer
 
 KINDS = ("denoising", "distillation", "reward")

@@ -48,7 +48,7 @@ def _state(constraints: Constraints, name: str, fake: Tensor) -> Traced:
     """A parameter or buffer: each of its axes is a factor of its own."""
     shape = tuple(fake.shape)
     if not fake.is_floating_point():
-        return Traced(Label(shape), shape)
+        return _plain(fake)
     factors = []
     for axis, size in enumerate(shape):
         if size > 1:
@@ -61,7 +61,7 @@ def _constant(fake: Tensor, value: Tensor | None) -> Traced:
     """An input (no value) or constant; a dimension along which a constant does not vary is uniform."""
     shape = tuple(fake.shape)
     if value is None or value.is_meta or value.numel() > 1 << 24:
-        return Traced(Label(shape), shape)
+        return _plain(fake)
     extent = tuple(
         1 if n > 1 and bool((value == value.narrow(d, 0, 1)).all()) else n for d, n in enumerate(shape)
     )
@@ -155,9 +155,13 @@ def _traced(label: Label, out: Tensor) -> Traced:
 def _unknown(constraints: Constraints, node: torch.fx.Node, arguments: list[Any], out: Any) -> Any:
     """An operator without a rule: nothing that goes through it may move."""
     constraints.reason = f"{node.target} at {source_line(node)}"
-    for argument in arguments:
-        for traced in labels_of(argument):
-            pin(constraints, traced.label, "has no rule")
+    for traced in labels_of(arguments):
+        pin(constraints, traced.label, "has no rule")
     if isinstance(out, Tensor):
-        return Traced(Label(tuple(out.shape)), tuple(out.shape))
-    return [Traced(Label(tuple(o.shape)), tuple(o.shape)) if isinstance(o, Tensor) else o for o in out]
+        return _plain(out)
+    return [_plain(o) if isinstance(o, Tensor) else o for o in out]
+
+
+def _plain(fake: Tensor) -> Traced:
+    """A tensor without neurons."""
+    return Traced(Label(tuple(fake.shape)), tuple(fake.shape))

@@ -79,8 +79,7 @@ def add_cosine_b(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 def _columns(a: Tensor, b: Tensor) -> Tensor:
     a, b = (a.reshape(1), b.reshape(1)) if a.ndim == 0 else (a, b)
-    similarity = F.cosine_similarity(a, b, dim=0)
-    return similarity
+    return F.cosine_similarity(a, b, dim=0)
 
 
 def _norm(x: Tensor) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from string import ascii_lowercase, ascii_uppercase
+
 import numpy as np
 
 from ..constraints import Constraints
@@ -54,8 +56,7 @@ def einsum(call: Call) -> Result:
     left, _, right = equation.partition("->")
     terms = left.split(",")
     labels = [t.label for t in call.args["tensors"]]
-    free = [n for n in range(26 * 2) if chr(65 + n if n < 26 else 71 + n) not in equation]
-    dots = [chr(65 + n if n < 26 else 71 + n) for n in free]
+    dots = [x for x in ascii_uppercase + ascii_lowercase if x not in equation]
     rank = max(
         [label.ndim - len(t.replace("...", "")) for t, label in zip(terms, labels, strict=True) if "..." in t]
         or [0]
