@@ -28,7 +28,7 @@ import rebasin
 from rebasin.checkpoints import write_text
 from rebasin.matching.straight_through.estimator import straight_through
 from rebasin.objectives import Denoising
-from rebasin.objectives.problems import problems
+from rebasin.objectives.denoising import problems
 
 SD15: dict[str, Any] = dict(
     sample_size=64,

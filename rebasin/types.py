@@ -117,6 +117,25 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
+def common_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The narrowest type, at least float32, in which tensors of all these types are combined."""
+    wide = torch.float32
+    for dtype in dtypes:
+        wide = torch.promote_types(wide, widened(dtype))  # the eight-bit floats promote with nothing
+    return wide
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is infinite or NaN."""
+    if not tensor.numel():
+        return True
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    low, high = torch.aminmax(
+        real.float() if real.dtype.itemsize == 1 else real
+    )  # takes no memory, and NaN wins
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 REQUIRED = inspect.Parameter.empty
 """The default of an argument that has none."""
 

@@ -14,7 +14,7 @@ import rebasin
 from rebasin.errors import ConfigError, DataError
 from rebasin.matching.straight_through.estimator import straight_through
 from rebasin.objectives import CrossEntropy, Denoising, Distillation, teach
-from rebasin.objectives.problems import problems
+from rebasin.objectives.denoising import problems
 from rebasin.objectives.sampling import sample
 
 

@@ -29,8 +29,7 @@ from rebasin.errors import CheckpointError, ConfigError, DataError
 from rebasin.models import tiny_sd
 from rebasin.objectives import Denoising, Reward
 from rebasin.objectives import image_reward as ir
-from rebasin.objectives.prompts import prompt_batches
-from rebasin.objectives.reward import decoder, load_scorer
+from rebasin.objectives.reward import decoder, load_scorer, prompt_batches
 from rebasin.objectives.sampling import sample
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "image_reward.json").read_text())

@@ -14,8 +14,8 @@ import torch
 from ..errors import CheckpointError
 from ..files import PathLike, atomic_folder, atomic_path, write_text
 from ..tensors import save_safetensors
-from ..tensors.writer import all_finite, convert, require_space, target_dtype
-from ..types import DerivedState, LazyTensor, Progress, State, dtype_of, passed, shape_of, tell
+from ..tensors.writer import convert, require_space, target_dtype
+from ..types import DerivedState, LazyTensor, Progress, State, dtype_of, is_finite, passed, shape_of, tell
 from .architectures import PARTS_OF, component_config, published
 from .components import TEXT, TEXT_2, UNET, VAE
 from .key_map import component_state
@@ -119,7 +119,7 @@ def _save_pickle(target: Path, state: State, progress: Progress | None) -> None:
     tensors = {}
     for step, name in enumerate(state, 1):
         tensors[name] = state[name].detach().cpu().contiguous()
-        if not all_finite(tensors[name]):
+        if not is_finite(tensors[name]):
             raise CheckpointError(
                 f"Tensor {name!r} has values that are infinite or no numbers, so {target} was not written."
             )

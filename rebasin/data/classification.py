@@ -41,6 +41,12 @@ GARMENTS = (
     "Bag",
     "Ankle boot",
 )
+CLASSES = {
+    "mnist": DIGITS,
+    "fashion_mnist": GARMENTS,
+    "cifar10": THINGS,
+    "cifar100": tuple(map(str, range(100))),
+}
 
 # The four parts of MNIST-like data: names of the IDX files, and keys of .npz files (keras' first).
 PARTS = {
@@ -134,15 +140,17 @@ def load(name: str, path: str | Path | None = None, *, download: bool = False) -
         )
     if download and path.suffix != ".npz":
         _download(name, path)
-    if name in LAYOUTS:
-        return _colour(name, path)
-    arrays = _read_npz(path) if path.suffix == ".npz" else _read_folder(path)
-    classes = GARMENTS if name == "fashion_mnist" else DIGITS
-    train_x, train_y = _checked(
-        arrays["train_x"], arrays["train_y"], f"the training part of {path}", len(classes)
-    )
-    test_x, test_y = _checked(arrays["test_x"], arrays["test_y"], f"the test part of {path}", len(classes))
-    return Dataset(name, train_x, train_y, test_x, test_y, classes)
+    if path.suffix == ".npz":
+        arrays = _read_npz(path)
+    else:
+        arrays = read_cifar(name, path) if name in LAYOUTS else _read_folder(path)
+    parts: list[Tensor] = []
+    for split, called in (("train", "training"), ("test", "test")):
+        x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
+        parts += (_colour if name in LAYOUTS else _checked)(
+            x, y, f"the {called} part of {path}", len(CLASSES[name])
+        )
+    return Dataset(name, parts[0], parts[1], parts[2], parts[3], CLASSES[name])
 
 
 def _known_place(name: str) -> Path | None:
@@ -152,20 +160,15 @@ def _known_place(name: str) -> Path | None:
     return next((place for place in places if place.exists()), None)
 
 
-def _colour(name: str, path: Path) -> Dataset:
-    arrays = _read_npz(path) if path.suffix == ".npz" else read_cifar(name, path)
-    classes = THINGS if name == "cifar10" else tuple(map(str, range(100)))
-    parts: list[Tensor] = []
-    for split in ("train", "test"):
-        x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
-        if x.ndim == 4 and x.shape[1:] == (32, 32, 3):  # keras' order
-            x = x.transpose(0, 3, 1, 2)
-        y = y.reshape(-1) if y.ndim == 2 and y.shape[1:] == (1,) else y
-        images, labels = _checked(x, y, f"the {split} part of {path}", len(classes), (3, 32, 32))
-        images -= torch.tensor(MEAN).reshape(3, 1, 1)
-        images /= torch.tensor(STD).reshape(3, 1, 1)
-        parts += [images, labels]
-    return Dataset(name, parts[0], parts[1], parts[2], parts[3], classes)
+def _colour(x: np.ndarray, y: np.ndarray, where: str, classes: int) -> tuple[Tensor, Tensor]:
+    """CIFAR's, as `_checked` has grey ones."""
+    if x.ndim == 4 and x.shape[1:] == (32, 32, 3):  # keras' order
+        x = x.transpose(0, 3, 1, 2)
+    y = y.reshape(-1) if y.ndim == 2 and y.shape[1:] == (1,) else y
+    images, labels = _checked(x, y, where, classes, (3, 32, 32))
+    images -= torch.tensor(MEAN).reshape(3, 1, 1)
+    images /= torch.tensor(STD).reshape(3, 1, 1)
+    return images, labels
 
 
 def _digits() -> Dataset:

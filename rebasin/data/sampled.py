@@ -76,7 +76,7 @@ def sampled_batches(
         denoisers = [p for p in wanted if p in DENOISERS]
         for start in range(0, len(prompts), batch_size):
             now = list(prompts[start : start + batch_size])
-            noise = [torch.Generator().manual_seed(1_000_003 * seed + start + i) for i in range(len(now))]
+            noise = _generators(seed, start, len(now))
             with ExitStack() as stack:
                 calls = {p: stack.enter_context(_recorded(getattr(pipeline, p))) for p in texts}
                 calls |= {p: stack.enter_context(_recorded(getattr(pipeline, p), chosen)) for p in denoisers}
@@ -139,20 +139,19 @@ def encoded_batches(
             now = images[start : start + batch_size]
             pixels = torch.stack([_pixels(path, side, channels) for path, _ in now]).to(vae.device, vae.dtype)
             latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-            noise = torch.stack(
-                [
-                    torch.randn(
-                        latents.shape[1:], generator=torch.Generator().manual_seed(1_000_003 * seed + i)
-                    )
-                    for i in range(start, start + len(now))
-                ]
-            ).to(latents)
+            drawn = [torch.randn(latents.shape[1:], generator=g) for g in _generators(seed, start, len(now))]
+            noise = torch.stack(drawn).to(latents)
             text, empty = pipeline.encode_prompt([caption for _, caption in now], device, 1, guidance > 1)
             for time in times:
                 noisy = pipeline.scheduler.add_noise(latents, noise, time[None])
                 for states in (text, empty) if guidance > 1 else (text,):
                     found.append(((noisy.to(dtype), time), {"encoder_hidden_states": states}))
     return pytree.tree_map_only(Tensor, lambda t: t.cpu(), found)
+
+
+def _generators(seed: int, start: int, count: int) -> list[torch.Generator]:
+    """The random numbers of the images from number `start` on, whatever the batch size is."""
+    return [torch.Generator().manual_seed(1_000_003 * seed + start + i) for i in range(count)]
 
 
 def recordable(pipeline: Any) -> tuple[str, ...]:

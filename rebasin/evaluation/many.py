@@ -72,10 +72,7 @@ def compare(
         losses = [_loss(model, objective, batches, state) for state in members]
         mean = fsum(share * loss for share, loss in zip(shares, losses, strict=True))
         found = {name: _loss(model, objective, batches, state) for name, state in merges.items()}
-        return [
-            Row(MEMBERS, mean, 0.0),
-            *(Row(name, loss, loss - mean) for name, loss in found.items()),
-        ]
+        return [Row(MEMBERS, mean, 0.0), *(Row(name, loss, loss - mean) for name, loss in found.items())]
     singles: list[Row] = []
     probabilities: list[Tensor] = []
     total: Tensor | None = None

@@ -41,9 +41,8 @@ def parse(setting: Any) -> list[tuple[str, Any]]:
 @functools.cache
 def _presets() -> tuple[dict[str, tuple[float, ...]], dict[str, str]]:
     content = yaml.safe_load((Path(__file__).parent / "presets.yaml").read_text(encoding="utf-8"))
-    return {name: tuple(map(float, values)) for name, values in content["presets"].items()}, content[
-        "aliases"
-    ]
+    presets = {name: tuple(map(float, values)) for name, values in content["presets"].items()}
+    return presets, content["aliases"]
 
 
 def preset_names() -> tuple[str, ...]:

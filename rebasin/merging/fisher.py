@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from ..errors import DataError
 from ..modules import eval_mode
 from ..objectives import Objective
-from ..types import Progress, tell
+from ..types import Progress, is_finite, tell
 
 
 def diagonal_fisher(
@@ -70,7 +70,7 @@ def diagonal_fisher(
         parameter = named.get(name)
         if parameter is not None and id(parameter) in reached:
             result[name] = sums[id(parameter)] / count
-            if not bool(result[name].isfinite().all()):
+            if not is_finite(result[name]):
                 raise DataError(f"The gradient of '{name}' is not finite, so it has no Fisher information.")
         else:
             result[name] = torch.ones_like(tensor, dtype=torch.float32)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..types import State, dtype_of, is_number, shape_of
+from ..types import State, dtype_of, is_finite, is_number, shape_of
 
 
 def check_finite(name: str, label: str, tensor: Tensor, first: torch.dtype) -> None:
@@ -24,15 +24,6 @@ def check_finite(name: str, label: str, tensor: Tensor, first: torch.dtype) -> N
         raise CheckpointError(
             f"Tensor '{name}' of {label} has a value that is {wrong}: the file is damaged or its training diverged."
         )
-
-
-def is_finite(tensor: Tensor) -> bool:
-    if tensor.numel() == 0:
-        return True
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    real = real.to(torch.float32) if real.dtype.itemsize == 1 else real
-    low, high = torch.aminmax(real)  # needs no memory, and NaN wins
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def same(one: Tensor, other: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from ..types import State, is_number, widened
+from ..types import State, common_dtype, is_number
 from .inputs import check_names, integers_differ, wrong_shape
 
 # Counters, not weights: BatchNorm's number of batches seen. Two trainings may differ in them without harm.
@@ -54,7 +54,7 @@ def interpolate_tensor(name: str, a: Tensor, b: Tensor, lam: float) -> Tensor:
         return _whole(name, a, b.to(a.device), lam)
     if lam == 1:
         return b.to(device=a.device, dtype=a.dtype, copy=True)
-    wide = torch.promote_types(torch.promote_types(widened(a.dtype), widened(b.dtype)), torch.float32)
+    wide = common_dtype(a.dtype, b.dtype)
     # lerp is (1 - lam) A + lam B, written such that equal tensors (frozen parts, say) stay equal to the bit.
     return torch.lerp(a.to(wide), b.to(device=a.device, dtype=wide), lam).to(a.dtype)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from ..types import LazyState, Progress, State, dtype_of, is_number, tell, widened
-from .inputs import check_finite, integers_differ, is_finite, same, wrong_shape
+from ..types import LazyState, Progress, State, common_dtype, dtype_of, is_finite, is_number, tell
+from .inputs import check_finite, integers_differ, same, wrong_shape
 from .interpolate import COUNTERS
 from .registry import Method
 from .weights import Weights, fit_weights
@@ -86,9 +86,7 @@ class MergedState(LazyState):
             self._read(name, f"the companion of {label}", state)
             for label, state in zip(self.labels, self.companions, strict=False)
         ]
-        wide = torch.float32
-        for tensor in (*tensors, *base):
-            wide = torch.promote_types(wide, widened(tensor.dtype))
+        wide = common_dtype(*(tensor.dtype for tensor in (*tensors, *base)))
         for group in (tensors, base, companions):
             for i in range(len(group)):  # in place, so that what was read is dropped at once
                 group[i] = self._wide(group[i], wide, where)
@@ -115,9 +113,7 @@ class MergedState(LazyState):
 
     def _wide(self, tensor: Tensor, wide: torch.dtype, where: torch.device) -> Tensor:
         # Complex numbers are merged as pairs of real ones.
-        tensor = tensor.to(
-            device=self.device or where, dtype=torch.promote_types(widened(tensor.dtype), wide)
-        )
+        tensor = tensor.to(device=self.device or where, dtype=common_dtype(tensor.dtype, wide))
         return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
     def _alone(self, weight: float | list[float] | None) -> tuple[str, State] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,34 +60,8 @@ def merge(
     chosen = find_method(method)
     numbered = (f"model {i + 1}" for i in range(len(states)))
     labels = tuple(labels or (("A", "B") if len(states) == 2 else numbered))
-    if isinstance(chosen.inputs, int) and len(states) != chosen.inputs:
-        raise ConfigError(
-            f"The merge method '{chosen.name}' takes {chosen.inputs} models, but got {len(states)}."
-        )
-    if len(states) < chosen.least:
-        raise ConfigError(
-            f"The merge method '{chosen.name}' takes {chosen.least} models or more, but got {len(states)}."
-        )
-    if chosen.needs_base and base is None:
-        raise ConfigError(
-            f"The merge method '{chosen.name}' needs a base, the model that all were made from: give one, or choose a"
-            " method without."
-        )
-    if base is not None and not chosen.takes_base:
-        raise ConfigError(f"The merge method '{chosen.name}' has no use for a base: leave it out.")
-    if ("companions" in chosen.takes) != (companions is not None):
-        need = (
-            "needs a companion state (Fisher information) for each model"
-            if companions is None
-            else "takes no companions"
-        )
-        raise ConfigError(f"The merge method '{chosen.name}' {need}.")
-    if companions is not None and len(companions) != len(states):
-        raise ConfigError(
-            f"There are {len(states)} models but {len(companions)} companions: give one for each."
-        )
-    if weights is not None and chosen.weight is None:
-        raise ConfigError(f"The merge method '{chosen.name}' has no weights: leave them out.")
+    for complaint in _complaints(chosen, len(states), base is not None, companions, weights):
+        raise ConfigError(f"The merge method {chosen.name!r} {complaint}.")
     filled = chosen.check_options(options)
 
     others = [*zip(labels[1:], states[1:], strict=True), *([] if base is None else [("the base", base)])]
@@ -115,6 +89,28 @@ def merge(
     if not callable(weights):
         result.weights_of("")  # complain now
     return result
+
+
+def _complaints(
+    method: Method, models: int, based: bool, companions: Sequence[State] | None, weights: Weights
+) -> Iterator[str]:
+    """What does not fit the method, as ends of a sentence that begins with its name."""
+    if isinstance(method.inputs, int) and models != method.inputs:
+        yield f"takes {method.inputs} models, but got {models}"
+    if models < method.least:
+        yield f"takes {method.least} models or more, but got {models}"
+    if method.needs_base and not based:
+        yield "needs a base, the model that all were made from: give one, or choose a method without"
+    if based and not method.takes_base:
+        yield "has no use for a base: leave it out"
+    if "companions" in method.takes and companions is None:
+        yield "needs a companion state (Fisher information) for each model"
+    if "companions" not in method.takes and companions is not None:
+        yield "takes no companions"
+    if companions is not None and len(companions) != models:
+        yield f"takes a companion for each of the {models} models, but got {len(companions)}"
+    if weights is not None and method.weight is None:
+        yield "has no weights: leave them out"
 
 
 def find_method(method: str | Method) -> Method:

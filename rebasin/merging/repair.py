@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..errors import DataError
 from ..modules import Forward, call_model, eval_mode, to_device
 from ..spec import PermutationSpec
-from ..types import State
+from ..types import State, is_finite
 from .repair_sites import (
     Rescaling,
     batch_norms,
@@ -106,7 +106,7 @@ def reset_statistics(
         f"{name}.{kind}" for name in norms for kind in ("running_mean", "running_var", "num_batches_tracked")
     }
     for name in fresh & found.keys():
-        if not bool(torch.isfinite(found[name]).all()):
+        if not is_finite(found[name]):
             raise DataError(
                 f"The statistics {name!r} are not finite on these batches, so they can't be reset."
             )

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import ConfigError, DataError
 from ..modules import Forward, device_of, eval_mode, hooked, to_device
 from ..spec import PermutationSpec
-from ..types import State
+from ..types import State, is_finite
 
 CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 CHANNELS_SECOND = (nn.Conv1d, nn.Conv2d, nn.Conv3d, _BatchNorm, nn.GroupNorm)
@@ -82,7 +82,7 @@ class NeuronMoments:
             DataError: they are not finite; names the module `name`.
         """
         assert self.centre is not None and self.spread is not None
-        if not bool(torch.isfinite(self.centre + self.spread).all()):
+        if not is_finite(self.centre + self.spread):
             raise DataError(
                 f"The outputs of {name!r} are not finite on these batches, so they can't be repaired."
             )
@@ -90,11 +90,7 @@ class NeuronMoments:
 
 
 def measure(
-    model: nn.Module,
-    sites: Mapping[str, int],
-    batches: Sequence[Any],
-    call: Forward,
-    device: torch.device,
+    model: nn.Module, sites: Mapping[str, int], batches: Sequence[Any], call: Forward, device: torch.device
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and standard deviation [neurons], float64, of each site over all samples and positions, in the order in
     which the sites run.

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import eval_mode
-from .denoising import Batch, Denoising, predict
-from .problems import stratified
+from .denoising import Batch, Denoising, predict, stratified
 from .sampling import sample
 
 

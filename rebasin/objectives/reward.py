@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.batches import batched
 from ..errors import ConfigError
 from .base import imported, mean_over_batches
 from .denoising import Denoising
@@ -26,6 +27,9 @@ from .sampling import sample, timesteps
 
 Scorer = Callable[[Tensor, Sequence[str]], Tensor]
 """(images [n, channels, height, width] in 0..1, n prompts) -> scores [n], higher is better."""
+
+Embed = Callable[[Sequence[str]], Tensor]
+"""n prompts -> text states [n, tokens, width]."""
 
 Batch = Mapping[str, Any]
 
@@ -97,6 +101,39 @@ class Reward:
     def _measure(self, model: nn.Module, batch: Batch) -> tuple[Mapping[str, Tensor], int]:
         scores = self.scores(model, batch)
         return {"loss": -scores.mean(), "reward": scores.mean()}, len(scores)
+
+
+def prompt_batches(
+    prompts: Sequence[str],
+    embed: Embed,
+    shape: tuple[int, ...],
+    *,
+    count: int | None = None,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """`count` problems for `Reward`, by default one for each prompt; more repeat the prompts with other noise.
+
+    Args:
+        embed: the pipeline's text states; it is also asked for the empty prompt's.
+        shape: of the latents of one image.
+        seed: of the noise. Image i of a seed has the same noise whatever the prompts, `count` and the batch size are.
+
+    Raises:
+        ConfigError: there is nothing to make.
+    """
+    count = len(prompts) if count is None else count
+    if count < 1 or batch_size < 1 or not prompts:
+        raise ConfigError(
+            f"Images need at least one prompt and one image, but there are {len(prompts)} prompts, {count} images and"
+            f" batches of {batch_size}."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(count)])
+    texts = [prompts[i % len(prompts)] for i in range(count)]
+    states, empty = embed(texts), embed([""])
+    batches = batched(batch_size, noise=noise.to(states.device), condition=states, prompts=texts)
+    return [{**batch, "unconditional": empty} for batch in batches]
 
 
 def decoder(vae: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from ..data.prompts import read_prompts
 from ..errors import ConfigError
 from ..objectives import Denoising, Objective, Reward, teach
-from ..objectives.prompts import Embed, prompt_batches
-from ..objectives.reward import Scorer, load_scorer
+from ..objectives.reward import Embed, Scorer, load_scorer, prompt_batches
 
 KINDS = ("denoising", "distillation", "reward")
 """The kinds of objectives that diffusion models have."""
@@ -57,7 +56,7 @@ class ImageMaker:
     def batches(
         self, prompts: Sequence[str], *, count: int | None, batch_size: int, seed: int
     ) -> list[dict[str, Any]]:
-        """See `objectives.prompts.prompt_batches`."""
+        """See `objectives.reward.prompt_batches`."""
         return prompt_batches(prompts, self.embed, self.shape, count=count, batch_size=batch_size, seed=seed)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import PathLike, atomic_path
-from ..types import Progress, ProgressEvent, State, dtype_of, shape_of
+from ..types import Progress, ProgressEvent, State, dtype_of, is_finite, shape_of
 from .header import CODES, METADATA
 
 SPARE = 64 * 2**20
@@ -86,7 +86,7 @@ def save_safetensors(
             if tuple(tensor.shape) != shape:
                 raise CheckpointError(f"Tensor {name!r} changed while {target} was written.")
             tensor = convert(tensor, stored, name, target)
-            if finite and tensor.is_floating_point() and not all_finite(tensor):
+            if finite and tensor.is_floating_point() and not is_finite(tensor):
                 raise CheckpointError(
                     f"Tensor {name!r} has values that are infinite or no numbers, so {target} was not written."
                 )
@@ -137,15 +137,6 @@ def _largest(tensor: Tensor) -> float:
     if not (math.isfinite(low) and math.isfinite(high)):
         low, high = torch.aminmax(wide.nan_to_num(0, 0, 0))
     return max(float(high), -float(low))
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is infinite or NaN."""
-    if not tensor.numel():
-        return True
-    # Both ends are NaN if one value is; this is forty times as fast as isfinite. fp8 has neither.
-    ends = torch.aminmax(tensor.half() if tensor.dtype.itemsize == 1 else tensor)
-    return math.isfinite(ends.min) and math.isfinite(ends.max)
 
 
 def require_space(target: Path, size: int) -> None:

@@ -12,6 +12,7 @@ number, so that two neurons with the same parameters but another treatment in be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,6 +62,10 @@ class Constraints:
         self.helpers.append(HelperElements(self.size, roles.ravel()))
         return self._take(roles.size).reshape(roles.shape)
 
+    def helpers_of(self, shape: Sequence[int]) -> Elements:
+        """Helper elements in a shape, all of one role."""
+        return self.fresh(np.zeros(shape, dtype=np.int64))
+
     def tie(self, a: Elements, b: Elements) -> None:
         if a is not b and not np.array_equal(a, b):
             self.ties.append((a.ravel(), b.ravel()))
@@ -77,7 +82,7 @@ class Constraints:
         key = (elements.shape, kept, elements.tobytes())
         if key not in self._sets:
             shape = tuple(n if axis in kept else 1 for axis, n in enumerate(elements.shape))
-            blocks = self.fresh(np.zeros(shape, dtype=np.int64))
+            blocks = self.helpers_of(shape)
             self.member(elements, blocks)
             self._sets[key] = blocks
         return self._sets[key]

@@ -103,9 +103,7 @@ def combine(constraints: Constraints, operands: Sequence[Label]) -> Label:
         dims = sorted({d for f in together for d in covered(f)})
         finest = next((f for f in together if len(covered(f)) == len(dims)), None)
         if finest is None:
-            finest = constraints.fresh(
-                np.zeros([shape[d] if d in dims else 1 for d in range(ndim)], dtype=np.int64)
-            )
+            finest = constraints.helpers_of([shape[d] if d in dims else 1 for d in range(ndim)])
         for factor in together:
             if factor.shape == finest.shape:
                 constraints.tie(finest, factor)
@@ -212,9 +210,7 @@ def reshape(constraints: Constraints, label: Label, old: Sequence[int], new: Seq
         here = [f for f in factors if any(d in ins for d in covered(f))]
         if len(here) > 1 and not _clean_split(here, old, ins, new, outs):
             dims = {d for f in here for d in covered(f)}
-            joint = constraints.fresh(
-                np.zeros([n if d in dims else 1 for d, n in enumerate(old)], dtype=np.int64)
-            )
+            joint = constraints.helpers_of([n if d in dims else 1 for d, n in enumerate(old)])
             for f in here:
                 constraints.member(joint, f)
             factors = [f for f in factors if not any(f is h for h in here)] + [joint]
@@ -253,6 +249,11 @@ def _move(
     return middle.reshape([*lead, *(new[d] for d in outs), *tail])
 
 
+def _moved_index(old: Sequence[int], dims: Sequence[int], new: Sequence[int]) -> np.ndarray:
+    """What becomes of the index along `dims` of a tensor of shape `old` in `view(new)`."""
+    return np.broadcast_to(flat_index(old, dims), old).reshape(new)
+
+
 def _varies(array: np.ndarray, axis: int) -> bool:
     return bool(array.shape[axis] > 1 and (array != np.take(array, [0], axis=axis)).any())
 
@@ -265,11 +266,8 @@ def _clean_split(
     used: set[int] = set()
     for factor in factors:
         mine = [k for k, d in enumerate(ins) if factor.shape[d] > 1]
-        numbers = np.broadcast_to(flat_index(sizes_in, mine), sizes_in).reshape(sizes_out)
-        others = np.broadcast_to(
-            flat_index(sizes_in, [k for k in range(len(ins)) if k not in mine]), sizes_in
-        )
-        others = others.reshape(sizes_out)
+        numbers = _moved_index(sizes_in, mine, sizes_out)
+        others = _moved_index(sizes_in, [k for k in range(len(ins)) if k not in mine], sizes_out)
         dims = {k for k in range(len(outs)) if _varies(numbers, k)}
         if dims & used or any(_varies(others, k) for k in dims):
             return False
@@ -311,13 +309,9 @@ def _reshape_factor(
             roles = roles.reshape([*roles.shape[:done], *[1] * len(outs), *roles.shape[done + len(ins) :]])
         else:
             moved = _move(array, shift_old, mapped_new, at, places)
-            place = np.broadcast_to(
-                flat_index([shift_old[d] for d in at], [d - done for d in plain]), [shift_old[d] for d in at]
-            ).reshape(target_sizes)
-            numbers = np.broadcast_to(
-                flat_index([shift_old[d] for d in at], [d - done for d in labelled]),
-                [shift_old[d] for d in at],
-            ).reshape(target_sizes)
+            sizes = [shift_old[d] for d in at]
+            place = _moved_index(sizes, [d - done for d in plain], target_sizes)
+            numbers = _moved_index(sizes, [d - done for d in labelled], target_sizes)
             keep = [k for k in range(len(outs)) if _varies(numbers, k)]
             cut = tuple(slice(None) if k in keep else slice(0, 1) for k in range(len(outs)))
             array = moved[(*[slice(None)] * done, *cut)]

@@ -118,7 +118,7 @@ def concatenate(c: Constraints, labels: list[Label], shapes: list[tuple[int, ...
         mine = [f for f in label.factors if any(d in dims for d in covered(f))]
         part = next((f for f in mine if list(f.shape) == size), None)
         if part is None:
-            part = c.fresh(np.zeros(size, dtype=np.int64))
+            part = c.helpers_of(size)
             for f in mine:
                 c.member(part, f)
             fixed = [d for d in dims if shape[d] > 1 and not any(f.shape[d] > 1 for f in mine)]
@@ -227,7 +227,7 @@ def pad(call: Call) -> Result:
             shapes, pieces = [], []
             for amount in (before, after):
                 shape = [amount if d == dim else n for d, n in enumerate(factor.shape)]
-                piece = c.fresh(np.zeros(shape, dtype=np.int64))
+                piece = c.helpers_of(shape)
                 c.pin(piece, None)
                 pieces.append(piece)
                 shapes.append(shape)
