@@ -12,8 +12,6 @@ use and cached.
 
 from __future__ import annotations
 
-import json
-import resource
 import statistics as means
 import time
 from collections.abc import Callable, Iterator
@@ -23,18 +21,15 @@ from typing import Annotated, Any, get_args
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
 import rebasin
-from rebasin.checkpoints import write_text
+from experiments.common import Diffusion, console, markdown, mlps, peak_memory, save
 from rebasin.data import classification
-from rebasin.data.captioned_digits import denoising_batches
 from rebasin.matching import activation_and_weight, activation_statistics, match_statistics
 from rebasin.matching.activations.hook_sites import find_hook_sites
 from rebasin.matching.activations.statistics import Reads
 from rebasin.models import tiny_sd
-from rebasin.models.cache import trained
 from rebasin.objectives import CrossEntropy, Denoising
 from rebasin.spec import Permutation
 
@@ -47,7 +42,6 @@ REFERENCE = {
 """An independent implementation's train-loss barriers on the same kind of networks; pixels from 0 to 16."""
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None, no_args_is_help=True, add_completion=False)
-console = Console(highlight=False, soft_wrap=True)
 Out = Annotated[Path, typer.Option(help="folder for the table as JSON and Markdown")]
 DEFAULT_OUT = Path("outputs/activation_matching")
 
@@ -63,17 +57,11 @@ def diffusion(
     """Every variant on a pair of the embedded diffusion UNets: held-out denoising barrier."""
     torch.set_num_threads(1)
     one, other = tiny_sd.load_unet(a), tiny_sd.load_unet(b)
-    parts = (
-        tiny_sd.load_vae(),
-        tiny_sd.load_text_encoder(),
-        tiny_sd.load_tokenizer(),
-        tiny_sd.load_scheduler(),
-    )
-    train = denoising_batches(*parts, split="train", n=500, batch_size=100, seed=1)
-    held = denoising_batches(*parts, split="test", n=heldout, batch_size=100, seed=0)
-    objective = Denoising(alphas_cumprod=parts[-1].alphas_cumprod)
-    first = train[0]
-    spec = rebasin.trace(one, first["latents"][:2], first["timesteps"][:2], first["condition"][:2])
+    parts = Diffusion.load()
+    train = parts.batches("train", 500, 100, seed=1)
+    held = parts.batches("test", heldout, 100, seed=0)
+    objective = Denoising(alphas_cumprod=parts.scheduler.alphas_cumprod)
+    spec = rebasin.trace(one, *parts.inputs(train[0]))
     state_a, state_b = ({n: t.clone() for n, t in m.state_dict().items()} for m in (one, other))
     rows: list[dict[str, Any]] = []
 
@@ -106,7 +94,7 @@ def diffusion(
     for seed in (0, 1, 2):
         joint = activation_and_weight(spec, one, other, train, objective=objective, tokens=16, seed=seed)
         measure(f"activations and weights, seed {seed}", joint.permutation, joint.seconds)
-    save(out, f"diffusion_{a}_{b}", rows)
+    keep(out, f"diffusion_{a}_{b}", rows)
 
 
 @app.command()
@@ -124,7 +112,7 @@ def digits(
     for width in map(int, widths.split(",")):
         found: dict[str, list[float]] = {}
         for pair in PAIRS:
-            ends = [trained("mlp", data, {"width": width}, seed=seed) for seed in pair]
+            ends = mlps(data, pair, width)
             one, other = (end.model() for end in ends)
             spec = rebasin.trace(one, batches[0][0][:2])
             for method, permutation in variants(spec, one, other, batches):
@@ -141,7 +129,7 @@ def digits(
             console.print(
                 f"h {width:<5} {method:<32} {row['barrier']:.4f}  ({row['pairs']})  {row['reference']}"
             )
-    save(out, f"digits_{scale:g}", rows)
+    keep(out, f"digits_{scale:g}", rows)
 
 
 def variants(
@@ -172,16 +160,10 @@ def cost(
     """
     torch.set_num_threads(1)
     one, other = tiny_sd.load_unet("seed0"), tiny_sd.load_unet("seed1")
-    parts = (
-        tiny_sd.load_vae(),
-        tiny_sd.load_text_encoder(),
-        tiny_sd.load_tokenizer(),
-        tiny_sd.load_scheduler(),
-    )
-    train = denoising_batches(*parts, split="train", n=500, batch_size=100, seed=1)
-    objective = Denoising(alphas_cumprod=parts[-1].alphas_cumprod)
-    first = train[0]
-    spec = rebasin.trace(one, first["latents"][:2], first["timesteps"][:2], first["condition"][:2])
+    parts = Diffusion.load()
+    train = parts.batches("train", 500, 100, seed=1)
+    objective = Denoising(alphas_cumprod=parts.scheduler.alphas_cumprod)
+    spec = rebasin.trace(one, *parts.inputs(train[0]))
 
     def plain() -> None:
         with torch.no_grad():
@@ -189,7 +171,7 @@ def cost(
                 objective.loss(one, batch)
                 objective.loss(other, batch)
 
-    few = {name: tensor[:2] for name, tensor in first.items()}
+    few = {name: tensor[:2] for name, tensor in train[0].items()}
 
     def places() -> None:
         find_hook_sites(spec, one, lambda model: objective.loss(model, few))
@@ -212,7 +194,7 @@ def cost(
         added = best["statistics"] / best["plain"] - 1
         rows.append({"tokens": tokens or "all", **best, "added once": once, "added a batch": added - once})
         console.print(rows[-1])
-    save(out, "cost", rows)
+    keep(out, "cost", rows)
 
 
 @app.command()
@@ -263,10 +245,10 @@ def large(
     row = {"neurons": spec.neurons, "recovered": right, "statistics_gb": result.statistics_bytes / 1e9}
     row |= {
         "seconds": time.perf_counter() - began,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_gb": peak_memory() / 1e9,
     }
     console.print(row)
-    save(out, "large", [row])
+    keep(out, "large", [row])
 
 
 def cpu(job: Callable[[], object]) -> float:
@@ -275,14 +257,9 @@ def cpu(job: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def save(out: Path, name: str, rows: list[dict[str, Any]]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / f"{name}.json", json.dumps(rows, indent=1))
+def keep(out: Path, name: str, rows: list[dict[str, Any]]) -> None:
     shown = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    write_text(
-        out / f"{name}.md", "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in shown)]) + "\n"
-    )
+    save(out, name, rows, markdown("| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0]), shown))
     console.print(f"Written to {out / name}.json and .md")
 
 

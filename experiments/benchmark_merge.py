@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -71,6 +70,7 @@ def make(folder: Path, family: str) -> list[Path]:
 def work(folder: Path, method: str) -> dict[str, float]:
     """Merge the files of the folder in this process, and say what it took."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    from experiments.common import peak_memory
     from rebasin.checkpoints import load_safetensors, save_safetensors
     from rebasin.merging import METHODS, merge
 
@@ -84,15 +84,6 @@ def work(folder: Path, method: str) -> dict[str, float]:
     size = out.stat().st_size if out.exists() else 0
     out.unlink(missing_ok=True)
     return {"seconds": seconds, "cpu_seconds": cpu, "peak": peak_memory(), "bytes": size}
-
-
-def peak_memory() -> int:
-    """The largest resident set of this process, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count the parent's memory at the fork, too
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
@@ -116,14 +107,8 @@ def main() -> None:
         print(f"two files of {options.family}, {files[0].stat().st_size / 1e9:.2f} GB each")
         print(f"{'method':24}{'peak memory':>12}{'seconds':>10}{'CPU seconds':>13}")
         for method in options.methods.split(","):
-            command = [
-                sys.executable,
-                "-m",
-                "experiments.benchmark_merge",
-                str(options.folder),
-                "--work",
-                method,
-            ]
+            module = "experiments.benchmark_merge"
+            command = [sys.executable, "-m", module, str(options.folder), "--work", method]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
             peak = f"{found['peak'] / 1e9:.2f} GB"

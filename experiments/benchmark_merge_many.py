@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -33,9 +31,11 @@ from torch import Tensor
 
 import rebasin
 from experiments.benchmark_matching import SD15, Drawn, unet
-from rebasin.checkpoints import load_safetensors, save_safetensors, write_text
+from experiments.common import Out, peak_memory, save
+from rebasin.checkpoints import load_safetensors, save_safetensors
 from rebasin.matching import ManyState, merge_many
 from rebasin.spec import Permutation, PermutationSpec
+from rebasin.types import LazyState
 
 app = typer.Typer(add_completion=False)
 console = Console(stderr=True)
@@ -50,29 +50,15 @@ def spec_of(scale: float) -> PermutationSpec:
     return rebasin.trace(model, latents, times, torch.zeros(1, 77, 768, device="meta"))
 
 
-class Hidden(Mapping[str, Tensor]):
+class Hidden(LazyState):
     """A file seen through a permutation. It stays open, which is a header and a file descriptor."""
 
     def __init__(self, path: Path, permutation: Permutation) -> None:
         self.state, self.permutation = load_safetensors(path), permutation
+        super().__init__(self.state)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.permutation.apply_to(name, self.state[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.state)
-
-    def __len__(self) -> int:
-        return len(self.state)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.state
-
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        return self.state.shape_of(name)
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        return self.state.dtype_of(name)
 
 
 @app.command(hidden=True)
@@ -91,7 +77,7 @@ def work(
     def progress(event: dict[str, Any]) -> None:
         told.append(event["seconds"])
         console.print(
-            f"N = {models}: model {event['step']} of {models}, {event['seconds']:.0f} s, {_peak():.2f} GB"
+            f"N = {models}: model {event['step']} of {models}, {event['seconds']:.0f} s, {peak_memory() / 1e9:.2f} GB"
         )
 
     kept = folder / "state.safetensors"
@@ -117,7 +103,7 @@ def work(
         "models": models,
         "parameters": sum(int(np.prod(shape)) for shape in spec.shapes.values()),
         "file_gb": files[0].stat().st_size / 1e9,
-        "peak_gb": _peak(),
+        "peak_gb": peak_memory() / 1e9,
         "scratch": scratch,
         "matched": join or models,
         "distance_before": found.distance_before,
@@ -141,9 +127,7 @@ def run(
     join: Annotated[int, typer.Option(help="match only so many, the last; 0: all")] = 0,
     scratch: Annotated[bool, typer.Option(help="keep the running mean on disk")] = False,
     work_folder: Annotated[Path | None, typer.Option(help="where the files are made, and removed")] = None,
-    out: Annotated[Path, typer.Option(help="the folder for the table and the JSON")] = Path(
-        "outputs/merge_many"
-    ),
+    out: Out = Path("outputs/merge_many"),
 ) -> None:
     """Measure the peak memory for every number of models."""
     counts = [int(n) for n in models.split(",")]
@@ -157,29 +141,12 @@ def run(
             console.print(f"file {k + 1} is made")
         for n in counts:
             result = folder / "result.json"
-            arguments = [
-                str(folder),
-                str(n),
-                str(scale),
-                str(sweeps),
-                str(join),
-                str(scratch),
-            ]
-            command = [
-                sys.executable,
-                "-m",
-                "experiments.benchmark_merge_many",
-                "work",
-                *arguments,
-                str(result),
-            ]
-            subprocess.run(command, check=True)
+            arguments = map(str, (folder, n, scale, sweeps, join, scratch, result))
+            module = "experiments.benchmark_merge_many"
+            subprocess.run([sys.executable, "-m", module, "work", *arguments], check=True)
             rows.append(json.loads(result.read_text()))
-    out.mkdir(parents=True, exist_ok=True)
-    text = table(rows)
-    write_text(out / "merge_many_memory.json", json.dumps(rows, indent=1))
-    write_text(out / "merge_many_memory.md", text)
-    print(text)
+    save(out, "merge_many_memory", rows, table(rows))
+    print(table(rows))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -195,11 +162,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             f" {row['distance_before']:.0f} → {row['distance']:.0f} | {row['seconds'] / 60:.0f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _peak() -> float:
-    """Peak resident memory of this process, GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ that the alignment took. Writes merge_many_methods.json and merge_many_methods.m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -23,17 +22,25 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 import rebasin
-from experiments.merge_many_mnist import half
-from rebasin.checkpoints import write_text
+from experiments.common import (
+    Cache,
+    Data,
+    DataPath,
+    Out,
+    Threads,
+    console,
+    markdown,
+    mlps,
+    save,
+    told_as_usage,
+)
 from rebasin.data.classification import Dataset, load
-from rebasin.errors import RebasinError
 from rebasin.evaluation.many import ENSEMBLE, MEMBERS, Row, compare
 from rebasin.matching import ManyResult, cycle_error, merge_many, weight_matching
 from rebasin.merging.repair import repair
-from rebasin.models.cache import Trained, trained
+from rebasin.models.cache import Trained
 from rebasin.models.train import Recipe
 from rebasin.objectives import CrossEntropy
 from rebasin.spec import Permutation, PermutationSpec
@@ -43,7 +50,6 @@ RECIPES = {
     "mnist": Recipe(epochs=5, batch_size=500),
     "fashion_mnist": Recipe(epochs=5, batch_size=500),
 }
-console = Console()
 
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "naive": ("naive", {}),
@@ -120,7 +126,7 @@ def measure(
         merges[name] = dict(result.merged)
         members = result.members(states)
         merges[f"{name}, REPAIR"] = repair(spec, model, merges[name], members, few).state
-        console.print(f"{name}: {result.seconds:.1f} s", style="dim", highlight=False)
+        console.print(f"{name}: {result.seconds:.1f} s", style="dim")
     rows = {row.name: row for row in compare(model, CrossEntropy(), test, states, merges)}
     lines = [Line(name, rows[name]) for name in (MEMBERS, ENSEMBLE)]
     for name, result in results.items():
@@ -134,35 +140,29 @@ def measure(
 
 
 def table(lines: Sequence[Line]) -> str:
-    text = [
-        "| method | accuracy | loss | barrier | ECE | loss, REPAIR | barrier, REPAIR | distance | cycle error | sec. |",
-        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    repaired = "loss, REPAIR | barrier, REPAIR"
+    head = f"| method | accuracy | loss | barrier | ECE | {repaired} | distance | cycle error | sec. |"
+    rows = []
     for line in lines:
         plain, fixed = line.plain, line.repaired
-        cells = [
-            line.method,
-            "" if plain is None else f"{plain.accuracy:.1%}",
-            "" if plain is None else f"{plain.loss:.4f}",
-            "" if plain is None else f"{plain.barrier:.4f}",
-            "" if plain is None or plain.ece is None else f"{plain.ece:.4f}",
-            "" if fixed is None else f"{fixed.loss:.4f}",
-            "" if fixed is None else f"{fixed.barrier:.4f}",
-            "" if line.distance is None else f"{line.distance:.2f}",
-            "" if line.cycle_error is None else f"{line.cycle_error:.1%}",
-            "" if line.seconds is None else f"{line.seconds:.1f}",
+        figures = [
+            (plain and plain.accuracy, ".1%"),
+            (plain and plain.loss, ".4f"),
+            (plain and plain.barrier, ".4f"),
+            (plain and plain.ece, ".4f"),
+            (fixed and fixed.loss, ".4f"),
+            (fixed and fixed.barrier, ".4f"),
+            (line.distance, ".2f"),
+            (line.cycle_error, ".1%"),
+            (line.seconds, ".1f"),
         ]
-        text.append("| " + " | ".join(cells) + " |")
-    return "\n".join(text) + "\n"
+        rows.append([line.method, *("" if value is None else format(value, how) for value, how in figures)])
+    return markdown(head, "|:--|" + "--:|" * 9, rows)
 
 
 def main(
-    data: Annotated[
-        str, typer.Option(help="digits (comes with scikit-learn), mnist or fashion_mnist")
-    ] = "digits",
-    path: Annotated[
-        Path | None, typer.Option(help="for the latter two: an .npz file or a folder with the IDX files")
-    ] = None,
+    data: Data = "digits",
+    path: DataPath = None,
     models: Annotated[int, typer.Option(help="how many networks")] = 5,
     width: Annotated[int, typer.Option(help="neurons in each hidden layer")] = 128,
     depth: Annotated[int, typer.Option(help="hidden layers")] = 3,
@@ -170,11 +170,9 @@ def main(
     methods: Annotated[str, typer.Option(help=f"some of: {'; '.join(METHODS)}; with semicolons")] = "",
     steps: Annotated[int, typer.Option(help="gradient steps of STE-MM")] = 200,
     seed: Annotated[int, typer.Option(help="of the matching; network i is trained with seed i")] = 0,
-    cache: Annotated[Path | None, typer.Option(help="where trained networks are kept")] = None,
-    out: Annotated[Path, typer.Option(help="the folder for the table and the JSON")] = Path(
-        "outputs/merge_many"
-    ),
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+    cache: Cache = None,
+    out: Out = Path("outputs/merge_many"),
+    threads: Threads = 1,
 ) -> None:
     """Compare all ways of merging many models on the same networks."""
     torch.set_num_threads(threads)
@@ -182,24 +180,16 @@ def main(
     for name in chosen:
         if name not in METHODS:
             raise typer.BadParameter(f"there is no {name!r}; choose of {'; '.join(METHODS)}.")
-    try:
-        images = load(data, path)
-        recipe, options = RECIPES[data], {"width": width, "depth": depth}
-        nets = [
-            trained("mlp", half(images, k) if halves else images, options, recipe, k, cache)
-            for k in range(models)
-        ]
+    with told_as_usage():
+        images, recipe = load(data, path), RECIPES[data]
+        nets = mlps(images, range(models), width, depth=depth, recipe=recipe, cache=cache, halves=halves)
         lines = measure(nets, images, chosen, steps, seed)
-    except RebasinError as error:
-        raise typer.BadParameter(str(error)) from error
-    out.mkdir(parents=True, exist_ok=True)
     config = dict(
         data=data, models=models, width=width, depth=depth, halves=halves, recipe=asdict(recipe), seed=seed
     )
     payload = {"config": config | {"steps": steps}, "rows": [line.to_dict() for line in lines]}
-    write_text(out / "merge_many_methods.json", json.dumps(payload, indent=1))
-    write_text(out / "merge_many_methods.md", table(lines))
-    console.print(table(lines), highlight=False, soft_wrap=True)
+    save(out, "merge_many_methods", payload, table(lines))
+    console.print(table(lines))
     console.print(f"written to {out}")
 
 

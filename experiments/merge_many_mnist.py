@@ -21,7 +21,6 @@ trained on first use and cached. Writes merge_many.json, merge_many.md and merge
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,17 +28,25 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 import rebasin
-from rebasin.checkpoints import write_text
+from experiments.common import (
+    Cache,
+    Data,
+    DataPath,
+    Out,
+    Threads,
+    console,
+    markdown,
+    mlps,
+    save,
+    told_as_usage,
+)
 from rebasin.data.classification import Dataset, load
-from rebasin.errors import RebasinError
-from rebasin.evaluation.calibration import Calibration
 from rebasin.evaluation.many import ENSEMBLE, MEMBERS, Row, compare
 from rebasin.matching import ManyResult, match_to_pivot, merge_many, naive_mean
 from rebasin.merging.repair import repair
-from rebasin.models.cache import Trained, trained
+from rebasin.models.cache import Trained
 from rebasin.models.train import Recipe
 from rebasin.objectives import CrossEntropy
 from rebasin.reporting.reliability import save_reliability
@@ -49,7 +56,6 @@ EPOCHS_AND_BATCH = {
     "mnist": (100, 500),
     "fashion_mnist": (100, 500),
 }  # the paper's: 100, 500
-console = Console()
 
 
 @dataclass(frozen=True)
@@ -70,32 +76,19 @@ class Line:
         return plain | {"train": self.train.to_dict(), "test": self.test.to_dict()}
 
 
-def half(data: Dataset, seed: int) -> Dataset:
-    """`data` with a random half of its training samples."""
-    order = torch.randperm(len(data.train_y), generator=torch.Generator().manual_seed(seed))
-    chosen = order[: len(order) // 2].sort().values
-    return replace(data, train_x=data.train_x[chosen], train_y=data.train_y[chosen])
-
-
 def table(lines: list[Line]) -> str:
-    text = [
-        "| N | method | train acc. | train loss | test acc. | test loss | barrier | ECE | distance | passes | sec. |",
-        "|--:|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    head = "| N | method | train acc. | train loss | test acc. | test loss | barrier | ECE | distance | passes | sec. |"
+    rows = []
     for line in lines:
         distance = "" if line.distance is None else f"{line.distance:.2f}"
         passes = "" if line.passes is None else f"{line.passes}{'' if line.converged else ' (not converged)'}"
         seconds = "" if line.seconds is None else f"{line.seconds:.1f}"
         train, test = line.train, line.test
-        text.append(
-            f"| {line.models} | {line.method} | {train.accuracy:.1%} | {train.loss:.4f} | {test.accuracy:.1%} |"
-            f" {test.loss:.4f} | {test.barrier:.4f} | {_ece(test.calibration)} | {distance} | {passes} | {seconds} |"
-        )
-    return "\n".join(text) + "\n"
-
-
-def _ece(one: Calibration | None) -> str:
-    return "" if one is None else f"{one.ece:.4f}"
+        ece = "" if test.ece is None else f"{test.ece:.4f}"
+        learnt = f"{train.accuracy:.1%}", f"{train.loss:.4f}"
+        shown = f"{test.accuracy:.1%}", f"{test.loss:.4f}", f"{test.barrier:.4f}", ece
+        rows.append([str(line.models), line.method, *learnt, *shown, distance, passes, seconds])
+    return markdown(head, "|--:|:--|" + "--:|" * 9, rows)
 
 
 def members_of(
@@ -103,9 +96,9 @@ def members_of(
 ) -> list[Trained]:
     found = []
     for seed in range(n):
-        one = trained("mlp", half(data, seed), {"width": width, "depth": depth}, recipe, seed, cache)
+        (one,) = mlps(data, [seed], width, depth=depth, recipe=recipe, cache=cache, halves=True)
         told = "from the cache" if one.cached else f"trained in {one.seconds:.1f} s"
-        console.print(f"network {seed + 1} of {n}: {told}", style="dim", highlight=False)
+        console.print(f"network {seed + 1} of {n}: {told}", style="dim")
         found.append(one)
     return found
 
@@ -142,17 +135,13 @@ def lines_for(
             line = replace(line, **told)
         lines.append(line)
     many = found["MergeMany"]
-    console.print(f"N = {n}: {many.passes} passes, {many.seconds:.1f} s", style="dim", highlight=False)
+    console.print(f"N = {n}: {many.passes} passes, {many.seconds:.1f} s", style="dim")
     return lines
 
 
 def main(
-    data: Annotated[
-        str, typer.Option(help="digits (comes with scikit-learn), mnist or fashion_mnist")
-    ] = "digits",
-    path: Annotated[
-        Path | None, typer.Option(help="for the latter two: an .npz file or a folder with the IDX files")
-    ] = None,
+    data: Data = "digits",
+    path: DataPath = None,
     download: Annotated[
         bool, typer.Option(help="fill the folder PATH from the public address first")
     ] = False,
@@ -165,11 +154,9 @@ def main(
     seed: Annotated[int, typer.Option(help="of the matching; network i is trained with seed i")] = 0,
     max_passes: Annotated[int, typer.Option(help="of MergeMany, which mostly converges much earlier")] = 100,
     repair_samples: Annotated[int, typer.Option(help="training samples that REPAIR looks at")] = 10_000,
-    cache: Annotated[Path | None, typer.Option(help="where trained networks are kept")] = None,
-    out: Annotated[Path, typer.Option(help="the folder for the table, the JSON and the figure")] = Path(
-        "outputs/merge_many"
-    ),
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+    cache: Cache = None,
+    out: Out = Path("outputs/merge_many"),
+    threads: Threads = 1,
 ) -> None:
     """Merge N networks, each trained on a random half of the data, and compare with members, mean and ensemble."""
     torch.set_num_threads(threads)
@@ -179,7 +166,7 @@ def main(
         raise typer.BadParameter(f"{sizes!r} is no list of numbers such as 2,4,8.") from error
     if not counts or counts[0] < 1:
         raise typer.BadParameter("every number of models must be at least 1.")
-    try:
+    with told_as_usage():
         images = load(data, path, download=download)
         usual_epochs, batch = EPOCHS_AND_BATCH[data]
         recipe = Recipe(epochs=epochs or usual_epochs, batch_size=batch)
@@ -187,21 +174,15 @@ def main(
         lines: list[Line] = []
         for n in counts:
             lines += lines_for(nets, images, n, seed, max_passes, repair_samples)
-    except RebasinError as error:
-        raise typer.BadParameter(str(error)) from error
-    out.mkdir(parents=True, exist_ok=True)
     config = dict(data=data, width=width, depth=depth, recipe=asdict(recipe), seed=seed, sizes=counts)
     payload = {"config": config, "samples": [len(images.train_y), len(images.test_y)]}
-    write_text(
-        out / "merge_many.json", json.dumps(payload | {"rows": [x.to_dict() for x in lines]}, indent=1)
-    )
-    write_text(out / "merge_many.md", table(lines))
+    save(out, "merge_many", payload | {"rows": [x.to_dict() for x in lines]}, table(lines))
     shown = (MEMBERS, ENSEMBLE, "naive", "MergeMany", "MergeMany, REPAIR")
     last = {x.method: x.test.calibration for x in lines if x.models == counts[-1]}
     curves = {name: one for name in shown if (one := last[name]) is not None}
     title = f"{counts[-1]} networks, each trained on half of {data}"
     save_reliability(curves, out / "merge_many_reliability.png", title)
-    console.print(table(lines), highlight=False, soft_wrap=True)
+    console.print(table(lines))
     console.print(f"written to {out}")
 
 

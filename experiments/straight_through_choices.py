@@ -11,7 +11,6 @@ batches prefer that), and of what was found; means over the pairs.
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,13 +20,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
 import rebasin
-from rebasin.checkpoints import write_text
-from rebasin.errors import RebasinError
+from experiments.common import Diffusion, Threads, console, markdown, mlps, save, told_as_usage
 from rebasin.matching.straight_through.estimator import straight_through
+from rebasin.modules import loaded
 from rebasin.objectives import CrossEntropy, Denoising, Objective
 from rebasin.spec import Permutation, PermutationSpec
 
@@ -51,7 +49,6 @@ CHOICES: dict[str, dict[str, Any]] = {
     "12 verified passes alone": {"steps": 1, "lr": 0.0, "refine": 12},
     "bfloat16": {"autocast": "bf16"},
 }
-console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -67,12 +64,10 @@ class Problem:
 
     def excess(self, permutation: Permutation) -> float:
         """The loss at the midpoint minus the endpoints' mean, on held-out data."""
-        model = copy.deepcopy(self.a)
         state_a, aligned = self.a.state_dict(), permutation.apply(self.b.state_dict())
         losses = []
         for state in (state_a, aligned, rebasin.interpolate(state_a, aligned, 0.5)):
-            model.load_state_dict(state)
-            losses.append(self.objective.evaluate(model, self.heldout)["loss"])
+            losses.append(self.objective.evaluate(loaded(self.a, state), self.heldout)["loss"])
         return losses[2] - (losses[0] + losses[1]) / 2
 
 
@@ -88,32 +83,24 @@ class Row:
 def digits(width: int, pairs: int) -> Iterator[Problem]:
     """MLPs with three hidden layers, trained from different seeds and cached."""
     from rebasin.data.classification import load
-    from rebasin.models.cache import trained
 
     data = load("digits")
     for pair in range(pairs):
-        a, b = (
-            trained("mlp", data, {"width": width, "depth": 3}, seed=s).model()
-            for s in (2 * pair, 2 * pair + 1)
-        )
+        a, b = (net.model() for net in mlps(data, (2 * pair, 2 * pair + 1), width))
         spec = rebasin.trace(copy.deepcopy(a), data.train_x[:2])
         yield Problem(a, b, spec, CrossEntropy(), data.batches("train", 250), data.batches("test", 1000))
 
 
 def tiny_sd(images: int) -> Iterator[Problem]:
     """The embedded UNets seed0 and seed1; `images` training images and 250 held-out ones."""
-    from rebasin.data.captioned_digits import denoising_batches
     from rebasin.models import tiny_sd as tiny
 
-    vae, encoder = tiny.load_vae(), tiny.load_text_encoder()
-    tokenizer, scheduler = tiny.load_tokenizer(), tiny.load_scheduler()
+    parts = Diffusion.load()
     a, b = (tiny.load_unet(name) for name in ("seed0", "seed1"))
-    parts = vae, encoder, tokenizer, scheduler
-    batches = denoising_batches(*parts, split="train", n=images, batch_size=images // 5, seed=1)
-    heldout = denoising_batches(*parts, split="test", n=250, batch_size=125, seed=0)
-    first = batches[0]
-    spec = rebasin.trace(a, *(first[key][:2] for key in ("latents", "timesteps", "condition")))
-    yield Problem(a, b, spec, Denoising("epsilon", scheduler.alphas_cumprod), batches, heldout)
+    batches = parts.batches("train", images, images // 5, seed=1)
+    heldout = parts.batches("test", 250, 125, seed=0)
+    spec = rebasin.trace(a, *parts.inputs(batches[0]))
+    yield Problem(a, b, spec, Denoising("epsilon", parts.scheduler.alphas_cumprod), batches, heldout)
 
 
 def compare(problems: list[Problem], choices: dict[str, dict[str, Any]], steps: int, seed: int) -> list[Row]:
@@ -146,11 +133,10 @@ def compare(problems: list[Problem], choices: dict[str, dict[str, Any]], steps: 
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| choice | start | found | share of naive | seconds |", "|:--|--:|--:|--:|--:|"]
-    lines += [
-        f"| {r.choice} | {r.start:.4f} | {r.found:.4f} | {r.share:.1%} | {r.seconds:.1f} |" for r in rows
+    lines = [
+        [r.choice, f"{r.start:.4f}", f"{r.found:.4f}", f"{r.share:.1%}", f"{r.seconds:.1f}"] for r in rows
     ]
-    return "\n".join(lines) + "\n"
+    return markdown("| choice | start | found | share of naive | seconds |", "|:--|--:|--:|--:|--:|", lines)
 
 
 def main(
@@ -164,26 +150,19 @@ def main(
     ] = None,
     seed: Annotated[int, typer.Option(help="of the searches")] = 0,
     out: Annotated[Path | None, typer.Option(help="a folder for table and JSON")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+    threads: Threads = 1,
 ) -> None:
     """One line for each choice: what it started from, what it found, and how long it took."""
     torch.set_num_threads(threads)
     if model not in ("mlp", "tiny_sd"):
         raise typer.BadParameter(f"there is no model {model!r} here: choose mlp or tiny_sd.")
     choices = {name: c for name, c in CHOICES.items() if not only or any(word in name for word in only)}
-    try:
+    with told_as_usage():
         problems = list(digits(width, pairs) if model == "mlp" else tiny_sd(images))
         rows = compare(problems, choices, steps or (100 if model == "mlp" else 40), seed)
-    except RebasinError as error:
-        raise typer.BadParameter(str(error)) from error
     console.print(table(rows))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / f"straight_through_choices_{model}.md", table(rows))
-        write_text(
-            out / f"straight_through_choices_{model}.json",
-            json.dumps([asdict(row) for row in rows], indent=1) + "\n",
-        )
+        save(out, f"straight_through_choices_{model}", [asdict(row) for row in rows], table(rows))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ Writes straight_through_DATA.json, .md and .png to --out.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,15 +27,14 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
 import rebasin
-from rebasin.checkpoints import write_text
+from experiments.common import Cache, Data, DataPath, Out, Threads, console, mlps, save
 from rebasin.data.classification import Dataset, load
 from rebasin.errors import RebasinError
 from rebasin.matching.straight_through.estimator import straight_through
-from rebasin.models.cache import Trained, trained
+from rebasin.models.cache import Trained
 from rebasin.models.train import Recipe
 from rebasin.objectives import CrossEntropy
 from rebasin.reporting.style import figure, save_png
@@ -55,7 +53,6 @@ LOOKS = {
     "STE": ("#0072B2", "^"),
 }
 OBJECTIVE = CrossEntropy()
-console = Console()
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,6 @@ def compare(a: Trained, b: Trained, data: Dataset, pair: int, options: dict[str,
         console.print(
             f"width {rows[-1].width}, pair {pair}: {name} {rows[-1].barrier:.4f}, {seconds:.1f} s",
             style="dim",
-            highlight=False,
         )
     return rows
 
@@ -199,12 +195,8 @@ def draw(rows: list[Row], name: str, path: Path) -> None:
 
 
 def main(
-    data: Annotated[
-        str, typer.Option(help="digits (comes with scikit-learn), mnist, fashion_mnist")
-    ] = "digits",
-    path: Annotated[
-        Path | None, typer.Option(help="for the latter two: an .npz file or a folder with the IDX files")
-    ] = None,
+    data: Data = "digits",
+    path: DataPath = None,
     widths: Annotated[str, typer.Option(help="of the three hidden layers, with commas")] = "32,128,512",
     pairs: Annotated[int, typer.Option(help="pairs for each width, of seeds 0 and 1, 2 and 3, ...")] = 3,
     epochs: Annotated[
@@ -216,11 +208,9 @@ def main(
     evaluate_every: Annotated[int, typer.Option(help="steps between looks at the last fifth")] = 1,
     refine: Annotated[int, typer.Option(help="STE's verified passes at the end")] = 12,
     seed: Annotated[int, typer.Option(help="of STE")] = 0,
-    cache: Annotated[Path | None, typer.Option(help="where trained networks are kept")] = None,
-    out: Annotated[Path, typer.Option(help="the folder for table, JSON and figure")] = Path(
-        "outputs/straight_through"
-    ),
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+    cache: Cache = None,
+    out: Out = Path("outputs/straight_through"),
+    threads: Threads = 1,
 ) -> None:
     """Barriers on test data of naive merging, weight matching and the straight-through estimator."""
     torch.set_num_threads(threads)
@@ -234,21 +224,15 @@ def main(
         recipe = Recipe(epochs=epochs or recipe.epochs, batch_size=recipe.batch_size)
         for width in sorted(int(width) for width in widths.split(",")):
             for pair in range(pairs):
-                a, b = (
-                    trained("mlp", images, {"width": width, "depth": 3}, recipe, s, cache)
-                    for s in (2 * pair, 2 * pair + 1)
-                )
+                a, b = mlps(images, (2 * pair, 2 * pair + 1), width, recipe=recipe, cache=cache)
                 rows += compare(a, b, images, pair, options)
     except (RebasinError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    out.mkdir(parents=True, exist_ok=True)
     seconds = time.perf_counter() - began
     payload = dict(data=data, recipe=asdict(recipe), options=options, seconds=seconds)
-    text = json.dumps(payload | {"rows": [asdict(row) for row in rows]}, indent=1)
-    write_text(out / f"straight_through_{data}.json", text + "\n")
-    write_text(out / f"straight_through_{data}.md", table(rows))
+    save(out, f"straight_through_{data}", payload | {"rows": [asdict(row) for row in rows]}, table(rows))
     draw(rows, data, out / f"straight_through_{data}.png")
-    console.print(table(rows), highlight=False, soft_wrap=True)
+    console.print(table(rows))
     console.print(f"written to {out} after {seconds:.0f} s")
 
 
