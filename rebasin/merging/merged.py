@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,8 +60,7 @@ def merge(
     chosen = find_method(method)
     numbered = (f"model {i + 1}" for i in range(len(states)))
     labels = tuple(labels or (("A", "B") if len(states) == 2 else numbered))
-    for complaint in _complaints(chosen, len(states), base is not None, companions, weights):
-        raise ConfigError(f"The merge method {chosen.name!r} {complaint}.")
+    _check_inputs(chosen, len(states), base is not None, companions, weights)
     filled = chosen.check_options(options)
 
     others = [*zip(labels[1:], states[1:], strict=True), *([] if base is None else [("the base", base)])]
@@ -91,26 +90,28 @@ def merge(
     return result
 
 
-def _complaints(
+def _check_inputs(
     method: Method, models: int, based: bool, companions: Sequence[State] | None, weights: Weights
-) -> Iterator[str]:
-    """What does not fit the method, as ends of a sentence that begins with its name."""
+) -> None:
+    what = f"The merge method '{method.name}'"
     if isinstance(method.inputs, int) and models != method.inputs:
-        yield f"takes {method.inputs} models, but got {models}"
+        raise ConfigError(f"{what} takes {method.inputs} models, but got {models}.")
     if models < method.least:
-        yield f"takes {method.least} models or more, but got {models}"
+        raise ConfigError(f"{what} takes {method.least} models or more, but got {models}.")
     if method.needs_base and not based:
-        yield "needs a base, the model that all were made from: give one, or choose a method without"
+        raise ConfigError(
+            f"{what} needs a base, the model that all were made from: give one, or choose a method without."
+        )
     if based and not method.takes_base:
-        yield "has no use for a base: leave it out"
+        raise ConfigError(f"{what} has no use for a base: leave it out.")
     if "companions" in method.takes and companions is None:
-        yield "needs a companion state (Fisher information) for each model"
+        raise ConfigError(f"{what} needs a companion state (Fisher information) for each model.")
     if "companions" not in method.takes and companions is not None:
-        yield "takes no companions"
+        raise ConfigError(f"{what} takes no companions.")
     if companions is not None and len(companions) != models:
-        yield f"takes a companion for each of the {models} models, but got {len(companions)}"
+        raise ConfigError(f"There are {models} models but {len(companions)} companions: give one for each.")
     if weights is not None and method.weight is None:
-        yield "has no weights: leave them out"
+        raise ConfigError(f"{what} has no weights: leave them out.")
 
 
 def find_method(method: str | Method) -> Method:

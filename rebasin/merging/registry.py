@@ -108,7 +108,7 @@ def method(
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         called, takes = name or function.__name__, arguments_of(function)
         if called in METHODS:
-            raise ConfigError(f"There is a merge method {called!r} already; choose another name.")
+            raise ConfigError(f"There is a merge method '{called}' already; choose another name.")
         kinds: tuple[WeightKind, ...] = ("alpha", "weights", "scales")
         METHODS[called] = Method(
             name=called,
