@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
+import re
 import subprocess
 import sys
+from functools import reduce
 
 import pytest
 
+import rebasin
 from tests.golden import public, sentences
 from tests.golden.__main__ import FOLDER
 
+ROOT = sentences.ROOT
 ANEW = "if that is meant, write it anew: python -m tests.golden --write"
 
 
@@ -29,11 +34,37 @@ def test_the_public_face_is_what_it_was() -> None:
     require_same(public.lines(), [line for line in stored("public.txt") if not line.startswith("file ")])
 
 
+def test_names_in_the_docs_exist() -> None:
+    """`rebasin.room.name`, wherever a page says it, can be imported."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    named = {
+        name: page.name for page in pages for name in re.findall(r"\brebasin(?:\.\w+)+", page.read_text())
+    }
+    assert len(named) > 10
+    missing = [f"{page}: {name}" for name, page in sorted(named.items()) if not exists(name)]
+    assert not missing, "\n".join(missing)
+
+
+def exists(name: str) -> bool:
+    """Whether this is a module, or an attribute of one, or of a class in one."""
+    parts = name.split(".")
+    module, rest = rebasin, parts[1:]
+    while rest and importlib.util.find_spec(f"{module.__name__}.{rest[0]}") is not None:
+        module, rest = importlib.import_module(f"{module.__name__}.{rest[0]}"), rest[1:]
+        if not hasattr(module, "__path__"):
+            break
+    try:
+        reduce(getattr, rest, module)
+    except AttributeError:
+        return False
+    return True
+
+
 def test_jobs_leave_the_files_that_they_left() -> None:
     """In a process of their own: each job is run as from the command line."""
     command = [sys.executable, "-m", "tests.golden", "--files"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=sentences.ROOT)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-3000:]
     found = [line for line in run.stdout.splitlines() if line.startswith("file ")]
     require_same(found, [line for line in stored("public.txt") if line.startswith("file ")])

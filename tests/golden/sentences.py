@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ class Sentence(NamedTuple):
         return f"{self.file}: {self.error}: {self.text}"
 
 
+@cache
 def sentences() -> list[Sentence]:
     """Of every place that raises or makes an error of the package with a text of its own, sorted."""
     found = []
