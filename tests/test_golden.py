@@ -77,7 +77,8 @@ def test_sentences_of_errors_are_those_that_were_read() -> None:
 
 
 def test_sentences_of_errors_are_sentences() -> None:
-    wrong = {str(s): faults for s in sentences.sentences() if (faults := sentences.faults(s.text))}
+    whole = [s for s in sentences.sentences() if not s.error.endswith("()")]
+    wrong = {str(s): faults for s in whole if (faults := sentences.faults(s.text))}
     assert not wrong, "\n".join(f"{text}\n    {', '.join(faults)}" for text, faults in wrong.items())
 
 

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import atomic_path
 from ..errors import CheckpointError, ConfigError
+from ..files import atomic_path
 from ..matching import MatchResult, merge_many, weight_matching
 from ..merging import merge
 from ..merging.repair import reset_statistics

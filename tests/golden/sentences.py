@@ -24,17 +24,29 @@ class Sentence(NamedTuple):
 
 @cache
 def sentences() -> list[Sentence]:
-    """Of every place that raises or makes an error of the package with a text of its own, sorted."""
+    """Of every place that makes an error of the package with a text of its own, sorted.
+
+    Functions that return an error get a part of its text: theirs are listed with (), and need not be whole sentences.
+    """
     found = []
     trees = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "rebasin").rglob("*.py"))}
     kinds = _kinds(list(trees.values()))
+    helpers = {
+        node.name: f"{node.name}()"
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.returns is not None and _name(node.returns) in kinds
+    }
+    makers = {kind: kind for kind in kinds} | helpers
     for path, tree in trees.items():
         for node in ast.walk(tree):
             name = _name(node.func) if isinstance(node, ast.Call) else ""
-            if isinstance(node, ast.Call) and name in kinds and node.args:
+            if isinstance(node, ast.Call) and name in makers and node.args:
                 text = _text(node.args[0])
                 if text.strip() not in ("", "{...}"):
-                    found.append(Sentence(path.relative_to(ROOT).as_posix(), name, text.replace("\n", "\\n")))
+                    found.append(
+                        Sentence(path.relative_to(ROOT).as_posix(), makers[name], text.replace("\n", "\\n"))
+                    )
     return sorted(set(found))
 
 
