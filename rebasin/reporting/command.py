@@ -56,13 +56,8 @@ def _draw(source: Path, docs: Path | None, out: Path | None) -> list[Path]:
         return draw(load_results(source), source)
     sweep = load(source) if source.is_file() else collect(source)
     # A page of results beside which the sweep is stored needs no second copy of everything.
-    written = (
-        []
-        if docs and not out
-        else leave(
-            sweep, out or (source if source.is_dir() else source.parent), source if source.is_dir() else None
-        )
-    )
+    runs = source if source.is_dir() else None
+    written = [] if docs and not out else leave(sweep, out or runs or source.parent, runs)
     if docs is not None:
         written += into_docs(sweep, docs, docs.parent / "experiments")
     return written

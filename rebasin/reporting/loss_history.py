@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from matplotlib.figure import Figure
 
 from .numbers import number
@@ -11,6 +13,16 @@ from .style import BLUE, INK, MUTED, ORANGE, figure
 NAME = "search.png"
 PARTS = ("start", "projection", "gradient", "scoring")
 """Where the time of such a matching goes."""
+
+SERIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("train", "batches of the step", {"color": ORANGE, "linewidth": 1.0}),
+    (
+        "heldout",
+        "batches that select",
+        {"color": BLUE, "marker": "o", "ls": "", "markersize": 3, "zorder": 3},
+    ),
+    ("objective", "the best so far", {"color": BLUE, "drawstyle": "steps-post", "linewidth": 1.8}),
+)
 
 
 def has_losses(results: Results) -> bool:
@@ -24,24 +36,10 @@ def draw(results: Results) -> Figure:
     search, history = match["search"], match["history"]
     with figure(6.8, 4.6) as fig:
         top, bottom = fig.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
-        train = [(step["step"], step["train"]) for step in history if step["train"] is not None]
-        seen = [(step["step"], step["heldout"]) for step in history if step["heldout"] is not None]
-        best = [(step["step"], step["objective"]) for step in history if step["objective"] is not None]
-        if train:
-            top.plot(*zip(*train, strict=True), color=ORANGE, linewidth=1.0, label="batches of the step")
-        if seen:
-            top.plot(
-                *zip(*seen, strict=True),
-                "o",
-                color=BLUE,
-                markersize=3,
-                label="batches that select",
-                zorder=3,
-            )
-        if best:
-            top.step(
-                *zip(*best, strict=True), where="post", color=BLUE, linewidth=1.8, label="the best so far"
-            )
+        for key, label, look in SERIES:
+            points = [(step["step"], step[key]) for step in history if step[key] is not None]
+            if points:
+                top.plot(*zip(*points, strict=True), label=label, **look)
         for value, name in ((search["naive"], "naive"), (search["start"], "start")):
             if value is not None:
                 top.axhline(value, color=MUTED, linestyle=":", linewidth=1.1)
@@ -53,14 +51,11 @@ def draw(results: Results) -> Figure:
         for ax in (top, bottom):
             if passes:
                 ax.axvspan(passes[0] - 0.5, passes[-1] + 0.5, color=MUTED, alpha=0.1, linewidth=0)
-        top.set_title("Loss at the midpoint, minus the mean of A's and B's")
+        top.set(title="Loss at the midpoint, minus the mean of A's and B's", ylabel="excess loss")
         top.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))
-        top.set_ylabel("excess loss")
-        bottom.bar(
-            [step["step"] for step in history], [step["moved"] for step in history], width=1.0, color=INK
-        )
-        bottom.set_ylabel("neurons moved")
-        bottom.set_xlabel("step (shaded: verified passes)" if passes else "step")
+        steps, moved = [step["step"] for step in history], [step["moved"] for step in history]
+        bottom.bar(steps, moved, width=1.0, color=INK)
+        bottom.set(ylabel="neurons moved", xlabel="step (shaded: verified passes)" if passes else "step")
     return fig
 
 

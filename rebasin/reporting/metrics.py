@@ -48,20 +48,16 @@ def metrics(results: Results) -> dict[str, float]:
                 found[f"{prefix}barrier/{split}/accuracy"] = curve.drop("accuracy")
                 middle = curve.lambdas.index(min(curve.lambdas, key=lambda lam: abs(lam - 0.5)))
                 found[f"{prefix}midpoint/{split}/accuracy"] = curve.metrics["accuracy"][middle]
-        found[f"endpoints/{split}/loss_a"], found[f"endpoints/{split}/loss_b"] = (
-            curve.losses[0],
-            curve.losses[-1],
-        )
+        ends = curve.losses[0], curve.losses[-1]
+        found |= {f"endpoints/{split}/loss_{name}": loss for name, loss in zip("ab", ends, strict=True)}
     for label, score in ((results.get("rewards") or {}).get("models") or {}).items():
         name = label.replace(" ", "_")
         found |= {f"reward/{name}": score["mean"]}
         found |= {f"reward_{side}/{name}": score[side] for side in ("low", "high")}
     match = results["match"]
     found |= {f"match/{key}": match[key] for key in ("objective", "moved", "sweeps", "seconds")}
-    found |= {
-        "match/l2_before": results["distance"]["naive"],
-        "match/l2_after": results["distance"]["aligned"],
-    }
+    distance = results["distance"]
+    found |= {"match/l2_before": distance["naive"], "match/l2_after": distance["aligned"]}
     found |= {f"verify/{part}": check["max_relative_error"] for part, check in results["verify"].items()}
     found |= {f"seconds/{stage}": value for stage, value in results["seconds"].items()}
     return {name: float(value) for name, value in found.items() if value is not None}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL.Image import Image
@@ -16,37 +17,37 @@ from .samples import save_samples
 NAME = "steps.png"
 
 
+@dataclass
 class Snapshots:
     """A progress callback: every so many steps it samples from the midpoint with the best permutation so far.
 
     It sees the events that have a `permutation`, as those of the straight-through estimator have. The picture is
     written anew each time, so that it can be looked at while the search runs.
+
+    Attributes:
+        every: steps, 0 for none.
+        show: told about each new picture, its name and its file.
+
+    Raises:
+        ConfigError: `every` is negative, or the model makes no images.
     """
 
-    def __init__(
-        self,
-        sampler: Callable[[Mapping[str, State], int], Samples] | None,
-        state_a: State,
-        state_b: State,
-        every: int,
-        seed: int,
-        folder: Path,
-        show: Callable[[str, Path], None],
-    ) -> None:
-        """`every`: steps, 0 for none; `show(name, file)` is told about each new picture.
+    sampler: Callable[[Mapping[str, State], int], Samples] | None
+    state_a: State
+    state_b: State
+    every: int
+    seed: int
+    folder: Path
+    show: Callable[[str, Path], None]
+    _rows: dict[str, Sequence[Image]] = field(default_factory=dict, init=False)
 
-        Raises:
-            ConfigError: `every` is negative, or the model makes no images.
-        """
-        if every < 0:
-            raise ConfigError(f"sample_every is {every}, but it must not be negative.")
-        if every > 0 and sampler is None:
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError(f"sample_every is {self.every}, but it must not be negative.")
+        if self.every > 0 and self.sampler is None:
             raise ConfigError(
                 "sample_every needs a model that makes images; leave it out, or set model.samples."
             )
-        self._sampler, self._a, self._b = sampler, state_a, state_b
-        self._every, self._seed, self._folder, self._show = every, seed, folder, show
-        self._rows: dict[str, list[Image]] = {}
 
     @property
     def pictures(self) -> list[str]:
@@ -55,10 +56,12 @@ class Snapshots:
 
     def __call__(self, event: ProgressEvent) -> None:
         permutation = event.get("permutation")
-        if self._every == 0 or self._sampler is None or permutation is None or event["step"] % self._every:
+        if self.every == 0 or self.sampler is None or permutation is None or event["step"] % self.every:
             return
         label = f"step {event['step']}"
-        made = self._sampler({label: interpolate(self._a, permutation.apply(self._b), 0.5)}, self._seed)
-        self._rows[label] = list(made.rows[label])
-        path = save_samples(Samples(made.prompts, self._rows), self._folder / NAME)
-        self._show("steps", path)
+        made = self.sampler(
+            {label: interpolate(self.state_a, permutation.apply(self.state_b), 0.5)}, self.seed
+        )
+        self._rows[label] = made.rows[label]
+        path = save_samples(Samples(made.prompts, self._rows), self.folder / NAME)
+        self.show("steps", path)

@@ -218,12 +218,8 @@ def csv_text(sweep: Sweep) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
     for row in sweep.rows:
-        writer.writerow([_cell(row.get(column)) for column in columns])
+        writer.writerow([row.get(column) for column in columns])
     return out.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    return "" if value is None else repr(value) if isinstance(value, float) else value
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

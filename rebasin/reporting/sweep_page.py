@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
+from .kinds import pictures
 from .page import data_uri, render
+from .results import NAME as RESULTS
+from .results import load_results
 from .sweep import NAME, Sweep, csv_text, save
 from .sweep_command import command
 from .sweep_figures import draw, plots, words
@@ -69,17 +72,15 @@ def minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
-def into_docs(sweep: Sweep, document: Path, pictures: Path) -> list[Path]:
+def into_docs(sweep: Sweep, document: Path, place: Path) -> list[Path]:
     """Replace the experiment's section in the Markdown file `document`, or add it at the end; the figures go into the
-    folder `pictures`, and so does sweep.json, from which all can be drawn again.
+    folder `place`, and so does sweep.json, from which all can be drawn again.
 
     A section lies between `<!-- experiment: NAME -->` and `<!-- /experiment -->`.
     """
-    pictures.mkdir(parents=True, exist_ok=True)
-    stored = save(sweep, pictures / f"{sweep.name}.json")
-    written = []
-    for path in draw(sweep, pictures):
-        written.append(path.replace(pictures / f"{sweep.name}-{path.name}"))
+    place.mkdir(parents=True, exist_ok=True)
+    stored = save(sweep, place / f"{sweep.name}.json")
+    written = [path.replace(place / f"{sweep.name}-{path.name}") for path in draw(sweep, place)]
     begin, end = f"<!-- experiment: {sweep.name} -->", "<!-- /experiment -->"
     section = f"{begin}\n{_section(sweep, document, stored, written)}\n{end}"
     text = document.read_text(encoding="utf-8") if document.is_file() else "# Results\n"
@@ -89,7 +90,7 @@ def into_docs(sweep: Sweep, document: Path, pictures: Path) -> list[Path]:
     return [write_text(document, text), stored, *written]
 
 
-def _section(sweep: Sweep, document: Path, stored: Path, pictures: list[Path]) -> str:
+def _section(sweep: Sweep, document: Path, stored: Path, drawn: list[Path]) -> str:
     declared = sweep.declaration
     found = table(sweep)
     runs = f"{len(sweep.runs)} run{'s' if len(sweep.runs) > 1 else ''}"
@@ -99,7 +100,7 @@ def _section(sweep: Sweep, document: Path, stored: Path, pictures: list[Path]) -
         f"`{command(sweep)}`: {runs}, {minutes(sweep.seconds)}, {machine(sweep.environment)}. "
         f"Redraw: `python -m rebasin.report {_relative(stored, Path.cwd())}`.",
         found.markdown().rstrip() if found is not None else "",
-        "\n".join(f"![{declared['title']}]({_relative(path, document.parent)})" for path in pictures),
+        "\n".join(f"![{declared['title']}]({_relative(path, document.parent)})" for path in drawn),
         f"**The paper:** {declared['paper']}" if declared.get("paper") else "",
     ]
     return "\n\n".join(part.strip() for part in parts if part)
@@ -133,7 +134,9 @@ def _run(sweep: Sweep, run: Any, folder: Path | None) -> dict[str, Any]:
     picture = None
     wanted = sweep.declaration.get("pictures") or PICTURES
     if folder is not None and len(sweep.runs) <= MANY:
-        files = [folder / run.folder / name for name in wanted]
+        own = folder / run.folder
+        made = pictures(load_results(own)) if (own / RESULTS).is_file() else []
+        files = [own / name for name in wanted if name in made]
         picture = next((data_uri(file) for file in files if file.is_file()), None)
     return {
         "folder": run.folder,
