@@ -79,7 +79,7 @@ def diffusion(
         result = rebasin.weight_matching(spec, state_a, state_b, init=init)
         measure(f"weight matching from {init}", result.permutation, result.seconds)
     for reads in get_args(Reads):
-        seen = activation_statistics(spec, one, other, train, objective=objective, reads=reads)
+        seen = activation_statistics(spec, one, other, train, objective=objective, reads=reads, tokens=None)
         for statistic in ("inner_product", "covariance", "pearson"):
             match = match_statistics(seen, state_a, state_b, statistic=statistic)
             measure(f"{statistic}, {reads}", match.permutation, seen.seconds + match.seconds)
@@ -88,7 +88,7 @@ def diffusion(
                 measure(
                     f"{statistic}, {reads}, then weight", result.permutation, seen.seconds + result.seconds
                 )
-    seen = activation_statistics(spec, one, other, train, objective=objective, sites="last")
+    seen = activation_statistics(spec, one, other, train, objective=objective, sites="last", tokens=None)
     match = match_statistics(seen, state_a, state_b)
     measure("pearson, inputs, last of residual streams", match.permutation, seen.seconds + match.seconds)
     for seed in (0, 1, 2):
@@ -140,14 +140,14 @@ def variants(
     yield "weight", rebasin.weight_matching(spec, a, b, init="identity").permutation
     places: tuple[tuple[Reads, str], ...] = (("inputs", "behind"), ("outputs", "before"))  # the ReLU
     for reads, told in places:
-        seen = activation_statistics(spec, one, other, batches, reads=reads)
+        seen = activation_statistics(spec, one, other, batches, reads=reads, tokens=None)
         for statistic in ("inner_product", "covariance", "pearson"):
             match = match_statistics(seen, a, b, statistic=statistic)
             yield f"{statistic}, {told}", match.permutation
             if reads == "inputs" and statistic != "covariance":
                 then = rebasin.weight_matching(spec, a, b, init=match.permutation)
                 yield f"{statistic}, then weight", then.permutation
-    yield "activations and weights", activation_and_weight(spec, one, other, batches).permutation
+    yield "activations and weights", activation_and_weight(spec, one, other, batches, tokens=None).permutation
 
 
 @app.command()

@@ -144,8 +144,8 @@ def main(
 
     found = straight_through(
         spec, a, b, objective, batches[:1], heldout=batches[1:], init="identity", steps=steps, device=device,
-        optimizer=optimizer, lr=1e-3, project_every=project_every, projection_sweeps=1, evaluate_every=steps,  # type: ignore[arg-type]
-        checkpointing=checkpointing, progress=told,
+        optimizer=optimizer, lr=1e-3, schedule="cosine", refine=0, project_every=project_every,  # type: ignore[arg-type]
+        projection_sweeps=1, evaluate_every=steps, checkpointing=checkpointing, progress=told,
     )  # fmt: skip
     note("end", moved=found.moved)
     kernel = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB

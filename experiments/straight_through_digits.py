@@ -216,6 +216,7 @@ def main(
     torch.set_num_threads(threads)
     began = time.perf_counter()
     options = dict(steps=steps, lr=lr, project_every=project_every, refine=refine, seed=seed)
+    options["schedule"] = "cosine"
     options["evaluate_every"] = evaluate_every
     rows: list[Row] = []
     try:

@@ -66,8 +66,10 @@ def test_every_experiment_composes_and_its_declaration_is_complete(composed):
             Plot.declared(figure)
         assert declared.get("figures") or declared.get("table"), name
         for size in experiments.SIZES:
-            for override in declared.get(size) or ():
-                assert "=" in override, (name, override)
+            assert declared[size], name
+            assert {
+                o.split("=")[0] for o in experiments.expand([f"+experiment={name}", f"size={size}"])
+            } >= set(declared[size])
     folders = {str(cfg.experiment.name) for cfg in composed.values()}
     assert folders == set(experiments.names())
 

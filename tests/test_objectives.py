@@ -280,7 +280,14 @@ def test_a_search_by_each_prediction_on_pixels_and_without_data(prediction: Any,
     a, b, batches = pixel_pair(objective)
     example = batches[0]["latents"][:2], batches[0]["timesteps"][:2]
     spec = rebasin.trace(a, *example)
-    options: dict[str, Any] = {"init": "identity", "steps": 15, "lr": 2e-2, "refine": 3}
+    options: dict[str, Any] = {
+        "init": "identity",
+        "steps": 15,
+        "lr": 2e-2,
+        "schedule": "cosine",
+        "refine": 3,
+        "evaluate_every": 1,
+    }
     with_data = straight_through(spec, a, b, objective, batches, **options)
     assert with_data.objective < 0.7 * with_data.initial_objective, "there is a barrier, and it shrinks"
     assert spec.contains(with_data.permutation)

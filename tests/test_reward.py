@@ -64,7 +64,7 @@ def batch(pipeline: Any) -> dict[str, Any]:
 
 def reward(pipeline: Any, **options: Any) -> Reward:
     problem = Denoising("epsilon", pipeline.scheduler.alphas_cumprod)
-    options = {"scorer": brightness, "steps": 4, **options}
+    options = {"scorer": brightness, "steps": 4, "guidance": 1.0, **options}
     return Reward(decode=decoder(pipeline.vae), problem=problem, **options)
 
 

@@ -28,6 +28,8 @@ from rebasin.spec import Permutation
 
 CPU = torch.device("cpu")
 OBJECTIVE = CrossEntropy()
+PLAIN: dict[str, Any] = {"init": "weight_matching", "schedule": "cosine", "evaluate_every": 1, "refine": 0}
+"""The gradient alone, from one quick start."""
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -39,7 +41,7 @@ class Pair:
         self.spec = rebasin.trace(copy.deepcopy(a), batches[0][0][:2])
 
     def search(self, **options: Any) -> StraightThroughResult:
-        options = {"steps": 12, "lr": 5e-3, **options}
+        options = {**PLAIN, "steps": 12, "lr": 5e-3, **options}
         batches = options.pop("batches", self.batches)
         return straight_through(self.spec, self.a, self.b, OBJECTIVE, batches, **options)
 

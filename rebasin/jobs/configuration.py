@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import hydra
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -18,12 +16,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import ConfigError, RebasinError, unknown
 from ..files import config_dir
+from ..integrations.signatures import CONFIG, VERSION_BASE, composed
+from . import option_help  # noqa: F401 - the configs' help templates name what it registers
 from .experiments import GROUP as EXPERIMENT
 from .experiments import expand
 from .resume import UNFINISHED
 
-CONFIG = "config"
-VERSION_BASE = "1.3"
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
 INTERNAL = ("name", "kind", "task", "architecture", "_target_", "object", "many")
@@ -88,8 +86,8 @@ def explain(error: Exception, arguments: Iterable[str] = (), config: str = CONFI
     """What is wrong with the command line, and what would be valid, in one sentence."""
     if isinstance(error, MissingConfigException):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        choices = ", ".join(error.options or [])
-        return f"There is no {group} {choice!r}; choose one of {choices}."
+        choices = [one for one in error.options or () if not one.startswith("_")]
+        return f"There is no {group} {choice!r}; choose one of {', '.join(choices)}."
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override!r} can't be read; write GROUP=CHOICE or OPTION=VALUE, and put quotes around a"
@@ -121,7 +119,7 @@ def check_types(cfg: DictConfig, config: str = CONFIG) -> None:
         for group, choice in choices.items()
         if group not in ("hydra", EXPERIMENT) and _exists(group, choice)
     ]
-    defaults = _composed(ours, config)
+    defaults = composed(ours, config)
     for key in defaults:
         # A choice from a folder of the user's own (--config-dir) has no defaults here.
         if key not in choices or _exists(key, choices[key]):
@@ -136,7 +134,7 @@ def _compare(default: Any, value: Any, path: str) -> None:
             )
         for key in default:
             _compare(default[key], value.get(key), f"{path}.{key}" if path else str(key))
-    elif default is not None and not (path in OR_LIST and isinstance(value, ListConfig)):
+    elif default is not None and not isinstance(value, FURTHER.get(path, ())):
         kind, takes = next((kind, takes) for kind, takes in KINDS if isinstance(default, kind))
         # Python's True is an int, too.
         if not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool):
@@ -151,13 +149,13 @@ KINDS: tuple[tuple[Any, str], ...] = (
     (ListConfig, "a list, for example [a,b]"),
 )
 
-OR_LIST = ("algo.repair",)
-"""Options that take a list as well as what their default is; who uses them looks into it."""
+FURTHER = {"algo.repair": ListConfig, "algo.points": ListConfig, "algo.pivot": str, "algo.anchor": type(None)}
+"""Options that take something else as well as what their default is; who uses them looks into it."""
 
 
 def _no_option(name: str, arguments: Iterable[str], config: str) -> str:
     """The sentence for an option that does not exist: the nearest one, and those that do."""
-    cfg = _composed(_group_choices(arguments), config)
+    cfg = composed(_group_choices(arguments), config)
     parent, _, _ = name.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     if parent and not isinstance(node, DictConfig):
@@ -179,14 +177,3 @@ def _group_choices(arguments: Iterable[str]) -> list[str]:
 def _exists(group: object, choice: object) -> bool:
     """Whether the package has this config."""
     return (config_dir() / str(group) / f"{choice}.yaml").is_file()
-
-
-def _composed(overrides: list[str], config: str = CONFIG) -> DictConfig:
-    """The configuration of these choices; a Hydra application that is running is left as it is."""
-    running = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
-            return compose(config, overrides=overrides)
-    finally:
-        GlobalHydra.instance().hydra = running

@@ -1,8 +1,9 @@
 """Experiments: named recipes with their axes and figures, `python -m rebasin.run +experiment=NAME [size=small]`.
 
-Each is one file of the config group `experiment` (in a checkout and in an installed wheel alike). Its lists `full`
-and `small` are overrides in Hydra's own language, sweeps included; `expand` puts those of the chosen size into the
-command line, behind everything that the user wrote: what the user sets wins.
+Each is one file of the config group `experiment` (in a checkout and in an installed wheel alike). What it
+shares with others it inherits, by its defaults list. Its blocks `full` and `small` are overrides, option -> value, in
+Hydra's own language, sweeps included; `expand` puts those of the chosen size into the command line, behind everything
+that the user wrote: what the user sets wins.
 """
 
 from __future__ import annotations
@@ -51,9 +52,8 @@ def expand(arguments: Sequence[str]) -> list[str]:
     size = given.get("size", "full")
     if size not in SIZES:
         raise ConfigError(f"size is {size!r}, but an experiment has the sizes {' and '.join(SIZES)}.")
-    preset = [
-        override for override in map(_parsed, declaration(name).get(size) or ()) if override is not None
-    ]
+    lines = [f"{key}={written(value)}" for key, value in declaration(name)[size].items()]
+    preset = [override for override in map(_parsed, lines) if override is not None]
     added = [override for override in preset if _key(override) not in given]
     flags = [argument for argument in arguments if argument.startswith("-")]
     shown = [_first(o) if flags else str(o.input_line) for o in added]
@@ -61,6 +61,11 @@ def expand(arguments: Sequence[str]) -> list[str]:
     mode = [] if flags else ["--multirun"]
     shown += ["hydra.mode=RUN"] if SHOW & set(flags) else []
     return [*mode, *arguments[:where], f"+{GROUP}={name}", *shown, *arguments[where + 1 :]]
+
+
+def written(value: Any) -> str:
+    """A value of a YAML file as the command line has it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _parsed(argument: str) -> Override | None:

@@ -25,7 +25,7 @@ def diagonal_fisher(
     batches: Iterable[Any],
     *,
     per_sample: bool = True,
-    max_samples: int | None = None,
+    max_samples: int | None = 256,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """The mean squared gradient of the loss by every tensor of `model.state_dict()`, in float32.

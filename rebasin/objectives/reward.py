@@ -55,7 +55,7 @@ class Reward:
     problem: Denoising
     steps: int = 10
     grad_steps: int = 1
-    guidance: float = 1.0
+    guidance: float = 3.0
 
     def __post_init__(self) -> None:
         if isinstance(self.scorer, str):

@@ -18,7 +18,7 @@ def names() -> list[str]:
 
 
 def declaration(name: str) -> dict[str, Any]:
-    """The block `experiment` of an experiment's file.
+    """The block `experiment` of an experiment, with what it inherits.
 
     Raises:
         ConfigError: there is no such experiment; names those that there are.
@@ -26,6 +26,13 @@ def declaration(name: str) -> dict[str, Any]:
     file = config_dir() / GROUP / f"{name}.yaml"
     if name.startswith("_") or not file.is_file():
         raise unknown(f"There is no experiment {name!r}", name, names(), "there are")
-    found = OmegaConf.to_container(OmegaConf.load(file))
+    found = OmegaConf.to_container(_block(name))
     assert isinstance(found, dict)
-    return found[GROUP]
+    return {str(key): value for key, value in found.items()}
+
+
+def _block(name: str) -> Any:
+    """The block `experiment` of a file of the group, over those of the files that it inherits from."""
+    file: Any = OmegaConf.load(config_dir() / GROUP / f"{name}.yaml")
+    bases = [base for base in file.get("defaults", ()) if isinstance(base, str)]
+    return OmegaConf.merge(*map(_block, bases), file.get(GROUP, {}))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..data.prompts import read_prompts
 from ..errors import ConfigError
 from ..files import config_dir
+from ..integrations.signatures import composed
 from ..objectives import Reward
 from ..objectives.base import imported, mean_over_batches
 from .batches import cut, deal, samples_in
@@ -97,11 +98,11 @@ def _other(cfg: DictConfig, options: DictConfig, name: str, given: Mapping[str, 
 
     folder = config_dir() / "objective"
     if not (folder / f"{name}.yaml").is_file():
-        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        known = ", ".join(sorted(path.stem for path in folder.glob("[!_]*.yaml")))
         raise ConfigError(
             f"objectives names {name!r}; it takes run, run.FIGURE, package.module:function, or one of {known}."
         )
-    own = OmegaConf.load(folder / f"{name}.yaml")
+    own = composed([f"objective={name}"]).objective
     unknown = [key for key in given if key not in own]
     if unknown:
         raise ConfigError(

@@ -42,7 +42,7 @@ class ImageMaker:
     prompts: Sequence[str]
 
     def reward(
-        self, scorer: Scorer | str, *, steps: int = 10, grad_steps: int = 1, guidance: float = 1.0
+        self, scorer: Scorer | str, *, steps: int = 10, grad_steps: int = 1, guidance: float = 3.0
     ) -> Reward:
         """The objective that `scorer` makes of the images."""
         return Reward(

@@ -16,7 +16,8 @@ from unittest.mock import patch
 from omegaconf import DictConfig
 
 from rebasin.files import config_dir
-from rebasin.jobs.configuration import INTERNAL, _composed
+from rebasin.integrations.signatures import composed
+from rebasin.jobs.configuration import INTERNAL
 
 ROOMS = [
     "matching", "merging", "checkpoints", "evaluation", "objectives", "models", "data", "tracing", "adapters",
@@ -111,12 +112,10 @@ def _main(module: str) -> Callable[[], object]:
 
 def _configs() -> Iterator[str]:
     for beginning in BEGINNINGS:
-        for field in _composed([], beginning):
+        for field in composed([], beginning):
             yield f"config {beginning}.yaml {field}"
     for section in ("search", "methods"):
-        yield from _fields(
-            f"config {section}", _composed([], BEGINNINGS[1 + (section == "methods")])[section]
-        )
+        yield from _fields(f"config {section}", composed([], BEGINNINGS[1 + (section == "methods")])[section])
     groups = {
         folder.name: sorted(path.stem for path in folder.glob("[!_]*.yaml"))
         for folder in config_dir().iterdir()
@@ -128,7 +127,7 @@ def _configs() -> Iterator[str]:
     del groups["experiment"], groups["hydra"]
     for row in zip_longest(*groups.values()):  # one of each group at a time: composing takes a while
         chosen = [(group, choice) for group, choice in zip(groups, row, strict=True) if choice is not None]
-        cfg = _composed([f"{group}={choice}" for group, choice in chosen], "search")
+        cfg = composed([f"{group}={choice}" for group, choice in chosen], "search")
         for group, choice in chosen:
             yield from _fields(f"config {group}={choice} {group}", cfg[group])
 

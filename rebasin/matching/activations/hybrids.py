@@ -28,7 +28,7 @@ from ..weights.matching import weight_matching
 from .joint import Joint
 from .matching import activation_matching, check_statistic, match_statistics, require_seen
 from .moments import Statistic
-from .statistics import Reads, Sites, activation_statistics
+from .statistics import TOKENS, Reads, Sites, activation_statistics
 
 
 def activation_then_weight(
@@ -39,8 +39,8 @@ def activation_then_weight(
     *,
     statistic: Statistic = "pearson",
     reads: Reads = "inputs",
-    sites: Sites = "all",
-    tokens: int | None = None,
+    sites: Sites = None,
+    tokens: int | None = TOKENS,
     objective: Objective | None = None,
     forward: Forward | None = None,
     order: Order = "random",
@@ -79,8 +79,8 @@ def activation_and_weight(
     weight: float = 0.5,
     statistic: Statistic = "pearson",
     reads: Reads = "inputs",
-    sites: Sites = "all",
-    tokens: int | None = None,
+    sites: Sites = None,
+    tokens: int | None = TOKENS,
     objective: Objective | None = None,
     forward: Forward | None = None,
     order: Order = "random",
@@ -92,8 +92,11 @@ def activation_and_weight(
     """Coordinate descent on `(1 - weight) * activations + weight * weights`.
 
     Both parts are divided by the largest value that they could have, so that each lies between -1 and 1 and 0.5
-    counts them alike; 0 is activation matching. The descent starts from the activations' permutation.
-    Other options as in `activation_matching` and `weight_matching`.
+    counts them alike. The descent starts from the activations' permutation.
+
+    Args:
+        weight: share of the weights: 0 is activation matching, 1 weight matching from its permutation.
+        Others as in `activation_matching` and `weight_matching`.
 
     Returns:
         A `MatchResult` whose objectives are of the sum; distances are of the weights.

@@ -38,7 +38,14 @@ from ..result import MatchResult, Sweep, Update
 from ..weights.endpoints import Pair
 from .joint import Joint
 from .moments import Statistic
-from .statistics import ActivationState, ActivationStatistics, Reads, Sites, activation_statistics
+from .statistics import (
+    TOKENS,
+    ActivationState,
+    ActivationStatistics,
+    Reads,
+    Sites,
+    activation_statistics,
+)
 
 TIES = 1e-6
 """The weights' share where they decide what activations leave open; no difference between activations is as small."""
@@ -87,8 +94,8 @@ def activation_matching(
     *,
     statistic: Statistic = "pearson",
     reads: Reads = "inputs",
-    sites: Sites = "all",
-    tokens: int | None = None,
+    sites: Sites = None,
+    tokens: int | None = TOKENS,
     objective: Objective | None = None,
     forward: Forward | None = None,
     fallback_to_weights: bool = False,
@@ -113,7 +120,7 @@ def activation_matching(
         reads: "inputs" looks at neurons where a layer reads them, behind norm and non-linearity, as the paper does;
             "outputs" where a layer writes them; "both" at both. Neurons that have no such place are looked at where
             they can be seen (queries and keys: where they are written).
-        sites: of several such places of a residual stream, "all" (or None), the "last" one (REPAIR's end of a
+        sites: of several such places of a residual stream, None or "all", the "last" one (REPAIR's end of a
             stage), or those in a list of module names; a group that none of these shows keeps all of its places.
         tokens: look at that many positions (pixels, tokens) of each sample, drawn by `seed`; None or 0: at all of
             them.

@@ -17,7 +17,7 @@ from ..result import MatchResult
 from ..weights.matching import weight_matching
 from .matching import ActivationResult, activation_matching
 from .moments import Statistic
-from .statistics import Reads, Sites
+from .statistics import TOKENS, Reads, Sites
 
 
 def match_pipelines(
@@ -33,8 +33,8 @@ def match_pipelines(
     options: Mapping[str, Any] | None = None,
     statistic: Statistic = "pearson",
     reads: Reads = "inputs",
-    sites: Sites = "all",
-    tokens: int | None = 64,
+    sites: Sites = None,
+    tokens: int | None = TOKENS,
     fallback_to_weights: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -79,15 +79,15 @@ def prompt_activation_matching(
     *,
     prompts: str | Path | Sequence[str] | None = None,
     encode_images: bool = False,
-    count: int | None = None,
+    count: int | None = 40,
     steps: int = 25,
     points: Points = 5,
     guidance: float = 3.0,
     batch_size: int = 10,
     statistic: Statistic = "pearson",
     reads: Reads = "inputs",
-    sites: Sites = "all",
-    tokens: int | None = 16,
+    sites: Sites = None,
+    tokens: int | None = TOKENS,
     then_weight: bool = False,
     seed: int = 0,
     progress: Progress | None = None,

@@ -33,6 +33,8 @@ Reads = Literal["inputs", "outputs", "both"]
 Sites = Literal["all", "last"] | Sequence[str] | None
 Key = tuple[str, str, int]  # module, where, dimension: one tensor, on which several cells may be
 
+TOKENS = 16
+"""Positions of each sample that every function looks at by default."""
 LARGE = 2 << 30
 """Statistics that would take more bytes than this in float64 are kept in float32."""
 
@@ -122,8 +124,8 @@ def activation_statistics(
     objective: Objective | None = None,
     forward: Forward | None = None,
     reads: Reads = "inputs",
-    sites: Sites = "all",
-    tokens: int | None = None,
+    sites: Sites = None,
+    tokens: int | None = TOKENS,
     seed: int = 0,
     precision: Literal["float32", "float64"] | None = None,
     device: torch.device | str | None = None,

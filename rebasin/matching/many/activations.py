@@ -28,7 +28,7 @@ from ...spec import Permutation, PermutationSpec
 from ...types import Progress, tell
 from ..activations.matching import check_statistic, require_seen
 from ..activations.moments import Statistic
-from ..activations.statistics import Reads, Sites, activation_statistics
+from ..activations.statistics import TOKENS, Reads, Sites, activation_statistics
 from ..assignment.blocks import assign
 from ..schedule import Order, order_of
 from .models import Models, Source
@@ -47,8 +47,8 @@ def match_many_activations(
     weights: Sequence[float] | None = None,
     statistic: Statistic = "pearson",
     reads: Reads = "inputs",
-    sites: Sites = "all",
-    tokens: int | None = None,
+    sites: Sites = None,
+    tokens: int | None = TOKENS,
     objective: Objective | None = None,
     forward: Forward | None = None,
     order: Order = "random",

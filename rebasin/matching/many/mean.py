@@ -37,6 +37,9 @@ from .running_mean import RunningMean
 
 Start = Literal["identity", "progressive"] | Sequence[Permutation]
 
+MATCH: Mapping[str, Any] = {"init": "identity", "order": "random", "max_sweeps": 100}
+"""The paper's options of the weight matchings among many models, each until `match` says otherwise."""
+
 OPTIONS = ("init", "order", "max_sweeps", "restarts", "device", "workers")
 """What `match` may give to weight matching. Normalised, it would not be the distance that falls."""
 
@@ -52,7 +55,7 @@ def match_to_mean(
     anchor: int | None = 0,
     seed: int = 0,
     max_passes: int = 100,
-    match: Mapping[str, Any] | None = None,
+    match: Mapping[str, Any] = MATCH,
     scratch: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     checkpoint: Callable[[ManyState], None] | None = None,
@@ -133,12 +136,12 @@ def match_to_mean(
 
 
 def match_options(match: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Checked options of the weight matchings among many models.
+    """Checked options of the weight matchings among many models, those of `MATCH` filled in.
 
     Raises:
         ConfigError: there is no such option, or it can't be had here.
     """
-    options = {"init": "identity", **(match or {})}  # the paper's
+    options = {**MATCH, **(match or {})}
     check_options("The matching of many models", options, dict.fromkeys(OPTIONS))
     if options["init"] not in ("identity", "forward"):
         raise ConfigError(

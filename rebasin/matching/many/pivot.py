@@ -14,7 +14,7 @@ from ...errors import ConfigError
 from ...spec import Permutation, PermutationSpec
 from ...types import Progress, tell
 from ..weights.matching import weight_matching
-from .mean import match_options
+from .mean import MATCH, match_options
 from .models import Models, Source
 from .result import ManyResult, Pass, Step
 from .running_mean import RunningMean
@@ -27,7 +27,7 @@ def match_to_pivot(
     pivot: int | Literal["best"] = 0,
     weights: Sequence[float] | None = None,
     seed: int = 0,
-    match: Mapping[str, Any] | None = None,
+    match: Mapping[str, Any] = MATCH,
     progress: Progress | None = None,
 ) -> ManyResult:
     """Match every model to one of them, the pivot, by weight matching, and average all.
@@ -63,7 +63,7 @@ def match_by_tree(
     *,
     weights: Sequence[float] | None = None,
     seed: int = 0,
-    match: Mapping[str, Any] | None = None,
+    match: Mapping[str, Any] = MATCH,
     progress: Progress | None = None,
 ) -> ManyResult:
     """Match and average the models two by two, then these means two by two, up to a single one.
@@ -118,7 +118,6 @@ class _Run:
     def __post_init__(self) -> None:
         self.began = perf_counter()
         self.options = match_options(self.options)
-        self.options.setdefault("init", "identity")
         self.models = Models(self.spec, self.states, self.weights)
 
     def match(self, a: Any, b: Any, model: int, total: int) -> tuple[Permutation, float]:

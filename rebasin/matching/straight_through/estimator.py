@@ -53,20 +53,20 @@ def straight_through(
     batches: Sequence[Any],
     *,
     heldout: Sequence[Any] | None = None,
-    init: Start = "weight_matching",
-    steps: int = 200,
+    init: Start = "best",
+    steps: int = 100,
     optimizer: Optimizer = "adam",
     lr: float = 2e-3,
     momentum: float = 0.9,
-    schedule: Schedule = "cosine",
+    schedule: Schedule = "constant",
     project_every: int = 1,
     projection_sweeps: int = 100,
     represents: Represents = "b_endpoint",
     projection: Projection = "inner_product",
     clip: float | None = None,
     accumulate: int = 1,
-    evaluate_every: int = 1,
-    refine: int = 0,
+    evaluate_every: int = 4,
+    refine: int = 12,
     autocast: Autocast | None = None,
     checkpointing: bool = False,
     seed: int = 0,
@@ -90,11 +90,13 @@ def straight_through(
             which then gives no gradients (a single batch has to do for both). Data that results are reported
             on belongs in neither.
         init: where the search starts: "identity", "weight_matching", "activation_then_weight" (by the
-            activations on `batches`, then by the weights), "best" (the best of these on the held-out batches),
-            or a permutation.
+            activations on `batches`, then by the weights), "activation_and_weight" (by both at once), "best" (the
+            best of these on the held-out batches), or a permutation.
         steps: gradient steps. The paper makes 12,500 and more.
-        optimizer, lr, momentum, schedule: of the auxiliary weights. The paper has SGD, 1e-2, 0.9 and a
-            constant rate; `momentum` is Adam's first beta, too. "cosine" ends at 0.
+        optimizer: of the auxiliary weights, "adam" or "sgd" (the paper: lr 1e-2, momentum 0.9).
+        lr: its learning rate.
+        momentum: of SGD, and Adam's first beta.
+        schedule: of the learning rate: "constant" (the paper) or "cosine", which ends at 0.
         project_every: steps between projections; the paper projects at each.
         projection_sweeps: at most so many sweeps of weight matching in one.
         represents: what the auxiliary weights stand for: pi(B), or the midpoint, whose gradient they then

@@ -16,8 +16,6 @@ from ..weights.matching import weight_matching
 
 Named = Literal["identity", "weight_matching", "activation_then_weight", "activation_and_weight", "best"]
 Start = Named | Permutation
-TOKENS = 16
-"""Positions of each sample whose activations are looked at: more did not change what was found."""
 
 
 def candidates(start: Start) -> tuple[Start, ...]:
@@ -55,9 +53,9 @@ def start_from(
     given = spec, model_a, model_b, batches
     options: dict[str, Any] = {"objective": objective, "seed": seed, "device": device}
     if start == "activation_then_weight":
-        return activation_then_weight(*given, **options).permutation
+        return activation_then_weight(*given, **options, tokens=None).permutation
     if start == "activation_and_weight":
-        return activation_and_weight(*given, **options, tokens=TOKENS).permutation
+        return activation_and_weight(*given, **options).permutation
     raise ConfigError(
         f"There is no start {start!r}: init takes {', '.join(get_args(Named))} or a permutation."
     )

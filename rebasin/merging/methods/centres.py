@@ -18,8 +18,10 @@ from .linear import average
 def model_stock(models: Sequence[Tensor], base: Tensor, rows: bool = False) -> Tensor:
     """The mean of the models, drawn back to the base the more their differences disagree.
 
-    Needs no tuning: t comes from the angle between the differences, one for each tensor. Options: rows, one angle for
-    each row of the last axis, as in sd-mecha.
+    Needs no tuning: t comes from the angle between the differences, one for each tensor.
+
+    Options:
+        rows: one angle for each row of the last axis, as in sd-mecha.
     """
     deltas = [model - base for model in models]
     flat = [delta if rows and delta.ndim else delta.reshape(-1) for delta in deltas]
@@ -48,8 +50,12 @@ def geometric_median(
 ) -> Tensor:
     """The point with the smallest sum of distances to the models: one outlier among many can't pull it far.
 
-    Two models have no single one; equal weights give their mean. Options: at most so many iterations, until the
-    median moves by less than tolerance times the largest distance; eps, the smallest distance that is divided by.
+    Two models have no single one; equal weights give their mean.
+
+    Options:
+        iterations: at most so many.
+        tolerance: they end when the median moves by less than this times the largest distance.
+        eps: the smallest distance that is divided by.
     """
     median = average(models, weights)
     for _ in range(iterations):
@@ -72,7 +78,11 @@ def fisher(
 ) -> Tensor:
     """Average the models, each value weighted by how much its model's loss depends on it (its Fisher information).
 
-    Options: floor, so that values no model depends on are averaged plainly. See `rebasin.merging.diagonal_fisher`.
+    The information is `rebasin.merging.diagonal_fisher`'s.
+
+    Options:
+        floor: share of the tensor's mean information that every value has at least, so that values no model depends
+            on are averaged plainly.
     """
     mean = sum(float(c.mean(dtype=torch.float64)) for c in companions) / len(companions)
     if mean == 0:

@@ -20,8 +20,11 @@ from ..registry import method
 def crossover(a: Tensor, b: Tensor, alpha: float, tilt: float = 0.0) -> Tensor:
     """Take the low frequencies of each tensor from A and the high ones from B.
 
-    Options: tilt, from 0 (a hard cut) to 1 (the weighted sum). Neurons have no natural order, so a frequency means
-    little: the method is here because people use it, and it depends on the permutation.
+    Neurons have no natural order, so a frequency means little: the method is here because people use it, and it
+    depends on the permutation.
+
+    Options:
+        tilt: from 0 (a hard cut) to 1 (the weighted sum).
     """
     _check(tilt)
     if a.ndim == 0 or tilt == 1:
@@ -44,8 +47,10 @@ def crossover(a: Tensor, b: Tensor, alpha: float, tilt: float = 0.0) -> Tensor:
 def distribution_crossover(a: Tensor, b: Tensor, base: Tensor, alpha: float, tilt: float = 0.0) -> Tensor:
     """A crossover of the values as a sequence that is sorted by the base's: coarse distribution of A, detail of B.
 
-    Options: tilt, from 0 (a hard cut) to 1. alpha is the share of frequencies that come from B, the highest;
-    0 and 1 are A and B, whatever the tilt.
+    alpha is the share of frequencies that come from B, the highest; 0 and 1 are A and B, whatever the tilt.
+
+    Options:
+        tilt: from 0 (a hard cut) to 1 (a ramp over all).
     """
     _check(tilt)
     if a.ndim == 0:

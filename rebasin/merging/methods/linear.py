@@ -43,8 +43,10 @@ def add_difference(
 ) -> Tensor:
     """Add to the first model what the others learned since the base.
 
-    With the base as first model, too, this is task arithmetic. `clamp` keeps every value between the smallest and
-    the largest of the models', so that nothing is added twice.
+    With the base as first model, too, this is task arithmetic.
+
+    Options:
+        clamp: keep every value between the smallest and the largest of the models', so that nothing is added twice.
     """
     result = models[0]
     for tensor, scale in zip(models[1:], scales, strict=True):

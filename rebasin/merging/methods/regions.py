@@ -20,7 +20,8 @@ from ..registry import method
 def tensor_sum(a: Tensor, b: Tensor, alpha: float, offset: float = 0.0) -> Tensor:
     """Take the share alpha of each tensor's rows, its output neurons, from B.
 
-    Options: offset is where these rows begin, a share of all.
+    Options:
+        offset: where these rows begin, a share of all.
     """
     if a.ndim == 0:
         return b if alpha > 0.5 else a
@@ -37,7 +38,8 @@ def tensor_sum(a: Tensor, b: Tensor, alpha: float, offset: float = 0.0) -> Tenso
 def top_k_tensor_sum(a: Tensor, b: Tensor, alpha: float, offset: float = 0.0) -> Tensor:
     """Put A's values in the order that B's have: the distribution stays A's, the arrangement becomes B's.
 
-    Options: offset, a share: where the window of ranks by magnitude begins that is rearranged; alpha is its width.
+    Options:
+        offset: where the window of ranks by magnitude begins that is rearranged, a share; alpha is its width.
     """
     values = a.flatten().sort().values
     magnitude = torch.empty(a.numel(), dtype=torch.long, device=a.device)
@@ -58,8 +60,10 @@ def top_k_tensor_sum(a: Tensor, b: Tensor, alpha: float, offset: float = 0.0) ->
 def clip(models: Sequence[Tensor], stiffness: float = 0.0) -> Tensor:
     """Keep the first model's values between those of the other models, element by element.
 
-    Options: stiffness, 0 to 1: how far the bounds move inwards, to the next models. Two bounds can't move. The first
-    model usually is a merge itself: give the result of another `merge`.
+    The first model usually is a merge itself: give the result of another `merge`.
+
+    Options:
+        stiffness: 0 to 1, how far the bounds move inwards, to the next models. Two bounds can't move.
     """
     if not 0 <= stiffness <= 1:
         raise ConfigError(f"The option stiffness of 'clip' is {stiffness}, but it is a number from 0 to 1.")

@@ -23,11 +23,13 @@ def rotate(
 ) -> Tensor:
     """Rotate A's weights towards B's; with a base, its differences towards B's differences.
 
-    Options: alignment, how far, 0 (not at all) to 1 (as near as a rotation comes); centralization, how much of the
-    mean row is taken off before. alpha interpolates what rotations can't change. A convolution's kernels are rows, as
-    in sd-mecha. This changes what the model computes, unlike a permutation. Vectors are interpolated by alpha.
-    Costs a singular value decomposition for each tensor, and a Schur decomposition on the CPU where alignment is a
-    fraction: slow for wide matrices.
+    alpha interpolates what rotations can't change. A convolution's kernels are rows, as in sd-mecha. This changes what
+    the model computes, unlike a permutation. Vectors are interpolated by alpha. Costs a singular value decomposition
+    for each tensor, and a Schur decomposition on the CPU where alignment is a fraction: slow for wide matrices.
+
+    Options:
+        alignment: how far to rotate, 0 (not at all) to 1 (as near as a rotation comes).
+        centralization: how much of the mean row is taken off before.
     """
     if base is not None:
         return base + rotate(a - base, b - base, alpha, None, alignment, centralization)

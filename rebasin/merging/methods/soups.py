@@ -73,7 +73,8 @@ def _kept(models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def ema(models: Sequence[Tensor], decay: float = 0.9) -> Tensor:
     """The exponential moving average of the checkpoints of one run, given from first to last.
 
-    Options: decay, from 0 (the last checkpoint) to below 1.
+    Options:
+        decay: from 0 (the last checkpoint only) to below 1.
     """
     if not 0 <= decay < 1:
         raise ConfigError(f"The option decay of 'ema' is {decay}, but it is from 0 to below 1.")
@@ -90,7 +91,8 @@ def ema(models: Sequence[Tensor], decay: float = 0.9) -> Tensor:
 def polyak(models: Sequence[Tensor], last: int = 0) -> Tensor:
     """The mean of the last checkpoints of one run, given from first to last.
 
-    Options: last, how many of them; 0 takes all.
+    Options:
+        last: how many of them; 0 takes all.
     """
     if last < 0 or last > len(models):
         raise ConfigError(f"The option last of 'polyak' is {last}, but there are {len(models)} checkpoints.")

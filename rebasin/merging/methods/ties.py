@@ -22,8 +22,10 @@ def ties_sum(
 ) -> Tensor:
     """Trim small differences, elect a sign for each value, and average the differences that have it.
 
-    Options: k is the share of each tensor's differences that is kept, the largest; vote is how the sign is elected,
-    by `mass` (sum of the differences: the paper's, and what sd-mecha's users call TIES-SOUP) or `count` (majority).
+    Options:
+        k: the share of each tensor's differences that is kept, the largest.
+        vote: how the sign is elected, by "mass" (sum of the differences: the paper's, and what sd-mecha's users call
+            TIES-SOUP) or "count" (majority, sd-mecha's default).
     """
     if vote not in ("mass", "count"):
         raise ConfigError(f"The option vote of 'ties_sum' is '{vote}'; it takes mass or count.")
@@ -83,8 +85,11 @@ def dropout(
 ) -> Tensor:
     """Drop most differences from the base at random and enlarge the others, so that the mean stays.
 
-    Options: probability of dropping a value; window makes large differences likelier to stay, from probability +
-    window / 2 for the smallest to probability - window / 2 for the largest; rescale=false leaves the rest as it is.
+    Options:
+        probability: of dropping a value.
+        window: makes large differences likelier to stay (DELLA): they are dropped with probability - window / 2, the
+            smallest with probability + window / 2.
+        rescale: enlarge what stays; false leaves it as it is.
     """
     if not 0 <= probability < 1:
         raise ConfigError(
