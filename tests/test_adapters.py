@@ -55,7 +55,7 @@ MODULES = {
 """The module, its component, and its name in kohya's files with LDM's block numbers."""
 
 
-class Twin:
+class SmallPipeline:
     """A narrow Stable Diffusion 1: the library's own UNet and text encoder, with a random permutation of both."""
 
     def __init__(self) -> None:
@@ -107,8 +107,8 @@ class Twin:
 
 
 @pytest.fixture(scope="module")
-def twin() -> Twin:
-    return Twin()
+def pipeline() -> SmallPipeline:
+    return SmallPipeline()
 
 
 # What an adapter means, from its definition: factors -> difference ----------------------------------------------
@@ -217,7 +217,7 @@ def decomposed(weight: Tensor, difference: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def adapted(
-    twin: Twin, state: dict[str, Tensor], adapter: dict[str, Tensor], name_of: Callable
+    pipeline: SmallPipeline, state: dict[str, Tensor], adapter: dict[str, Tensor], name_of: Callable
 ) -> dict[str, Tensor]:
     """`state` with the adapter merged into it."""
     result = dict(state)
@@ -250,12 +250,15 @@ def kohya_diffusers(component: str, module: str, ldm: str) -> str:
 
 
 def make(
-    twin: Twin, factors: Callable[..., dict[str, Tensor]], name_of: Callable = kohya_ldm, dora: str = ""
+    pipeline: SmallPipeline,
+    factors: Callable[..., dict[str, Tensor]],
+    name_of: Callable = kohya_ldm,
+    dora: str = "",
 ):
     torch.manual_seed(1)
     adapter = {}
     for module, (component, ldm) in MODULES.items():
-        shape = tuple(twin.state[f"{component}.{module}.weight"].shape)
+        shape = tuple(pipeline.state[f"{component}.{module}.weight"].shape)
         own = factors(shape)
         flat = [1] * len(shape[2:])
         if dora == "rows":
@@ -267,21 +270,21 @@ def make(
 
 
 def check(
-    twin: Twin, adapter: dict[str, Tensor], name_of: Callable = kohya_ldm, **options
+    pipeline: SmallPipeline, adapter: dict[str, Tensor], name_of: Callable = kohya_ldm, **options
 ) -> dict[str, Tensor]:
     before = {name: tensor.clone() for name, tensor in adapter.items()}
-    moved = move_adapter(twin.permutation, adapter, **options)
-    expected = twin(adapted(twin, twin.state, adapter, name_of))
-    plain = twin(twin.state)
+    moved = move_adapter(pipeline.permutation, adapter, **options)
+    expected = pipeline(adapted(pipeline, pipeline.state, adapter, name_of))
+    plain = pipeline(pipeline.state)
     assert (expected - plain).norm() > 1e-2 * plain.norm()  # the adapter does something
-    aligned = twin.permutation.apply(twin.state)
-    torch.testing.assert_close(twin(aligned), plain, rtol=0, atol=1e-9)
-    found = twin(adapted(twin, aligned, moved, name_of))
+    aligned = pipeline.permutation.apply(pipeline.state)
+    torch.testing.assert_close(pipeline(aligned), plain, rtol=0, atol=1e-9)
+    found = pipeline(adapted(pipeline, aligned, moved, name_of))
     tolerance = (
         1e-9 if all(t.dtype == torch.float64 for t in moved.values() if t.is_floating_point()) else 1e-5
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
-    stale = twin(adapted(twin, aligned, adapter, name_of))
+    stale = pipeline(adapted(pipeline, aligned, adapter, name_of))
     assert (stale - expected).norm() > 1e-3 * expected.norm()  # and it had to be moved
     assert all(torch.equal(before[name], adapter[name]) for name in before)
     return moved
@@ -301,30 +304,30 @@ KINDS: dict[str, tuple[Callable[..., dict[str, Tensor]], str]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kohya_and_lycoris(twin: Twin, kind: str) -> None:
+def test_kohya_and_lycoris(pipeline: SmallPipeline, kind: str) -> None:
     factors, dora = KINDS[kind]
-    adapter = make(twin, factors, dora=dora)
-    moved = check(twin, adapter)
+    adapter = make(pipeline, factors, dora=dora)
+    moved = check(pipeline, adapter)
     assert moved.keys() == adapter.keys() and is_adapter(adapter)
 
 
-def test_kohya_with_diffusers_block_names(twin: Twin) -> None:
-    check(twin, make(twin, lora, kohya_diffusers), kohya_diffusers)
+def test_kohya_with_diffusers_block_names(pipeline: SmallPipeline) -> None:
+    check(pipeline, make(pipeline, lora, kohya_diffusers), kohya_diffusers)
 
 
 @pytest.mark.parametrize("options", [{}, {"core": True}, {"whole": True}, {"both": True}], ids=str)
-def test_lokr(twin: Twin, options: dict) -> None:
-    adapter = make(twin, functools.partial(lokr, **options))
+def test_lokr(pipeline: SmallPipeline, options: dict) -> None:
+    adapter = make(pipeline, functools.partial(lokr, **options))
     with pytest.raises(AdapterError, match="lora_unet_.*Kronecker.*unfold"):
-        move_adapter(twin.permutation, adapter)
-    moved = check(twin, adapter, unfold=True)
+        move_adapter(pipeline.permutation, adapter)
+    moved = check(pipeline, adapter, unfold=True)
     left = {key.rsplit(".", 1)[0] for key in moved if "lokr" in key}
     assert "lora_unet_conv_out" not in left and len(left) < len(MODULES)
 
 
-def test_lokr_stays_where_the_permutation_is_a_product(twin: Twin) -> None:
+def test_lokr_stays_where_the_permutation_is_a_product(pipeline: SmallPipeline) -> None:
     """A permutation of whole blocks, and of the places within all blocks alike, is carried by the factors."""
-    spec = twin.specs["unet"]
+    spec = pipeline.specs["unet"]
     p = spec.identity()
     group = next(
         g
@@ -336,7 +339,7 @@ def test_lokr_stays_where_the_permutation_is_a_product(twin: Twin) -> None:
     index = dict(p.index) | {cell.name: (blocks[:, None] * (cell.size // 2) + inside).reshape(-1)}
     product = rebasin.Permutation(spec, index)
     torch.manual_seed(2)
-    weight = twin.unet.state_dict()["time_embedding.linear_1.weight"]
+    weight = pipeline.unet.state_dict()["time_embedding.linear_1.weight"]
     for options in ({}, {"whole": True}, {"both": True}):
         factors = lokr(tuple(weight.shape), **options)
         name = "lora_unet_time_embedding_linear_1."
@@ -358,12 +361,12 @@ DIFFUSERS = {
 
 
 @pytest.mark.parametrize("style", DIFFUSERS)
-def test_diffusers_names(twin: Twin, style: str) -> None:
+def test_diffusers_names(pipeline: SmallPipeline, style: str) -> None:
     """The same factors under the names of diffusers and PEFT move as they do under kohya's."""
     adapter = {
-        k: t for k, t in make(twin, lora).items() if "attn" in k and "lora_unet" in k and "alpha" not in k
+        k: t for k, t in make(pipeline, lora).items() if "attn" in k and "lora_unet" in k and "alpha" not in k
     }
-    expected = move_adapter(twin.permutation, adapter)
+    expected = move_adapter(pipeline.permutation, adapter)
     names = {kohya_ldm(*v[:1], k, v[1]): k for k, v in MODULES.items()}
     renamed = {}
     for key in adapter:
@@ -375,108 +378,109 @@ def test_diffusers_names(twin: Twin, style: str) -> None:
             renamed[key] = pattern.format(outer, inner)
         else:
             renamed[key] = pattern.format(path)
-    moved = move_adapter(twin.permutation, {renamed[key]: t for key, t in adapter.items()})
+    moved = move_adapter(pipeline.permutation, {renamed[key]: t for key, t in adapter.items()})
     assert moved.keys() == set(renamed.values())
     assert all(torch.equal(moved[renamed[key]], expected[key]) for key in adapter)
     assert any(not torch.equal(expected[key], adapter[key]) for key in adapter)
 
 
-def test_peft_magnitudes_and_text_encoder(twin: Twin) -> None:
+def test_peft_magnitudes_and_text_encoder(pipeline: SmallPipeline) -> None:
     module = "encoder.layers.1.mlp.fc1"
-    rows = dict(twin.permutation.axes_of(f"text_encoder.{module}.weight"))[0]
+    rows = dict(pipeline.permutation.axes_of(f"text_encoder.{module}.weight"))[0]
     vector = torch.arange(32.0)
     for prefix in ("text_encoder.text_model.", "text_encoder."):
         key = f"{prefix}{module}.lora_magnitude_vector"
-        assert torch.equal(move_adapter(twin.permutation, {key: vector})[key], vector[rows])
+        assert torch.equal(move_adapter(pipeline.permutation, {key: vector})[key], vector[rows])
     conv = "unet.down_blocks.1.resnets.0.conv2.lora_magnitude_vector.weight"
-    rows = dict(twin.permutation.axes_of("unet.down_blocks.1.resnets.0.conv2.weight"))[0]
-    moved = move_adapter(twin.permutation, {conv: vector.reshape(1, 32, 1, 1)})[conv]
+    rows = dict(pipeline.permutation.axes_of("unet.down_blocks.1.resnets.0.conv2.weight"))[0]
+    moved = move_adapter(pipeline.permutation, {conv: vector.reshape(1, 32, 1, 1)})[conv]
     assert torch.equal(moved.reshape(-1), vector[rows])
 
 
-def test_one_component_and_joint_permutations(twin: Twin) -> None:
+def test_one_component_and_joint_permutations(pipeline: SmallPipeline) -> None:
     """A permutation of the UNet alone leaves the text encoder's modules; a joint one moves what both share."""
-    adapter = make(twin, lora)
-    alone = move_adapter(part(twin.permutation, twin.specs["unet"], "unet."), adapter)
-    both = move_adapter(twin.permutation, adapter)
+    adapter = make(pipeline, lora)
+    alone = move_adapter(part(pipeline.permutation, pipeline.specs["unet"], "unet."), adapter)
+    both = move_adapter(pipeline.permutation, adapter)
     for key in adapter:
         assert torch.equal(alone[key], adapter[key] if "lora_te" in key else both[key])
 
     joint = rebasin.compose(
-        lambda te, un, ids, x, t: un(x, t, te(ids)[0]).sample, text_encoder=twin.text, unet=twin.unet
+        lambda te, un, ids, x, t: un(x, t, te(ids)[0]).sample, text_encoder=pipeline.text, unet=pipeline.unet
     )
-    spec = rebasin.trace(joint, twin.ids, twin.latents, twin.time)
-    stream = twin.permutation
+    spec = rebasin.trace(joint, pipeline.ids, pipeline.latents, pipeline.time)
+    stream = pipeline.permutation
     try:
-        twin.permutation = spec.random(1)
+        pipeline.permutation = spec.random(1)
         assert (
-            dict(twin.permutation.axes_of("text_encoder.encoder.layers.0.self_attn.v_proj.weight"))[1]
+            dict(pipeline.permutation.axes_of("text_encoder.encoder.layers.0.self_attn.v_proj.weight"))[1]
             is not None
         )
-        check(twin, adapter)
+        check(pipeline, adapter)
     finally:
-        twin.permutation = stream
+        pipeline.permutation = stream
 
 
-def test_refusals(twin: Twin) -> None:
+def test_refusals(pipeline: SmallPipeline) -> None:
     weight = rand(RANK, 16)
     with pytest.raises(AdapterError, match="single_transformer_blocks.*another architecture"):
         move_adapter(
-            twin.permutation, {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": weight}
+            pipeline.permutation, {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": weight}
         )
     with pytest.raises(AdapterError, match="OFT"):
-        move_adapter(twin.permutation, {"lora_unet_time_embed_0.oft_blocks": rand(2, 4, 4)})
+        move_adapter(pipeline.permutation, {"lora_unet_time_embed_0.oft_blocks": rand(2, 4, 4)})
     with pytest.raises(AdapterError, match=r"shape \(3, 5\).*16 neurons"):
-        move_adapter(twin.permutation, {"lora_unet_time_embed_0.lora_down.weight": rand(RANK, 5)})
+        move_adapter(pipeline.permutation, {"lora_unet_time_embed_0.lora_down.weight": rand(RANK, 5)})
     with pytest.raises(AdapterError, match="nothing to move"):
         move_adapter(
-            part(twin.permutation, twin.specs["unet"], "unet."), {"lora_te_x.lora_down.weight": weight}
+            part(pipeline.permutation, pipeline.specs["unet"], "unet."),
+            {"lora_te_x.lora_down.weight": weight},
         )
     with pytest.raises(AdapterError, match=r"'first_stage_model.x.bias'.*no part of a LoRA"):
-        move_adapter(twin.permutation, {"first_stage_model.x.bias": weight})
-    assert not is_adapter(twin.state) and not is_adapter([])
+        move_adapter(pipeline.permutation, {"first_stage_model.x.bias": weight})
+    assert not is_adapter(pipeline.state) and not is_adapter([])
 
 
-def test_describe(twin: Twin) -> None:
-    info = describe_adapter(make(twin, loha, dora="rows"))
+def test_describe(pipeline: SmallPipeline) -> None:
+    info = describe_adapter(make(pipeline, loha, dora="rows"))
     assert info.kinds == {"LoHa with DoRA": len(MODULES)} and info.ranks == (RANK,) and info.naming == "kohya"
     assert info.components == {"unet": len(MODULES) - 2, "text_encoder": 2}
 
 
-def test_union_part_and_extend(twin: Twin) -> None:
-    spec = twin.specs["unet"]
-    own = part(twin.permutation, spec, "unet.")
+def test_union_part_and_extend(pipeline: SmallPipeline) -> None:
+    spec = pipeline.specs["unet"]
+    own = part(pipeline.permutation, spec, "unet.")
     assert own == spec.random(3) and union(
-        {"unet": own, "text_encoder": twin.specs["text_encoder"].random(3)}
-    ) == (twin.permutation)
-    assert twin.permutation.spec.contains(twin.permutation)
+        {"unet": own, "text_encoder": pipeline.specs["text_encoder"].random(3)}
+    ) == (pipeline.permutation)
+    assert pipeline.permutation.spec.contains(pipeline.permutation)
     with pytest.raises(SpecMismatchError):
         extend(
-            twin.permutation,
+            pipeline.permutation,
             union({"unet": rebasin.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).identity()}).spec,
         )
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "ldm"])
-def test_controlnet(twin: Twin, layout: str) -> None:
+def test_controlnet(pipeline: SmallPipeline, layout: str) -> None:
     from diffusers import ControlNetModel
 
     torch.manual_seed(4)
-    control = ControlNetModel.from_unet(twin.unet, load_weights_from_unet=False).double()
+    control = ControlNetModel.from_unet(pipeline.unet, load_weights_from_unet=False).double()
     for tensor in control.parameters():  # its last layers begin at zero
         tensor.data += 0.05 * torch.randn_like(tensor)
     state = control.state_dict()
     hint = torch.randn(1, 3, 64, 64).double()
-    hidden = twin.text(twin.ids)[0]
-    joint = joint_controlnet(twin.unet, twin.latents, twin.time, hidden)
+    hidden = pipeline.text(pipeline.ids)[0]
+    joint = joint_controlnet(pipeline.unet, pipeline.latents, pipeline.time, hidden)
 
     def run(unet: dict[str, Tensor], controlnet: dict[str, Tensor]) -> Tensor:
         control.load_state_dict(controlnet)
-        twin.unet.load_state_dict(unet)
+        pipeline.unet.load_state_dict(unet)
         with torch.no_grad():
-            down, middle = control(twin.latents, twin.time, hidden, hint, return_dict=False)
+            down, middle = control(pipeline.latents, pipeline.time, hidden, hint, return_dict=False)
             added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-            return twin.unet(twin.latents, twin.time, hidden, **added).sample
+            return pipeline.unet(pipeline.latents, pipeline.time, hidden, **added).sample
 
     def renamed(state: dict[str, Tensor], back: bool = False) -> dict[str, Tensor]:
         if layout == "diffusers":
@@ -492,22 +496,22 @@ def test_controlnet(twin: Twin, layout: str) -> None:
             result[name] = tensor
         return result
 
-    unet = {n.removeprefix("unet."): t for n, t in twin.state.items() if n.startswith("unet.")}
+    unet = {n.removeprefix("unet."): t for n, t in pipeline.state.items() if n.startswith("unet.")}
     state = {name: tensor.clone() for name, tensor in state.items()}
     expected = run(unet, state)
     file = renamed(state)
     assert is_controlnet(file) and not is_controlnet(unet)
-    moved = move_controlnet(twin.permutation, file, joint)
+    moved = move_controlnet(pipeline.permutation, file, joint)
     assert list(moved) == list(file)
-    aligned = part(twin.permutation, twin.specs["unet"], "unet.").apply(unet)
+    aligned = part(pipeline.permutation, pipeline.specs["unet"], "unet.").apply(unet)
     torch.testing.assert_close(run(aligned, renamed(moved, back=True)), expected, rtol=0, atol=1e-9)
     assert (run(aligned, state) - expected).norm() > 1e-3 * expected.norm()
     with pytest.raises(AdapterError, match="zero_convs|controlnet_down_blocks"):
         move_controlnet(
-            twin.permutation,
+            pipeline.permutation,
             {n: t for n, t in file.items() if "down_blocks.3." not in n and "zero_convs.3." not in n},
             joint,
         )
     with pytest.raises(AdapterError, match="another architecture"):
         name = next(n for n in file if "mid_block.weight" in n or "block_out.0.weight" in n)
-        move_controlnet(twin.permutation, file | {name: rand(8, 8, 1, 1)}, joint)
+        move_controlnet(pipeline.permutation, file | {name: rand(8, 8, 1, 1)}, joint)

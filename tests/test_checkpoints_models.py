@@ -1,4 +1,4 @@
-"""Stable Diffusion checkpoints of every family, as narrow twins: detection, key maps, specs, and what is refused."""
+"""Stable Diffusion checkpoints of every family, of reduced width: detection, key maps, specs, and what is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rebasin.checkpoints import (
 )
 from rebasin.checkpoints.architectures import build, component_config
 from rebasin.checkpoints.random_weights import ema_name, noisy, random_checkpoint
-from rebasin.checkpoints.reduced_width import TWIN_WIDTH, narrow
+from rebasin.checkpoints.reduced_width import REDUCED_WIDTH, narrow
 from rebasin.checkpoints.specs import proof, structure
 from rebasin.errors import CheckpointError, VerificationError
 
@@ -35,13 +35,13 @@ FAMILIES = {
 
 def make(family: str, **options: Any) -> dict[str, torch.Tensor]:
     options = {"depth": 2, "vocabulary": 40, **options}
-    return dict(random_checkpoint(family, TWIN_WIDTH[family], **options))
+    return dict(random_checkpoint(family, REDUCED_WIDTH[family], **options))
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A narrow single file of each family."""
-    folder = tmp_path_factory.mktemp("twins")
+    folder = tmp_path_factory.mktemp("narrow")
     return {
         family: save_safetensors(
             folder / f"{family}.safetensors", make(family), {"format": "pt", "author": "me"}

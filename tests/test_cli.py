@@ -1,4 +1,4 @@
-"""The command `rebasin` on narrow twins of Stable Diffusion 1: what each command does, and what it leaves."""
+"""The command `rebasin` on narrow models of Stable Diffusion 1: what each command does, and what it leaves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_twins import IDS, Files, digest, read, rebasin
+from cli_files import IDS, Files, digest, read, rebasin
 
 from rebasin.adapters import move_adapter, union
 from rebasin.checkpoints import architecture, load_safetensors, open_checkpoint, save_safetensors
@@ -20,7 +20,7 @@ COMMANDS = ("merge", "align", "compare", "verify", "apply", "inspect", "methods"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return Files(tmp_path_factory.mktemp("twins"))
+    return Files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(autouse=True)

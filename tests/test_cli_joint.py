@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from cli_twins import Files, read, rebasin
+from cli_files import Files, read, rebasin
 
 from rebasin.checkpoints import open_checkpoint, save_safetensors
 from rebasin.checkpoints.joint import joint_spec, joint_state

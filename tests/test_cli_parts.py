@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cli_twins import Files, digest, read, rebasin
+from cli_files import Files, digest, read, rebasin
 from torch import Tensor
 
 from rebasin.adapters import of_component

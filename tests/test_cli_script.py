@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_twins import IDS, Files, read, rebasin
+from cli_files import IDS, Files, read, rebasin
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "SD_rebasin_merge.py"
 

@@ -1,4 +1,4 @@
-"""The command `rebasin` on a narrow twin of Stable Diffusion XL: two text encoders, and blocks of several layers."""
+"""The command `rebasin` on a narrow Stable Diffusion XL: two text encoders, and blocks of several layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from cli_twins import Files, read, rebasin
+from cli_files import Files, read, rebasin
 
 from rebasin.adapters import move_adapter
 from rebasin.checkpoints import open_checkpoint, save_safetensors

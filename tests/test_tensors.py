@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rebasin import Permutation, trace
 from rebasin.checkpoints.joint import without_prefix
-from rebasin.checkpoints.key_map import Link, component_state, replaced
+from rebasin.checkpoints.key_map import KeyMapping, component_state, replaced
 from rebasin.checkpoints.output import cast
 from rebasin.errors import CheckpointError
 from rebasin.matching.result import Attempt, MatchState
@@ -64,14 +64,18 @@ def spec() -> PermutationSpec:
 
 
 def test_names_shapes_and_types_of_derived_states_read_nothing(source: Source) -> None:
-    links = [Link("q", "x.a", "rows", 0, 2), Link("k", "x.a", "rows", 1, 2), Link("b", "x.b")]
-    part = component_state(source, links)
+    keys = [
+        KeyMapping("q", "x.a", "rows", 0, 2),
+        KeyMapping("k", "x.a", "rows", 1, 2),
+        KeyMapping("b", "x.b"),
+    ]
+    part = component_state(source, keys)
     states = [
         part,
         DerivedState({"c": passed(source, "x.a")}),
         without_prefix(source, "x."),
         JoinedState([source, {"y": torch.zeros(1)}]),
-        replaced(source, {"part": links}, {"part": part}),
+        replaced(source, {"part": keys}, {"part": part}),
         cast(source, torch.bfloat16, "here"),
     ]
     for state in states:

@@ -14,7 +14,7 @@ from ..types import DerivedState, State
 from . import components, folders
 from .components import Found
 from .families import EXPECTED, TITLES, Identity, Shapes, foreign, identify
-from .key_map import Link, component_state, replaced
+from .key_map import KeyMapping, component_state, replaced
 from .pickled import load_pickled
 from .prediction_type import Prediction, prediction
 
@@ -40,7 +40,7 @@ class Checkpoint:
     raw: State
     metadata: Mapping[str, str]
     found: Mapping[str, Found] = field(repr=False)
-    links: Mapping[str, Sequence[Link]] = field(repr=False)
+    key_map: Mapping[str, Sequence[KeyMapping]] = field(repr=False)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ class Checkpoint:
             CheckpointError: the checkpoint has no such component; names those that it has.
         """
         self.require(name)
-        return component_state(self.raw, self.links[name])
+        return component_state(self.raw, self.key_map[name])
 
     def restore(self, states: Mapping[str, State], keep_dtype: bool = True) -> DerivedState:
         """The whole checkpoint under its own names, in its own order, with these components replaced.
@@ -69,7 +69,7 @@ class Checkpoint:
         """
         for name in states:
             self.require(name)
-        return replaced(self.raw, self.links, states, keep_dtype)
+        return replaced(self.raw, self.key_map, states, keep_dtype)
 
     def require(self, name: str) -> None:
         """Raise `CheckpointError` if there is no component of this name."""
@@ -78,12 +78,12 @@ class Checkpoint:
 
     def source(self, component: str, name: str) -> str:
         """The file's own name of a component's tensor, for messages."""
-        return next((link.source for link in self.links[component] if link.name == name), name)
+        return next((key.source for key in self.key_map[component] if key.name == name), name)
 
     @cached_property
     def extras(self) -> dict[str, list[str]]:
         """The tensors that belong to no component, by kind: "ema", "position_ids", "schedule", "unused", "other"."""
-        known = {link.source for links in self.links.values() for link in links}
+        known = {key.source for keys in self.key_map.values() for key in keys}
         kinds: dict[str, list[str]] = {}
         for name in self.raw:
             if name not in known:
@@ -97,7 +97,7 @@ class Checkpoint:
 
     def shapes(self, component: str) -> Shapes:
         """Name in diffusers -> shape."""
-        state = component_state(self.raw, self.links[component])
+        state = component_state(self.raw, self.key_map[component])
         return {name: state.shape_of(name) for name in state}
 
 
@@ -140,13 +140,13 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
     found = components.locate(names)
     if not found or other is not None:
         raise CheckpointError(f"{where} is {other or 'no model that is known here'}, but {EXPECTED}.")
-    links = {name: components.links(place, raw) for name, place in found.items()}
-    states = {name: component_state(raw, own) for name, own in links.items()}
+    key_map = {name: components.key_map(place, raw) for name, place in found.items()}
+    states = {name: component_state(raw, own) for name, own in key_map.items()}
     shapes = {name: {n: s.shape_of(n) for n in s} for name, s in states.items()}
     identity = identify(shapes, found, where)
     diffusers = any(place.layout == "diffusers" or "/" in place.prefix for place in found.values())
     layout = "diffusers" if diffusers or where.is_dir() else "ldm"
-    return Checkpoint(where, identity.family, identity.variant, layout, raw, metadata, found, links)
+    return Checkpoint(where, identity.family, identity.variant, layout, raw, metadata, found, key_map)
 
 
 def require_same_family(a: Checkpoint, b: Checkpoint) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..types import shape_of
 from . import keys_text, keys_unet, keys_vae
-from .key_map import Link
+from .key_map import KeyMapping
 
 UNET, VAE, TEXT, TEXT_2 = "unet", "vae", "text_encoder", "text_encoder_2"
 
@@ -66,14 +66,14 @@ def locate(names: Mapping[str, object]) -> dict[str, Found]:
     return found
 
 
-def links(found: Found, raw: Mapping[str, Tensor]) -> list[Link]:
-    """One link for each tensor of a component, in the order of the file; what is no part of it is left out."""
+def key_map(found: Found, raw: Mapping[str, Tensor]) -> list[KeyMapping]:
+    """One key for each tensor of a component, in the order of the file; what is no part of it is left out."""
     sources = [name for name in raw if name.startswith(found.prefix)]
     maker = {UNET: _unet, VAE: _vae, TEXT: _text, TEXT_2: _text}[found.component]
     return list(maker(found, sources, raw))
 
 
-def _unet(found: Found, sources: list[str], raw: Mapping[str, Tensor]) -> Iterable[Link]:
+def _unet(found: Found, sources: list[str], raw: Mapping[str, Tensor]) -> Iterable[KeyMapping]:
     for source in sources:
         name = source[len(found.prefix) :]
         if found.layout == "ldm":
@@ -83,10 +83,10 @@ def _unet(found: Found, sources: list[str], raw: Mapping[str, Tensor]) -> Iterab
         ):
             name = None
         if name is not None:
-            yield Link(name, source)
+            yield KeyMapping(name, source)
 
 
-def _vae(found: Found, sources: list[str], raw: Mapping[str, Tensor]) -> Iterable[Link]:
+def _vae(found: Found, sources: list[str], raw: Mapping[str, Tensor]) -> Iterable[KeyMapping]:
     levels = vae_levels(name[len(found.prefix) :] for name in sources)
     for source in sources:
         name = source[len(found.prefix) :]
@@ -101,7 +101,7 @@ def _vae(found: Found, sources: list[str], raw: Mapping[str, Tensor]) -> Iterabl
         if name is None:
             continue
         matrix = ".attentions." in name and name.endswith("weight") and len(shape_of(raw, source)) > 1
-        yield Link(name, source, "matrix" if matrix else "same")
+        yield KeyMapping(name, source, "matrix" if matrix else "same")
 
 
 def vae_levels(names: Iterable[str]) -> int:
@@ -110,15 +110,15 @@ def vae_levels(names: Iterable[str]) -> int:
     return 1 + max((int(f[1]) for f in found if f), default=-1)
 
 
-def _text(found: Found, sources: list[str], raw: Mapping[str, Tensor]) -> Iterable[Link]:
+def _text(found: Found, sources: list[str], raw: Mapping[str, Tensor]) -> Iterable[KeyMapping]:
     prefix = found.prefix
     if found.layout == "transformers":
         for source in sources:
             if keys_text.is_plain(source[len(prefix) :]):
-                yield Link(keys_text.ROOT + source[len(prefix) :], source)
+                yield KeyMapping(keys_text.ROOT + source[len(prefix) :], source)
         projection = prefix.removesuffix(keys_text.ROOT) + "text_projection.weight"
         if found.component == TEXT_2 and projection in raw:
-            yield Link("text_projection.weight", projection)
+            yield KeyMapping("text_projection.weight", projection)
         return
     layers = _used_layers(found, raw)
     for source in sources:
@@ -127,7 +127,7 @@ def _text(found: Found, sources: list[str], raw: Mapping[str, Tensor]) -> Iterab
             "transposed" if source == prefix + keys_text.PROJECTION else "same" if len(names) == 1 else "rows"
         )
         for part, name in enumerate(names):
-            yield Link(name, source, how, part, len(names))
+            yield KeyMapping(name, source, how, part, len(names))
 
 
 def _used_layers(found: Found, raw: Mapping[str, Tensor]) -> int | None:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import VerificationError
 from ..spec import PermutationSpec
-from ..tracing import compose, trace, verify
+from ..tracing import compose, trace
 from ..types import DerivedState, State, passed
 from .architectures import FULL_WIDTH, architecture, build, component_config
-from .reduced_width import TWIN_WIDTH, narrow_text, narrow_unet
-from .specs import structure
+from .reduced_width import REDUCED_WIDTH, narrow_text, narrow_unet
+from .specs import prove
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -28,7 +27,7 @@ PARTS = (*TEXTS, "unet")
 def joint_spec(checkpoint: Checkpoint, components: Sequence[str]) -> PermutationSpec:
     """The spec of a UNet and its text encoders together, with names `unet.*`, `text_encoder.*`.
 
-    Traced at full size; proved in float64 on the narrow twin, which must move the same axes together.
+    Traced at full size; proved in float64 at reduced width, which must move the same axes together.
 
     Raises:
         VerificationError: the proof failed; nothing may be aligned with this spec.
@@ -36,21 +35,16 @@ def joint_spec(checkpoint: Checkpoint, components: Sequence[str]) -> Permutation
     module, args = joint_module({name: architecture(checkpoint, name) for name in components})
     spec = trace(module, *args)
     family = checkpoint.family
-    ratio = TWIN_WIDTH[family] / FULL_WIDTH[family]
+    ratio = REDUCED_WIDTH[family] / FULL_WIDTH[family]
     texts = {name: component_config(checkpoint, name) for name in TEXTS if name in components}
     configs = {n: {**narrow_text(config, ratio), "vocab_size": 64} for n, config in texts.items()}
     reads = sum(config["hidden_size"] for config in configs.values())
     own = component_config(checkpoint, "unet")
-    width = min(TWIN_WIDTH[family], own["block_out_channels"][0])
+    width = min(REDUCED_WIDTH[family], own["block_out_channels"][0])
     pooled = list(configs.values())[-1]["projection_dim"]
     configs["unet"] = narrow_unet(own, width, reads, pooled)
     small, inputs = joint_module({name: build(name, config, "cpu") for name, config in configs.items()})
-    twins = trace(small, *inputs)
-    if structure(twins) != structure(spec):
-        raise VerificationError(
-            f"The joint spec of {checkpoint.path} can't be proved: its narrow twin moves other axes together."
-        )
-    verify(small, twins, *inputs, dtype=torch.float64).require()
+    prove(spec, (small, inputs, {}), f"The joint spec of {checkpoint.path}")
     return spec
 
 

@@ -14,7 +14,7 @@ from ..types import DerivedState, LazyTensor, State, dtype_of, passed, shape_of
 
 
 @dataclass(frozen=True)
-class Link:
+class KeyMapping:
     """Tensor `name` of a component is tensor `source` of a file, or a part or another shape of it.
 
     how: "same"; "matrix", a 1x1 convolution [m, n, 1, 1] there and a matrix [m, n] here (or a matrix there, too);
@@ -44,51 +44,51 @@ class Link:
         return tensor.chunk(self.parts)[self.part].clone() if self.how == "rows" else tensor
 
 
-def write(links: Sequence[Link], tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """The tensor there, of this shape, from those here: the inverse of `Link.read` for all links of one source."""
-    first = links[0]
+def write(keys: Sequence[KeyMapping], tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """The tensor there, of this shape, from those here: the inverse of `KeyMapping.read` for all of one source."""
+    first = keys[0]
     if first.how == "rows":
-        order = sorted(range(len(links)), key=lambda i: links[i].part)
+        order = sorted(range(len(keys)), key=lambda i: keys[i].part)
         return torch.cat([tensors[i] for i in order])
     if first.how == "transposed":
         return tensors[0].t().contiguous()
     return tensors[0].reshape(shape)
 
 
-def component_state(raw: State, links: Iterable[Link]) -> DerivedState:
+def component_state(raw: State, keys: Iterable[KeyMapping]) -> DerivedState:
     """A component of a checkpoint in diffusers' names; each tensor is read from the file when it is asked for."""
 
-    def lazy(link: Link) -> LazyTensor:
-        shape = link.shape(shape_of(raw, link.source))
-        return LazyTensor(shape, dtype_of(raw, link.source), lambda: link.read(raw[link.source]))
+    def lazy(key: KeyMapping) -> LazyTensor:
+        shape = key.shape(shape_of(raw, key.source))
+        return LazyTensor(shape, dtype_of(raw, key.source), lambda: key.read(raw[key.source]))
 
-    return DerivedState({link.name: lazy(link) for link in links})
+    return DerivedState({key.name: lazy(key) for key in keys})
 
 
 def replaced(
-    raw: State, links: Mapping[str, Sequence[Link]], states: Mapping[str, State], keep_dtype: bool = True
+    raw: State, keys: Mapping[str, Sequence[KeyMapping]], states: Mapping[str, State], keep_dtype: bool = True
 ) -> DerivedState:
     """`raw` with components replaced; names and order stay, and with `keep_dtype` the types, too.
 
     Args:
-        links: component -> its links into `raw`.
+        keys: component -> its keys into `raw`.
         states: component -> its new tensors; those that it lacks are taken from `raw`.
     """
-    by_source: dict[str, tuple[State, list[Link]]] = {}
+    by_source: dict[str, tuple[State, list[KeyMapping]]] = {}
     for component, state in states.items():
-        for link in links[component]:
-            by_source.setdefault(link.source, (state, []))[1].append(link)
+        for key in keys[component]:
+            by_source.setdefault(key.source, (state, []))[1].append(key)
 
     def lazy(name: str) -> LazyTensor:
         state, own = by_source.get(name, (raw, []))
-        if not any(link.name in state for link in own):
+        if not any(key.name in state for key in own):
             return passed(raw, name)
         shape, stored = shape_of(raw, name), dtype_of(raw, name)
         dtype = stored if keep_dtype else dtype_of(state, next(x.name for x in own if x.name in state))
 
         def make() -> Tensor:
-            if all(link.name in state for link in own):
-                tensors = [state[link.name] for link in own]
+            if all(key.name in state for key in own):
+                tensors = [state[key.name] for key in own]
             else:
                 old = raw[name]
                 tensors = [state[x.name] if x.name in state else x.read(old) for x in own]

@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 from ..types import DerivedState, LazyTensor, State, dtype_of, shape_of
 from . import keys_text, keys_unet, keys_vae
 from .components import TEXT, TEXT_2, UNET, VAE, vae_levels
-from .key_map import Link, write
+from .key_map import KeyMapping, write
 
 PREFIXES: dict[str, dict[str, tuple[str, str]]] = {
     "sd1": {TEXT: ("cond_stage_model.transformer.", "transformers")},
@@ -33,24 +33,24 @@ def single_file(family: str, components: Mapping[str, State]) -> DerivedState:
     """
     tensors: dict[str, LazyTensor] = {}
     for component, state in components.items():
-        for source, links in _places(family, component, state).items():
-            tensors[source] = _joined(state, links)
+        for source, keys in _places(family, component, state).items():
+            tensors[source] = _joined(state, keys)
     return DerivedState(tensors)
 
 
-def _places(family: str, component: str, state: State) -> dict[str, list[Link]]:
-    places: dict[str, list[Link]] = {}
-    for link in _links(family, component, state):
-        places.setdefault(link.source, []).append(link)
-    for source, links in places.items():
-        if links[0].how == "rows" and len(links) != links[0].parts:
+def _places(family: str, component: str, state: State) -> dict[str, list[KeyMapping]]:
+    places: dict[str, list[KeyMapping]] = {}
+    for key in _keys(family, component, state):
+        places.setdefault(key.source, []).append(key)
+    for source, keys in places.items():
+        if keys[0].how == "rows" and len(keys) != keys[0].parts:
             raise CheckpointError(
-                f"The {component} has no {source!r}: only {len(links)} of its 3 parts are there."
+                f"The {component} has no {source!r}: only {len(keys)} of its 3 parts are there."
             )
     return places
 
 
-def _links(family: str, component: str, state: State) -> Iterator[Link]:
+def _keys(family: str, component: str, state: State) -> Iterator[KeyMapping]:
     if family not in PREFIXES:
         raise CheckpointError(
             f"{family} is a part of a model and has no single-file layout; save it as it came."
@@ -77,22 +77,22 @@ def _links(family: str, component: str, state: State) -> Iterator[Link]:
             raise CheckpointError(
                 f"Tensor {name!r} of the {component} has no place in a single file of {family}."
             )
-        yield Link(name, prefix + source, how, part, 3 if how == "rows" else 1)
+        yield KeyMapping(name, prefix + source, how, part, 3 if how == "rows" else 1)
 
 
-def _joined(state: State, links: list[Link]) -> LazyTensor:
-    """The tensor of a file that is made of those that these links lead to."""
-    first = links[0]
+def _joined(state: State, keys: list[KeyMapping]) -> LazyTensor:
+    """The tensor of a file that is made of those that these keys lead to."""
+    first = keys[0]
     shape = shape_of(state, first.name)
     if first.how == "rows":
-        shape = (sum(shape_of(state, link.name)[0] for link in links), *shape[1:])
+        shape = (sum(shape_of(state, key.name)[0] for key in keys), *shape[1:])
     elif first.how == "matrix":
         shape = (*shape, 1, 1)
     elif first.how == "transposed":
         shape = shape[::-1]
 
     def make() -> Tensor:
-        return write(links, [state[link.name] for link in links], shape)
+        return write(keys, [state[key.name] for key in keys], shape)
 
     return LazyTensor(shape, dtype_of(state, first.name), make)
 

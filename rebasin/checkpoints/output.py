@@ -82,23 +82,24 @@ def parts(checkpoint: Checkpoint, state: State) -> dict[str, State]:
     """Component -> its tensors in diffusers' names, out of a state that has the names of `checkpoint`."""
     found: dict[str, State] = {}
     for name in checkpoint.components:
-        found[name] = component_state(
-            state, [link for link in checkpoint.links[name] if link.source in state]
-        )
+        found[name] = component_state(state, [key for key in checkpoint.key_map[name] if key.source in state])
     return found
 
 
 def _one_file(checkpoint: Checkpoint, state: State, notes: list[str]) -> State:
     """A folder's components as one file in the original layout."""
     own = parts(checkpoint, state)
-    left = len(state) - len(
-        {link.source for links in checkpoint.links.values() for link in links} & set(state)
-    )
-    if left:
-        notes.append(f"{left} tensors that belong to no component have no place in a single file.")
+    notes += _without_place(checkpoint, state, "a single file")
     if checkpoint.family in PARTS_OF:
         return DerivedState({name: passed(s, name) for s in own.values() for name in s})
     return single_file(checkpoint.family, own)
+
+
+def _without_place(checkpoint: Checkpoint, state: State, where: str) -> list[str]:
+    """The sentence about tensors that belong to no component, if there are any."""
+    known = {key.source for keys in checkpoint.key_map.values() for key in keys}
+    left = sum(name not in known for name in state)
+    return [f"{left} tensors that belong to no component have no place in {where}."] if left else []
 
 
 def cast(state: State, dtype: Types, where: object) -> State:
@@ -115,7 +116,7 @@ def cast(state: State, dtype: Types, where: object) -> State:
 
 def _save_pickle(target: Path, state: State, progress: Progress | None) -> None:
     """A .ckpt as the original code wrote it: {"state_dict": tensors}."""
-    require_space(target, _bytes(state))
+    require_space(target, bytes_of(state))
     tensors = {}
     for step, name in enumerate(state, 1):
         tensors[name] = state[name].detach().cpu().contiguous()
@@ -128,7 +129,8 @@ def _save_pickle(target: Path, state: State, progress: Progress | None) -> None:
         torch.save({"state_dict": tensors}, temporary)
 
 
-def _bytes(state: State) -> int:
+def bytes_of(state: State) -> int:
+    """Bytes of all tensors; none is read."""
     return sum(torch.Size(shape_of(state, name)).numel() * dtype_of(state, name).itemsize for name in state)
 
 
@@ -151,14 +153,9 @@ def _save_folder(
     metadata: Mapping[str, str] | None,
     progress: Progress | None,
 ) -> Saved:
-    require_space(target, _bytes(state))
+    require_space(target, bytes_of(state))
     own = parts(checkpoint, state)
-    left = len(state) - len(
-        {link.source for links in checkpoint.links.values() for link in links} & set(state)
-    )
-    notes = (
-        [f"{left} tensors that belong to no component have no place in a diffusers folder."] if left else []
-    )
+    notes = _without_place(checkpoint, state, "a diffusers folder")
     with atomic_folder(target) as temporary:
         for name, part in own.items():
             _save_part(temporary / name, checkpoint, name, part, metadata, progress)

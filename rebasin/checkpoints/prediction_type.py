@@ -1,4 +1,4 @@
-"""What a UNet predicts, the noise or the velocity: tensors can't tell, so hints are looked for and named."""
+"""What a UNet predicts, the noise or the velocity: tensors can't tell, so marks of either are looked for."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from ..types import DerivedState, LazyTensor, State, dtype_of, passed, shape_of
 from .architectures import build
 from .components import TEXT, UNET
 from .layouts import position_ids, single_file
-from .reduced_width import twin
+from .reduced_width import reduced_configs
 
 
 def random_checkpoint(
@@ -30,12 +30,12 @@ def random_checkpoint(
     dtype: torch.dtype = torch.float16,
     ema: bool = False,
 ) -> DerivedState:
-    """A single file's tensors of a family, as released or narrower (see `twin`), lazily.
+    """A single file's tensors of a family, as released or narrower (see `reduced_configs`), lazily.
 
     Everything that the released files have besides the components is there, too: position ids, SD2's layer and
     projection that are not used, the noise schedule, and with `ema` a second UNet of averaged weights.
     """
-    configs = twin(family, width, variant=variant, depth=depth, vocabulary=vocabulary)
+    configs = reduced_configs(family, width, variant=variant, depth=depth, vocabulary=vocabulary)
     if family == "sd2":
         configs[TEXT]["num_hidden_layers"] += 1
     states = {}

@@ -1,4 +1,4 @@
-"""Narrow twins: the same blocks, the same names, fewer channels. What is proved on them takes seconds, not hours."""
+"""Models of reduced width: the same blocks, the same names, fewer channels. A proof on them takes seconds."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Config = dict[str, Any]
 
 CHANNELS = {variant: channels for channels, variant in VARIANTS.items()}
 
-TWIN_WIDTH = {"sd1": 16, "sd2": 20, "sdxl": 20, "sdxl_refiner": 24}
-"""Channels of the first level of a twin for proofs and tests: the fewest that keep every head apart."""
+REDUCED_WIDTH = {"sd1": 16, "sd2": 20, "sdxl": 20, "sdxl_refiner": 24}
+"""Channels of the first level, reduced, for proofs and tests: the fewest that keep every head apart."""
 
 
-def twin(
+def reduced_configs(
     family: str,
     width: int | None = None,
     *,
@@ -57,9 +57,9 @@ def twin(
 
 def narrow(config: Mapping[str, Any], component: str, family: str) -> Config:
     """A component's config with so few channels that it can be computed with in float64 in seconds."""
-    ratio = TWIN_WIDTH[family] / FULL_WIDTH[family]
+    ratio = REDUCED_WIDTH[family] / FULL_WIDTH[family]
     if component == UNET:
-        width = min(TWIN_WIDTH[family], config["block_out_channels"][0])
+        width = min(REDUCED_WIDTH[family], config["block_out_channels"][0])
         return narrow_unet(config, width, 24, 24)
     return narrow_vae(config, ratio) if component == VAE else {**narrow_text(config, ratio), "vocab_size": 64}
 
@@ -81,7 +81,7 @@ def narrow_unet(config: Mapping[str, Any], width: int, reads: int, pooled: int) 
 
 
 def embed_dim(released: int, width: int, full: int) -> int:
-    """Numbers for each sine embedding of a picture's size, of a twin: even, as sines and cosines come in pairs."""
+    """Numbers for each sine embedding of a picture's size, reduced: even, as sines and cosines come in pairs."""
     return max(2, released * width // full // 2 * 2)
 
 

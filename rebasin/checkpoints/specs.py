@@ -1,8 +1,8 @@
 """Specs of a checkpoint's components: traced from the module, cached on disk, and proved before they are used.
 
 The proof is numerical and in float64: a random member of the group must not change what the module computes. It is
-made on a narrow twin, which has the same blocks under the same names with fewer channels and whose spec must move
-the same axes together; the full model would take 20 GB to compute with in float64. A proof is kept beside the spec.
+made at reduced width, on a model that has the same blocks under the same names with fewer channels and whose spec
+must move the same axes together; the full model would take 20 GB to compute with in float64. A proof is kept beside the spec.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import VerificationError
-from ..files import write_text
+from ..files import cache_folder, write_text
 from ..spec import PermutationSpec
 from ..tracing import trace, verify
-from ..tracing.cache import cache_folder
-from .architectures import architecture, build, component_config, release_of
+from ..tracing.verify import VerificationReport
+from .architectures import Built, architecture, build, component_config, release_of
 from .reduced_width import narrow
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was computed: the largest relative change of an output of the twin under a random permutation.
+    """What was computed: the largest relative change of an output of the reduced model under a random permutation.
 
-    `moved` neurons were moved, of the spec with the hash `twin`.
+    `moved` neurons were moved, of the spec with the hash `twin` (a name that cached proofs have).
     """
 
     twin: str
@@ -60,7 +60,7 @@ def proof(spec: PermutationSpec, config: dict[str, Any], family: str, component:
     """The proof of the spec of a component with this config, from the cache or made now.
 
     Raises:
-        VerificationError: the twin's outputs change, or its spec moves other axes together than this one.
+        VerificationError: the reduced model's outputs change, or its spec moves other axes together than this one.
     """
     kept = _kept(spec)
     if kept is not None:
@@ -69,19 +69,27 @@ def proof(spec: PermutationSpec, config: dict[str, Any], family: str, component:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module, args, kwargs = build(part, narrow(config, part, family), "cpu")
-    small = trace(module, *args, **kwargs)
-    if structure(small) != structure(spec):
-        raise VerificationError(
-            f"The spec of the {component} of {family} can't be proved: its narrow twin moves other axes together."
-        )
-    report = verify(module, small, *args, dtype=torch.float64, **kwargs).require()
+    small, report = prove(spec, (module, args, kwargs), f"The spec of the {component} of {family}")
     made = Proof(small.hash, report.max_relative_error, report.dtype, report.moved)
     _keep(spec, made)
     return made
 
 
+def prove(spec: PermutationSpec, reduced: Built, what: str) -> tuple[PermutationSpec, VerificationReport]:
+    """The spec of the same model at reduced width, and that its random permutation changes nothing, in float64.
+
+    Raises:
+        VerificationError: its outputs change, or its spec moves other axes together than `spec`.
+    """
+    module, args, kwargs = reduced
+    small = trace(module, *args, **kwargs)
+    if structure(small) != structure(spec):
+        raise VerificationError(f"{what} can't be proved: its narrow twin moves other axes together.")
+    return small, verify(module, small, *args, dtype=torch.float64, **kwargs).require()
+
+
 def structure(spec: PermutationSpec) -> frozenset[frozenset[tuple[str, int]]]:
-    """Which axes of which tensors move together, group by group: what a model and its twin have in common."""
+    """Which axes of which tensors move together, group by group: what full and reduced width have in common."""
     return frozenset(
         frozenset((site.parameter, site.axis) for cell in group.cells for site in cell.sites)
         for group in spec

@@ -67,19 +67,18 @@ def compare(
         blocks = by_block(models[0], models[1], components, found, console.progress)
     console.console.print()
     rows = [
-        {
-            "part": block.component,
-            "block": block.name,
-            "neurons": f"{block.neurons:,}",
-            "stay": f"{100 * block.stay:.1f}%" if block.neurons else "",
-            "apart": f"{block.before:.3g}",
-            "aligned": f"{block.after:.3g}",
-        }
+        (
+            block.component,
+            block.name,
+            f"{block.neurons:,}",
+            f"{100 * block.stay:.1f}%" if block.neurons else "",
+            f"{block.before:.3g}",
+            f"{block.after:.3g}",
+        )
         for block in blocks
     ]
-    columns = {"part": "component", "block": "block", "neurons": "neurons", "stay": "stay in place"}
-    columns |= {"apart": "|A-B|/|A|", "aligned": "aligned"}
-    console.console.print(session.table(columns, rows, ["part", "block"]))
+    titles = ("component", "block", "neurons", "stay in place", "|A-B|/|A|", "aligned")
+    console.console.print(session.table(titles, rows, words=2))
     console.console.print()
     short, tone, text = shared_basin(blocks)
     session.answer(console, "Do they share a basin?", short, tone, text)

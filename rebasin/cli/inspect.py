@@ -52,13 +52,8 @@ def inspect(
             console.print(f"{key.replace('_', ' '):<12} {_text(value)}", markup=False)
     if parts:
         console.print()
-        console.print(
-            session.table(
-                {key: key for key in parts[0]},
-                [{k: _text(v) for k, v in p.items()} for p in parts],
-                ["component", "groups", "type"],
-            )
-        )
+        rows = [[_text(value) for value in part.values()] for part in parts]
+        console.print(session.table(list(parts[0]), rows, words=2 if "type" in parts[0] else 1))
     if made:
         console.print("\nMade by rebasin " + str(made.get("version")), markup=False)
         for line in _lineage(made, "  "):

@@ -27,16 +27,16 @@ def methods(
     console = Console(highlight=False, soft_wrap=True)
     if name is None:
         rows = [
-            {
-                "name": method.name,
-                "inputs": f"{method.least} or more" if method.inputs == "N" else str(method.inputs),
-                "base": "needed" if method.needs_base else "optional" if method.takes_base else "",
-                "what": method.description,
-            }
+            (
+                method.name,
+                f"{method.least} or more" if method.inputs == "N" else str(method.inputs),
+                "needed" if method.needs_base else "optional" if method.takes_base else "",
+                method.description,
+            )
             for method in METHODS.values()
         ]
-        titles = {"name": "method", "inputs": "models", "base": "base", "what": "what it does"}
-        console.print(table(titles, rows, list(titles)))
+        titles = ("method", "models", "base", "what it does")
+        console.print(table(titles, rows, words=len(titles)))
         return
     method = find_method(name)
     weight = {

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoints import FORMATS, Saved, save_checkpoint
+from ..checkpoints import FORMATS
+from ..checkpoints.output import bytes_of, cast
 from ..errors import CheckpointError, ConfigError
-from ..tensors.writer import target_dtype
-from ..types import DerivedState, LazyTensor, Progress, State, passed
+from ..types import DerivedState, LazyTensor, State, passed
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
@@ -41,9 +39,9 @@ def stored_as(
     if wanted is None or wanted.itemsize > 1 or "unet" not in checkpoint.components:
         return wanted
     large = {
-        link.source
-        for link in checkpoint.links["unet"]
-        if len(checkpoint.component("unet").shape_of(link.name)) > 1
+        key.source
+        for key in checkpoint.key_map["unet"]
+        if len(checkpoint.component("unet").shape_of(key.name)) > 1
     }
     return lambda name, own: wanted if name in large else torch.float16
 
@@ -95,27 +93,6 @@ def _fitting_vae(checkpoint: Checkpoint, vae: Checkpoint) -> State:
     return theirs
 
 
-def size_of(state: DerivedState, dtype: torch.dtype | None, like: Checkpoint) -> int:
+def size_of(state: State, dtype: torch.dtype | None, like: Checkpoint) -> int:
     """Bytes of the tensors of a file."""
-    stored = stored_as(dtype, like)
-    return sum(
-        prod(state.shape_of(name)) * target_dtype(name, state.dtype_of(name), stored).itemsize
-        for name in state
-    )
-
-
-def write(
-    target: Path,
-    state: State,
-    header: Mapping[str, str],
-    dtype: torch.dtype | None,
-    like: Checkpoint,
-    progress: Progress | None = None,
-) -> Saved:
-    """Write `state` as the file or folder that `target` is the name of.
-
-    Raises:
-        CheckpointError: a value is no number or does not fit its type, or the file can't be written.
-    """
-    stored = stored_as(dtype, like)
-    return save_checkpoint(target, like, state, header, dtype=stored, progress=progress)
+    return bytes_of(cast(state, stored_as(dtype, like), like.path))

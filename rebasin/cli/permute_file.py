@@ -22,7 +22,7 @@ from ..errors import CheckpointError, SpecMismatchError
 from ..spec import Permutation, PermutationSpec
 from ..types import Progress, State
 from . import output, provenance
-from .inputs import Kind, open_raw, sha256_of, size_of
+from .inputs import Kind, open_raw, sha256_of
 
 
 def permuted(kind: Kind, file: Path, permutation: Permutation, unfold: bool) -> tuple[State, dict[str, str]]:
@@ -89,8 +89,7 @@ def write(
     progress: Progress | None = None,
 ) -> None:
     """Write what was moved, with a header that says by what."""
-    source = provenance.source(file, sha256_of(file), size_of(file), metadata)
     recipe = {"command": "apply", "permutation": permutation.name, "inverse": inverse}
     recipe["permutation_sha256"] = sha256_of(permutation)
-    header = provenance.header(metadata, [source], recipe, None)
+    header = provenance.header(metadata, [(file, sha256_of(file), metadata)], recipe, None)
     save_safetensors(target, state, header, keep_order=True, finite=True, progress=progress)

@@ -33,26 +33,13 @@ def show_plan(
     from ..checkpoints import component_spec
     from ..matching.weights.estimate import about, matching_seconds, matmul_rate, near_share
 
-    rows = []
-    for model in models:
-        rows.append(
-            {
-                "file": model.path.name,
-                "what": model.title,
-                "layout": model.layout,
-                "has": ", ".join(model.components),
-                "size": size(size_of(model.path)),
-            }
-        )
+    rows = [
+        (model.path.name, model.title, model.layout, ", ".join(model.components), size(size_of(model.path)))
+        for model in models
+    ]
     say = console.console.print
     say()
-    say(
-        table(
-            {"file": "file", "what": "what", "layout": "layout", "has": "has", "size": "size"},
-            rows,
-            ["file", "what", "layout", "has"],
-        )
-    )
+    say(table(("file", "what", "layout", "has", "size"), rows, words=4))
     left_out = sorted({name for model in models for name in model.components} - set(components))
     if left_out:
         say(f"\nTaken from {models[0].path.name} as they are: {', '.join(left_out)}.", markup=False)
@@ -70,12 +57,9 @@ def show_plan(
             else:
                 own = matching_seconds(spec, rate) * 2 * max(1, len(models) - 1)
             seconds += own
-            rows.append(
-                {"component": name, "neurons": f"{spec.neurons:,}", "groups": len(spec), "time": about(own)}
-            )
+            rows.append((name, f"{spec.neurons:,}", len(spec), about(own)))
         say("\nAlign to the first model:")
-        columns = {"component": "component", "neurons": "neurons", "groups": "groups", "time": "about"}
-        say(table(columns, rows, ["component"]))
+        say(table(("component", "neurons", "groups", "about"), rows, words=1))
         memory = max(memory, *(_memory(spec, models[0], name, len(models)) for name, spec in specs.items()))
     elif request.permutation is not None:
         say(f"\nAlign by {request.permutation}.", markup=False)
@@ -87,7 +71,7 @@ def show_plan(
         markup=False,
     )
     if blocks is not None:
-        from ..checkpoints import atomic_path
+        from ..files import atomic_path
         from ..merging.block_figure import block_figure
 
         picture = request.output.with_name(f"{request.output.stem}.weights.png")

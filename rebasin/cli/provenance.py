@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..checkpoints import load_metadata
-from .inputs import weight_files
+from .inputs import size_of, weight_files
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
@@ -23,24 +22,15 @@ STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "sd_mer
 """What an input's header says of its own bytes, and is no longer true of the output."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """An input: its file name, sha256 and size in bytes, and what its own header says about where it is from."""
-
-    name: str
-    sha256: str
-    size: int
-    made: Mapping[str, Any] | None = None
-    legacy: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        own = {"name": self.name, "sha256": self.sha256, "size": self.size}
-        return own | ({"made": dict(self.made)} if self.made else {})
+Input = tuple[Path, str, Mapping[str, str]]
+"""A file or folder, its sha256, and the metadata of its header."""
 
 
-def source(path: Path, sha256: str, size: int, metadata: Mapping[str, str]) -> Source:
-    """The record of an input."""
-    return Source(path.name, sha256, size, read(metadata), legacy_hash(path))
+def record(path: Path, sha256: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What is kept of an input: its name, sha256 and size in bytes, and what its own header says of how it was made."""
+    told = {"name": path.name, "sha256": sha256, "size": size_of(path)}
+    made = read(metadata)
+    return told | ({"made": made} if made else {})
 
 
 def metadata_of(checkpoint: Checkpoint) -> Mapping[str, str]:
@@ -62,7 +52,7 @@ def read(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 def header(
     kept: Mapping[str, str],
-    sources: Sequence[Source],
+    inputs: Sequence[Input],
     recipe: Mapping[str, Any],
     alignment: Mapping[str, Any] | None,
 ) -> dict[str, str]:
@@ -75,14 +65,14 @@ def header(
     """
     ours = {
         "version": __version__,
-        "inputs": [one.to_dict() for one in sources],
+        "inputs": [record(*one) for one in inputs],
         "recipe": dict(recipe),
         "alignment": dict(alignment) if alignment is not None else None,
     }
     theirs = {
         "sd_merge_recipe": json.dumps({"type": "rebasin", **recipe}),
         "sd_merge_models": json.dumps(
-            {one.sha256: {"name": one.name, "legacy_hash": one.legacy} for one in sources}
+            {sha256: {"name": path.name, "legacy_hash": legacy_hash(path)} for path, sha256, _ in inputs}
         ),
     }
     carried = {key: text for key, text in kept.items() if key not in STALE}

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-A = Annotated[Path, typer.Argument(metavar="A", help="The model that stays as it is.", show_default=False)]
-B = Annotated[Path, typer.Argument(metavar="B", help="The model that is brought to A.", show_default=False)]
+A = Annotated[Path, typer.Argument(metavar="A", help="The model that stays as it is.")]
+B = Annotated[Path, typer.Argument(metavar="B", help="The model that is brought to A.")]
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,7 @@ class Request:
 
     inputs: Annotated[
         tuple[Path, ...],
-        typer.Argument(
-            metavar="A B [C ...]", help="Two or more models; all are aligned to A.", show_default=False
-        ),
+        typer.Argument(metavar="A B [C ...]", help="Two or more models; all are aligned to A."),
     ]
     output: Annotated[
         Path,
@@ -35,15 +33,11 @@ class Request:
             "-o",
             metavar="FILE",
             help="What to write: NAME.safetensors, NAME.ckpt, or the name of a new diffusers folder.",
-            show_default=False,
         ),
     ]
     alpha: Annotated[
         float | None,
-        typer.Option(
-            help="Share of B, or strength of what the method adds. Default: 0.5, or the method's.",
-            show_default=False,
-        ),
+        typer.Option(help="Share of B, or strength of what the method adds. Default: 0.5, or the method's."),
     ] = None
     method: Annotated[str, typer.Option(help="How to combine; `rebasin methods` lists all.")] = "weighted_sum"
     options: Annotated[
@@ -54,11 +48,7 @@ class Request:
     ] = ()
     base: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="The model that all were made from, for methods that need it.",
-            show_default=False,
-        ),
+        typer.Option(metavar="FILE", help="The model that all were made from, for methods that need it."),
     ] = None
     weights: Annotated[
         str | None,
@@ -66,7 +56,6 @@ class Request:
             metavar="W",
             help="A number for each model (0.5,0.3,0.2), or weights by block (IN=0.2,OUT=0.7,attn1=1), a preset"
             " (GRAD_V) or a YAML file; --alpha is the default for other blocks.",
-            show_default=False,
         ),
     ] = None
     align: Annotated[
@@ -78,7 +67,6 @@ class Request:
             "--permutation",
             metavar="FILE",
             help="Use this alignment, which `rebasin align` or an earlier merge has left, instead of finding one.",
-            show_default=False,
         ),
     ] = None
     joint: Annotated[
@@ -103,7 +91,6 @@ class Request:
             metavar="TYPE",
             help="Store as fp32, fp16, bf16 or fp8 (the UNet's matrices in 8 bits, the rest in fp16). Default: A's"
             " types.",
-            show_default=False,
         ),
     ] = None
     prune: Annotated[
@@ -111,7 +98,7 @@ class Request:
     ] = False
     vae: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Put this model's VAE into the result.", show_default=False),
+        typer.Option(metavar="FILE", help="Put this model's VAE into the result."),
     ] = None
     fix_clip: Annotated[
         bool, typer.Option("--fix-clip", help="Write CLIP's position ids anew, as the integers 0 to 76.")
@@ -123,9 +110,9 @@ class Request:
         ),
     ] = "forward"
     seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0
-    device: Annotated[
-        str, typer.Option(help="Where matrices are multiplied: cpu, cuda, cuda:1, mps.", show_default=True)
-    ] = "cpu"
+    device: Annotated[str, typer.Option(help="Where matrices are multiplied: cpu, cuda, cuda:1, mps.")] = (
+        "cpu"
+    )
     threads: Annotated[
         int, typer.Option("--threads", help="CPU threads; 0 leaves it to torch.", min=0, show_default=False)
     ] = 0

@@ -46,20 +46,20 @@ def begin(device: str = "cpu", threads: int = 0) -> Console:
     return Console()
 
 
-def table(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], left: Sequence[str] = ()) -> Table:
-    """A table of `rows`; numbers to the right."""
+def table(titles: Sequence[str], rows: Sequence[Sequence[object]], words: int) -> Table:
+    """A table of `rows`; the first `words` columns hold words, the others numbers, to the right."""
     made = Table(box=None, pad_edge=False, header_style="dim")
-    for key, title in columns.items():
+    for number, title in enumerate(titles):
         # In a narrow terminal names are continued on the next line: half a name says nothing.
-        words = key in left
+        wraps = number < words
         made.add_column(
             title,
-            justify="left" if words else "right",
-            no_wrap=not words,
-            overflow="fold" if words else "ellipsis",
+            justify="left" if wraps else "right",
+            no_wrap=not wraps,
+            overflow="fold" if wraps else "ellipsis",
         )
     for row in rows:
-        made.add_row(*(str(row.get(key, "")) for key in columns))
+        made.add_row(*map(str, row))
     return made
 
 

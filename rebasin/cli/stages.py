@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints import Checkpoint
+from ..checkpoints import Checkpoint, save_checkpoint
 from ..checkpoints.joint import PARTS
 from ..errors import ConfigError, VerificationError
 from ..tensors import writer
@@ -14,7 +14,7 @@ from ..types import DerivedState, State
 from . import output, provenance, session
 from .alignment import JOINT, Alignment, align_pair, given_alignment, specs_of
 from .function import Difference, compare_chains, compare_functions
-from .inputs import sha256_of, size_of
+from .inputs import sha256_of
 from .many import Many, align_many
 from .merge_weights import MergeWeights
 from .request import Request
@@ -145,15 +145,15 @@ def write(
     alignment: Alignment | Many | None,
 ) -> None:
     """Write the result with a header that says how it was made; `used` and `hashes` are its inputs'."""
-    sources = [
-        provenance.source(model.path, sha256, size_of(model.path), provenance.metadata_of(model))
+    inputs = [
+        (model.path, sha256, provenance.metadata_of(model))
         for model, sha256 in zip(used, hashes, strict=True)
     ]
     figures = alignment.told_by_component() if isinstance(alignment, Many) else told(alignment)
-    header = provenance.header(provenance.metadata_of(like), sources, recipe, figures)
+    header = provenance.header(provenance.metadata_of(like), inputs, recipe, figures)
     with console.stage("write"):
-        dtype = output.dtype_of(request.dtype)
-        saved = output.write(request.output, state, header, dtype, like, console.progress)
+        types = output.stored_as(output.dtype_of(request.dtype), like)
+        saved = save_checkpoint(request.output, like, state, header, dtype=types, progress=console.progress)
         console.say(f"{request.output.name}, {session.size(saved.bytes)}")
     for note in saved.notes:
         console.console.print(note, markup=False)

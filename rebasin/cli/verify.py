@@ -61,11 +61,11 @@ def verify(
 
     request = Request((a, b), Path(os.devnull), **given)  # writes nothing
     console = session.begin(threads=request.threads)
-    rows: list[dict[str, str]] = []
+    rows: list[tuple[str, str, str]] = []
     failures: list[str] = []
 
     def check(name: str, found: Difference) -> None:
-        rows.append({"part": name, "error": f"{found.largest:.1e}", "same": "yes" if found.same else "no"})
+        rows.append((name, f"{found.largest:.1e}", "yes" if found.same else "no"))
         if not found.same:
             failures.append(f"the {name} computes something else (relative difference {found.largest:.2g})")
 
@@ -101,8 +101,8 @@ def verify(
     if not rows and not failures:
         raise CheckpointError(f"{a} moves none of the components of {b}.")
     console.console.print()
-    columns = {"part": "component", "error": "largest relative difference", "same": "same function"}
-    console.console.print(session.table(columns, rows, ["part"]))
+    titles = ("component", "largest relative difference", "same function")
+    console.console.print(session.table(titles, rows, words=1))
     console.console.print()
     if failures:
         session.answer(console, "Do they compute the same?", "No", "red", "; ".join(failures) + ".")

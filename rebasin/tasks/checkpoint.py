@@ -126,7 +126,7 @@ class _Pair:
 
     @property
     def proved(self) -> float:
-        """The largest relative error in the proof of the spec, on a narrow twin in float64 (see checkpoints.specs)."""
+        """The largest relative error in the proof of the spec, at reduced width in float64 (see checkpoints.specs)."""
         if self.joint:
             return JOINT_TOLERANCE  # made and proved at once, else there were no spec
         config = component_config(self.a, self.component)

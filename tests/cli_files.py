@@ -16,7 +16,7 @@ from torch import Tensor
 from rebasin.checkpoints import component_spec, load_safetensors, open_checkpoint, save_safetensors
 from rebasin.checkpoints.architectures import build
 from rebasin.checkpoints.layouts import single_file
-from rebasin.checkpoints.reduced_width import TWIN_WIDTH, twin
+from rebasin.checkpoints.reduced_width import REDUCED_WIDTH, reduced_configs
 from rebasin.cli import main
 
 IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
@@ -61,7 +61,7 @@ class Files:
     ) -> None:
         torch.manual_seed(0)
         states: dict[str, dict[str, Tensor]] = {}
-        for name, config in twin(family, TWIN_WIDTH[family], depth=1, vocabulary=64).items():
+        for name, config in reduced_configs(family, REDUCED_WIDTH[family], depth=1, vocabulary=64).items():
             if name in parts:
                 fresh = build(name, config, "cpu")[0].state_dict()
                 states[name] = {n: t + 0.05 * torch.randn_like(t) for n, t in fresh.items()}
@@ -87,7 +87,7 @@ class Files:
         text = "te" if family == "sd1" else "te1"
         v = f"lora_{text}_text_model_encoder_layers_0_mlp_fc1"
         out, width = states["text_encoder"]["text_model.encoder.layers.0.mlp.fc1.weight"].shape
-        channels = TWIN_WIDTH[family] * (1 if family == "sd1" else 2)
+        channels = REDUCED_WIDTH[family] * (1 if family == "sd1" else 2)
         factors = {
             f"{q}.lora_down.weight": torch.randn(2, channels),
             f"{q}.lora_up.weight": torch.randn(channels, 2),
