@@ -108,7 +108,7 @@ def _fit_unet(config: Config, shapes: Shapes) -> Config:
 
 
 def norm_groups(width: int, released: int) -> int:
-    """Groups of norms at reduced width: the largest power of two that divides its channels into groups of at least two."""
+    """Groups of norms at reduced width: the largest power of two that divides `width` in groups of two or more."""
     groups = released
     while width % groups or width // groups < 2:
         groups //= 2

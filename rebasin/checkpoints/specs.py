@@ -2,7 +2,8 @@
 
 The proof is numerical and in float64: a random member of the group must not change what the module computes. It is
 made at reduced width, on a model that has the same blocks under the same names with fewer channels and whose spec
-must move the same axes together; the full model would take 20 GB to compute with in float64. A proof is kept beside the spec.
+must move the same axes together; the full model would take 20 GB to compute with in float64. A proof is kept beside
+the spec.
 """
 
 from __future__ import annotations
