@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..spec import Permutation, PermutationSpec
-from ..types import State
+from ..types import State, shape_of
 from . import names
 from .factors import Moves, move_factor
 from .keys import AdapterInfo, kind_of, split_key
@@ -51,9 +51,8 @@ def modules_of(state: State) -> list[Module]:
 def describe_adapter(state: State) -> AdapterInfo:
     """Kinds, components, ranks and naming of an adapter, from names and shapes alone."""
     modules = modules_of(state)
-    shape_of = getattr(state, "shape_of", None) or (lambda key: state[key].shape)
     ranks = {
-        int(shape_of(module.keys[factor])[0])
+        shape_of(state, module.keys[factor])[0]
         for module in modules
         for factor in ("down", "hada_w1_b", "lokr_w2_b")
         if factor in module.keys

@@ -27,7 +27,7 @@ def compare_methods(context: typer.Context) -> None:
     Takes GROUP=CHOICE and OPTION=VALUE, as `python -m rebasin.compare_methods` does; `rebasin compare-methods --help`
     lists them.
     """
-    from ..compare_methods import main
+    from ..jobs.compare_methods import main
 
     sys.argv = ["rebasin compare-methods", *context.args]
     main()
