@@ -82,12 +82,7 @@ def fit(config: Config, component: str, shapes: Shapes) -> Config:
 
 def _fit_unet(config: Config, shapes: Shapes) -> Config:
     released = config["block_out_channels"]
-    base = _size(shapes, "conv_in.weight", 0, released[0])
-    # A level that is missing altogether is taken to be as wide as the others suggest, and reported as missing.
-    widths = [
-        _size(shapes, f"down_blocks.{i}.resnets.0.conv1.weight", 0, w * base // released[0])
-        for i, w in enumerate(released)
-    ]
+    widths = _widths(released, shapes, "")
     config["in_channels"] = _size(shapes, "conv_in.weight", 1, config["in_channels"])
     config["out_channels"] = _size(shapes, "conv_out.weight", 0, config["out_channels"])
     reads = next((n for n in shapes if n.endswith("attn2.to_k.weight")), "")
@@ -101,10 +96,24 @@ def _fit_unet(config: Config, shapes: Shapes) -> Config:
     config["norm_num_groups"] = norm_groups(widths[0], config["norm_num_groups"])
     config["transformer_layers_per_block"] = _depths(config, shapes)
     if "addition_time_embed_dim" in config:
-        config["addition_time_embed_dim"] = max(
-            2, config["addition_time_embed_dim"] * widths[0] // released[0] // 2 * 2
+        config["addition_time_embed_dim"] = embed_dim(
+            config["addition_time_embed_dim"], widths[0], released[0]
         )
     return config
+
+
+def embed_dim(released: int, width: int, full: int) -> int:
+    """Numbers for each sine embedding of a picture's size, reduced: even, as sines and cosines come in pairs."""
+    return max(2, released * width // full // 2 * 2)
+
+
+def _widths(released: list[int], shapes: Shapes, prefix: str) -> list[int]:
+    """The channels of each level; one that is missing is as wide as the others suggest, and reported later."""
+    base = _size(shapes, f"{prefix}conv_in.weight", 0, released[0])
+    return [
+        _size(shapes, f"{prefix}down_blocks.{i}.resnets.0.conv1.weight", 0, w * base // released[0])
+        for i, w in enumerate(released)
+    ]
 
 
 def norm_groups(width: int, released: int) -> int:
@@ -130,11 +139,7 @@ def _depths(config: Config, shapes: Shapes) -> list[int]:
 
 def _fit_vae(config: Config, shapes: Shapes) -> Config:
     released = config["block_out_channels"]
-    base = _size(shapes, "encoder.conv_in.weight", 0, released[0])
-    widths = [
-        _size(shapes, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 0, w * base // released[0])
-        for i, w in enumerate(released)
-    ]
+    widths = _widths(released, shapes, "encoder.")
     config["latent_channels"] = _size(shapes, "post_quant_conv.weight", 0, config["latent_channels"])
     if widths != released:
         config["block_out_channels"] = widths

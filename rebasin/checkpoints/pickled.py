@@ -102,13 +102,6 @@ def load_pickled(path: PathLike) -> PickledState:
     return PickledState(path)
 
 
-def is_pickled(path: PathLike) -> bool:
-    """Whether a file looks like what torch.save writes, now or formerly (by its first bytes, not its name)."""
-    with open(path, "rb") as file:
-        start = file.read(4)
-    return start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"
-
-
 def _unpickle(path: Path, zipped: bool) -> Any:
     try:
         if zipped:

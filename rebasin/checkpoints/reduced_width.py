@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from .architectures import FULL_WIDTH, norm_groups, published
+from .architectures import FULL_WIDTH, embed_dim, norm_groups, published
 from .components import TEXT, TEXT_2, UNET, VAE
 from .families import VARIANTS
 
@@ -78,11 +78,6 @@ def narrow_unet(config: Mapping[str, Any], width: int, reads: int, pooled: int) 
         config["addition_time_embed_dim"] = embed_dim(config["addition_time_embed_dim"], width, full)
         config["projection_class_embeddings_input_dim"] = pooled + numbers * config["addition_time_embed_dim"]
     return config
-
-
-def embed_dim(released: int, width: int, full: int) -> int:
-    """Numbers for each sine embedding of a picture's size, reduced: even, as sines and cosines come in pairs."""
-    return max(2, released * width // full // 2 * 2)
 
 
 def narrow_vae(config: Mapping[str, Any], ratio: float) -> Config:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 JOINT = "joint"
 
-Found = tuple[list[Permutation], dict[str, Any]]
+Matched = tuple[list[Permutation], dict[str, Any]]
 """Permutations of a component, one for each model that moves, and the figures of the matching that found them."""
 
 FIGURES = (
@@ -116,7 +116,7 @@ def align_pair(
         target: where the permutation is kept; what is unfinished lies beside it until then.
     """
 
-    def match(name: str, spec: PermutationSpec, resume: Resume) -> Found:
+    def match(name: str, spec: PermutationSpec, resume: Resume) -> Matched:
         result = weight_matching(
             spec,
             *(state_of(model, name, spec) for model in models[:2]),
@@ -125,7 +125,7 @@ def align_pair(
             device=request.device,
             max_sweeps=request.max_sweeps,
             workers=request.workers,
-            progress=_named(progress, name),
+            progress=named(progress, name),
             **resume.arguments(weight_matching),
         )
         told = {figure: getattr(result, figure) for figure in FIGURES}
@@ -220,8 +220,8 @@ class Unfinished:
         name: str,
         members: Sequence[str],
         spec: PermutationSpec,
-        match: Callable[[str, PermutationSpec, Resume], Found],
-    ) -> Found:
+        match: Callable[[str, PermutationSpec, Resume], Matched],
+    ) -> Matched:
         """A component's permutations, kept under the names `members`: found before the interruption, or now."""
         kept = [self.load(member, spec) for member in members]
         finished = [one for one in kept if one is not None]
@@ -257,7 +257,7 @@ def _escaped(text: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in text)
 
 
-def _named(progress: Progress | None, name: str) -> Progress | None:
+def named(progress: Progress | None, name: str) -> Progress | None:
     if progress is None:
         return None
     return lambda event: progress(within(event, name))

@@ -12,7 +12,7 @@ from ..jobs.resume import Resume
 from ..matching.many.methods import match_to_mean
 from ..spec import PermutationSpec
 from ..types import Progress
-from .alignment import Alignment, Found, Unfinished, _named, joined, keep, key_of, reuse, state_of
+from .alignment import Alignment, Matched, Unfinished, named, joined, keep, key_of, reuse, state_of
 from .request import Request
 
 if TYPE_CHECKING:
@@ -92,14 +92,14 @@ def align_many(
     Models are opened one at a time; what is found is kept beside `target`, a file a model, unfinished work too.
     """
 
-    def match(name: str, spec: PermutationSpec, resume: Resume) -> Found:
+    def match(name: str, spec: PermutationSpec, resume: Resume) -> Matched:
         result = match_to_mean(
             spec,
             [state_of(model, name, spec) for model in models],
             weights=weights,
             seed=request.seed,
             match={"init": request.start, "device": request.device, "max_sweeps": request.max_sweeps},
-            progress=_named(progress, name),
+            progress=named(progress, name),
             **resume.arguments(match_to_mean),
         )
         told = {figure: getattr(result, figure) for figure in FIGURES}
