@@ -12,7 +12,7 @@ from ..jobs.resume import Resume
 from ..matching.many.methods import match_to_mean
 from ..spec import PermutationSpec
 from ..types import Progress
-from .alignment import Alignment, Matched, Unfinished, named, joined, keep, key_of, reuse, state_of
+from .alignment import Alignment, Matched, Unfinished, joined, keep, key_of, named, reuse, state_of
 from .request import Request
 
 if TYPE_CHECKING:
