@@ -35,6 +35,7 @@ def coordinate_descent(
     *,
     first: int = 1,
     run: Run = in_turn,
+    clean: bool = False,
 ) -> Iterator[int]:
     """Sweep over the blocks until none is dirty or `max_sweeps` is reached; yields the number of each finished sweep.
 
@@ -43,12 +44,13 @@ def coordinate_descent(
         depend_on: for each block those that are to be looked at again when it has changed.
         begin: called with a sweep's number (from `first` on) before it starts; gives the order of its blocks.
         dirty: the blocks to be looked at. It is kept up to date, so that it tells what a continued descent has to do;
-            the caller may add to it between sweeps.
+            the caller may add to it, `improve` the block that it could not finish.
         run: goes through an order, by default one after the other.
+        clean: look at blocks that are not dirty, too, as long as any is.
     """
 
     def visit(block: int) -> None:
-        if block in dirty:
+        if block in dirty or (clean and dirty):
             dirty.discard(block)
             if improve(block):
                 dirty.update(depend_on[block])

@@ -12,6 +12,7 @@ another cost. The data is gone through once for each pair, and not again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from time import perf_counter
@@ -21,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError
 from ...modules import Forward, loaded
 from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec
@@ -30,10 +30,13 @@ from ..activations.matching import check_statistic, require_seen
 from ..activations.moments import Statistic
 from ..activations.statistics import TOKENS, Reads, Sites, activation_statistics
 from ..assignment.blocks import assign
+from ..descent import coordinate_descent
+from ..options import check_range
+from ..result import moved_between
 from ..schedule import Order, order_of
+from .conclusion import conclude, first_distance
 from .models import Models, Source
-from .result import ManyResult, Pass, Step, anchored, moved_between
-from .running_mean import RunningMean
+from .result import ManyResult, Pass, Step, anchored
 
 Matrices = Mapping[str, Tensor]
 
@@ -77,15 +80,10 @@ def match_many_activations(
     """
     began = perf_counter()
     check_statistic(statistic)
-    if max_passes < 1:
-        raise ConfigError("Merging many models needs max_passes of at least 1.")
+    check_range(1, max_passes=max_passes)
     models = Models(spec, states, weights)
-    n = len(models)
-    if anchor is not None and not 0 <= anchor < n:
-        raise ConfigError(f"The anchor {anchor} is none of the models 0 to {n - 1}.")
-    mean = RunningMean(models)
-    mean.gather_first()
-    before = mean.distance
+    models.check_anchor(anchor)
+    n, before = len(models), first_distance(models)
     batches = list(batches)
     pairs: dict[tuple[int, int], Matrices] = {}
     numbers = list(combinations(range(n), 2))
@@ -98,57 +96,39 @@ def match_many_activations(
         require_seen(found, False)
         pairs[i, j] = {cell: found.costs(cell, statistic).float() for cell in spec.cells}
         tell(progress, "statistics", len(pairs), len(numbers), model=j, seconds=perf_counter() - began)
-    current, history, converged = _descend(models, pairs, order, seed, max_passes)
-    value = _value(models.weights, pairs, current)
-    permutations = anchored(current, anchor)
-    mean.gather(permutations)
-    history = [Pass(0, before), *history[:-1], *([_measured(history[-1], mean.distance)] if history else [])]
-    return ManyResult(
-        method="activations",
-        permutations=permutations,
-        merged=models.average(permutations),
-        objective=mean.objective,
-        distance=mean.distance,
-        distance_before=before,
-        history=tuple(history),
-        converged=converged,
-        moved=sum(p.moved() for p in permutations),
-        weights=models.shares,
-        seconds=perf_counter() - began,
-        details={"statistic": statistic, "statistic_objective": value},
-    )
-
-
-def _descend(
-    models: Models,
-    pairs: Mapping[tuple[int, int], Matrices],
-    order: Order,
-    seed: int,
-    max_passes: int,
-) -> tuple[list[Permutation], list[Pass], bool]:
-    """Passes over the models until none moves. Distances of weights are not measured on the way (NaN)."""
-    spec, n = models.spec, len(models)
     inside: dict[int, Permutation] = {}
-    history: list[Pass] = []
-    settled: set[int] = set(range(n)) if n == 1 else set()
-    while len(settled) < n and len(history) < max_passes:
-        turns = list(range(n)) if n == 2 else order_of(order, n, seed, 0, len(history))
-        steps, began = [], perf_counter()
-        for i in turns:
-            started, old = perf_counter(), inside.get(i)
-            new = _matched(models, pairs, inside, i)
-            inside[i] = new
-            moved = moved_between(old, new)
-            if moved or old is None:
-                settled.clear()
-            if len(inside) == n:  # one matched to some of the others only is to be looked at again
-                settled.add(i)
-            steps.append(Step(i, moved, perf_counter() - started))
-            if len(settled) == n:
-                break
-        seconds, moved = perf_counter() - began, sum(step.moved for step in steps)
-        history.append(Pass(len(history) + 1, float("nan"), moved, tuple(steps), seconds))
-    return [inside.get(i, spec.identity()) for i in range(n)], history, len(settled) == n
+    dirty = set(range(n)) if n > 1 else set[int]()
+    history, steps = [Pass(0, before)], list[Step]()
+
+    def begin(number: int) -> Sequence[int]:
+        steps.clear()
+        return range(n) if n == 2 else order_of(order, n, seed, 0, number - 1)
+
+    def improve(i: int) -> bool:
+        started, old = perf_counter(), inside.get(i)
+        inside[i] = _matched(models, pairs, inside, i)
+        if len(inside) < n:  # one matched to some of the others only is to be looked at again
+            dirty.add(i)
+        steps.append(Step(i, moved_between(old, inside[i]), perf_counter() - started))
+        return steps[-1].moved > 0 or old is None
+
+    others = [set(range(n)) - {i} for i in range(n)]
+    for number in coordinate_descent(improve, others, begin, dirty, max_passes, clean=True):
+        moved, seconds = sum(step.moved for step in steps), sum(step.seconds for step in steps)
+        history.append(
+            Pass(number, math.nan, moved, tuple(steps), seconds)
+        )  # only the last one's is measured
+    current = [inside.get(i, spec.identity()) for i in range(n)]
+    return conclude(
+        "activations",
+        models,
+        anchored(current, anchor),
+        history,
+        began=began,
+        before=before,
+        converged=not dirty,
+        details={"statistic": statistic, "statistic_objective": _value(models.weights, pairs, current)},
+    )
 
 
 def _matched(
@@ -187,7 +167,3 @@ def _value(
             p, q = (torch.from_numpy(current[k].index[cell]) for k in (i, j))
             total += weights[i] * weights[j] * float(matrix[p, q].double().sum())
     return total
-
-
-def _measured(last: Pass, distance: float) -> Pass:
-    return Pass(last.number, distance, last.moved, last.steps, last.seconds)

@@ -25,7 +25,9 @@ Stable Diffusion UNet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import fsum
 from time import perf_counter
 from typing import Literal
@@ -34,16 +36,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, SpecMismatchError
 from ...spec import Permutation, PermutationSpec, Site, to_array
 from ...types import Progress, State, tell, widened
 from ..assignment.blocks import assign
+from ..options import check_range
 from ..weights.endpoints import inner
+from .conclusion import conclude
 from .mean import match_to_mean
 from .models import Models, Source
 from .pivot import match_to_pivot
 from .result import ManyResult, Pass, Step
 from .running_mean import RunningMean
+from .starts import start_of
 
 Soft = Mapping[str, Tensor]
 """Cell name -> doubly stochastic matrix [size, size]: new = P @ old."""
@@ -80,16 +84,14 @@ def match_cycle_consistently(
         seed: of the matchings of "pivot" and `polish`; the method itself has no chance in it.
     """
     began = perf_counter()
-    if max_steps < 1 or not tolerance >= 0:
-        raise ConfigError(
-            "Cycle-consistent matching needs max_steps of at least 1 and a tolerance of at least 0."
-        )
+    check_range(1, max_steps=max_steps)
+    check_range(0, tolerance=tolerance)
     models = Models(spec, states, weights)
     n = len(models)
     mean = RunningMean(models)
     mean.gather_first()
     before = mean.distance
-    start = _start(init, models, seed)
+    start = start_of(init, models, seed, {"pivot": match_to_pivot})
     if any(not p.is_identity for p in start):
         mean.gather(start)
     history, begin = [Pass(0, mean.distance)], mean.objective
@@ -113,31 +115,26 @@ def match_cycle_consistently(
         mean.gather(permutations)
     converged = n == 1 or len(history) <= max_steps
     details = {"steps": len(history) - 1, "relaxed_objective": search.objective}
-    distance, objective = mean.distance, mean.objective
-    del mean, search
+    measured: RunningMean | ManyResult = mean
     if polish:
-        better = match_to_mean(spec, states, weights=weights, init=permutations, seed=seed, progress=progress)
-        permutations, distance, objective = better.permutations, better.distance, better.objective
-        converged = better.converged
-        history += [
-            Pass(len(history) + p.number - 1, p.distance, p.moved, p.steps, p.seconds)
-            for p in better.history[1:]
-        ]
+        del search
+        mean.tensors.clear()
+        measured = match_to_mean(
+            spec, states, weights=weights, init=permutations, seed=seed, progress=progress
+        )
+        permutations, converged = measured.permutations, measured.converged
+        history += [replace(p, number=len(history) + p.number - 1) for p in measured.history[1:]]
     moved = sum(p.moved() for p in permutations)
-    steps = (Step(0, moved, 0.0),)
-    history.append(Pass(len(history), distance, moved, steps))
-    return ManyResult(
-        method="cycle_consistent",
-        permutations=tuple(permutations),
-        merged=models.average(permutations),
-        objective=objective,
-        distance=distance,
-        distance_before=before,
-        history=tuple(history),
+    history.append(Pass(len(history), math.nan, moved, (Step(0, moved, 0.0),)))
+    return conclude(
+        "cycle_consistent",
+        models,
+        permutations,
+        history,
+        began=began,
+        before=before,
         converged=converged,
-        moved=moved,
-        weights=models.shares,
-        seconds=perf_counter() - began,
+        measured=measured,
         details=details,
     )
 
@@ -283,28 +280,6 @@ def _rows(tensor: Tensor, axis: int, site: Site) -> Tensor:
     """[neurons, everything else], float32."""
     chosen = tensor.index_select(axis, torch.from_numpy(to_array(site.positions)))
     return chosen.movedim(axis, 0).reshape(len(site.positions), -1).float()
-
-
-def _start(init: Init, models: Models, seed: int) -> list[Permutation]:
-    spec, n = models.spec, len(models)
-    if isinstance(init, str):
-        if init == "identity":
-            return [spec.identity()] * n
-        if init == "pivot":
-            found = match_to_pivot(spec, models.sources, weights=models.weights, seed=seed)
-            return list(found.permutations)
-        raise ConfigError(f"The init {init!r} is unknown: give 'identity', 'pivot' or permutations.")
-    given = list(init)
-    if len(given) != n:
-        raise ConfigError(f"There are {len(given)} permutations to start from, but {n} models.")
-    for i, permutation in enumerate(given):
-        if not spec.contains(permutation):
-            raise SpecMismatchError(
-                f"The permutation of states[{i}] to start from is none of this spec's: it was made for another"
-                f" architecture, or breaks a block structure."
-            )
-    back = given[0].invert()
-    return [back.compose(p) for p in given]
 
 
 def _pass(number: int, models: Models, objective: float, seconds: float) -> Pass:

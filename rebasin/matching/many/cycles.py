@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from math import fsum
 
-import numpy as np
-
 from ...spec import Permutation
+from ..result import moved_between
 
 
 def cycle_error(pairs: Mapping[tuple[int, int], Permutation]) -> float:
@@ -32,5 +31,4 @@ def _triples(models: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def _share(a: Permutation, b: Permutation) -> float:
-    moved = sum(int(np.count_nonzero(index != b.index[cell])) for cell, index in a.index.items())
-    return moved / a.spec.neurons
+    return moved_between(a, b) / a.spec.neurons

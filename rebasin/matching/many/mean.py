@@ -19,23 +19,28 @@ end all is brought into the arrangement of the first model: moving all models al
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any, Literal
 
-from ...errors import ConfigError, SpecMismatchError
+from ...errors import ConfigError
 from ...spec import Permutation, PermutationSpec
 from ...types import Progress, check_options, tell
-from ..result import MatchResult
+from ..descent import coordinate_descent
+from ..options import check_choices, check_range
+from ..result import MatchResult, moved_between
 from ..schedule import Order, order_of
+from ..search_state import told
 from ..weights.matching import weight_matching
+from .conclusion import conclude
 from .models import Models, Source
-from .result import ManyResult, ManyState, Pass, Step, anchored, moved_between
+from .result import ManyResult, ManyState, Pass, Step, anchored
 from .running_mean import RunningMean
+from .starts import check_given
 
-Start = Literal["identity", "progressive"] | Sequence[Permutation]
+Named = Literal["identity", "progressive"]
+Start = Named | Sequence[Permutation]
 
 MATCH: Mapping[str, Any] = {"init": "identity", "order": "random", "max_sweeps": 100}
 """The paper's options of the weight matchings among many models, each until `match` says otherwise."""
@@ -94,44 +99,47 @@ def match_to_mean(
         ConfigError: an option, or the state to continue from, does not fit.
     """
     began = perf_counter()
-    if max_passes < 1:
-        raise ConfigError("Merging many models needs max_passes of at least 1.")
+    check_range(1, max_passes=max_passes)
     models = Models(spec, states, weights)
-    n = len(models)
-    if anchor is not None and not 0 <= anchor < n:
-        raise ConfigError(f"The anchor {anchor} is none of the models 0 to {n - 1}.")
-    run = _Run(models, init, keep, order, seed, match, scratch, resume_from)
+    models.check_anchor(anchor)
+    run = _Run(models, init, keep, order, seed, match, scratch)
+    if resume_from is None:
+        run.start()
+    else:
+        run.restore(resume_from)
     began -= run.seconds
 
-    while not run.converged and len(run.history) <= max_passes:
-        while run.to_do:
-            i = run.to_do[0]
-            objective = run.bring_closer(i)
-            run.seconds = perf_counter() - began
-            if checkpoint is not None:
-                checkpoint(run.state())
-            told = {
-                "pass": len(run.history),
-                "model": i,
-                "objective": objective,
-                "moved": run.steps[-1].moved,
-            }
-            tell(progress, "merge many", len(run.steps), n, **told, seconds=run.seconds)
+    def bring_closer(i: int) -> bool:
+        changed = run.bring_closer(i)
+        run.seconds = perf_counter() - began
+        if checkpoint is not None:
+            checkpoint(run.state())
+        told = {
+            "pass": len(run.history),
+            "model": i,
+            "objective": run.objective,
+            "moved": run.steps[-1].moved,
+        }
+        tell(progress, "merge many", len(run.steps), len(models), **told, seconds=run.seconds)
+        return changed
+
+    # Models that are settled have their turn, too: taking one out of the mean and putting it back rounds the mean.
+    passes = coordinate_descent(
+        bring_closer, run.others, run.begin_pass, run.dirty, max_passes, first=len(run.history), clean=True
+    )
+    for _ in passes:
         run.end_pass()
 
     permutations = anchored([p or spec.identity() for p in run.current], anchor)
-    return ManyResult(
-        method="mean",
-        permutations=permutations,
-        merged=models.average(permutations),
-        objective=run.mean.objective,
-        distance=run.mean.distance,
-        distance_before=run.distance_before,
-        history=tuple(run.history),
-        converged=run.converged,
-        moved=sum(p.moved() for p in permutations),
-        weights=models.shares,
-        seconds=perf_counter() - began,
+    return conclude(
+        "mean",
+        models,
+        permutations,
+        run.history,
+        began=began,
+        before=run.distance_before,
+        converged=not run.dirty,
+        measured=run.mean,
     )
 
 
@@ -154,9 +162,14 @@ class _Run:
     """A merge under way. At any time `current[i](theta_i)` is model i as it is by now; None: it is yet to join.
 
     Attributes:
-        to_do: the models whose turn is still to come in this pass; empty when all are settled.
-        settled: models known to be best where they are as long as no other moves, or to be kept there.
+        dirty: the models that may not be best where they are, those to be kept there left out.
+        others: for each model those that its moves make dirty.
+        begun, turns, steps: of the pass under way: where the models were at its beginning, their order, and the
+            updates made so far.
+        objective: that the last matching reached.
     """
+
+    objective = 0.0
 
     def __init__(
         self,
@@ -167,36 +180,66 @@ class _Run:
         seed: int,
         match: Mapping[str, Any] | None,
         scratch: str | os.PathLike[str] | None,
-        resumed: ManyState | None,
     ) -> None:
         self.models, self.spec, self.seed = models, models.spec, seed
         self.order: Order = order
         self.options = match_options(match)
         self.first_start = self.options.pop("init")
-        self.begin = _begin(self.spec, init, len(models))
+        self.init, self.keep, self.current = init, keep, _begin(self.spec, init, len(models))
         if keep and isinstance(init, str):
             raise ConfigError("keep=True needs the permutations that are to be kept as init.")
-        self.kept = {i for i, p in enumerate(self.begin) if p is not None} if keep else set[int]()
+        free = {i for i, p in enumerate(self.current) if p is None or not keep}
+        self.others = [free - {i} for i in range(len(models))]
+        self.dirty = set(free) if len(models) > 1 else set[int]()
+        self.free, self.matches, self.seconds = free, 0, 0.0
+        self.left: tuple[int, ...] | None = None  # of an interrupted pass
         self.mean = RunningMean(models, scratch)
-        if resumed is not None:
-            models.read_all()
-            self.fingerprint = self._told(init, keep)
-            self._restore(resumed)
-            return
+
+    def start(self) -> None:
         self.mean.gather_first()
         self.distance_before = self.mean.distance
-        self.fingerprint = self._told(init, keep)
-        if not isinstance(init, str) and None not in self.begin:
-            self.mean.gather(self.begin)
+        if not isinstance(self.init, str) and None not in self.current:
+            self.mean.gather(self.current)
         self.history = [Pass(0, self.mean.distance)]
-        self.settled, self.matches, self.seconds = set(self.kept), 0, 0.0
-        self.converged = len(models) == 1 or len(self.kept) == len(models)
-        self.current = list(self.begin)
-        if not self.converged:
-            self._begin_pass()
+        self.fingerprint = self._fingerprint()
 
-    def bring_closer(self, i: int) -> float:
-        """Match model i to the mean of the others, and give back the objective that was reached."""
+    def restore(self, state: ManyState) -> None:
+        self.models.read_all()
+        self.fingerprint = self._fingerprint()
+        state.require(self.fingerprint)
+        self.distance_before, self.seconds = state.distance_before, state.seconds
+        self.history, self.steps, self.turns = list(state.history), list(state.steps), state.order
+        self.matches, self.begun, self.current = state.matches, state.begun, list(state.current)
+        self.dirty.intersection_update(state.dirty)
+        self.mean.gather(self.begun)
+        for i in self.turns[: state.done]:  # the same sums as then, so that no bit differs
+            self.mean.remove(i, self.begun[i])
+            after = self.current[i]
+            assert after is not None
+            self.mean.add(i, after)
+        if self.dirty:
+            self.left = self.turns[state.done :]
+        else:  # it was interrupted between the last model and the end of its pass
+            self.end_pass()
+
+    def begin_pass(self, number: int) -> Sequence[int]:
+        """The order of the models; those of an interrupted pass that are left."""
+        if self.left is not None:
+            left, self.left = self.left, None
+            return left
+        if None in self.current:
+            self.mean.gather(self.current)
+        self.begun, self.steps = tuple(self.current), list[Step]()
+        n = len(self.models)
+        if n == 2:  # who moves is only a matter of the arrangement in which both end: let it be the first's
+            turns = [0, 1] if self.current[0] is None else [1, 0]
+        else:
+            turns = order_of(self.order, n, self.seed, 0, number - 1)
+        self.turns = tuple(i for i in turns if i in self.free)
+        return self.turns
+
+    def bring_closer(self, i: int) -> bool:
+        """Match model i to the mean of the others; whether that makes these dirty."""
         started = perf_counter()
         before, found = self.current[i], None
         if not self.mean.inside - {i}:
@@ -208,32 +251,24 @@ class _Run:
             self.matches += 1
         self.mean.add(i, after)
         self.current[i] = after
+        self.objective = 0.0 if found is None else found.objective
         moved = moved_between(before, after)
-        if moved or before is None:
-            self.settled = set(self.kept)
         # A model matched to a mean that some are not yet part of is to be looked at again.
-        if None not in self.current and (found is None or found.converged):
-            self.settled.add(i)
+        if None in self.current or not (found is None or found.converged):
+            self.dirty.add(i)
         self.steps.append(Step(i, moved, perf_counter() - started))
-        return found.objective if found is not None else 0.0
-
-    @property
-    def to_do(self) -> tuple[int, ...]:
-        return () if len(self.settled) == len(self.models) else self.turns[len(self.steps) :]
+        return moved > 0 or before is None
 
     def end_pass(self) -> None:
         moved = sum(step.moved for step in self.steps)
         self.mean.gather(self.current)
         if None in self.begun and self.mean.distance > self.history[0].distance:
             # Joining one by one was a bad start; the promise is that the distance never rises.
-            self.current, moved = [p or self.spec.identity() for p in self.begin], len(self.models)
-            self.settled = set(self.kept)
+            self.current, moved = [p or self.spec.identity() for p in self.begun], len(self.models)
+            self.dirty.update(self.free)
             self.mean.gather(self.current)
         seconds = sum(step.seconds for step in self.steps)
         self.history.append(Pass(len(self.history), self.mean.distance, moved, tuple(self.steps), seconds))
-        self.converged = len(self.settled) == len(self.models)
-        if not self.converged:
-            self._begin_pass()
 
     def state(self) -> ManyState:
         return ManyState(
@@ -242,46 +277,13 @@ class _Run:
             current=tuple(self.current),
             order=self.turns,
             done=len(self.steps),
-            settled=frozenset(self.settled),
+            dirty=tuple(sorted(self.dirty)),
             matches=self.matches,
             history=tuple(self.history),
             steps=tuple(self.steps),
             distance_before=self.distance_before,
             seconds=self.seconds,
         )
-
-    def _begin_pass(self) -> None:
-        if None in self.current:
-            self.mean.gather(self.current)
-        self.begun, self.steps = tuple(self.current), list[Step]()
-        n = len(self.models)
-        if n == 2:  # who moves is only a matter of the arrangement in which both end: let it be the first's
-            turns = [0, 1] if self.current[0] is None else [1, 0]
-        else:
-            turns = order_of(self.order, n, self.seed, 0, len(self.history) - 1)
-        self.turns = tuple(i for i in turns if i not in self.kept)
-
-    def _restore(self, state: ManyState) -> None:
-        for name, value in self.fingerprint.items():
-            if state.options.get(name) != value:
-                raise ConfigError(
-                    f"This merge can't be continued: its {name} differed; use the same or start afresh."
-                )
-        self.distance_before, self.seconds = state.distance_before, state.seconds
-        self.history, self.steps, self.turns = list(state.history), list(state.steps), state.order
-        self.settled, self.matches, self.converged = set(state.settled), state.matches, False
-        self.begun, self.current = state.begun, list(state.current)
-        self.mean.gather(self.begun)
-        for i in self.turns[: state.done]:  # the same sums as then, so that no bit differs
-            self.mean.remove(i, self.begun[i])
-            after = self.current[i]
-            assert after is not None
-            self.mean.add(i, after)
-
-    def _told(self, init: Start, keep: bool) -> dict[str, str]:
-        start = self.first_start
-        told = _fingerprint(self.models, init, self.begin, self.order, self.seed, start, self.options)
-        return told | {"keep": str(keep)}
 
     def _match(self, i: int, before: Permutation | None) -> MatchResult:
         """Match model i to the mean, from where it is or from the first start, but never for the worse."""
@@ -296,47 +298,27 @@ class _Run:
                 return found
         return weight_matching(self.spec, self.mean.tensors, state, init=before, seed=seed, **self.options)
 
+    def _fingerprint(self) -> dict[str, str]:
+        """What a continued run must have in common with the interrupted one."""
+        inner = {name: told(self.options.get(name)) for name in ("order", "max_sweeps", "restarts")}
+        return {
+            "architecture": self.spec.hash,
+            "models": repr(self.models.squares),
+            "weights": repr(self.models.weights),
+            "init": told(self.init),
+            "order": told(self.order),
+            "seed": str(self.seed),
+            "match": repr({"init": self.first_start, **inner}),
+            "keep": str(self.keep),
+        }
+
 
 def _begin(spec: PermutationSpec, init: Start, n: int) -> list[Permutation | None]:
     """Each model's permutation, None for those that are to join in the first pass."""
     if isinstance(init, str):
-        if init == "identity":
-            return [spec.identity()] * n
-        if init == "progressive":
-            return [None] * n
-        raise ConfigError(f"The init {init!r} is unknown: give 'identity', 'progressive' or permutations.")
-    given = list(init)
-    if len(given) > n:
-        raise ConfigError(f"There are {len(given)} permutations to start from, but only {n} models.")
-    for i, permutation in enumerate(given):
-        if not spec.contains(permutation):
-            raise SpecMismatchError(
-                f"The permutation of states[{i}] to start from is none of this spec's: it was made for another"
-                f" architecture, or breaks a block structure."
-            )
-    return [*given, *[None] * (n - len(given))]
-
-
-def _fingerprint(
-    models: Models,
-    init: Start,
-    begin: Sequence[Permutation | None],
-    order: Order,
-    seed: int,
-    start: str,
-    options: Mapping[str, Any],
-) -> dict[str, str]:
-    """What a continued run must have in common with the interrupted one."""
-    given = [p for p in begin if p is not None] if not isinstance(init, str) else []
-    told = hashlib.sha256(b"".join(i.tobytes() for p in given for i in p.index.values())).hexdigest()
-    chosen = {name: repr(options[name]) for name in sorted(options) if name in ("max_sweeps", "restarts")}
-    inner = options.get("order", "random")
-    return {
-        "architecture": models.spec.hash,
-        "models": repr(models.squares),
-        "weights": repr(models.weights),
-        "init": init if isinstance(init, str) else f"{len(given)} given {told}",
-        "order": "a function" if callable(order) else order,
-        "seed": str(seed),
-        "match": repr({"init": start, "order": "a function" if callable(inner) else inner} | chosen),
-    }
+        check_choices(init=(init, Named))
+        return [spec.identity() if init == "identity" else None] * n
+    if len(init) > n:
+        raise ConfigError(f"There are {len(init)} permutations to start from, but only {n} models.")
+    check_given(spec, init)
+    return [*init, *[None] * (n - len(init))]

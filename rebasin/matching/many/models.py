@@ -85,6 +85,11 @@ class Models:
         source = self.sources[i]
         return f"states[{i}]" if isinstance(source, Mapping) else f"states[{i}] ({os.fspath(source)})"
 
+    def check_anchor(self, anchor: int | None) -> None:
+        """Raise `ConfigError` unless it is the number of a model, or None."""
+        if anchor is not None and not 0 <= anchor < len(self):
+            raise ConfigError(f"The anchor {anchor} is none of the models 0 to {len(self) - 1}.")
+
     def average(self, permutations: Sequence[Permutation | None], *, wide: bool = False) -> MeanState:
         """The weighted mean of the models that have a permutation, in that arrangement."""
         return MeanState(self, {i: p for i, p in enumerate(permutations) if p is not None}, wide)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from math import nan
 from time import perf_counter
 from typing import Any, Literal
 
@@ -14,10 +15,10 @@ from ...errors import ConfigError
 from ...spec import Permutation, PermutationSpec
 from ...types import Progress, tell
 from ..weights.matching import weight_matching
+from .conclusion import conclude, first_distance
 from .mean import MATCH, match_options
 from .models import Models, Source
 from .result import ManyResult, Pass, Step
-from .running_mean import RunningMean
 
 
 def match_to_pivot(
@@ -43,7 +44,7 @@ def match_to_pivot(
     models, n = run.models, len(run.models)
     if pivot != "best" and (isinstance(pivot, str) or not 0 <= pivot < n):
         raise ConfigError(f"The pivot {pivot!r} is none of the models 0 to {n - 1}, nor 'best'.")
-    before = run.first_distance()
+    run.check()
     pairs = (
         list(combinations(range(n), 2)) if pivot == "best" else [(pivot, i) for i in range(n) if i != pivot]
     )
@@ -54,7 +55,7 @@ def match_to_pivot(
         to[j, i], apart[j, i] = to[i, j].invert(), apart[i, j]
     chosen = int(np.argmin(apart @ np.asarray(models.weights))) if pivot == "best" else pivot
     permutations = [spec.identity() if i == chosen else to[chosen, i] for i in range(n)]
-    return run.result("pivot", permutations, before, pivot=chosen)
+    return run.result("pivot", permutations, pivot=chosen)
 
 
 def match_by_tree(
@@ -73,7 +74,7 @@ def match_by_tree(
     """
     run = _Run(spec, states, weights, match, seed, "match by tree", progress)
     models, n = run.models, len(run.models)
-    before = run.first_distance()
+    run.check()
     current = [spec.identity()] * n
     teams = [[i] for i in range(n)]
 
@@ -89,7 +90,7 @@ def match_by_tree(
                 current[i] = found.compose(current[i])
             joined.append(left + right)
         teams = joined + teams[len(teams) // 2 * 2 :]
-    return run.result("tree", current, before)
+    return run.result("tree", current)
 
 
 def naive_mean(
@@ -97,8 +98,8 @@ def naive_mean(
 ) -> ManyResult:
     """The plain weighted mean of N models, the baseline: no neuron moves. Errors are those of `match_to_mean`."""
     run = _Run(spec, states, weights, None, 0, "mean", None)
-    identity = [spec.identity()] * len(run.models)
-    return run.result("naive", identity, run.first_distance())
+    run.check()
+    return run.result("naive", [spec.identity()] * len(run.models))
 
 
 @dataclass
@@ -120,6 +121,10 @@ class _Run:
         self.options = match_options(self.options)
         self.models = Models(self.spec, self.states, self.weights)
 
+    def check(self) -> None:
+        """Check the models' values before anything is matched."""
+        self.before = first_distance(self.models)
+
     def match(self, a: Any, b: Any, model: int, total: int) -> tuple[Permutation, float]:
         """The permutation that brings b to a, and their squared distance then."""
         started = perf_counter()
@@ -130,35 +135,18 @@ class _Run:
         tell(self.progress, self.stage, len(self.steps), total, **told, seconds=perf_counter() - self.began)
         return found.permutation, found.distance_after**2
 
-    def first_distance(self) -> float:
-        """Check the models' values; their distance from their mean as they come."""
-        mean = RunningMean(self.models)
-        mean.gather_first()
-        return mean.distance
-
-    def distance_of(self, permutations: Sequence[Permutation]) -> tuple[float, float]:
-        """Distance of the models from their mean, and the objective (see `ManyResult`)."""
-        mean = RunningMean(self.models)
-        mean.gather(permutations)
-        return mean.distance, mean.objective
-
     def result(
-        self, method: str, permutations: Sequence[Permutation], before: float, pivot: int | None = None
+        self, method: str, permutations: Sequence[Permutation], pivot: int | None = None
     ) -> ManyResult:
-        distance, objective = self.distance_of(permutations)
         moved, seconds = sum(p.moved() for p in permutations), perf_counter() - self.began
-        history = (Pass(0, before), Pass(1, distance, moved, tuple(self.steps), seconds))
-        return ManyResult(
-            method=method,
-            permutations=tuple(permutations),
-            merged=self.models.average(permutations),
-            objective=objective,
-            distance=distance,
-            distance_before=before,
-            history=history,
+        history = Pass(0, self.before), Pass(1, nan, moved, tuple(self.steps), seconds)
+        return conclude(
+            method,
+            self.models,
+            permutations,
+            history,
+            began=self.began,
+            before=self.before,
             converged=self.converged,
-            moved=moved,
-            weights=self.models.shares,
-            seconds=seconds,
             pivot=pivot,
         )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...spec import Permutation, PermutationSpec
 from ...tensors import load_safetensors, save_safetensors
-
-STATE_FORMAT = "1"
+from ..search_state import SearchState
 
 
 @dataclass(frozen=True)
@@ -112,13 +110,6 @@ def anchored(permutations: Sequence[Permutation], anchor: int | None) -> tuple[P
     return tuple(back.compose(p) for p in permutations)
 
 
-def moved_between(before: Permutation | None, after: Permutation) -> int:
-    """How many neurons are at another place than before."""
-    if before is None:
-        return after.moved()
-    return sum(int(np.count_nonzero(index != before.index[name])) for name, index in after.index.items())
-
-
 def save_permutations(
     path: str | os.PathLike[str],
     permutations: Sequence[Permutation],
@@ -162,7 +153,7 @@ def load_permutations(path: str | os.PathLike[str]) -> list[Permutation]:
 
 
 @dataclass(frozen=True)
-class ManyState:
+class ManyState(SearchState):
     """Where the merge stands after a model's update; given to `resume_from`, it ends as if never interrupted.
 
     Attributes:
@@ -171,95 +162,22 @@ class ManyState:
             same now. Both are needed: the mean is rebuilt from the files in the order in which it was made,
             so that it is the same to the last bit.
         order, done: the order of the pass under way and how many of its models are done.
-        settled: models that are known to be best where they are as long as no other moves.
+        dirty: models that may not be best where they are.
         matches: how many matchings were made.
         history, steps: finished passes, and the updates of the one under way.
         distance_before: without any permutation.
         seconds: wall time so far.
     """
 
-    options: Mapping[str, str]
+    called: ClassVar[str] = "merge"
+
     begun: tuple[Permutation | None, ...]
     current: tuple[Permutation | None, ...]
     order: tuple[int, ...]
     done: int
-    settled: frozenset[int]
+    dirty: tuple[int, ...]
     matches: int
     history: tuple[Pass, ...]
     steps: tuple[Step, ...]
     distance_before: float
     seconds: float
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """One safetensors file of int32 indices, written beside the target and renamed."""
-        tensors: dict[str, Tensor] = {}
-        spec: PermutationSpec | None = None
-        for which in ("begun", "current"):
-            for i, permutation in enumerate(getattr(self, which)):
-                if permutation is not None:
-                    spec = permutation.spec
-                    for cell, index in permutation.index.items():
-                        tensors[f"{which}/{i}/{cell}"] = torch.from_numpy(index.astype(np.int32))
-        assert spec is not None  # there is a first model in the mean before anything is to be saved
-        plain = {
-            "options": dict(self.options),
-            "present": {
-                which: [i for i, p in enumerate(getattr(self, which)) if p is not None]
-                for which in ("begun", "current")
-            },
-            "order": self.order,
-            "done": self.done,
-            "settled": sorted(self.settled),
-            "matches": self.matches,
-            "history": [asdict(one) for one in self.history],
-            "steps": [asdict(step) for step in self.steps],
-            "distance_before": self.distance_before,
-            "seconds": self.seconds,
-        }
-        header = {"many": STATE_FORMAT, "spec": spec.to_json(), "state": json.dumps(plain)}
-        save_safetensors(path, tensors, header)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ManyState:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: the file is no such state or is damaged.
-        """
-        file = load_safetensors(Path(path))
-        if file.metadata.get("many") != STATE_FORMAT:
-            raise CheckpointError(f"{path} holds no interrupted merge that this version can continue.")
-        spec = PermutationSpec.from_json(file.metadata["spec"])
-        plain = json.loads(file.metadata["state"])
-
-        def permutations(which: Literal["begun", "current"]) -> tuple[Permutation | None, ...]:
-            present = set(plain["present"][which])
-            return tuple(
-                Permutation(spec, {c: file[f"{which}/{i}/{c}"].numpy().astype(np.int64) for c in spec.cells})
-                if i in present
-                else None
-                for i in range(len(plain["order"]))
-            )
-
-        try:
-            begun, current = permutations("begun"), permutations("current")
-        except KeyError as error:
-            raise CheckpointError(f"{path} is damaged: {error.args[0]}") from error
-        return cls(
-            options=plain["options"],
-            begun=begun,
-            current=current,
-            order=tuple(plain["order"]),
-            done=plain["done"],
-            settled=frozenset(plain["settled"]),
-            matches=plain["matches"],
-            history=tuple(_pass_from(one) for one in plain["history"]),
-            steps=tuple(Step(**step) for step in plain["steps"]),
-            distance_before=plain["distance_before"],
-            seconds=plain["seconds"],
-        )
-
-
-def _pass_from(data: dict[str, Any]) -> Pass:
-    steps = tuple(Step(**step) for step in data["steps"])
-    return Pass(data["number"], data["distance"], data["moved"], steps, data["seconds"])

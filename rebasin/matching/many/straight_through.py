@@ -18,7 +18,7 @@ auxiliary weights. With l fixed and alike all w_i are the same, so there is one 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any, Literal
 
@@ -26,23 +26,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError, DataError, SpecMismatchError
+from ...errors import DataError
 from ...modules import loaded
 from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec
 from ...types import Progress, tell, widened
+from ..options import check_choices, check_range
+from ..result import moved_between
+from ..straight_through.auxiliary import Auxiliary, Schedule, rate_of
+from ..straight_through.best_seen import SETTLED
+from ..straight_through.draws import split
 from ..straight_through.midpoint import Autocast, Ends
-from ..weights.matching import weight_matching
+from .conclusion import conclude, first_distance
 from .mean import match_to_mean
 from .models import Models, Source
 from .pivot import match_to_pivot
-from .result import ManyResult, Pass, Step, moved_between
-from .running_mean import RunningMean
+from .result import ManyResult, Pass, Step
+from .starts import start_of
 
 Init = Literal["identity", "pivot", "mean"] | Sequence[Permutation]
 Lambdas = Literal["random", "fixed"]
-SETTLED = 0.2
-"""A search that found nothing better in this last share of its steps is called converged."""
 
 
 def straight_through_many(
@@ -58,7 +61,7 @@ def straight_through_many(
     steps: int = 200,
     lr: float = 1e-3,
     momentum: float = 0.9,
-    schedule: Literal["constant", "cosine"] = "cosine",
+    schedule: Schedule = "cosine",
     lambdas: Lambdas = "random",
     project_every: int = 1,
     projection_sweeps: int = 100,
@@ -92,36 +95,20 @@ def straight_through_many(
         DataError: there are no batches, or a loss is not a finite number.
     """
     began = perf_counter()
-    if (
-        min(steps, project_every, projection_sweeps, evaluate_every) < 1
-        or not lr > 0
-        or not 0 <= momentum < 1
-    ):
-        raise ConfigError(
-            "The straight-through estimator needs steps, project_every, projection_sweeps and evaluate_every of at"
-            " least 1, a positive lr, and a momentum from 0 to below 1."
-        )
-    if lambdas not in ("random", "fixed") or schedule not in ("constant", "cosine"):
-        raise ConfigError("lambdas is 'random' or 'fixed', and schedule 'constant' or 'cosine'.")
+    check_range(1, steps=steps, project_every=project_every, projection_sweeps=projection_sweeps)
+    check_range(1, evaluate_every=evaluate_every)
+    check_range(0, lr=lr)
+    check_range(0, 0.9999, momentum=momentum)
+    check_choices(lambdas=(lambdas, Lambdas), schedule=(schedule, Schedule), autocast=(autocast, Autocast))
     models = Models(spec, states, weights)
     n = len(models)
-    batches = list(batches)
-    last = max(1, len(batches) // 5)
-    if heldout is None:
-        heldout, batches = batches[-last:], batches[:-last] or batches
-    if not batches or not heldout:
-        raise DataError(
-            "The straight-through estimator needs at least one batch to learn from and one to select by."
-        )
+    batches, heldout = split(batches, heldout)
     where = torch.device(next(model.parameters()).device if device is None else device)
-    permutations = _start(init, models, seed)
-    mean = RunningMean(models)
-    mean.gather_first()
-    before = mean.distance
-    del mean
+    permutations = list(start_of(init, models, seed, {"pivot": match_to_pivot, "mean": match_to_mean}))
+    before = first_distance(models)
     search = _Search(models, model, objective, where, autocast, lambdas, lr, momentum)
     rng = np.random.default_rng(seed)
-    history: list[Pass] = []
+    history = [Pass(0, before)]
 
     with search.ends.ready(checkpointing):
         best, score = list(permutations), search.score(permutations, heldout)
@@ -137,8 +124,10 @@ def straight_through_many(
             started = perf_counter()
             order = order or rng.permutation(len(batches)).tolist()
             shares = rng.random(n) if lambdas == "random" else np.asarray(models.weights)
-            rate = lr if schedule == "constant" else lr * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
-            loss = search.descend(permutations, shares / shares.sum(), [batches[order.pop()]], rate)
+            batch = batches[order.pop()]
+            loss = search.descend(
+                permutations, shares / shares.sum(), batch, rate_of(schedule, lr, step, steps)
+            )
             moves: list[Step] = []
             if step % project_every == 0 or step == steps:
                 for i in range(1, n):
@@ -155,30 +144,22 @@ def straight_through_many(
             told = {"objective": score, "loss": loss, "moved": moved, "seconds": perf_counter() - began}
             tell(progress, "straight-through", step, steps, **told)
 
-    mean = RunningMean(models)
-    mean.gather(best)
     average = float(np.dot(members, models.shares))
     details = {"loss": score, "start_loss": start, "naive_loss": naive, "members_loss": average}
-    details |= {"best_step": best_step, "lambdas": lambdas}
-    distance, objective_value = mean.distance, mean.objective
-    return ManyResult(
-        method="straight_through",
-        permutations=tuple(best),
-        merged=models.average(best),
-        objective=objective_value,
-        distance=distance,
-        distance_before=before,
-        history=(Pass(0, before), *history, Pass(len(history) + 1, distance)),
+    return conclude(
+        "straight_through",
+        models,
+        best,
+        [*history, Pass(len(history), math.nan)],
+        began=began,
+        before=before,
         converged=n == 1 or best_step <= (1 - SETTLED) * steps,
-        moved=sum(p.moved() for p in best),
-        weights=models.shares,
-        seconds=perf_counter() - began,
-        details=details,
+        details=details | {"best_step": best_step, "lambdas": lambdas},
     )
 
 
 class _Search:
-    """The models on the device, and the auxiliary weights."""
+    """The models on the device, and the auxiliary weights of all but the first."""
 
     def __init__(
         self,
@@ -192,19 +173,16 @@ class _Search:
         momentum: float,
     ) -> None:
         first = loaded(model, models.open(0))
-        self.models, self.device = models, device
+        self.models = models
         self.ends = Ends(models.spec, first, first, objective, device, autocast)
         self.tensors = [
             {name: models.open(i)[name].detach().to(device) for name in self.ends.b}
             for i in range(len(models))
         ]
         alike = lambdas == "fixed" and len(set(models.weights)) == 1
-        count = 1 if alike else max(len(models) - 1, 1)
-        self.auxiliary = [
-            {name: nn.Parameter(_wide(self.ends.a[name])) for name in self.ends.free} for _ in range(count)
-        ]
-        weights = [w for own in self.auxiliary for w in own.values()]
-        self.optimizer = torch.optim.Adam(weights, lr, (momentum, 0.999))
+        own = Auxiliary(self.ends, "adam", lr, momentum)
+        more = 0 if alike else len(models) - 2
+        self.auxiliary = [own, *(Auxiliary(self.ends, "adam", lr, momentum) for _ in range(more))]
 
     def mean(self, permutations: Sequence[Permutation], shares: Sequence[float]) -> dict[str, Tensor]:
         """The models' weighted mean; integers, and what is not saved with a model, are the first's."""
@@ -230,54 +208,15 @@ class _Search:
         return self.ends.evaluate({**self.ends.a, **self.tensors[i]}, batches)
 
     def descend(
-        self, permutations: Sequence[Permutation], shares: np.ndarray, batches: Sequence[Any], rate: float
+        self, permutations: Sequence[Permutation], shares: np.ndarray, batch: Any, rate: float
     ) -> float:
         """One step of all auxiliary weights against the gradient; returns the loss before it."""
-        loss, slope = self.ends.gradient(self.mean(permutations, shares.tolist()), batches)
-        if not all(bool(torch.isfinite(s).all()) for s in slope.values()):
-            raise ConfigError(
-                "The gradient of the objective at the mean is not finite: compute in float32 or bfloat16, or lower lr."
-            )
-        for k, own in enumerate(self.auxiliary):
-            for name, weight in own.items():
-                weight.grad = slope[name].to(weight.dtype) * float(shares[k + 1 if len(shares) > 1 else 0])
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        loss, slope = self.ends.gradient(self.mean(permutations, shares.tolist()), [batch])
+        for own, share in zip(self.auxiliary, shares[1:], strict=False):
+            own.descend(dict(slope), float(share), rate)
         return loss
 
     def project(self, i: int, permutation: Permutation, sweeps: int, seed: int) -> Permutation:
         """Weight matching of model i to its auxiliary weights, from `permutation`."""
         own = self.auxiliary[i - 1 if len(self.auxiliary) > 1 else 0]
-        target: Mapping[str, Tensor] = {name: weight.detach() for name, weight in own.items()}
-        return weight_matching(
-            permutation.spec,
-            {name: target.get(name, self.ends.a[name]) for name in self.ends.moved},
-            {name: self.tensors[i][name] for name in self.ends.moved},
-            init=permutation,
-            max_sweeps=sweeps,
-            seed=seed,
-            device=self.device,
-        ).permutation
-
-
-def _start(init: Init, models: Models, seed: int) -> list[Permutation]:
-    spec, n = models.spec, len(models)
-    if isinstance(init, str):
-        if init == "identity":
-            return [spec.identity()] * n
-        if init in ("pivot", "mean"):
-            match = match_to_pivot if init == "pivot" else match_to_mean
-            return list(match(spec, models.sources, weights=models.weights, seed=seed).permutations)
-        raise ConfigError(f"The init {init!r} is unknown: give 'identity', 'pivot', 'mean' or permutations.")
-    given = list(init)
-    if len(given) != n or not all(spec.contains(p) for p in given):
-        raise SpecMismatchError(f"The start needs one permutation of this spec for each of the {n} models.")
-    back = given[0].invert()
-    return [back.compose(p) for p in given]
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """A copy in at least float32: small steps would be lost in a narrower type."""
-    return tensor.to(widened(tensor.dtype), copy=True)
+        return own.project(self.tensors[i], permutation, sweeps, seed).permutation

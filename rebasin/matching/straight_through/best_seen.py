@@ -15,6 +15,9 @@ from ...types import Progress, tell
 from .midpoint import Ends
 from .result import Step
 
+SETTLED = 0.2
+"""A search that found nothing better in this last share of its steps is called converged."""
+
 PARTS = ("start", "projection", "gradient", "scoring")
 
 

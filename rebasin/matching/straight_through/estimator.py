@@ -30,7 +30,7 @@ from ..options import check_choices, check_range
 from ..result import moved_between
 from ..weights.endpoints import Pair
 from .auxiliary import Auxiliary, Optimizer, Schedule, rate_of
-from .best_seen import BestSeen
+from .best_seen import SETTLED, BestSeen
 from .draws import Draws, mixed, split
 from .loss_descent import descend
 from .midpoint import Autocast, Ends
@@ -40,9 +40,6 @@ from .state import StraightThroughState, fingerprint
 
 Represents = Literal["b_endpoint", "midpoint"]
 Projection = Literal["inner_product", "l2"]
-
-SETTLED = 0.2
-"""A search that found nothing better in this last share of its steps is called converged."""
 
 
 def straight_through(
