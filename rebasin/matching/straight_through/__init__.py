@@ -1,5 +1,6 @@
 """Matching by the loss of the midpoint."""
 
 from .estimator import straight_through
+from .state import StraightThroughState
 
-__all__ = ["straight_through"]
+__all__ = ["StraightThroughState", "straight_through"]
