@@ -2,7 +2,7 @@
 
 The part of the activations is linear in each group's permutation and knows no other group; that of the weights is
 linear in each group's permutation given all others. So is their sum, and it can be climbed exactly like the weights
-alone (weights.py). Both parts are divided by the largest value that they could have (Cauchy and Schwarz).
+alone (weights/matching.py). Both parts are divided by the largest value that they could have (Cauchy and Schwarz).
 """
 
 from __future__ import annotations

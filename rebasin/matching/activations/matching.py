@@ -7,7 +7,7 @@ with activations Z_A and Z_B of a layer on the same inputs, minimise |Z_A - P Z_
 
 a linear assignment. Groups do not depend on each other, so one pass over the data and one assignment for each group
 are all there is to it. Groups with block structure (heads, GroupNorm) are solved exactly by the assignments of
-assignment.py, and neurons that are seen at several places have the mean of the places' C.
+assignment/blocks.py, and neurons that are seen at several places have the mean of the places' C.
 
 The choice of C is the paper's own: E[z_A z_B] for its MLPs, correlation for its VGG. A sum of products is ruled by
 the neurons of large scale; where scales differ (deep and normalised networks, diffusion) correlation is better.

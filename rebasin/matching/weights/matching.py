@@ -6,7 +6,7 @@ Ainsworth, Hayase and Srinivasa, "Git Re-Basin: Merging Models modulo Permutatio
     |A - pi(B)|^2  =  |A|^2 + |B|^2 - 2 <A, pi(B)>,
 
 and with all groups but one held fixed that is a linear assignment (costs.py), solved exactly
-(assignment.py). Doing so for one group after the other never lowers the objective and ends where no single
+(assignment/blocks.py). Doing so for one group after the other never lowers the objective and ends where no single
 group can be improved.
 
 What differs from the paper's code: block structure (heads, GroupNorm) is respected and solved exactly; a

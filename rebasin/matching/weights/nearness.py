@@ -81,7 +81,7 @@ def nearest(costs: WeightCosts, group: Group) -> dict[str, np.ndarray] | None:
     for cell in group.cells:
         guess = _guess(costs, cell.name)
         if guess is None:
-            unlike[key] = dict(costs.pair.index)  # indices are replaced, never written to (pair.py)
+            unlike[key] = dict(costs.pair.index)  # indices are replaced, never written to (endpoints.py)
             return None
         found[cell.name] = guess
     if displaced(found.values()) and not admits(group, found):

@@ -15,7 +15,7 @@ holds:
 So a cell costs one matrix, however many sites it has. An update adds the rounding of a product of rank |M| of
 differences, each at most twice as large as their terms. As soon as the updates of a site together are DRIFT times of
 full rank, the sum is computed afresh, so its error stays within a small multiple of a fresh one's. Gains are measured
-on the weights in any case (pair.py).
+on the weights in any case (endpoints.py).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Products:
             if where not in kept.drift:
                 compute(kept.sum, where, pair.a(where[0]), pair.b(where[0]))
                 kept.drift[where] = 0
-        # Indices are replaced, never written to (pair.py), so that they need no copies.
+        # Indices are replaced, never written to (endpoints.py), so that they need no copies.
         kept.index = dict(pair.index)
         return kept.sum
 
