@@ -505,11 +505,11 @@ def test_bad_input_costs_one_sentence():
     for options, sentence in (
         (
             {"statistic": "cosine"},
-            "statistic 'cosine' is unknown: give 'inner_product', 'covariance', 'pearson'",
+            "statistic is 'cosine'; choose one of inner_product, covariance, pearson",
         ),
-        ({"reads": "weights"}, "reads 'weights' are unknown"),
+        ({"reads": "weights"}, "reads is 'weights'; choose one of inputs, outputs, both"),
         ({"tokens": -1}, "tokens is -1"),
-        ({"precision": "float16"}, "precision 'float16' is unknown"),
+        ({"precision": "float16"}, "precision is 'float16'; choose one of float32, float64"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             match(a, b, [x], **options)

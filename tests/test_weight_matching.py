@@ -610,7 +610,7 @@ def test_bad_weights_are_named_before_any_work() -> None:
     check(CheckpointError, "Tensor 'w0' of B is int8, not floating point", b=good | {"w0": good["w0"].char()})
     check(ConfigError, "order 'sideways' is unknown", order="sideways")
     check(ConfigError, "init 'best' is unknown", init="best")
-    check(ConfigError, "normalisation 'layer' is unknown", normalize="layer")
+    check(ConfigError, "normalize is 'layer'; choose one of tensor", normalize="layer")
     check(ConfigError, "at least 1", restarts=0)
     check(ConfigError, "numbers 0 to 1 once", order=lambda sweep, groups: [0, 0])
     check(SpecMismatchError, "another architecture", init=attention().identity())

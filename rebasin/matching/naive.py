@@ -20,6 +20,5 @@ def naive(spec: PermutationSpec, state_a: State, state_b: State) -> MatchResult:
         initial_objective=pair.objective,
         distance_before=pair.distance,
         distance_after=pair.distance,
-        sweeps=0,
         restarts=(pair.objective,),
     )

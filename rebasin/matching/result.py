@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,12 +31,25 @@ class Found:
             moved[group.name] = moved.get(group.name, 0) + own
         return moved
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the permutation, as JSON can have it."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "permutation"}  # pyright: ignore
+        return _plain({**own, "moved": self.moved, "moved_per_group": self.moved_per_group})
+
 
 def moved_between(before: Permutation | None, after: Permutation) -> int:
     """How many neurons are at another place than before; None: than without a permutation."""
     if before is None:
         return after.moved()
     return sum(int(np.count_nonzero(index != before.index[cell])) for cell, index in after.index.items())
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,6 @@ class MatchResult(Found):
         seconds: wall time, including that before an interruption.
         initial_objective, distance_before: without a permutation, as a naive merge would have it.
         distance_before, distance_after: |A - B| and |A - pi(B)| over the same parameters (never normalised).
-        sweeps: how many sweeps the history has, the start not counted.
         restarts: the objective that each attempt reached, in order.
     """
 
@@ -88,8 +101,12 @@ class MatchResult(Found):
     initial_objective: float
     distance_before: float
     distance_after: float
-    sweeps: int
     restarts: tuple[float, ...]
+
+    @property
+    def sweeps(self) -> int:
+        """How many sweeps the history has, the start not counted."""
+        return max(0, len(self.history) - 1)
 
     @property
     def spread(self) -> float:
@@ -99,21 +116,7 @@ class MatchResult(Found):
         return max(self.restarts) - min(self.restarts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the permutation, as JSON can have it."""
-        return {
-            "objective": self.objective,
-            "initial_objective": self.initial_objective,
-            "distance_before": self.distance_before,
-            "distance_after": self.distance_after,
-            "converged": self.converged,
-            "sweeps": self.sweeps,
-            "moved": self.moved,
-            "moved_per_group": dict(self.moved_per_group),
-            "restarts": list(self.restarts),
-            "spread": self.spread,
-            "seconds": self.seconds,
-            "history": [asdict(sweep) for sweep in self.history],
-        }
+        return {**super().to_dict(), "sweeps": self.sweeps, "spread": self.spread}
 
 
 @dataclass(frozen=True)

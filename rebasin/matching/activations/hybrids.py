@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,12 +21,13 @@ from ...modules import Forward
 from ...objectives import Objective
 from ...spec import PermutationSpec
 from ...types import Progress, tell
+from ..options import check_choices
 from ..result import MatchResult, Sweep
 from ..schedule import Order
-from ..weights.endpoints import Pair
+from ..weights.endpoints import Normalize, Pair
 from ..weights.matching import weight_matching
 from .joint import Joint
-from .matching import activation_matching, check_statistic, match_statistics, require_seen
+from .matching import activation_matching, match_statistics, require_seen
 from .moments import Statistic
 from .statistics import TOKENS, Reads, Sites, activation_statistics
 
@@ -45,7 +46,7 @@ def activation_then_weight(
     forward: Forward | None = None,
     order: Order = "random",
     max_sweeps: int = 100,
-    normalize: Literal["tensor"] | None = None,
+    normalize: Normalize | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
@@ -105,7 +106,7 @@ def activation_and_weight(
         ConfigError: `weight` is not between 0 and 1. Else what `activation_matching` raises.
     """
     began = perf_counter()
-    check_statistic(statistic)
+    check_choices(statistic=(statistic, Statistic))
     if not 0 <= weight <= 1:
         raise ConfigError(f"weight is {weight}, but the share of the weights must be between 0 and 1.")
     statistics = activation_statistics(
@@ -140,6 +141,5 @@ def activation_and_weight(
         initial_objective=initial,
         distance_before=start.distance_before,
         distance_after=pair.distance,
-        sweeps=len(history) - 1,
         restarts=(history[-1].objective,),
     )

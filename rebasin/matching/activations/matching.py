@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec, displaced
 from ...types import Progress, State, tell
 from ..assignment.blocks import assign
+from ..options import check_choices
 from ..result import MatchResult, Sweep, Update
 from ..weights.endpoints import Pair
 from .joint import Joint
@@ -42,6 +43,7 @@ from .statistics import (
     TOKENS,
     ActivationState,
     ActivationStatistics,
+    Precision,
     Reads,
     Sites,
     activation_statistics,
@@ -75,16 +77,6 @@ class ActivationResult(MatchResult):
     batches: int = 0
     statistics_bytes: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {
-            "statistic": self.statistic,
-            "scores": {name: list(pair) for name, pair in self.scores.items()},
-            "places": {name: list(names) for name, names in self.places.items()},
-            "fallback": list(self.fallback),
-            "batches": self.batches,
-            "statistics_bytes": self.statistics_bytes,
-        }
-
 
 def activation_matching(
     spec: PermutationSpec,
@@ -100,7 +92,7 @@ def activation_matching(
     forward: Forward | None = None,
     fallback_to_weights: bool = False,
     seed: int = 0,
-    precision: Literal["float32", "float64"] | None = None,
+    precision: Precision | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     checkpoint: Callable[[ActivationState], None] | None = None,
@@ -140,7 +132,7 @@ def activation_matching(
         DataError: there are no batches, or one gives NaN or infinite activations.
         ConfigError: an option does not fit, or a group can't be seen at any module and there is to be no fallback.
     """
-    check_statistic(statistic)
+    check_choices(statistic=(statistic, Statistic))
     statistics = activation_statistics(
         spec, model_a, model_b, batches, objective=objective, forward=forward, reads=reads, sites=sites, tokens=tokens,
         seed=seed, precision=precision, device=device, progress=progress, checkpoint=checkpoint,
@@ -173,7 +165,7 @@ def match_statistics(
 
     The states are the two models' weights: for the distances, and for what the statistics leave open.
     """
-    check_statistic(statistic)
+    check_choices(statistic=(statistic, Statistic))
     return _finish(_solve(statistics, statistic), state_a, state_b)
 
 
@@ -255,7 +247,6 @@ def _finish(solved: _Solved, state_a: State, state_b: State) -> ActivationResult
         initial_objective=solved.initial_objective,
         distance_before=distance,
         distance_after=pair.distance,
-        sweeps=1,
         restarts=(solved.objective,),
         **solved.about,
     )
@@ -265,13 +256,6 @@ def _silent(costs: Tensor) -> bool:
     """Whether a neuron of A or B goes with nothing at all."""
     zero = costs == 0
     return bool(zero.all(dim=0).any() or zero.all(dim=1).any())
-
-
-def check_statistic(statistic: str) -> None:
-    if statistic not in get_args(Statistic):
-        raise ConfigError(
-            f"The statistic {statistic!r} is unknown: give {', '.join(map(repr, get_args(Statistic)))}."
-        )
 
 
 def require_seen(statistics: ActivationStatistics, fallback: bool) -> None:

@@ -25,10 +25,12 @@ from ...objectives import Objective
 from ...spec import Group, Leaf, Node, PermutationSpec
 from ...tracing.export import evaluation_mode
 from ...types import Progress, tell
+from ..options import check_choices, check_range
 from ..search_state import SearchState
 from .hook_sites import HookSite, find_hook_sites, sample_rows, tensor_at
 from .moments import Moments, Statistic
 
+Precision = Literal["float32", "float64"]
 Reads = Literal["inputs", "outputs", "both"]
 Sites = Literal["all", "last"] | Sequence[str] | None
 Key = tuple[str, str, int]  # module, where, dimension: one tensor, on which several cells may be
@@ -127,7 +129,7 @@ def activation_statistics(
     sites: Sites = None,
     tokens: int | None = TOKENS,
     seed: int = 0,
-    precision: Literal["float32", "float64"] | None = None,
+    precision: Precision | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     checkpoint: Callable[[ActivationState], None] | None = None,
@@ -141,13 +143,9 @@ def activation_statistics(
         ConfigError: an option, a module name, or the state to continue from, does not fit.
     """
     began = perf_counter() - (resume_from.seconds if resume_from is not None else 0.0)
-    if tokens is not None and tokens < 0:
-        raise ConfigError(f"tokens is {tokens}, but it takes a number of positions, or 0 for all of them.")
+    check_range(0, tokens=tokens)
     tokens = tokens or None
-    if reads not in ("inputs", "outputs", "both"):
-        raise ConfigError(f"The reads {reads!r} are unknown: give 'inputs', 'outputs' or 'both'.")
-    if precision not in (None, "float32", "float64"):
-        raise ConfigError(f"The precision {precision!r} is unknown: give 'float32', 'float64' or none.")
+    check_choices(reads=(reads, Reads), precision=(precision, Precision))
     for model, what in ((model_a, "A"), (model_b, "B")):
         spec.check(model.state_dict(), what)
     if device is not None:

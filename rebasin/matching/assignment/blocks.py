@@ -26,7 +26,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -145,41 +144,18 @@ def leaves(node: Node) -> list[Leaf]:
     return [node] if isinstance(node, Leaf) else [leaf for child in node.children for leaf in leaves(child)]
 
 
-class _Table(Protocol):
-    """The inner problems of isomorphic nodes: entry [i, j] is about filling the places of node i from node
-    j.
-    """
-
-    @property
-    def upper(self) -> np.ndarray:
-        """float64 [n, n], no less than the best value of each problem."""
-        ...
-
-    @property
-    def exact(self) -> np.ndarray:
-        """bool [n, n], whether `upper` is the best value itself."""
-        ...
-
-    def tighten(self) -> None:
-        """Lower the bounds that are not exact, at the dual of a few passes over the costs."""
-        ...
-
-    def solve(self, i: int, j: int) -> None:
-        """Make entry [i, j] exact."""
-        ...
-
-    def in_place(self, i: int) -> float:
-        """The value of leaving everything in node i where it is."""
-        ...
-
-    def arrange(self, i: int, j: int, index: dict[str, np.ndarray], tolerance: float) -> float:
-        """Write the best arrangement of problem [i, j] to `index`, in place if that is as good; return its
-        value.
-        """
-        ...
-
-
 def _table(group: Group, nodes: Sequence[Node], costs: Costs) -> _Table:
+    """The inner problems of isomorphic nodes: entry [i, j] is about filling the places of node i from node j.
+
+    All tables have
+
+        upper     float64 [n, n], no less than the best value of each problem
+        exact     bool [n, n], whether `upper` is the best value itself
+        tighten   lowers the bounds that are not exact, at the price of a few passes over the costs
+        solve     makes entry [i, j] exact
+        in_place  the value of leaving everything in node i where it is
+        arrange   writes the best arrangement of problem [i, j] to `index`, in place if that is as good; its value
+    """
     first = nodes[0]
     if isinstance(first, Leaf):
         return _LeafTable(group, [n for n in nodes if isinstance(n, Leaf)], costs)
@@ -391,3 +367,6 @@ def _orbits(count: int, moves: Sequence[np.ndarray] | None) -> tuple[list[int], 
 
 def _as_good(stay: float, value: float, tolerance: float) -> bool:
     return value - stay <= tolerance * (abs(value) + abs(stay))
+
+
+_Table = _LeafTable | _FixedTable | _OrderTable

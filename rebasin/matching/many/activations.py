@@ -26,12 +26,12 @@ from ...modules import Forward, loaded
 from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec
 from ...types import Progress, tell
-from ..activations.matching import check_statistic, require_seen
+from ..activations.matching import require_seen
 from ..activations.moments import Statistic
 from ..activations.statistics import TOKENS, Reads, Sites, activation_statistics
 from ..assignment.blocks import assign
 from ..descent import coordinate_descent
-from ..options import check_range
+from ..options import check_choices, check_range
 from ..result import moved_between
 from ..schedule import Order, order_of
 from .conclusion import conclude, first_distance
@@ -79,7 +79,7 @@ def match_many_activations(
         ConfigError: an option does not fit, or a group can't be seen at any module.
     """
     began = perf_counter()
-    check_statistic(statistic)
+    check_choices(statistic=(statistic, Statistic))
     check_range(1, max_passes=max_passes)
     models = Models(spec, states, weights)
     models.check_anchor(anchor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from ...types import State
 from ..assignment.blocks import leaves
 from ..schedule import axes_met
 from .costs import WeightCosts
-from .endpoints import Pair
+from .endpoints import Normalize, Pair
 
 
 def exchange_losses(
@@ -22,7 +21,7 @@ def exchange_losses(
     state_b: State,
     permutation: Permutation,
     *,
-    normalize: Literal["tensor"] | None = None,
+    normalize: Normalize | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """For each group the least that the objective loses when two exchangeable neurons of it change places.

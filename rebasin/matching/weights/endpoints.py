@@ -22,6 +22,8 @@ from ...errors import CheckpointError
 from ...spec import Group, Permutation, PermutationSpec, to_array
 from ...types import State, dtype_of
 
+Normalize = Literal["tensor"]
+
 CHUNK = 1 << 18
 """Elements that are widened to float64 at a time: they stay in the cache."""
 
@@ -67,7 +69,7 @@ class Pair:
         state_a: State,
         state_b: State,
         *,
-        normalize: Literal["tensor"] | None = None,
+        normalize: Normalize | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """Read and check both endpoints; pi is the identity.

@@ -22,24 +22,23 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
 from ...spec import Group, Indices, Node, PermutationSpec, displaced
 from ...types import Progress, State, tell
 from ..assignment.blocks import Costs, assign, independent, leaves
 from ..assignment.linear_assignment import TOLERANCE
 from ..descent import coordinate_descent
+from ..options import check_choices, check_range
 from ..result import Attempt, MatchResult, MatchState, Sweep, Update
 from ..schedule import Order, axes_met, neighbours, order_of, run_in_order, sharing
 from ..search_state import told
 from .accelerator import Accelerator
 from .costs import WeightCosts, tensor_cores
-from .endpoints import Move, Pair, keep_freed_memory, touched
+from .endpoints import Move, Normalize, Pair, keep_freed_memory, touched
 from .initial import Init, Visits, start
 from .nearness import arrangement
 
@@ -57,7 +56,7 @@ def weight_matching(
     seed: int = 0,
     max_sweeps: int = 100,
     restarts: int = 1,
-    normalize: Literal["tensor"] | None = None,
+    normalize: Normalize | None = None,
     device: torch.device | str = "cpu",
     workers: int | None = None,
     tf32: bool = False,
@@ -102,10 +101,8 @@ def weight_matching(
         ConfigError: an option, or the state to continue from, does not fit.
     """
     began = perf_counter()
-    if restarts < 1 or max_sweeps < 1:
-        raise ConfigError("Weight matching needs max_sweeps and restarts of at least 1.")
-    if normalize not in (None, "tensor"):
-        raise ConfigError(f"The normalisation {normalize!r} is unknown: give 'tensor' or none.")
+    check_range(1, max_sweeps=max_sweeps, restarts=restarts)
+    check_choices(normalize=(normalize, Normalize))
     if workers is None:
         workers = 1 if torch.device(device).type == "cpu" else min(16, os.cpu_count() or 1)
     keep_freed_memory()
@@ -165,7 +162,6 @@ def weight_matching(
         initial_objective=initial_objective,
         distance_before=distance_before,
         distance_after=pair.distance,
-        sweeps=len(best.history) - 1,
         restarts=finished,
     )
 
