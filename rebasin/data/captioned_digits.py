@@ -133,12 +133,8 @@ def embed_captions(text_encoder: torch.nn.Module, tokenizer: Any, texts: list[st
 def encode_latents(vae: Any, images: np.ndarray, batch_size: int = 250) -> torch.Tensor:
     """Latents float32 [n, 4, 8, 8] of images uint8 [n, 28, 28]: the posterior's mode times scaling_factor."""
     parameter = next(vae.parameters())
-    parts = [
-        vae.encode(
-            to_pixels(images[i : i + batch_size]).to(parameter.device, parameter.dtype)
-        ).latent_dist.mode()
-        for i in range(0, len(images), batch_size)
-    ]
+    pixels = to_pixels(images).to(parameter.device, parameter.dtype)
+    parts = [vae.encode(part).latent_dist.mode() for part in pixels.split(batch_size)]
     return torch.cat(parts).float().cpu().contiguous() * vae.config.scaling_factor
 
 

@@ -49,13 +49,8 @@ class Calibration:
         return max(abs(gap) for share, gap in zip(self.share, self.gaps, strict=True) if share > 0)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "ece": self.ece,
-            "samples": self.samples,
-            "share": list(self.share),
-            "confidence": list(self.confidence),
-            "accuracy": list(self.accuracy),
-        }
+        bins = {name: list(getattr(self, name)) for name in ("share", "confidence", "accuracy")}
+        return {"ece": self.ece, "samples": self.samples, **bins}
 
 
 def calibration(

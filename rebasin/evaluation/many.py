@@ -43,11 +43,8 @@ class Row:
         return None if self.calibration is None else self.calibration.ece
 
     def to_dict(self) -> dict[str, Any]:
-        plain = {"name": self.name, "loss": self.loss, "barrier": self.barrier, "accuracy": self.accuracy}
-        return plain | {
-            "ece": self.ece,
-            "calibration": None if self.calibration is None else self.calibration.to_dict(),
-        }
+        reliability = None if self.calibration is None else self.calibration.to_dict()
+        return vars(self) | {"ece": self.ece, "calibration": reliability}
 
 
 def compare(

@@ -26,9 +26,8 @@ def parse(setting: Any) -> list[tuple[str, Any]]:
     if isinstance(setting, int | float):
         return [("default", float(setting))]
     if isinstance(setting, Mapping):
-        entries = sorted(
-            setting.items(), key=lambda entry: entry[0] != "preset"
-        )  # wherever it stands, it is first
+        # Wherever the preset stands, it is first.
+        entries = sorted(setting.items(), key=lambda entry: entry[0] != "preset")
         return [(str(key), str(v) if key == "preset" else _number(key, v)) for key, v in entries]
     if isinstance(setting, str):
         return _parse_text(setting)

@@ -72,9 +72,8 @@ class _Recipe:
             result = self.write("weighted_sum", result, node, alpha=share / total)
 
     def text(self) -> str:
-        return "\n".join(
-            ["version 0.1.0", *(f"# {note}" for note in self.notes), *self.lines]
-        )  # its reader takes no empty line
+        notes = (f"# {note}" for note in self.notes)
+        return "\n".join(["version 0.1.0", *notes, *self.lines])  # its reader takes no empty line
 
 
 def save_recipe(

@@ -93,8 +93,8 @@ def train(
     random = torch.Generator().manual_seed(seed + 1_000_003)
     history: list[float] = []
     model.train()
-    if after is not None:
-        after(0)
+    after = after or (lambda done: None)
+    after(0)
     for epoch in range(1, recipe.epochs + 1):
         total, seen = torch.zeros((), dtype=torch.float64, device=y.device), 0
         shuffled = torch.randperm(len(y), generator=order).to(y.device)
@@ -112,8 +112,7 @@ def train(
             raise ConfigError(
                 f"Training diverged in epoch {epoch} (loss {history[-1]}): lower the learning rate."
             )
-        if after is not None:
-            after(epoch)
+        after(epoch)
         seconds = time.perf_counter() - started
         tell(progress, "train", epoch, recipe.epochs, loss=history[-1], seconds=seconds)
     model.eval()

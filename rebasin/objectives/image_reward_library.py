@@ -35,11 +35,8 @@ def library() -> tuple[Any, Any]:
     root = _root()
     prepare_torchvision()
     try:
-        with (
-            _empty_packages(root),
-            _transformers_4(),
-            warnings.catch_warnings(),
-        ):  # it silences all warnings for good
+        # It silences all warnings for good.
+        with _empty_packages(root), _transformers_4(), warnings.catch_warnings():
             med = importlib.import_module("ImageReward.models.BLIP.med")
             pretrain = importlib.import_module("ImageReward.models.BLIP.blip_pretrain")
             main = importlib.import_module("ImageReward.ImageReward")

@@ -288,14 +288,12 @@ def _reshape_factor(
     for ins, outs in segments:
         if not ins or not outs:  # a leading or trailing 1 appears or disappears
             at = done
-            if outs:
-                for _ in outs:
-                    array, roles = np.expand_dims(array, at), np.expand_dims(roles, at)
-                    shift_old.insert(at, 1)
-            else:
-                for _ in ins:
-                    array, roles = np.squeeze(array, at), np.squeeze(roles, at)
-                    shift_old.pop(at)
+            for _ in outs:
+                array, roles = np.expand_dims(array, at), np.expand_dims(roles, at)
+                shift_old.insert(at, 1)
+            for _ in ins:
+                array, roles = np.squeeze(array, at), np.squeeze(roles, at)
+                shift_old.pop(at)
             done += len(outs)
             continue
         at = list(range(done, done + len(ins)))
@@ -304,9 +302,9 @@ def _reshape_factor(
         labelled = [d for d in at if array.shape[d] > 1]
         plain = [d for d in at if array.shape[d] == 1 and shift_old[d] > 1]
         places = list(range(done, done + len(outs)))
+        roles = roles.reshape([*roles.shape[:done], *[1] * len(outs), *roles.shape[done + len(ins) :]])
         if not labelled:
             array = array.reshape([*array.shape[:done], *[1] * len(outs), *array.shape[done + len(ins) :]])
-            roles = roles.reshape([*roles.shape[:done], *[1] * len(outs), *roles.shape[done + len(ins) :]])
         else:
             moved = _move(array, shift_old, mapped_new, at, places)
             sizes = [shift_old[d] for d in at]
@@ -316,7 +314,6 @@ def _reshape_factor(
             cut = tuple(slice(None) if k in keep else slice(0, 1) for k in range(len(outs)))
             array = moved[(*[slice(None)] * done, *cut)]
             place = place[cut]
-            roles = roles.reshape([*roles.shape[:done], *[1] * len(outs), *roles.shape[done + len(ins) :]])
             if any(_varies(place, k) for k in range(place.ndim)):
                 mixed = True
                 lead, tail = [1] * done, [1] * (array.ndim - done - len(outs))

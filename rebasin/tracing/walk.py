@@ -32,8 +32,7 @@ def walk(exported: Exported, aliases: Mapping[str, str]) -> Constraints:
                 known[name] = _state(constraints, name, fake)
             inputs.append(known[name])
         elif isinstance(fake, Tensor):
-            value = exported.constants.get(node.name)
-            inputs.append(_constant(fake, value))
+            inputs.append(_constant(fake, exported.constants.get(node.name)))
         else:
             inputs.append(fake)
     outputs = _interpret(constraints, exported.module, inputs)
@@ -112,23 +111,17 @@ def _call(constraints: Constraints, node: torch.fx.Node, args: list[Any], kwargs
         return args[0][args[1]]
     out = node.meta.get("val")
     submodule = next((i for i, a in enumerate(args) if isinstance(a, torch.fx.GraphModule)), None)
-    if submodule is not None and "wrap_with" in str(
-        node.target
-    ):  # autocast, set_grad_enabled: a region of code
+    # Autocast, set_grad_enabled: a region of code.
+    if submodule is not None and "wrap_with" in str(node.target):
         return _interpret(constraints, args[submodule], args[submodule + 1 :])
     if not isinstance(node.target, torch._ops.OpOverload):
         if not isinstance(out, Tensor | list | tuple):
             return out  # arithmetic on plain numbers
         return _unknown(constraints, node, [*args, *kwargs.values()], out)
     name = operator_name(node.target)
-    named = {}
-    for position, argument in enumerate(node.target._schema.arguments):
-        if position < len(args):
-            named[argument.name] = args[position]
-        elif argument.name in kwargs:
-            named[argument.name] = kwargs[argument.name]
-        else:
-            named[argument.name] = argument.default_value
+    takes = node.target._schema.arguments
+    named = {argument.name: kwargs.get(argument.name, argument.default_value) for argument in takes}
+    named |= {argument.name: value for argument, value in zip(takes, args, strict=False)}
     if out is None or not any(
         isinstance(o, Tensor) for o in (out if isinstance(out, list | tuple) else [out])
     ):

@@ -44,9 +44,8 @@ def index(call: Call) -> Result:
     if any(indices[d].value is not None and indices[d].value.dtype.is_floating_point for d in used):
         pin(call.constraints, label, "is used as an index")
         return Label(call.shape)
-    width = len(call.shape) - (
-        x.ndim - len(used)
-    )  # dimensions that the indices bring (a mask covers several)
+    # Dimensions that the indices bring (a mask covers several).
+    width = len(call.shape) - (x.ndim - len(used))
     adjacent = used == list(range(used[0], used[-1] + 1))
     if any(indices[d].ndim and _is_mask(indices[d]) for d in used) or width < 0:
         pin(call.constraints, label, "is looked up by a mask")
