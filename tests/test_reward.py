@@ -190,7 +190,7 @@ def test_prompts_and_their_noise(tmp_path: Path):
     file.write_text("# nothing\n")
     with pytest.raises(DataError, match="no prompts"):
         read_prompts(file)
-    with pytest.raises(DataError, match="there is no file or folder"):
+    with pytest.raises(DataError, match="There is no file or folder"):
         read_prompts(tmp_path / "missing.txt")
 
     def embed(texts: Any) -> Tensor:
