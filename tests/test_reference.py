@@ -90,7 +90,17 @@ def test_the_straight_through_estimator_finds_what_the_papers_finds(spec: Permut
     states = model.state_dict(), other.state_dict()
     assert reference.straight_through(spec, *states, loss, steps=20) == hidden.invert()
     result = rebasin.straight_through(
-        spec, model, other, CrossEntropy(), [batch], init="identity", steps=20, optimizer="sgd", lr=1e-2
+        spec,
+        model,
+        other,
+        CrossEntropy(),
+        [batch],
+        init="identity",
+        steps=20,
+        optimizer="sgd",
+        lr=1e-2,
+        refine=0,
+        evaluate_every=1,
     )
     assert result.permutation == hidden.invert()
 
