@@ -235,9 +235,15 @@ def test_the_page_of_results_keeps_what_people_wrote(swept, tmp_path):
     assert str(tmp_path) not in once and "rebasin.report experiments/width-small.json" in once
 
 
-def test_the_command_of_a_sweep_says_where_it_departs_from_the_recipe():
-    recipe = ["data=mnist", "model.width=16,32,64", "model.seeds=[0,1],[2,3]", "seed=0,1", "tensors=false"]
-
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"data": "mnist", "model.width": "16,32,64", "model.seeds": "[0,1],[2,3]", "seed": "0,1", "tensors": False},
+        # What earlier versions have stored with a sweep.
+        ["data=mnist", "model.width=16,32,64", "model.seeds=[0,1],[2,3]", "seed=0,1", "tensors=false"],
+    ],
+)  # fmt: skip
+def test_the_command_of_a_sweep_says_where_it_departs_from_the_recipe(recipe):
     def of(size: str, *runs: str) -> str:
         made = tuple(sweeps.Run("r", f"python -m rebasin.run +experiment=x {run}", 1.0) for run in runs)
         return command(sweeps.Sweep({"name": "x", "full": recipe, "small": []}, size, {}, (), made, {}))
@@ -257,8 +263,11 @@ def test_the_command_of_a_sweep_says_where_it_departs_from_the_recipe():
     assert of("small", "size=small algo=ste") == f"{start} size=small algo=ste"
 
 
-def test_runs_are_in_the_order_of_the_recipe():
-    declared = {"small": ["data=x", "algo=b,a", "seed=0,1"]}
+@pytest.mark.parametrize(
+    "recipe", [{"data": "x", "algo": "b,a", "seed": "0,1"}, ["data=x", "algo=b,a", "seed=0,1"]]
+)
+def test_runs_are_in_the_order_of_the_recipe(recipe):
+    declared = {"small": recipe}
     runs = [f"data=x algo={a} seed={s}" for a in ("a", "c", "b") for s in (1, 0)]
     ordered = sorted(runs, key=lambda run: place(declared, "small", f"python -m rebasin.run {run}"))
     assert [run[12:] for run in ordered] == [

@@ -14,13 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from ..errors import ConfigError, RebasinError
-from ..reporting.experiments import GROUP, declaration, names
+from ..reporting.experiments import GROUP, declaration, names, option_of, parsed, recipe
 from ..reporting.results import IRRELEVANT, load_results, relevant
 
 __all__ = ["declaration", "expand", "finished", "first_job", "names"]
@@ -41,9 +39,9 @@ def expand(arguments: Sequence[str]) -> list[str]:
     given: dict[str, Any] = {}
     where = 0
     for place, argument in enumerate(arguments):
-        override = None if argument.startswith("-") else _parsed(argument)
+        override = None if argument.startswith("-") else parsed(argument)
         if override is not None:
-            key = _key(override)
+            key = option_of(override)
             given[key] = override.value()
             where = place if key == GROUP else where
     name = given.get(GROUP)
@@ -52,31 +50,14 @@ def expand(arguments: Sequence[str]) -> list[str]:
     size = given.get("size", "full")
     if size not in SIZES:
         raise ConfigError(f"size is {size!r}, but an experiment has the sizes {' and '.join(SIZES)}.")
-    lines = [f"{key}={written(value)}" for key, value in declaration(name)[size].items()]
-    preset = [override for override in map(_parsed, lines) if override is not None]
-    added = [override for override in preset if _key(override) not in given]
+    preset = [o for o in map(parsed, recipe(declaration(name), size)) if o is not None]
+    added = [override for override in preset if option_of(override) not in given]
     flags = [argument for argument in arguments if argument.startswith("-")]
     shown = [_first(o) if flags else str(o.input_line) for o in added]
     # The experiment says so itself, but after a mistake Hydra would only notice that axes need --multirun.
     mode = [] if flags else ["--multirun"]
     shown += ["hydra.mode=RUN"] if SHOW & set(flags) else []
     return [*mode, *arguments[:where], f"+{GROUP}={name}", *shown, *arguments[where + 1 :]]
-
-
-def written(value: Any) -> str:
-    """A value of a YAML file as the command line has it."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _parsed(argument: str) -> Override | None:
-    try:
-        return OverridesParser.create().parse_override(argument)
-    except HydraException:
-        return None
-
-
-def _key(override: Override) -> str:
-    return override.get_key_element().lstrip("+~")
 
 
 def _first(override: Override) -> str:
@@ -117,7 +98,7 @@ def register() -> None:
 def first_job(name: str, size: str = "small", *more: str) -> list[str]:
     """The overrides of an experiment's first job, for `hydra.compose`; `more` are set on top."""
     expanded = [o for o in expand([f"+{GROUP}={name}", f"size={size}", *more]) if not o.startswith("-")]
-    return [o if (parsed := _parsed(o)) is None else _first(parsed) for o in expanded]
+    return [o if (override := parsed(o)) is None else _first(override) for o in expanded]
 
 
 register()

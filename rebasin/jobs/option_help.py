@@ -17,8 +17,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from ..integrations.signatures import FUNCTION, OPTIONS, meanings
+from ..reporting.experiments import written
 from .experiments import GROUP as EXPERIMENT
-from .experiments import written
 
 WIDTH, INDENT = 120, 40
 COMMENT = re.compile(r"( *)([\w.]+):[^#]*(?:# *(.*))?")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from ..errors import unknown
@@ -36,3 +41,31 @@ def _block(name: str) -> Any:
     file: Any = OmegaConf.load(config_dir() / GROUP / f"{name}.yaml")
     bases = [base for base in file.get("defaults", ()) if isinstance(base, str)]
     return OmegaConf.merge(*map(_block, bases), file.get(GROUP, {}))
+
+
+def recipe(declared: Mapping[str, Any], size: str) -> list[str]:
+    """The overrides of the recipe of this size; sweeps that earlier versions stored have them as they are."""
+    found = declared.get(size) or ()
+    return (
+        [f"{key}={written(value)}" for key, value in found.items()]
+        if isinstance(found, Mapping)
+        else [*found]
+    )
+
+
+def written(value: Any) -> str:
+    """A value of a YAML file as the command line has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def parsed(text: str) -> Override | None:
+    """An override of a recipe or a command line; None for what is none."""
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException:
+        return None
+
+
+def option_of(override: Override) -> str:
+    """The option that it sets."""
+    return override.get_key_element().lstrip("+~")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,27 +247,14 @@ def _rounded(value: Any) -> Any:
 
 def _undeclared(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
     """The declaration of a sweep without an experiment: the barrier against what varied first."""
-    axes = list(_axes(rows))
-    figures = []
-    if axes and all("barrier/heldout/loss" in row for row in rows):
-        figures = [
-            {
-                "name": "barrier",
-                "x": axes[0],
-                "y": {"naive": "naive/barrier/heldout/loss", "aligned": "barrier/heldout/loss"},
-            }
-        ]
-    values = ["naive/barrier/heldout/loss", "barrier/heldout/loss"] if figures else []
+    varied = sorted({key for row in rows for key in row["varied"]})
+    axes = [key for key in varied if len({json.dumps(row.get(key)) for row in rows}) > 1]
+    shown = {"naive": "naive/barrier/heldout/loss", "aligned": "barrier/heldout/loss"}
+    measured = bool(axes) and all(shown["aligned"] in row for row in rows)
     return {
         "name": folder.name,
         "title": f"Sweep {folder.name}",
         "question": "",
-        "figures": figures,
-        "table": {"rows": axes, "values": values} if values else None,
+        "figures": [{"name": "barrier", "x": axes[0], "y": shown}] if measured else [],
+        "table": {"rows": axes, "values": list(shown.values())} if measured else None,
     }
-
-
-def _axes(rows: Sequence[Row]) -> Iterator[str]:
-    for key in sorted({key for row in rows for key in row["varied"]}):
-        if len({json.dumps(row.get(key)) for row in rows}) > 1:
-            yield key

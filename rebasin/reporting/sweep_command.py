@@ -6,11 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-
-from .experiments import GROUP
+from .experiments import GROUP, option_of, parsed, recipe
 from .results import IRRELEVANT
 
 if TYPE_CHECKING:
@@ -23,10 +19,9 @@ def command(sweep: Sweep) -> str:
     Options of the recipe that the runs had otherwise, and further ones, are read off the runs' own commands. An axis of
     which only some values were run has these. (Runs that are no grid are shown as the grid around them.)
     """
-    declared = sweep.declaration.get(sweep.size)
-    if declared is None:
+    if sweep.declaration.get(sweep.size) is None:
         return sweep.runs[0].command if len(sweep.runs) == 1 else ""
-    recipe = {key: values for key, values in map(_values, declared) if key}
+    declared = {key: values for key, values in map(_values, recipe(sweep.declaration, sweep.size)) if key}
     seen: dict[str, dict[str, Any]] = {}
     for run in sweep.runs:
         for word in shlex.split(run.command):
@@ -38,7 +33,7 @@ def command(sweep: Sweep) -> str:
         *([] if sweep.size == "full" else [f"size={sweep.size}"]),
     ]
     for key, values in seen.items():
-        planned = recipe.get(key, {})
+        planned = declared.get(key, {})
         if key.split(".")[0] not in IRRELEVANT and values.keys() != planned.keys():
             own = [text for value, text in planned.items() if value in values]
             own += [text for value, text in values.items() if value not in planned]
@@ -52,7 +47,7 @@ def place(declaration: Mapping[str, Any], size: str, command: str) -> tuple[int,
     """
     own = dict(map(_values, shlex.split(command)))
     found = []
-    for key, planned in map(_values, declaration.get(size) or ()):
+    for key, planned in map(_values, recipe(declaration, size)):
         value = next(iter(own.get(key, ())), None)
         found.append(list(planned).index(value) if value in planned else len(planned))
     return tuple(found)
@@ -62,7 +57,7 @@ def _values(text: str) -> tuple[str, dict[str, str]]:
     """The option that an override sets, and its values: what they are, compared regardless of how they were written,
     and how they were. "" for what is no override.
     """
-    override = _parsed(text)
+    override = parsed(text) if "=" in text else None
     if override is None:
         return "", {}
     key = override.get_key_element()
@@ -73,15 +68,6 @@ def _values(text: str) -> tuple[str, dict[str, str]]:
     )
     values = {}
     for one in written:
-        parsed = _parsed(f"{key}={one}")
-        values[one if parsed is None else repr(parsed.value())] = one
-    return key.lstrip("+~"), values
-
-
-def _parsed(text: str) -> Override | None:
-    if "=" not in text:
-        return None
-    try:
-        return OverridesParser.create().parse_override(text)
-    except HydraException:
-        return None
+        alone = parsed(f"{key}={one}")
+        values[one if alone is None else repr(alone.value())] = one
+    return option_of(override), values
