@@ -473,7 +473,13 @@ def test_resumed_after_anything_it_ends_the_same_to_the_bit(
     digits: Pair, tmp_path: Path, objective: CrossEntropy, options: dict[str, Any]
 ):
     def search(**more: Any) -> StraightThroughResult:
-        given = {"steps": 8, "lr": 2e-2, **options, **more}
+        given: dict[str, Any] = {
+            "init": "weight_matching",
+            "schedule": "cosine",
+            "evaluate_every": 1,
+            "refine": 0,
+        }
+        given |= {"steps": 8, "lr": 2e-2, **options, **more}
         return straight_through(digits.spec, digits.a, digits.b, objective, digits.batches, **given)
 
     paths: list[Path] = []
