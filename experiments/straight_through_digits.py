@@ -215,7 +215,7 @@ def main(
     """Barriers on test data of naive merging, weight matching and the straight-through estimator."""
     torch.set_num_threads(threads)
     began = time.perf_counter()
-    options = dict(steps=steps, lr=lr, project_every=project_every, refine=refine, seed=seed)
+    options: dict[str, Any] = dict(steps=steps, lr=lr, project_every=project_every, refine=refine, seed=seed)
     options["schedule"] = "cosine"
     options["evaluate_every"] = evaluate_every
     rows: list[Row] = []

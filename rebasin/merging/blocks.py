@@ -130,7 +130,8 @@ def block_weights(setting: Any, names: Iterable[str], default: float | None = No
                 f"{len(rest)} of {len(names)} tensors, in {listed(left)}, take the default {default:g}."
             )
         found |= dict.fromkeys(rest, (default, "default"))
-    weights, rules = ({name: found[name][k] for name in names} for k in (0, 1))
+    weights = {name: found[name][0] for name in names}
+    rules = {name: found[name][1] for name in names}
     return BlockWeights(weights, rules, blocks, tuple(notes))
 
 
