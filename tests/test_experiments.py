@@ -18,8 +18,9 @@ from hydra.core.hydra_config import HydraConfig
 from rebasin import report
 from rebasin.errors import CheckpointError, ConfigError
 from rebasin.files import config_dir
+from rebasin.integrations.hydra import resolved
 from rebasin.jobs import experiments
-from rebasin.jobs.configuration import check_types, resolved
+from rebasin.jobs.configuration import check_types
 from rebasin.jobs.studies import counterexample, run_study
 from rebasin.jobs.studies.plane import Plane
 from rebasin.jobs.studies.port import mistakes

@@ -17,7 +17,7 @@ from wandb.sdk.wandb_run import Run
 
 from rebasin.errors import ConfigError, DataError
 from rebasin.evaluation.rewards import Estimate, score_models
-from rebasin.jobs.scoring import load_judge
+from rebasin.jobs.scoring import load_scoring
 from rebasin.objectives import Distillation, Reward
 from rebasin.reporting import draw
 from rebasin.reporting.console import Console
@@ -107,16 +107,16 @@ def test_the_scores_are_those_of_the_models(searched: Searched):
     _, results, _, _ = searched
     cfg = configured(*SMALL, *REWARD)
     task = load_task(cfg)
-    judge = load_judge(cfg, task)
-    assert judge is not None
+    scoring = load_scoring(cfg, task)
+    assert scoring is not None
     state_a, state_b = task.endpoints(None)
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     for label, state in (("A", state_a), ("B", state_b)):
         task.model.load_state_dict(dict(state))
-        reward = judge.objective.evaluate(task.model, judge.batches[1])["reward"]
+        reward = scoring.objective.evaluate(task.model, scoring.batches[1])["reward"]
         assert results["rewards"]["models"][label]["values"][1] == pytest.approx(reward, rel=1e-5)
     task.model.load_state_dict(before)
-    one = score_models(task.model, {"A": state_a}, judge.objective, judge.batches[:1])
+    one = score_models(task.model, {"A": state_a}, scoring.objective, scoring.batches[:1])
     assert math.isnan(one.models["A"].low) and one.models["A"].mean == pytest.approx(
         results["rewards"]["models"]["A"]["values"][0], rel=1e-5
     )
@@ -153,7 +153,7 @@ def test_mistakes_end_before_anything_is_searched(tmp_path: Path):
     ):
         with pytest.raises(error, match=words):
             cfg = configured(*overrides, "data.heldout=20" if "model=mlp" not in overrides else "seed=0")
-            load_judge(cfg, load_task(cfg))
+            load_scoring(cfg, load_task(cfg))
     with pytest.raises(ConfigError, match="sample_every needs a model that makes images"):
         execute(tmp_path, "model=mlp", "model.width=8", "model.recipe.epochs=1", "sample_every=5")
 
@@ -168,9 +168,9 @@ def test_prompts_from_a_file_are_used(tmp_path: Path):
     assert isinstance(task.objective, Reward)
     five, two = file.read_text().splitlines()
     assert [batch["prompts"] for batch in task.batches["train"]] == [[five, two, five], [two, five]]
-    judge = load_judge(cfg, task)
-    assert judge is not None
-    assert [[batch["prompts"] for batch in seed] for seed in judge.batches] == 3 * [[[five, two]]]
+    scoring = load_scoring(cfg, task)
+    assert scoring is not None
+    assert [[batch["prompts"] for batch in seed] for seed in scoring.batches] == 3 * [[[five, two]]]
 
 
 def test_without_data_the_search_has_teachers_and_the_curves_have_images():

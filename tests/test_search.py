@@ -25,6 +25,7 @@ from rebasin.checkpoints import load_metadata, load_safetensors
 from rebasin.errors import CheckpointError, ConfigError, DataError
 from rebasin.evaluation.pareto import beats
 from rebasin.files import config_dir
+from rebasin.jobs.worker import workers
 from rebasin.merging import METHODS, interpolate, merge
 from rebasin.merging.blocks import block_weights
 from rebasin.objectives import CrossEntropy, Denoising
@@ -33,14 +34,13 @@ from rebasin.reporting.results import load_results
 from rebasin.search.assessment import bootstrap, difference
 from rebasin.search.batches import cut, deal
 from rebasin.search.candidate import Candidate
-from rebasin.search.evaluator import Bench
-from rebasin.search.folder import key, locked, register
+from rebasin.search.evaluator import Evaluator
+from rebasin.search.folder import key, locked
 from rebasin.search.groups import group_tensors, interpolated
-from rebasin.search.objectives import load_aims
+from rebasin.search.objectives import load_objectives
 from rebasin.search.space import read_space
 from rebasin.search.verdict import Finalist, references
 from rebasin.search.warm_starts import warm_starts
-from rebasin.search.worker import workers
 from rebasin.tasks import load_task
 from rebasin.tasks.prompted import ImageMaker
 
@@ -56,7 +56,6 @@ UNET = [
 
 
 def configured(*overrides: str, config: str = "search") -> DictConfig:
-    register()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         return compose(config, overrides=list(overrides))
 
@@ -213,7 +212,7 @@ def test_warm_starts_are_known_merges_in_the_space():
 # Evaluation
 
 
-def test_the_bench_computes_only_what_changes():
+def test_the_evaluator_computes_only_what_changes():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
     a = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
@@ -221,17 +220,17 @@ def test_the_bench_computes_only_what_changes():
     b["3.bias"] = a["3.bias"].clone()
     space = read_space({"weights": {"by": "blocks"}}, list(a), 2, False)
     assert space.groups is not None
-    bench = Bench(model, [a, b], groups=space.groups)
+    evaluator = Evaluator(model, [a, b], groups=space.groups)
     first = Candidate("weighted_sum", {"0": 0.1, "2": 0.2, "3": 0.3})
-    bench.load(first)
-    assert bench.computed == 6
+    evaluator.load(first)
+    assert evaluator.computed == 6
     second = Candidate("weighted_sum", {"0": 0.1, "2": 0.7, "3": 0.3})
-    loaded = bench.load(second)
-    assert bench.computed == 6 + 2
+    loaded = evaluator.load(second)
+    assert evaluator.computed == 6 + 2
     for name, tensor in merge("weighted_sum", [a, b], weights=block_weights(second.weight, list(a))).items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
-    bench.load(Candidate("slerp", 0.5))
-    assert bench.computed == 8 + 5, "the bias that is the same in both is written once"
+    evaluator.load(Candidate("slerp", 0.5))
+    assert evaluator.computed == 8 + 5, "the bias that is the same in both is written once"
     assert not torch.equal(model.state_dict()["0.weight"], loaded.state_dict()["0.weight"]), (
         "the model is copied"
     )
@@ -242,10 +241,10 @@ def test_a_merge_that_fails_leaves_nothing_that_counts_as_loaded():
     a = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
     b = {name: 2 * tensor for name, tensor in a.items()}
     b["1.weight"][0, 0] = float("nan")
-    bench = Bench(model, [a, b])
+    evaluator = Evaluator(model, [a, b])
     with pytest.raises(CheckpointError, match=r"1\.weight"):
-        bench.load(Candidate("weighted_sum", 0.5))
-    loaded = bench.load(Candidate("weighted_sum", 0.0)).state_dict()
+        evaluator.load(Candidate("weighted_sum", 0.5))
+    loaded = evaluator.load(Candidate("weighted_sum", 0.0)).state_dict()
     assert all(torch.equal(loaded[name], a[name]) for name in a)
 
 
@@ -299,8 +298,8 @@ def test_objectives_of_a_search(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "tests.test_search", sys.modules[__name__])
     task = load_task(cfg)
-    loss, accuracy, own = load_aims(cfg, task)
-    assert [aim.name for aim in (loss, accuracy, own)] == ["cross_entropy", "accuracy", "squared"]
+    loss, accuracy, own = load_objectives(cfg, task, cfg.search)
+    assert [one.name for one in (loss, accuracy, own)] == ["cross_entropy", "accuracy", "squared"]
     model = task.model.eval()
     for split, batches in (("heldout", task.batches["heldout"]),):
         whole = task.objective.evaluate(model, batches)
@@ -311,7 +310,8 @@ def test_objectives_of_a_search(monkeypatch):
         assert own.losses(model, "heldout")[0] == pytest.approx(float(squared(model, (x[:7], y[:7]))))
     samples = [sum(len(batch[1]) for batch in part) for part in (loss.search, loss.choose)]
     assert sum(samples) == sum(len(y) for _, y in task.batches["train"])
-    halves = load_aims(configured(*TINY, "search.data=heldout"), task)[0]
+    cfg = configured(*TINY, "search.data=heldout")
+    halves = load_objectives(cfg, task, cfg.search)[0]
     total = sum(len(batch[1]) for part in (halves.search, halves.choose, halves.heldout) for batch in part)
     assert total == sum(len(y) for _, y in task.batches["heldout"]), "every held-out sample has one use"
 
@@ -332,8 +332,8 @@ def test_objectives_that_there_are_not(objectives, words):
     cfg = configured(*TINY, f"search.objectives={objectives}")
     task = load_task(cfg)
     with pytest.raises(ConfigError) as error:
-        for aim in load_aims(cfg, task):
-            aim.losses(task.model, "choose")
+        for objective in load_objectives(cfg, task, cfg.search):
+            objective.losses(task.model, "choose")
     assert words in str(error.value)
 
 

@@ -15,10 +15,10 @@ def search(context: typer.Context) -> None:
 
     Takes GROUP=CHOICE and OPTION=VALUE, as `python -m rebasin.search` does; `rebasin search --help` lists them.
     """
-    from ..search.__main__ import main
+    from ..jobs.commands import SEARCH
 
     sys.argv = ["rebasin search", *context.args]
-    main()
+    SEARCH.main()
 
 
 def compare_methods(context: typer.Context) -> None:
@@ -27,7 +27,7 @@ def compare_methods(context: typer.Context) -> None:
     Takes GROUP=CHOICE and OPTION=VALUE, as `python -m rebasin.compare_methods` does; `rebasin compare-methods --help`
     lists them.
     """
-    from ..jobs.compare_methods import main
+    from ..jobs.commands import COMPARE_METHODS
 
     sys.argv = ["rebasin compare-methods", *context.args]
-    main()
+    COMPARE_METHODS.main()

@@ -1,21 +1,21 @@
-"""How a run calls a matching algorithm: by its config alone, so a new one is one file and one config."""
+"""How a job calls a matching algorithm: by its config alone, so a new one is one file and one config."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import get_method
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..errors import ConfigError
-from ..matching import MatchResult
+from ..integrations.hydra import resolved
 from ..modules import loaded
 from ..spec import PermutationSpec
 from ..types import Maker, Progress, State, arguments_of, check_options, supply
-from .configuration import resolved
-from .resume import Resume
+from .resume import Resume, state_type
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -23,56 +23,73 @@ if TYPE_CHECKING:
 
 
 SUPPLY = (
-    "spec", "state_a", "state_b", "model_a", "model_b", "objective", "batches", "pipeline", "captions", "seed",
-    "progress",
+    "spec", "state_a", "state_b", "model_a", "model_b", "states", "model", "objective", "batches", "pipeline",
+    "captions", "seed", "progress", "checkpoint", "resume_from",
 )  # fmt: skip
-"""What a run can give an algorithm, by the name of the argument."""
+"""What a job can give an algorithm, by the name of the argument; the last two to one that can be continued."""
 
-KEPT = ("checkpoint", "resume_from")
-"""What it gives to one that can be continued (see resume.py)."""
+OWN = ("_target_", "name", "many", "reward")
+"""Fields of an algorithm's config that are no options of its function."""
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A matching function and its options.
+    """A matching function, of two models or of any number, and its options.
 
     `reward`: an objective of its own, the score of images, in the place of the run's.
     """
 
     name: str
-    function: Callable[..., MatchResult]
+    function: Callable[..., Any]
     options: Mapping[str, Any]
     reward: Mapping[str, Any] | None = None
+
+    @cached_property
+    def takes(self) -> frozenset[str]:
+        """The names of the function's arguments."""
+        return frozenset(arguments_of(self.function))
+
+    @property
+    def continues(self) -> bool:
+        """Whether it can go on after an interruption."""
+        return state_type(self.function) is not None
 
     def __call__(
         self,
         task: Task,
         spec: PermutationSpec,
-        state_a: State,
-        state_b: State,
-        *,
+        *states: State,
         seed: int = 0,
+        device: str | None = None,
         progress: Progress | None = None,
         resume: Resume | None = None,
-    ) -> MatchResult:
-        """Find the permutation that brings B to A; `resume` keeps what an interrupted search can go on from.
+    ) -> Any:
+        """Align the models to the first: the function's result.
+
+        Args:
+            device: where to compute; an option `device` of the algorithm itself wins.
+            resume: keeps what an interrupted matching can go on from.
 
         Raises:
-            ConfigError: the algorithm searches by a reward, but the model makes no images of prompts.
+            ConfigError: the algorithm looks at a reward, but the model makes no images of prompts.
         """
+        a, b = states[0], states[-1]
         offered = {
             "spec": spec,
-            "state_a": state_a,
-            "state_b": state_b,
-            "model_a": Maker(lambda: loaded(task.model, state_a)),
-            "model_b": Maker(lambda: loaded(task.model, state_b)),
+            "states": states,
+            "state_a": a,
+            "state_b": b,
+            "model": task.model,
+            "model_a": Maker(lambda: loaded(task.model, a)),
+            "model_b": Maker(lambda: loaded(task.model, b)),
             "objective": Maker(lambda: self._objective(task)),
             "batches": Maker(lambda: self._batches(task, seed)),
             "pipeline": task.pipeline,
             "captions": task.captions,
             "seed": seed,
             "progress": progress,
-            **(resume.arguments(self.function) if resume is not None else {}),
+            **({} if device is None else {"device": device}),
+            **({} if resume is None else resume.arguments(self.function)),
         }
         result = self.function(**supply(self.function, offered, self.options, what=f"algo={self.name}"))
         if resume is not None:
@@ -80,26 +97,17 @@ class Algorithm:
         return result
 
     def _objective(self, task: Task) -> Any:
-        """What the search looks at: the run's objective, or the reward."""
+        """What it looks at: the run's objective, or the reward."""
         if self.reward is None:
             return task.objective
-        from ..tasks.prompted import scorer_of
-
-        options = OmegaConf.create(dict(self.reward))
-        return self._maker(task).reward(
-            scorer_of(options, "algo.reward"),
-            steps=options.steps,
-            grad_steps=options.grad_steps,
-            guidance=options.guidance,
-        )
+        return self._maker(task).scored(OmegaConf.create(dict(self.reward)), "algo.reward")
 
     def _batches(self, task: Task, seed: int) -> Any:
         """The training batches of that objective."""
         if self.reward is None:
             return task.batches["train"]
-        options, maker = OmegaConf.create(dict(self.reward)), self._maker(task)
-        prompts = maker.chosen(options.prompts)
-        return maker.batches(prompts, count=options.train, batch_size=options.batch_size, seed=seed + 1)
+        options = OmegaConf.create(dict(self.reward))
+        return self._maker(task).prompted(options, options.train, seed + 1)
 
     def _maker(self, task: Task) -> ImageMaker:
         if task.maker is None:
@@ -109,20 +117,45 @@ class Algorithm:
         return task.maker
 
 
-def load_algorithm(algo: DictConfig) -> Algorithm:
+def load_algorithm(algo: DictConfig, several: bool = False) -> Algorithm:
     """The algorithm of the config group `algo`.
 
-    `_target_` names its function. Of what a run has (SUPPLY) it will get what its signature asks for; all
-    other fields but the name are its options, and `reward` an objective of its own (see configs/algo/ste_reward.yaml).
+    `_target_` names its function, `many` the one for `several` models, if that is another. Of what a job has (SUPPLY)
+    it will get what its signature asks for; the other fields are its options, but for the name, `repair` of the job on
+    many models, and `reward`, an objective of its own (see configs/algo/ste_reward.yaml).
 
     Raises:
-        ConfigError: an option that the function does not have, or an argument that a run can't supply.
+        ConfigError: an option that the function does not have, or an argument that a job can't supply.
     """
     function = get_method(algo["_target_"])
-    options = {
-        name: value
-        for name, value in resolved(algo).items()
-        if name not in ("_target_", "name", "many", "reward")
-    }
-    check_options(f"algo={algo.name}", options, arguments_of(function, SUPPLY + KEPT))
+    if several and not _of_many(function):
+        function = get_method(algo.many)
+    own = (*OWN, "repair") if _of_many(function) else OWN
+    options = {name: value for name, value in resolved(algo).items() if name not in own}
+    known = arguments_of(function, SUPPLY)
+    check_options(f"algo={algo.name}", options, known)
+    if options.get("device") in (None, known.get("device")):
+        options.pop("device", None)  # that of the run, if there is one
     return Algorithm(algo.name, function, options, resolved(algo).get("reward"))
+
+
+def is_many(cfg: DictConfig) -> bool:
+    """Whether the chosen algorithm is to merge more than two models, or is one for any number.
+
+    Raises:
+        ConfigError: there are other than two models, but the algorithm aligns two.
+    """
+    chosen = next((cfg.model.get(field) for field in ("files", "seeds") if cfg.model.get(field)), None)
+    several = isinstance(chosen, ListConfig) and len(chosen) != 2
+    if _of_many(get_method(cfg.algo["_target_"])):
+        return True
+    if several and not cfg.algo.get("many"):
+        raise ConfigError(
+            f"There are {len(chosen or ())} networks, but algo={cfg.algo.name} aligns two: choose"
+            f" algo=merge_many, or algo=naive for their plain mean."
+        )
+    return several
+
+
+def _of_many(function: Callable[..., Any]) -> bool:
+    return "states" in arguments_of(function)

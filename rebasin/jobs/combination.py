@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from ..errors import ConfigError
+from ..integrations.hydra import resolved
 from ..merging import BlockWeights, MergedState, Method, block_weights, diagonal_fisher, merge
 from ..merging.merged import find_method
 from ..merging.registry import plan_options
 from ..modules import loaded
 from ..types import Progress, State
-from .configuration import resolved
 
 if TYPE_CHECKING:
     from ..tasks import Task

@@ -75,13 +75,6 @@ def _stop(error: Exception, config: str) -> NoReturn:
     sys.exit(2)
 
 
-def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """`cfg` as plain data, with all interpolations filled in."""
-    container = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
 def explain(error: Exception, arguments: Iterable[str] = (), config: str = CONFIG) -> str:
     """What is wrong with the command line, and what would be valid, in one sentence."""
     if isinstance(error, MissingConfigException):
@@ -117,12 +110,12 @@ def check_types(cfg: DictConfig, config: str = CONFIG) -> None:
     ours = [
         f"{group}={choice}"
         for group, choice in choices.items()
-        if group not in ("hydra", EXPERIMENT) and _exists(group, choice)
+        if group not in ("hydra", EXPERIMENT) and exists(group, choice)
     ]
     defaults = composed(ours, config)
     for key in defaults:
         # A choice from a folder of the user's own (--config-dir) has no defaults here.
-        if key not in choices or _exists(key, choices[key]):
+        if key not in choices or exists(key, choices[key]):
             _compare(defaults[key], cfg[key], str(key))
 
 
@@ -171,9 +164,9 @@ def _no_option(name: str, arguments: Iterable[str], config: str) -> str:
 
 def _group_choices(arguments: Iterable[str]) -> list[str]:
     """Those of the command line's arguments that choose a valid config of a group."""
-    return [argument for argument in arguments if _exists(*argument.lstrip("+").partition("=")[::2])]
+    return [argument for argument in arguments if exists(*argument.lstrip("+").partition("=")[::2])]
 
 
-def _exists(group: object, choice: object) -> bool:
+def exists(group: object, choice: object) -> bool:
     """Whether the package has this config."""
     return (config_dir() / str(group) / f"{choice}.yaml").is_file()

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from ..errors import ConfigError
+from omegaconf import DictConfig
+
 from ..files import cache_folder
+from ..integrations.hydra import resolved
 
 EVERY = 2.0
 """Seconds between two writes at most; a sweep of a small model is quicker than that, and cheaper to do again."""
@@ -49,13 +50,10 @@ class Resume:
         """`checkpoint` and `resume_from` for `function`; empty if it takes neither.
 
         Raises:
-            ConfigError: the run is to be continued, but the algorithm can't be.
             CheckpointError: the state is damaged.
         """
         kind = state_type(function)
         if kind is None:
-            if self.wanted and self.path.exists():
-                raise ConfigError("This algorithm can't be continued; leave out resume=true.")
             return {}
         due = -float("inf")
 
@@ -88,11 +86,13 @@ def state_type(function: Callable[..., Any]) -> Any:
     return kinds[0] if kinds else None
 
 
-def resume_file(config: Mapping[str, Any], cache: str | os.PathLike[str] | None) -> Path | None:
-    """Where the state of a run with this configuration is kept: the same one for the same matching; None without a
-    cache.
+def load_resume(cfg: DictConfig) -> Resume | None:
+    """Where the state of a job's matching is kept while it is unfinished, the same file for the same matching; None
+    without a cache.
     """
-    relevant = {key: value for key, value in config.items() if key not in IRRELEVANT}
+    folder = cache_folder(cfg.path.cache)
+    if folder is None:
+        return None
+    relevant = {key: value for key, value in resolved(cfg).items() if key not in IRRELEVANT}
     digest = hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    folder = cache_folder(cache)
-    return None if folder is None else folder / "unfinished" / f"{digest}.safetensors"
+    return Resume(folder / "unfinished" / f"{digest}.safetensors", cfg.resume)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
+from torch import nn
 
 from ..errors import ConfigError
 from ..evaluation.rewards import Rewards, score_models
 from ..merging import interpolate
 from ..objectives import Reward
-from ..tasks.prompted import scorer_of
+from ..tasks import Task
 from ..types import Progress, State
-
-if TYPE_CHECKING:
-    from ..tasks import Task
 
 PROMPTS = 10
 """So many of the model's own captions are used where no file of prompts is given."""
@@ -30,7 +28,7 @@ DIFFERENCES = {
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
+class Scoring:
     """A scorer with its prompts: for each seed the batches of the same images."""
 
     objective: Reward
@@ -38,7 +36,7 @@ class Judge:
 
     def __call__(
         self,
-        task: Task,
+        model: nn.Module,
         state_a: State,
         state_b: State,
         aligned: State,
@@ -51,11 +49,11 @@ class Judge:
             NAIVE: interpolate(state_a, state_b, 0.5),
             ALIGNED: interpolate(state_a, aligned, 0.5),
         }
-        return score_models(task.model, states, self.objective, self.batches, DIFFERENCES, progress)
+        return score_models(model, states, self.objective, self.batches, DIFFERENCES, progress)
 
 
-def load_judge(cfg: DictConfig, task: Task) -> Judge | None:
-    """The judge that `cfg.evaluate` describes; None if it has no scorer.
+def load_scoring(cfg: DictConfig, task: Task) -> Scoring | None:
+    """The scoring that `cfg.evaluate` describes; None if it has no scorer.
 
     Raises:
         ConfigError: the model makes no images of prompts, or the options are impossible.
@@ -77,8 +75,7 @@ def load_judge(cfg: DictConfig, task: Task) -> Judge | None:
         maker.batches(prompts, count=None, batch_size=options.batch_size, seed=10_000 * (cfg.seed + 1) + seed)
         for seed in range(options.seeds)
     ]
-    objective = maker.reward(scorer_of(options, "evaluate"), steps=options.steps, guidance=options.guidance)
-    return Judge(objective, batches)
+    return Scoring(maker.scored(options, "evaluate"), batches)
 
 
 def in_words(rewards: Rewards) -> str:

@@ -1,134 +1,203 @@
-"""The steps of a run between loading and reporting: states and specs in, curves and figures out."""
+"""The stages that jobs share: from a configuration to aligned models, and what is measured of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 import torch
 from omegaconf import DictConfig
 
-from ..errors import ConfigError, VerificationError
+from .. import reporting
+from ..errors import VerificationError
 from ..evaluation import Curve, barrier
+from ..evaluation.samples import Samples
 from ..matching import MatchResult
 from ..merging import interpolate
 from ..modules import loaded
 from ..spec import PermutationSpec
+from ..spec.restrict import restrict
+from ..tasks import Task, load_task
 from ..tracing import verify
-from ..types import Progress, State, within
-from .resume import Resume, resume_file
+from ..types import Progress, ProgressEvent, State, within
+from .algorithm import Algorithm, load_algorithm
+from .combination import Combination, load_combination
+from .refusals import refuse
+from .resume import load_resume
+from .skeleton import Session
 
-if TYPE_CHECKING:
-    from ..evaluation.samples import Samples
-    from ..tasks import Task
-
-
-SPLITS = ("train", "heldout")
 TOLERANCE = 1e-3
 """Largest relative change of B's loss by permuting it: a last check on the real weights and data."""
 
 
-def settle(cfg: DictConfig) -> None:
-    """Seed torch, set its threads, and refuse impossible settings before anything is loaded.
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What a job that aligns begins with: the models' symmetries and how they are aligned.
 
-    Raises:
-        ConfigError: names the option and what it takes.
+    Attributes:
+        specs: part -> its symmetries; of the part that is aligned those that `structure` leaves.
     """
-    unknown = [split for split in cfg.evaluate.splits if split not in SPLITS]
-    if unknown or not cfg.evaluate.splits:
-        raise ConfigError(
-            f"evaluate.splits is {list(cfg.evaluate.splits)}; it takes some of {', '.join(SPLITS)}."
-        )
-    if cfg.evaluate.points < 2:
-        raise ConfigError(
-            f"evaluate.points is {cfg.evaluate.points}, but a line has at least 2 points, its ends."
-        )
-    if cfg.seed < 0:
-        raise ConfigError(f"seed is {cfg.seed}, but it must not be negative.")
-    torch.manual_seed(cfg.seed)
-    if cfg.threads > 0:
-        torch.set_num_threads(cfg.threads)
+
+    task: Task
+    algorithm: Algorithm
+    specs: Mapping[str, PermutationSpec]
+
+    @property
+    def spec(self) -> PermutationSpec:
+        """Of the part that is aligned."""
+        return self.specs[self.task.aligned]
 
 
-def resume(cfg: DictConfig, config: Mapping[str, Any]) -> Resume | None:
-    """Where the state of this run's matching is kept while it is unfinished; None without a cache."""
-    file = resume_file(config, cfg.path.cache)
-    return None if file is None else Resume(file, cfg.resume)
+@dataclass(frozen=True, eq=False)
+class Planned(Material):
+    """And how they are merged then."""
+
+    combination: Combination
 
 
-def verify_all(task: Task, specs: Mapping[str, PermutationSpec]) -> dict[str, dict[str, Any]]:
-    """Prove the spec of every part; part -> what was proved and how exactly.
+@dataclass(frozen=True, eq=False)
+class AlignedPair:
+    """Endpoints A and B, and B aligned to A by the run's algorithm."""
+
+    task: Task
+    spec: PermutationSpec
+    a: State
+    b: State
+    aligned: State
+    match: MatchResult
+
+
+def load(job: Session, several: bool = False) -> Material:
+    """Task, algorithm (one for `several` models) and specs."""
+    with job.stage("load"):
+        algorithm = load_algorithm(job.cfg.algo, several)
+        task = load_task(job.cfg)
+        refuse(job, task, algorithm)
+    with job.stage("spec"):
+        specs = {name: spec_of(job.cfg, task, name) for name in task.parts}
+        spec = specs[task.aligned]
+        job.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
+    return Material(task, algorithm, specs)
+
+
+def plan_merge(job: Session, several: bool = False) -> Planned:
+    """What a run has before any endpoint is loaded; leaves blocks.png."""
+    material = load(job, several)
+    combination = load_combination(job.cfg, material.task)
+    reporting.save_blocks(combination.blocks, job.folder)
+    return Planned(material.task, material.algorithm, material.specs, combination)
+
+
+def spec_of(cfg: DictConfig, task: Task, part: str) -> PermutationSpec:
+    """The symmetries of a part; of the aligned one those that `structure` leaves."""
+    spec = task.parts[part].spec()
+    return restrict(spec, cfg.structure) if part == task.aligned else spec
+
+
+def verify_all(
+    job: Session, task: Task, specs: Mapping[str, PermutationSpec]
+) -> dict[str, dict[str, object]]:
+    """Prove the specs of these parts; part -> what was proved and how exactly.
 
     Raises:
         VerificationError: a permutation of a spec changed an output; nothing may be aligned with it.
     """
-    checks = {}
-    for name, part in task.parts.items():
-        spec = specs[name]
-        if part.proved is not None:
-            error = part.proved(spec)
-        else:
-            error = verify(part.model, spec, *part.args, **part.kwargs).require().max_relative_error
-        checks[name] = {
-            "max_relative_error": error,
-            "passed": True,
-            "groups": len(spec),
-            "neurons": spec.neurons,
-            "coverage": {"one": spec.coverage().one, "both": spec.coverage().both},
-        }
+    checks, errors = {}, []
+    with job.stage("verify"):
+        for name, spec in specs.items():
+            part = task.parts[name]
+            if part.proved is not None:
+                errors.append(part.proved(spec))
+            else:
+                report = verify(part.model, spec, *part.args, **part.kwargs).require()
+                errors.append(report.max_relative_error)
+            checks[name] = {
+                "max_relative_error": errors[-1],
+                "passed": True,
+                "groups": len(spec),
+                "neurons": spec.neurons,
+                "coverage": {"one": spec.coverage().one, "both": spec.coverage().both},
+            }
+        job.say(f"largest relative error {max(errors):.1e}")
     return checks
 
 
-def evaluate(
-    cfg: DictConfig,
-    task: Task,
-    state_a: State,
-    state_b: State,
-    aligned: State,
-    match: MatchResult,
-    progress: Progress | None = None,
+def endpoints(job: Session, task: Task) -> tuple[State, ...]:
+    """Load or train the models."""
+    with job.stage("endpoints"):
+        states = task.endpoints(job.progress)
+        job.say(", ".join(f"{'ABCDEFGH'[i % 8]}: {label}" for i, label in enumerate(task.labels)))
+    return states
+
+
+def align(
+    job: Session, material: Material, a: State, b: State, listen: Progress | None = None
+) -> AlignedPair:
+    """B to A; `listen` is told of progress, too."""
+    task, spec, algorithm = material.task, material.spec, material.algorithm
+
+    def progress(event: ProgressEvent) -> None:
+        job.logged(event)
+        if listen is not None:
+            listen(event)
+
+    with job.stage("align"):
+        match = algorithm(
+            task, spec, a, b,
+            seed=job.cfg.seed, device=job.cfg.device, progress=progress, resume=load_resume(job.cfg),
+        )  # fmt: skip
+        # A state that is read from a file stays there: SDXL's would not fit in memory three times.
+        aligned = match.permutation.apply(b) if isinstance(b, dict) else match.permutation.view(b)
+        job.say(f"{algorithm.name}: {match.moved:,} of {spec.neurons:,} neurons moved")
+    return AlignedPair(task, spec, a, b, aligned, match)
+
+
+def splits(cfg: DictConfig, task: Task) -> list[str]:
+    """The splits to evaluate on: none if the task has no data, because its models are too large to compute with."""
+    return [split for split in cfg.evaluate.splits if task.batches]
+
+
+def curves(
+    cfg: DictConfig, pair: AlignedPair, progress: Progress | None = None
 ) -> dict[str, dict[str, Curve]]:
     """The curves from A to B and from A to aligned B: split -> "naive", "aligned" -> curve.
 
     Raises:
         VerificationError: B's loss is another one after permuting it.
     """
-    curves: dict[str, dict[str, Curve]] = {}
-    for split in _measured(cfg, task):
+    found: dict[str, dict[str, Curve]] = {}
+    task = pair.task
+    for split in splits(cfg, task):
 
         def measure(end: State, kind: str, split: str = split) -> Curve:
-            def report(event: dict[str, Any]) -> None:
+            def report(event: ProgressEvent) -> None:
                 if progress is not None:
                     progress(within(event, f"{kind}, {split}"))
 
             def loss(model: torch.nn.Module) -> dict[str, float]:
                 return task.objective.evaluate(model, task.batches[split])
 
-            return barrier(task.model, state_a, end, loss, points=cfg.evaluate.points, progress=report)
+            return barrier(task.model, pair.a, end, loss, points=cfg.evaluate.points, progress=report)
 
-        naive = measure(state_b, "naive")
+        naive = measure(pair.b, "naive")
         # Where no neuron moved the two lines are the same line.
-        curves[split] = {"naive": naive, "aligned": measure(aligned, "aligned") if match.moved else naive}
-        before, after = naive.losses[-1], curves[split]["aligned"].losses[-1]
+        aligned = measure(pair.aligned, "aligned") if pair.match.moved else naive
+        found[split] = {"naive": naive, "aligned": aligned}
+        before, after = naive.losses[-1], aligned.losses[-1]
         if math.isfinite(before) and not math.isclose(before, after, rel_tol=TOLERANCE, abs_tol=1e-6):
             raise VerificationError(
                 f"The loss of B on {split} was {before:.6g} and is {after:.6g} after permuting it, so the"
                 " permutation is not legal for these weights."
             )
-    return curves
+    return found
 
 
 def evaluate_merged(cfg: DictConfig, task: Task, merged: State) -> dict[str, dict[str, float]]:
     """The figures of the saved merge itself, which need not lie on the line: split -> "loss" and others."""
-    splits = _measured(cfg, task)
-    model = loaded(task.model, merged) if splits else task.model
-    return {split: task.objective.evaluate(model, task.batches[split]) for split in splits}
-
-
-def _measured(cfg: DictConfig, task: Task) -> list[str]:
-    """The splits to evaluate on: none if the task has no data, because its models are too large to compute with."""
-    return [split for split in cfg.evaluate.splits if task.batches]
+    measured = splits(cfg, task)
+    model = loaded(task.model, merged) if measured else task.model
+    return {split: task.objective.evaluate(model, task.batches[split]) for split in measured}
 
 
 def barriers(curves: Mapping[str, Mapping[str, Curve]]) -> str:
@@ -139,14 +208,15 @@ def barriers(curves: Mapping[str, Mapping[str, Curve]]) -> str:
     )
 
 
-def sample(task: Task, state_a: State, state_b: State, aligned: State, seed: int) -> Samples | None:
+def sample(pair: AlignedPair, seed: int) -> Samples | None:
     """Images of A, B and both midpoints from the same prompts and noise; None if the task makes none."""
-    if task.sampler is None:
+    if pair.task.sampler is None:
         return None
+    a, b = pair.task.labels
     states = {
-        f"A: {task.labels[0]}": state_a,
-        f"B: {task.labels[1]}": state_b,
-        "naive midpoint": interpolate(state_a, state_b, 0.5),
-        "aligned midpoint": interpolate(state_a, aligned, 0.5),
+        f"A: {a}": pair.a,
+        f"B: {b}": pair.b,
+        "naive midpoint": interpolate(pair.a, pair.b, 0.5),
+        "aligned midpoint": interpolate(pair.a, pair.aligned, 0.5),
     }
-    return task.sampler(states, seed)
+    return pair.task.sampler(states, seed)

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from .batches import samples_in
-
 CONFIDENCE = 0.95
 DRAWS = 4000
 
@@ -27,6 +25,10 @@ class Interval:
     high: float
     units: int
 
+    def figures(self) -> dict[str, float]:
+        """Mean and ends."""
+        return {"mean": self.mean, "low": self.low, "high": self.high}
+
 
 def units_of(batches: Sequence[Any]) -> list[Hashable]:
     """What is drawn at once in a bootstrap: batches, or those of one prompt where every batch has a single prompt."""
@@ -35,11 +37,6 @@ def units_of(batches: Sequence[Any]) -> list[Hashable]:
         prompts = batch.get("prompts") if isinstance(batch, Mapping) else None
         found.append(prompts[0] if prompts and len(set(prompts)) == 1 else number)
     return found
-
-
-def sizes_of(batches: Sequence[Any]) -> list[int]:
-    """The samples in each batch."""
-    return [samples_in(batch) for batch in batches]
 
 
 def bootstrap(

@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import RebasinError
+from ..errors import ConfigError, RebasinError
 from ..merging import METHODS, Method, diagonal_fisher, merge
+from ..merging.merged import find_method
 from ..merging.registry import plan_options
 from ..reporting.methods import ALIGNED, ENDPOINT, NAIVE, PLAIN
 from ..types import Progress, State, tell
-from .assessment import bootstrap, difference, sizes_of, units_of
-from .evaluator import Bench
-from .objectives import Aim
+from .assessment import bootstrap, difference
+from .evaluator import Evaluator
+from .objectives import SearchObjective
+from .space import UNFIT, is_strength, obstacle
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Row:
         name: of the method, or of the model that is an endpoint.
         kind: ENDPOINT, NAIVE or ALIGNED.
         weight: its share or strength; None where the method has none.
-        aims: aim -> mean, low, high, and difference, difference_low, difference_high to the plain average, all losses.
+        aims: objective -> mean, low, high, and difference, difference_low, difference_high to plain averaging: losses.
         seconds: to merge.
         error: why there is no merge.
     """
@@ -36,6 +38,15 @@ class Row:
     aims: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A merge, or a model: held-out losses for each objective, the weight that was best, the seconds of merging."""
+
+    losses: Sequence[Sequence[float]]
+    weight: float | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +60,7 @@ class Trials:
 
 
 def compare(
-    bench: Bench,
-    aims: Sequence[Aim],
+    evaluator: Evaluator,
     sets: Mapping[str, tuple[Sequence[State], State | None]],
     labels: Sequence[str],
     methods: Sequence[Method],
@@ -60,10 +70,10 @@ def compare(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Merge with every method and measure.
+    """Merge with every method and measure by every objective.
 
     Args:
-        bench: of the models' architecture.
+        evaluator: of the models' architecture.
         sets: NAIVE, and ALIGNED if something moved -> the models and the base in that arrangement.
         labels: of the models.
         objective: what a Fisher information is of; None leaves out methods that need one.
@@ -71,8 +81,9 @@ def compare(
     Returns:
         The endpoints and the base, then the plain average, then the methods in their order, naive before aligned.
     """
-    first = next(iter(sets.values()))[0]
-    total = len(first) + len(sets) * len(methods)
+    first, ancestor = next(iter(sets.values()))
+    ends = [*zip(labels, first, strict=True), *([] if ancestor is None else [("base", ancestor)])]
+    total = len(ends) + len(sets) * len(methods)
     step = 0
 
     def told(what: str) -> None:
@@ -80,37 +91,28 @@ def compare(
         step += 1
         tell(progress, what, step, total)
 
-    measured: dict[tuple[str, str], tuple[list[list[float]], float | None, float]] = {}
+    measured: dict[tuple[str, str], Measured] = {}
     errors: dict[tuple[str, str], str] = {}
-    for label, state in zip(labels, first, strict=True):
-        model = bench.load_state(state)
-        measured[label, ENDPOINT] = [aim.losses(model, "heldout") for aim in aims], None, 0.0
+    for label, state in ends:
+        losses = evaluator.losses(evaluator.load_state(state), "heldout")
+        measured[label, ENDPOINT] = Measured(losses)
         told(label)
-    ancestor = next(iter(sets.values()))[1]
-    if ancestor is not None:
-        model = bench.load_state(ancestor)
-        measured["base", ENDPOINT] = [aim.losses(model, "heldout") for aim in aims], None, 0.0
     for kind, (states, base) in sets.items():
         companions: list[State] | None = None
         for method in methods:
             try:
                 if "companions" in method.takes and companions is None:
-                    companions = _fisher(bench, states, objective, aims[0].search, trials.samples)
-                measured[method.name, kind] = _best(
-                    bench, aims, method, states, base, companions, trials, seed
-                )
+                    companions = _fisher(evaluator, states, objective, trials.samples)
+                measured[method.name, kind] = _best(evaluator, method, states, base, companions, trials, seed)
             except RebasinError as error:
                 errors[method.name, kind] = str(error)
             told(f"{method.name}, {kind}")
 
     plain = measured.get((PLAIN, NAIVE))
-    rows = []
-    for key in [*measured, *errors]:
-        if key in errors:
-            rows.append(Row(*key, error=errors[key]))
-            continue
-        losses, weight, seconds = measured[key]
-        rows.append(Row(*key, weight, _figures(aims, losses, plain[0] if plain else None, seed), seconds))
+    rows = [
+        Row(*key, m.weight, _figures(evaluator, m, plain, seed), m.seconds) for key, m in measured.items()
+    ]
+    rows += [Row(*key, error=error) for key, error in errors.items()]
     order = {name: i for i, name in enumerate([*labels, "base", *(method.name for method in methods)])}
     return sorted(rows, key=lambda row: (order[row.name], row.kind != ENDPOINT, row.kind == ALIGNED))
 
@@ -121,10 +123,6 @@ def fitting(names: Sequence[str], models: int, has_base: bool, gradients: bool) 
     Raises:
         ConfigError: there is no such method, or it can't merge these models.
     """
-    from ..errors import ConfigError
-    from ..merging.merged import find_method
-    from .space import UNFIT, obstacle
-
     if list(names) == ["all"]:
         skipped = {*UNFIT} - {"fisher", "greedy_soup"}
         found = [m for m in METHODS.values() if m.name not in skipped]
@@ -142,23 +140,23 @@ def fitting(names: Sequence[str], models: int, has_base: bool, gradients: bool) 
 
 
 def _best(
-    bench: Bench,
-    aims: Sequence[Aim],
+    evaluator: Evaluator,
     method: Method,
     states: Sequence[State],
     base: State | None,
     companions: Sequence[State] | None,
     trials: Trials,
     seed: int,
-) -> tuple[list[list[float]], float | None, float]:
-    """Held-out losses of each aim at the weight that is best on other data, that weight, the seconds of a merge."""
-    from .space import is_strength
+) -> Measured:
+    """The merge with the weight that is best on other data than the held-out."""
+    objective = evaluator.objectives[0]
+
+    def score(state: State) -> float:
+        return objective.mean(objective.losses(evaluator.load_state(state), "choose"), "choose")
 
     options: dict[str, Any] = dict(trials.options.get(method.name, {}))
     if "score" in plan_options(method.plan):
-        options["score"] = lambda state: aims[0].mean(
-            aims[0].losses(bench.load_state(state), "choose"), "choose"
-        )
+        options["score"] = score
     weights: Sequence[float | None] = [None]
     if method.weight is not None and method.plan is None:
         weights = trials.strengths if is_strength(method) else trials.shares
@@ -181,53 +179,48 @@ def _best(
             )
         )
         seconds = time.perf_counter() - began
-        score = 0.0
-        if len(weights) > 1:
-            losses = aims[0].losses(bench.load_state(merged), "choose")
-            score = aims[0].mean(losses, "choose")
-        merges.append((score, seconds, weight, merged))
+        merges.append((score(merged) if len(weights) > 1 else 0.0, seconds, weight, merged))
     _, seconds, weight, merged = min(merges, key=lambda entry: entry[0])
-    model = bench.load_state(merged)
-    return [aim.losses(model, "heldout") for aim in aims], weight, seconds
+    return Measured(evaluator.losses(evaluator.load_state(merged), "heldout"), weight, seconds)
 
 
-def _fisher(
-    bench: Bench, states: Sequence[State], objective: Any, batches: Sequence[Any], samples: int
-) -> list[State]:
+def _fisher(evaluator: Evaluator, states: Sequence[State], objective: Any, samples: int) -> list[State]:
     found: list[State] = []
     for state in states:
-        model = bench.load_state(state).requires_grad_(True)
+        model = evaluator.load_state(state).requires_grad_(True)
+        batches = evaluator.objectives[0].search
         found.append(diagonal_fisher(model, objective, batches, max_samples=samples))
         model.requires_grad_(False)
     return found
 
 
 def _figures(
-    aims: Sequence[Aim], losses: Sequence[Sequence[float]], plain: Sequence[Sequence[float]] | None, seed: int
+    evaluator: Evaluator, merge: Measured, plain: Measured | None, seed: int
 ) -> dict[str, dict[str, float]]:
     found = {}
-    for i, aim in enumerate(aims):
-        sizes, units = sizes_of(aim.heldout), units_of(aim.heldout)
-        own = bootstrap(losses[i], sizes, units, seed)
-        found[aim.name] = {"mean": own.mean, "low": own.low, "high": own.high}
+    for i, objective in enumerate(evaluator.objectives):
+        drawn = objective.units
+        found[objective.name] = bootstrap(merge.losses[i], *drawn, seed).figures()
         if plain is not None:
-            gap = difference(losses[i], plain[i], sizes, units, seed)
-            found[aim.name] |= {
-                "difference": gap.mean,
-                "difference_low": gap.low,
-                "difference_high": gap.high,
-            }
+            gap = difference(merge.losses[i], plain.losses[i], *drawn, seed)
+            found[objective.name] |= {
+                "difference": gap.mean, "difference_low": gap.low, "difference_high": gap.high
+            }  # fmt: skip
     return found
 
 
 def figures(
-    labels: Sequence[str], base: str | None, moved: str, aims: Sequence[Aim], rows: Sequence[Row]
+    labels: Sequence[str],
+    base: str | None,
+    moved: str,
+    objectives: Sequence[SearchObjective],
+    rows: Sequence[Row],
 ) -> dict[str, Any]:
-    """A comparison as results.json has it; losses throughout, also where an aim's `sign` is -1."""
+    """A comparison as results.json has it; losses throughout, also where an objective's `sign` is -1."""
     return {
         "labels": list(labels),
         "base": base,
         "moved": moved,
-        "aims": [{"name": aim.name, "sign": aim.sign, "units": len(aim.heldout)} for aim in aims],
+        "aims": [{"name": one.name, "sign": one.sign, "units": len(one.heldout)} for one in objectives],
         "rows": [asdict(row) for row in rows],
     }

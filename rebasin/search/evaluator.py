@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import CheckpointError
+from ..merging import MergedState
 from ..merging.inputs import same
 from ..types import State
 from .candidate import Candidate
 from .groups import Groups
+from .objectives import SearchObjective
 
 
-class Bench:
-    """Loads candidates into one copy of a model.
+class Evaluator:
+    """Loads candidates into one copy of a model, and measures them.
 
     A tensor that is the same in all inputs is written once, and one whose method, options and weight are those of the
     candidate before is left as it is. So a search that moves one block pays for one block.
@@ -27,6 +29,7 @@ class Bench:
         self,
         model: nn.Module,
         states: Sequence[State],
+        objectives: Sequence[SearchObjective] = (),
         *,
         base: State | None = None,
         groups: Groups | None = None,
@@ -37,6 +40,7 @@ class Bench:
         Args:
             model: the architecture; it is copied.
             states: the inputs, in one basis.
+            objectives: what to measure; all are to be small.
             groups: of candidates whose weights are by group.
             device: where the model runs.
         """
@@ -44,6 +48,7 @@ class Bench:
         if device is not None:
             self.model.to(device)
         self.states, self.base, self.groups, self.seed = tuple(states), base, groups, seed
+        self.objectives = tuple(objectives)
         inputs = [*self.states, *([base] if base is not None else [])]
         self._constant = frozenset(
             name for name in states[0] if all(same(states[0][name], other[name]) for other in inputs[1:])
@@ -55,17 +60,17 @@ class Bench:
         self._loaded: dict[str, Any] = {}
         self.computed = 0
 
-    def merged(self, candidate: Candidate) -> Mapping[str, Tensor]:
+    def merged(self, candidate: Candidate) -> MergedState:
         """The candidate as a lazy state."""
         return candidate.merged(self.states, base=self.base, groups=self.groups, seed=self.seed)
 
     def load(self, candidate: Candidate) -> nn.Module:
-        """The model with the candidate's weights; it stays the bench's own.
+        """The model with the candidate's weights; it stays the evaluator's own.
 
         Raises:
             CheckpointError, ConfigError: the merge can't be made of these inputs.
         """
-        merged = candidate.merged(self.states, base=self.base, groups=self.groups, seed=self.seed)
+        merged = self.merged(candidate)
         whole = (candidate.method, repr(sorted(candidate.options.items())))
         with torch.no_grad():
             for name, slot in self._slots.items():
@@ -79,6 +84,19 @@ class Bench:
                 self._loaded[name] = key
                 self.computed += 1
         return self.model
+
+    def measure(self, candidate: Candidate, split: str) -> list[list[float]]:
+        """A candidate's losses on the batches of a split, for each objective."""
+        return self.losses(self.load(candidate), split)
+
+    def losses(self, model: nn.Module, split: str) -> list[list[float]]:
+        """Those of the model that is loaded."""
+        return [objective.losses(model, split) for objective in self.objectives]
+
+    def means(self, candidate: Candidate, split: str) -> list[float]:
+        """Its mean loss over the samples of a split, for each objective."""
+        losses = self.measure(candidate, split)
+        return [o.mean(own, split) for o, own in zip(self.objectives, losses, strict=True)]
 
     def load_state(self, state: State) -> nn.Module:
         """The model with the weights of `state`, which is no candidate."""

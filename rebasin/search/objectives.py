@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -16,10 +16,10 @@ from ..files import config_dir
 from ..integrations.signatures import composed
 from ..objectives import Reward
 from ..objectives.base import imported, mean_over_batches
+from ..tasks import Task, load_task
+from ..types import check_options
+from .assessment import units_of
 from .batches import cut, deal, samples_in
-
-if TYPE_CHECKING:
-    from ..tasks import Task
 
 RUN = "run"
 """The objective of the run itself, objective=..."""
@@ -29,7 +29,7 @@ HIGHER = ("accuracy", "reward")
 
 
 @dataclass(frozen=True, eq=False)
-class Aim:
+class SearchObjective:
     """One figure that is to be small.
 
     Attributes:
@@ -47,6 +47,11 @@ class Aim:
     heldout: Sequence[Any]
     sign: int = 1
 
+    @property
+    def units(self) -> tuple[list[int], list[Hashable]]:
+        """Of the held-out batches: how many samples each has, and what is drawn at once in a bootstrap."""
+        return [samples_in(batch) for batch in self.heldout], units_of(self.heldout)
+
     def losses(self, model: nn.Module, split: str) -> list[float]:
         """One for each batch of a split."""
         return [self.measure(model, batch) for batch in getattr(self, split)]
@@ -57,8 +62,8 @@ class Aim:
         return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
 
 
-def load_aims(cfg: DictConfig, task: Task, options: DictConfig | None = None) -> tuple[Aim, ...]:
-    """The objectives that `options` (cfg.search) names, on the data of the task.
+def load_objectives(cfg: DictConfig, task: Task, options: DictConfig) -> tuple[SearchObjective, ...]:
+    """The objectives that `options` (cfg.search, cfg.methods) names, on the data of the task.
 
     Each entry is `run` (that of objective=...), `run.FIGURE` (another figure of it, such as accuracy), the name of a
     config of the group `objective`, a mapping with such a name and options, or the path package.module:function of a
@@ -67,18 +72,17 @@ def load_aims(cfg: DictConfig, task: Task, options: DictConfig | None = None) ->
     Raises:
         ConfigError: there is no such objective or figure, or it does not fit the model.
     """
-    own = cfg.search if options is None else options
-    entries = list(own.objectives)
+    entries = list(options.objectives)
     if not entries:
         raise ConfigError("The list of objectives is empty; it takes at least one, for example [run].")
-    aims = tuple(_aim(cfg, task, own, entry) for entry in entries)
-    names = [aim.name for aim in aims]
+    found = tuple(_named(cfg, task, options, entry) for entry in entries)
+    names = [objective.name for objective in found]
     if len(set(names)) < len(names):
         raise ConfigError(f"objectives has {names[0]!r} twice; each objective counts once.")
-    return aims
+    return found
 
 
-def _aim(cfg: DictConfig, task: Task, options: DictConfig, entry: Any) -> Aim:
+def _named(cfg: DictConfig, task: Task, options: DictConfig, entry: Any) -> SearchObjective:
     if isinstance(entry, DictConfig):
         own = {str(key): value for key, value in entry.items()}
         name = own.pop("name", None)
@@ -92,10 +96,8 @@ def _aim(cfg: DictConfig, task: Task, options: DictConfig, entry: Any) -> Aim:
     return _other(cfg, options, str(entry), {})
 
 
-def _other(cfg: DictConfig, options: DictConfig, name: str, given: Mapping[str, Any]) -> Aim:
+def _other(cfg: DictConfig, options: DictConfig, name: str, given: Mapping[str, Any]) -> SearchObjective:
     """An objective of the config group, beside that of the run: it brings its own batches."""
-    from ..tasks import load_task
-
     folder = config_dir() / "objective"
     if not (folder / f"{name}.yaml").is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("[!_]*.yaml")))
@@ -103,11 +105,7 @@ def _other(cfg: DictConfig, options: DictConfig, name: str, given: Mapping[str, 
             f"objectives names {name!r}; it takes run, run.FIGURE, package.module:function, or one of {known}."
         )
     own = composed([f"objective={name}"]).objective
-    unknown = [key for key in given if key not in own]
-    if unknown:
-        raise ConfigError(
-            f"objective={name} has no option {unknown[0]!r}; it has {', '.join(map(str, own))}."
-        )
+    check_options(f"objective={name}", given, {str(key): None for key in own})
     changed = OmegaConf.merge(
         {key: value for key, value in cfg.items() if key != "objective"}, {"objective": own}
     )
@@ -116,7 +114,7 @@ def _other(cfg: DictConfig, options: DictConfig, name: str, given: Mapping[str, 
     return _of_task(changed, load_task(changed), options, name, "loss")
 
 
-def _of_task(cfg: DictConfig, task: Task, options: DictConfig, name: str, figure: str) -> Aim:
+def _of_task(cfg: DictConfig, task: Task, options: DictConfig, name: str, figure: str) -> SearchObjective:
     objective = task.objective
     rewarded = isinstance(objective, Reward)
     if rewarded and figure == "loss":
@@ -134,10 +132,10 @@ def _of_task(cfg: DictConfig, task: Task, options: DictConfig, name: str, figure
     called = name if figure in ("loss", "reward") else figure
     batches = _prompted(cfg, task, options) if rewarded else task.batches
     # An image is a unit of its own, so that the bootstrap draws prompts.
-    return Aim(called, measure, *_splits(options, batches, 1 if rewarded else options.unit), sign)
+    return SearchObjective(called, measure, *_splits(options, batches, 1 if rewarded else options.unit), sign)
 
 
-def _of_path(task: Task, options: DictConfig, path: str) -> Aim:
+def _of_path(task: Task, options: DictConfig, path: str) -> SearchObjective:
     function, name = imported("objective", path), path.rpartition(":")[2]
 
     def figures(model: nn.Module, batch: Any) -> tuple[dict[str, Tensor], int]:
@@ -146,7 +144,7 @@ def _of_path(task: Task, options: DictConfig, path: str) -> Aim:
     def measure(model: nn.Module, batch: Any) -> float:
         return mean_over_batches(model, [batch], figures)["loss"]
 
-    return Aim(name, measure, *_splits(options, task.batches, options.unit))
+    return SearchObjective(name, measure, *_splits(options, task.batches, options.unit))
 
 
 def _splits(

@@ -24,18 +24,18 @@ def figures(
     judged: Sequence[Mapping[str, Any]],
     resumed: int,
 ) -> dict[str, Any]:
-    """Everything about a search as plain data; losses throughout, also where an aim's `sign` is -1.
+    """Everything about a search as plain data; losses throughout, also where an objective's `sign` is -1.
 
     Args:
         base: the name of the base.
         baseline: known merges on the data of the search.
         ranked: the finalists, the winner first.
-        judged: `verdict.judge` of the winner.
+        judged: `verdict.assess` of the winner.
         resumed: how many trials there were before.
     """
     done = sorted(finished(study), key=lambda trial: trial.number)
     by_label = {f"trial {trial.number}": trial for trial in done}
-    winner = ranked[0]
+    winner, objectives = ranked[0], setup.evaluator.objectives
 
     def searched(label: str) -> list[float]:
         return list(by_label[label].values if label in by_label else baseline.get(label, ()))
@@ -46,8 +46,8 @@ def figures(
         "space": setup.space.in_words(),
         "parameters": sorted({name for trial in done for name in trial.params}),
         "aims": [
-            {"name": aim.name, "sign": aim.sign, "batches": len(aim.search), "choosing": len(aim.choose)}
-            for aim in setup.aims
+            {"name": one.name, "sign": one.sign, "batches": len(one.search), "choosing": len(one.choose)}
+            for one in objectives
         ],
         "trials": [
             {
@@ -83,11 +83,11 @@ def figures(
             "parameters": dict(by_label[winner.label].params) if winner.label in by_label else {},
         },
         "judged": [dict(one) for one in judged],
-        "importance": {aim.name: _importance(study, i) for i, aim in enumerate(setup.aims)},
+        "importance": {one.name: _importance(study, i) for i, one in enumerate(objectives)},
     }
 
 
-def _importance(study: optuna.Study, aim: int) -> dict[str, float]:
+def _importance(study: optuna.Study, objective: int) -> dict[str, float]:
     """How much each parameter matters among the better trials (PED-ANOVA, Watanabe et al. 2023); {} for too few."""
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
@@ -95,7 +95,7 @@ def _importance(study: optuna.Study, aim: int) -> dict[str, float]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it is about low values: they are losses
             found = get_param_importances(
-                study, evaluator=PedAnovaImportanceEvaluator(), target=lambda trial: trial.values[aim]
+                study, evaluator=PedAnovaImportanceEvaluator(), target=lambda trial: trial.values[objective]
             )
     except (ValueError, RuntimeError, ZeroDivisionError):
         return {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError
+from .objectives import SearchObjective
 
 if TYPE_CHECKING:
     import optuna
@@ -39,11 +40,11 @@ def need_optuna() -> Any:
     return optuna
 
 
-def open_study(folder: Path, aims: Sequence[str], prune: float) -> optuna.Study:
+def open_study(folder: Path, objectives: Sequence[SearchObjective], prune: float) -> optuna.Study:
     """The study in `folder`, made if there is none.
 
     Args:
-        aims: names of the objectives, all to be small.
+        objectives: all to be small.
         prune: give up on a trial once Wilcoxon's test says, with this probability of error, that it is worse than the
             best on the batches so far; 0 never does. With several objectives nothing is given up.
 
@@ -55,7 +56,7 @@ def open_study(folder: Path, aims: Sequence[str], prune: float) -> optuna.Study:
         raise ConfigError(f"search.prune is {prune}, but it is a probability: 0 (never) to below 1.")
     path = folder / NAME
     pruner = optuna.pruners.NopPruner()
-    if prune and len(aims) == 1:
+    if prune and len(objectives) == 1:
         pruner = optuna.pruners.WilcoxonPruner(p_threshold=prune, n_startup_steps=3)
     try:
         storage = optuna.storages.RDBStorage(
@@ -66,15 +67,16 @@ def open_study(folder: Path, aims: Sequence[str], prune: float) -> optuna.Study:
         study = optuna.create_study(
             storage=storage,
             study_name=STUDY,
-            directions=["minimize"] * len(aims),
+            directions=["minimize"] * len(objectives),
             pruner=pruner,
             load_if_exists=True,
         )
-        if len(study.directions) != len(aims):
+        if len(study.directions) != len(objectives):
             raise CheckpointError(
-                f"{path} is a search for {len(study.directions)} objectives, not {len(aims)}; choose another folder."
+                f"{path} is a search for {len(study.directions)} objectives, not {len(objectives)}; choose another"
+                " folder."
             )
-        study.set_metric_names(list(aims))
+        study.set_metric_names([one.name for one in objectives])
     except CheckpointError:
         raise
     except Exception as error:

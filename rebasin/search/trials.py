@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import RebasinError
 from ..types import Progress, ProgressEvent
 from .candidate import Candidate
-from .evaluator import Bench
-from .objectives import Aim
+from .evaluator import Evaluator
 from .space import Space
 from .study import finished, make_sampler, seconds_of
 
@@ -49,8 +48,7 @@ class OutOfTime(Exception):
 def work(
     study: optuna.Study,
     space: Space,
-    bench: Bench,
-    aims: Sequence[Aim],
+    evaluator: Evaluator,
     budget: Budget,
     *,
     sampler: str = "tpe",
@@ -77,11 +75,11 @@ def work(
         study.sampler = make_sampler("random" if stuck else sampler, seed + STEP * worker + len(done), warm)
         trial = study.ask()
         deadline = began + 60 * budget.minutes if budget.minutes else math.inf
-        losses, given_up = _try(study, trial, space, bench, aims, deadline)
+        losses, given_up = _try(study, trial, space, evaluator, deadline)
         if losses is None:
             return
         done = finished(study)
-        if len(aims) == 1:
+        if len(evaluator.objectives) == 1:
             full = [t.value for t in done if t.state.name == "COMPLETE" and t.value is not None]
             best = min(full, default=best)
         if progress is not None:
@@ -99,23 +97,17 @@ def work(
             )
 
 
-def measure(bench: Bench, aims: Sequence[Aim], candidate: Candidate, split: str) -> list[list[float]]:
-    """A candidate's losses on the batches of a split, for each aim."""
-    model = bench.load(candidate)
-    return [aim.losses(model, split) for aim in aims]
-
-
 def _try(
     study: optuna.Study,
     trial: optuna.Trial,
     space: Space,
-    bench: Bench,
-    aims: Sequence[Aim],
+    evaluator: Evaluator,
     deadline: float,
 ) -> tuple[list[float] | None, bool]:
     """Measure one trial and tell the study; (its losses, whether it was given up), (None, ...) if time ran out."""
     from optuna.trial import TrialState
 
+    objectives = evaluator.objectives
     try:
         candidate = space.suggest(trial)
         trial.set_user_attr("candidate", candidate.to_dict())
@@ -123,21 +115,21 @@ def _try(
         if twin is not None:
             return _repeat(study, trial, twin), twin.state == TrialState.PRUNED
         known = "start" in trial.user_attrs
-        model = bench.load(candidate)
+        model = evaluator.load(candidate)
         values = []
-        for aim in aims:
+        for objective in objectives:
             losses: list[float] = []
-            for step, batch in enumerate(aim.search):
-                losses.append(_finite(aim.measure(model, batch)))
-                if time.monotonic() > deadline and len(aim.search) > len(losses):
+            for step, batch in enumerate(objective.search):
+                losses.append(_finite(objective.measure(model, batch)))
+                if time.monotonic() > deadline and len(objective.search) > len(losses):
                     raise OutOfTime
-                if len(aims) == 1:
+                if len(objectives) == 1:
                     trial.report(losses[-1], step)
-                    if not known and len(losses) < len(aim.search) and trial.should_prune():
+                    if not known and len(losses) < len(objective.search) and trial.should_prune():
                         trial.set_user_attr("batches", len(losses))
                         study.tell(trial, state=TrialState.PRUNED)
-                        return [aim.mean(losses, "search")], True
-            values.append(aim.mean(losses, "search"))
+                        return [objective.mean(losses, "search")], True
+            values.append(objective.mean(losses, "search"))
         study.tell(trial, values)
         return values, False
     except OutOfTime:

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ..evaluation.pareto import beats
 from ..reporting.search_figures import AVERAGE
 from ..types import Progress, tell
-from .assessment import Interval, bootstrap, difference, sizes_of, units_of
+from .assessment import bootstrap, difference
 from .candidate import Candidate
-from .evaluator import Bench
-from .objectives import Aim
-from .trials import measure
+from .evaluator import Evaluator
 
 if TYPE_CHECKING:
     import optuna
@@ -26,8 +24,8 @@ class Finalist:
 
     Attributes:
         label: "trial 12", or what it is called as a known merge.
-        chosen: its losses on the data that chooses, one for each aim.
-        front: no other finalist is as good in all aims and better in one.
+        chosen: its losses on the data that chooses, one for each objective.
+        front: no other finalist is as good in all objectives and better in one.
     """
 
     label: str
@@ -51,74 +49,60 @@ def references(labels: Sequence[str], has_base: bool = False) -> dict[str, Candi
 
 
 def best_trials(study: optuna.Study, number: int) -> list[Any]:
-    """The trials that were measured in full and found best: the front of several aims."""
+    """The trials that were measured in full and found best: the front of several objectives."""
     from optuna.trial import TrialState
 
+    states, several = (TrialState.COMPLETE,), len(study.directions) > 1
     complete = [
         trial
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        for trial in study.get_trials(deepcopy=False, states=states)
         if all(math.isfinite(value) for value in trial.values)
     ]
-    if len(study.directions) > 1:
-        values = [tuple(trial.values) for trial in complete]
-        complete = [
-            trial
-            for trial, own in zip(complete, values, strict=True)
-            if not any(beats(v, own) for v in values)
-        ]
+    if several:
+        complete = [t for t in complete if not any(beats(other.values, t.values) for other in complete)]
     unique: dict[str, Any] = {}
     for trial in sorted(complete, key=lambda trial: (trial.values[0], trial.number)):
         unique.setdefault(repr(trial.user_attrs["candidate"]), trial)
-    return (
-        _spread(list(unique.values()), number)
-        if len(study.directions) > 1
-        else list(unique.values())[:number]
-    )
+    found = list(unique.values())
+    return _spread(found, number) if several else found[:number]
 
 
 def finals(
-    bench: Bench,
-    aims: Sequence[Aim],
+    evaluator: Evaluator,
     trials: Sequence[Any],
     known: dict[str, Candidate],
     progress: Progress | None = None,
 ) -> list[Finalist]:
     """Measure the best trials and the known merges on the data that chooses; the winner comes first.
 
-    The winner of several aims is the one nearest to the best of each, all counted from the best (0) to the worst (1) of
-    the front.
+    The winner by several objectives is the one nearest to the best of each, all counted from the best (0) to the worst
+    (1) of the front.
     """
     entries = dict(known)
-    seen = list(known.values())
     for trial in trials:
         candidate = Candidate.from_dict(trial.user_attrs["candidate"])
-        if candidate not in seen:
+        if candidate not in known.values():
             entries[f"trial {trial.number}"] = candidate
-    found = []
+    chosen: dict[str, tuple[float, ...]] = {}
     for number, (label, candidate) in enumerate(entries.items()):
-        losses = measure(bench, aims, candidate, "choose")
-        found.append(
-            (label, candidate, tuple(a.mean(x, "choose") for a, x in zip(aims, losses, strict=True)))
-        )
+        chosen[label] = tuple(evaluator.means(candidate, "choose"))
         tell(progress, "finalist", number + 1, len(entries))
-    values = [chosen for _, _, chosen in found]
     ranked = [
-        Finalist(label, candidate, chosen, not any(beats(other, chosen) for other in values))
-        for label, candidate, chosen in found
+        Finalist(label, entries[label], own, not any(beats(other, own) for other in chosen.values()))
+        for label, own in chosen.items()
     ]
     front = [finalist.chosen for finalist in ranked if finalist.front]
     return sorted(ranked, key=lambda finalist: (not finalist.front, _distance(finalist.chosen, front)))
 
 
-def judge(
-    bench: Bench,
-    aims: Sequence[Aim],
+def assess(
+    evaluator: Evaluator,
     winner: Candidate,
     known: dict[str, Candidate],
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """The winner and the known merges on held-out data, one entry for each aim.
+    """The winner and the known merges on held-out data, one entry for each objective.
 
     Each has `name`, `sign`, `units`, `models` (label -> mean with its interval) and `differences` (label -> winner
     minus that, paired), as plain data; losses, so lower is better.
@@ -127,21 +111,23 @@ def judge(
     losses: dict[str, list[list[float]]] = {}
     for number, (label, candidate) in enumerate(entries.items()):
         same = next((other for other in losses if entries[other] == candidate), None)
-        losses[label] = losses[same] if same is not None else measure(bench, aims, candidate, "heldout")
+        losses[label] = losses[same] if same is not None else evaluator.measure(candidate, "heldout")
         tell(progress, "judging", number + 1, len(entries))
     told = []
-    for i, aim in enumerate(aims):
-        sizes, units = sizes_of(aim.heldout), units_of(aim.heldout)
+    for i, objective in enumerate(evaluator.objectives):
+        sizes, units = objective.units
         own = losses["winner"][i]
         told.append(
             {
-                "name": aim.name,
-                "sign": aim.sign,
+                "name": objective.name,
+                "sign": objective.sign,
                 "units": len(set(units)),
                 "samples": sum(sizes),
-                "models": {label: _plain(bootstrap(x[i], sizes, units, seed)) for label, x in losses.items()},
+                "models": {
+                    label: bootstrap(x[i], sizes, units, seed).figures() for label, x in losses.items()
+                },
                 "differences": {
-                    label: _plain(difference(own, x[i], sizes, units, seed))
+                    label: difference(own, x[i], sizes, units, seed).figures()
                     for label, x in losses.items()
                     if label != "winner"
                 },
@@ -165,7 +151,3 @@ def _distance(values: Sequence[float], front: Sequence[Sequence[float]]) -> floa
         low, high = min(other[i] for other in front), max(other[i] for other in front)
         total += ((value - low) / (high - low)) ** 2 if high > low else 0.0
     return math.sqrt(total)
-
-
-def _plain(interval: Interval) -> dict[str, Any]:
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high}

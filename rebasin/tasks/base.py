@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class Task:
         maker: how the aligned part makes images of prompts, differentiably; None: it makes none.
         export: the run's folder, the merge and metadata -> a file in the form that the endpoints came in; None: none.
         plan: what a dry run tells besides the spec.
+        reads: the options at the top of the configuration that it has asked for, see `load_task`.
     """
 
     parts: Mapping[str, Part]
@@ -73,6 +75,7 @@ class Task:
     others: Mapping[str, Callable[[], State]] = field(default_factory=dict)
     export: Callable[[Path, State, Mapping[str, str]], Path] | None = None
     plan: Sequence[str] = ()
+    reads: frozenset[str] = frozenset()
 
     @property
     def model(self) -> nn.Module:
@@ -100,7 +103,19 @@ def load_task(cfg: DictConfig) -> Task:
         ConfigError: model, data and objective do not go together.
         DataError, CheckpointError: a file is missing or damaged.
     """
-    return get_method(cfg.model.task)(cfg)
+    read: set[str] = set()
+
+    class Watched(DictConfig):
+        """The configuration, which notes what the task asks it for: nothing else has an effect on the task."""
+
+        def _get_impl(self, key: Any, *more: Any, **options: Any) -> Any:
+            read.add(str(key))
+            return super()._get_impl(key, *more, **options)
+
+    watched = copy.deepcopy(cfg)
+    object.__setattr__(watched, "__class__", Watched)  # whose own attributes are the options
+    task = get_method(cfg.model.task)(watched)
+    return replace(task, reads=frozenset(read))
 
 
 def require(cfg: DictConfig, group: str, *kinds: str) -> None:

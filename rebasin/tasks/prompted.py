@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_method
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ..data.prompts import read_prompts
 from ..errors import ConfigError
+from ..integrations.hydra import made
 from ..objectives import Denoising, Objective, Reward, teach
 from ..objectives.reward import Embed, Scorer, load_scorer, prompt_batches
 
@@ -41,14 +41,6 @@ class ImageMaker:
     shape: tuple[int, ...]
     prompts: Sequence[str]
 
-    def reward(
-        self, scorer: Scorer | str, *, steps: int = 10, grad_steps: int = 1, guidance: float = 3.0
-    ) -> Reward:
-        """The objective that `scorer` makes of the images."""
-        return Reward(
-            scorer, self.decode, self.problem, steps=steps, grad_steps=grad_steps, guidance=guidance
-        )
-
     def chosen(self, path: str | Path | None) -> Sequence[str]:
         """The prompts in the file `path`, or the model's own."""
         return self.prompts if path is None else read_prompts(path)
@@ -58,6 +50,17 @@ class ImageMaker:
     ) -> list[dict[str, Any]]:
         """See `objectives.reward.prompt_batches`."""
         return prompt_batches(prompts, self.embed, self.shape, count=count, batch_size=batch_size, seed=seed)
+
+    def scored(self, group: DictConfig, name: str) -> Reward:
+        """The reward that the config group `name` describes: its scorer, and how images are made."""
+        return Reward(
+            scorer_of(group, name), self.decode, self.problem,
+            steps=group.steps, grad_steps=group.get("grad_steps", 1), guidance=group.guidance,
+        )  # fmt: skip
+
+    def prompted(self, group: DictConfig, count: int, seed: int) -> list[dict[str, Any]]:
+        """Batches of its prompts."""
+        return self.batches(self.chosen(group.prompts), count=count, batch_size=group.batch_size, seed=seed)
 
 
 def scorer_of(group: DictConfig, name: str) -> Scorer:
@@ -75,12 +78,6 @@ def scorer_of(group: DictConfig, name: str) -> Scorer:
     return load_scorer(chosen) if isinstance(chosen, str) else made(chosen)
 
 
-def made(config: DictConfig, **more: Any) -> Any:
-    """What the function or class `_target_` makes of the other fields; its errors are not wrapped in Hydra's."""
-    options: Any = OmegaConf.to_container(config, resolve=True)
-    return get_method(options.pop("_target_"))(**options, **more)
-
-
 def objective_of(
     cfg: DictConfig,
     maker: ImageMaker,
@@ -96,16 +93,11 @@ def objective_of(
     """
     options, seed = cfg.objective, cfg.seed
     if options.kind == "reward":
-        scorer = scorer_of(options, "objective")
-        objective = maker.reward(
-            scorer, steps=options.steps, grad_steps=options.grad_steps, guidance=options.guidance
-        )
-        prompts = maker.chosen(options.prompts)
-        splits: dict[str, Batches] = {
-            split: maker.batches(prompts, count=options[split], batch_size=options.batch_size, seed=noise)
-            for split, noise in (("train", seed + 1), ("heldout", seed))
+        objective = maker.scored(options, "objective")
+        return objective, {
+            "train": maker.prompted(options, options.train, seed + 1),
+            "heldout": maker.prompted(options, options.heldout, seed),
         }
-        return objective, splits
     objective = made(options.object, alphas_cumprod=maker.problem.alphas_cumprod)
     if options.kind == "distillation":
         prompts = maker.chosen(options.prompts)

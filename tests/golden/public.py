@@ -29,10 +29,10 @@ JOBS = ("run", "search", "report", "compare_methods", "dashboard")
 BEGINNINGS = ("config", "search", "compare_methods")
 
 TINY = [
-    "model=mlp", "model.width=16", "model.depth=2", "model.recipe.epochs=2", "evaluate.points=3", "logger=none",
+    "model=mlp", "model.width=16", "model.depth=2", "model.recipe.epochs=2", "logger=none",
 ]  # fmt: skip
 RUNS = {
-    "run": ("rebasin.run", [*TINY]),
+    "run": ("rebasin.run", [*TINY, "evaluate.points=3"]),
     "run of many": ("rebasin.run", [*TINY, "algo=merge_many", "model.seeds=[0,1,2]"]),
     "search": ("rebasin.search", [*TINY, "search.trials=3", "search.minutes=0", "space=model"]),
     "comparison": ("rebasin.compare_methods", [*TINY, "methods.names=[weighted_sum,slerp]"]),

@@ -6,43 +6,35 @@ mappings from names to numbers, words and lists, which `python -m rebasin.report
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-from omegaconf import DictConfig
+from hydra.utils import get_method
 
+from ...reporting import study as report
+from ...reporting.results import Results
 from ...types import supply
-from ..configuration import resolved
-
-if TYPE_CHECKING:
-    from ...reporting.console import Console
-    from ...reporting.results import Results
+from ..refusals import refuse
+from ..skeleton import Job, Session
 
 
-def run_study(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> Results | None:
-    """Do the study that `cfg.study` names; leaves results.json and config.yaml in `folder`. None with `dry_run`.
+def _prepare(job: Session) -> Callable[[], list[dict[str, Any]]]:
+    """The study that `cfg.study` names, with its options."""
+    refuse(job)
+    options = dict(job.config["study"])
+    # Configurations of people's own may still name studies where they were.
+    function = get_method(options.pop("_target_").replace("rebasin.studies.", "rebasin.jobs.studies."))
+    offered = {"cfg": job.cfg, "console": job.console}
+    return partial(function, **supply(function, offered, options, what="The study"))
 
-    Raises:
-        RebasinError: an input is missing or does not fit; one sentence says which and what to do.
-    """
-    from hydra.utils import get_method
 
-    from ... import reporting
-    from .. import stages as steps
+def _plan(job: Session, study: Callable[[], list[dict[str, Any]]]) -> str:
+    return f"Would do the study {job.config['study']['_target_']} and leave its results in {job.folder}."
 
-    config = resolved(cfg)
-    options = {key: value for key, value in config["study"].items() if key != "_target_"}
-    function = get_method(config["study"]["_target_"])
-    given = supply(function, {"cfg": cfg, "console": console}, options, what="The study")
-    steps.settle(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    if cfg.dry_run:
-        console.say(f"would do the study {config['study']['_target_']} and leave its results in {folder}")
-        return None
-    with reporting.open_logger(cfg.logger, config, folder) as logger:
-        rows = function(**given)
-        results = reporting.collect(config, {"rows": rows}, console.seconds, command, "study")
-        reporting.leave(results, folder)
-        logger.results(results, folder)
-    console.summary(results, folder)
-    return results
+
+def _work(job: Session, study: Callable[[], list[dict[str, Any]]]) -> Results:
+    return job.leave({"rows": study()})
+
+
+run_study = Job(report.KIND, _prepare, _plan, _work)

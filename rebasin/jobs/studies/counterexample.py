@@ -8,7 +8,7 @@ searching small networks; the paper's code has a pair of its own.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +18,9 @@ from torch import Tensor
 from ...matching import weight_matching
 from ...merging import interpolate
 from ...models import MLP
+from ...reporting.console import Console
 from ...spec import Permutation
 from ...tracing import trace, verify
-
-if TYPE_CHECKING:
-    from ...reporting.console import Console
 
 A = {
     "layers.0.weight": torch.tensor([[-2.0, 2.0], [2.0, 2.0]]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...modules import with_weights
 from ...objectives.base import Objective
+from ...reporting.console import Console
 from ...types import ProgressEvent, State
 from .aligned_pair import aligned_pair
-
-if TYPE_CHECKING:
-    from ...reporting.console import Console
 
 
 def study(

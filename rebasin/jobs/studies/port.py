@@ -8,16 +8,16 @@ at once" is such a spec, and "derived" is ours.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 from torch import nn
 
 from ...errors import ConfigError
+from ...reporting.console import Console
 from ...spec import Cell, Group, Leaf, PermutationSpec, Site
-
-if TYPE_CHECKING:
-    from ...reporting.console import Console
+from ...tasks import load_task
+from ...tracing import verify
 
 Tie = tuple[str, tuple[tuple[str, int], ...]]
 """A name, and the (parameter, axis) pairs that one free permutation acts on."""
@@ -27,9 +27,6 @@ def study(cfg: DictConfig, console: Console, draws: int = 3) -> list[dict[str, A
     """One row for each mistake and each of `draws` random permutations: relative L2 error of the UNet's output, and
     the held-out denoising loss of A before and after A itself was permuted.
     """
-    from ...tasks import load_task
-    from ...tracing import verify
-
     with console.stage("load"):
         task = load_task(cfg)
         part = task.parts[task.aligned]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,9 @@ from ...errors import ConfigError
 from ...evaluation import Curve
 from ...merging import interpolate
 from ...modules import eval_mode, with_weights
+from ...reporting.console import Console
 from ...types import State
 from .aligned_pair import aligned_pair
-
-if TYPE_CHECKING:
-    from ...reporting.console import Console
 
 STEPS = 60
 RANGE = (-7.0, 7.0)  # of log temperature

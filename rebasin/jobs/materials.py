@@ -1,0 +1,125 @@
+"""What search and comparison work on, put together from the configuration: aligned models, space, objectives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from ..errors import CheckpointError, ConfigError
+from ..integrations.hydra import resolved
+from ..search.evaluator import Evaluator
+from ..search.folder import base_name
+from ..search.objectives import load_objectives
+from ..search.setup import Inputs, Setup
+from ..search.space import read_space
+from ..search.trials import Budget, work
+from ..spec import Permutation
+from ..tasks import Task
+from ..types import Progress, State
+from . import stages
+from .algorithm import load_algorithm
+from .skeleton import Session
+
+
+def load_inputs(cfg: DictConfig, task: Task, progress: Progress | None = None) -> Inputs:
+    """The task's models, and the base that `cfg.base` names.
+
+    Raises:
+        ConfigError, CheckpointError: there is no such base, or it is another architecture.
+    """
+    states = tuple(task.endpoints(progress))
+    return Inputs(task.labels, states, _base(cfg, task, states[0]))
+
+
+def _base(cfg: DictConfig, task: Task, like: State) -> State | None:
+    name = base_name(cfg)  # pyright: ignore[reportArgumentType]
+    if name is None:
+        return None
+    base = dict(task.load_other(str(Path(name).expanduser())))
+    missing = [tensor for tensor in like if tensor not in base]
+    if missing:
+        raise CheckpointError(f"Base {name} lacks tensor '{missing[0]}': it is of another architecture.")
+    return base
+
+
+def align_all(job: Session, task: Task, inputs: Inputs) -> dict[str, Permutation]:
+    """Bring every model (and the base) to the first with algo=...; what an earlier session found is read again.
+
+    Each permutation is kept in the job's folder as permutation-LABEL.safetensors; none with algo=naive.
+    """
+    name, found = job.cfg.algo.name, {}
+    if name == "naive":
+        with job.stage("align"):
+            job.say("not aligned")
+        return found
+    algorithm = load_algorithm(job.cfg.algo)
+    spec = stages.spec_of(job.cfg, task, task.aligned)
+    if not read_permutations(job.folder, inputs):
+        stages.verify_all(job, task, {task.aligned: spec})
+    with job.stage("align"):
+        for label, state in list(inputs.named.items())[1:]:
+            path = permutation_file(job.folder, label)
+            if not path.is_file():
+                result = algorithm(
+                    task, spec, inputs.states[0], state,
+                    seed=job.cfg.seed, device=job.cfg.device, progress=job.progress,
+                )  # fmt: skip
+                result.permutation.save(path, {"content": f"brings {label} to {inputs.labels[0]}"})
+            found[label] = Permutation.load(path)
+        moved = ", ".join(f"{label} {permutation.moved():,}" for label, permutation in found.items())
+        job.say(f"{name}: neurons moved: {moved} of {spec.neurons:,}")
+    return found
+
+
+def permutation_file(folder: Path, label: str) -> Path:
+    """Where the permutation of a model is kept."""
+    plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in label)
+    return folder / f"permutation-{plain}.safetensors"
+
+
+def read_permutations(folder: Path, inputs: Inputs) -> dict[str, Permutation]:
+    """What `align_all` has left."""
+    files = {label: permutation_file(folder, label) for label in inputs.named}
+    return {label: Permutation.load(path) for label, path in files.items() if path.is_file()}
+
+
+def prepare(cfg: DictConfig, task: Task, inputs: Inputs) -> Setup:
+    """Space and evaluator for aligned inputs.
+
+    Raises:
+        ConfigError: the space or the objectives do not fit the models.
+    """
+    names = list(inputs.states[0])
+    space = read_space(resolved(cfg.space), names, len(inputs.states), inputs.base is not None)
+    objectives = load_objectives(cfg, task, cfg.search)
+    evaluator = Evaluator(
+        task.model, inputs.states, objectives,
+        base=inputs.base, groups=space.groups, seed=cfg.seed, device=cfg.device,
+    )  # fmt: skip
+    return Setup(inputs, space, evaluator)
+
+
+def try_merges(cfg: DictConfig, study: Any, setup: Setup, **more: Any) -> None:
+    """Try merges until the budget is spent; `more`: of `work`."""
+    options = cfg.search
+    work(
+        study, setup.space, setup.evaluator, Budget(options.trials, options.minutes),
+        sampler=options.sampler, warm=options.warm, seed=cfg.seed, **more,
+    )  # fmt: skip
+
+
+def check(options: DictConfig, name: str, *counts: str) -> None:
+    """What the config groups `search` and `methods` have in common; `counts` are at least 1.
+
+    Raises:
+        ConfigError: names the option and what it takes.
+    """
+    for count in counts:
+        if options[count] < 1:
+            raise ConfigError(f"{name}.{count} is {options[count]}, but it must be at least 1.")
+    if options.data not in ("train", "heldout"):
+        raise ConfigError(f"{name}.data is {options.data!r}; it takes train or heldout.")
+    if not 0 < options.choose < 1:
+        raise ConfigError(f"{name}.choose is {options.choose}, but it is a share between 0 and 1.")

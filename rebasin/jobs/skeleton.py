@@ -1,0 +1,125 @@
+"""What all jobs have in common: the configuration is settled, a dry run tells the plan, results are left and told.
+
+A job is three functions: `prepare` looks at everything that could be wrong and loads, `plan` says what will be done,
+`work` does it and returns the results, with `Session.leave` as its last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from omegaconf import DictConfig
+
+from .. import reporting
+from ..errors import ConfigError
+from ..evaluation.samples import Samples
+from ..integrations.hydra import resolved
+from ..reporting.console import Console
+from ..reporting.loggers import Logger
+from ..reporting.results import Results
+from ..types import Progress
+
+SPLITS = ("train", "heldout")
+
+Prepared = TypeVar("Prepared")
+
+
+@dataclass
+class Session:
+    """A job at work: what it was asked for, where its results go, and who listens.
+
+    Attributes:
+        kind: of the results, see `reporting.kinds`.
+        command: that does it again.
+    """
+
+    cfg: DictConfig
+    console: Console
+    folder: Path = Path()
+    command: str = ""
+    kind: str | None = None
+    logger: Logger = field(default_factory=Logger)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The configuration as plain data."""
+        return resolved(self.cfg)
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """A line of the terminal, and an entry of the seconds."""
+        return self.console.stage(name)
+
+    def say(self, text: str) -> None:
+        """What the stage has found."""
+        self.console.say(text)
+
+    @property
+    def progress(self) -> Progress:
+        """Shows progress."""
+        return self.console.progress
+
+    @property
+    def logged(self) -> Progress:
+        """Shows and logs progress."""
+        return reporting.both(self.console.progress, self.logger.event)
+
+    def leave(self, figures: dict[str, Any], samples: Samples | None = None) -> Results:
+        """Write and log what was measured."""
+        results = reporting.collect(self.config, figures, self.console.seconds, self.command, self.kind)
+        reporting.leave(results, self.folder, samples)
+        self.logger.results(results, self.folder)
+        return results
+
+
+@dataclass(frozen=True)
+class Job(Generic[Prepared]):
+    """A kind of job; calling it does one."""
+
+    kind: str | None
+    prepare: Callable[[Session], Prepared]
+    plan: Callable[[Session, Prepared], str]
+    work: Callable[[Session, Prepared], Results]
+
+    def __call__(self, cfg: DictConfig, folder: Path, console: Console, command: str = "") -> Results | None:
+        """See `commands.Command`, through which people call it."""
+        settle(cfg)
+        folder.mkdir(parents=True, exist_ok=True)
+        session = Session(cfg, console, folder, command, self.kind)
+        prepared = self.prepare(session)
+        if cfg.dry_run:
+            console.console.print(self.plan(session, prepared), markup=False)
+            return None
+        with reporting.open_logger(cfg.logger, session.config, folder) as session.logger:
+            results = self.work(session, prepared)
+        console.summary(results, folder)
+        return results
+
+
+def settle(cfg: DictConfig) -> None:
+    """Seed torch, set its threads, and refuse impossible settings before anything is loaded.
+
+    Raises:
+        ConfigError: names the option and what it takes.
+    """
+    unknown = [split for split in cfg.evaluate.splits if split not in SPLITS]
+    if unknown or not cfg.evaluate.splits:
+        raise ConfigError(
+            f"evaluate.splits is {list(cfg.evaluate.splits)}; it takes some of {', '.join(SPLITS)}."
+        )
+    if cfg.evaluate.points < 2:
+        raise ConfigError(
+            f"evaluate.points is {cfg.evaluate.points}, but a line has at least 2 points, its ends."
+        )
+    if cfg.seed < 0:
+        raise ConfigError(f"seed is {cfg.seed}, but it must not be negative.")
+    if str(cfg.device).startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device is {cfg.device!r}, but torch finds no such device; leave it out.")
+    torch.manual_seed(cfg.seed)
+    if cfg.threads > 0:
+        torch.set_num_threads(cfg.threads)

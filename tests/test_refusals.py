@@ -1,0 +1,104 @@
+"""What was set and has no effect on a job is refused in one sentence: each option has a rule, or always an effect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from test_run import TINY, configured, execute
+from test_search import configured as searched
+
+from rebasin.compare_methods import compare_methods
+from rebasin.errors import ConfigError
+from rebasin.files import config_dir
+from rebasin.jobs.refusals import ALWAYS, RULES
+from rebasin.jobs.search import search
+from rebasin.reporting.console import Console
+from rebasin.tasks import Task, load_task
+
+STUDY = ["+study._target_=rebasin.jobs.studies.counterexample.study"]
+MANY = ["algo=merge_many", "model.seeds=[0,1,2]"]
+FILES = ["+model.files=[a.safetensors,b.safetensors]"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["resume=true", "algo=naive"], "resume=true has no effect here: algo=naive can't be continued"),
+        (["sample_every=5"], "it needs a model that makes images"),
+        (["sample_every=5", "model=tiny_sd"], "algo=weight_matching has no steps to show"),
+        (["lam=0.3", "merge.weights=0.4"], "lam=0.3 has no effect here: merge.weights says it"),
+        (["lam=0.3", "merge=uniform_soup"], "has no share of B"),
+        (["lam=0.3", *MANY], "lam=0.3 has no effect here: a run on many models has no use for it"),
+        (["target=match/moved", *MANY], "target=match/moved"),
+        (["size=small"], "size=small has no effect here: there is no experiment"),
+        (["merge.samples=5"], "merge.samples=5 has no effect here: merge.method=weighted_sum looks at no data"),
+        (["data.share=0.6"], "data.share=0.6 has no effect here: data.split is not classes"),
+        (["model.seeds=[0,1]", *FILES], "model.seeds=.* model.files are trained already"),
+        (["model.recipe.epochs=3", *FILES], "model.recipe.epochs=3 .*model.files are trained already"),
+        (["model.epoch=2", *FILES], "model.recipe.epochs=8 .*model.files are trained already"),
+        (["model=tiny_sd", "model.samples=0", "model.guidance=2.0"], "model.guidance=2.0 .*model.samples is 0"),
+        (["model=tiny_sd", "model.samples=0", "model.steps=2"], "model.steps=2 .*model.samples is 0"),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_on_a_run_is_refused(overrides: list[str], words: str, tmp_path: Path) -> None:
+    tiny = [] if "model=tiny_sd" in overrides else TINY
+    with pytest.raises(ConfigError, match=words) as caught:
+        execute(tmp_path, *tiny, *overrides, "dry_run=true")
+    assert str(caught.value).endswith("; leave it out.")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["resume=true"], "resume=true has no effect here: the same command goes on with a search"),
+        (["tensors=false"], "tensors=false has no effect here: a search has no use for it"),
+        (["merge=slerp"], "merge=slerp has no effect here: a search has no use for it"),
+        (["evaluate.points=7"], "evaluate.points=7 has no effect"),
+        (["merge.weights=0.3"], "merge.weights=0.3 has no effect"),
+        (["study={}"], "study="),
+    ],
+)
+def test_what_has_no_effect_on_a_search_is_refused(overrides: list[str], words: str, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    with pytest.raises(ConfigError, match=words):
+        search(searched(*TINY, *overrides, "dry_run=true"), tmp_path, Console())
+    if "resume=true" not in overrides:
+        cfg = searched(*TINY, *overrides, "dry_run=true", config="compare_methods")
+        with pytest.raises(ConfigError, match="has no effect here: a comparison has no use for it"):
+            compare_methods(cfg, tmp_path, Console())
+
+
+def own_task(cfg: Any) -> Task:
+    """A task that brings data and objective of its own, and does not look where to compute."""
+    return load_task(configured(*TINY, f"seed={cfg.seed}"))
+
+
+@pytest.mark.parametrize("override", ["objective=distillation", "data=mnist", "device=cuda"])
+def test_what_a_task_does_not_ask_for_is_refused(override: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    own = f"model.task={__name__}.own_task"
+    assert load_task(configured("model=mlp", own)).reads == {"seed"}
+    with pytest.raises(ConfigError, match=f"{override} has no effect here"):
+        execute(tmp_path, "model=mlp", own, "algo=naive", override, "dry_run=true")
+
+
+def test_a_device_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="device is 'cuda:7', but torch finds no such device"):
+        execute(tmp_path, *TINY, "device=cuda:7", "dry_run=true")
+
+
+def test_defaults_are_never_refused(tmp_path: Path) -> None:
+    execute(tmp_path / "pair", *TINY, "dry_run=true")
+    execute(tmp_path / "many", *TINY, *MANY, "dry_run=true")
+
+
+def test_every_option_has_a_rule_or_always_an_effect() -> None:
+    config = OmegaConf.load(config_dir() / "config.yaml")
+    options = {str(key) for key in config if key != "defaults"}
+    groups = {"algo", "data", "objective", "merge", "evaluate", "logger", "path", "hydra", "model"}
+    assert options <= {*RULES, *ALWAYS}
+    assert {rule.partition(".")[0] for rule in RULES} <= options | groups
+    assert not set(ALWAYS) & set(RULES)
