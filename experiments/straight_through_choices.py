@@ -25,9 +25,9 @@ from torch import nn
 import rebasin
 from experiments.common import Diffusion, Threads, console, markdown, mlps, save, told_as_usage
 from rebasin.matching.straight_through.estimator import straight_through
-from rebasin.modules import loaded
 from rebasin.objectives import CrossEntropy, Denoising, Objective
 from rebasin.spec import Permutation, PermutationSpec
+from rebasin.tensors.modules import loaded
 
 BASE: dict[str, Any] = dict(
     init="activation_and_weight", optimizer="adam", lr=2e-3, schedule="constant", project_every=1, refine=0

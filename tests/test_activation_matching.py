@@ -33,10 +33,10 @@ from rebasin.matching.activations.hook_sites import find_hook_sites, sample_rows
 from rebasin.matching.activations.moments import Moments
 from rebasin.matching.activations.prompts import match_pipelines, prompt_activation_matching
 from rebasin.models import MLP, VGG, ResNet, tiny_sd
-from rebasin.modules import call_model
 from rebasin.objectives import CrossEntropy, Denoising
 from rebasin.spec import Permutation, PermutationSpec
 from rebasin.tasks import load_task
+from rebasin.tensors.modules import call_model
 from rebasin.tracing.verify import _randomise
 
 

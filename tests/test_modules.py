@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rebasin.data.batches import batched
-from rebasin.modules import eval_mode, hooked, loaded, restored, to_device, with_weights
+from rebasin.tensors.modules import eval_mode, hooked, loaded, restored, to_device, with_weights
 from rebasin.types import common_dtype, is_finite
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ConfigError
 from ..merging.inputs import check_names
 from ..merging.interpolate import interpolate_tensor
-from ..modules import restored
+from ..tensors.modules import restored
 from ..types import Progress, State, tell
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]

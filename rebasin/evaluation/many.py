@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules import eval_mode, with_weights
 from ..objectives import Objective
+from ..tensors.modules import eval_mode, with_weights
 from ..types import State
 from .calibration import BINS, Calibration, calibration
 

@@ -13,8 +13,8 @@ from scipy import stats
 from torch import nn
 
 from ..errors import ConfigError
-from ..modules import loaded
 from ..objectives import Reward
+from ..tensors.modules import loaded
 from ..types import Progress, State, tell
 
 CONFIDENCE = 0.95

@@ -12,8 +12,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..errors import ConfigError
 from ..integrations.hydra import resolved
-from ..modules import loaded
 from ..spec import PermutationSpec
+from ..tensors.modules import loaded
 from ..types import Maker, Progress, State, arguments_of, check_options, supply
 from .resume import Resume, state_type
 

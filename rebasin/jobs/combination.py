@@ -14,7 +14,7 @@ from ..integrations.hydra import resolved
 from ..merging import BlockWeights, MergedState, Method, block_weights, diagonal_fisher, merge
 from ..merging.merged import find_method
 from ..merging.registry import plan_options
-from ..modules import loaded
+from ..tensors.modules import loaded
 from ..types import Progress, State
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from ..evaluation import Curve, barrier
 from ..evaluation.samples import Samples
 from ..matching import MatchResult
 from ..merging import interpolate
-from ..modules import loaded
 from ..spec import PermutationSpec
 from ..spec.restrict import restrict
 from ..tasks import Task, load_task
+from ..tensors.modules import loaded
 from ..tracing import verify
 from ..types import Progress, ProgressEvent, State, within
 from .algorithm import Algorithm, load_algorithm

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import DataError
-from ..modules import eval_mode
 from ..objectives import Objective
+from ..tensors.modules import eval_mode
 from ..types import Progress, is_finite, tell
 
 

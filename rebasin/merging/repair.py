@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..modules import Forward, call_model, eval_mode, to_device
 from ..spec import PermutationSpec
+from ..tensors.modules import Forward, call_model, eval_mode, to_device
 from ..types import State, is_finite
 from .repair_sites import (
     Rescaling,

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import DataError
-from ..modules import Forward, call_model, eval_mode, hooked, to_device
 from ..spec import PermutationSpec
+from ..tensors.modules import Forward, call_model, eval_mode, hooked, to_device
 from ..types import State
 from .repair import Repaired
 from .repair_sites import (

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ConfigError, DataError
-from ..modules import Forward, device_of, eval_mode, hooked, to_device
 from ..spec import PermutationSpec
+from ..tensors.modules import Forward, device_of, eval_mode, hooked, to_device
 from ..types import State, is_finite
 
 CHANNELS_LAST = (nn.Linear, nn.LayerNorm)

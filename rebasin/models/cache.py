@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..data.classification import Dataset
 from ..errors import CheckpointError, ConfigError
 from ..files import cache_folder
-from ..modules import loaded
 from ..tensors import load_safetensors, save_safetensors
+from ..tensors.modules import loaded
 from ..types import Progress, ProgressEvent, State
 from . import build, fitting_options
 from .train import RECIPES, Recipe, train

@@ -23,9 +23,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ..data import captioned_digits as digits
-from ..modules import device_of, to_device
 from ..objectives import Denoising
 from ..tensors import load_safetensors, save_safetensors
+from ..tensors.modules import device_of, to_device
 from ..types import Progress, tell
 from . import tiny_sd
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
-from ..modules import eval_mode
+from ..tensors.modules import eval_mode
 
 Measure = Callable[[nn.Module, Any], tuple[Mapping[str, Tensor], int]]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules import eval_mode
+from ..tensors.modules import eval_mode
 from .denoising import Batch, Denoising, predict, stratified
 from .sampling import sample
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..data.captioned_digits import PLAIN_TEMPLATES, WORDS, denoising_batches, embed_captions
 from ..evaluation.samples import Samples
 from ..models import tiny_sd
-from ..modules import with_weights
 from ..objectives import Denoising
 from ..objectives.reward import Embed, decoder
 from ..spec import PermutationSpec
+from ..tensors.modules import with_weights
 from ..types import State
 from .base import Part, Task
 from .prompted import ImageMaker, objective_of

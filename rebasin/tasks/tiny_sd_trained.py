@@ -13,8 +13,8 @@ from ..errors import ConfigError
 from ..integrations.hydra import resolved
 from ..models import tiny_sd
 from ..models.tiny_sd_trained import PromptedUNet, Trainer, recipe
-from ..modules import loaded
 from ..spec import Group, PermutationSpec
+from ..tensors.modules import loaded
 from ..tracing import trace
 from ..types import Progress, State
 from .base import Task, require

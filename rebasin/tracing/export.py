@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import TraceError
-from ..modules import eval_mode
+from ..tensors.modules import eval_mode
 
 
 def named_outputs(output: Any, name: str = "output") -> dict[str, Tensor]:

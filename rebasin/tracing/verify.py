@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..errors import VerificationError
-from ..modules import device_of
 from ..spec import Permutation, PermutationSpec
+from ..tensors.modules import device_of
 from ..types import State
 from .export import evaluation_mode, named_outputs
 

@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...modules import with_weights
 from ...objectives.base import Objective
 from ...reporting.console import Console
+from ...tensors.modules import with_weights
 from ...types import ProgressEvent, State
 from .aligned_pair import aligned_pair
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...evaluation import Curve
 from ...merging import interpolate
-from ...modules import eval_mode, with_weights
 from ...reporting.console import Console
+from ...tensors.modules import eval_mode, with_weights
 from ...types import State
 from .aligned_pair import aligned_pair
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ...modules import hooked, loaded
 from ...spec import Indices, Permutation, PermutationSpec, Site, to_array
+from ...tensors.modules import hooked, loaded
 from ...tracing.export import evaluation_mode, named_outputs
 
 Where = Literal["output", "input", "query", "key", "value"]

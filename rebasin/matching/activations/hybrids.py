@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError
-from ...modules import Forward
 from ...objectives import Objective
 from ...spec import PermutationSpec
+from ...tensors.modules import Forward
 from ...types import Progress, tell
 from ..options import check_choices
 from ..result import MatchResult, Sweep

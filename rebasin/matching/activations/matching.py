@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...modules import Forward
 from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec, displaced
+from ...tensors.modules import Forward
 from ...types import Progress, State, tell
 from ..assignment.blocks import assign
 from ..options import check_choices

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import ConfigError, DataError, SpecMismatchError
-from ...modules import Forward, call_model, device_of, hooked, to_device
 from ...objectives import Objective
 from ...spec import Group, Leaf, Node, PermutationSpec
+from ...tensors.modules import Forward, call_model, device_of, hooked, to_device
 from ...tracing.export import evaluation_mode
 from ...types import Progress, tell
 from ..options import check_choices, check_range

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...modules import Forward, loaded
 from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec
+from ...tensors.modules import Forward, loaded
 from ...types import Progress, tell
 from ..activations.matching import require_seen
 from ..activations.moments import Statistic

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import DataError
-from ...modules import loaded
 from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec
+from ...tensors.modules import loaded
 from ...types import Progress, tell, widened
 from ..options import check_choices, check_range
 from ..result import moved_between

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from ...errors import CheckpointError
 from ...merging.inputs import check_names
 from ...merging.interpolate import interpolate_tensor
-from ...modules import eval_mode, to_device
 from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec
+from ...tensors.modules import eval_mode, to_device
 
 Autocast = Literal["bf16"]
 

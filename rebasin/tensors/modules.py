@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import DataError
-from .types import State
+from ..errors import DataError
+from ..types import State
 
 Forward = Callable[[nn.Module, Any], Any]
 """Calls a model on a batch."""
