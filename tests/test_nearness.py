@@ -15,7 +15,7 @@ from rebasin.matching.schedule import axes_met
 from rebasin.matching.weights import nearness
 from rebasin.matching.weights.accelerator import Accelerator
 from rebasin.matching.weights.costs import WeightCosts
-from rebasin.matching.weights.endpoints import Pair
+from rebasin.matching.weights.endpoints import Endpoints
 from rebasin.matching.weights.nearness import nearest
 from rebasin.spec import Branch, Permutation, PermutationSpec, admits
 
@@ -49,7 +49,7 @@ def test_what_is_proved_is_the_exact_assignment(name: str, normalize, permuted: 
                     drawn, index = spec.random(seed), dict(spec.identity().index)
                     index |= {cell.name: drawn.index[cell.name] for cell in group.cells}
                     other = Permutation(spec, index).apply(b)
-                pair = Pair(spec, a, other, normalize=normalize)
+                pair = Endpoints(spec, a, other, normalize=normalize)
                 proved = nearest(WeightCosts(pair), group)
                 found = assign(group, WeightCosts(pair)).index
                 if proved is not None:
@@ -83,7 +83,7 @@ def test_few_coordinates_are_enough_for_a_wide_cell(rows: int, monkeypatch: pyte
     seen = []
     cat = torch.cat
     monkeypatch.setattr(torch, "cat", lambda parts, dim=0: seen.append(made := cat(parts, dim=dim)) or made)
-    assert stays(nearest(WeightCosts(Pair(WIDE, *near())), WIDE.groups[0]))
+    assert stays(nearest(WeightCosts(Endpoints(WIDE, *near())), WIDE.groups[0]))
     widths = [made.shape[1] for made in seen if made.dim() == 2]
     assert widths and max(widths) < 7001 / 20
 
@@ -93,7 +93,7 @@ def test_what_few_coordinates_do_not_prove_more_may(noise: float, tries: int, mo
     counts = []
     chosen = nearness._chosen
     monkeypatch.setattr(nearness, "_chosen", lambda *args: counts.append(args[2]) or chosen(*args))
-    assert stays(nearest(WeightCosts(Pair(WIDE, *near(noise))), WIDE.groups[0]))
+    assert stays(nearest(WeightCosts(Endpoints(WIDE, *near(noise))), WIDE.groups[0]))
     assert len(counts) == tries and max(counts) <= 7001 // nearness.MOST
 
 
@@ -112,7 +112,7 @@ def test_one_neuron_that_may_move_is_enough_to_prove_nothing(damage: str) -> Non
             y[10] *= 30
         else:
             y[10] *= -1
-    found = nearest(WeightCosts(Pair(WIDE, a, b)), WIDE.groups[0])
+    found = nearest(WeightCosts(Endpoints(WIDE, a, b)), WIDE.groups[0])
     if damage == "swapped":
         assert found is not None and list(np.flatnonzero(found["h"] != np.arange(48))) == [10, 20]
     else:
@@ -121,7 +121,7 @@ def test_one_neuron_that_may_move_is_enough_to_prove_nothing(damage: str) -> Non
 
 def test_unlike_networks_are_told_apart_by_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nearness, "_proved", lambda *_: pytest.fail("looked at everything"))
-    assert nearest(WeightCosts(Pair(WIDE, draw(WIDE, 1), draw(WIDE, 2))), WIDE.groups[0]) is None
+    assert nearest(WeightCosts(Endpoints(WIDE, draw(WIDE, 1), draw(WIDE, 2))), WIDE.groups[0]) is None
 
 
 def test_unlike_networks_are_not_looked_at_again_before_most_neighbours_moved(monkeypatch) -> None:
@@ -129,7 +129,7 @@ def test_unlike_networks_are_not_looked_at_again_before_most_neighbours_moved(mo
         (free("h", 40, ("first", 0), ("second", 1)), free("g", 60, ("second", 0), ("third", 1))),
         {"first": (40, 500), "second": (60, 40), "third": (10, 60)},
     )
-    pair = Pair(spec, draw(spec, 1), draw(spec, 2))
+    pair = Endpoints(spec, draw(spec, 1), draw(spec, 2))
     accelerator: Accelerator | None = Accelerator(pair)
     looked: list[str] = []
     guess = nearness._guess
@@ -188,12 +188,14 @@ def test_a_near_pair_takes_no_cost_matrix(dtype: torch.dtype, monkeypatch: pytes
 
 def test_a_cell_without_weights_at_these_sites_stays() -> None:
     a, b = near()
-    assert stays(nearest(WeightCosts(Pair(WIDE, a, b), choose=lambda parameter, axis: False), WIDE.groups[0]))
+    assert stays(
+        nearest(WeightCosts(Endpoints(WIDE, a, b), choose=lambda parameter, axis: False), WIDE.groups[0])
+    )
 
 
 def test_only_large_groups_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nearness, "WORTH", 1e9)
-    assert nearest(WeightCosts(Pair(WIDE, *near())), WIDE.groups[0]) is None
+    assert nearest(WeightCosts(Endpoints(WIDE, *near())), WIDE.groups[0]) is None
 
 
 def test_a_permuted_copy_is_found_without_a_cost_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +214,6 @@ def test_an_arrangement_that_the_structure_forbids_is_not_taken() -> None:
     index |= {c.name: np.random.default_rng(0).permutation(c.size) for c in group.cells}
     assert not admits(group, index)
     a = draw(spec, 1)
-    pair = Pair(spec, a, Permutation(spec, index).apply(noisy(a, 0.01)))
+    pair = Endpoints(spec, a, Permutation(spec, index).apply(noisy(a, 0.01)))
     assert all(nearness._proved(WeightCosts(pair), c.name, np.argsort(index[c.name])) for c in group.cells)
     assert nearest(WeightCosts(pair), group) is None

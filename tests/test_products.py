@@ -15,7 +15,7 @@ from rebasin.matching.assignment.blocks import Costs, assign
 from rebasin.matching.weights import matching, products
 from rebasin.matching.weights.accelerator import Accelerator
 from rebasin.matching.weights.costs import WeightCosts
-from rebasin.matching.weights.endpoints import Pair, inner
+from rebasin.matching.weights.endpoints import Endpoints, inner
 from rebasin.spec import Group, Indices, Permutation, PermutationSpec
 
 
@@ -35,7 +35,7 @@ ALL = SPECS | {"cube": cube}
 
 
 def remembering(spec: PermutationSpec, dtype: torch.dtype = torch.float64) -> WeightCosts:
-    pair = Pair(spec, draw(spec, 1, dtype), draw(spec, 2, dtype))
+    pair = Endpoints(spec, draw(spec, 1, dtype), draw(spec, 2, dtype))
     return WeightCosts(pair, Accelerator(pair))
 
 
@@ -155,7 +155,7 @@ def test_after_updates_of_full_rank_a_product_is_computed_afresh(monkeypatch: py
     for rank in ranks:
         between = 0 if rank == 32 else between + rank
         assert between <= products.DRIFT * 32
-    exact = Pair(spec, draw(spec, 1, torch.float64), draw(spec, 2, torch.float64))
+    exact = Endpoints(spec, draw(spec, 1, torch.float64), draw(spec, 2, torch.float64))
     exact.set(pair.permutation)
     true = WeightCosts(exact).block("h1", range(24))
     fresh = float((WeightCosts(pair).block("h1", range(24)) - true).abs().max())
@@ -192,7 +192,7 @@ def test_a_pair_depends_on_the_permutation_not_on_the_way_to_it(name: str) -> No
     spec = SPECS[name]()
     a, b = draw(spec, 1), draw(spec, 2)
     before: State = {n: t.clone() for n, t in b.items()}
-    pair = Pair(spec, a, b)
+    pair = Endpoints(spec, a, b)
     rng = np.random.default_rng(1)
     objective = pair.objective
     for step in range(12):
@@ -202,7 +202,7 @@ def test_a_pair_depends_on_the_permutation_not_on_the_way_to_it(name: str) -> No
         pair.make(move, index)
         objective += move.gain
         assert pair.objective == pytest.approx(objective, rel=1e-12, abs=1e-9)
-    other = Pair(spec, a, b)
+    other = Endpoints(spec, a, b)
     other.set(pair.permutation)
     assert dict(pair.dots) == pytest.approx(dict(other.dots), rel=1e-12, abs=1e-12)  # it added gains
     assert pair.distance == pytest.approx(other.distance, rel=1e-12)
@@ -217,6 +217,6 @@ def test_a_pair_depends_on_the_permutation_not_on_the_way_to_it(name: str) -> No
 def test_gains_add_up_to_the_objective() -> None:
     spec = chain()
     result = weight_matching(spec, draw(spec, 1), draw(spec, 2))
-    pair = Pair(spec, draw(spec, 1), draw(spec, 2))
+    pair = Endpoints(spec, draw(spec, 1), draw(spec, 2))
     pair.set(result.permutation)
     assert result.objective == pytest.approx(pair.objective, rel=1e-13)

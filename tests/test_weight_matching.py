@@ -23,7 +23,7 @@ from rebasin.matching import MatchState, exchange_losses, weight_matching
 from rebasin.matching.assignment.blocks import assign, leaves
 from rebasin.matching.schedule import neighbours, run_in_order, sharing
 from rebasin.matching.weights.costs import WeightCosts, tensor_cores
-from rebasin.matching.weights.endpoints import Pair, inner
+from rebasin.matching.weights.endpoints import Endpoints, inner
 from rebasin.spec import Branch, Cell, Group, Leaf, Permutation, PermutationSpec, Site
 
 State = dict[str, Tensor]
@@ -261,7 +261,7 @@ def test_it_ends_where_no_group_can_be_improved(name: str) -> None:
     spec = SPECS[name]()
     a, b = draw(spec, 3), draw(spec, 4)
     result = weight_matching(spec, a, b)
-    pair = Pair(spec, a, b)
+    pair = Endpoints(spec, a, b)
     pair.set(result.permutation)
     assert pair.objective == pytest.approx(result.objective, rel=1e-12)
     again = weight_matching(spec, a, b, init=result.permutation)
@@ -278,7 +278,7 @@ def test_it_ends_where_no_group_can_be_improved(name: str) -> None:
 def test_a_cost_matrix_says_what_the_objective_does(name: str) -> None:
     spec = SPECS[name]()
     a, b = draw(spec, 1, torch.float64), draw(spec, 2, torch.float64)
-    pair = Pair(spec, a, b)
+    pair = Endpoints(spec, a, b)
     pair.set(spec.random(0))
     for group in spec:
         stay, index = pair.permutation, spec.random(3).index

@@ -5,12 +5,12 @@ from __future__ import annotations
 from ..spec import PermutationSpec
 from ..types import State
 from .result import MatchResult
-from .weights.endpoints import Pair
+from .weights.endpoints import Endpoints
 
 
 def naive(spec: PermutationSpec, state_a: State, state_b: State) -> MatchResult:
     """No alignment: the identity, with the figures that other methods are compared with."""
-    pair = Pair(spec, state_a, state_b)
+    pair = Endpoints(spec, state_a, state_b)
     return MatchResult(
         permutation=spec.identity(),
         objective=pair.objective,

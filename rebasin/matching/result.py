@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..spec import Permutation, displaced
-from .search_state import SearchState
+from .resume_state import ResumeState
 
 
 class Found:
@@ -130,7 +130,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class MatchState(SearchState):
+class MatchState(ResumeState):
     """Where matching stands after a finished sweep; given to `resume_from`, it ends as if never interrupted.
 
     Attributes:

@@ -24,7 +24,7 @@ from ...types import Progress, tell
 from ..options import check_choices
 from ..result import MatchResult, Sweep
 from ..schedule import Order
-from ..weights.endpoints import Normalize, Pair
+from ..weights.endpoints import Endpoints, Normalize
 from ..weights.matching import weight_matching
 from .joint import Joint
 from .matching import activation_matching, match_statistics, require_seen
@@ -119,7 +119,7 @@ def activation_and_weight(
     activations = {cell: statistics.costs(cell, statistic) for cell in spec.cells}
     largest = sum(statistics.largest(cell, statistic) for cell in spec.cells)
     del statistics
-    pair = Pair(spec, state_a, state_b)
+    pair = Endpoints(spec, state_a, state_b)
     joint = Joint(pair, activations, largest, weight)
     initial = joint.objective
     pair.set(start.permutation)

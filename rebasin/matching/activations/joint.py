@@ -24,7 +24,7 @@ from ..descent import coordinate_descent
 from ..result import Sweep, Update
 from ..schedule import Order, neighbours, order_of
 from ..weights.costs import WeightCosts
-from ..weights.endpoints import Pair
+from ..weights.endpoints import Endpoints
 
 
 class Joint:
@@ -34,7 +34,9 @@ class Joint:
     is missing has no part in it. largest: what their sum could be at most.
     """
 
-    def __init__(self, pair: Pair, activations: Mapping[str, Tensor], largest: float, weight: float) -> None:
+    def __init__(
+        self, pair: Endpoints, activations: Mapping[str, Tensor], largest: float, weight: float
+    ) -> None:
         self.pair = pair
         self.activations = activations
         self.weights = WeightCosts(pair)

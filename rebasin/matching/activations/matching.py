@@ -36,7 +36,7 @@ from ...types import Progress, State, tell
 from ..assignment.blocks import assign
 from ..options import check_choices
 from ..result import MatchResult, Sweep, Update
-from ..weights.endpoints import Pair
+from ..weights.endpoints import Endpoints
 from .joint import Joint
 from .moments import Statistic
 from .statistics import (
@@ -225,7 +225,7 @@ def _finish(solved: _Solved, state_a: State, state_b: State) -> ActivationResult
     """Let the weights decide what is open, and measure."""
     began = perf_counter()
     spec = solved.spec
-    pair = Pair(spec, state_a, state_b)
+    pair = Endpoints(spec, state_a, state_b)
     distance = pair.distance
     pair.set(Permutation(spec, solved.index))
     open_ = [group for group in spec if group.cells[0].name in solved.left]

@@ -26,7 +26,7 @@ from ...tensors.modules import Forward, call_model, device_of, hooked, to_device
 from ...tracing.export import evaluation_mode
 from ...types import Progress, tell
 from ..options import check_choices, check_range
-from ..search_state import SearchState
+from ..resume_state import ResumeState
 from .hook_sites import HookSite, find_hook_sites, sample_rows, tensor_at
 from .moments import Moments, Statistic
 
@@ -103,7 +103,7 @@ class ActivationStatistics:
 
 
 @dataclass(frozen=True, eq=False)
-class ActivationState(SearchState):
+class ActivationState(ResumeState):
     """Where a pass stands after some batches; given to `resume_from`, it ends as if it had not been interrupted.
 
     The tensors are those that the pass goes on to change: save the state before the callback that got it returns.

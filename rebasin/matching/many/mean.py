@@ -30,8 +30,8 @@ from ...types import Progress, check_options, tell
 from ..descent import coordinate_descent
 from ..options import check_choices, check_range
 from ..result import MatchResult, moved_between
+from ..resume_state import told
 from ..schedule import Order, order_of
-from ..search_state import told
 from ..weights.matching import weight_matching
 from .conclusion import conclude
 from .models import Models, Source

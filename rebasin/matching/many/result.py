@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...spec import Permutation, PermutationSpec
 from ...tensors import load_safetensors, save_safetensors
-from ..search_state import SearchState
+from ..resume_state import ResumeState
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def load_permutations(path: str | os.PathLike[str]) -> list[Permutation]:
 
 
 @dataclass(frozen=True)
-class ManyState(SearchState):
+class ManyState(ResumeState):
     """Where the merge stands after a model's update; given to `resume_from`, it ends as if never interrupted.
 
     Attributes:

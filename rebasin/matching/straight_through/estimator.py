@@ -28,7 +28,7 @@ from ...spec import PermutationSpec
 from ...types import Progress
 from ..options import check_choices, check_range
 from ..result import moved_between
-from ..weights.endpoints import Pair
+from ..weights.endpoints import Endpoints
 from .auxiliary import Auxiliary, Optimizer, Schedule, rate_of
 from .best_seen import SETTLED, BestSeen
 from .draws import Draws, mixed, split
@@ -206,7 +206,7 @@ def straight_through(
             keep()
 
     now = seen.now
-    pair = Pair(spec, ends.a, ends.b, device=where)
+    pair = Endpoints(spec, ends.a, ends.b, device=where)
     before = pair.distance
     pair.set(now.best)
     return StraightThroughResult(

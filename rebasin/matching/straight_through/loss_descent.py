@@ -27,7 +27,7 @@ from ...spec import Group, Permutation, PermutationSpec
 from ..descent import coordinate_descent
 from ..result import moved_between
 from ..weights.costs import WeightCosts
-from ..weights.endpoints import Pair
+from ..weights.endpoints import Endpoints
 from ..weights.matching import improve
 from .midpoint import Ends
 
@@ -186,7 +186,7 @@ class _Part:
         rate = self.rate
         for _ in range(DOUBLINGS):
             length = rate * size / steepness
-            pair = Pair(self.spec, {**b, **{name: b[name] - length * slope[name] for name in free}}, b)
+            pair = Endpoints(self.spec, {**b, **{name: b[name] - length * slope[name] for name in free}}, b)
             if improve(WeightCosts(pair), self.group).moved:
                 self.rate = rate
                 return pair.permutation

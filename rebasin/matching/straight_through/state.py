@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...spec import Permutation
-from ..search_state import SearchState, digest_of, told
-from ..weights.endpoints import Pair
+from ..resume_state import ResumeState, digest_of, told
+from ..weights.endpoints import Endpoints
 from .best_seen import Seen
 from .loss_descent import Pass
 from .midpoint import Ends
 
 
 @dataclass(frozen=True, eq=False)
-class StraightThroughState(SearchState):
+class StraightThroughState(ResumeState):
     """Where the search stands after a candidate for the start, a step or a pass; given to `resume_from`, it ends as if
     never interrupted.
 
@@ -49,7 +49,7 @@ class StraightThroughState(SearchState):
 
 def fingerprint(ends: Ends, objective: Any, batches: Any, **options: Any) -> dict[str, str]:
     """What a continued search must have in common with the interrupted one."""
-    pair = Pair(ends.spec, ends.a, ends.b, device=ends.device)
+    pair = Endpoints(ends.spec, ends.a, ends.b, device=ends.device)
     return {
         "architecture": ends.spec.hash,
         "weights": repr((pair.objective, pair.distance)),

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ...spec import Indices, to_array
-from .endpoints import Pair
+from .endpoints import Endpoints
 from .products import Products
 
 
 class Accelerator:
     """The memory of one matching; costs that are made without one compute everything afresh."""
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: Endpoints) -> None:
         self.pair = pair
         self.products = Products(pair)
         self.unlike: dict[str, dict[str, np.ndarray]] = {}

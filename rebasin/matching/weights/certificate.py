@@ -12,7 +12,7 @@ from ...types import State
 from ..assignment.blocks import leaves
 from ..schedule import axes_met
 from .costs import WeightCosts
-from .endpoints import Normalize, Pair
+from .endpoints import Endpoints, Normalize
 
 
 def exchange_losses(
@@ -34,7 +34,7 @@ def exchange_losses(
     Raises:
         SpecMismatchError, CheckpointError: as `weight_matching`.
     """
-    pair = Pair(spec, state_a, state_b, normalize=normalize, device=device)
+    pair = Endpoints(spec, state_a, state_b, normalize=normalize, device=device)
     pair.set(permutation)
     costs = WeightCosts(pair)
     losses: dict[str, float] = {}

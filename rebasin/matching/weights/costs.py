@@ -26,7 +26,7 @@ from torch import Tensor
 from ...spec import Indices, Site, indices, to_array
 from ..assignment.blocks import Costs
 from .accelerator import Accelerator
-from .endpoints import Pair
+from .endpoints import Endpoints
 
 Choose = Callable[[str, int], bool]
 """(parameter, axis) -> whether the site is to be counted."""
@@ -36,7 +36,7 @@ class WeightCosts(Costs):
     """The costs of a pair of endpoints, computing only the blocks that are asked for."""
 
     def __init__(
-        self, pair: Pair, accelerator: Accelerator | None = None, choose: Choose | None = None
+        self, pair: Endpoints, accelerator: Accelerator | None = None, choose: Choose | None = None
     ) -> None:
         """`choose` leaves sites out; buffers are always left out."""
         self.pair, self.accelerator, self.choose = pair, accelerator, choose

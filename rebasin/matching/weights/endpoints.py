@@ -51,7 +51,7 @@ class Move:
     gain: float
 
 
-class Pair:
+class Endpoints:
     """A, pi(B), and the objective `sum_k w_k <A_k, pi(B)_k>` over the parameters k that the spec permutes.
 
     Each parameter counts once, under one of its names if it is tied; buffers do not count. Sums are float64.

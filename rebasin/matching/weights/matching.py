@@ -34,11 +34,11 @@ from ..assignment.linear_assignment import TOLERANCE
 from ..descent import coordinate_descent
 from ..options import check_choices, check_range
 from ..result import Attempt, MatchResult, MatchState, Sweep, Update
+from ..resume_state import told
 from ..schedule import Order, axes_met, neighbours, order_of, run_in_order, sharing
-from ..search_state import told
 from .accelerator import Accelerator
 from .costs import WeightCosts, tensor_cores
-from .endpoints import Move, Normalize, Pair, keep_freed_memory, touched
+from .endpoints import Endpoints, Move, Normalize, keep_freed_memory, touched
 from .initial import Init, Visits, start
 from .nearness import arrangement
 
@@ -106,7 +106,7 @@ def weight_matching(
     if workers is None:
         workers = 1 if torch.device(device).type == "cpu" else min(16, os.cpu_count() or 1)
     keep_freed_memory()
-    pair = Pair(spec, state_a, state_b, normalize=normalize, device=device)
+    pair = Endpoints(spec, state_a, state_b, normalize=normalize, device=device)
     initial_objective, distance_before = pair.objective, pair.distance
     options = {
         "architecture": spec.hash,
@@ -208,7 +208,7 @@ def _descend(
 
 
 def _attempt(
-    pair: Pair,
+    pair: Endpoints,
     history: tuple[Sweep, ...],
     dirty: set[int],
     updates: tuple[Update, ...] = (),
@@ -247,7 +247,7 @@ def improve(costs: WeightCosts, group: Group) -> Update:
     return Update(group.name, gain, moved)
 
 
-def _accept(pair: Pair, group: Group, index: Mapping[str, np.ndarray], certain: bool) -> Update:
+def _accept(pair: Endpoints, group: Group, index: Mapping[str, np.ndarray], certain: bool) -> Update:
     """Make the arrangement if it truly gains, as measured in float64 on the weights; else change nothing."""
     moved = displaced(index.values())
     if not moved:

@@ -27,7 +27,7 @@ from torch import Tensor
 from ...spec import Group, admits, displaced
 from ..assignment.blocks import assign
 from .costs import WeightCosts
-from .endpoints import CHUNK, Pair, touched
+from .endpoints import CHUNK, Endpoints, touched
 
 WORTH = 1e8
 """Groups whose cost matrices take fewer multiplications and additions are computed at once."""
@@ -89,7 +89,7 @@ def nearest(costs: WeightCosts, group: Group) -> dict[str, np.ndarray] | None:
     return found if all(_proved(costs, name, index) for name, index in found.items()) else None
 
 
-def _others_moved(pair: Pair, group: Group, then: Mapping[str, np.ndarray]) -> bool:
+def _others_moved(pair: Endpoints, group: Group, then: Mapping[str, np.ndarray]) -> bool:
     """Whether most of the neurons that share tensors with `group` have moved since `then`: before, another look at it
     would tell the same.
     """

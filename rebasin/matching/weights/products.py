@@ -30,7 +30,7 @@ from torch import Tensor
 from ...spec import Group, Indices, Leaf, Site, to_array
 from ..assignment.blocks import independent, leaves
 from ..schedule import axes_met
-from .endpoints import Pair
+from .endpoints import Endpoints
 
 BUDGET = 1 << 28
 """Bytes that kept sums may take."""
@@ -70,7 +70,7 @@ class Products:
     Which ones is settled from the shapes alone, so neither threads nor the order of updates change a result.
     """
 
-    def __init__(self, pair: Pair, budget: int = BUDGET) -> None:
+    def __init__(self, pair: Endpoints, budget: int = BUDGET) -> None:
         self.pair = pair
         self._kept: dict[tuple[str, int], _Kept] = {}
         wanted = sorted(
@@ -158,7 +158,7 @@ def _rearrange(blocks: Tensor, columns: np.ndarray) -> None:
 
 
 def _changed(
-    pair: Pair, parameter: str, axis: int, then: dict[str, np.ndarray], index: dict[str, np.ndarray]
+    pair: Endpoints, parameter: str, axis: int, then: dict[str, np.ndarray], index: dict[str, np.ndarray]
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """For each other axis on which neurons changed places since `then`: the positions that hold others now,
     and the positions where what they held is now.
@@ -191,14 +191,14 @@ def _order(neurons: np.ndarray, wanted: np.ndarray, given: np.ndarray) -> np.nda
     return where[wanted[neurons]]
 
 
-def _sites(pair: Pair, group: Group, sites: Sequence[Site]) -> list[tuple[str, int]]:
+def _sites(pair: Endpoints, group: Group, sites: Sequence[Site]) -> list[tuple[str, int]]:
     """The (parameter, axis) at which these sites count; none if the group meets a tensor on two axes."""
     if any(len(axes) > 1 for axes in axes_met(group).values()):
         return []
     return list(dict.fromkeys((s.parameter, s.axis) for s in sites if s.parameter not in pair.spec.buffers))
 
 
-def _terms(pair: Pair, parameter: str, axis: int) -> int:
+def _terms(pair: Endpoints, parameter: str, axis: int) -> int:
     shape = pair.spec.shapes[parameter]
     return int(np.prod(shape)) // shape[axis]
 

@@ -33,7 +33,7 @@ DIGESTS = ("architecture", "weights", "models", "batches", "sites")
 
 
 @dataclass(frozen=True)
-class SearchState:
+class ResumeState:
     """What all states have in common; given to `resume_from`, a search ends as if never interrupted.
 
     A field that is a mapping of tensors is read from the file whenever one of them is asked for.
@@ -87,7 +87,7 @@ class SearchState:
 
 
 def told(option: Any) -> str:
-    """An option in the words of `SearchState.options`; permutations by a digest of their indices."""
+    """An option in the words of `ResumeState.options`; permutations by a digest of their indices."""
     given = [option] if isinstance(option, Permutation) else option
     if isinstance(given, Sequence) and not isinstance(given, str):
         indices = chain.from_iterable(p.index.values() for p in given if p is not None)

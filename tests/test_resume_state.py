@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rebasin import trace
 from rebasin.errors import CheckpointError, ConfigError, RebasinError
 from rebasin.matching import MatchState, weight_matching
-from rebasin.matching.search_state import SearchState, digest_of, told
+from rebasin.matching.resume_state import ResumeState, digest_of, told
 from rebasin.spec import Permutation
 from rebasin.tensors import load_safetensors, save_safetensors
 
@@ -32,7 +32,7 @@ class Inner:
 
 
 @dataclass(frozen=True, eq=False)
-class Whole(SearchState):
+class Whole(ResumeState):
     called: ClassVar[str] = "rehearsal"
 
     present: tuple[Permutation | None, ...]
