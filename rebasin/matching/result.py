@@ -33,8 +33,11 @@ class Found:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the permutation, as JSON can have it."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "permutation"}  # pyright: ignore
-        return _plain({**own, "moved": self.moved, "moved_per_group": self.moved_per_group})
+        return {
+            **plain(self, "permutation"),
+            "moved": self.moved,
+            "moved_per_group": self.moved_per_group,
+        }
 
 
 def moved_between(before: Permutation | None, after: Permutation) -> int:
@@ -42,6 +45,11 @@ def moved_between(before: Permutation | None, after: Permutation) -> int:
     if before is None:
         return after.moved()
     return sum(int(np.count_nonzero(index != before.index[cell])) for cell, index in after.index.items())
+
+
+def plain(result: Any, *without: str) -> dict[str, Any]:
+    """The fields of a result, but those `without`, as JSON can have them."""
+    return {f.name: _plain(getattr(result, f.name)) for f in fields(result) if f.name not in without}
 
 
 def _plain(value: Any) -> Any:

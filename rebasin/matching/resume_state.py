@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from ..errors import CheckpointError, ConfigError
 from ..spec import Permutation, PermutationSpec
 from ..tensors import SafetensorsState, load_safetensors, save_safetensors
-from ..types import LazyState
+from ..types import DerivedState, passed
 
 FORMAT = "2"
 
@@ -145,38 +145,17 @@ def _value(kind: Any, plain: Any, at: str, file: SafetensorsState, spec: Permuta
             raise ValueError("an illegal permutation")
         return permutation
     if is_dataclass(kind):
-        hints = get_type_hints(kind)
-        return kind(
-            **{
-                f.name: _value(hints[f.name], plain[f.name], f"{at}/{f.name}", file, spec)
-                for f in fields(kind)
-            }
-        )
+        hints, names = get_type_hints(kind), [field.name for field in fields(kind)]
+        return kind(**{name: _value(hints[name], plain[name], f"{at}/{name}", file, spec) for name in names})
     if origin is tuple:
         each = repeat(kinds[0], len(plain)) if kinds[-1] is Ellipsis else kinds
         pairs = zip(each, plain, strict=True)
         return tuple(_value(one, item, f"{at}/{k}", file, spec) for k, (one, item) in enumerate(pairs))
     if kind == Mapping[str, Tensor]:
-        return _Tensors(file, at, tuple(plain))
+        return DerivedState({key: passed(file, f"{at}/{key}") for key in plain})
     if origin is Mapping:
         return {key: _value(kinds[1], one, f"{at}/{key}", file, spec) for key, one in plain.items()}
     scalars = (int, float) if kind is float else kind
     if kind in (bool, int, float, str) and not isinstance(plain, scalars):
         raise TypeError(f"{at} is no {kind.__name__}")
     return plain
-
-
-class _Tensors(LazyState):
-    """The tensors of a file whose names begin with `at`, without that."""
-
-    def __init__(self, file: SafetensorsState, at: str, names: tuple[str, ...]) -> None:
-        self._file, self._at, self._names = file, at, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._file[f"{self._at}/{name}"]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

@@ -16,7 +16,7 @@ import re
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ...spec import Indices, Permutation, PermutationSpec, Site, to_array
+from ...spec import Indices, Permutation, PermutationSpec, Site, indices, to_array
 from ...tensors.modules import hooked, loaded
 from ...tracing.export import evaluation_mode, named_outputs
 
@@ -64,11 +64,8 @@ class HookSite:
 
     def columns(self, rows: Tensor) -> Tensor:
         """[samples * positions, cell size] out of rows [samples, channels]."""
-        return (
-            torch.cat([_columns(rows, p) for p in self.positions])
-            if self.positions[1:]
-            else _columns(rows, self.positions[0])
-        )
+        parts = [_columns(rows, p) for p in self.positions]
+        return torch.cat(parts) if parts[1:] else parts[0]
 
 
 def find_hook_sites(spec: PermutationSpec, model: nn.Module, call: Call) -> list[HookSite]:
@@ -109,11 +106,8 @@ def find_hook_sites(spec: PermutationSpec, model: nn.Module, call: Call) -> list
     if unsure:
         permutation = spec.random(seed=0)
         moved = loaded(model, permutation.apply(model.state_dict()))
-        asked: dict[str, set[Where]] = {}
-        for name, where in unsure:
-            asked.setdefault(name, set()).add(where)
-        after = _watch(moved, asked, call, lambda *_: True)
-        compare = _Compare(spec, permutation, unsure, after)
+        after = _watch(moved, wanted, call, lambda name, where, _: (name, where) in unsure)
+        compare = _Compare(spec, permutation, unsure, {place: one.copy for place, one in after.items()})
         found = [site for site in found if (site.module, site.where) not in unsure or compare.confirms(site)]
         more: dict[tuple[Any, ...], HookSite] = {}
         for owner, parameters in strangers.items():
@@ -133,47 +127,47 @@ class _Place:
     size: int | None = None  # and how long it is; None: the whole axis
 
 
-def _places(module: nn.Module) -> dict[tuple[str, int], tuple[_Place, ...]] | None:
+Places = dict[tuple[str, int], tuple[_Place, ...]]
+OUTPUT, INPUT = (_Place("output", -1),), (_Place("input", -1),)
+
+
+def _places(module: nn.Module) -> Places | None:
     """(own parameter, axis) -> where its neurons are seen; None for a module that is not torch's own."""
-    kind = type(module)
-    out_last, in_last = (_Place("output", -1),), (_Place("input", -1),)
-    if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
-        return {("weight", 0): out_last, ("bias", 0): out_last, ("weight", 1): in_last}
-    for dims, (conv, transposed) in enumerate(_CONVOLUTIONS, start=2):
-        out, into = (_Place("output", -dims),), (_Place("input", -dims),)
-        if isinstance(module, conv) and kind.forward is conv.forward:
-            return {("weight", 0): out, ("bias", 0): out} | (
-                {("weight", 1): into} if module.groups == 1 else {}
-            )
-        if isinstance(module, transposed) and kind.forward is transposed.forward:
-            return {("weight", 0): into, ("bias", 0): out} | (
-                {("weight", 1): out} if module.groups == 1 else {}
-            )
-    if isinstance(module, nn.Embedding) and kind.forward is nn.Embedding.forward:
-        return {("weight", 1): out_last}
-    norms = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.PReLU)
-    if any(isinstance(module, norm) and kind.forward is norm.forward for norm in norms):
-        return {
-            (name, 0): (_Place("output", 1),) for name in ("weight", "bias", "running_mean", "running_var")
-        }
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and kind.forward in (
-        nn.LayerNorm.forward,
-        nn.RMSNorm.forward,
-    ):
-        return (
-            {(name, 0): out_last for name in ("weight", "bias")} if len(module.normalized_shape) == 1 else {}
-        )
-    if isinstance(module, nn.MultiheadAttention) and kind.forward is nn.MultiheadAttention.forward:
-        e = module.embed_dim  # other widths of keys and values have weights of their own
-        inner = tuple(_Place(w, -1, k * e, e) for k, w in enumerate(("query", "key", "value")))  # type: ignore[arg-type]
-        return {("in_proj_weight", 0): inner, ("in_proj_bias", 0): inner, ("out_proj.weight", 0): out_last}
+    for kinds, places in _KNOWN:
+        if any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds):
+            return places(module)
     return None
 
 
-_CONVOLUTIONS = (
-    (nn.Conv1d, nn.ConvTranspose1d),
-    (nn.Conv2d, nn.ConvTranspose2d),
-    (nn.Conv3d, nn.ConvTranspose3d),
+def _convolution(dims: int, transposed: bool, module: Any) -> Places:
+    out, into = (_Place("output", -dims),), (_Place("input", -dims),)
+    first, second = (into, out) if transposed else (out, into)
+    return {("weight", 0): first, ("bias", 0): out} | ({("weight", 1): second} if module.groups == 1 else {})
+
+
+def _channels(module: nn.Module) -> Places:
+    own = ("weight", "bias", "running_mean", "running_var")
+    return {(name, 0): (_Place("output", 1),) for name in own}
+
+
+def _normalised(module: Any) -> Places:
+    return {(name, 0): OUTPUT for name in ("weight", "bias") if len(module.normalized_shape) == 1}
+
+
+def _attention(module: Any) -> Places:
+    e = module.embed_dim  # other widths of keys and values have weights of their own
+    inner = tuple(_Place(w, -1, k * e, e) for k, w in enumerate(("query", "key", "value")))  # type: ignore[arg-type]
+    return {("in_proj_weight", 0): inner, ("in_proj_bias", 0): inner, ("out_proj.weight", 0): OUTPUT}
+
+
+_KNOWN: tuple[tuple[tuple[Any, ...], Callable[[Any], Places]], ...] = (
+    ((nn.Linear,), lambda _: {("weight", 0): OUTPUT, ("bias", 0): OUTPUT, ("weight", 1): INPUT}),
+    *(((getattr(nn, f"Conv{d}d"),), partial(_convolution, d + 1, False)) for d in (1, 2, 3)),
+    *(((getattr(nn, f"ConvTranspose{d}d"),), partial(_convolution, d + 1, True)) for d in (1, 2, 3)),
+    ((nn.Embedding,), lambda _: {("weight", 1): OUTPUT}),
+    ((_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.PReLU), _channels),
+    ((nn.LayerNorm, nn.RMSNorm), _normalised),
+    ((nn.MultiheadAttention,), _attention),
 )
 
 
@@ -219,11 +213,7 @@ def _within(positions: Indices, place: _Place) -> Indices | None:
     array = to_array(positions) - place.offset
     if array.min() < 0 or array.max() >= place.size:
         return None
-    return (
-        range(positions.start - place.offset, positions.stop - place.offset, positions.step)
-        if isinstance(positions, range)
-        else array
-    )
+    return indices(array)
 
 
 def _columns(rows: Tensor, positions: Indices) -> Tensor:
@@ -332,11 +322,11 @@ class _Compare:
     spec: PermutationSpec
     permutation: Permutation
     before: Mapping[tuple[str, Where], Tensor]
-    after: Mapping[tuple[str, Where], _Seen]
+    after: Mapping[tuple[str, Where], Tensor | None]
 
     def confirms(self, site: HookSite) -> bool:
         """Whether the tensor of a site moves along its dimension as its cell does, and otherwise not at all."""
-        was, now = self.before[site.module, site.where], self._after(site.module, site.where)
+        was, now = self.before[site.module, site.where], self.after.get((site.module, site.where))
         if now is None or now.shape != was.shape:
             return False
         index = self.permutation.index[site.cell]
@@ -351,7 +341,7 @@ class _Compare:
         self, owner: str, parameters: Sequence[str]
     ) -> Iterator[tuple[int, Sequence[tuple[str, Site]]]]:
         """(dimension, sites) along which the module's output moves as an axis of its own parameters does."""
-        was, now = self.before.get((owner, "output")), self._after(owner, "output")
+        was, now = self.before.get((owner, "output")), self.after.get((owner, "output"))
         if was is None or now is None or was.shape != now.shape or _close(was, now):
             return
         seen: set[int] = set()
@@ -364,9 +354,6 @@ class _Compare:
                         if _close(now, expected):
                             seen.add(dim)
                             yield dim, axes[axis]
-
-    def _after(self, module: str, where: Where) -> Tensor | None:
-        return self.after[module, where].copy if (module, where) in self.after else None
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -105,7 +105,7 @@ class _Costs(Costs):
     joint: Joint
 
     def block(self, cell: str, neurons: Indices) -> Tensor:
-        return self._with_activations(cell, neurons, self.joint.weights.block(cell, neurons))
+        return self.diagonal(cell, [neurons])[0]
 
     def diagonal(self, cell: str, blocks: Any) -> list[Tensor]:
         made = self.joint.weights.diagonal(cell, blocks)

@@ -33,7 +33,7 @@ from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec, displaced
 from ...tensors.modules import Forward
 from ...types import Progress, State, tell
-from ..assignment.blocks import assign
+from ..assignment.blocks import Assignment, assign
 from ..options import check_choices
 from ..result import MatchResult, Sweep, Update
 from ..weights.endpoints import Endpoints
@@ -142,15 +142,8 @@ def activation_matching(
     solved = _solve(statistics, statistic)
     del statistics  # for large models gigabytes, which measuring the result can use
     found = _finish(solved, model_a.state_dict(), model_b.state_dict())
-    tell(
-        progress,
-        "activation matching",
-        1,
-        1,
-        objective=found.objective,
-        moved=found.moved,
-        seconds=found.seconds,
-    )
+    figures = {"objective": found.objective, "moved": found.moved, "seconds": found.seconds}
+    tell(progress, "activation matching", 1, 1, **figures)
     return found
 
 
@@ -174,12 +167,9 @@ class _Solved:
     """What the statistics have to say; they themselves may go."""
 
     spec: PermutationSpec
-    index: Mapping[str, np.ndarray]
-    gains: Sequence[float]  # of each group
+    found: Sequence[Assignment]  # of each group
     left: Mapping[str, Tensor]  # the costs of groups for which something is left open
     largest: float  # what the objective could be at most
-    objective: float
-    initial_objective: float
     about: Mapping[str, Any]  # further fields of the result
     seconds: float
 
@@ -188,25 +178,18 @@ def _solve(statistics: ActivationStatistics, statistic: Statistic) -> _Solved:
     """The assignment of every group that was seen; the others stay."""
     began = perf_counter()
     spec = statistics.spec
-    index: dict[str, np.ndarray] = {}
-    gains: list[float] = []
+    found: list[Assignment] = []
     scores: dict[str, tuple[float, float]] = {}
     left: dict[str, Tensor] = {}
-    initial = reached = 0.0
     for group in spec:
         costs = {cell.name: statistics.costs(cell.name, statistic) for cell in group.cells}
         if group in statistics.unseen:
-            index |= {cell.name: np.arange(cell.size) for cell in group.cells}
-            gains.append(0.0)
-            left |= costs
-            continue
-        found = assign(group, costs)
-        index |= found.index
-        gains.append(found.gain)
-        initial += found.value - found.gain
-        reached += found.value
-        scores[group.name] = ((found.value - found.gain) / group.neurons, found.value / group.neurons)
-        if any(_silent(matrix) for matrix in costs.values()):
+            found.append(Assignment({cell.name: np.arange(cell.size) for cell in group.cells}, 0.0, 0.0))
+        else:
+            found.append(assign(group, costs))
+            value, gain = found[-1].value, found[-1].gain
+            scores[group.name] = (value - gain) / group.neurons, value / group.neurons
+        if group in statistics.unseen or any(_silent(matrix) for matrix in costs.values()):
             left |= costs
     about = {
         "statistic": statistic,
@@ -218,7 +201,7 @@ def _solve(statistics: ActivationStatistics, statistic: Statistic) -> _Solved:
     }
     seconds = statistics.seconds + perf_counter() - began
     largest = sum(statistics.largest(cell, statistic) for cell in spec.cells)
-    return _Solved(spec, index, gains, left, largest, reached, initial, about, seconds)
+    return _Solved(spec, found, left, largest, about, seconds)
 
 
 def _finish(solved: _Solved, state_a: State, state_b: State) -> ActivationResult:
@@ -227,27 +210,31 @@ def _finish(solved: _Solved, state_a: State, state_b: State) -> ActivationResult
     spec = solved.spec
     pair = Endpoints(spec, state_a, state_b)
     distance = pair.distance
-    pair.set(Permutation(spec, solved.index))
+    pair.set(Permutation(spec, {cell: p for one in solved.found for cell, p in one.index.items()}))
     open_ = [group for group in spec if group.cells[0].name in solved.left]
     joint = Joint(pair, solved.left, solved.largest, TIES)
     deque(joint.descend(open_, "forward", 0, TIE_SWEEPS), maxlen=0)
     permutation = pair.permutation
     updates = tuple(
-        Update(group.name, gain, displaced(permutation.index[cell.name] for cell in group.cells))
-        for group, gain in zip(spec, solved.gains, strict=True)
+        Update(group.name, one.gain, displaced(permutation.index[cell.name] for cell in group.cells))
+        for group, one in zip(spec, solved.found, strict=True)
     )
+    initial = reached = 0.0
+    for one in solved.found:
+        initial += one.value - one.gain
+        reached += one.value
     seconds = solved.seconds + perf_counter() - began
-    start = Sweep(0, solved.initial_objective, 0)
+    start = Sweep(0, initial, 0)
     return ActivationResult(
         permutation=permutation,
-        objective=solved.objective,
-        history=(start, Sweep(1, solved.objective, permutation.moved(), updates, seconds)),
+        objective=reached,
+        history=(start, Sweep(1, reached, permutation.moved(), updates, seconds)),
         converged=True,
         seconds=seconds,
-        initial_objective=solved.initial_objective,
+        initial_objective=initial,
         distance_before=distance,
         distance_after=pair.distance,
-        restarts=(solved.objective,),
+        restarts=(reached,),
         **solved.about,
     )
 

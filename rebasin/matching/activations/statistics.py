@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -25,6 +25,7 @@ from ...spec import Group, Leaf, Node, PermutationSpec
 from ...tensors.modules import Forward, call_model, device_of, hooked, to_device
 from ...tracing.export import evaluation_mode
 from ...types import Progress, tell
+from ..assignment.blocks import leaves
 from ..options import check_choices, check_range
 from ..resume_state import ResumeState
 from .hook_sites import HookSite, find_hook_sites, sample_rows, tensor_at
@@ -69,18 +70,15 @@ class ActivationStatistics:
 
         Zeros for a cell that no site shows: others of its group decide.
         """
-        seen = [m for site, m in zip(self.hook_sites, self.moments, strict=True) if site.cell == cell]
-        if not seen:
-            size = self.spec.cells[cell].size
-            return torch.zeros(size, size, dtype=torch.float64)
-        total = seen[0].statistic(statistic)
-        for moments in seen[1:]:
-            total += moments.statistic(statistic)
-        return total.div_(len(seen)).cpu()
+        seen, size = self._of(cell), self.spec.cells[cell].size
+        total = torch.zeros(size, size, dtype=torch.float64)
+        for moments in seen:
+            total += moments.statistic(statistic).cpu()
+        return total.div_(max(1, len(seen)))
 
     def largest(self, cell: str, statistic: Statistic) -> float:
         """What no permutation of the cell can exceed, by Cauchy and Schwarz."""
-        seen = [m for site, m in zip(self.hook_sites, self.moments, strict=True) if site.cell == cell]
+        seen = self._of(cell)
         if not seen:
             return 0.0
         if statistic == "pearson":
@@ -92,6 +90,9 @@ class ActivationStatistics:
                 a, b = a + m.mean_a.square(), b + m.mean_b.square()
             shares.append(float((a.sum() * b.sum()).sqrt()))
         return sum(shares) / len(shares)
+
+    def _of(self, cell: str) -> list[Moments]:
+        return [m for site, m in zip(self.hook_sites, self.moments, strict=True) if site.cell == cell]
 
     def places(self) -> dict[str, tuple[str, ...]]:
         """Group name -> the hook sites at which its neurons were seen."""
@@ -163,8 +164,18 @@ def activation_statistics(
     dtype = getattr(torch, precision) if precision else dtype
     here = device_of(model_a)
     options: dict[str, str] = {}
-    if checkpoint is not None or resume_from is not None:
-        options = _fingerprint(spec, model_a, model_b, hook_sites, tokens, seed, dtype)
+    if checkpoint is not None or resume_from is not None:  # what a continued pass must have in common with it
+        models = [
+            [float(p.detach().sum(dtype=torch.float64)) for p in m.parameters()] for m in (model_a, model_b)
+        ]
+        options = {
+            "architecture": spec.hash,
+            "weights": _digest(models),
+            "sites": _digest([[*_key(site), site.cell] for site in hook_sites]),
+            "tokens": str(tokens),
+            "seed": str(seed),
+            "precision": str(dtype).removeprefix("torch."),
+        }
     done, seen = 0, {_key(site): 0 for site in hook_sites}
     if resume_from is None:
         moments = tuple(Moments.zeros(n, dtype, here) for n in cells)
@@ -179,14 +190,8 @@ def activation_statistics(
     total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
 
     def report() -> None:
-        tell(
-            progress,
-            "activations",
-            done,
-            total,
-            bytes=sum(m.bytes for m in moments),
-            seconds=perf_counter() - began,
-        )
+        size = sum(m.bytes for m in moments)
+        tell(progress, "activations", done, total, bytes=size, seconds=perf_counter() - began)
 
     report()
     with torch.no_grad(), evaluation_mode(model_a), evaluation_mode(model_b):
@@ -257,7 +262,7 @@ class _SideBySide:
         self.tokens, self.seed = tokens, seed
         self.waiting: dict[Key, deque[Tensor]] = {key: deque() for key in self.members}
 
-    def watching(self, model: nn.Module, side: int) -> ExitStack:
+    def watching(self, model: nn.Module, side: int) -> AbstractContextManager[None]:
         modules = {name: model.get_submodule(name) for name in self.keys}
 
         def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -274,9 +279,7 @@ class _SideBySide:
                     shared = rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
                     self.waiting[key].append(rows.clone() if shared else rows)
 
-        stack = ExitStack()
-        stack.enter_context(hooked(modules, hook))
-        return stack
+        return hooked(modules, hook)
 
     def _meet(self, key: Key, y: Tensor) -> None:
         waiting = self.waiting[key]
@@ -323,15 +326,10 @@ def _undecided(group: Group, node: Node, seen: Collection[str]) -> bool:
     """Whether something below `node` can be arranged in several ways that no cell that was seen tells apart."""
     if isinstance(node, Leaf):
         return len(node.neurons) > 1 and group.cells[node.cell].name not in seen
-    if node.moves != "fixed" and len(node.children) > 1 and not _cells(group, node) & set(seen):
+    cells = {group.cells[leaf.cell].name for leaf in leaves(node)}
+    if node.moves != "fixed" and len(node.children) > 1 and not cells & set(seen):
         return True
     return any(_undecided(group, child, seen) for child in node.children)
-
-
-def _cells(group: Group, node: Node) -> set[str]:
-    if isinstance(node, Leaf):
-        return {group.cells[node.cell].name}
-    return set().union(*(_cells(group, child) for child in node.children))
 
 
 def _key(site: HookSite) -> Key:
@@ -340,8 +338,7 @@ def _key(site: HookSite) -> Key:
 
 def _head(batch: Any) -> Any:
     """Two samples of a batch, if its tensors have samples in common; enough to see which modules are called."""
-    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
+    sizes = {t.shape[0] if t.ndim else None for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)}
     if len(sizes) != 1 or None in sizes:
         return batch
     return pytree.tree_map_only(Tensor, lambda t: t[:2], batch)
@@ -354,23 +351,5 @@ def _moved(model: nn.Module, device: torch.device | str) -> nn.Module:
     return copy.deepcopy(model).to(device)
 
 
-def _fingerprint(
-    spec: PermutationSpec,
-    model_a: nn.Module,
-    model_b: nn.Module,
-    hook_sites: Sequence[HookSite],
-    tokens: int | None,
-    seed: int,
-    dtype: torch.dtype,
-) -> dict[str, str]:
-    """What a continued pass must have in common with the interrupted one."""
-    places = json.dumps([[*_key(site), site.cell] for site in hook_sites])
-    sums = [[float(p.detach().sum(dtype=torch.float64)) for p in m.parameters()] for m in (model_a, model_b)]
-    return {
-        "architecture": spec.hash,
-        "weights": hashlib.sha256(json.dumps(sums).encode()).hexdigest(),
-        "sites": hashlib.sha256(places.encode()).hexdigest(),
-        "tokens": str(tokens),
-        "seed": str(seed),
-        "precision": str(dtype).removeprefix("torch."),
-    }
+def _digest(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()

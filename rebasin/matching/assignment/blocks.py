@@ -32,7 +32,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ...spec import Branch, Group, Indices, Leaf, Node, indices, to_array
+from ...spec import Branch, Group, Indices, Leaf, Node, Permutation, PermutationSpec, indices, to_array
 from .linear_assignment import TOLERANCE, linear_assignment
 
 Matrix = Tensor | np.ndarray
@@ -130,6 +130,14 @@ def assign(
     return Assignment(index, value, gain)
 
 
+def assign_all(spec: PermutationSpec, costs: Mapping[str, Matrix | CostFunction]) -> Permutation:
+    """The best arrangement of every group, whose costs depend on no other group."""
+    index: dict[str, np.ndarray] = {}
+    for group in spec:
+        index |= assign(group, costs).index
+    return Permutation(spec, index)
+
+
 def independent(tree: Node) -> list[Node]:
     """The subtrees that may be arranged one by one: what is left when the "fixed" branches at the top are
     opened.
@@ -159,10 +167,7 @@ def _table(group: Group, nodes: Sequence[Node], costs: Costs) -> _Table:
     first = nodes[0]
     if isinstance(first, Leaf):
         return _LeafTable(group, [n for n in nodes if isinstance(n, Leaf)], costs)
-    branches = [n for n in nodes if isinstance(n, Branch)]
-    if first.moves == "fixed":
-        return _FixedTable(group, branches, costs)
-    return _OrderTable(group, branches, costs)
+    return _OrderTable(group, [n for n in nodes if isinstance(n, Branch)], costs)
 
 
 class _LeafTable:
@@ -222,40 +227,9 @@ class _LeafTable:
         return value
 
 
-class _FixedTable:
-    """Nodes whose children keep their order: the values of the children add up."""
-
-    def __init__(self, group: Group, branches: Sequence[Branch], costs: Costs) -> None:
-        self.slots = [
-            _table(group, slot, costs) for slot in zip(*(b.children for b in branches), strict=True)
-        ]
-
-    @property
-    def upper(self) -> np.ndarray:
-        return np.sum([slot.upper for slot in self.slots], axis=0)
-
-    @property
-    def exact(self) -> np.ndarray:
-        return np.all([slot.exact for slot in self.slots], axis=0)
-
-    def tighten(self) -> None:
-        for slot in self.slots:
-            slot.tighten()
-
-    def solve(self, i: int, j: int) -> None:
-        for slot in self.slots:
-            slot.solve(i, j)
-
-    def in_place(self, i: int) -> float:
-        return sum(slot.in_place(i) for slot in self.slots)
-
-    def arrange(self, i: int, j: int, index: dict[str, np.ndarray], tolerance: float) -> float:
-        return sum(slot.arrange(i, j, index, tolerance) for slot in self.slots)
-
-
 class _OrderTable:
-    """Nodes whose k children may be reordered: entry [i, j] is an assignment of the children of j to those
-    of i.
+    """Nodes with k children, which may be reordered unless they are "fixed": entry [i, j] is an assignment of the
+    children of j to those of i.
 
     Children that no legal order exchanges may be of different kinds, so each orbit has a table of its own,
     whose rows are the orbit's members in node 0, then those in node 1, and so on.
@@ -264,7 +238,8 @@ class _OrderTable:
     def __init__(self, group: Group, branches: Sequence[Branch], costs: Costs) -> None:
         first = branches[0]
         self.count = len(first.children)
-        self.moves = None if first.moves == "any" else [np.asarray(move) for move in first.moves]
+        listed = [range(self.count)] if first.moves == "fixed" else first.moves
+        self.moves = None if listed == "any" else [np.asarray(move) for move in listed]
         self.orbit, self.rank, self.orbits = _orbits(self.count, self.moves)
         self.tables = [
             _table(group, [b.children[k] for b in branches for k in o], costs) for o in self.orbits
@@ -272,6 +247,8 @@ class _OrderTable:
         n = len(branches)
         self.order: dict[tuple[int, int], np.ndarray] = {}
         self.exact = np.zeros((n, n), dtype=bool)
+        if first.moves == "fixed":  # there is nothing to solve but the children
+            self.exact = np.all([table.exact for table in self.tables], axis=0)
         self.upper = self._bounds(n)
 
     def _bounds(self, n: int) -> np.ndarray:
@@ -335,8 +312,8 @@ class _OrderTable:
 
     def arrange(self, i: int, j: int, index: dict[str, np.ndarray], tolerance: float) -> float:
         self.solve(i, j)
-        order = self.order[i, j]
         stay = np.arange(self.count)
+        order = self.order.get((i, j), stay)
         if i == j and not np.array_equal(order, stay) and (self.moves is None or self._lists(stay)):
             for k in range(self.count):
                 table, a, b = self._at(i, j, k, k)
@@ -369,4 +346,4 @@ def _as_good(stay: float, value: float, tolerance: float) -> bool:
     return value - stay <= tolerance * (abs(value) + abs(stay))
 
 
-_Table = _LeafTable | _FixedTable | _OrderTable
+_Table = _LeafTable | _OrderTable

@@ -18,7 +18,6 @@ from itertools import combinations
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ from ...types import Progress, tell
 from ..activations.matching import require_seen
 from ..activations.moments import Statistic
 from ..activations.statistics import TOKENS, Reads, Sites, activation_statistics
-from ..assignment.blocks import assign
+from ..assignment.blocks import assign_all
 from ..descent import coordinate_descent
 from ..options import check_choices, check_range
 from ..result import moved_between
@@ -143,18 +142,14 @@ def _matched(
     own = inside.get(i, spec.identity())
     if not others:
         return own
-    index: dict[str, np.ndarray] = {}
-    for group in spec:
-        costs = {}
-        for cell in (cell.name for cell in group.cells):
-            total = torch.zeros(spec.cells[cell].size, spec.cells[cell].size)
-            for j in others:
-                matrix = pairs[j, i][cell] if j < i else pairs[i, j][cell].T
-                total.add_(matrix[torch.from_numpy(inside[j].index[cell])], alpha=models.weights[j])
-            costs[cell] = total[:, torch.from_numpy(own.index[cell])]
-        found = assign(group, costs)
-        index |= {cell: own.index[cell][p] for cell, p in found.index.items()}
-    return Permutation(spec, index)
+    costs: dict[str, Tensor] = {}
+    for cell, index in own.index.items():
+        total = torch.zeros(len(index), len(index))
+        for j in others:
+            matrix = pairs[j, i][cell] if j < i else pairs[i, j][cell].T
+            total.add_(matrix[torch.from_numpy(inside[j].index[cell])], alpha=models.weights[j])
+        costs[cell] = total[:, torch.from_numpy(index)]
+    return assign_all(spec, costs).compose(own)
 
 
 def _value(

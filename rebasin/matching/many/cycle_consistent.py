@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations_with_replacement
 from math import fsum
 from time import perf_counter
 from typing import Literal
@@ -38,7 +39,7 @@ from torch import Tensor
 
 from ...spec import Permutation, PermutationSpec, Site, to_array
 from ...types import Progress, State, tell, widened
-from ..assignment.blocks import assign
+from ..assignment.blocks import assign_all
 from ..options import check_range
 from ..weights.endpoints import inner
 from .conclusion import conclude
@@ -151,9 +152,7 @@ class _Search:
 
     def step(self) -> tuple[float, float]:
         """One step of Frank and Wolfe: its length, and what the objective gained."""
-        ends = [self.soft[0]]
-        for i in range(1, len(self.models)):
-            ends.append(self._vertex(i))
+        ends = [self.soft[0], *map(self._vertex, range(1, len(self.models)))]
         nodes = np.linspace(0, 1, self.degree + 1)
         sums, products = self._sums([self._between(ends, float(t)) for t in nodes])
         length, before, self.objective = _longest_step(nodes, products)
@@ -167,13 +166,7 @@ class _Search:
 
     def rounded(self) -> list[Permutation]:
         """The nearest legal permutations."""
-        found = []
-        for soft in self.soft:
-            index: dict[str, np.ndarray] = {}
-            for group in self.spec:
-                index |= assign(group, {cell.name: soft[cell.name] for cell in group.cells}).index
-            found.append(Permutation(self.spec, index))
-        return found
+        return [assign_all(self.spec, soft) for soft in self.soft]
 
     objective = 0.0
 
@@ -196,10 +189,7 @@ class _Search:
                 part = _applied(self.spec, self.soft[i], name, own, skip=axis)
                 for cell, site in sites:
                     slopes[cell].addmm_(_rows(others, axis, site), _rows(part, axis, site).T)
-        index: dict[str, np.ndarray] = {}
-        for group in self.spec:
-            index |= assign(group, {cell.name: slopes[cell.name] for cell in group.cells}).index
-        return _matrices(Permutation(self.spec, index))
+        return _matrices(assign_all(self.spec, slopes))
 
     def _sums(self, softs: Sequence[Sequence[Soft]]) -> tuple[list[dict[str, Tensor]], np.ndarray]:
         """S for each list of matrices, and 2 F as a bilinear form on them, [lists, lists]; one pass over the models."""
@@ -214,20 +204,16 @@ class _Search:
                 for total, part in zip(sums, parts, strict=True):
                     total[name] = total[name].add_(part) if name in total else part.clone()
                 own += _gram(parts)
-        products = np.zeros((count, count))
-        for name in self.names:
-            products += _gram([total[name] for total in sums])
+        products = sum((_gram([total[name] for total in sums]) for name in self.names), np.zeros_like(own))
         return sums, products - own
 
 
 def _longest_step(nodes: np.ndarray, products: np.ndarray) -> tuple[float, float, float]:
     """The t in [0, 1] at which F is largest, and F at 0 and there; `products` is 2 F between the nodes."""
     basis = [_lagrange(nodes, k) for k in range(len(nodes))]
-    zero = np.polynomial.Polynomial([0.0])
-    curve = zero
-    for a, row in zip(basis, products, strict=True):
-        for b, value in zip(basis, row, strict=True):
-            curve = curve + a * b * (value / 2)
+    curve = np.polynomial.Polynomial([0.0])
+    for (i, j), value in np.ndenumerate(products):
+        curve = curve + basis[i] * basis[j] * (value / 2)
     turning = [float(r.real) for r in curve.deriv().roots() if abs(r.imag) < 1e-9 and 0 < r.real < 1]
     best = max([0.0, 1.0, *turning], key=lambda t: float(curve(t)))
     return best, float(curve(0.0)), float(curve(best))
@@ -247,9 +233,8 @@ def _column(shares: Sequence[float], like: Tensor) -> Tensor:
 def _gram(parts: Sequence[Tensor]) -> np.ndarray:
     """All inner products, [k, k], float64."""
     gram = np.zeros((len(parts), len(parts)))
-    for a in range(len(parts)):
-        for b in range(a + 1):
-            gram[a, b] = gram[b, a] = inner(parts[a], parts[b])
+    for a, b in combinations_with_replacement(range(len(parts)), 2):
+        gram[a, b] = gram[b, a] = inner(parts[b], parts[a])
     return gram
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from itertools import permutations
 from math import fsum
 
 from ...spec import Permutation
@@ -18,17 +19,8 @@ def cycle_error(pairs: Mapping[tuple[int, int], Permutation]) -> float:
             `p_i.invert().compose(p_j)`, give 0.
     """
     models = sorted({i for pair in pairs for i in pair})
-    shares = [_share(pairs[i, k], pairs[i, j].compose(pairs[j, k])) for i, j, k in _triples(models)]
+    shares = [
+        moved_between(pairs[i, k], pairs[i, j].compose(pairs[j, k])) / pairs[i, k].spec.neurons
+        for i, j, k in permutations(models, 3)
+    ]
     return fsum(shares) / len(shares) if shares else 0.0
-
-
-def _triples(models: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    for i in models:
-        for j in models:
-            for k in models:
-                if len({i, j, k}) == 3:
-                    yield i, j, k
-
-
-def _share(a: Permutation, b: Permutation) -> float:
-    return moved_between(a, b) / a.spec.neurons

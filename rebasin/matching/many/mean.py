@@ -114,13 +114,9 @@ def match_to_mean(
         run.seconds = perf_counter() - began
         if checkpoint is not None:
             checkpoint(run.state())
-        told = {
-            "pass": len(run.history),
-            "model": i,
-            "objective": run.objective,
-            "moved": run.steps[-1].moved,
-        }
-        tell(progress, "merge many", len(run.steps), len(models), **told, seconds=run.seconds)
+        told = {"pass": len(run.history), "model": i, "objective": run.objective}
+        told |= {"moved": run.steps[-1].moved, "seconds": run.seconds}
+        tell(progress, "merge many", len(run.steps), len(models), **told)
         return changed
 
     # Models that are settled have their turn, too: taking one out of the mean and putting it back rounds the mean.

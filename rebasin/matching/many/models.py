@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import fsum, isfinite
 
 import torch
@@ -14,7 +14,7 @@ from ...merging.interpolate import COUNTERS
 from ...spec import Permutation, PermutationSpec
 from ...tensors import load_safetensors
 from ...types import LazyState, State, dtype_of, is_number, shape_of, widened
-from ..weights.endpoints import CHUNK, one_thread
+from ..weights.endpoints import keys_of, squared
 
 Visit = Callable[[int, str, Tensor], None]
 Source = State | str | os.PathLike[str]
@@ -27,7 +27,7 @@ class Models:
     Attributes:
         weights: as given; `shares` with sum 1.
         keys: the name in the spec of every tensor that it permutes -> the name in the states.
-        layout: name -> type and shape, of every tensor of the first model.
+        layout: name -> tensor without values, for every tensor of the first model.
         squares: |theta_i|^2 over the parameters that the spec permutes; known once `read_all` was called.
     """
 
@@ -51,10 +51,7 @@ class Models:
             raise ConfigError(f"{len(self)} models need as many weights, all positive, not {self.weights}.")
         self.shares = tuple(w / fsum(self.weights) for w in self.weights)
         first = self.open(0)
-        spec.check(first, self.name(0))
-        names = set(first)
-        alias = {target: other for other, target in spec.aliases.items() if other in names}
-        self.keys = {name: name if name in names else alias[name] for name in spec.axes}
+        self.keys = keys_of(spec, first, self.name(0))
         self.layout = {name: layout_of(first, name) for name in first}
         del first
         for i in range(len(self)):
@@ -68,9 +65,7 @@ class Models:
             CheckpointError: a model has NaN or infinite values or other integers than the first; names it.
         """
         first = self.open(0)
-        whole = {
-            name: first[name].clone() for name, (dtype, _) in self.layout.items() if not is_number(dtype)
-        }
+        whole = {name: first[name].clone() for name, t in self.layout.items() if not is_number(t.dtype)}
         del first
         self.squares = tuple(self._check_values(i, whole, visit) for i in range(len(self)))
 
@@ -108,20 +103,14 @@ class Models:
                     f"Tensor {min(missing)!r} is in {has} but not in {lacks}: all models must come from the same"
                     f" architecture."
                 )
-        for name, (dtype, shape) in self.layout.items():
-            own_dtype, own_shape = layout_of(state, name)
-            if own_shape != shape or is_number(own_dtype) != is_number(dtype):
+        for name, first in self.layout.items():
+            own = layout_of(state, name)
+            if own.shape != first.shape or is_number(own.dtype) != is_number(first.dtype):
                 raise CheckpointError(
-                    f"Tensor {name!r} of {what} is {_told(own_dtype, own_shape)}, but {_told(dtype, shape)} in"
+                    f"Tensor {name!r} of {what} is {_told(own)}, but {_told(first)} in"
                     f" {self.name(0)}: all models must come from the same architecture."
                 )
-        for key in self.keys.values():
-            dtype = layout_of(state, key)[0]
-            if not dtype.is_floating_point:
-                raise CheckpointError(
-                    f"Tensor {key!r} of {what} is {str(dtype).removeprefix('torch.')}, not floating point:"
-                    f" convert a quantised checkpoint to floating point first."
-                )
+        keys_of(self.spec, state, what)
 
     def _check_values(self, i: int, whole: Mapping[str, Tensor], visit: Visit | None) -> float:
         state, squares = self.open(i), []
@@ -135,7 +124,7 @@ class Models:
                         f" can't be averaged, so make them equal or leave the tensor out."
                     )
                 continue
-            square = square_of(tensor)
+            square = squared(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
             if not isfinite(square) and not bool(torch.isfinite(tensor.to(widened(tensor.dtype))).all()):
                 raise CheckpointError(
                     f"Tensor {name!r} of {self.name(i)} has NaN or infinite values: the checkpoint is damaged or"
@@ -149,6 +138,18 @@ class Models:
         return fsum(squares)
 
 
+def mean_of(tensors: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
+    """The weighted mean, in at least float32; one tensor after the other is asked for."""
+    members = zip(tensors, weights, strict=True)
+    first, total = next(members)
+    mean = first.to(widened(first.dtype), copy=True)
+    for tensor, weight in members:
+        total += weight
+        # Not (W m + w x) / (W + w): the mean of equal tensors is to be these tensors, to the bit.
+        mean.lerp_(tensor.to(mean.dtype), weight / total)
+    return mean
+
+
 class MeanState(LazyState):
     """The weighted mean of models, each in an arrangement of its own; a tensor is made when it is asked for.
 
@@ -159,58 +160,21 @@ class MeanState(LazyState):
     """
 
     def __init__(self, models: Models, members: Mapping[int, Permutation], wide: bool = False) -> None:
-        self._models, self._members, self._wide = models, dict(members), wide
+        layout = models.layout
+        super().__init__({n: t.to(widened(t.dtype)) for n, t in layout.items()} if wide else layout)
+        self._models, self._members = models, dict(members)
 
     def __getitem__(self, name: str) -> Tensor:
-        dtype = self.dtype_of(name)
-        mean: Tensor | None = None
-        total = 0.0
-        for i, permutation in self._members.items():
-            weight = self._models.weights[i]
-            total += weight
-            tensor = self._models.open(i)[name].detach().cpu()
-            if mean is None:
-                mean = permutation.apply_to(name, tensor).to(widened(tensor.dtype), copy=True)
-                if not is_number(mean.dtype):
-                    break
-            else:
-                # Not (W m + w x) / (W + w): the mean of equal tensors is to be these tensors, to the bit.
-                mean.lerp_(permutation.apply_to(name, tensor).to(mean.dtype), weight / total)
-        assert mean is not None
-        return mean.to(dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._models.layout)
-
-    def __len__(self) -> int:
-        return len(self._models.layout)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._models.layout
-
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        return self._models.layout[name][1]
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        dtype = self._models.layout[name][0]
-        return widened(dtype) if self._wide else dtype
+        number = is_number(self.dtype_of(name))
+        members = list(self._members.items())[: None if number else 1]
+        tensors = (p.apply_to(name, self._models.open(i)[name].detach().cpu()) for i, p in members)
+        return mean_of(tensors, [self._models.weights[i] for i, _ in members]).to(self.dtype_of(name))
 
 
-def layout_of(state: State, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-    """Type and shape of a tensor."""
-    return dtype_of(state, name), shape_of(state, name)
+def layout_of(state: State, name: str) -> Tensor:
+    """Type and shape of a tensor, as a tensor without values."""
+    return torch.empty(shape_of(state, name), dtype=dtype_of(state, name), device="meta")
 
 
-def square_of(tensor: Tensor) -> float:
-    """|tensor|^2, in float64, piece by piece."""
-    flat = (torch.view_as_real(tensor) if tensor.dtype.is_complex else tensor).reshape(-1)
-    room, squares = torch.empty(min(CHUNK, flat.numel()), dtype=torch.float64), []
-    with one_thread():
-        for piece in flat.split(CHUNK):
-            wide_piece = room[: piece.numel()].copy_(piece)
-            squares.append(wide_piece.dot(wide_piece))
-    return fsum(torch.stack(squares).tolist()) if squares else 0.0
-
-
-def _told(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {shape}"
+def _told(layout: Tensor) -> str:
+    return f"{str(layout.dtype).removeprefix('torch.')} {tuple(layout.shape)}"

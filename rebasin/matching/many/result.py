@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...spec import Permutation, PermutationSpec
 from ...tensors import load_safetensors, save_safetensors
+from ..result import plain
 from ..resume_state import ResumeState
 
 
@@ -85,21 +86,8 @@ class ManyResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the permutations and the merged weights, as JSON can have it."""
-        return {
-            "method": self.method,
-            "models": len(self.permutations),
-            "weights": list(self.weights),
-            "pivot": self.pivot,
-            "objective": self.objective,
-            "distance": self.distance,
-            "distance_before": self.distance_before,
-            "passes": self.passes,
-            "converged": self.converged,
-            "moved": self.moved,
-            "seconds": self.seconds,
-            "history": [asdict(one) for one in self.history],
-            "details": dict(self.details),
-        }
+        own = plain(self, "permutations", "merged")
+        return {**own, "models": len(self.permutations), "passes": self.passes}
 
 
 def anchored(permutations: Sequence[Permutation], anchor: int | None) -> tuple[Permutation, ...]:

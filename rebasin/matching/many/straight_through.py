@@ -30,7 +30,7 @@ from ...errors import DataError
 from ...objectives import Objective
 from ...spec import Permutation, PermutationSpec
 from ...tensors.modules import loaded
-from ...types import Progress, tell, widened
+from ...types import Progress, tell
 from ..options import check_choices, check_range
 from ..result import moved_between
 from ..straight_through.auxiliary import Auxiliary, Schedule, rate_of
@@ -39,7 +39,7 @@ from ..straight_through.draws import split
 from ..straight_through.midpoint import Autocast, Ends
 from .conclusion import conclude, first_distance
 from .mean import match_to_mean
-from .models import Models, Source
+from .models import Models, Source, mean_of
 from .pivot import match_to_pivot
 from .result import ManyResult, Pass, Step
 from .starts import start_of
@@ -106,7 +106,9 @@ def straight_through_many(
     where = torch.device(next(model.parameters()).device if device is None else device)
     permutations = list(start_of(init, models, seed, {"pivot": match_to_pivot, "mean": match_to_mean}))
     before = first_distance(models)
-    search = _Search(models, model, objective, where, autocast, lambdas, lr, momentum)
+    first = loaded(model, models.open(0))
+    alike = lambdas == "fixed" and len(set(models.weights)) == 1
+    search = _Search(models, Ends(spec, first, first, objective, where, autocast), alike, lr, momentum)
     rng = np.random.default_rng(seed)
     history = [Pass(0, before)]
 
@@ -161,44 +163,24 @@ def straight_through_many(
 class _Search:
     """The models on the device, and the auxiliary weights of all but the first."""
 
-    def __init__(
-        self,
-        models: Models,
-        model: nn.Module,
-        objective: Objective,
-        device: torch.device,
-        autocast: Autocast | None,
-        lambdas: Lambdas,
-        lr: float,
-        momentum: float,
-    ) -> None:
-        first = loaded(model, models.open(0))
-        self.models = models
-        self.ends = Ends(models.spec, first, first, objective, device, autocast)
+    def __init__(self, models: Models, ends: Ends, alike: bool, lr: float, momentum: float) -> None:
+        self.models, self.ends = models, ends
         self.tensors = [
-            {name: models.open(i)[name].detach().to(device) for name in self.ends.b}
+            {name: models.open(i)[name].detach().to(ends.device) for name in ends.b}
             for i in range(len(models))
         ]
-        alike = lambdas == "fixed" and len(set(models.weights)) == 1
-        own = Auxiliary(self.ends, "adam", lr, momentum)
-        more = 0 if alike else len(models) - 2
-        self.auxiliary = [own, *(Auxiliary(self.ends, "adam", lr, momentum) for _ in range(more))]
+        count = 1 if alike else max(1, len(models) - 1)
+        self.auxiliary = [Auxiliary(ends, "adam", lr, momentum) for _ in range(count)]
 
     def mean(self, permutations: Sequence[Permutation], shares: Sequence[float]) -> dict[str, Tensor]:
         """The models' weighted mean; integers, and what is not saved with a model, are the first's."""
         found = dict(self.ends.a)
-        for name in self.ends.b:
-            first = self.tensors[0][name]
-            if not first.is_floating_point():
-                continue
-            total = 0.0
-            mean = permutations[0].apply_to(name, first).to(widened(first.dtype), copy=True)
-            for i, share in enumerate(shares):
-                total += share
-                if i:
-                    tensor = permutations[i].apply_to(name, self.tensors[i][name])
-                    mean.lerp_(tensor.to(mean.dtype), share / total)
-            found[name] = mean.to(self.ends.a[name].dtype)
+        for name, first in self.tensors[0].items():
+            if first.is_floating_point():
+                brought = (
+                    p.apply_to(name, own[name]) for p, own in zip(permutations, self.tensors, strict=True)
+                )
+                found[name] = mean_of(brought, shares).to(self.ends.a[name].dtype)
         return found
 
     def score(self, permutations: Sequence[Permutation], batches: Sequence[Any]) -> float:

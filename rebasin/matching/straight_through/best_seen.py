@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal
@@ -42,6 +42,14 @@ class Seen:
     best_step: int = 0
     scored_at: int = 0
     history: tuple[Step, ...] = ()
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the block's wall time to a part."""
+    began = perf_counter()
+    yield
+    seconds[part] += perf_counter() - began
 
 
 class BestSeen:
@@ -130,12 +138,8 @@ class BestSeen:
             permutation=now.best,
         )
 
-    @contextmanager
-    def clock(self, part: str) -> Iterator[None]:
-        """Add the block's wall time to a part."""
-        began = perf_counter()
-        yield
-        self.lap[part] += perf_counter() - began
+    def clock(self, part: str) -> AbstractContextManager[None]:
+        return timed(self.lap, part)
 
     def _lapped(self, before: Mapping[str, float] | None = None) -> Mapping[str, float]:
         """The times up to now; the next lap begins."""

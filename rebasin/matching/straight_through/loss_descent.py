@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -29,6 +27,7 @@ from ..result import moved_between
 from ..weights.costs import WeightCosts
 from ..weights.endpoints import Endpoints
 from ..weights.matching import improve
+from .best_seen import timed
 from .midpoint import Ends
 
 GROW, SHRINK = 1.25, 0.5
@@ -116,7 +115,7 @@ class _Descent:
         self.aligned = {name: old.apply_to(name, ends.b[name]) for name in ends.moved}
         self.midpoint = ends.midpoint(old)
         self.seconds = {"gradient": 0.0, "projection": 0.0, "scoring": 0.0}
-        with self._clock("gradient"):
+        with timed(self.seconds, "gradient"):
             self.before, self.slope = ends.gradient(self.midpoint, self.chosen)
         self.loss, self.tried, self.taken = self.before, 0, 0
         return self.rng.permutation(len(self.parts)).tolist()
@@ -124,11 +123,11 @@ class _Descent:
     def improve(self, number: int) -> bool:
         """Make the group's step if it lowers the loss."""
         part = self.parts[number]
-        with self._clock("projection"):
+        with timed(self.seconds, "projection"):
             moves = part.candidate(self.aligned, self.slope)
         if moves is None:
             return False
-        with self._clock("scoring"):
+        with timed(self.seconds, "scoring"):
             a = self.ends.a
             changed = {name: moves.apply_to(name, self.aligned[name]) for name in part.names}
             halfway = {name: interpolate_tensor(name, a[name], b, 0.5) for name, b in changed.items()}
@@ -158,12 +157,6 @@ class _Descent:
             tuple(part.rate for part in self.parts),
             fruitless,
         )
-
-    @contextmanager
-    def _clock(self, part: str) -> Iterator[None]:
-        began = perf_counter()
-        yield
-        self.seconds[part] += perf_counter() - began
 
 
 class _Part:

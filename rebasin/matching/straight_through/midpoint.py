@@ -7,8 +7,8 @@ during the backward pass, and must then meet the midpoint's tensors, not the mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -47,7 +47,7 @@ class Ends:
         autocast: Autocast | None = None,
     ) -> None:
         self.spec = spec
-        self._inside = _Inside(model_a, objective)
+        self._inside, self._objective = _Inside(model_a), objective
         self._autocast = autocast
         self.device = device
         self.a, self.b = _tensors(model_a, device), _tensors(model_b, device)
@@ -83,8 +83,8 @@ class Ends:
         leaves = {name: tensors[name].detach().requires_grad_() for name in self.free}
         total, sums = 0.0, dict[str, Tensor]()
         for batch in batches:
-            inside = self._inside.gradient
-            loss, found = self._call({**tensors, **leaves}, inside, batch, list(leaves.values()))
+            by = list(leaves.values())
+            loss, found = self._call({**tensors, **leaves}, partial(self._loss_and_slope, by), batch)
             total += loss / len(batches)
             for name, part in zip(leaves, found, strict=True):
                 if part is not None:
@@ -96,17 +96,29 @@ class Ends:
 
     def evaluate(self, tensors: Mapping[str, Tensor], batches: Sequence[Any]) -> float:
         """The mean loss at `tensors` over all samples of `batches`, in eval mode."""
-        return self._call(tensors, self._inside.evaluate, batches)
+        return self._call(tensors, self._loss, batches)
 
     def endpoints(self, batches: Sequence[Any]) -> tuple[float, float]:
         """The mean losses of A and of B."""
         return self.evaluate(self.a, batches), self.evaluate({**self.a, **self.b}, batches)
 
-    def _call(self, tensors: Mapping[str, Tensor], what: Any, data: Any, *more: Any) -> Any:
-        data = to_device(data, self.device)
-        narrow = nullcontext() if self._autocast is None else torch.autocast(self.device.type, torch.bfloat16)
+    def _call(self, tensors: Mapping[str, Tensor], what: Callable[[Any], Any], data: Any) -> Any:
         named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        return functional_call(self._inside, named, (what, narrow, data, *more))
+        return functional_call(self._inside, named, (what, to_device(data, self.device)))
+
+    def _narrow(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._autocast is None else torch.autocast(self.device.type, torch.bfloat16)
+
+    def _loss(self, batches: Any) -> float:
+        with self._narrow():
+            return self._objective.evaluate(self._inside.model, batches)["loss"]
+
+    def _loss_and_slope(self, leaves: list[Tensor], batch: Any) -> tuple[float, Sequence[Tensor | None]]:
+        with torch.enable_grad():
+            with self._narrow():
+                loss = self._objective.loss(self._inside.model, batch)
+            found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return float(loss.detach()), found
 
     @contextmanager
     def ready(self, checkpointing: bool) -> Iterator[None]:
@@ -119,26 +131,12 @@ class Ends:
 class _Inside(nn.Module):
     """What is computed while the model has other tensors than its own."""
 
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.objective = objective
 
-    def forward(self, what: Any, *arguments: Any) -> Any:
-        return what(*arguments)
-
-    def gradient(
-        self, narrow: Any, batch: Any, leaves: list[Tensor]
-    ) -> tuple[float, Sequence[Tensor | None]]:
-        with torch.enable_grad():
-            with narrow:
-                loss = self.objective.loss(self.model, batch)
-            found = torch.autograd.grad(loss, leaves, allow_unused=True)
-        return float(loss.detach()), found
-
-    def evaluate(self, narrow: Any, batches: Sequence[Any]) -> float:
-        with narrow:
-            return self.objective.evaluate(self.model, batches)["loss"]
+    def forward(self, what: Callable[[Any], Any], data: Any) -> Any:
+        return what(data)
 
 
 def _tensors(model: nn.Module, device: torch.device) -> dict[str, Tensor]:

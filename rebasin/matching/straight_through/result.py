@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...spec import Permutation
@@ -84,13 +84,4 @@ class StraightThroughResult(Found):
         return (self.objective,)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the permutation, as JSON can have it."""
-        plain = {name: value for name, value in vars(self).items() if name not in ("permutation", "history")}
-        return {
-            **plain,
-            "moved": self.moved,
-            "endpoints": list(self.endpoints),
-            "moved_per_group": dict(self.moved_per_group),
-            "restarts": list(self.restarts),
-            "history": [asdict(step) for step in self.history],
-        }
+        return {**super().to_dict(), "restarts": list(self.restarts)}

@@ -14,9 +14,8 @@ counts places, not original neurons, and the identity stands for leaving things 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -27,6 +26,7 @@ from ...spec import Indices, Site, indices, to_array
 from ..assignment.blocks import Costs
 from .accelerator import Accelerator
 from .endpoints import Endpoints
+from .products import Where
 
 Choose = Callable[[str, int], bool]
 """(parameter, axis) -> whether the site is to be counted."""
@@ -42,21 +42,21 @@ class WeightCosts(Costs):
         self.pair, self.accelerator, self.choose = pair, accelerator, choose
         self.dtype = pair.dtype
 
-    def sites(self, cell: str) -> list[tuple[str, int, list[Site]]]:
-        """The (parameter, axis, its sites) at which the cell counts."""
-        by_axis: dict[tuple[str, int], list[Site]] = {}
+    def sites(self, cell: str) -> dict[Where, list[Site]]:
+        """(parameter, axis) at which the cell counts -> its sites there."""
+        by_axis: dict[Where, list[Site]] = {}
         for site in self.pair.spec.cells[cell].sites:
             counts = site.parameter not in self.pair.spec.buffers
             if counts and (self.choose is None or self.choose(site.parameter, site.axis)):
                 by_axis.setdefault((site.parameter, site.axis), []).append(site)
-        return [(parameter, axis, sites) for (parameter, axis), sites in by_axis.items()]
+        return by_axis
 
     def coordinates(self, cell: str) -> int:
         """How many weights each of the cell's neurons has at these sites."""
         shapes = self.pair.spec.shapes
         return sum(
             math.prod(shapes[parameter]) // shapes[parameter][axis] * len(sites)
-            for parameter, axis, sites in self.sites(cell)
+            for (parameter, axis), sites in self.sites(cell).items()
         )
 
     def slices(self, cell: str, *, widest: bool = False) -> Iterator[tuple[float, Tensor, Tensor]]:
@@ -65,16 +65,15 @@ class WeightCosts(Costs):
         """
         shapes = self.pair.spec.shapes
 
-        def width(site: tuple[str, int, list[Site]]) -> tuple[bool, int]:
-            shape = shapes[site[0]]
-            return site[1] == 0 and len(shape) > 1, math.prod(shape) // shape[site[1]]
+        def width(where: Where) -> tuple[bool, int]:
+            shape = shapes[where[0]]
+            return where[1] == 0 and len(shape) > 1, math.prod(shape) // shape[where[1]]
 
         sites = self.sites(cell)
-        if widest and sites:
-            sites = [max(sites, key=width)]
+        chosen = [max(sites, key=width)] if widest and sites else sites
         everyone = range(self.pair.index[cell].size)
-        for parameter, axis, own in sites:
-            a, b = self.pair.a(parameter), self.pair.b(parameter)
+        for parameter, axis in chosen:
+            a, b, own = self.pair.a(parameter), self.pair.b(parameter), sites[parameter, axis]
             for x, y in zip(_parts(a, axis, own, everyone), _parts(b, axis, own, everyone), strict=True):
                 yield self.pair.weight[parameter], x, y
 
@@ -102,8 +101,12 @@ class WeightCosts(Costs):
 
     def _products(self, cell: str, neurons: Indices, count: int) -> Tensor:
         """[count, k, k] for `count` blocks of k neurons each, which `neurons` lists one after the other."""
-        sites = {(parameter, axis): own for parameter, axis, own in self.sites(cell)}
-        compute = partial(self._product, sites, neurons)
+        sites = self.sites(cell)
+
+        def compute(total: Tensor, where: Where, a: Tensor, b: Tensor) -> None:
+            for x, y in self._pieces(a, b, where[1], sites[where], neurons):
+                _add(total, x, y, self.pair.weight[where[0]])
+
         if self.accelerator is not None and self.accelerator.products.keeps(cell):
             return self.accelerator.products.sum(cell, neurons, count, list(sites), compute)
         k = len(neurons) // count
@@ -120,20 +123,6 @@ class WeightCosts(Costs):
         if vectors_a:  # biases and norm affines: one product of rank m instead of m outer products
             _add(total, torch.cat(vectors_a, dim=1), torch.cat(vectors_b, dim=1), 1.0)
         return total
-
-    def _product(
-        self,
-        sites: Mapping[tuple[str, int], Sequence[Site]],
-        neurons: Indices,
-        total: Tensor,
-        where: tuple[str, int],
-        a: Tensor,
-        b: Tensor,
-    ) -> None:
-        """total [count, k, k] += weight * the products of the slices of `neurons` in `a` and in `b`."""
-        parameter, axis = where
-        for x, y in self._pieces(a, b, axis, sites[where], neurons):
-            _add(total, x, y, self.pair.weight[parameter])
 
     def _pieces(
         self, a: Tensor, b: Tensor, axis: int, sites: Sequence[Site], neurons: Indices

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...spec import Group, Permutation, PermutationSpec, to_array
+from ...spec import Group, Permutation, PermutationSpec
 from ...types import State, dtype_of
 
 Normalize = Literal["tensor"]
@@ -82,7 +82,7 @@ class Endpoints:
         self.device = torch.device(device)
         self.parameters = tuple(name for name in spec.axes if name not in spec.buffers)
         self._a, self._b = state_a, state_b
-        self._key_a, self._key_b = _keys(spec, state_a, "A"), _keys(spec, state_b, "B")
+        self._key_a, self._key_b = keys_of(spec, state_a, "A"), keys_of(spec, state_b, "B")
         self._kept: dict[tuple[str, str], Tensor] = {}
         self._moved: dict[str, Tensor] = {}
         self.index = {name: np.arange(cell.size) for name, cell in spec.cells.items()}
@@ -204,9 +204,10 @@ class Endpoints:
         self, group: Group, index: Mapping[str, np.ndarray]
     ) -> Iterator[tuple[str, Slices, Tensor]]:
         """(name, what changes, tensor as it is) for each tensor that is not the same afterwards."""
-        relative = {cell.name: index[cell.name] for cell in group.cells}
+        own = {cell.name: index[cell.name] for cell in group.cells}
+        relative = Permutation(self.spec, {**self.spec.identity().index, **own})
         for name in touched(group, self.spec):
-            moves = list(_axes(self.spec, name, relative))
+            moves = relative.axes_of(name)
             if not moves:
                 continue
             b = self.b(name)
@@ -242,6 +243,11 @@ def touched(group: Group, spec: PermutationSpec) -> list[str]:
 def inner(a: Tensor, b: Tensor) -> float:
     """<a, b> with products and sums in float64."""
     return _summed([x.dot(y) for x, y in _chunks(a, b)])
+
+
+def squared(a: Tensor) -> float:
+    """|a|^2, float64."""
+    return _summed([x.dot(x) for (x,) in _chunks(a)])
 
 
 def _moments(a: Tensor, b: Tensor) -> tuple[float, float, float]:
@@ -303,35 +309,18 @@ def _summed(parts: list[Tensor]) -> float:
     return math.fsum(torch.stack(parts).tolist()) if len(parts) > 1 else float(sum(parts))
 
 
-def _axes(
-    spec: PermutationSpec, name: str, index: Mapping[str, np.ndarray]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The (axis, int64 index [axis size]) pairs by which the cells in `index` move tensor `name`."""
-    for axis, sites in spec.axes[name].items():
-        full = np.arange(spec.shapes[name][axis])
-        for cell, site in sites:
-            if cell in index:
-                positions = to_array(site.positions)
-                full[positions] = positions[index[cell]]
-        if not np.array_equal(full, np.arange(full.size)):
-            yield axis, full
-
-
 def _permuted(tensor: Tensor, moves: list[tuple[int, np.ndarray]]) -> Tensor:
     for axis, index in moves:
         tensor = tensor.index_select(axis, torch.from_numpy(index).to(tensor.device))
     return tensor
 
 
-def _keys(spec: PermutationSpec, state: State, what: str) -> dict[str, str]:
+def keys_of(spec: PermutationSpec, state: State, what: str) -> dict[str, str]:
     """Under which of its names `state` has each permuted tensor; checks that it has them all, and as
     numbers.
     """
     spec.check(state, what)
-    other = {}
-    for alias, name in spec.aliases.items():
-        if alias in state:
-            other.setdefault(name, alias)
+    other = {name: alias for alias, name in reversed(spec.aliases.items()) if alias in state}
     keys = {name: name if name in state else other[name] for name in spec.axes}
     for key in keys.values():
         dtype = dtype_of(state, key)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...spec import Group, Indices, Leaf, Site, to_array
+from ...spec import Group, Indices, Site, to_array
 from ..assignment.blocks import independent, leaves
 from ..schedule import axes_met
 from .endpoints import Endpoints
@@ -206,11 +206,7 @@ def _terms(pair: Endpoints, parameter: str, axis: int) -> int:
 def _entries(group: Group, cell: int) -> int:
     """How many entries a cell's products have: the blocks that `assign` asks for."""
     sizes = [
-        sum(
-            len(leaf.neurons)
-            for leaf in ([unit] if isinstance(unit, Leaf) else leaves(unit))
-            if leaf.cell == cell
-        )
+        sum(len(leaf.neurons) for leaf in leaves(unit) if leaf.cell == cell)
         for unit in independent(group.tree)
     ]
     return sum(size * size for size in sizes)
