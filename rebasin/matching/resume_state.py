@@ -145,8 +145,13 @@ def _value(kind: Any, plain: Any, at: str, file: SafetensorsState, spec: Permuta
             raise ValueError("an illegal permutation")
         return permutation
     if is_dataclass(kind):
-        hints, names = get_type_hints(kind), [field.name for field in fields(kind)]
-        return kind(**{name: _value(hints[name], plain[name], f"{at}/{name}", file, spec) for name in names})
+        hints = get_type_hints(kind)
+        return kind(  # pyright: ignore[reportCallIssue]
+            **{
+                f.name: _value(hints[f.name], plain[f.name], f"{at}/{f.name}", file, spec)
+                for f in fields(kind)
+            }
+        )
     if origin is tuple:
         each = repeat(kinds[0], len(plain)) if kinds[-1] is Ellipsis else kinds
         pairs = zip(each, plain, strict=True)

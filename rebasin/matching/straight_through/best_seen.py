@@ -75,7 +75,7 @@ class BestSeen:
         """
         self._ends, self._heldout, self._total = ends, heldout, total
         self._began, self._progress = began, progress
-        self.lap = dict.fromkeys(PARTS, 0.0)
+        self.lap: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         if seen is not None:
             self.now = seen
             return

@@ -320,7 +320,7 @@ def keys_of(spec: PermutationSpec, state: State, what: str) -> dict[str, str]:
     numbers.
     """
     spec.check(state, what)
-    other = {name: alias for alias, name in reversed(spec.aliases.items()) if alias in state}
+    other = {name: alias for alias, name in reversed(list(spec.aliases.items())) if alias in state}
     keys = {name: name if name in state else other[name] for name in spec.axes}
     for key in keys.values():
         dtype = dtype_of(state, key)
