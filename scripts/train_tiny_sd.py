@@ -28,15 +28,21 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
+from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+from transformers import CLIPTokenizer
 
 from rebasin.checkpoints import atomic_path, load_safetensors, save_safetensors, write_text
 from rebasin.data import captioned_digits as digits
@@ -44,7 +50,9 @@ from rebasin.errors import RebasinError
 from rebasin.models import tiny_sd
 from rebasin.models import tiny_sd_training as training
 from rebasin.models.tiny_sd_training import Recipe
-from rebasin.types import ProgressEvent
+from rebasin.objectives import Denoising
+from rebasin.tensors.modules import device_of, to_device
+from rebasin.types import Progress, ProgressEvent
 
 STAGES = ("vae", "text", "seed0", "seed1", "low", "high", "evaluate")
 RECIPES = {
@@ -58,6 +66,7 @@ RECIPES = {
 }
 FINE_TUNED_ON = {"low": (0, 1, 2, 3, 4), "high": (5, 6, 7, 8, 9)}
 GUIDANCE, SAMPLING_STEPS = 3.0, 25
+START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 class Bars:
@@ -135,10 +144,10 @@ def run_stage(
     checkpoint = out / "checkpoints" / f"{stage}.safetensors"
     common = {"device": options.device, "progress": Bars(), "checkpoint": checkpoint}
     if stage == "vae":
-        model, record = training.train_vae(images, recipe, **common)
+        model, record = train_vae(images, recipe, **common)
         place(model.half(), out / "vae")
     elif stage == "text":
-        tokenizer = tiny_sd.new_tokenizer(text for text, _, _ in digits.CAPTIONS)
+        tokenizer = new_tokenizer(text for text, _, _ in digits.CAPTIONS)
         model, record = training.train_text_encoder(images, labels, tokenizer, recipe, **common)
         place(tokenizer, out / "tokenizer")
         place(tiny_sd.new_scheduler(), out / "scheduler")
@@ -185,21 +194,21 @@ def evaluate(out: Path, images: np.ndarray, labels: np.ndarray, options: argpars
         vae, text_encoder, tokenizer, scheduler, "test", n=2000, batch_size=250, seed=0, path=options.data
     )
     unets = {name: tiny_sd.load_unet(name, path=out) for name in tiny_sd.UNETS}
-    losses = {name: training.denoising_loss(unet, batches) for name, unet in unets.items()}
-    losses["random weights"] = training.denoising_loss(tiny_sd.new_unet(0, options.width), batches)
+    losses = {name: denoising_loss(unet, batches) for name, unet in unets.items()}
+    losses["random weights"] = denoising_loss(tiny_sd.new_unet(0, options.width), batches)
     for a, b in (("seed0", "seed1"), ("low", "high")):
         middle = tiny_sd.new_unet(0, options.width)
         other = unets[b].state_dict()
         middle.load_state_dict({k: (v + other[k]) / 2 for k, v in unets[a].state_dict().items()})
-        losses[f"naive midpoint of {a} and {b}"] = training.denoising_loss(middle, batches)
+        losses[f"naive midpoint of {a} and {b}"] = denoising_loss(middle, batches)
 
-    classifier = training.train_classifier(images, labels, RECIPES["classifier"], options.device, Bars())
-    judged = training.classify(classifier, test_images)
+    classifier = train_classifier(images, labels, RECIPES["classifier"], options.device, Bars())
+    judged = classify(classifier, test_images)
     accuracy = {"test images": float((judged == test_labels).mean())}
     rows = []
     for name, unet in unets.items():
         samples = sample(tiny_sd.build_pipeline(unet, vae, text_encoder, tokenizer, scheduler), copies=20)
-        judged = training.classify(classifier, samples[:, 2:-2, 2:-2])
+        judged = classify(classifier, samples[:, 2:-2, 2:-2])
         right = judged == np.tile(np.arange(10), 20)
         accuracy[name] = float(right.mean())
         if name in FINE_TUNED_ON:
@@ -214,7 +223,7 @@ def evaluate(out: Path, images: np.ndarray, labels: np.ndarray, options: argpars
         "data": fingerprint(options.data),
         "machine": machine(options),
         "held_out_denoising_loss": losses,
-        "held_out_reconstruction_mse": training.reconstruction_error(vae, test_images[:2000]),
+        "held_out_reconstruction_mse": reconstruction_error(vae, test_images[:2000]),
         "sample_accuracy": accuracy,
         "sampling": {
             "prompt": "a handwritten <digit>",
@@ -312,6 +321,154 @@ def machine(options: argparse.Namespace) -> dict[str, str | int]:
         "device": options.device,
         "threads": options.threads,
     }
+
+
+def new_vae(seed: int) -> AutoencoderKL:
+    """An autoencoder with random weights that halves the image twice, 0.24 M parameters. Set scaling_factor
+    after training.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        blocks: dict[str, Any] = {  # the library declares these as tuples of one
+            "block_out_channels": (16, 32, 32),
+            "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3,
+        }
+        return AutoencoderKL(
+            **blocks,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=8,
+            sample_size=32,
+        )
+
+
+def train_vae(
+    images: np.ndarray, recipe: Recipe, device: str, progress: Progress | None, checkpoint: Path | None = None
+) -> tuple[AutoencoderKL, dict[str, float]]:
+    """An autoencoder of images uint8 [n, 28, 28]; its scaling_factor makes the latents' standard deviation 1.
+
+    Loss: squared plus absolute error of the pixels and 1e-3 times the KL divergence, each a mean over its
+    elements.
+    """
+    vae: Any = new_vae(recipe.seed)
+    vae.to(device)
+
+    def loss_at(rng: torch.Generator, choose: np.random.Generator) -> torch.Tensor:
+        pixels = digits.to_pixels(images[choose.integers(0, len(images), recipe.batch_size)]).to(device)
+        posterior = vae.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return F.mse_loss(decoded, pixels) + F.l1_loss(decoded, pixels) + 1e-3 * kl
+
+    record = training.train("vae", vae, recipe, loss_at, progress, checkpoint)
+    vae.register_to_config(scaling_factor=1.0)
+    vae.register_to_config(scaling_factor=float(1.0 / digits.encode_latents(vae, images[:5000]).std()))
+    record["scaling_factor"] = vae.config.scaling_factor
+    return vae, record
+
+
+@torch.no_grad()
+def reconstruction_error(vae: Any, images: np.ndarray) -> float:
+    """Mean squared error per pixel (in -1..1) of decoding the latents of images uint8 [n, 28, 28]."""
+    parameter = next(vae.parameters())
+    total = 0.0
+    for i in range(0, len(images), 250):
+        pixels = digits.to_pixels(images[i : i + 250]).to(parameter.device)
+        total += F.mse_loss(vae.decode(vae.encode(pixels).latent_dist.mode()).sample, pixels).item() * len(
+            pixels
+        )
+    return total / len(images)
+
+
+def new_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
+    """CLIP's byte-level BPE with as many merges as it takes to make every word of `texts` one token."""
+    symbols = _byte_symbols()
+    merges: Any = _learn_merges(Counter(word for text in texts for word in text.split()))
+    tokens = [
+        *symbols,
+        *(s + "</w>" for s in symbols),
+        *("".join(pair) for pair in merges),
+        START,
+        END,
+    ]
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=tiny_sd.CONTEXT
+    )
+
+
+def _byte_symbols() -> list[str]:
+    """One printable character for each of the 256 bytes: printable Latin-1 stands for itself, the rest is
+    moved behind it.
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    moved = 256 - len(printable)
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(moved)]
+
+
+def _learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
+    """Byte pair encoding: join the most frequent pair, ties in alphabetical order, until every word is one
+    symbol.
+    """
+    spelt = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    merges: list[tuple[str, str]] = []
+    while True:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, symbols in spelt.items():
+            for pair in pairwise(symbols):
+                pairs[pair] += words[word]
+        if not pairs:
+            return merges
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for symbols in spelt.values():
+            i = 0
+            while i < len(symbols) - 1:
+                if (symbols[i], symbols[i + 1]) == best:
+                    symbols[i : i + 2] = ["".join(best)]
+                i += 1
+
+
+def denoising_loss(unet: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> float:
+    """Mean squared error of the predicted noise over batches of captioned_digits.denoising_batches."""
+    problem = Denoising(alphas_cumprod=tiny_sd.new_scheduler().alphas_cumprod)
+    return problem.evaluate(unet, [to_device(batch, device_of(unet)) for batch in batches])["loss"]
+
+
+def train_classifier(
+    images: np.ndarray, labels: np.ndarray, recipe: Recipe, device: str, progress: Progress | None
+) -> torch.nn.Module:
+    """A small convolutional classifier of pixels [n, 1, 32, 32] in -1..1 that judges the samples; it is not
+    kept.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        layers: list[torch.nn.Module] = []
+        for inside, outside in ((1, 16), (16, 32), (32, 64)):
+            layers += [torch.nn.Conv2d(inside, outside, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+        model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(64 * 16, 10)).to(device)
+
+    def loss_at(rng: torch.Generator, choose: np.random.Generator) -> torch.Tensor:
+        source = choose.integers(0, len(images), recipe.batch_size)
+        truth = torch.from_numpy(labels[source]).to(device)
+        return F.cross_entropy(model(digits.to_pixels(images[source]).to(device)), truth)
+
+    training.train("classifier", model, recipe, loss_at, progress)
+    return model
+
+
+@torch.no_grad()
+def classify(classifier: torch.nn.Module, images: np.ndarray) -> np.ndarray:
+    """Digits int64 [n] of images uint8 [n, 28, 28]."""
+    device = next(classifier.parameters()).device
+    return classifier(digits.to_pixels(images).to(device)).argmax(1).cpu().numpy()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import train_tiny_sd
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -534,9 +535,9 @@ def pipelines(unet) -> tuple[dict[str, PermutationSpec], Any, Any, dict[str, Per
     """A small pipeline with random weights and another with the same, its neurons rearranged in every part."""
     from transformers import CLIPTextModel
 
-    tokenizer = tiny_sd.new_tokenizer(["a handwritten seven"])
+    tokenizer = train_tiny_sd.new_tokenizer(["a handwritten seven"])
     text = CLIPTextModel(tiny_sd.text_config(tokenizer))
-    parts = {"unet": tiny_sd.new_unet(0), "vae": tiny_sd.new_vae(0), "text_encoder": text}
+    parts = {"unet": tiny_sd.new_unet(0), "vae": train_tiny_sd.new_vae(0), "text_encoder": text}
     examples = {
         "vae": (torch.randn(2, 1, 32, 32),),
         "text_encoder": (tokenizer(["seven"], padding="max_length", return_tensors="pt").input_ids,),

@@ -212,7 +212,7 @@ def cifar_parts(name: str, rows: int = 3) -> dict[str, tuple[np.ndarray, np.ndar
     """File of the binary version -> images and labels, in the publisher's sizes but with few rows."""
     random = np.random.default_rng(1)
     classes = 10 if name == "cifar10" else 100
-    files = [*LAYOUTS[name].binary[0], *LAYOUTS[name].binary[1]]
+    files = [f"{file}.bin" for part in LAYOUTS[name].files for file in part]
     return {
         file: (
             random.integers(0, 256, (rows, 3072), np.uint8),
@@ -246,7 +246,7 @@ def test_cifar_in_the_publishers_formats(name, version, packed, tmp_path):
         with tarfile.open(path, "w:gz") as archive:
             archive.add(tmp_path / "data" / "batches", "batches")
     data = load(name, path)
-    train = [parts[file] for file in LAYOUTS[name].binary[0]]
+    train = [parts[f"{file}.bin"] for file in LAYOUTS[name].files[0]]
     assert data.train_x.shape == (3 * len(train), 3, 32, 32)
     assert data.train_y.tolist() == np.concatenate([y for _, y in train]).tolist()
     image = torch.from_numpy(train[0][0][0].reshape(3, 32, 32)).float() / 255

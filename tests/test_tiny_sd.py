@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from train_tiny_sd import denoising_loss, new_tokenizer
 
 from rebasin.data import captioned_digits as digits
 from rebasin.errors import CheckpointError, DataError
 from rebasin.models import tiny_sd
-from rebasin.models.tiny_sd_training import Recipe, denoising_loss, learning_rate, train
+from rebasin.models.tiny_sd_training import Recipe, learning_rate, train
 
 torch.set_num_threads(1)
 
@@ -140,7 +141,7 @@ def test_tokenizer_round_trip(parts):
         ",",
         "5",
     ]
-    assert tokenizer.get_vocab() == tiny_sd.new_tokenizer(text for text, _, _ in digits.CAPTIONS).get_vocab()
+    assert tokenizer.get_vocab() == new_tokenizer(text for text, _, _ in digits.CAPTIONS).get_vocab()
 
 
 def test_the_pipeline_is_deterministic_by_seed(capfd):

@@ -27,11 +27,14 @@ Read = Callable[[str], bytes | None]
 
 @dataclass(frozen=True)
 class Layout:
-    """What the publisher's archives hold. `labels`: bytes before each image in the binary version; the last is used."""
+    """What the publisher's archives hold.
+
+    `files`: of training and test, with .bin behind in the binary version; `labels`: bytes before each image there, of
+    which the last is used.
+    """
 
     archive: str
-    binary: tuple[tuple[str, ...], tuple[str, ...]]
-    python: tuple[tuple[str, ...], tuple[str, ...]]
+    files: tuple[tuple[str, ...], tuple[str, ...]]
     labels: int
     key: bytes
     md5: str
@@ -40,16 +43,14 @@ class Layout:
 LAYOUTS = {
     "cifar10": Layout(
         archive="cifar-10-binary.tar.gz",
-        binary=(tuple(f"data_batch_{i}.bin" for i in range(1, 6)), ("test_batch.bin",)),
-        python=(tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)),
+        files=(tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)),
         labels=1,
         key=b"labels",
         md5="c32a1d4ab5d03f1284b67883e8d87530",
     ),
     "cifar100": Layout(
         archive="cifar-100-binary.tar.gz",
-        binary=(("train.bin",), ("test.bin",)),
-        python=(("train",), ("test",)),
+        files=(("train",), ("test",)),
         labels=2,  # coarse, fine
         key=b"fine_labels",
         md5="03b5dce01913d631647c71ecec9e9cb8",
@@ -68,31 +69,29 @@ def read_cifar(name: str, path: Path) -> dict[str, np.ndarray]:
     """
     layout = LAYOUTS[name]
     where, read = _source(path, layout)
-    for parts, decode in ((layout.binary, _binary), (layout.python, _python)):
-        if read(parts[0][0]) is None:
-            continue
-        arrays = {}
-        for split, files in zip(("train", "test"), parts, strict=True):
-            images, labels = [], []
-            for file in files:
-                content = read(file)
-                if content is None:
-                    raise DataError(f"{where} has no {file}: unpack the publisher's archive again.")
-                x, y = decode(content, layout, f"{file} of {where}")
-                images.append(x)
-                labels.append(y)
-            arrays[f"{split}_x"] = np.concatenate(images).reshape(-1, 3, SIDE, SIDE)
-            arrays[f"{split}_y"] = np.concatenate(labels).astype(np.int64)
-        return arrays
-    raise DataError(
-        f"{where} has neither {layout.binary[0][0]} nor {layout.python[0][0]}: pass the publisher's .tar.gz or its"
-        " unpacked folder."
-    )
+    first = layout.files[0][0]
+    versions = [(suffix, decode) for suffix, decode in VERSIONS.items() if read(first + suffix) is not None]
+    if not versions:
+        raise DataError(
+            f"{where} has neither {first}.bin nor {first}: pass the publisher's .tar.gz or its unpacked folder."
+        )
+    suffix, decode = versions[0]
+    arrays = {}
+    for split, files in zip(("train", "test"), layout.files, strict=True):
+        parts = []
+        for file in (f"{name}{suffix}" for name in files):
+            content = read(file)
+            if content is None:
+                raise DataError(f"{where} has no {file}: unpack the publisher's archive again.")
+            parts.append(decode(content, layout, f"{file} of {where}"))
+        images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+        arrays |= {f"{split}_x": images.reshape(-1, 3, SIDE, SIDE), f"{split}_y": labels.astype(np.int64)}
+    return arrays
 
 
 def _source(path: Path, layout: Layout) -> tuple[Path, Read]:
     if path.is_dir():
-        wanted = (layout.binary[0][0], layout.python[0][0])
+        wanted = [layout.files[0][0] + suffix for suffix in VERSIONS]
         folders = [path, *sorted(p for p in path.iterdir() if p.is_dir())]
         found = next((f for f in folders if any((f / name).is_file() for name in wanted)), None)
         if found is not None:
@@ -134,6 +133,9 @@ def _python(content: bytes, layout: Layout, where: str) -> tuple[np.ndarray, np.
             f"{where} has images {x.shape} {x.dtype} and labels {y.shape}, not (n, {PIXELS}) and (n,)."
         )
     return x, y
+
+
+VERSIONS = {".bin": _binary, "": _python}
 
 
 class _Arrays(pickle.Unpickler):

@@ -144,19 +144,18 @@ def load(name: str, path: str | Path | None = None, *, download: bool = False) -
         arrays = _read_npz(path)
     else:
         arrays = read_cifar(name, path) if name in LAYOUTS else _read_folder(path)
-    parts: list[Tensor] = []
-    for split, called in (("train", "training"), ("test", "test")):
-        x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
-        parts += (_colour if name in LAYOUTS else _checked)(
-            x, y, f"the {called} part of {path}", len(CLASSES[name])
-        )
-    return Dataset(name, parts[0], parts[1], parts[2], parts[3], CLASSES[name])
+    checked, classes = _colour if name in LAYOUTS else _checked, CLASSES[name]
+    train, test = (
+        checked(arrays[f"{split}_x"], arrays[f"{split}_y"], f"the {called} part of {path}", len(classes))
+        for split, called in (("train", "training"), ("test", "test"))
+    )
+    return Dataset(name, *train, *test, classes)
 
 
 def _known_place(name: str) -> Path | None:
     """Where REBASIN_DATA has the data set."""
     root = os.environ.get("REBASIN_DATA")
-    places = [] if not root else [Path(root).expanduser() / f"{name}.npz", Path(root).expanduser() / name]
+    places = [Path(root).expanduser() / file for file in (f"{name}.npz", name)] if root else []
     return next((place for place in places if place.exists()), None)
 
 
@@ -219,10 +218,10 @@ def _read_folder(path: Path) -> dict[str, np.ndarray]:
 
 def _find(folder: Path, stem: str) -> Path:
     # Some copies are called train-images.idx3-ubyte.
-    for name in (stem, stem.replace("-idx", ".idx")):
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return path
+    names = (f"{name}{suffix}" for name in (stem, stem.replace("-idx", ".idx")) for suffix in ("", ".gz"))
+    for path in (folder / name for name in names):
+        if path.is_file():
+            return path
     raise DataError(
         f"{folder} has neither {stem} nor {stem}.gz: pass an .npz file or a folder with all four IDX files."
     )

@@ -105,7 +105,9 @@ def block_weights(setting: Any, names: Iterable[str], default: float | None = No
     found: dict[str, tuple[float, str]] = {}  # tensor name -> weight and rule
     for selector, value in parse(setting):
         if selector == "default":
-            default = _single(selector, value)
+            if not isinstance(value, float):
+                raise ConfigError(f"The block weight of '{selector}' is a list, but it is one number.")
+            default = value
         elif selector in ("preset", "list"):
             values = preset(value.removesuffix("@depth")) if selector == "preset" else value
             rule = value if selector == "preset" else f"the list of {len(value)}"
@@ -133,12 +135,6 @@ def block_weights(setting: Any, names: Iterable[str], default: float | None = No
     weights = {name: found[name][0] for name in names}
     rules = {name: found[name][1] for name in names}
     return BlockWeights(weights, rules, blocks, tuple(notes))
-
-
-def _single(selector: str, value: Any) -> float:
-    if not isinstance(value, float):
-        raise ConfigError(f"The block weight of '{selector}' is a list, but it is one number.")
-    return value
 
 
 def _by_block(values: Sequence[float], blocks: Blocks, rule: str) -> tuple[dict[str, float], list[str]]:

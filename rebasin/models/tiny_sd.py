@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,7 +36,6 @@ UNETS = ("seed0", "seed1", "low", "high")
 CONTEXT = 16  # tokens in a prompt, start and end included
 HIDDEN = 64  # width of the text encoder and of the UNets' cross attention
 
-START, END = "<|startoftext|>", "<|endoftext|>"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 T = TypeVar("T")
 
@@ -193,28 +190,6 @@ def new_unet(seed: int, width: int = 32) -> UNet2DConditionModel:
         )
 
 
-def new_vae(seed: int) -> AutoencoderKL:
-    """An autoencoder with random weights that halves the image twice, 0.24 M parameters. Set scaling_factor
-    after training.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        blocks: dict[str, Any] = {  # the library declares these as tuples of one
-            "block_out_channels": (16, 32, 32),
-            "down_block_types": ("DownEncoderBlock2D",) * 3,
-            "up_block_types": ("UpDecoderBlock2D",) * 3,
-        }
-        return AutoencoderKL(
-            **blocks,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=8,
-            sample_size=32,
-        )
-
-
 def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     """A CLIP text model of width 64 with two layers of four heads."""
     special: dict[str, Any] = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
@@ -245,49 +220,3 @@ def new_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         steps_offset=1,  # unused with this spacing, but the pipeline asks for it
     )
-
-
-def new_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
-    """CLIP's byte-level BPE with as many merges as it takes to make every word of `texts` one token."""
-    symbols = _byte_symbols()
-    merges: Any = _learn_merges(Counter(word for text in texts for word in text.split()))
-    tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(pair) for pair in merges), START, END]
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=CONTEXT
-    )
-
-
-def _byte_symbols() -> list[str]:
-    """One printable character for each of the 256 bytes: printable Latin-1 stands for itself, the rest is
-    moved behind it.
-    """
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    moved = 256 - len(printable)
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(moved)]
-
-
-def _learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
-    """Byte pair encoding: join the most frequent pair, ties in alphabetical order, until every word is one
-    symbol.
-    """
-    spelt = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
-    merges: list[tuple[str, str]] = []
-    while True:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for word, symbols in spelt.items():
-            for pair in pairwise(symbols):
-                pairs[pair] += words[word]
-        if not pairs:
-            return merges
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        for symbols in spelt.values():
-            i = 0
-            while i < len(symbols) - 1:
-                if (symbols[i], symbols[i + 1]) == best:
-                    symbols[i : i + 2] = ["".join(best)]
-                i += 1

@@ -74,14 +74,14 @@ class Trainer:
             told = _told(progress, seed, "UNet")
             return training.train_unet("unet", start, corpus, recipe, self.device, told, checkpoint)
 
-        recipe = _seeded(self.recipe, seed)
+        recipe = replace(self.recipe, seed=seed)
         return self._kept(f"tiny_sd_unet{self.width}", start, recipe, what, train)
 
     def text_encoder(self, seed: int, progress: Progress | None = None) -> CLIPTextModel:
         """The text encoder of this seed."""
         tokenizer = tiny_sd.load_tokenizer()
         model = CLIPTextModel(tiny_sd.text_config(tokenizer))
-        recipe = _seeded(self.text_recipe, seed)
+        recipe = replace(self.text_recipe, seed=seed)
 
         def train(checkpoint: Path | None) -> tuple[nn.Module, dict[str, float]]:
             told = _told(progress, seed, "text encoder")
@@ -145,10 +145,6 @@ def recipe(options: Mapping[str, Any]) -> Recipe:
             f"The recipe has {found.steps} steps of {found.batch_size} images, but both must be at least 1."
         )
     return found
-
-
-def _seeded(recipe: Recipe, seed: int) -> Recipe:
-    return replace(recipe, seed=seed)
 
 
 def _told(progress: Progress | None, seed: int, what: str) -> Progress | None:

@@ -1,4 +1,4 @@
-"""Training of the embedded tiny Stable Diffusion, stage by stage: autoencoder, text encoder, UNets.
+"""Training of a tiny Stable Diffusion's text encoder and UNets; scripts/train_tiny_sd.py trains the rest with it.
 
 Each function trains one part and returns it with a record of figures. All randomness of step s comes from a
 generator seeded with (seed, s), and the learning rate is a function of s, so that a run that was interrupted
@@ -19,13 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ..data import captioned_digits as digits
-from ..objectives import Denoising
 from ..tensors import load_safetensors, save_safetensors
-from ..tensors.modules import device_of, to_device
 from ..types import Progress, tell
 from . import tiny_sd
 
@@ -132,48 +130,6 @@ def _resume(path: Path, named, averaged, optimizer) -> tuple[list[float], float]
         for name, value in averaged.items():
             value.copy_(file[f"average/{name}"])
     return losses, seconds
-
-
-# Autoencoder ------------------------------------------------------------------------------------------------
-
-
-def train_vae(
-    images: np.ndarray, recipe: Recipe, device: str, progress: Progress | None, checkpoint: Path | None = None
-) -> tuple[AutoencoderKL, dict[str, float]]:
-    """An autoencoder of images uint8 [n, 28, 28]; its scaling_factor makes the latents' standard deviation 1.
-
-    Loss: squared plus absolute error of the pixels and 1e-3 times the KL divergence, each a mean over its
-    elements.
-    """
-    vae: Any = tiny_sd.new_vae(recipe.seed)
-    vae.to(device)
-
-    def loss_at(rng: torch.Generator, choose: np.random.Generator) -> torch.Tensor:
-        pixels = digits.to_pixels(images[choose.integers(0, len(images), recipe.batch_size)]).to(device)
-        posterior = vae.encode(pixels).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-        return F.mse_loss(decoded, pixels) + F.l1_loss(decoded, pixels) + 1e-3 * kl
-
-    record = train("vae", vae, recipe, loss_at, progress, checkpoint)
-    vae.register_to_config(scaling_factor=1.0)
-    vae.register_to_config(scaling_factor=float(1.0 / digits.encode_latents(vae, images[:5000]).std()))
-    record["scaling_factor"] = vae.config.scaling_factor
-    return vae, record
-
-
-@torch.no_grad()
-def reconstruction_error(vae: Any, images: np.ndarray) -> float:
-    """Mean squared error per pixel (in -1..1) of decoding the latents of images uint8 [n, 28, 28]."""
-    parameter = next(vae.parameters())
-    total = 0.0
-    for i in range(0, len(images), 250):
-        pixels = digits.to_pixels(images[i : i + 250]).to(parameter.device)
-        total += F.mse_loss(vae.decode(vae.encode(pixels).latent_dist.mode()).sample, pixels).item() * len(
-            pixels
-        )
-    return total / len(images)
 
 
 # Text encoder -----------------------------------------------------------------------------------------------
@@ -321,41 +277,3 @@ def train_unet(
 
     record = train(stage, model, recipe, loss_at, progress, checkpoint)
     return model, record
-
-
-def denoising_loss(unet: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> float:
-    """Mean squared error of the predicted noise over batches of captioned_digits.denoising_batches."""
-    problem = Denoising(alphas_cumprod=tiny_sd.new_scheduler().alphas_cumprod)
-    return problem.evaluate(unet, [to_device(batch, device_of(unet)) for batch in batches])["loss"]
-
-
-# A judge of samples -----------------------------------------------------------------------------------------
-
-
-def train_classifier(
-    images: np.ndarray, labels: np.ndarray, recipe: Recipe, device: str, progress: Progress | None
-) -> torch.nn.Module:
-    """A small convolutional classifier of pixels [n, 1, 32, 32] in -1..1 that judges the samples; it is not
-    kept.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        layers: list[torch.nn.Module] = []
-        for inside, outside in ((1, 16), (16, 32), (32, 64)):
-            layers += [torch.nn.Conv2d(inside, outside, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
-        model = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(64 * 16, 10)).to(device)
-
-    def loss_at(rng: torch.Generator, choose: np.random.Generator) -> torch.Tensor:
-        source = choose.integers(0, len(images), recipe.batch_size)
-        truth = torch.from_numpy(labels[source]).to(device)
-        return F.cross_entropy(model(digits.to_pixels(images[source]).to(device)), truth)
-
-    train("classifier", model, recipe, loss_at, progress)
-    return model
-
-
-@torch.no_grad()
-def classify(classifier: torch.nn.Module, images: np.ndarray) -> np.ndarray:
-    """Digits int64 [n] of images uint8 [n, 28, 28]."""
-    device = next(classifier.parameters()).device
-    return classifier(digits.to_pixels(images).to(device)).argmax(1).cpu().numpy()

@@ -31,26 +31,8 @@ TOKENS = 35  # prompts are cut off there, as ImageReward was trained
 SIDE = 224
 MEAN, SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-BERT = {
-    "architectures": ["BertModel"],
-    "attention_probs_dropout_prob": 0.1,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1,
-    "hidden_size": 768,
-    "initializer_range": 0.02,
-    "intermediate_size": 3072,
-    "layer_norm_eps": 1e-12,
-    "max_position_embeddings": 512,
-    "model_type": "bert",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "pad_token_id": 0,
-    "type_vocab_size": 2,
-    "vocab_size": 30524,
-    "encoder_width": 768,
-    "add_cross_attention": True,
-}
-"""BLIP's text encoder, which ImageReward's med_config.json describes."""
+BERT = {"vocab_size": 30524, "encoder_width": 768, "add_cross_attention": True}
+"""BLIP's text encoder, which ImageReward's med_config.json describes, where it is not transformers' BertConfig()."""
 
 BUFFERS = ("blip.text_encoder.embeddings.position_ids",)
 """Constants that some versions of the library save and others do not."""

@@ -24,25 +24,26 @@ from ..files import cache_folder, write_text
 from ..spec import PermutationSpec
 
 
-def load(key: str | None) -> PermutationSpec | None:
+def _file(key: str | None) -> Path | None:
     folder = cache_folder()
-    if key is None or folder is None:
-        return None
+    return None if key is None or folder is None else folder / "specs" / f"{key}.json"
+
+
+def load(key: str | None) -> PermutationSpec | None:
+    file = _file(key)
     try:
-        return PermutationSpec.from_json((folder / "specs" / f"{key}.json").read_text())
+        return None if file is None else PermutationSpec.from_json(file.read_text())
     except (OSError, SpecMismatchError):
         return None  # absent, damaged or of an older format: trace again
 
 
 def store(key: str | None, spec: PermutationSpec) -> None:
-    folder = cache_folder()
-    if key is None or folder is None:
+    file = _file(key)
+    if file is None:
         return
-    with contextlib.suppress(
-        OSError, CheckpointError
-    ):  # a cache that can't be written costs time, not results
-        (folder / "specs").mkdir(parents=True, exist_ok=True)
-        write_text(folder / "specs" / f"{key}.json", spec.to_json())
+    with contextlib.suppress(OSError, CheckpointError):  # not written: it costs time, not results
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, spec.to_json())
 
 
 def fingerprint(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from .constraints import Constraints
 
 Hash = np.ndarray
+_NONE = np.zeros(0, dtype=np.int64)
 _TIE, _MARK, _MEMBER, _SPAN, _UP, _DOWN, _HOLD, _ROOT = (np.uint64(k) for k in range(1, 9))
 
 
@@ -90,12 +90,8 @@ def solve(constraints: Constraints) -> Solution:
     return Solution(neuron, slot, _solve_set(np.arange(signature.size), signature, edges).children)
 
 
-def _classes(size: int, ties: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    pairs = list(ties)
-    a = np.concatenate([p[0] for p in pairs]) if pairs else np.zeros(0, dtype=np.int64)
-    b = np.concatenate([p[1] for p in pairs]) if pairs else np.zeros(0, dtype=np.int64)
-    graph = coo_matrix((np.ones(a.size, dtype=np.int8), (a, b)), shape=(size, size))
-    labels = connected_components(graph, directed=False)[1]
+def _classes(size: int, ties: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    labels = _components(size, *(np.concatenate([_NONE, *(pair[k] for pair in ties)]) for k in (0, 1)))
     # Number the classes by their first element, so that they are in the order of the parameters' positions.
     first = np.full(int(labels.max()) + 1 if size else 0, size, dtype=np.int64)
     np.minimum.at(first, labels, np.arange(size))
@@ -140,31 +136,27 @@ class Edges:
     code: Hash
     family: np.ndarray
 
-    def pick(self, mask: np.ndarray) -> Edges:
-        return Edges(self.member[mask], self.block[mask], self.code[mask], self.family[mask])
+    def pick(self, which: np.ndarray) -> Edges:
+        """Those of a mask, or of numbers in their order."""
+        return Edges(self.member[which], self.block[which], self.code[which], self.family[which])
 
 
 def _edges(constraints: Constraints, neuron: np.ndarray, slot: Hash, signature: Hash) -> Edges:
-    empty = np.zeros(0, dtype=np.int64)
-    m, b, code, family = [empty], [empty], [empty.astype(np.uint64)], [empty]
+    records = [(_NONE, _NONE, _NONE.astype(np.uint64), _NONE)]
     for number, (elements, blocks) in enumerate(constraints.members):
-        m.append(neuron[elements])
-        b.append(neuron[blocks])
-        code.append(mix(_MEMBER, number, slot[elements], slot[blocks]))
-        family.append(np.full(elements.size, number))
-    member, block, codes, families = (np.concatenate(x) for x in (m, b, code, family))
-    inner = member == block
-    np.add.at(signature, member[inner], codes[inner])
-    member, block, codes, families = member[~inner], block[~inner], codes[~inner], families[~inner]
-    if not member.size:
-        return Edges(member, block, codes, families)
-    order = np.lexsort((block, member))  # the same pair recorded several times is one edge
-    member, block, codes, families = member[order], block[order], codes[order], families[order]
-    new = np.concatenate([[True], (member[1:] != member[:-1]) | (block[1:] != block[:-1])])
-    starts = np.flatnonzero(new)
-    return Edges(
-        member[new], block[new], np.add.reduceat(codes, starts), np.minimum.reduceat(families, starts)
-    )
+        code = mix(_MEMBER, number, slot[elements], slot[blocks])
+        records.append((neuron[elements], neuron[blocks], code, np.full(elements.size, number)))
+    edges = Edges(*(np.concatenate(column) for column in zip(*records, strict=True)))
+    inner = edges.member == edges.block
+    np.add.at(signature, edges.member[inner], edges.code[inner])
+    edges = edges.pick(~inner)
+    if not edges.member.size:
+        return edges
+    edges = edges.pick(np.lexsort((edges.block, edges.member)))
+    # The same pair recorded several times is one edge.
+    first = np.flatnonzero(np.diff(edges.member, prepend=-1) | np.diff(edges.block, prepend=-1))
+    code, family = np.add.reduceat(edges.code, first), np.minimum.reduceat(edges.family, first)
+    return Edges(edges.member[first], edges.block[first], code, family)
 
 
 def _single_members(edges: Edges, signature: Hash) -> tuple[np.ndarray, np.ndarray] | None:
@@ -194,8 +186,9 @@ def _leaves(classes: np.ndarray, colour: Hash) -> list[Part]:
     return [_leaf(int(colour[run[0]]), classes[run]) for run in np.split(order, cuts) if run.size]
 
 
-def _components(n: int, edges: Edges) -> np.ndarray:
-    graph = coo_matrix((np.ones(edges.member.size, dtype=np.int8), (edges.member, edges.block)), shape=(n, n))
+def _components(size: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """For each of `size` nodes the number of the connected component that the edges a_i, b_i put it in."""
+    graph = coo_matrix((np.ones(a.size, dtype=np.int8), (a, b)), shape=(size, size))
     return connected_components(graph, directed=False)[1]
 
 
@@ -206,7 +199,7 @@ def _solve_set(classes: np.ndarray, colour: Hash, edges: Edges) -> Part:
     tied[edges.member] = tied[edges.block] = True
     found = _leaves(classes[~tied], colour[~tied])
     if tied.any():
-        component = _components(n, edges)
+        component = _components(n, edges.member, edges.block)
         nodes = np.flatnonzero(tied)
         nodes = nodes[np.argsort(component[nodes], kind="stable")]
         edge_order = np.argsort(component[edges.member], kind="stable")

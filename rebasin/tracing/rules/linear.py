@@ -57,14 +57,9 @@ def einsum(call: Call) -> Result:
     terms = left.split(",")
     labels = [t.label for t in call.args["tensors"]]
     dots = [x for x in ascii_uppercase + ascii_lowercase if x not in equation]
-    rank = max(
-        [label.ndim - len(t.replace("...", "")) for t, label in zip(terms, labels, strict=True) if "..." in t]
-        or [0]
-    )
-    spread = [
-        t.replace("...", "".join(dots[rank - (label.ndim - len(t.replace("...", ""))) : rank]))
-        for t, label in zip(terms, labels, strict=True)
-    ]
+    ranks = [label.ndim - len(t.replace("...", "")) for t, label in zip(terms, labels, strict=True)]
+    rank = max(ranks)  # of what the dots stand for
+    spread = [t.replace("...", "".join(dots[rank - k : rank])) for t, k in zip(terms, ranks, strict=True)]
     if "->" in equation:
         right = right.replace("...", "".join(dots[:rank]))
     else:
@@ -107,14 +102,10 @@ def convolution(call: Call) -> Result:
     c, x, weight = call.constraints, call.tensor("input"), call.tensor("weight")
     groups = int(call.args.get("groups", 1))
     transposed = bool(call.args.get("transposed", False)) or "transpose" in call.name
-    space = range(len(call.shape) - (weight.ndim - 2), len(call.shape))
-    if x.ndim == weight.ndim - 1:  # no batch dimension
-        image = fix(c, x.label, range(1, x.ndim), "is convolved over").expand_rank([0])
-    else:
-        image = fix(c, x.label, range(2, x.ndim), "is convolved over")
-    kernel = fix(c, weight.label, range(2, weight.ndim), None)
-    image = Label(image.shape[:2], tuple(f.reshape(f.shape[:2]) for f in image.factors))
-    kernel = Label(kernel.shape[:2], tuple(f.reshape(f.shape[:2]) for f in kernel.factors))
+    space, single = range(2, weight.ndim), x.ndim == weight.ndim - 1  # single: no batch dimension
+    image = fix(c, x.label, range(x.ndim - len(space), x.ndim), "is convolved over")
+    image = (image.expand_rank([0]) if single else image).drop(space)
+    kernel = fix(c, weight.label, space, None).drop(space)
     if transposed:
         kernel = kernel.permute([1, 0])
     if groups == 1:
@@ -124,11 +115,8 @@ def convolution(call: Call) -> Result:
     bias = call.optional("bias")
     if bias is not None:
         product = combine(c, [product, bias.label])
-    result = product.expand_rank(range(2, 2 + len(space)))
-    result = Label(
-        (*result.shape[:2], *call.shape[-len(space) :]) if len(space) else result.shape, result.factors
-    )
-    return result.drop([0]) if x.ndim == weight.ndim - 1 else result
+    result = product.expand_rank(space).sized(dict(zip(space, call.shape[-len(space) :], strict=True)))
+    return result.drop([0]) if single else result
 
 
 def _grouped(
@@ -139,35 +127,27 @@ def _grouped(
     The input channels of a group keep their place in it: all groups share that axis of the weight (transposed: the
     output channels do), so moving it in one group only is no permutation of an axis.
     """
-    n_in = image_channels = weight_shape[0] if transposed else weight_shape[1] * groups
-    n_out = weight_shape[1] * groups if transposed else weight_shape[0]
-    image = reshape(
-        c, image, (max(image.shape[0], 1), image_channels), (max(image.shape[0], 1), groups, n_in // groups)
-    )
+    n, channels = max(image.shape[0], 1), (weight_shape[0], weight_shape[1] * groups)
+    n_in, n_out = channels if transposed else channels[::-1]
+    ins, outs = n_in // groups, n_out // groups
+    image = reshape(c, image, (n, n_in), (n, groups, ins))
     shared = "is an axis that all groups of the convolution share"
     if transposed:
         kernel = fix(c, kernel, [0], shared)  # [C_out / g, C_in]
-        inputs = reshape(
-            c, Label((n_in,), tuple(f.reshape(-1) for f in kernel.factors)), (n_in,), (groups, n_in // groups)
-        )
-        both = combine(c, [image, inputs.right_align(3)])
-        per_group = contract(c, both, [-1])  # [N, g]
-        size = n_out // groups
-        outs = c.fresh(np.tile(np.arange(size), (groups, 1)))  # told apart by their place in the group
-        if size > 1:
-            c.mark(outs, np.arange(size)[None, :], shared)
-        grid = combine(
-            c, [per_group.expand_rank([2]), Label((1, groups, size), (outs[None],) if outs.size > 1 else ())]
-        )
-        return reshape(c, grid, (max(grid.shape[0], 1), groups, size), (max(grid.shape[0], 1), n_out))
-    kernel = fix(c, kernel, [1], shared)  # [C_out, C_in / g]
-    image = Label(image.shape, image.factors)
-    if n_in // groups > 1:
+        inputs = Label((n_in,), tuple(f.reshape(-1) for f in kernel.factors))
+        inputs = reshape(c, inputs, (n_in,), (groups, ins)).right_align(3)
+        per_group = contract(c, combine(c, [image, inputs]), [-1])  # [N, g]
+        places = c.fresh(np.tile(np.arange(outs), (groups, 1)))  # told apart by their place in the group
+        if outs > 1:
+            c.mark(places, np.arange(outs)[None, :], shared)
+        outputs = Label((1, groups, outs), (places[None],) if places.size > 1 else ())
+    else:
+        kernel = fix(c, kernel, [1], shared)  # [C_out, C_in / g]
         for factor in image.factors:
             if factor.shape[1] > 1 and factor.shape[2] > 1:
-                c.mark(factor, np.arange(n_in // groups)[None, None, :], shared)
-    per_group = contract(c, image, [-1])  # [N, g]
-    outputs = Label((n_out,), tuple(f.reshape(-1) for f in kernel.factors if f.shape[0] > 1))
-    outputs = reshape(c, outputs, (n_out,), (groups, n_out // groups))
-    grid = combine(c, [per_group.expand_rank([2]), outputs.right_align(3)])
-    return reshape(c, grid, (max(grid.shape[0], 1), groups, n_out // groups), (max(grid.shape[0], 1), n_out))
+                c.mark(factor, np.arange(ins)[None, None, :], shared)
+        per_group = contract(c, image, [-1])  # [N, g]
+        outputs = Label((n_out,), tuple(f.reshape(-1) for f in kernel.factors if f.shape[0] > 1))
+        outputs = reshape(c, outputs, (n_out,), (groups, outs)).right_align(3)
+    grid = combine(c, [per_group.expand_rank([2]), outputs])
+    return reshape(c, grid, (n, groups, outs), (n, n_out))

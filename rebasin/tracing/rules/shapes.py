@@ -29,26 +29,17 @@ def view(call: Call) -> Result:
     " transpose_copy matrix_H"
 )
 def permute(call: Call) -> Result:
-    x = call.tensor("self")
-    order = list(range(x.ndim))
-    if "dims" in call.args:
-        order = [d % x.ndim for d in call.args["dims"]]
-    elif "source" in call.args:
-        sources, targets = (
-            [v] if isinstance(v, int) else list(v) for v in (call.args["source"], call.args["destination"])
-        )
-        sources, targets = [s % x.ndim for s in sources], [t % x.ndim for t in targets]
-        order = [d for d in order if d not in sources]
-        for t, s in sorted(zip(targets, sources, strict=True)):
-            order.insert(t, s)
+    x, args = call.tensor("self"), call.args
+    axes = np.empty(range(x.ndim))  # it has no values, and each axis has its number as size
+    if "dims" in args:
+        axes = axes.transpose(args["dims"])
+    elif "source" in args:
+        axes = np.moveaxis(axes, args["source"], args["destination"])
     elif call.name in ("t", "numpy_T"):
-        order = order[::-1]
+        axes = axes.T
     else:
-        a, b = (call.args.get(n, d) % x.ndim for n, d in (("dim0", -2), ("dim1", -1)))
-        if "axis0" in call.args:
-            a, b = call.args["axis0"] % x.ndim, call.args["axis1"] % x.ndim
-        order[a], order[b] = order[b], order[a]
-    return x.label.permute(order)
+        axes = axes.swapaxes(*(args.get(f"dim{k}", args.get(f"axis{k}", k - 2)) for k in (0, 1)))
+    return x.label.permute(axes.shape)
 
 
 @rule("expand expand_as broadcast_to expand_copy")
@@ -85,17 +76,14 @@ def repeat_interleave(call: Call) -> Result:
 def cat(call: Call) -> Result:
     tensors: list[Traced] = [t for t in call.args["tensors"] if t.shape != (0,)]
     labels, shapes = [t.label for t in tensors], [t.shape for t in tensors]
-    ndim = len(call.shape)
-    if call.name == "stack":
-        dim = call.args.get("dim", 0) % ndim
-        labels = [label.expand_rank([dim]) for label in labels]
-        shapes = [(*s[:dim], 1, *s[dim:]) for s in shapes]
-    elif call.name in ("hstack", "vstack", "dstack", "column_stack"):
+    if call.name in ("hstack", "vstack", "dstack", "column_stack"):
         for label in labels:
             pin(call.constraints, label, "is stacked")
         return Label(call.shape)
-    else:
-        dim = call.args.get("dim", 0) % ndim
+    dim = call.args.get("dim", 0) % len(call.shape)
+    if call.name == "stack":
+        labels = [label.expand_rank([dim]) for label in labels]
+        shapes = [(*s[:dim], 1, *s[dim:]) for s in shapes]
     return concatenate(call.constraints, labels, shapes, dim)
 
 
@@ -128,17 +116,10 @@ def concatenate(c: Constraints, labels: list[Label], shapes: list[tuple[int, ...
         parts.append(part)
         roles.append(np.full(size, number))
     whole = distinct(c, np.concatenate(parts, axis=dim), np.concatenate(roles, axis=dim))
-    others = [
-        Label(
-            x.sized(dict.fromkeys(dims, 1)).shape,
-            tuple(f for f in x.factors if not any(d in dims for d in covered(f))),
-        )
-        for x in labels
-    ]
-    joined = combine(c, others)
-    total = sum(s[dim] for s in shapes)
-    shape = tuple(total if d == dim else extent[d] for d in range(labels[0].ndim))
-    return Label(shape, (*joined.factors, whole) if whole.size > 1 else joined.factors)
+    elsewhere = [tuple(f for f in x.factors if not any(d in dims for d in covered(f))) for x in labels]
+    others = [Label(x.shape, f).sized(dict.fromkeys(dims, 1)) for x, f in zip(labels, elsewhere, strict=True)]
+    extent[dim] = sum(s[dim] for s in shapes)
+    return Label(tuple(extent), (*combine(c, others).factors, *([whole] if whole.size > 1 else [])))
 
 
 def _closure(dims: list[int], labels: list[Label]) -> list[int]:
@@ -224,13 +205,10 @@ def pad(call: Call) -> Result:
         factor = label.factor_on(dim)
         if factor is not None and constant and before >= 0 and after >= 0:
             # The new places hold a constant: elements of their own, fixed along this dimension.
-            shapes, pieces = [], []
+            pieces = []
             for amount in (before, after):
-                shape = [amount if d == dim else n for d, n in enumerate(factor.shape)]
-                piece = c.helpers_of(shape)
-                c.pin(piece, None)
-                pieces.append(piece)
-                shapes.append(shape)
+                pieces.append(c.helpers_of([*factor.shape[:dim], amount, *factor.shape[dim + 1 :]]))
+                c.pin(pieces[-1], None)
             c.mark(factor, np.asarray(0), "is padded along its neurons")
             new = np.concatenate([pieces[0], factor, pieces[1]], axis=dim)
             factors = [new if f is factor else f for f in label.factors]
@@ -251,10 +229,7 @@ def pixel_shuffle(call: Call) -> Result:
     old = (*lead, channels, height, width)
     label = reshape(c, label, old, (*lead, channels // r**2, r, r, height, width))
     label = fix(c, label, [n + 1, n + 2], "is shuffled into pixels")
-    return Label(
-        (*label.shape[: n + 1], *call.shape[-2:]),
-        tuple(f.reshape(*f.shape[: n + 1], 1, 1) for f in label.factors),
-    )
+    return label.drop([n + 1, n + 2]).sized({n + 1: call.shape[-2], n + 2: call.shape[-1]})
 
 
 @rule("pixel_unshuffle")
@@ -263,10 +238,8 @@ def pixel_unshuffle(call: Call) -> Result:
     *lead, channels, height, width = x.shape
     c, n = call.constraints, len(lead)
     label = fix(c, x.label, [x.ndim - 2, x.ndim - 1], "is shuffled out of pixels")
-    wide = Label(
-        (*label.shape[: n + 1], height // r, r, width // r, r),
-        tuple(f.reshape(*f.shape[: n + 1], 1, 1, 1, 1) for f in label.factors),
-    )
+    wide = label.drop([n + 1, n + 2]).expand_rank(range(n + 1, n + 5))
+    wide = wide.sized(dict(enumerate((height // r, r, width // r, r), n + 1)))
     wide = wide.permute([*range(n + 1), n + 2, n + 4, n + 1, n + 3])
     return reshape(c, wide, (*lead, channels, r, r, height // r, width // r), call.shape)
 
