@@ -14,8 +14,9 @@ counts places, not original neurons, and the identity stands for leaving things 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -102,11 +103,7 @@ class WeightCosts(Costs):
     def _products(self, cell: str, neurons: Indices, count: int) -> Tensor:
         """[count, k, k] for `count` blocks of k neurons each, which `neurons` lists one after the other."""
         sites = self.sites(cell)
-
-        def compute(total: Tensor, where: Where, a: Tensor, b: Tensor) -> None:
-            for x, y in self._pieces(a, b, where[1], sites[where], neurons):
-                _add(total, x, y, self.pair.weight[where[0]])
-
+        compute = partial(self._product, sites, neurons)
         if self.accelerator is not None and self.accelerator.products.keeps(cell):
             return self.accelerator.products.sum(cell, neurons, count, list(sites), compute)
         k = len(neurons) // count
@@ -123,6 +120,20 @@ class WeightCosts(Costs):
         if vectors_a:  # biases and norm affines: one product of rank m instead of m outer products
             _add(total, torch.cat(vectors_a, dim=1), torch.cat(vectors_b, dim=1), 1.0)
         return total
+
+    def _product(
+        self,
+        sites: Mapping[Where, Sequence[Site]],
+        neurons: Indices,
+        total: Tensor,
+        where: Where,
+        a: Tensor,
+        b: Tensor,
+    ) -> None:
+        """total [count, k, k] += weight * the products of the slices of `neurons` in `a` and in `b`."""
+        parameter, axis = where
+        for x, y in self._pieces(a, b, axis, sites[where], neurons):
+            _add(total, x, y, self.pair.weight[parameter])
 
     def _pieces(
         self, a: Tensor, b: Tensor, axis: int, sites: Sequence[Site], neurons: Indices
