@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import CheckpointError
@@ -101,33 +101,21 @@ def _text_family(shapes: Shapes, found: Found) -> str:
     return "clip_h" if width == 1024 or found.layout == "openclip" else "clip_l"
 
 
-def _has(*patterns: str) -> Callable[[Mapping[str, object]], bool]:
-    compiled = [re.compile(pattern) for pattern in patterns]
-    return lambda names: any(c.search(name) for name in names for c in compiled)
-
-
-FOREIGN: tuple[tuple[str, Callable[[Mapping[str, object]], bool]], ...] = (
-    (
-        "a LoRA or another adapter",
-        _has(
-            r"\.lora_(down|up|A|B|mid)\b",
-            r"\.lora[_.](linear|unet|te)",
-            r"^lora_",
-            r"\.(hada_w|lokr_w|oft_|diff_b)",
-        ),
-    ),
-    ("a ControlNet", _has(r"input_hint_block\.", r"controlnet_cond_embedding\.", r"^control_model\.")),
-    ("a T2I or IP adapter", _has(r"^(image_proj|ip_adapter)\.", r"^adapter\.body\.")),
-    ("a motion module (AnimateDiff)", _has(r"motion_modules\.")),
-    ("a video model", _has(r"time_stack\.", r"temporal_transformer_blocks\.")),
-    ("Stable Diffusion 3", _has(r"joint_blocks\.", r"transformer_blocks\.\d+\.attn\.add_q_proj")),
-    ("Flux", _has(r"double_blocks\.", r"single_transformer_blocks\.")),
-    ("Stable Cascade", _has(r"clip_txt_mapper\.", r"channelwise\.0\.")),
-    ("a PixArt or DiT model", _has(r"adaln_single\.", r"^(model\.)?blocks\.\d+\.(cross_attn|adaLN)")),
-    ("a textual inversion embedding", _has(r"^emb_params$", r"^string_to_param", r"^clip_[lg]$", r"^<.*>$")),
-    ("a hypernetwork", _has(r"^(768|1024|320|640|1280)\.\d")),
-    ("an upscaler (ESRGAN)", _has(r"RDB\d\.conv", r"^model\.0\.weight$")),
-)
+FOREIGN = {
+    "a LoRA or another adapter": r"\.lora_(down|up|A|B|mid)\b|\.lora[_.](linear|unet|te)|^lora_"
+    r"|\.(hada_w|lokr_w|oft_|diff_b)",
+    "a ControlNet": r"input_hint_block\.|controlnet_cond_embedding\.|^control_model\.",
+    "a T2I or IP adapter": r"^(image_proj|ip_adapter)\.|^adapter\.body\.",
+    "a motion module (AnimateDiff)": r"motion_modules\.",
+    "a video model": r"time_stack\.|temporal_transformer_blocks\.",
+    "Stable Diffusion 3": r"joint_blocks\.|transformer_blocks\.\d+\.attn\.add_q_proj",
+    "Flux": r"double_blocks\.|single_transformer_blocks\.",
+    "Stable Cascade": r"clip_txt_mapper\.|channelwise\.0\.",
+    "a PixArt or DiT model": r"adaln_single\.|^(model\.)?blocks\.\d+\.(cross_attn|adaLN)",
+    "a textual inversion embedding": r"^emb_params$|^string_to_param|^clip_[lg]$|^<.*>$",
+    "a hypernetwork": r"^(768|1024|320|640|1280)\.\d",
+    "an upscaler (ESRGAN)": r"RDB\d\.conv|^model\.0\.weight$",
+}
 """What people mistake for a model, by the names of its tensors."""
 
 
@@ -135,4 +123,6 @@ def foreign(names: Mapping[str, object], metadata: Mapping[str, str]) -> str | N
     """What a file is that has none of the components, or has an adapter's tensors; None if that is unknown."""
     if "spec" in metadata and any(re.search(r"^groups?|\.", name) for name in names):
         return "a permutation that rebasin wrote"
-    return next((title for title, matches in FOREIGN if matches(names)), None)
+    return next(
+        (t for t, pattern in FOREIGN.items() if any(re.search(pattern, name) for name in names)), None
+    )

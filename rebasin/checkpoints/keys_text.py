@@ -18,17 +18,18 @@ ENDS = {
 }
 ENDS_BACK = {new: old for old, new in ENDS.items()}
 
-LAYER = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-LAYER_BACK = {new: old for old, new in LAYER.items()}
-
-FUSED = ("q_proj", "k_proj", "v_proj")
+FUSED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 """The rows of `attn.in_proj_weight` and `attn.in_proj_bias`, in order."""
+
+LAYER = {
+    "ln_1.": ("layer_norm1",),
+    "ln_2.": ("layer_norm2",),
+    "attn.in_proj_": FUSED,
+    "attn.out_proj.": ("self_attn.out_proj",),
+    "mlp.c_fc.": ("mlp.fc1",),
+    "mlp.c_proj.": ("mlp.fc2",),
+}
+LAYER_BACK = {new: old for old, parts in LAYER.items() for new in parts}
 
 PROJECTION = "text_projection"
 
@@ -42,13 +43,11 @@ def to_transformers(name: str, layers: int | None = None) -> tuple[str, ...]:
         return (ROOT + ENDS[name],)
     if name == PROJECTION:
         return (f"{PROJECTION}.weight",) if layers is None else ()
-    found = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", name)
+    found = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+[._])(weight|bias)", name)
     if not found or (layers is not None and int(found[1]) >= layers):
         return ()
     layer = f"{ROOT}encoder.layers.{found[1]}"
-    if found[2] == "attn.in_proj":
-        return tuple(f"{layer}.self_attn.{part}.{found[3]}" for part in FUSED)
-    return (f"{layer}.{LAYER[found[2]]}.{found[3]}",) if found[2] in LAYER else ()
+    return tuple(f"{layer}.{part}.{found[3]}" for part in LAYER.get(found[2], ()))
 
 
 def from_transformers(name: str) -> tuple[str, int | None] | None:
@@ -59,12 +58,10 @@ def from_transformers(name: str) -> tuple[str, int | None] | None:
     if name in ENDS_BACK:
         return ENDS_BACK[name], None
     found = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-    if not found:
+    if not found or found[2] not in LAYER_BACK:
         return None
-    layer = f"transformer.resblocks.{found[1]}"
-    if found[2].startswith("self_attn.") and found[2][10:] in FUSED:
-        return f"{layer}.attn.in_proj_{found[3]}", FUSED.index(found[2][10:])
-    return (f"{layer}.{LAYER_BACK[found[2]]}.{found[3]}", None) if found[2] in LAYER_BACK else None
+    third = FUSED.index(found[2]) if found[2] in FUSED else None
+    return f"transformer.resblocks.{found[1]}.{LAYER_BACK[found[2]]}{found[3]}", third
 
 
 def is_plain(name: str) -> bool:

@@ -7,11 +7,14 @@ upsampler hangs on the last of them, after the attention if there is one.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Container
+import itertools
+from collections.abc import Container, Iterator, Mapping
 
 LAYERS = 2
 """ResNets a level on the way down, one more on the way up, in every Stable Diffusion of this layout."""
+
+LEVELS = 16
+"""More than any model has: the tables of names are made for so many."""
 
 RESNET = {
     "in_layers.0": "norm1",
@@ -21,7 +24,6 @@ RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-RESNET_BACK = {new: old for old, new in RESNET.items()}
 
 ENDS = {
     "input_blocks.0.0": "conv_in",
@@ -32,67 +34,55 @@ ENDS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-ENDS_BACK = {new: old for old, new in ENDS.items()}
+
+
+def _blocks() -> Iterator[tuple[str, str, str, str]]:
+    """A ResNet in the original layout and in diffusers', and the attention behind it in both."""
+    for level, layer in itertools.product(range(LEVELS), range(LAYERS + 1)):
+        number = (LAYERS + 1) * level + layer
+        sides = [("output", number, "up"), ("input", number + 1, "down")]
+        for theirs, place, ours in sides[: 2 if layer < LAYERS else 1]:
+            old, new = f"{theirs}_blocks.{place}", f"{ours}_blocks.{level}"
+            yield f"{old}.0", f"{new}.resnets.{layer}", f"{old}.1", f"{new}.attentions.{layer}"
+    yield "middle_block.0", "mid_block.resnets.0", "middle_block.1", "mid_block.attentions.0"
+    yield "middle_block.2", "mid_block.resnets.1", "middle_block.1", "mid_block.attentions.0"
+
+
+ATTENTIONS = {old: new for _, _, old, new in _blocks()}
+"""Whatever is in them has the same names in both."""
+
+MODULES = ENDS | {
+    f"{old}.{inner}": f"{new}.{RESNET[inner]}" for old, new, _, _ in _blocks() for inner in RESNET
+}
+for _level in range(LEVELS):
+    _last = (LAYERS + 1) * _level + LAYERS
+    MODULES[f"input_blocks.{_last + 1}.0.op"] = f"down_blocks.{_level}.downsamplers.0.conv"
+    for _slot in (2, 1):  # behind an attention, or not: the way back without one is the last of them
+        MODULES[f"output_blocks.{_last}.{_slot}.conv"] = f"up_blocks.{_level}.upsamplers.0.conv"
+
+ATTENTIONS_BACK = {new: old for old, new in ATTENTIONS.items()}
+MODULES_BACK = {new: old for old, new in MODULES.items()}
 
 
 def to_diffusers(name: str) -> str | None:
     """The name in diffusers of a tensor of the original layout (without prefix), None if there is none."""
-    stem, _, leaf = name.rpartition(".")
-    if stem in ENDS:
-        return f"{ENDS[stem]}.{leaf}"
-    if found := re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", name):
-        side, number, slot, rest = found[1], int(found[2]), int(found[3]), found[4]
-        if side == "input":
-            level, layer = divmod(number - 1, LAYERS + 1)
-            if layer == LAYERS:
-                ends = {"op.weight": "conv.weight", "op.bias": "conv.bias"}
-                return (
-                    f"down_blocks.{level}.downsamplers.0.{ends[rest]}" if slot == 0 and rest in ends else None
-                )
-            block = f"down_blocks.{level}"
-        else:
-            level, layer = divmod(number, LAYERS + 1)
-            block = f"up_blocks.{level}"
-            if slot in (1, 2) and rest in ("conv.weight", "conv.bias"):
-                return f"{block}.upsamplers.0.{rest}"
-        return _inner(f"{block}.resnets.{layer}", f"{block}.attentions.{layer}", slot, rest)
-    if found := re.fullmatch(r"middle_block\.([012])\.(.+)", name):
-        slot = int(found[1])
-        return _inner(f"mid_block.resnets.{slot // 2}", "mid_block.attentions.0", slot % 2, found[2])
-    return None
-
-
-def _inner(resnet: str, attention: str, slot: int, rest: str) -> str | None:
-    if slot == 1:
-        return f"{attention}.{rest}"
-    stem, _, leaf = rest.rpartition(".")
-    return f"{resnet}.{RESNET[stem]}.{leaf}" if slot == 0 and stem in RESNET else None
+    return renamed(name, MODULES, ATTENTIONS)
 
 
 def from_diffusers(name: str, names: Container[str]) -> str | None:
     """The name in the original layout of a tensor of diffusers' UNet that has `names`, None if there is none."""
-    stem, _, leaf = name.rpartition(".")
-    if stem in ENDS_BACK:
-        return f"{ENDS_BACK[stem]}.{leaf}"
-    if found := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name):
-        side, level, kind, layer, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
-        if kind == "downsamplers":
-            return f"input_blocks.{(LAYERS + 1) * (level + 1)}.0.{rest.replace('conv.', 'op.', 1)}"
-        if kind == "upsamplers":
-            slot = 2 if f"up_blocks.{level}.attentions.{LAYERS}.norm.weight" in names else 1
-            return f"output_blocks.{(LAYERS + 1) * level + LAYERS}.{slot}.{rest}"
-        number = (LAYERS + 1) * level + layer
-        block = f"input_blocks.{number + 1}" if side == "down" else f"output_blocks.{number}"
-        return _outer(block, kind, 0, 1, rest)
-    if found := re.fullmatch(r"mid_block\.(\w+)\.(\d+)\.(.+)", name):
-        return _outer("middle_block", found[1], 2 * int(found[2]), 1, found[3])
-    return None
+    old = renamed(name, MODULES_BACK, ATTENTIONS_BACK)
+    block, upsampler, _ = name.partition(".upsamplers.0.")
+    if old and upsampler and f"{block}.attentions.{LAYERS}.norm.weight" in names:
+        return old.replace(".1.conv.", ".2.conv.")
+    return old
 
 
-def _outer(block: str, kind: str, resnet: int, attention: int, rest: str) -> str | None:
-    if kind == "attentions":
-        return f"{block}.{attention}.{rest}"
-    stem, _, leaf = rest.rpartition(".")
-    return (
-        f"{block}.{resnet}.{RESNET_BACK[stem]}.{leaf}" if kind == "resnets" and stem in RESNET_BACK else None
-    )
+def renamed(name: str, modules: Mapping[str, str], parts: Mapping[str, str]) -> str | None:
+    """The tensor `name` of one of `modules`, or of something inside of one of `parts`, under its other name."""
+    head = module = name.rpartition(".")[0]
+    if module in modules:
+        return modules[module] + name[len(module) :]
+    while head and head not in parts:
+        head = head.rpartition(".")[0]
+    return parts[head] + name[len(head) :] if head else None
