@@ -20,7 +20,7 @@ import torch
 from ..errors import CheckpointError
 from ..types import dtype_of
 from .components import TEXT, TEXT_2, UNET, VAE
-from .families import TITLES, Shapes
+from .families import TITLES, Shapes, text_width
 from .folders import load_config
 
 if TYPE_CHECKING:
@@ -72,34 +72,54 @@ def release_of(family: str, component: str) -> tuple[str, str]:
     return PARTS_OF.get(family, (family, component))
 
 
+TOKENS = "text_model.embeddings.token_embedding.weight"
+
+TEXT_SIZES = {
+    "vocab_size": (TOKENS, 0),
+    "max_position_embeddings": ("text_model.embeddings.position_embedding.weight", 0),
+    "projection_dim": ("text_projection.weight", 0),
+}
+
+SIZES = {
+    UNET: {
+        "in_channels": ("conv_in.weight", 1),
+        "out_channels": ("conv_out.weight", 0),
+        "projection_class_embeddings_input_dim": ("add_embedding.linear_1.weight", 1),
+    },
+    VAE: {"latent_channels": ("post_quant_conv.weight", 0)},
+    TEXT: TEXT_SIZES,
+    TEXT_2: TEXT_SIZES,
+}
+"""Component -> an entry of its config -> the tensor, and its axis, that tell it."""
+
+
 def fit(config: Config, component: str, shapes: Shapes) -> Config:
     """A released config with the widths, depths and channels of these shapes."""
     config = copy.deepcopy(config)
+    for key, (name, axis) in SIZES[component].items():
+        if key in config:
+            config[key] = _size(shapes, name, axis, config[key])
     if component == UNET:
-        return _fit_unet(config, shapes)
-    return _fit_vae(config, shapes) if component == VAE else _fit_text(config, shapes)
+        _fit_unet(config, shapes)
+    elif component == VAE:
+        _fit_widths(config, shapes, "encoder.")
+    else:
+        _fit_text(config, shapes)
+    return config
 
 
-def _fit_unet(config: Config, shapes: Shapes) -> Config:
+def _fit_unet(config: Config, shapes: Shapes) -> None:
     released = config["block_out_channels"]
-    widths = _widths(released, shapes, "")
-    config["in_channels"] = _size(shapes, "conv_in.weight", 1, config["in_channels"])
-    config["out_channels"] = _size(shapes, "conv_out.weight", 0, config["out_channels"])
-    reads = next((n for n in shapes if n.endswith("attn2.to_k.weight")), "")
-    config["cross_attention_dim"] = _size(shapes, reads, 1, config["cross_attention_dim"])
-    if "projection_class_embeddings_input_dim" in config:
-        key = "projection_class_embeddings_input_dim"
-        config[key] = _size(shapes, "add_embedding.linear_1.weight", 1, config[key])
+    config["cross_attention_dim"] = text_width(shapes) or config["cross_attention_dim"]
+    _fit_widths(config, shapes)
+    widths = config["block_out_channels"]
     if widths == released:
-        return config  # a block that the release has and the file lacks is then found missing
-    config["block_out_channels"] = widths
-    config["norm_num_groups"] = norm_groups(widths[0], config["norm_num_groups"])
+        return  # a block that the release has and the file lacks is then found missing
     config["transformer_layers_per_block"] = _depths(config, shapes)
     if "addition_time_embed_dim" in config:
         config["addition_time_embed_dim"] = embed_dim(
             config["addition_time_embed_dim"], widths[0], released[0]
         )
-    return config
 
 
 def embed_dim(released: int, width: int, full: int) -> int:
@@ -107,13 +127,19 @@ def embed_dim(released: int, width: int, full: int) -> int:
     return max(2, released * width // full // 2 * 2)
 
 
-def _widths(released: list[int], shapes: Shapes, prefix: str) -> list[int]:
+def _fit_widths(config: Config, shapes: Shapes, prefix: str = "") -> None:
     """The channels of each level; one that is missing is as wide as the others suggest, and reported later."""
+    released = config["block_out_channels"]
     base = _size(shapes, f"{prefix}conv_in.weight", 0, released[0])
-    return [
-        _size(shapes, f"{prefix}down_blocks.{i}.resnets.0.conv1.weight", 0, w * base // released[0])
-        for i, w in enumerate(released)
-    ]
+    widths = (w * base // released[0] for w in released)
+    names = (f"{prefix}down_blocks.{i}.resnets.0.conv1.weight" for i in range(len(released)))
+    set_widths(config, [_size(shapes, name, 0, w) for name, w in zip(names, widths, strict=True)])
+
+
+def set_widths(config: Config, widths: list[int]) -> None:
+    """Channels of the levels, and as many groups of norms as they allow."""
+    config["block_out_channels"] = widths
+    config["norm_num_groups"] = norm_groups(widths[0], config["norm_num_groups"])
 
 
 def norm_groups(width: int, released: int) -> int:
@@ -126,33 +152,20 @@ def norm_groups(width: int, released: int) -> int:
 
 def _depths(config: Config, shapes: Shapes) -> list[int]:
     """Transformer layers of each level; where it has none, one (which diffusers ignores)."""
-    depths = []
-    for level in range(len(config["block_out_channels"])):
-        pattern = re.compile(rf"down_blocks\.{level}\.attentions\.0\.transformer_blocks\.(\d+)\.")
-        depths.append(1 + max((int(f[1]) for f in map(pattern.match, shapes) if f), default=0))
+
+    def depth(block: str) -> int:
+        pattern = re.compile(rf"{block}\.attentions\.0\.transformer_blocks\.(\d+)\.")
+        return 1 + max((int(f[1]) for f in map(pattern.match, shapes) if f), default=0)
+
+    depths = [depth(rf"down_blocks\.{level}") for level in range(len(config["block_out_channels"]))]
     if "CrossAttn" not in config["down_block_types"][-1]:
         # The middle block has the last level's depth, although that level itself has no attention.
-        pattern = re.compile(r"mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.")
-        depths[-1] = 1 + max((int(f[1]) for f in map(pattern.match, shapes) if f), default=0)
+        depths[-1] = depth("mid_block")
     return depths
 
 
-def _fit_vae(config: Config, shapes: Shapes) -> Config:
-    released = config["block_out_channels"]
-    widths = _widths(released, shapes, "encoder.")
-    config["latent_channels"] = _size(shapes, "post_quant_conv.weight", 0, config["latent_channels"])
-    if widths != released:
-        config["block_out_channels"] = widths
-        config["norm_num_groups"] = norm_groups(widths[0], config["norm_num_groups"])
-    return config
-
-
-def _fit_text(config: Config, shapes: Shapes) -> Config:
-    tokens, positions = (f"text_model.embeddings.{kind}_embedding.weight" for kind in ("token", "position"))
-    config["vocab_size"] = _size(shapes, tokens, 0, config["vocab_size"])
-    config["max_position_embeddings"] = _size(shapes, positions, 0, config["max_position_embeddings"])
-    config["projection_dim"] = _size(shapes, "text_projection.weight", 0, config["projection_dim"])
-    width = _size(shapes, tokens, 1, config["hidden_size"])
+def _fit_text(config: Config, shapes: Shapes) -> None:
+    width = _size(shapes, TOKENS, 1, config["hidden_size"])
     layers = {int(f[1]) for n in shapes if (f := re.match(r"text_model\.encoder\.layers\.(\d+)\.", n))}
     if width != config["hidden_size"]:
         config["hidden_size"] = width
@@ -161,7 +174,6 @@ def _fit_text(config: Config, shapes: Shapes) -> Config:
         config["num_hidden_layers"] = 1 + max(layers, default=0)
     elif max(layers, default=0) >= config["num_hidden_layers"]:
         config["num_hidden_layers"] = 1 + max(layers)  # all 24 layers of OpenCLIP-H, where it is alone
-    return config
 
 
 def _size(shapes: Shapes, name: str, axis: int, default: int) -> int:

@@ -14,7 +14,7 @@ from ..types import DerivedState, State
 from . import components, folders
 from .components import Found
 from .families import EXPECTED, TITLES, Identity, Shapes, foreign, identify
-from .key_map import KeyMapping, component_state, replaced
+from .key_map import KeyMapping, component_state, replaced, shapes_of
 from .pickled import load_pickled
 from .prediction_type import Prediction, prediction
 
@@ -97,8 +97,7 @@ class Checkpoint:
 
     def shapes(self, component: str) -> Shapes:
         """Name in diffusers -> shape."""
-        state = component_state(self.raw, self.key_map[component])
-        return {name: state.shape_of(name) for name in state}
+        return shapes_of(component_state(self.raw, self.key_map[component]))
 
 
 SCHEDULE = (
@@ -141,8 +140,7 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
     if not found or other is not None:
         raise CheckpointError(f"{where} is {other or 'no model that is known here'}, but {EXPECTED}.")
     key_map = {name: components.key_map(place, raw) for name, place in found.items()}
-    states = {name: component_state(raw, own) for name, own in key_map.items()}
-    shapes = {name: {n: s.shape_of(n) for n in s} for name, s in states.items()}
+    shapes = {name: shapes_of(component_state(raw, own)) for name, own in key_map.items()}
     identity = identify(shapes, found, where)
     diffusers = any(place.layout == "diffusers" or "/" in place.prefix for place in found.values())
     layout = "diffusers" if diffusers or where.is_dir() else "ldm"

@@ -66,42 +66,33 @@ def locate(names: Mapping[str, object]) -> dict[str, Found]:
     return found
 
 
+OWN = {
+    UNET: r"(conv_in|conv_out|conv_norm_out|time_embedding|add_embedding|\w+_blocks?)\.",
+    VAE: r"(encoder|decoder|quant_conv|post_quant_conv)\.",
+}
+"""What is part of a component in diffusers' layout, where other things may lie beside it."""
+
+
 def key_map(found: Found, raw: Mapping[str, Tensor]) -> list[KeyMapping]:
     """One key for each tensor of a component, in the order of the file; what is no part of it is left out."""
-    sources = [name for name in raw if name.startswith(found.prefix)]
-    maker = {UNET: _unet, VAE: _vae, TEXT: _text, TEXT_2: _text}[found.component]
+    maker = _image if found.component in OWN else _text
+    sources = {name.removeprefix(found.prefix): name for name in raw if name.startswith(found.prefix)}
     return list(maker(found, sources, raw))
 
 
-def _unet(found: Found, sources: list[str], raw: Mapping[str, Tensor]) -> Iterable[KeyMapping]:
-    for source in sources:
-        name = source[len(found.prefix) :]
-        if found.layout == "ldm":
-            name = keys_unet.to_diffusers(name)
-        elif not re.match(
-            r"(conv_in|conv_out|conv_norm_out|time_embedding|add_embedding|\w+_blocks?)\.", name
-        ):
-            name = None
-        if name is not None:
-            yield KeyMapping(name, source)
-
-
-def _vae(found: Found, sources: list[str], raw: Mapping[str, Tensor]) -> Iterable[KeyMapping]:
-    levels = vae_levels(name[len(found.prefix) :] for name in sources)
-    for source in sources:
-        name = source[len(found.prefix) :]
-        if found.layout == "ldm":
-            name = keys_vae.to_diffusers(name, levels)
+def _image(found: Found, sources: Mapping[str, str], raw: Mapping[str, Tensor]) -> Iterable[KeyMapping]:
+    levels = vae_levels(sources)
+    for own, source in sources.items():
+        if found.layout == "diffusers":
+            name = keys_vae.modern(own) if re.match(OWN[found.component], own) else None
+        elif found.component == UNET:
+            name = keys_unet.to_diffusers(own)
         else:
-            name = (
-                keys_vae.modern(name)
-                if re.match(r"(encoder|decoder|quant_conv|post_quant_conv)\.", name)
-                else None
-            )
+            name = keys_vae.to_diffusers(own, levels)
         if name is None:
             continue
-        matrix = ".attentions." in name and name.endswith("weight") and len(shape_of(raw, source)) > 1
-        yield KeyMapping(name, source, "matrix" if matrix else "same")
+        matrix = found.component == VAE and ".attentions." in name and name.endswith("weight")
+        yield KeyMapping(name, source, "matrix" if matrix and len(shape_of(raw, source)) > 1 else "same")
 
 
 def vae_levels(names: Iterable[str]) -> int:
@@ -110,22 +101,19 @@ def vae_levels(names: Iterable[str]) -> int:
     return 1 + max((int(f[1]) for f in found if f), default=-1)
 
 
-def _text(found: Found, sources: list[str], raw: Mapping[str, Tensor]) -> Iterable[KeyMapping]:
-    prefix = found.prefix
+def _text(found: Found, sources: Mapping[str, str], raw: Mapping[str, Tensor]) -> Iterable[KeyMapping]:
     if found.layout == "transformers":
-        for source in sources:
-            if keys_text.is_plain(source[len(prefix) :]):
-                yield KeyMapping(keys_text.ROOT + source[len(prefix) :], source)
-        projection = prefix.removesuffix(keys_text.ROOT) + "text_projection.weight"
+        for own, source in sources.items():
+            if keys_text.is_plain(own):
+                yield KeyMapping(keys_text.ROOT + own, source)
+        projection = found.prefix.removesuffix(keys_text.ROOT) + "text_projection.weight"
         if found.component == TEXT_2 and projection in raw:
             yield KeyMapping("text_projection.weight", projection)
         return
     layers = _used_layers(found, raw)
-    for source in sources:
-        names = keys_text.to_transformers(source[len(prefix) :], layers)
-        how = (
-            "transposed" if source == prefix + keys_text.PROJECTION else "same" if len(names) == 1 else "rows"
-        )
+    for own, source in sources.items():
+        names = keys_text.to_transformers(own, layers)
+        how = "transposed" if own == keys_text.PROJECTION else "same" if len(names) == 1 else "rows"
         for part, name in enumerate(names):
             yield KeyMapping(name, source, how, part, len(names))
 

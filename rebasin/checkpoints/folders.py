@@ -68,19 +68,15 @@ def load_weights(folder: Path, variant: str | None = None) -> State:
 
 
 def _choose(folder: Path, keys: list[tuple[str, str]], variant: str | None) -> tuple[str, str]:
-    best = [k for k in keys if k[0] == "safetensors"] or keys
     names = sorted({v for _, v in keys if v})
-    if variant is not None:
-        for key in (*best, *keys):
-            if key[1] == variant:
-                return key
-        raise CheckpointError(
-            f"{folder} has no variant {variant!r}; it has {', '.join(names) or 'only the one without a name'}."
-        )
-    for key in (*best, *keys):
-        if not key[1] or len(names) == 1:
-            return key
-    raise CheckpointError(f"{folder} has the variants {', '.join(names)}; say which one.")
+    fits = [k for k in keys if (k[1] == variant if variant is not None else not k[1] or len(names) == 1)]
+    if fits:
+        return next((k for k in fits if k[0] == "safetensors"), fits[0])
+    if variant is None:
+        raise CheckpointError(f"{folder} has the variants {', '.join(names)}; say which one.")
+    raise CheckpointError(
+        f"{folder} has no variant {variant!r}; it has {', '.join(names) or 'only the one without a name'}."
+    )
 
 
 def load_config(folder: Path) -> dict[str, Any] | None:

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from ..spec import PermutationSpec
 from ..tracing import compose, trace
 from ..types import DerivedState, State, passed
-from .architectures import FULL_WIDTH, architecture, build, component_config
-from .reduced_width import REDUCED_WIDTH, narrow_text, narrow_unet
+from .architectures import Built, architecture, build, component_config
+from .reduced_width import narrow
 from .specs import prove
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
-
-Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 TEXTS = ("text_encoder", "text_encoder_2")
 PARTS = (*TEXTS, "unet")
@@ -35,14 +33,10 @@ def joint_spec(checkpoint: Checkpoint, components: Sequence[str]) -> Permutation
     module, args = joint_module({name: architecture(checkpoint, name) for name in components})
     spec = trace(module, *args)
     family = checkpoint.family
-    ratio = REDUCED_WIDTH[family] / FULL_WIDTH[family]
-    texts = {name: component_config(checkpoint, name) for name in TEXTS if name in components}
-    configs = {n: {**narrow_text(config, ratio), "vocab_size": 64} for n, config in texts.items()}
+    configs = {n: narrow(component_config(checkpoint, n), n, family) for n in TEXTS if n in components}
     reads = sum(config["hidden_size"] for config in configs.values())
-    own = component_config(checkpoint, "unet")
-    width = min(REDUCED_WIDTH[family], own["block_out_channels"][0])
     pooled = list(configs.values())[-1]["projection_dim"]
-    configs["unet"] = narrow_unet(own, width, reads, pooled)
+    configs["unet"] = narrow(component_config(checkpoint, "unet"), "unet", family, reads, pooled)
     small, inputs = joint_module({name: build(name, config, "cpu") for name, config in configs.items()})
     prove(spec, (small, inputs, {}), f"The joint spec of {checkpoint.path}")
     return spec
@@ -58,12 +52,8 @@ def joint_module(built: Mapping[str, Built]) -> tuple[nn.Module, tuple[Any, ...]
 
     def run(*given: Any) -> Tensor:
         n = len(texts)
-        encoders, net, tokens, (x, t, *rest) = (
-            given[:n],
-            given[n],
-            given[n + 1 : 2 * n + 1],
-            given[2 * n + 1 :],
-        )
+        encoders, (net, *inputs) = given[:n], given[n:]
+        tokens, (x, t, *rest) = inputs[:n], inputs[n:]
         hidden, pooled = [], None
         for encoder, own in zip(encoders, tokens, strict=True):
             states = encoder(own)

@@ -65,6 +65,11 @@ def component_state(raw: State, keys: Iterable[KeyMapping]) -> DerivedState:
     return DerivedState({key.name: lazy(key) for key in keys})
 
 
+def shapes_of(state: State) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor; none is read where the state is lazy."""
+    return {name: shape_of(state, name) for name in state}
+
+
 def replaced(
     raw: State, keys: Mapping[str, Sequence[KeyMapping]], states: Mapping[str, State], keep_dtype: bool = True
 ) -> DerivedState:

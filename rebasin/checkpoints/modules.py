@@ -5,6 +5,8 @@ Importing this file imports both libraries, so it is imported late.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,8 +56,8 @@ class ProjectedTextEncoder(CLIPTextModelWithProjection):
 
 def build(component: str, config: dict[str, Any]) -> Built:
     """The module of this config and an example call, on torch's present default device."""
-    builder = {UNET: _unet, VAE: _vae, TEXT: _text, TEXT_2: _projected}[component]
-    module, args, kwargs = builder(config)
+    texts = {TEXT: partial(_text, TextEncoder), TEXT_2: partial(_text, ProjectedTextEncoder)}
+    module, args, kwargs = {UNET: _unet, VAE: _vae, **texts}[component](config)
     return module.eval(), args, kwargs
 
 
@@ -86,19 +88,7 @@ def _vae(config: dict[str, Any]) -> Built:
     return model, (image, latent), {}
 
 
-def _ids(config: CLIPTextConfig) -> Tensor:
-    return torch.randint(0, config.vocab_size, (1, config.max_position_embeddings))
-
-
-def _text(config: dict[str, Any]) -> Built:
-    text = _clip(config)
-    return TextEncoder(text), (_ids(text),), {}
-
-
-def _projected(config: dict[str, Any]) -> Built:
-    text = _clip(config)
-    return ProjectedTextEncoder(text), (_ids(text),), {}
-
-
-def _clip(config: dict[str, Any]) -> CLIPTextConfig:
-    return CLIPTextConfig.from_dict({k: v for k, v in config.items() if k != "architectures"})
+def _text(kind: Callable[[CLIPTextConfig], nn.Module], config: dict[str, Any]) -> Built:
+    text = CLIPTextConfig.from_dict({k: v for k, v in config.items() if k != "architectures"})
+    module = kind(text)
+    return module, (torch.randint(0, text.vocab_size, (1, text.max_position_embeddings)),), {}

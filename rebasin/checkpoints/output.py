@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,31 +66,33 @@ def save_checkpoint(
     state = checkpoint.raw if state is None else state
     if target.exists() and checkpoint.path.exists() and target.samefile(checkpoint.path):
         raise CheckpointError(f"{target} is an input; choose another name for the result.")
-    whole, notes = cast(state, dtype, target), []
+    whole = cast(state, dtype, target)
+    header = {"format": "pt", **(metadata or {})}
+    save = partial(save_safetensors, metadata=header, keep_order=True, finite=True, progress=progress)
+    notes: list[str] = []
     if target.suffix not in FILES:
-        return _save_folder(target, checkpoint, whole, metadata, progress)
+        return _save_folder(target, checkpoint, whole, save)
     if checkpoint.path.is_dir():
-        whole = _one_file(checkpoint, whole, notes)
+        notes += _without_place(checkpoint, state, "a single file")
+        whole = _one_file(checkpoint, whole)
     if target.suffix == ".ckpt":
         _save_pickle(target, whole, progress)
     else:
-        header = {"format": "pt", **(metadata or {})}
-        save_safetensors(target, whole, header, keep_order=True, finite=True, progress=progress)
+        save(target, whole)
     return Saved(target, target.stat().st_size, tuple(notes))
 
 
 def parts(checkpoint: Checkpoint, state: State) -> dict[str, State]:
     """Component -> its tensors in diffusers' names, out of a state that has the names of `checkpoint`."""
-    found: dict[str, State] = {}
-    for name in checkpoint.components:
-        found[name] = component_state(state, [key for key in checkpoint.key_map[name] if key.source in state])
-    return found
+    keys = {
+        name: [k for k in checkpoint.key_map[name] if k.source in state] for name in checkpoint.components
+    }
+    return {name: component_state(state, own) for name, own in keys.items()}
 
 
-def _one_file(checkpoint: Checkpoint, state: State, notes: list[str]) -> State:
+def _one_file(checkpoint: Checkpoint, state: State) -> State:
     """A folder's components as one file in the original layout."""
     own = parts(checkpoint, state)
-    notes += _without_place(checkpoint, state, "a single file")
     if checkpoint.family in PARTS_OF:
         return DerivedState({name: passed(s, name) for s in own.values() for name in s})
     return single_file(checkpoint.family, own)
@@ -146,37 +149,18 @@ CLASSES = {
 TOKENIZERS = {TEXT: "tokenizer", TEXT_2: "tokenizer_2"}
 
 
-def _save_folder(
-    target: Path,
-    checkpoint: Checkpoint,
-    state: State,
-    metadata: Mapping[str, str] | None,
-    progress: Progress | None,
-) -> Saved:
+def _save_folder(target: Path, checkpoint: Checkpoint, state: State, save: Callable[..., Path]) -> Saved:
     require_space(target, bytes_of(state))
     own = parts(checkpoint, state)
     notes = _without_place(checkpoint, state, "a diffusers folder")
     with atomic_folder(target) as temporary:
         for name, part in own.items():
-            _save_part(temporary / name, checkpoint, name, part, metadata, progress)
+            (temporary / name).mkdir()
+            write_json(temporary / name / "config.json", component_config(checkpoint, name))
+            save(temporary / name / f"{WEIGHTS[name]}.safetensors", part)
         _save_index(temporary, checkpoint, own, notes)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     return Saved(target, size, tuple(notes))
-
-
-def _save_part(
-    folder: Path,
-    checkpoint: Checkpoint,
-    name: str,
-    state: State,
-    metadata: Mapping[str, str] | None,
-    progress: Progress | None,
-) -> None:
-    folder.mkdir()
-    write_json(folder / "config.json", component_config(checkpoint, name))
-    path = folder / f"{WEIGHTS[name]}.safetensors"
-    header = {"format": "pt", **(metadata or {})}
-    save_safetensors(path, state, header, keep_order=True, finite=True, progress=progress)
 
 
 def _save_index(folder: Path, checkpoint: Checkpoint, own: Iterable[str], notes: list[str]) -> None:

@@ -7,6 +7,7 @@ when they are asked for. A file of before PyTorch 1.6 is no zip archive and is r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -104,10 +105,8 @@ def load_pickled(path: PathLike) -> PickledState:
 
 def _unpickle(path: Path, zipped: bool) -> Any:
     try:
-        if zipped:
-            with FakeTensorMode():
-                return torch.load(os.fspath(path), weights_only=True, map_location="cpu")
-        return torch.load(os.fspath(path), weights_only=True, map_location="cpu")
+        with FakeTensorMode() if zipped else contextlib.nullcontext():
+            return torch.load(os.fspath(path), weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is None:

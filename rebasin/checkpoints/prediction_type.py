@@ -37,9 +37,7 @@ def prediction(
         return Prediction(kind, "its metadata say so (modelspec.prediction_type)")
     if metadata.get("ss_v_parameterization", metadata.get("v_parameterization", "")).lower() == "true":
         return Prediction("v_prediction", "its metadata say so (v_parameterization)")
-    if found := _scheduler(path):
-        return found
-    if found := _neighbour(path):
+    if found := _scheduler(path) or _neighbour(path):
         return found
     if family == "sd2":
         return Prediction(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..types import DerivedState, LazyTensor, State, dtype_of, passed, shape_of
 from .architectures import build
 from .components import TEXT, UNET
+from .key_map import shapes_of
 from .layouts import position_ids, single_file
 from .reduced_width import reduced_configs
 
@@ -41,7 +42,7 @@ def random_checkpoint(
     states = {}
     for name, config in configs.items():
         module, _, _ = build(name, config)
-        shapes = {n: tuple(t.shape) for n, t in module.state_dict().items()}
+        shapes = shapes_of(module.state_dict())
         if family == "sd2" and name == TEXT:
             shapes["text_projection.weight"] = (config["hidden_size"], config["hidden_size"])
         states[name] = random_state(shapes, seed, dtype, f"{name}.")
@@ -51,9 +52,8 @@ def random_checkpoint(
         name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in _extras(family).items()
     }
     if ema:
-        unet = single_file(
-            family, {UNET: random_state(_shapes(states[UNET]), seed + 1, torch.float32, "ema.")}
-        )
+        average = random_state(shapes_of(states[UNET]), seed + 1, torch.float32, "ema.")
+        unet = single_file(family, {UNET: average})
         tensors |= {ema_name(name): passed(unet, name) for name in unet}
     return DerivedState(tensors)
 
@@ -103,10 +103,6 @@ def ema_name(name: str) -> str:
 def _generator(name: str, seed: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-def _shapes(state: State) -> dict[str, tuple[int, ...]]:
-    return {name: shape_of(state, name) for name in state}
 
 
 def _extras(family: str) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from .architectures import FULL_WIDTH, embed_dim, norm_groups, published
+from .architectures import FULL_WIDTH, embed_dim, published, set_widths
 from .components import TEXT, TEXT_2, UNET, VAE
 from .families import VARIANTS
 
@@ -36,9 +36,9 @@ def reduced_configs(
     """
     configs = {name: c for name, c in published(family).items() if name in (UNET, VAE, TEXT, TEXT_2)}
     width, full = width or FULL_WIDTH[family], FULL_WIDTH[family]
-    for name, config in configs.items():
-        configs[name] = narrow_text(config, width / full) if name in (TEXT, TEXT_2) else config
-    texts = [configs[name] for name in (TEXT, TEXT_2) if name in configs]
+    own = {name: narrow_text(configs[name], width / full) for name in (TEXT, TEXT_2) if name in configs}
+    texts = list(own.values())
+    configs |= own
     reads = sum(text["hidden_size"] for text in texts)
     configs[UNET] = narrow_unet(configs[UNET], width, reads, texts[-1]["projection_dim"])
     configs[UNET]["in_channels"] = CHANNELS[variant]
@@ -55,12 +55,14 @@ def reduced_configs(
     return configs
 
 
-def narrow(config: Mapping[str, Any], component: str, family: str) -> Config:
+def narrow(
+    config: Mapping[str, Any], component: str, family: str, reads: int = 24, pooled: int = 24
+) -> Config:
     """A component's config with so few channels that it can be computed with in float64 in seconds."""
     ratio = REDUCED_WIDTH[family] / FULL_WIDTH[family]
     if component == UNET:
         width = min(REDUCED_WIDTH[family], config["block_out_channels"][0])
-        return narrow_unet(config, width, 24, 24)
+        return narrow_unet(config, width, reads, pooled)
     return narrow_vae(config, ratio) if component == VAE else {**narrow_text(config, ratio), "vocab_size": 64}
 
 
@@ -70,8 +72,7 @@ def narrow_unet(config: Mapping[str, Any], width: int, reads: int, pooled: int) 
     full = config["block_out_channels"][0]
     if width == full:
         return config
-    config["block_out_channels"] = [w * width // full for w in config["block_out_channels"]]
-    config["norm_num_groups"] = norm_groups(width, config["norm_num_groups"])
+    set_widths(config, [w * width // full for w in config["block_out_channels"]])
     config["cross_attention_dim"] = reads
     if config.get("addition_time_embed_dim"):
         numbers = 5 if len(config["block_out_channels"]) == 4 else 6
@@ -84,10 +85,9 @@ def narrow_vae(config: Mapping[str, Any], ratio: float) -> Config:
     """A VAE's config with `ratio` of its channels, in steps of 8."""
     config = copy.deepcopy(dict(config))
     if ratio < 1:
-        base = max(1, round(config["block_out_channels"][0] * ratio / 8)) * 8
         full = config["block_out_channels"][0]
-        config["block_out_channels"] = [w * base // full for w in config["block_out_channels"]]
-        config["norm_num_groups"] = norm_groups(base, config["norm_num_groups"])
+        base = max(1, round(full * ratio / 8)) * 8
+        set_widths(config, [w * base // full for w in config["block_out_channels"]])
     return config
 
 
