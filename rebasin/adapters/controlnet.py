@@ -78,12 +78,13 @@ def move_controlnet(
         SpecMismatchError: so does the permutation.
     """
     carried = extend(permutation, joint, "unet.")
-    moved = {}
+    moved, there = {}, set()
     for name in controlnet:
         inner = name
         for theirs, ours in LDM:
             inner = re.sub(theirs, ours, inner)
         inner = f"controlnet.{inner}"
+        there.add(inner)
         tensor = controlnet[name]
         shape = joint.shapes.get(inner)
         if shape is not None and tuple(tensor.shape) != tuple(shape):
@@ -95,17 +96,10 @@ def move_controlnet(
     missing = [
         name
         for name in joint.shapes
-        if name.startswith("controlnet.") and carried.axes_of(name) and not _has(controlnet, name)
+        if name.startswith("controlnet.") and carried.axes_of(name) and name not in there
     ]
     if missing:
         raise AdapterError(
             f"{what} has no tensor {missing[0].removeprefix('controlnet.')!r}, which would have to move."
         )
     return moved
-
-
-def _has(controlnet: State, name: str) -> bool:
-    inner = name.removeprefix("controlnet.")
-    theirs = re.sub(r"^controlnet_down_blocks\.(\d+)\.", r"control_model.zero_convs.\1.0.", inner)
-    theirs = re.sub(r"^controlnet_mid_block\.", "control_model.middle_block_out.0.", theirs)
-    return inner in controlnet or theirs in controlnet

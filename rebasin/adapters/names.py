@@ -32,13 +32,8 @@ PREFIXES = (
 def split_prefix(module: str) -> tuple[str | None, str]:
     """(component, rest) of an adapter's name for a module; None if the name doesn't tell the component."""
     component = None
-    found = True
-    while found:
-        found = False
-        for prefix, meaning in PREFIXES:
-            if module.startswith(prefix):
-                module, component, found = module.removeprefix(prefix), meaning or component, True
-                break
+    while known := next((known for known in PREFIXES if module.startswith(known[0])), None):
+        module, component = module.removeprefix(known[0]), known[1] or component
     # The attention processors of older diffusers have names of their own.
     module = re.sub(r"\.processor\.(to_\w+)$", r".\1", module)
     module = re.sub(r"(attn\d[._]to_out)$", r"\1.0", module)

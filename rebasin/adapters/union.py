@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
@@ -126,22 +127,21 @@ def _carried(
     permutation: Permutation, spec: PermutationSpec, source: Callable[[str], str | None]
 ) -> Permutation:
     """The member of `spec` that moves each parameter as `permutation` moves `source(parameter)`."""
-    moves: dict[str, dict[int, np.ndarray]] = {}
 
-    def wanted(name: str, axis: int) -> np.ndarray | None:
+    @cache
+    def wanted(name: str) -> dict[int, np.ndarray] | None:
         origin = source(name)
         if origin is None or permutation.spec.aliases.get(origin, origin) not in permutation.spec.shapes:
             return None
-        if origin not in moves:
-            moves[origin] = dict(permutation.axes_of(origin))
-        return moves[origin].get(axis, np.arange(spec.shapes[name][axis]))
+        return dict(permutation.axes_of(origin))
 
     index: dict[str, np.ndarray] = {}
     for cell in spec.cells.values():
         index[cell.name] = np.arange(cell.size)
         for site in cell.sites:
-            full = wanted(site.parameter, site.axis)
-            if full is not None:
+            moves = wanted(site.parameter)
+            if moves is not None:
+                full = moves.get(site.axis, np.arange(spec.shapes[site.parameter][site.axis]))
                 positions = to_array(site.positions)
                 order = np.argsort(positions)
                 found = np.searchsorted(positions, full[positions], sorter=order)
@@ -150,14 +150,12 @@ def _carried(
     carried = Permutation(spec, index)
     # Each axis must come out as it was wanted: a pinned one, or one tied to another, can't be carried over.
     for name in spec.shapes:
-        origin = source(name)
-        if origin is None or permutation.spec.aliases.get(origin, origin) not in permutation.spec.shapes:
-            continue
-        there = moves.get(origin) or dict(permutation.axes_of(origin))
-        here = dict(carried.axes_of(name))
-        if there.keys() != here.keys() or any(not np.array_equal(there[a], here[a]) for a in there):
+        there, here = wanted(name), dict(carried.axes_of(name))
+        if there is not None and (
+            there.keys() != here.keys() or any(not np.array_equal(there[a], here[a]) for a in there)
+        ):
             raise SpecMismatchError(
-                f"The permutation moves {origin!r} in a way that the spec at hand does not allow; was it made for"
+                f"The permutation moves {source(name)!r} in a way that the spec at hand does not allow; was it made for"
                 " another architecture, or with the text encoder freed?"
             )
     if not spec.contains(carried):

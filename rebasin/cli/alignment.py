@@ -27,15 +27,12 @@ JOINT = "joint"
 Matched = tuple[list[Permutation], dict[str, Any]]
 """Permutations of a component, one for each model that moves, and the figures of the matching that found them."""
 
+Match = Callable[[str, PermutationSpec, Resume], Matched]
+"""What matches a component, given its name and spec."""
+
 FIGURES = (
-    "moved",
-    "distance_before",
-    "distance_after",
-    "objective",
-    "initial_objective",
-    "converged",
-    "seconds",
-)
+    "moved", "distance_before", "distance_after", "objective", "initial_objective", "converged", "seconds",
+)  # fmt: skip
 """What is kept of a matching's result, per component."""
 
 
@@ -132,27 +129,30 @@ def align_pair(
         return [result.permutation], told | {"neurons": spec.neurons}
 
     key = key_of(request, hashes[:2], specs)
-    if (found := reuse(target, key, specs)) is not None:
-        return found
+    return align_all([target], target, key, specs, match)[0]
+
+
+def align_all(
+    files: Sequence[Path], target: Path, key: str, specs: Mapping[str, PermutationSpec], match: Match
+) -> list[Alignment]:
+    """The alignment of every model that moves, each kept in one of `files`: found before for this key, or now.
+
+    Args:
+        target: what is unfinished lies beside it.
+    """
+    old = [one for file in files if (one := reuse(file, key, specs)) is not None]
+    if len(old) == len(files):
+        return old
     unfinished = Unfinished(target, key)
-    matched = {name: unfinished.component(name, [name], spec, match) for name, spec in specs.items()}
+    matched = {name: unfinished.component(name, len(files), spec, match) for name, spec in specs.items()}
     figures = {name: told for name, (_, told) in matched.items()}
-    made = keep(target, key, {name: own for name, ((own,), _) in matched.items()}, specs, figures)
+    each = []
+    for i, file in enumerate(files):
+        whole = joined({name: permutations[i] for name, (permutations, _) in matched.items()})
+        whole.save(file, {"key": key, "figures": json.dumps(figures)})
+        each.append(Alignment(whole, specs, figures, file))
     unfinished.clear()
-    return made
-
-
-def keep(
-    target: Path,
-    key: str,
-    permutations: Mapping[str, Permutation],
-    specs: Mapping[str, PermutationSpec],
-    figures: Mapping[str, Mapping[str, Any]],
-) -> Alignment:
-    """Write the finished alignment of one model to `target`."""
-    whole = joined(permutations)
-    whole.save(target, {"key": key, "figures": json.dumps(figures)})
-    return Alignment(whole, specs, figures, target)
+    return each
 
 
 def joined(permutations: Mapping[str, Permutation]) -> Permutation:
@@ -215,17 +215,12 @@ class Unfinished:
     def path(self, name: str, what: str) -> Path:
         return self.target.with_name(f".{self.target.stem}-{self.key[:8]}-{name}.{what}.safetensors")
 
-    def component(
-        self,
-        name: str,
-        members: Sequence[str],
-        spec: PermutationSpec,
-        match: Callable[[str, PermutationSpec, Resume], Matched],
-    ) -> Matched:
-        """A component's permutations, kept under the names `members`: found before the interruption, or now."""
+    def component(self, name: str, models: int, spec: PermutationSpec, match: Match) -> Matched:
+        """A component's permutations, for so many models: found before the interruption, or now."""
+        members = [f"{name}-{i}" for i in range(models)]
         kept = [self.load(member, spec) for member in members]
         finished = [one for one in kept if one is not None]
-        if len(finished) == len(members):
+        if len(finished) == models:
             return [permutation for permutation, _ in finished], finished[0][1]
         resume = Resume(self.path(name, "matching"), wanted=True)
         permutations, figures = match(name, spec, resume)

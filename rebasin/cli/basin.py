@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..files import atomic_path
+from ..spec import displaced
 from ..types import Progress, tell
 
 if TYPE_CHECKING:
@@ -31,9 +33,6 @@ class Block:
     stay: float
     before: float
     after: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def block_of(parameter: str) -> str:
@@ -58,13 +57,12 @@ def by_block(
     for component in components:
         one, other = a.component(component), b.component(component)
         own = alignment.of(component)
-        neurons: dict[str, int] = {}
-        stay: dict[str, int] = {}
+        neurons, stay = Counter[str](), Counter[str]()
         if own is not None:
             for cell in own.spec.cells.values():
                 block = block_of(cell.sites[0].parameter)
-                neurons[block] = neurons.get(block, 0) + cell.size
-                stay[block] = stay.get(block, 0) + int((own.index[cell.name] == np.arange(cell.size)).sum())
+                neurons[block] += cell.size
+                stay[block] += cell.size - displaced([own.index[cell.name]])
         sums: dict[str, list[float]] = {}
         for step, name in enumerate(one):
             left, right = one[name], other[name]
@@ -79,17 +77,10 @@ def by_block(
             own_sums[2] += before if aligned is right else float((left - aligned).square().sum())
             tell(progress, component, step + 1, len(one))
         for block, (size, before, after) in sums.items():
-            count = neurons.get(block, 0)
-            found.append(
-                Block(
-                    component,
-                    block,
-                    count,
-                    stay.get(block, 0) / count if count else 1.0,
-                    (before / size) ** 0.5 if size else 0.0,
-                    (after / size) ** 0.5 if size else 0.0,
-                )
-            )
+            count = neurons[block]
+            share = stay[block] / count if count else 1.0
+            apart = ((distance / size) ** 0.5 if size else 0.0 for distance in (before, after))
+            found.append(Block(component, block, count, share, *apart))
     return found
 
 

@@ -39,19 +39,17 @@ def compare(
     import json
     import os
     import tempfile
+    from dataclasses import asdict
 
     from ..files import write_text
     from . import session
     from .alignment import align_pair, given_alignment, specs_of
     from .basin import by_block, draw, shared_basin
-    from .inputs import common, open_all
+    from .stages import read
 
     request = Request((a, b), Path(os.devnull), **given)  # writes no model
     console = session.begin(request.device, request.threads)
-    with console.stage("read"):
-        models = open_all(request.inputs)
-        components = common(models, request.components)
-        console.say(f"{models[0].title}: {', '.join(components)}")
+    models, components = read(console, request)
     with console.stage("spec"):
         specs = specs_of(models[0], components, joint=False)
         console.say(", ".join(f"{name} {spec.neurons:,} neurons" for name, spec in specs.items()))
@@ -85,7 +83,7 @@ def compare(
     told = {
         "a": a.name,
         "b": b.name,
-        "blocks": [block.to_dict() for block in blocks],
+        "blocks": [asdict(block) for block in blocks],
         "answer": f"{short}. {text}",
     }
     if json_file is not None:

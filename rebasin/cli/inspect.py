@@ -36,9 +36,7 @@ def inspect(
     console = session.begin().console
     kind = kind_of_file(file)
     told: dict[str, Any] = {"file": file.name, "kind": kind, "bytes": size_of(file)}
-    told |= {"permutation": _permutation, "adapter": _adapter, "controlnet": _controlnet, "model": _model}[
-        kind
-    ](file)
+    told |= KINDS[kind](file)
     if hashed:
         told["sha256"] = sha256_of(file)
     if as_json:
@@ -70,9 +68,7 @@ def _model(file: Path) -> dict[str, Any]:
     metadata = provenance.metadata_of(checkpoint)
     return {
         "what": checkpoint.title,
-        "layout": {"ldm": "single file (LDM)", "diffusers": "diffusers"}.get(
-            checkpoint.layout, checkpoint.layout
-        ),
+        "layout": _layout(checkpoint.layout == "ldm"),
         "predicts": f"{predicted.kind or 'unknown'}: {predicted.reason}" if has_unet else None,
         "tensors": len(checkpoint.raw),
         "also_has": {kind: len(names) for kind, names in checkpoint.extras.items()},
@@ -94,8 +90,8 @@ def _component(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 
 def _permutation(file: Path) -> dict[str, Any]:
-    from ..adapters import component_of
-    from ..spec import Permutation
+    from ..adapters.union import component_of, prefix_of
+    from ..spec import Permutation, displaced
     from .alignment import permutation_metadata
 
     permutation = Permutation.load(file)
@@ -103,9 +99,9 @@ def _permutation(file: Path) -> dict[str, Any]:
     figures = json.loads(permutation_metadata(file).get("figures", "{}"))
     rows = []
     for name in component_of(spec) or ("",):
-        prefix = f"{name}." if any(n.startswith(f"{name}.") for n in spec.shapes) else ""
+        prefix = prefix_of(spec, name)
         cells = [c for c in spec.cells.values() if any(s.parameter.startswith(prefix) for s in c.sites)]
-        moved = sum(int((permutation.index[c.name] != range(c.size)).sum()) for c in cells)
+        moved = displaced(permutation.index[c.name] for c in cells)
         rows.append({"component": name or "model", "neurons": sum(c.size for c in cells), "moved": moved})
     return {
         "what": "a permutation, legal by its own spec",
@@ -145,10 +141,17 @@ def _controlnet(file: Path) -> dict[str, Any]:
     ldm = any(name.startswith("control_model.") for name in state)
     return {
         "what": "a ControlNet",
-        "layout": "single file (LDM)" if ldm else "diffusers",
+        "layout": _layout(ldm),
         "tensors": len(state),
         "made": provenance.read(getattr(state, "metadata", {})),
     }
+
+
+KINDS = {"permutation": _permutation, "adapter": _adapter, "controlnet": _controlnet, "model": _model}
+
+
+def _layout(ldm: bool) -> str:
+    return "single file (LDM)" if ldm else "diffusers"
 
 
 def _text(value: Any) -> str:

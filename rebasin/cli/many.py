@@ -12,7 +12,7 @@ from ..jobs.resume import Resume
 from ..matching.many.methods import match_to_mean
 from ..spec import PermutationSpec
 from ..types import Progress
-from .alignment import Alignment, Matched, Unfinished, joined, keep, key_of, named, reuse, state_of
+from .alignment import Alignment, Matched, align_all, joined, key_of, named, state_of
 from .request import Request
 
 if TYPE_CHECKING:
@@ -49,23 +49,11 @@ class Many:
         """The first two answers."""
         from .session import answer
 
-        answer(
-            console,
-            "Is it legal?",
-            "Yes",
-            "green",
-            "The symmetries are proved, so each model computes what it did.",
-        )
-        n = len(self.each)
+        text = "The symmetries are proved, so each model computes what it did."
+        answer(console, "Is it legal?", "Yes", "green", text)
         if not self.moved:
-            answer(
-                console,
-                "Did anything move?",
-                "No",
-                "yellow",
-                f"All {n} models agree, so this is the plain merge.",
-            )
-            return
+            text = f"All {len(self.each)} models agree, so this is the plain merge."
+            return answer(console, "Did anything move?", "No", "yellow", text)
         before = sum(f["distance_before"] ** 2 for f in self.figures.values()) ** 0.5
         after = sum(f["distance"] ** 2 for f in self.figures.values()) ** 0.5
         text = f"{self.moved:,} neurons; the models' distance to their mean fell from {before:.4g} to {after:.4g}."
@@ -103,23 +91,10 @@ def align_many(
             **resume.arguments(match_to_mean),
         )
         told = {figure: getattr(result, figure) for figure in FIGURES}
-        return list(result.permutations), told | {"neurons": spec.neurons, "moved": result.moved}
+        return list(result.permutations[1:]), told | {"neurons": spec.neurons, "moved": result.moved}
 
     key = key_of(request, [*hashes, json.dumps(list(weights or ()))], specs)
     files = [file_of(target, i) for i in range(1, len(models))]
     first = Alignment(joined({name: spec.identity() for name, spec in specs.items()}), specs, {})
-    old = [one for file in files if (one := reuse(file, key, specs)) is not None]
-    if len(old) == len(files):
-        return Many((first, *old), old[0].figures, reused=True)
-    unfinished = Unfinished(target, key)
-    matched = {
-        name: unfinished.component(name, [f"{name}-{i}" for i in range(len(models))], spec, match)
-        for name, spec in specs.items()
-    }
-    figures = {name: told for name, (_, told) in matched.items()}
-    each = [
-        keep(file, key, {name: own[i] for name, (own, _) in matched.items()}, specs, figures)
-        for i, file in enumerate(files, 1)
-    ]
-    unfinished.clear()
-    return Many((first, *each), figures)
+    each = align_all(files, target, key, specs, match)
+    return Many((first, *each), each[0].figures, each[0].reused)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ..merging import Method
 
 
 def methods(
@@ -26,15 +29,7 @@ def methods(
 
     console = Console(highlight=False, soft_wrap=True)
     if name is None:
-        rows = [
-            (
-                method.name,
-                f"{method.least} or more" if method.inputs == "N" else str(method.inputs),
-                "needed" if method.needs_base else "optional" if method.takes_base else "",
-                method.description,
-            )
-            for method in METHODS.values()
-        ]
+        rows = [(m.name, _models(m), _base(m), m.description) for m in METHODS.values()]
         titles = ("method", "models", "base", "what it does")
         console.print(table(titles, rows, words=len(titles)))
         return
@@ -47,12 +42,8 @@ def methods(
     told = {
         "what": method.description,
         "formula": method.formula,
-        "models": f"{method.least} or more" if method.inputs == "N" else method.inputs,
-        "base": "needed (--base)"
-        if method.needs_base
-        else "optional (--base)"
-        if method.takes_base
-        else "none",
+        "models": _models(method),
+        "base": f"{_base(method)} (--base)" if _base(method) else "none",
         "weight": weight.get(method.weight or "", "none"),
         "options": ", ".join(f"{k}={v}" for k, v in method.options.items()) or "none",
         "reference": method.reference,
@@ -60,3 +51,11 @@ def methods(
     console.print(method.name, style="bold")
     for key, value in told.items():
         console.print(f"  {key:<10} {value}", markup=False)
+
+
+def _models(method: Method) -> str:
+    return f"{method.least} or more" if method.inputs == "N" else str(method.inputs)
+
+
+def _base(method: Method) -> str:
+    return "needed" if method.needs_base else "optional" if method.takes_base else ""

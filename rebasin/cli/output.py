@@ -38,11 +38,8 @@ def stored_as(
     """The type of each tensor; 8 bits are for the UNet's matrices only, as the loaders of such files expect."""
     if wanted is None or wanted.itemsize > 1 or "unet" not in checkpoint.components:
         return wanted
-    large = {
-        key.source
-        for key in checkpoint.key_map["unet"]
-        if len(checkpoint.component("unet").shape_of(key.name)) > 1
-    }
+    shapes = checkpoint.shapes("unet")
+    large = {key.source for key in checkpoint.key_map["unet"] if len(shapes[key.name]) > 1}
     return lambda name, own: wanted if name in large else torch.float16
 
 

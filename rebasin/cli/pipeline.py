@@ -27,10 +27,7 @@ def align(console: Console, request: Request) -> None:
         RebasinError: an input is missing or does not fit; nothing was written.
     """
     check_output(request.output, request.inputs, request.overwrite or request.dry_run)
-    with console.stage("read"):
-        models = open_all(request.inputs)
-        components = common(models, request.components)
-        console.say(f"{models[0].title}: {', '.join(components)}")
+    models, components = stages.read(console, request)
     if request.dry_run:
         return show_plan(console, request, models, components)
     stages.require_space(request, output.finished(models[1], {}, prune=request.prune), models[1])

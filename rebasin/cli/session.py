@@ -12,7 +12,7 @@ from rich.table import Table
 from ..errors import ConfigError
 from ..tensors.writer import in_bytes as size
 
-__all__ = ["answer", "begin", "distances", "say_legal", "say_moved", "say_where", "size", "table"]
+__all__ = ["answer", "begin", "say_legal", "say_moved", "say_where", "size", "table"]
 
 if TYPE_CHECKING:
     from ..reporting.console import Console
@@ -73,37 +73,29 @@ def answer(console: Console, question: str, short: str, tone: str, text: str) ->
 def say_legal(console: Console, checks: Mapping[str, Difference] | None, moved: int) -> None:
     """Whether the alignment preserved what B computes."""
     if not moved:
-        answer(console, "Is it legal?", "Yes", "green", "No neuron had to move, so B is what it was.")
+        text = "No neuron had to move, so B is what it was."
     elif checks is None:
         text = "The symmetries are proved (not checked on these weights: --no-check)."
-        answer(console, "Is it legal?", "Yes", "green", text)
     else:
         worst = max((check.largest for check in checks.values()), default=0.0)
         text = f"B's outputs before and after its neurons moved differ by {worst:.1e} relative, which is rounding."
-        answer(console, "Is it legal?", "Yes", "green", text)
+    answer(console, "Is it legal?", "Yes", "green", text)
 
 
 def say_moved(console: Console, alignment: Alignment) -> None:
     """Whether anything moved, and what became of the distance."""
-    neurons = (
-        sum(f.get("neurons", 0) for f in alignment.figures.values()) or alignment.permutation.spec.neurons
-    )
-    before, after = distances(alignment)
+    figures = alignment.figures.values()
+    neurons = sum(f.get("neurons", 0) for f in figures) or alignment.permutation.spec.neurons
     if not alignment.moved:
         text = f"All {neurons:,} neurons of B are in A's order already, so this is the plain merge."
-        answer(console, "Did anything move?", "No", "yellow", text)
-        return
+        return answer(console, "Did anything move?", "No", "yellow", text)
     share = 100 * alignment.moved / max(1, neurons)
+    before, after = (
+        sum(f.get(f"distance_{when}", 0.0) ** 2 for f in figures) ** 0.5 for when in ("before", "after")
+    )
     fell = f" The distance of the weights fell from {before:.4g} to {after:.4g}." if before else ""
     text = f"{alignment.moved:,} of {neurons:,} neurons ({share:.1f}%) moved.{fell}"
     answer(console, "Did anything move?", "Yes", "green", text)
-
-
-def distances(alignment: Alignment) -> tuple[float, float]:
-    """The distance of all aligned weights before and after."""
-    figures = alignment.figures.values()
-    before = sum(f.get("distance_before", 0.0) ** 2 for f in figures) ** 0.5
-    return before, sum(f.get("distance_after", 0.0) ** 2 for f in figures) ** 0.5
 
 
 def say_where(console: Console, *paths: Any) -> None:

@@ -14,7 +14,7 @@ from ..types import DerivedState, State
 from . import output, provenance, session
 from .alignment import JOINT, Alignment, align_pair, given_alignment, specs_of
 from .function import Difference, compare_chains, compare_functions
-from .inputs import sha256_of
+from .inputs import common, open_all, sha256_of
 from .many import Many, align_many
 from .merge_weights import MergeWeights
 from .request import Request
@@ -28,6 +28,15 @@ def choices(request: Request) -> dict[str, Any]:
     """The options of a request that change its result, for the header."""
     names = ("components", "dtype", "prune", "fix_clip", "start", "seed", "joint")
     return {name: getattr(request, name) for name in names}
+
+
+def read(console: Console, request: Request) -> tuple[list[Checkpoint], tuple[str, ...]]:
+    """The models that were given, and the components that they share."""
+    with console.stage("read"):
+        models = open_all(request.inputs)
+        components = common(models, request.components)
+        console.say(f"{models[0].title}: {', '.join(components)}")
+    return models, components
 
 
 def require_space(request: Request, state: DerivedState, like: Checkpoint) -> None:

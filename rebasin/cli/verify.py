@@ -49,7 +49,7 @@ def verify(
     Would this permutation be legal for that model?
         rebasin verify B_aligned.permutation.safetensors C.safetensors
     """
-    from ..adapters import of_component, part
+    from ..adapters import is_joint, of_component, part
     from ..checkpoints import component_spec, open_checkpoint
     from ..checkpoints.joint import PARTS
     from ..errors import CheckpointError, RebasinError
@@ -78,8 +78,9 @@ def verify(
             models = open_all([a, b])
         names = common(models, request.components)
         console.say(f"{models[0].title}: {', '.join(names)}")
+    whole = permutation is not None and is_joint(permutation.spec)
     with console.stage("compute"):
-        together = [name for name in names if name in PARTS] if joint or _is_joint(permutation) else []
+        together = [name for name in names if name in PARTS] if joint or whole else []
         if "unet" in together and len(together) > 1:
             before = {name: models[0].component(name) for name in together}
             after = {name: _after(models, permutation, name) for name in together}
@@ -87,7 +88,7 @@ def verify(
             names = tuple(name for name in names if name not in together)
         for number, name in enumerate(names):
             tell(console.progress, name, number, len(names))
-            if permutation is not None and not _is_joint(permutation):
+            if permutation is not None and not whole:
                 own = of_component(permutation, name)
                 if own is None:
                     continue
@@ -119,9 +120,3 @@ def _after(models: Sequence[Checkpoint], permutation: Permutation | None, name: 
     own = of_component(permutation, name)
     state = models[0].component(name)
     return state if own is None else own.view(state)
-
-
-def _is_joint(permutation: Permutation | None) -> bool:
-    from ..adapters import is_joint
-
-    return permutation is not None and is_joint(permutation.spec)

@@ -22,6 +22,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class PermutationCoordinateDescent:
         self.model_a, self.model_b = _moved(model_a, device_a), _moved(model_b, device_b)
         self.logging_level = _level(logging_level)
         self.spec = _trace(model_b, input_data_b)
-        self.pinit = _Structure(self.spec)
+        self.pinit = SimpleNamespace(model_graph=_Printable(self.spec.summary()))
         self.result: MatchResult | None = None
 
     def rebasin(self, max_iterations: int = 100) -> None:
@@ -186,41 +187,28 @@ class Interpolation:
         savedir: Path | str | None = None,
         logging_level: int | str = "ERROR",
     ) -> None:
-        _require(
-            isinstance(models, Sequence) and all(isinstance(m, nn.Module) for m in models),
-            "models",
-            "a list of modules",
-        )
+        modules = isinstance(models, Sequence) and all(isinstance(m, nn.Module) for m in models)
+        _require(modules, "models", "a list of modules")
         _require(len(models) > 1, "models", "two or more modules")
-        _require(callable(eval_fn), "eval_fn", "a function of model and device")
-        _require(eval_mode in ("min", "max"), "eval_mode", "'min' or 'max'")
-        loader = train_dataloader
-        _require(
-            loader is None or (isinstance(loader, Iterable) and not isinstance(loader, str)),
-            "train_dataloader",
-            "a loader",
-        )
-        percentage = isinstance(dataset_percentage, float) and 0 <= dataset_percentage <= 1
-        _require(percentage, "dataset_percentage", "a number from 0.0 to 1.0")
-        _require(isinstance(dataset_iterations, int), "dataset_iterations", "a whole number")
-        places = devices is None or (isinstance(devices, Sequence) and len(devices) == len(models))
-        _require(
-            places and all(isinstance(d, str | torch.device) for d in devices or ()),
-            "devices",
-            "a device for each model",
-        )
-        _require(
-            device_interp is None or isinstance(device_interp, str | torch.device),
-            "device_interp",
-            "a device",
-        )
+        loads = isinstance(train_dataloader, Iterable) and not isinstance(train_dataloader, str)
+        portion = isinstance(dataset_percentage, float) and 0 <= dataset_percentage <= 1
+        places = isinstance(devices, Sequence) and len(devices) == len(models)
+        places = places and all(isinstance(d, str | torch.device) for d in devices or ())
         indices = [input_indices] if isinstance(input_indices, int) else input_indices
-        _require(
-            isinstance(indices, Sequence) and all(isinstance(i, int) for i in indices),
-            "input_indices",
-            "numbers",
-        )
-        _require(savedir is None or isinstance(savedir, str | Path), "savedir", "a folder")
+        numbers = isinstance(indices, Sequence) and all(isinstance(i, int) for i in indices)
+        takes = {
+            "eval_fn": (callable(eval_fn), "a function of model and device"),
+            "eval_mode": (eval_mode in ("min", "max"), "'min' or 'max'"),
+            "train_dataloader": (train_dataloader is None or loads, "a loader"),
+            "dataset_percentage": (portion, "a number from 0.0 to 1.0"),
+            "dataset_iterations": (isinstance(dataset_iterations, int), "a whole number"),
+            "devices": (devices is None or places, "a device for each model"),
+            "device_interp": (isinstance(device_interp, str | torch.device | None), "a device"),
+            "input_indices": (numbers, "numbers"),
+            "savedir": (isinstance(savedir, str | Path | None), "a folder"),
+        }
+        for name, (met, wanted) in takes.items():
+            _require(met, name, wanted)
         self.logging_level = _level(logging_level)
         self.models = [_moved(m, d) for m, d in zip(models, devices or [None] * len(models), strict=True)]
         self.eval_fn, self.eval_mode, self.train_dataloader = eval_fn, eval_mode, train_dataloader
@@ -250,7 +238,7 @@ class LerpSimple(Interpolation):
         Raises:
             MisuseError: a wrong argument.
         """
-        _require(savedir is None or isinstance(savedir, str | Path), "savedir", "a folder")
+        _require(isinstance(savedir, str | Path | None), "savedir", "a folder")
         _require(isinstance(steps, int) and steps > 0, "steps", "a positive number")
         folder = self.savedir if savedir is None else Path(savedir)
         device = self.device_interp or next(iter(self.models[0].state_dict().values())).device
@@ -260,34 +248,25 @@ class LerpSimple(Interpolation):
         for step in range(1, steps + 1):
             share = step / (steps + 1)
             for number, (first, second) in enumerate(itertools.pairwise(states)):
-                model = self._between(number, first, second, share, device)
+                model = copy.deepcopy(self.models[number]).to(device)
+                _load(model, self._between(model, (first, second), share, device))
                 metric = self.eval_fn(model, self.device_interp)
                 self.metrics_interpolated.append(metric)
                 better = metric < self.best_metric if self.eval_mode == "min" else metric > self.best_metric
                 if better or len(self.metrics_interpolated) == 1:
                     self.best_metric, self.best_model = metric, model
                 if folder is not None:
-                    _save(
-                        folder / f"interp_models_{number}_{number + 1}_perc_{share:.3f}.pt",
-                        model.state_dict(),
-                    )
+                    name = f"interp_models_{number}_{number + 1}_perc_{share:.3f}.pt"
+                    _save(folder / name, model.state_dict())
 
     def _between(
-        self,
-        number: int,
-        first: Mapping[str, Tensor],
-        second: Mapping[str, Tensor],
-        share: float,
-        device: Device,
-    ) -> nn.Module:
-        model = copy.deepcopy(self.models[number]).to(device)
-        state: State = merge("weighted_sum", [first, second], weights=share, device=device)
-        if self.train_dataloader is not None:
-            state = reset_statistics(
-                model, dict(state), self._batches(self.train_dataloader), forward=_call, device=device
-            )
-        _load(model, state)
-        return model
+        self, model: nn.Module, ends: Sequence[Mapping[str, Tensor]], share: float, device: Device
+    ) -> State:
+        state: State = merge("weighted_sum", list(ends), weights=share, device=device)
+        if self.train_dataloader is None:
+            return state
+        batches = self._batches(self.train_dataloader)
+        return reset_statistics(model, dict(state), batches, forward=_call, device=device)
 
     def _batches(self, loader: Iterable[Any]) -> Iterator[list[Any]]:
         count = None
@@ -299,14 +278,9 @@ class LerpSimple(Interpolation):
             yield [batch] if isinstance(batch, Tensor) else [batch[i] for i in self.input_indices]
 
 
-class _Structure:
+class _Printable(str):
     """`pcd.pinit.model_graph` prints what may be permuted, as the package's README shows."""
 
-    def __init__(self, spec: PermutationSpec):
-        self.model_graph = _Printable(spec.summary())
-
-
-class _Printable(str):
     __slots__ = ()
 
     def __repr__(self) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import PathLike, atomic_path
-from ..types import Progress, ProgressEvent, State, dtype_of, is_finite, shape_of
+from ..types import Progress, State, dtype_of, is_finite, shape_of, tell
 from .header import CODES, METADATA
 
 SPARE = 64 * 2**20
@@ -91,9 +91,7 @@ def save_safetensors(
                     f"Tensor {name!r} has values that are infinite or no numbers, so {target} was not written."
                 )
             file.write(as_bytes(tensor))
-            if progress is not None:
-                written = prod(shape) * stored.itemsize
-                progress(ProgressEvent("save", step, len(names), name=name, bytes=written))
+            tell(progress, "save", step, len(names), name=name, bytes=prod(shape) * stored.itemsize)
             del tensor
         file.flush()
         os.fsync(file.fileno())
