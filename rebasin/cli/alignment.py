@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -244,12 +245,8 @@ class Unfinished:
     def clear(self) -> None:
         """Remove all of these, older ones of the same target included."""
         for what in ("matching", "aligned"):
-            for path in self.target.parent.glob(f".{_escaped(self.target.stem)}-*.{what}.safetensors"):
+            for path in self.target.parent.glob(f".{glob.escape(self.target.stem)}-*.{what}.safetensors"):
                 path.unlink(missing_ok=True)
-
-
-def _escaped(text: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
 
 
 def named(progress: Progress | None, name: str) -> Progress | None:

@@ -77,8 +77,8 @@ def apply(
         return
     with console.stage("move"):
         state, metadata = permute_file.permuted(kind, file, found, unfold)
-        changed = permute_file.changed_tensors(kind, found, state)
-        console.say(f"{kind}: {changed}")
+        followers = "" if kind == "model" else f"{len(state):,} tensors follow "
+        console.say(f"{kind}: {followers}{found.moved():,} neurons")
     with console.stage("write"):
         permute_file.write(output, file, permutation, state, metadata, inverse, console.progress)
         console.say(f"{output.name}, {session.size(output.stat().st_size)}")

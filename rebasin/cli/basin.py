@@ -92,11 +92,8 @@ def shared_basin(blocks: Sequence[Block]) -> tuple[str, str, str]:
     if share >= SAME:
         return "Yes", "green", f"{told}: merge them as they are, aligning changes (next to) nothing."
     if share < OTHER:
-        return (
-            "No",
-            "red",
-            f"Only {told}: they were trained apart, or one was permuted; align before merging.",
-        )
+        text = f"Only {told}: they were trained apart, or one was permuted; align before merging."
+        return "No", "red", text
     return "In part", "yellow", f"{told}; the blocks above that keep few are where aligning may help."
 
 

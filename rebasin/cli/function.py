@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..types import DerivedState, LazyTensor, State, dtype_of, shape_of
+from ..types import State
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
@@ -87,6 +87,7 @@ def compute(
     from accelerate import cpu_offload
 
     from ..checkpoints import architecture
+    from ..checkpoints.output import cast
     from ..tracing.export import named_outputs
 
     module, args, kwargs = architecture(checkpoint, component)
@@ -102,20 +103,10 @@ def compute(
     if inputs is not None:
         args, kwargs = inputs(args, kwargs)
     _fill_constants(module)
-    cpu_offload(module, execution_device=torch.device("cpu"), state_dict=_wide(state))  # pyright: ignore
+    wide: Any = cast(state, torch.float32, checkpoint.path)
+    cpu_offload(module, execution_device=torch.device("cpu"), state_dict=wide)
     with torch.no_grad():
         return named_outputs(module(*args, **kwargs))
-
-
-def _wide(state: State) -> DerivedState:
-    """A state in float32, tensor by tensor."""
-
-    def lazy(name: str) -> LazyTensor:
-        own = dtype_of(state, name)
-        wide = torch.float32 if own.is_floating_point else own
-        return LazyTensor(shape_of(state, name), wide, lambda: state[name].to(wide))
-
-    return DerivedState({name: lazy(name) for name in state})
 
 
 def _fill_constants(module: nn.Module) -> None:

@@ -43,16 +43,12 @@ def kind_of_file(path: Path) -> Kind:
         return "controlnet" if _folder_class(path) == "ControlNetModel" else "model"
     if not path.exists():
         raise CheckpointError(f"There is no file {path}.")
-    if path.suffix != ".safetensors":
-        names = dict.fromkeys(load_pickled(path)) if path.suffix in (".ckpt", ".pt", ".bin", ".pth") else {}
-    else:
-        state = load_safetensors(path)
-        if "spec" in state.metadata:
-            return "permutation"
-        names = dict.fromkeys(state)
-    if is_controlnet(names):
+    state = open_raw(path) if path.suffix in WEIGHT_FILES else {}
+    if "spec" in getattr(state, "metadata", {}):
+        return "permutation"
+    if is_controlnet(state):
         return "controlnet"
-    return "adapter" if is_adapter(names) else "model"
+    return "adapter" if is_adapter(state) else "model"
 
 
 def open_raw(path: Path) -> State:

@@ -40,10 +40,9 @@ class Many:
     def told(self) -> str:
         return ", ".join(f"{n} moved {f['moved']:,} in {f['passes']} passes" for n, f in self.figures.items())
 
-    def told_by_component(self) -> dict[str, Any]:
-        """What the header says about it."""
-        specs = self.each[0].specs
-        return {name: {"spec": specs[name].hash, **figures} for name, figures in self.figures.items()}
+    @property
+    def specs(self) -> Mapping[str, PermutationSpec]:
+        return self.each[0].specs
 
     def say(self, console: Console) -> None:
         """The first two answers."""

@@ -72,13 +72,6 @@ def controlnet_spec(spec: PermutationSpec) -> PermutationSpec:
     return joint_controlnet(module, *args, **kwargs)  # pyright: ignore[reportArgumentType]
 
 
-def changed_tensors(kind: Kind, permutation: Permutation, state: State) -> str:
-    """What moved, in a few words."""
-    if kind == "model":
-        return f"{permutation.moved():,} neurons"
-    return f"{len(state):,} tensors follow {permutation.moved():,} neurons"
-
-
 def write(
     target: Path,
     file: Path,

@@ -64,10 +64,10 @@ def merge(console: Console, request: Request) -> None:
     options = method_options(method, request.options)
     dtype = output.dtype_of(request.dtype)
     with console.stage("read"):
-        models = open_all([*request.inputs, *([request.base] if request.base else [])])
-        models, base = (models[:-1], models[-1]) if request.base else (models, None)
+        opened = open_all([*request.inputs, *([request.base] if request.base else [])])
+        models, base = opened[: len(request.inputs)], opened[-1] if request.base else None
         vae = open_checkpoint(request.vae) if request.vae else None
-        components = common([*models, *([base] if base else [])], request.components)
+        components = common(opened, request.components)
         if vae is not None:
             vae.require("vae")
             components = tuple(name for name in components if name != "vae")
@@ -128,7 +128,7 @@ def merge(console: Console, request: Request) -> None:
         "align": found is not None,
         **stages.choices(request),
     }
-    used = [*models, *([base] if base else []), *([vae] if vae else [])]
+    used = [model for model in (*models, base, vae) if model is not None]
     stages.write(console, request, state, models[0], hashes, used, recipe, found)
     console.console.print()
     if found is None:

@@ -44,7 +44,7 @@ def show_plan(
     if left_out:
         say(f"\nTaken from {models[0].path.name} as they are: {', '.join(left_out)}.", markup=False)
     inputs = sum(size_of(model.path) for model in models)
-    widest = _largest_tensor(models[0], components)
+    widest = max(prod(shape) for name in components for shape in models[0].shapes(name).values())
     memory, seconds = 3e8 + 4 * len(models) * widest * 3, 3 * inputs / DISK
     if request.align and request.permutation is None:
         specs = {name: component_spec(models[0], name, prove=False) for name in components}
@@ -81,15 +81,9 @@ def show_plan(
     say(f"Memory about {size(memory)}, time about {about(seconds)}. Nothing was done.")
 
 
-def _largest_tensor(model: Checkpoint, components: Sequence[str]) -> int:
-    return max(prod(shape) for name in components for shape in model.shapes(name).values())
-
-
 def _memory(spec: PermutationSpec, model: Checkpoint, component: str, models: int) -> float:
     """Bytes: the interpreter, tensors that moved (at worst all of one component), cost matrices, and a mean of many."""
-    shapes = model.shapes(component)
+    sizes = [prod(shape) for shape in model.shapes(component).values()]
     item = 2 if models == 2 else 4
     group = max((max(cell.size for cell in g.cells) for g in spec), default=0)
-    return (
-        6e8 + item * sum(map(prod, shapes.values())) + 3 * 8 * group**2 + 8 * max(map(prod, shapes.values()))
-    )
+    return 6e8 + item * sum(sizes) + 3 * 8 * group**2 + 8 * max(sizes)

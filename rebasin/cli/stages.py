@@ -158,8 +158,7 @@ def write(
         (model.path, sha256, provenance.metadata_of(model))
         for model, sha256 in zip(used, hashes, strict=True)
     ]
-    figures = alignment.told_by_component() if isinstance(alignment, Many) else told(alignment)
-    header = provenance.header(provenance.metadata_of(like), inputs, recipe, figures)
+    header = provenance.header(provenance.metadata_of(like), inputs, recipe, told(alignment))
     with console.stage("write"):
         types = output.stored_as(output.dtype_of(request.dtype), like)
         saved = save_checkpoint(request.output, like, state, header, dtype=types, progress=console.progress)
@@ -168,7 +167,7 @@ def write(
         console.console.print(note, markup=False)
 
 
-def told(alignment: Alignment | None) -> dict[str, Any] | None:
+def told(alignment: Alignment | Many | None) -> dict[str, Any] | None:
     """What the header says about an alignment."""
     if alignment is None:
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +11,6 @@ import typer
 from .request import Request, command
 
 if TYPE_CHECKING:
-    from ..checkpoints import Checkpoint
-    from ..spec import Permutation
     from ..types import State
     from .function import Difference
 
@@ -56,6 +53,7 @@ def verify(
     from ..spec import Permutation
     from ..types import tell
     from . import session
+    from .alignment import Alignment
     from .function import compare_chains, compare_functions
     from .inputs import common, kind_of_file, open_all
 
@@ -68,6 +66,12 @@ def verify(
         rows.append((name, f"{found.largest:.1e}", "yes" if found.same else "no"))
         if not found.same:
             failures.append(f"the {name} computes something else (relative difference {found.largest:.2g})")
+
+    def after(name: str) -> State:
+        """A component of the other model, or of the model under the permutation."""
+        if permutation is None:
+            return models[1].component(name)
+        return Alignment(permutation, {}, {}).view(name, models[0].component(name))
 
     with console.stage("read"):
         permutation = None
@@ -83,7 +87,7 @@ def verify(
         together = [name for name in names if name in PARTS] if joint or whole else []
         if "unet" in together and len(together) > 1:
             before = {name: models[0].component(name) for name in together}
-            after = {name: _after(models, permutation, name) for name in together}
+            after = {name: after(name) for name in together}
             check("texts and unet", compare_chains(models[0], before, after, request.seed))
             names = tuple(name for name in names if name not in together)
         for number, name in enumerate(names):
@@ -97,7 +101,7 @@ def verify(
                 except RebasinError as error:
                     failures.append(f"{name}: {error}")
                     continue
-            one, other = models[0].component(name), _after(models, permutation, name)
+            one, other = models[0].component(name), after(name)
             check(name, compare_functions(models[0], name, one, other, request.seed))
     if not rows and not failures:
         raise CheckpointError(f"{a} moves none of the components of {b}.")
@@ -109,14 +113,3 @@ def verify(
         session.answer(console, "Do they compute the same?", "No", "red", "; ".join(failures) + ".")
         raise typer.Exit(1)
     session.answer(console, "Do they compute the same?", "Yes", "green", "The differences are rounding.")
-
-
-def _after(models: Sequence[Checkpoint], permutation: Permutation | None, name: str) -> State:
-    """A component of the other model, or of the model under the permutation."""
-    from ..adapters import of_component
-
-    if permutation is None:
-        return models[1].component(name)
-    own = of_component(permutation, name)
-    state = models[0].component(name)
-    return state if own is None else own.view(state)
