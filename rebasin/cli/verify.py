@@ -67,7 +67,7 @@ def verify(
         if not found.same:
             failures.append(f"the {name} computes something else (relative difference {found.largest:.2g})")
 
-    def after(name: str) -> State:
+    def counterpart(name: str) -> State:
         """A component of the other model, or of the model under the permutation."""
         if permutation is None:
             return models[1].component(name)
@@ -87,7 +87,7 @@ def verify(
         together = [name for name in names if name in PARTS] if joint or whole else []
         if "unet" in together and len(together) > 1:
             before = {name: models[0].component(name) for name in together}
-            after = {name: after(name) for name in together}
+            after = {name: counterpart(name) for name in together}
             check("texts and unet", compare_chains(models[0], before, after, request.seed))
             names = tuple(name for name in names if name not in together)
         for number, name in enumerate(names):
@@ -101,7 +101,7 @@ def verify(
                 except RebasinError as error:
                     failures.append(f"{name}: {error}")
                     continue
-            one, other = models[0].component(name), after(name)
+            one, other = models[0].component(name), counterpart(name)
             check(name, compare_functions(models[0], name, one, other, request.seed))
     if not rows and not failures:
         raise CheckpointError(f"{a} moves none of the components of {b}.")
