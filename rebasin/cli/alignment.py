@@ -32,8 +32,14 @@ Match = Callable[[str, PermutationSpec, Resume], Matched]
 """What matches a component, given its name and spec."""
 
 FIGURES = (
-    "moved", "distance_before", "distance_after", "objective", "initial_objective", "converged", "seconds",
-)  # fmt: skip
+    "moved",
+    "distance_before",
+    "distance_after",
+    "objective",
+    "initial_objective",
+    "converged",
+    "seconds",
+)
 """What is kept of a matching's result, per component."""
 
 
