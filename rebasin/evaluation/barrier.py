@@ -69,15 +69,8 @@ class Curve:
                 raise ConfigError(f"The curve has {len(grid)} lambdas but {len(column)} values of '{name}'.")
         excess = [loss - _line(values, lam) for lam, loss in zip(grid, values, strict=True)]
         top = _argmax(excess)
-        return cls(
-            lambdas=grid,
-            losses=values,
-            metrics=series,
-            barrier=excess[top],
-            barrier_mean=values[_argmax(values)] - (values[0] + values[-1]) / 2,
-            argmax=grid[top],
-            seconds=seconds,
-        )
+        above_mean = values[_argmax(values)] - (values[0] + values[-1]) / 2
+        return cls(grid, values, series, excess[top], above_mean, grid[top], seconds)
 
     def drop(self, metric: str) -> float:
         """The barrier of a figure that is better when higher (accuracy): max of line minus value, >= 0."""
@@ -88,9 +81,10 @@ class Curve:
         gaps = [_line(values, lam) - value for lam, value in zip(self.lambdas, values, strict=True)]
         return gaps[_argmax(gaps)]
 
-    def at(self, lam: float) -> float:
-        """The loss at the measured lambda nearest to `lam`; an odd number of points has the midpoint, 0.5."""
-        return self.losses[min(range(len(self.lambdas)), key=lambda i: abs(self.lambdas[i] - lam))]
+    def at(self, lam: float, metric: str | None = None) -> float:
+        """The loss, or a metric, at the lambda nearest to `lam`; an odd number of points has the midpoint, 0.5."""
+        values = self.losses if metric is None else self.metrics[metric]
+        return values[min(range(len(self.lambdas)), key=lambda i: abs(self.lambdas[i] - lam))]
 
 
 def barrier(
@@ -129,13 +123,12 @@ def barrier(
     with restored(model) as slots:
         _check_slots(slots, state_a)
         own = {tensor.untyped_storage().data_ptr() for tensor in slots.values()}
-        end_a, end_b = _Apart(state_a, own), _Apart(state_b, own)
+        end_a, end_b = _apart(state_a, own), _apart(state_b, own)
         for step, lam in enumerate(lambdas):
             with torch.no_grad():
                 for name in state_a:
-                    slots[name].copy_(
-                        _fitting(name, interpolate_tensor(name, end_a[name], end_b[name], lam), slots)
-                    )
+                    merged = interpolate_tensor(name, end_a[name], end_b[name], lam)
+                    slots[name].copy_(_fitting(name, merged, slots))
             figures = _figures(evaluate(model))
             if step and figures.keys() != {"loss", *columns}:
                 raise ConfigError(
@@ -149,21 +142,16 @@ def barrier(
     return Curve.measured(lambdas, losses, columns, seconds=time.perf_counter() - started)
 
 
-class _Apart:
-    """A state's tensors, copied where they are the model's own (`model.state_dict()`), which is written to."""
-
-    def __init__(self, state: State, own: set[int]):
-        self.state, self.own = state, own
-        self.copies: dict[str, Tensor] = {}
-        for name in state:
-            if isinstance(state, dict) and self._is_own(state[name]):
-                self.copies[name] = state[name].detach().clone()
-
-    def _is_own(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self.own and tensor.numel() > 0
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.copies[name] if name in self.copies else self.state[name]
+def _apart(state: State, own: set[int]) -> State:
+    """The state, copied where its tensors are the model's own (`model.state_dict()`), which is written to."""
+    if not isinstance(state, dict):  # a lazy mapping reads its tensors from a file
+        return state
+    return {
+        name: tensor.detach().clone()
+        if tensor.numel() > 0 and tensor.untyped_storage().data_ptr() in own
+        else tensor
+        for name, tensor in state.items()
+    }
 
 
 def _line(values: Sequence[float], lam: float) -> float:
@@ -171,10 +159,8 @@ def _line(values: Sequence[float], lam: float) -> float:
 
 
 def _argmax(values: Sequence[float]) -> int:
-    for index, value in enumerate(values):
-        if math.isnan(value):
-            return index
-    return max(range(len(values)), key=values.__getitem__)
+    """Where the first one is that is not a number, else the largest."""
+    return max(range(len(values)), key=lambda i: (math.isnan(values[i]), values[i]))
 
 
 def _figures(result: float | Mapping[str, float]) -> dict[str, float]:

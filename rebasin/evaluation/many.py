@@ -102,8 +102,8 @@ def _answers(model: nn.Module, objective: Any, batches: Sequence[Any], state: St
     """Logits [samples, classes], float32, and labels [samples], on the CPU."""
     with torch.no_grad(), eval_mode(model), with_weights(model, state):
         found = [objective.logits(model, batch) for batch in batches]
-    logits, labels = (torch.cat([pair[k].cpu() for pair in found]) for k in (0, 1))
-    return logits, labels
+    logits, labels = zip(*found, strict=True)
+    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
 
 
 def _loss(model: nn.Module, objective: Objective, batches: Sequence[Any], state: State) -> float:

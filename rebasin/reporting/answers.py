@@ -5,6 +5,7 @@ The words are chosen by the figures alone, so a run that did not help says so.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,14 @@ NEGLIGIBLE = 0.02
 """A barrier below this share of the endpoints' loss is called none."""
 
 Tone = Literal["good", "mixed", "bad", "neutral"]
+
+SHARES: tuple[tuple[float, str, Tone, str], ...] = (
+    (0.5, "Yes", "good", "; a part remains"),
+    (0.95, "A little", "mixed", "; most of it remains"),
+    (1.05, "No", "bad", ": unchanged, within 5 %"),
+    (math.inf, "No", "bad", ": it is higher than without aligning"),
+)
+"""By the share of the barrier that is left, up to the number: what is said of it."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +68,8 @@ def _legal(results: Results) -> Answer:
 
 def _helped(results: Results) -> Answer:
     question = "Did it help?"
+    moved, total = results["match"]["moved"], results["match"]["neurons"]
     if not results["curves"]:
-        moved, total = results["match"]["moved"], results["match"]["neurons"]
         text = f"{moved:,} of {total:,} neurons moved; no loss was measured, because the task has no data."
         return Answer(question, "Not measured", text, "neutral")
     split, naive, aligned = primary(results)
@@ -74,31 +83,22 @@ def _helped(results: Results) -> Answer:
     )
     if results["algorithm"] == "naive":
         return Answer(question, "Not aligned", f"This is the baseline: {measured}.", "neutral")
-    moved, total = results["match"]["moved"], results["match"]["neurons"]
     none_before = before <= NEGLIGIBLE * abs(endpoints)
-    if moved == 0:
-        if none_before:
-            text = f"No neuron moved, and there is no barrier to remove: {measured}. Nothing to do here."
-            return Answer(question, "Nothing to do", text, "neutral")
-        text = f"No neuron moved although there is a barrier: {measured}. This method saw nothing to align."
-        return Answer(question, "No", text, "bad")
     if none_before:
         text = (
             f"There was no barrier to remove: {measured}. Moving {moved:,} of {total:,} neurons"
             f" left it at {number(after)}."
+            if moved
+            else f"No neuron moved, and there is no barrier to remove: {measured}. Nothing to do here."
         )
         return Answer(question, "Nothing to do", text, "neutral")
+    if moved == 0:
+        text = f"No neuron moved although there is a barrier: {measured}. This method saw nothing to align."
+        return Answer(question, "No", text, "bad")
     share = after / before
-    tone: Tone = "good"
+    short, tone, rest = next(words for limit, *words in SHARES if share <= limit)
     if after <= NEGLIGIBLE * abs(endpoints):
-        short, rest = "Yes", "; it is gone"
-    elif share <= 0.5:
-        short, rest = "Yes", "; a part remains"
-    elif share <= 0.95:
-        short, tone, rest = "A little", "mixed", "; most of it remains"
-    else:
-        short, tone = "No", "bad"
-        rest = ": unchanged, within 5 %" if share < 1.05 else ": it is higher than without aligning"
+        short, tone, rest = "Yes", "good", "; it is gone"
     change = (
         f"The barrier on {where} went from {number(before)} to {number(after)}, {max(share, 0):.0%} of naive"
     )

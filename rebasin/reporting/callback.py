@@ -14,20 +14,15 @@ class SweepReport(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         # Late: Hydra makes this object in every worker of a sweep.
-        from rich.console import Console
-
         from ..errors import CheckpointError
         from .sweep import collect
         from .sweep_page import leave
 
         folder = Path(config.hydra.sweep.dir)
-        console = Console(highlight=False, soft_wrap=True)
         try:
             sweep = collect(folder)
         except CheckpointError as error:  # dry_run=true leaves nothing to report on
-            console.print(str(error), markup=False)
+            print(error)
             return
         leave(sweep, folder, folder)
-        console.print(
-            f"{len(sweep.runs)} runs in {folder}; read {folder / 'report.html'} first.", markup=False
-        )
+        print(f"{len(sweep.runs)} runs in {folder}; read {folder / 'report.html'} first.")

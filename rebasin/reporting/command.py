@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
 
 from ..errors import RebasinError
 
@@ -18,12 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Draw figures, tables and report.html again: of a run from its results.json, of a sweep from those"
         " of its runs, or from a sweep.json alone.",
     )
-    parser.add_argument(
-        "source",
-        nargs="+",
-        type=Path,
-        help="the folder of a finished run, the folder of a sweep, or a sweep.json",
-    )
+    sources = "the folder of a finished run, the folder of a sweep, or a sweep.json"
+    parser.add_argument("source", nargs="+", type=Path, help=sources)
     parser.add_argument(
         "--docs",
         type=Path,
@@ -33,13 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="where a sweep's files go; default: its own folder")
     given = parser.parse_args(arguments)
-    console = Console(highlight=False, soft_wrap=True)
     try:
         for source in given.source:
             for path in _draw(source, given.docs, given.out):
-                console.print(str(path), markup=False)
+                print(path)
     except RebasinError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"Error: {error}", markup=False)
+        print(f"Error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -24,27 +24,30 @@ def draw_curves(results: Results) -> Figure:
         for row, (split, kinds) in zip(axes, curves.items(), strict=True):
             if results["algorithm"] == "naive":
                 kinds = {"naive": kinds["naive"]}
-            _loss_panel(row[0], kinds, f"Loss on {SPLITS.get(split, split)}", results["endpoints"])
+            _loss_panel(row[0], kinds)
+            _frame(row[0], f"Loss on {SPLITS.get(split, split)}", results["endpoints"])
             if accuracy:
-                _metric_panel(
-                    row[1], kinds, "accuracy", f"Accuracy on {SPLITS.get(split, split)}", results["endpoints"]
-                )
+                _accuracy_panel(row[1], kinds)
+                _frame(row[1], f"Accuracy on {SPLITS.get(split, split)}", results["endpoints"])
     return fig
 
 
-def _loss_panel(ax: Axes, kinds: dict[str, Any], title: str, endpoints: dict[str, str]) -> None:
-    lambdas = np.asarray(next(iter(kinds.values()))["lambdas"])
-    ends = np.asarray(next(iter(kinds.values()))["losses"], dtype=float)
-    ax.plot([0, 1], [ends[0], ends[-1]], color=MUTED, linestyle=":", linewidth=1.2, zorder=1)
+def _loss_panel(ax: Axes, kinds: dict[str, Any]) -> None:
+    losses = np.asarray(next(iter(kinds.values()))["losses"], dtype=float)
+    ends = losses[[0, -1]]
+    ax.plot([0, 1], ends, color=MUTED, linestyle=":", linewidth=1.2, zorder=1)
     highest = max((curve["barrier"] or 0) for curve in kinds.values())
     for i, (name, curve) in enumerate(kinds.items()):
-        losses = np.asarray(curve["losses"], dtype=float)
-        ax.plot(lambdas, losses, label=f"{name}: barrier {number(curve['barrier'])}", zorder=3, **LINES[name])
+        losses, label = (
+            np.asarray(curve["losses"], dtype=float),
+            f"{name}: barrier {number(curve['barrier'])}",
+        )
+        ax.plot(curve["lambdas"], losses, label=label, zorder=3, **LINES[name])
         if (curve["barrier"] or 0) > 0.08 * highest:
             shift = 0.012 * (2 * i - len(kinds) + 1)  # side by side where both maxima are at the same lambda
             _mark_barrier(ax, curve, LINES[name]["color"], shift)
-    ax.plot([0, 1], [ends[0], ends[-1]], "o", color=INK, markersize=6, zorder=4, clip_on=False)
-    _frame(ax, title, "loss (lower is better)", endpoints)
+    ax.plot([0, 1], ends, "o", color=INK, markersize=6, zorder=4, clip_on=False)
+    ax.set_ylabel("loss (lower is better)")
 
 
 def _mark_barrier(ax: Axes, curve: dict[str, Any], color: str, shift: float) -> None:
@@ -53,33 +56,23 @@ def _mark_barrier(ax: Axes, curve: dict[str, Any], color: str, shift: float) -> 
     x = curve["argmax"] + shift
     top = float(np.interp(x, curve["lambdas"], losses))
     bottom = (1 - x) * losses[0] + x * losses[-1]
-    ax.annotate(
-        "",
-        xy=(x, top),
-        xytext=(x, bottom),
-        arrowprops={"arrowstyle": "<->", "color": color, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0},
-        zorder=2,
-    )
+    arrow = {"arrowstyle": "<->", "color": color, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0}
+    ax.annotate("", xy=(x, top), xytext=(x, bottom), arrowprops=arrow, zorder=2)
 
 
-def _metric_panel(
-    ax: Axes, kinds: dict[str, Any], metric: str, title: str, endpoints: dict[str, str]
-) -> None:
+def _accuracy_panel(ax: Axes, kinds: dict[str, Any]) -> None:
     for name, curve in kinds.items():
-        values = np.asarray(curve["metrics"][metric], dtype=float)
+        values = np.asarray(curve["metrics"]["accuracy"], dtype=float)
         middle = float(np.interp(0.5, curve["lambdas"], values))
         ax.plot(curve["lambdas"], values, label=f"{name}: midpoint {middle:.1%}", zorder=3, **LINES[name])
         ax.plot([0, 1], values[[0, -1]], "o", color=INK, markersize=6, zorder=4, clip_on=False)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    _frame(ax, title, metric, endpoints)
+    ax.set_ylabel("accuracy")
 
 
-def _frame(ax: Axes, title: str, label: str, endpoints: dict[str, str]) -> None:
+def _frame(ax: Axes, title: str, endpoints: dict[str, str]) -> None:
     ax.set_title(title, pad=24)
-    ax.set_xlabel("λ, share of B")
-    ax.set_ylabel(label)
-    ax.set_xlim(-0.02, 1.02)
-    ax.set_xticks(
-        [0, 0.25, 0.5, 0.75, 1], [f"0\nA: {endpoints['a']}", "0.25", "0.5", "0.75", f"1\nB: {endpoints['b']}"]
-    )
+    ax.set(xlabel="λ, share of B", xlim=(-0.02, 1.02))
+    ends = f"0\nA: {endpoints['a']}", f"1\nB: {endpoints['b']}"
+    ax.set_xticks([0, 0.25, 0.5, 0.75, 1], [ends[0], "0.25", "0.5", "0.75", ends[1]])
     ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=2, columnspacing=1.5)

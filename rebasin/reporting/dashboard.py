@@ -6,14 +6,13 @@ Needs an account, the network, and `pip install 'git-rebasin[dashboard]'`. `buil
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from ..errors import ConfigError, RebasinError
 
-SECTIONS: dict[str, list[tuple[str, list[str], str | None]]] = {
+SECTIONS: dict[str, list[tuple[str, list[str], str]]] = {
     "Did it help": [
         ("Barrier, aligned and naive", ["barrier/heldout/loss", "naive/barrier/heldout/loss"], "algo.name"),
         ("Loss at the midpoint", ["midpoint/heldout/loss", "naive/midpoint/heldout/loss"], "algo.name"),
@@ -45,45 +44,29 @@ def build(entity: str, project: str, name: str = "Git Re-Basin") -> Any:
         raise ConfigError(
             "A dashboard needs wandb-workspaces: pip install 'git-rebasin[dashboard]'."
         ) from error
-    sections = [
-        workspaces.Section(
-            name=section,
-            is_open=True,
-            panels=[
-                panels.BarPlot(
-                    title=title,
-                    metrics=metrics,
-                    groupby=f"config.{group}" if group else None,
-                    layout=panels.Layout(x=8 * k, w=8, h=7),
-                )
-                for k, (title, metrics, group) in enumerate(bars)
-            ],
+
+    def bar(place: int, title: str, metrics: list[str], group: str) -> Any:
+        layout = panels.Layout(x=8 * place, w=8, h=7)
+        return panels.BarPlot(title=title, metrics=metrics, groupby=f"config.{group}", layout=layout)
+
+    shown = {section: [bar(k, *one) for k, one in enumerate(bars)] for section, bars in SECTIONS.items()}
+    shown["While matching"] = [
+        panels.LinePlot(title=title, y=[column], x="Step")
+        for title, column in (
+            ("Objective of weight matching", "weight matching/objective"),
+            ("STE, loss of the midpoint", "straight-through/loss"),
         )
-        for section, bars in SECTIONS.items()
     ]
-    progress = workspaces.Section(
-        name="While matching",
-        is_open=True,
-        panels=[
-            panels.LinePlot(title="Objective of weight matching", y=["weight matching/objective"], x="Step"),
-            panels.LinePlot(title="STE, loss of the midpoint", y=["straight-through/loss"], x="Step"),
-        ],
-    )
-    pictures = workspaces.Section(
-        name="Pictures and tables",
-        is_open=True,
-        panels=[panels.MediaBrowser(media_keys=["curve", "samples", "reliability", "search"], num_columns=2)],
-    )
-    return workspaces.Workspace(
-        entity=entity, project=project, name=name, sections=[*sections, progress, pictures]
-    )
+    media = ["curve", "samples", "reliability", "search"]
+    shown["Pictures and tables"] = [panels.MediaBrowser(media_keys=media, num_columns=2)]
+    sections = [workspaces.Section(name=name, is_open=True, panels=own) for name, own in shown.items()]
+    return workspaces.Workspace(entity=entity, project=project, name=name, sections=sections)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one sentence."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rebasin.dashboard", description=(__doc__ or "").split("\n")[0]
-    )
+    about = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m rebasin.dashboard", description=about)
     parser.add_argument("--entity", required=True, help="your user or team at Weights & Biases")
     parser.add_argument("--project", default="git-rebasin")
     parser.add_argument("--name", default="Git Re-Basin", help="of the dashboard")
@@ -91,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         workspace = build(given.entity, given.project, given.name)
     except RebasinError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"Error: {error}", markup=False)
+        print(f"Error: {error}", file=sys.stderr)
         return 2
     workspace.save()
-    Console(highlight=False, soft_wrap=True).print(workspace.url, markup=False)
+    print(workspace.url)
     return 0

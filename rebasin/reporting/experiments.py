@@ -31,8 +31,7 @@ def declaration(name: str) -> dict[str, Any]:
     file = config_dir() / GROUP / f"{name}.yaml"
     if name.startswith("_") or not file.is_file():
         raise unknown(f"There is no experiment {name!r}", name, names(), "there are")
-    found = OmegaConf.to_container(_block(name))
-    assert isinstance(found, dict)
+    found: Any = OmegaConf.to_container(_block(name))
     return {str(key): value for key, value in found.items()}
 
 
@@ -46,11 +45,9 @@ def _block(name: str) -> Any:
 def recipe(declared: Mapping[str, Any], size: str) -> list[str]:
     """The overrides of the recipe of this size; sweeps that earlier versions stored have them as they are."""
     found = declared.get(size) or ()
-    return (
-        [f"{key}={written(value)}" for key, value in found.items()]
-        if isinstance(found, Mapping)
-        else [*found]
-    )
+    if isinstance(found, Mapping):
+        return [f"{key}={written(value)}" for key, value in found.items()]
+    return [*found]
 
 
 def written(value: Any) -> str:

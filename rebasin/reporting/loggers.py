@@ -48,12 +48,12 @@ def open_logger(config: Mapping[str, Any], run: Mapping[str, Any], folder: Path)
         raise ConfigError(f"logger.mode is {config['mode']!r}; choose one of {', '.join(MODES)}.")
     with _inside(folder):
         logger = WandbLogger(config, run, folder)
+        failed = True
         try:
             yield logger
-        except BaseException:
-            logger.close(failed=True)
-            raise
-        logger.close(failed=False)
+            failed = False
+        finally:
+            logger.close(failed)
 
 
 def both(*listeners: Progress) -> Progress:
@@ -73,11 +73,9 @@ class WandbLogger(Logger):
         import wandb
 
         self._kinds = [str(kind) for kind in config.get("artifacts") or ()]
-        unknown = [kind for kind in self._kinds if kind not in ARTIFACTS]
-        if unknown:
-            raise ConfigError(
-                f"logger.artifacts has {unknown[0]!r}; it takes some of {', '.join(ARTIFACTS)}."
-            )
+        for kind in self._kinds:
+            if kind not in ARTIFACTS:
+                raise ConfigError(f"logger.artifacts has {kind!r}; it takes some of {', '.join(ARTIFACTS)}.")
         self._wandb = wandb
         self._run = wandb.init(
             project=config["project"],
@@ -125,15 +123,10 @@ class WandbLogger(Logger):
         for kind in self._kinds:
             files = [folder / name for name in ARTIFACTS[kind] if (folder / name).is_file()]
             if files:
-                artifact = self._wandb.Artifact(
-                    f"{results['data']}-{results['model']}-{results['algorithm']}-{kind}",
-                    type=kind,
-                    metadata={
-                        **kind_of(results).summary(results),
-                        "seed": results["seed"],
-                        "command": results.get("command"),
-                    },
-                )
+                name = f"{results['data']}-{results['model']}-{results['algorithm']}-{kind}"
+                about = {"seed": results["seed"], "command": results.get("command")}
+                about = kind_of(results).summary(results) | about
+                artifact = self._wandb.Artifact(name, type=kind, metadata=about)
                 for file in files:
                     artifact.add_file(str(file))
                 self._run.log_artifact(artifact)

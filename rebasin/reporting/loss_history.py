@@ -48,9 +48,8 @@ def draw(results: Results) -> Figure:
                     color=MUTED, fontsize=8,
                 )  # fmt: skip
         passes = [step["step"] for step in history if step["kind"] == "pass"]
-        for ax in (top, bottom):
-            if passes:
-                ax.axvspan(passes[0] - 0.5, passes[-1] + 0.5, color=MUTED, alpha=0.1, linewidth=0)
+        for ax in (top, bottom) if passes else ():
+            ax.axvspan(passes[0] - 0.5, passes[-1] + 0.5, color=MUTED, alpha=0.1, linewidth=0)
         top.set(title="Loss at the midpoint, minus the mean of A's and B's", ylabel="excess loss")
         top.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))
         steps, moved = [step["step"] for step in history], [step["moved"] for step in history]

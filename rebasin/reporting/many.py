@@ -45,7 +45,12 @@ def figures(
 
 
 def drawings(results: Results) -> Drawings:
-    split, curves = _calibrations(results)
+    split = "heldout" if "heldout" in results["rows"] else next(iter(results["rows"]))
+    curves = {
+        row["name"]: Calibration(**{k: v for k, v in row["calibration"].items() if k != "ece"})
+        for row in results["rows"][split]
+        if row["calibration"]
+    }
     title = f"{len(results['models'])} models, {split}"
     return {FIGURE: lambda: draw_reliability(curves, title)} if curves else {}
 
@@ -113,18 +118,6 @@ def tables(results: Results) -> Tables:
         for row in found
     ]
     return {"models": (["split", "name", *MEASURED], rows)}
-
-
-def _calibrations(results: Results) -> tuple[str, dict[str, Calibration]]:
-    """The split that is shown, and of each merge how sure it is and how right."""
-    split = "heldout" if "heldout" in results["rows"] else next(iter(results["rows"]))
-    found = {row["name"]: row["calibration"] for row in results["rows"][split] if row["calibration"]}
-    return split, {
-        name: Calibration(
-            tuple(data["share"]), tuple(data["confidence"]), tuple(data["accuracy"]), data["samples"]
-        )
-        for name, data in found.items()
-    }
 
 
 def _passes(results: Results) -> Table:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from .answers import Answer
@@ -103,12 +104,9 @@ def draw_methods(results: Results) -> Figure:
                 own = [row for row in results["rows"] if row["kind"] == kind and _known(row, aim)]
                 if not own:
                     continue
-                values = [aim["sign"] * row["aims"][aim["name"]]["mean"] for row in own]
-                ends = [_ends(row["aims"][aim["name"]], aim) for row in own]
-                around = [
-                    [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)],
-                    [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)],
-                ]
+                values = np.array([aim["sign"] * row["aims"][aim["name"]]["mean"] for row in own])
+                low, high = np.array([_ends(row["aims"][aim["name"]], aim) for row in own]).T
+                around = np.maximum(0, [values - low, high - values])
                 ax.errorbar(
                     values, [places[row["name"]] + shift for row in own], xerr=around, fmt=style["marker"],
                     color=style["color"], markersize=4, elinewidth=1, linestyle="none",
@@ -133,17 +131,14 @@ def _known(row: Mapping[str, Any], aim: Mapping[str, Any]) -> bool:
     return one is not None and one["mean"] is not None
 
 
-def _ends(one: Mapping[str, Any], aim: Mapping[str, Any]) -> tuple[float, float]:
+def _ends(one: Mapping[str, Any], aim: Mapping[str, Any]) -> list[float]:
     """The interval of the difference to plain averaging, around the value; that of the value itself says how much the
     held-out samples differ, which all merges share.
     """
-    value = one["mean"]
-    low, high = one.get("difference_low"), one.get("difference_high")
-    if low is None or high is None:
-        return aim["sign"] * value, aim["sign"] * value
-    plain_value = value - one["difference"]
-    ends = sorted((aim["sign"] * (plain_value + low), aim["sign"] * (plain_value + high)))
-    return ends[0], ends[1]
+    ends = one.get("difference_low"), one.get("difference_high")
+    if None in ends:
+        return [aim["sign"] * one["mean"]] * 2
+    return sorted(aim["sign"] * (one["mean"] - one["difference"] + end) for end in ends)
 
 
 def _mean(one: Mapping[str, Any], aim: dict[str, Any]) -> str:

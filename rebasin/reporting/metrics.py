@@ -5,7 +5,7 @@ the names.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..evaluation import Curve
@@ -13,6 +13,12 @@ from .results import Results
 
 Tables = dict[str, tuple[list[str], list[list[Any]]]]
 """Name -> columns and rows, for a tracker."""
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys of `rows`, in the order in which they come, but for those that have no single values."""
+    found = (key for row in rows for key, value in row.items() if not isinstance(value, (list, dict)))
+    return list(dict.fromkeys(found))
 
 
 def numbers_of(row: Mapping[str, Any], prefix: str) -> dict[str, float]:
@@ -46,17 +52,13 @@ def metrics(results: Results) -> dict[str, float]:
             found[f"{prefix}midpoint/{split}/loss"] = curve.at(0.5)
             if "accuracy" in curve.metrics:
                 found[f"{prefix}barrier/{split}/accuracy"] = curve.drop("accuracy")
-                middle = curve.lambdas.index(min(curve.lambdas, key=lambda lam: abs(lam - 0.5)))
-                found[f"{prefix}midpoint/{split}/accuracy"] = curve.metrics["accuracy"][middle]
-        ends = curve.losses[0], curve.losses[-1]
-        found |= {f"endpoints/{split}/loss_{name}": loss for name, loss in zip("ab", ends, strict=True)}
+                found[f"{prefix}midpoint/{split}/accuracy"] = curve.at(0.5, "accuracy")
+        found |= {f"endpoints/{split}/loss_a": curve.losses[0], f"endpoints/{split}/loss_b": curve.losses[-1]}
     for label, score in ((results.get("rewards") or {}).get("models") or {}).items():
-        name = label.replace(" ", "_")
-        found |= {f"reward/{name}": score["mean"]}
-        found |= {f"reward_{side}/{name}": score[side] for side in ("low", "high")}
-    match = results["match"]
+        for prefix, side in (("reward", "mean"), ("reward_low", "low"), ("reward_high", "high")):
+            found[f"{prefix}/{label.replace(' ', '_')}"] = score[side]
+    match, distance = results["match"], results["distance"]
     found |= {f"match/{key}": match[key] for key in ("objective", "moved", "sweeps", "seconds")}
-    distance = results["distance"]
     found |= {"match/l2_before": distance["naive"], "match/l2_after": distance["aligned"]}
     found |= {f"verify/{part}": check["max_relative_error"] for part, check in results["verify"].items()}
     found |= {f"seconds/{stage}": value for stage, value in results["seconds"].items()}

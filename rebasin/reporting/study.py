@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .metrics import Tables, numbers_of
+from .metrics import Tables, columns, numbers_of
 from .results import Results
 
 KIND = "study"
@@ -20,6 +20,5 @@ def summary(results: Results) -> dict[str, float]:
 
 def tables(results: Results) -> Tables:
     """rows, without what is no single value."""
-    rows = results["rows"]
-    scalar = {key: None for row in rows for key, value in row.items() if not isinstance(value, (list, dict))}
-    return {"rows": (list(scalar), [[row.get(key) for key in scalar] for row in rows])}
+    head = columns(results["rows"])
+    return {"rows": (head, [[row.get(key) for key in head] for row in results["rows"]])}

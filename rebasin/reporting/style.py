@@ -34,14 +34,10 @@ NAIVE = LOOKS[1]
 """The look of the naive merge, the same in all figures."""
 
 
-def _line(look: tuple[str, str, Any], width: float) -> dict[str, Any]:
-    return dict(zip(("color", "marker", "linestyle"), look, strict=True)) | {
-        "markersize": 3.5,
-        "linewidth": width,
-    }
-
-
-LINES = {"naive": _line(NAIVE, 1.8), "aligned": _line(LOOKS[0], 2.0)}
+LINES: dict[str, dict[str, Any]] = {
+    name: {"color": color, "marker": marker, "linestyle": dashes, "markersize": 3.5, "linewidth": width}
+    for name, (color, marker, dashes), width in (("naive", NAIVE, 1.8), ("aligned", LOOKS[0], 2.0))
+}
 
 RC: Any = {  # matplotlib's own type lists every key
     "font.family": "DejaVu Sans",
@@ -69,8 +65,7 @@ def figure(width: float, height: float, **style: Any) -> Iterator[Figure]:
     """An empty figure, `width` x `height` inches, that no window system knows of; what is drawn within the block has
     the look of all figures, but for the parameters of matplotlib in `style`.
     """
-    look: Any = {**RC, **style}
-    with mpl.rc_context(look):
+    with mpl.rc_context(RC | style):
         made = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         FigureCanvasAgg(made)
         yield made

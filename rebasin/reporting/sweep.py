@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..files import write_text
 from . import experiments
-from .metrics import metrics
+from .metrics import columns, metrics
 from .results import NAME as RESULTS
 from .results import Results, load_results, read_json, relevant
 from .sweep_command import place as order_of
@@ -65,23 +65,22 @@ class Sweep:
     @property
     def varied(self) -> list[str]:
         """The options that differ between runs."""
-        own = {key for row in self.rows for key in row.get("varied", ())}
-        return sorted(own)
+        return sorted({key for row in self.rows for key in row.get("varied", ())})
 
     @property
     def seconds(self) -> float:
         return sum(run.seconds for run in self.runs)
 
-    def value(self, row: Row, column: str) -> Any:
+    def value(self, row: Row, column: str | None) -> Any:
         """What `row` has in `column`; None if nothing."""
-        return row[column] if column in row else self.common.get(column)
+        return row[column] if column in row else self.common.get(column)  # pyright: ignore
 
     def where(self, wanted: Mapping[str, Any]) -> list[Row]:
         """The rows that have the wanted value, or one of a list, in each of these columns."""
         lists = {column: one if isinstance(one, list) else [one] for column, one in wanted.items()}
         return [row for row in self.rows if all(self.value(row, c) in values for c, values in lists.items())]
 
-    def distinct(self, rows: Sequence[Row], column: str) -> list[Any]:
+    def distinct(self, rows: Sequence[Row], column: str | None) -> list[Any]:
         """The values of a column: numbers rise, words stay in the order in which they came."""
         found = list(dict.fromkeys(self.value(row, column) for row in rows))
         return sorted(found) if all(isinstance(value, (int, float)) for value in found) else found
@@ -104,29 +103,21 @@ def collect(folder: Path) -> Sweep:
     size = str(found[0][1]["config"].get("size", "full"))
     found.sort(key=lambda run: order_of(declaration or {}, size, str(run[1].get("command", ""))))
     options = [_flat(relevant(results["config"])) for _, results in found]
-    names = {name for flat in options for name in flat}
     common = {
-        name: options[0][name]
-        for name in sorted(names)
-        if all(name in flat and flat[name] == options[0][name] for flat in options)
+        name: value
+        for name, value in sorted(options[0].items())
+        if all(name in flat and flat[name] == value for flat in options)
     }
     rows: list[Row] = []
+    runs: list[Run] = []
     for (place, results), flat in zip(found, options, strict=True):
         own = {name: value for name, value in flat.items() if name not in common}
-        head = {**own, "varied": sorted(own), "run": str(place.relative_to(folder))}
+        name = str(place.relative_to(folder))
+        head = {**own, "varied": sorted(own), "run": name}
         rows += [{**head, **measured} for measured in measurements(results)]
-    first = found[0][1]
-    return Sweep(
-        declaration=declaration or _undeclared(folder, rows),
-        size=size,
-        common=common,
-        rows=tuple(rows),
-        runs=tuple(
-            Run(str(place.relative_to(folder)), str(r.get("command", "")), float(r["seconds"]["total"]))
-            for place, r in found
-        ),
-        environment=first["environment"],
-    )
+        runs.append(Run(name, str(results.get("command", "")), float(results["seconds"]["total"])))
+    declaration = declaration or _undeclared(folder, rows)
+    return Sweep(declaration, size, common, tuple(rows), tuple(runs), found[0][1]["environment"])
 
 
 def measurements(results: Results) -> list[dict[str, Any]]:
@@ -172,16 +163,8 @@ def _today(stored: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 
 def save(sweep: Sweep, path: Path) -> Path:
     """Write the sweep as JSON; `load` reads it."""
-    data = {
-        "format": FORMAT,
-        "kind": "sweep",
-        "experiment": sweep.declaration,
-        "size": sweep.size,
-        "common": sweep.common,
-        "rows": sweep.rows,
-        "runs": [vars(run) for run in sweep.runs],
-        "environment": sweep.environment,
-    }
+    fields = vars(sweep) | {"runs": [vars(run) for run in sweep.runs]}
+    data = {"format": FORMAT, "kind": "sweep", "experiment": fields.pop("declaration"), **fields}
     return write_text(path, json.dumps(_rounded(data), indent=None, separators=(",", ":")) + "\n")
 
 
@@ -194,31 +177,19 @@ def load(path: Path) -> Sweep:
     data = read_json(path)
     if not isinstance(data, dict) or data.get("kind") != "sweep" or data.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a sweep of this version (format {FORMAT}).")
-    return Sweep(
-        data["experiment"],
-        data["size"],
-        data["common"],
-        tuple(data["rows"]),
-        tuple(Run(**run) for run in data["runs"]),
-        data["environment"],
-    )
+    rows, runs = tuple(data["rows"]), tuple(Run(**run) for run in data["runs"])
+    return Sweep(data["experiment"], data["size"], data["common"], rows, runs, data["environment"])
 
 
 def csv_text(sweep: Sweep) -> str:
     """All rows with what varied and every single number (lists are in sweep.json), as CSV."""
-    scalar = {
-        key: None
-        for row in sweep.rows
-        for key, value in row.items()
-        if not isinstance(value, (list, dict)) and key not in ("varied", "run")
-    }
+    scalar = [key for key in columns(sweep.rows) if key not in ("varied", "run")]
     varied = [key for key in sweep.varied if key in scalar]
-    columns = [*varied, *(key for key in scalar if key not in varied), "run"]
+    head = [*varied, *(key for key in scalar if key not in varied), "run"]
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    for row in sweep.rows:
-        writer.writerow([row.get(column) for column in columns])
+    writer = csv.DictWriter(out, head, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(sweep.rows)
     return out.getvalue()
 
 
@@ -227,7 +198,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, Sequence) and not isinstance(value, str):
+        elif isinstance(value, (list, tuple)):
             flat[f"{prefix}{key}"] = json.dumps(value)
         elif not str(key).startswith("_"):
             flat[f"{prefix}{key}"] = value
@@ -247,8 +218,8 @@ def _rounded(value: Any) -> Any:
 
 def _undeclared(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
     """The declaration of a sweep without an experiment: the barrier against what varied first."""
-    varied = sorted({key for row in rows for key in row["varied"]})
-    axes = [key for key in varied if len({json.dumps(row.get(key)) for row in rows}) > 1]
+    varied = {key for row in rows for key in row["varied"]}
+    axes = [key for key in sorted(varied) if len({json.dumps(row.get(key)) for row in rows}) > 1]
     shown = {"naive": "naive/barrier/heldout/loss", "aligned": "barrier/heldout/loss"}
     measured = bool(axes) and all(shown["aligned"] in row for row in rows)
     return {

@@ -107,11 +107,11 @@ def draw_plot(sweep: Sweep, plot: Plot) -> Figure | None:
     rows = sweep.where(plot.where)
     if plot.kind == "contour":
         return _contours(sweep, plot, rows)
-    panels: dict[Any, Sequence[Row]] = {None: rows}
-    if plot.panel is not None:
-        values = sweep.distinct(rows, plot.panel)
-        panels = {value: [row for row in rows if sweep.value(row, plot.panel) == value] for value in values}
-    drawn = [(panel, found) for panel, chosen in panels.items() if (found := lines(sweep, plot, chosen))]
+    panels = {
+        value: lines(sweep, plot, [row for row in rows if sweep.value(row, plot.panel) == value])
+        for value in sweep.distinct(rows, plot.panel)
+    }
+    drawn = [(panel, found) for panel, found in panels.items() if found]
     if not drawn:
         return None
     columns = min(3, len(drawn))
@@ -129,13 +129,15 @@ def draw_plot(sweep: Sweep, plot: Plot) -> Figure | None:
             (_bars if plot.kind == "bars" else _lines)(ax, plot, found, looks, handles)
             title = plot.title if panel is None else words(panel)
             title = f"{words(plot.panel)}: {title}" if isinstance(panel, int | float) else title
-            ax.set_title(title if len(drawn) == 1 or panel is not None else "")
-            ax.set_xlabel(fill(plot.x_label or words(plot.x), 64))
-            ax.set_ylabel(fill(plot.y_label or (words(plot.y) if isinstance(plot.y, str) else ""), 44))
+            y_label = plot.y_label or (words(plot.y) if isinstance(plot.y, str) else "")
+            if panel is None and len(drawn) > 1:
+                title = ""
+            ax.set(title=title, xlabel=fill(plot.x_label or words(plot.x), 64), ylabel=fill(y_label, 44))
             if plot.log_y:
                 ax.set_yscale("log")
             elif plot.zero:
-                ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]) if _negative(found) else 0.0)
+                negative = any(low < 0 for line in found for low in line.low)
+                ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]) if negative else 0.0)
         if len(labels) > 1 or next(iter(labels)):
             fig.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8.5)
         if plot.panel is not None and plot.title:
@@ -146,31 +148,32 @@ def draw_plot(sweep: Sweep, plot: Plot) -> Figure | None:
 def lines(sweep: Sweep, plot: Plot, rows: Sequence[Row]) -> list[Line]:
     """What is drawn in one panel: its rows by series, averaged where they agree."""
     several = {"": plot.y} if isinstance(plot.y, str) else plot.y
-    wanted = [(label, column, False) for label, column in plot.baseline.items()]
-    wanted += [(label, column, True) for label, column in several.items()]
-    found = []
-    for label, column, split in wanted:
-        series: dict[str, list[Row]] = {}
-        for row in rows if split else once(sweep, rows, plot.x):
-            values = [words(sweep.value(row, key)) for key in plot.series] if split else []
-            series.setdefault(", ".join([*values, *([label] if label else [])]), []).append(row)
-        for name, own in series.items():
-            points: dict[Any, list[float]] = {}
+    series: dict[tuple[str, str], dict[Any, list[float]]] = {}
+    for columns, keys, own in (
+        (plot.baseline, (), once(sweep, rows, plot.x)),
+        (several, plot.series, rows),
+    ):
+        for label, column in columns.items():
             for row in own:
+                name = ", ".join(
+                    [*(words(sweep.value(row, key)) for key in keys), *([label] if label else [])]
+                )
+                points = series.setdefault((column, name), {})
                 x, y = sweep.value(row, plot.x), sweep.value(row, column)
                 pairs = zip(x, y, strict=True) if isinstance(x, list) and isinstance(y, list) else [(x, y)]
                 for a, b in pairs:
                     if b is not None and not isinstance(b, list):
                         points.setdefault(a, []).append(float(b))
-            if points:
-                numeric = all(isinstance(x, (int, float)) for x in points)
-                order = sorted(points) if numeric else list(points)
-                at = [points[x] for x in order]
-                x = [x if numeric else words(x) for x in order]
-                found.append(
-                    Line(name, x, [*map(fmean, at)], [*map(min, at)], [*map(max, at)], [*map(len, at)])
-                )
-    return found
+    return [_line(name, points) for (_, name), points in series.items() if points]
+
+
+def _line(label: str, points: dict[Any, list[float]]) -> Line:
+    """At each x what was measured there."""
+    numeric = all(isinstance(x, (int, float)) for x in points)
+    order = sorted(points) if numeric else list(points)
+    at = [points[x] for x in order]
+    x = order if numeric else [words(x) for x in order]
+    return Line(label, x, [*map(fmean, at)], [*map(min, at)], [*map(max, at)], [*map(len, at)])
 
 
 def once(sweep: Sweep, rows: Sequence[Row], x: str = "") -> list[Row]:
@@ -258,20 +261,14 @@ def words(value: Any) -> str:
     return WORDS.get(value, str(value)) if value is not None else "none"
 
 
-def _negative(found: Sequence[Line]) -> bool:
-    return any(low < 0 for line in found for low in line.low)
-
-
 def _lines(ax: Axes, plot: Plot, found: Sequence[Line], looks: Mapping[str, Any], handles: dict) -> None:
     numeric = all(isinstance(x, (int, float)) for line in found for x in line.x)
     places = {x: i for i, x in enumerate({x: None for line in found for x in line.x})}
     for line in found:
         color, marker, dashes = looks[line.label]
         x = np.asarray(line.x if numeric else [places[v] for v in line.x], dtype=float)
-        y = np.asarray(line.y, dtype=float)
-        (handles[line.label],) = ax.plot(
-            x, y, color=color, marker=marker, linestyle=dashes, markersize=4, linewidth=1.8
-        )
+        look = {"color": color, "marker": marker, "linestyle": dashes, "markersize": 4, "linewidth": 1.8}
+        (handles[line.label],) = ax.plot(x, line.y, **look)
         _spread(ax, x, line, color)
     if plot.diagonal:
         ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=":")
@@ -306,10 +303,8 @@ def _bars(ax: Axes, plot: Plot, found: Sequence[Line], looks: Mapping[str, Any],
         ax.set_xticks(list(places.values()), list(places), fontsize=8.5, rotation=35, ha="right")
         ax.tick_params(axis="x", length=0)
     else:
-        names = [
-            name if len(name) < 14 else name.replace(", ", ",\n").replace(" ", "\n", 1) for name in places
-        ]
-        ax.set_xticks(list(places.values()), names, fontsize=8.5)
+        short = [n if len(n) < 14 else n.replace(", ", ",\n").replace(" ", "\n", 1) for n in places]
+        ax.set_xticks(list(places.values()), short, fontsize=8.5)
     ax.grid(axis="x", visible=False)
     ax.set_axisbelow(True)
 
@@ -317,8 +312,9 @@ def _bars(ax: Axes, plot: Plot, found: Sequence[Line], looks: Mapping[str, Any],
 def _spread(ax: Axes, x: np.ndarray, line: Line, color: str) -> None:
     """Bars from the least to the largest, where several rows were averaged."""
     if max(line.count) > 1:
-        below, above = np.subtract(line.y, line.low), np.subtract(line.high, line.y)
-        ax.errorbar(x, line.y, yerr=[below, above], fmt="none", ecolor=color, elinewidth=1, capsize=2.5)
+        # A mean of equal numbers may be off by a last digit, but a bar has no negative length.
+        ends = np.maximum(0, [np.subtract(line.y, line.low), np.subtract(line.high, line.y)])
+        ax.errorbar(x, line.y, yerr=ends, fmt="none", ecolor=color, elinewidth=1, capsize=2.5)
 
 
 def _contours(sweep: Sweep, plot: Plot, rows: Sequence[Row]) -> Figure | None:
@@ -342,9 +338,8 @@ def _contours(sweep: Sweep, plot: Plot, rows: Sequence[Row]) -> Figure | None:
                 ax.plot(px, py, "o", color="white", markeredgecolor=INK, markersize=7)
                 ax.annotate(label, (px, py), (6, 6), textcoords="offset points", color=INK, fontsize=9,
                             bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5})  # fmt: skip
-            ax.set_aspect("equal")
-            ax.set_title(words(sweep.value(row, plot.panel)) if plot.panel else plot.title)
-            ax.set_xlabel(plot.x_label or "")
+            title = words(sweep.value(row, plot.panel)) if plot.panel else plot.title
+            ax.set(aspect="equal", title=title, xlabel=plot.x_label or "")
         assert filled is not None
         fig.colorbar(filled, ax=list(axes), label=plot.y_label or words(plot.z), shrink=0.85)
     return fig
