@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..types import ProgressEvent
 from .answers import Answer
@@ -49,7 +50,6 @@ class Console:
     def __init__(self, console: RichConsole | None = None):
         self.console = console or RichConsole(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
         self._details = ""
         self._first: tuple[str, float, float] | None = None  # stage, step and time of its first event
         self.seconds: dict[str, float] = {}
@@ -68,7 +68,7 @@ class Console:
             transient=True,
             disable=not self.console.is_terminal,
         ) as self._bar:
-            self._task = self._bar.add_task(name, total=None, details="")
+            self._bar.add_task(name, total=None, details="")
             try:
                 yield
             finally:
@@ -81,8 +81,11 @@ class Console:
     def say(self, text: str) -> None:
         """What the current stage found; it stays on the stage's line."""
         self._details = text
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, details=text)
+        self._show(details=text)
+
+    def _show(self, **fields: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], **fields)
 
     def progress(self, event: ProgressEvent) -> None:
         """Show an event: stage and step, and any of total, objective, loss, moved, bytes, left.
@@ -90,25 +93,19 @@ class Console:
         Algorithms that know it tell the seconds `left`, or None; for others it follows from step and total.
         """
         parts = [f"{event['stage']} {event['step']}" + (f"/{event['total']}" if event.get("total") else "")]
-        parts += [
-            f"{key} {number(event[key], 6)}"
-            for key in ("objective", "loss", "heldout")
-            if event.get(key) is not None
-        ]
+        measured = {key: event.get(key) for key in ("objective", "loss", "heldout")}
+        parts += [f"{key} {number(value, 6)}" for key, value in measured.items() if value is not None]
         if event.get("moved") is not None:
             parts.append(f"moved {event['moved']:,}")
         if event.get("seconds_gradient") is not None:
-            split = (event["seconds_projection"], event["seconds_gradient"])
-            parts.append(f"projection {split[0]:.2f} s, gradient {split[1]:.2f} s")
+            projection, gradient = event["seconds_projection"], event["seconds_gradient"]
+            parts.append(f"projection {projection:.2f} s, gradient {gradient:.2f} s")
         if event.get("bytes"):
             parts.append(f"statistics {event['bytes'] / 1e9:.2g} GB")
         left = event["left"] if "left" in event else self._left(event)
         if left is not None:
             parts.append(f"{duration(left)} left")
-        if self._bar is not None and self._task is not None:
-            self._bar.update(
-                self._task, completed=event["step"], total=event.get("total"), details=", ".join(parts)
-            )
+        self._show(completed=event["step"], total=event.get("total"), details=", ".join(parts))
 
     def _left(self, event: ProgressEvent) -> float | None:
         """The seconds that remain, if a step takes what it took so far; None where there is no telling."""

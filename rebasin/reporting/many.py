@@ -34,10 +34,10 @@ def figures(
 ) -> dict[str, Any]:
     """What was measured; `labels` of the models, `aligned` the part that was, `rows` of each split."""
     return {
-        "models": list(labels),
+        "models": labels,
         "aligned_part": aligned,
         "spec": described(spec),
-        "verify": dict(checks),
+        "verify": checks,
         "match": result.to_dict(),
         "distance": {"naive": result.distance_before, "aligned": result.distance},
         "rows": {split: [row.to_dict() for row in found] for split, found in rows.items()},

@@ -58,14 +58,13 @@ def verdicts(results: Results) -> list[Answer]:
     found = []
     for aim in results["aims"]:
         name, question = aim["name"], f"Best by {aim['name']}"
-        merges = [row for row in results["rows"] if row["kind"] != ENDPOINT and _known(row, aim)]
+        merges = _measured(results, aim, NAIVE, ALIGNED)
         if not merges:
             found.append(Answer(question, "None", "No merge has a finite value.", "neutral"))
             continue
-        best = min(merges, key=lambda row: row["aims"][name]["mean"])
-        ends = [row for row in results["rows"] if row["kind"] == ENDPOINT]
-        end = min(ends, key=lambda row: row["aims"][name]["mean"])
-        one, other = best["aims"][name], end["aims"][name]
+        best, one = min(merges, key=lambda pair: pair[1]["mean"])
+        ends = [(row, row["aims"][name]) for row in results["rows"] if row["kind"] == ENDPOINT]
+        end, other = min(ends, key=lambda pair: pair[1]["mean"])
         text = (
             f"{_mean(one, aim)}, {best['kind']}; the better endpoint, {end['name']}, has {_mean(other, aim)}."
         )
@@ -100,23 +99,22 @@ def draw_methods(results: Results) -> Figure:
         panels = fig.subplots(1, len(aims), sharey=True, squeeze=False)[0]
         for ax, aim in zip(panels, aims, strict=True):
             for kind, shift in ((NAIVE, 0.14), (ALIGNED, -0.14)):
-                style = LINES[kind]
-                own = [row for row in results["rows"] if row["kind"] == kind and _known(row, aim)]
+                own = _measured(results, aim, kind)
                 if not own:
                     continue
-                values = np.array([aim["sign"] * row["aims"][aim["name"]]["mean"] for row in own])
-                low, high = np.array([_ends(row["aims"][aim["name"]], aim) for row in own]).T
-                around = np.maximum(0, [values - low, high - values])
+                values = np.array([aim["sign"] * one["mean"] for _, one in own])
+                low, high = np.array([_ends(one, aim) for _, one in own]).T
                 ax.errorbar(
-                    values, [places[row["name"]] + shift for row in own], xerr=around, fmt=style["marker"],
-                    color=style["color"], markersize=4, elinewidth=1, linestyle="none",
-                    label="without aligning" if kind == NAIVE else "aligned",
+                    values, [places[row["name"]] + shift for row, _ in own],
+                    xerr=np.maximum(0, [values - low, high - values]),
+                    fmt=LINES[kind]["marker"], color=LINES[kind]["color"], markersize=4, elinewidth=1,
+                    linestyle="none", label="without aligning" if kind == NAIVE else "aligned",
                 )  # fmt: skip
-            ends = [row for row in results["rows"] if row["kind"] == ENDPOINT and _known(row, aim)]
-            for row, dashes in zip(ends, itertools.cycle((":", "--", "-.")), strict=False):
-                value = aim["sign"] * row["aims"][aim["name"]]["mean"]
+            ends = _measured(results, aim, ENDPOINT)
+            for (row, one), dashes in zip(ends, itertools.cycle((":", "--", "-.")), strict=False):
+                value = aim["sign"] * one["mean"]
                 ax.axvline(value, color=MUTED, linestyle=dashes, linewidth=1.2, label=row["name"])
-            shown = [abs(row["aims"][aim["name"]]["mean"]) for row in results["rows"] if _known(row, aim)]
+            shown = [abs(one["mean"]) for _, one in _measured(results, aim, ENDPOINT, NAIVE, ALIGNED)]
             if min(shown) > 0 and max(shown) / min(shown) > 5 and aim["sign"] > 0:
                 ax.set_xscale("log")
             ax.set_title(f"{aim['name']} on held-out data")
@@ -126,9 +124,10 @@ def draw_methods(results: Results) -> Figure:
     return fig
 
 
-def _known(row: Mapping[str, Any], aim: Mapping[str, Any]) -> bool:
-    one = row["aims"].get(aim["name"])
-    return one is not None and one["mean"] is not None
+def _measured(results: Results, aim: Mapping[str, Any], *kinds: str) -> list[tuple[Any, Any]]:
+    """The rows of these kinds that have a value of the objective, with what is known of it."""
+    found = [(row, row["aims"].get(aim["name"])) for row in results["rows"] if row["kind"] in kinds]
+    return [(row, one) for row, one in found if one is not None and one["mean"] is not None]
 
 
 def _ends(one: Mapping[str, Any], aim: Mapping[str, Any]) -> list[float]:

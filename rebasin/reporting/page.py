@@ -41,15 +41,10 @@ def save_page(
     """
     paths = [folder / name for name in pictures]
     inside = {path.stem: data_uri(path) for path in paths if path.is_file()}
-    machine = {key: value for key, value in results["environment"].items() if key != "versions"}
-    text = render(
-        template,
-        r=results,
-        pictures=inside,
-        config=yaml(results["config"]),
-        machine=machine | results["environment"]["versions"],
-        **values,
-    )
+    machine = dict(results["environment"])
+    machine |= machine.pop("versions")
+    config = yaml(results["config"])
+    text = render(template, r=results, pictures=inside, config=config, machine=machine, **values)
     return write_text(folder / NAME, text)
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,14 +65,8 @@ def collect(
 def described(spec: PermutationSpec) -> dict[str, Any]:
     """A spec in a few figures."""
     coverage = spec.coverage()
-    return {
-        "hash": spec.hash,
-        "groups": len(spec),
-        "cells": len(spec.cells),
-        "neurons": spec.neurons,
-        "pins": len(spec.pins),
-        "coverage": {"one": coverage.one, "both": coverage.both},
-    }
+    sizes = {"groups": len(spec), "cells": len(spec.cells), "neurons": spec.neurons, "pins": len(spec.pins)}
+    return {"hash": spec.hash, **sizes, "coverage": {"one": coverage.one, "both": coverage.both}}
 
 
 IRRELEVANT = (
@@ -106,8 +101,7 @@ def environment() -> dict[str, Any]:
 
 def save_results(folder: Path, results: Mapping[str, Any]) -> Path:
     """Write results.json."""
-    text = json.dumps(results, indent=1, allow_nan=False)
-    return write_text(folder / NAME, text + "\n")
+    return write_text(folder / NAME, json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
 def load_results(folder: str | os.PathLike[str]) -> Results:
@@ -146,6 +140,8 @@ def _version(name: str) -> str | None:
 
 def plain(value: Any) -> Any:
     """`value` as JSON can have it; null is what is not finite."""
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

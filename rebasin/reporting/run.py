@@ -15,7 +15,7 @@ from ..tensors import save_safetensors
 from . import loss_history
 from .answers import Answer, answers
 from .curve import draw_curves
-from .metrics import Tables
+from .metrics import Tables, columns
 from .numbers import between, cell, number, percent
 from .results import Results, described
 from .style import Drawings
@@ -34,6 +34,7 @@ CURVES = {
     "highest": "highest", "at": "at λ", "barrier": "barrier", "barrier_mean": "against the mean",
     "accuracy": "accuracy at the midpoint",
 }  # fmt: skip
+MATCHED = ("converged", "seconds", "sweeps", "restarts", "initial_objective", "moved_per_group")
 SHORT = ("split", "kind", "a", "b", "midpoint", "barrier", "accuracy")
 """What fits into a terminal."""
 
@@ -64,26 +65,19 @@ def figures(
         "endpoints": dict(zip(("a", "b"), labels, strict=True)),
         "aligned_part": aligned,
         "spec": described(spec),
-        "verify": dict(checks),
+        "verify": checks,
         "match": {
             "objective": match.objective,
             "moved": match.moved,
             "neurons": spec.neurons,
-            "converged": match.converged,
-            "seconds": match.seconds,
-            "sweeps": match.sweeps,
-            "restarts": list(match.restarts),
-            "initial_objective": match.initial_objective,
-            "moved_per_group": dict(match.moved_per_group),
+            **{name: getattr(match, name) for name in MATCHED},
             "history": [_entry(step) for step in match.history],
             **_losses(match),
         },
         "distance": {"naive": match.distance_before, "aligned": match.distance_after},
-        "curves": {
-            split: {kind: asdict(curve) for kind, curve in kinds.items()} for split, kinds in curves.items()
-        },
-        "rewards": None if rewards is None else asdict(rewards),
-        "merge": None if merge is None else dict(merge),
+        "curves": curves,
+        "rewards": rewards,
+        "merge": merge,
         "pictures": [*pictures, *(["blocks.png"] if merge is not None and merge["blocks"] else [])],
     }
 
@@ -106,16 +100,15 @@ def _losses(match: Any) -> dict[str, Any]:
     """What only a matching that looks at the loss has; losses are minus the mean of A's and B's."""
     if not hasattr(match, "best_step"):
         return {}
-    return {
-        "search": {
-            "naive": match.initial_objective,
-            "start": match.start_objective,
-            "best": match.objective,
-            "best_step": match.best_step,
-            "endpoints": list(match.endpoints),
-            "seconds": {part: getattr(match, f"seconds_{part}") for part in loss_history.PARTS},
-        }
+    search = {
+        "naive": match.initial_objective,
+        "start": match.start_objective,
+        "best": match.objective,
+        "best_step": match.best_step,
+        "endpoints": match.endpoints,
+        "seconds": {part: getattr(match, f"seconds_{part}") for part in loss_history.PARTS},
     }
+    return {"search": search}
 
 
 def drawings(results: Results) -> Drawings:
@@ -160,22 +153,20 @@ def curve_table(results: Results, columns: Iterable[str] = CURVES) -> Table:
                 continue
             losses = np.asarray(curve["losses"], dtype=float)
             accuracy = curve["metrics"].get("accuracy")
-            rows.append(
-                {
-                    "split": split,
-                    "kind": kind,
-                    "a": number(curve["losses"][0]),
-                    "b": number(curve["losses"][-1]),
-                    "midpoint": number(float(np.interp(0.5, curve["lambdas"], losses))),
-                    "highest": number(float(losses.max())),
-                    "at": f"{curve['lambdas'][int(losses.argmax())]:.2f}",
-                    "barrier": number(curve["barrier"]),
-                    "barrier_mean": number(curve["barrier_mean"]),
-                    "accuracy": percent(float(np.interp(0.5, curve["lambdas"], accuracy)))
-                    if accuracy
-                    else "",
-                }
-            )
+            row = {
+                "split": split,
+                "kind": kind,
+                "a": number(curve["losses"][0]),
+                "b": number(curve["losses"][-1]),
+                "midpoint": number(float(np.interp(0.5, curve["lambdas"], losses))),
+                "highest": number(float(losses.max())),
+                "at": f"{curve['lambdas'][int(losses.argmax())]:.2f}",
+                "barrier": number(curve["barrier"]),
+                "barrier_mean": number(curve["barrier_mean"]),
+            }
+            if accuracy:
+                row["accuracy"] = percent(float(np.interp(0.5, curve["lambdas"], accuracy)))
+            rows.append(row)
     return Table.of(rows, {column: CURVES[column] for column in columns}, labels=2, strong="barrier")
 
 
@@ -187,9 +178,8 @@ def merge_lines(results: Results) -> list[str]:
     lines = []
     for split, found in merge["figures"].items():
         more = f", accuracy {percent(found['accuracy'])}" if found.get("accuracy") is not None else ""
-        lines.append(
-            f"The saved merge ({merge['words']}) on {split} data: loss {number(found['loss'])}{more}."
-        )
+        loss = number(found["loss"])
+        lines.append(f"The saved merge ({merge['words']}) on {split} data: loss {loss}{more}.")
     return [*lines, *merge["notes"]]
 
 
@@ -227,13 +217,9 @@ def _parts(results: Results) -> Table:
 def _history(results: Results) -> Table:
     """The matching, step by step."""
     history = results["match"]["history"]
-    keys = _keys(history)
+    keys = columns(history)
     lines = tuple(tuple(cell(entry.get(key)) for key in keys) for entry in history)
     return Table(tuple(keys), lines, labels=0)
-
-
-def _keys(history: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for entry in history for key in entry))
 
 
 def tables(results: Results) -> Tables:
@@ -246,7 +232,7 @@ def tables(results: Results) -> Tables:
         for i, lam in enumerate(curve["lambdas"])
     ]
     history = results["match"]["history"]
-    keys = _keys(history)
+    keys = columns(history)
     found: Tables = {"curves": (["split", "merge", "lambda", "loss", *names], curves)}
     if history:
         found["history"] = (keys, [[entry.get(key) for key in keys] for entry in history])
@@ -261,11 +247,7 @@ def save_blocks(blocks: BlockWeights | None, folder: Path) -> None:
 
 
 def save_tensors(
-    folder: Path,
-    permutation: Permutation,
-    aligned: State,
-    merged: State,
-    config: Mapping[str, Any],
+    folder: Path, permutation: Permutation, aligned: State, merged: State, config: Mapping[str, Any]
 ) -> None:
     """Write the permutation, B aligned, and the merge; the headers say what they are."""
     about = {
@@ -276,6 +258,6 @@ def save_tensors(
     }
     content = "the permutation that brings B to A, and its spec"
     permutation.save(folder / "permutation.safetensors", {**about, "content": content})
-    save_safetensors(folder / "aligned.safetensors", aligned, {**about, "content": "B, permuted"})
     merge = f"merge by {config['merge']['method']}"
-    save_safetensors(folder / "merged.safetensors", merged, {**about, "content": merge})
+    for name, state, content in (("aligned", aligned, "B, permuted"), ("merged", merged, merge)):
+        save_safetensors(folder / f"{name}.safetensors", state, {**about, "content": content})

@@ -24,8 +24,7 @@ def draw_samples(samples: Samples) -> Figure:
             for ax, image in zip(row, images, strict=True):
                 # Nearest neighbour: small images are shown as they are, not smoothed into something better.
                 ax.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
-                ax.set_xticks([])
-                ax.set_yticks([])
+                ax.set(xticks=[], yticks=[])
                 ax.spines[:].set_visible(False)
             row[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8, color=INK, fontsize=10)
         for ax, prompt in zip(axes[0], samples.prompts, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -47,12 +48,10 @@ def _history(results: Results) -> Figure:
             own, known = ([p for p in full if (p[0] in warm) is chosen] for chosen in (False, True))
             ax.plot(*_pairs(own), "o", color=TRIED, markersize=3.5, label="tried")
             ax.plot(*_pairs(known), "D", color=INK, markersize=4.5, label="known merges")
-            best, line = math.inf, []
-            for number, value in full:
-                best = min(best, aim["sign"] * value)
-                line.append((number, aim["sign"] * best))
-            ax.step(*_pairs(line), where="post", color=BEST, linewidth=1.8, label="best so far")
-            _limits(ax, [value for _, value in full], aim)
+            numbers, values = _pairs(full)
+            best = accumulate(values, min if aim["sign"] > 0 else max)
+            ax.step(numbers, list(best), where="post", color=BEST, linewidth=1.8, label="best so far")
+            _limits(ax, values, aim)
             if early:
                 ax.plot(
                     early, [0.02] * len(early), "|", transform=ax.get_xaxis_transform(), color=MUTED, markersize=7,
@@ -76,9 +75,8 @@ def _importance(results: Results) -> Figure:
         ax = fig.subplots()
         for i, (aim, values) in enumerate(found.items()):
             places, height = _beside(i, len(found), len(names))
-            color = (BEST, TRIED, INK)[i % 3]
             widths = [values.get(name, 0.0) for name in names]
-            ax.barh(places, widths, height=0.9 * height, color=color, label=aim)
+            ax.barh(places, widths, height=0.9 * height, color=(BEST, TRIED, INK)[i % 3], label=aim)
         ax.set_yticks(range(len(names)), names)
         ax.set_title("Importance: share of the variance among good merges that a parameter explains")
         ax.grid(axis="y", visible=False)
@@ -103,8 +101,9 @@ def _front(results: Results) -> Figure:
         for label, place in zip(known, shown(known.values()), strict=True):
             ax.plot(*place, "X", color=KNOWN, markersize=7)
             ax.annotate(f" {label}", place, fontsize=8, va="bottom")
-        _limits(ax, [y for _, y in shown(losses)], two)
-        _limits(ax, [x for x, _ in shown(losses)], one, axis="x")
+        x, y = _pairs(shown(losses))
+        _limits(ax, y, two)
+        _limits(ax, x, one, axis="x")
         ax.set(xlabel=one["name"], ylabel=two["name"], title="The front, on the data of the search")
         ax.legend(fontsize=8)
     return fig

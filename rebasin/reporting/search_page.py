@@ -46,11 +46,10 @@ def _verdict(one: Mapping[str, Any]) -> tuple[Tone, str]:
         return "bad", f"On {name} a loss is not finite."
     average = abs(one["models"][AVERAGE]["mean"] or 0.0)
     size = number(abs(mean)) + (f", {abs(mean) / average:.2%}" if average else "")
+    interval = ""
     if low is not None:
         ends = f"{number(low)} to {number(high)}"
         interval = f" (95 % interval of the difference {ends}, {one['units']} units)"
-    else:
-        interval = ""
     if mean == low == high == 0:
         return "neutral", f"On held-out {name} the winner is the plain average itself."
     if high is not None and high < 0:
@@ -62,16 +61,13 @@ def _verdict(one: Mapping[str, Any]) -> tuple[Tone, str]:
 
 def _about(results: Results) -> tuple[Answer, Answer]:
     """What won, and what it cost."""
-    seconds = results["seconds"]
+    seconds, winner, resumed = results["seconds"], results["winner"], results["resumed"]
     given_up = sum(not trial["values"] for trial in results["trials"])
-    before = (
-        f"; went on after {results['resumed']} trials of an earlier session" if results["resumed"] else ""
-    )
+    before = f"; went on after {resumed} trials of an earlier session" if resumed else ""
     cost = (
         f"{len(results['trials'])} trials, {given_up} given up early{before}. Loading, aligning, judging and"
         f" reporting took {seconds['total'] - seconds['search']:.0f} s more."
     )
-    winner = results["winner"]
     return (
         Answer("What won?", winner["label"], winner["words"], "neutral"),
         Answer("What did it cost?", f"{results['spent']:.0f} s", cost, "neutral"),
@@ -85,12 +81,11 @@ def _heldout(results: Results, intervals: bool = True) -> Table:
         for label, model in one["models"].items():
             gap = one["differences"].get(label)
             own = between(model["low"], model["high"], 4, one["sign"])
-            line = [one["name"], label, signed(model["mean"], one, 5), *([own] if intervals else [])]
-            line += [
-                "" if gap is None else signed(gap["mean"], one, 5),
-                "" if gap is None else between(gap["low"], gap["high"], 4, one["sign"]),
-            ]
-            lines.append(tuple(line))
+            line = (one["name"], label, signed(model["mean"], one, 5), *([own] if intervals else []))
+            less = ("", "")
+            if gap is not None:
+                less = signed(gap["mean"], one, 5), between(gap["low"], gap["high"], 4, one["sign"])
+            lines.append((*line, *less))
     own_title = ("95 % interval",) if intervals else ()
     head = ("objective", "model", "value", *own_title, "winner minus it", "95 % interval")
     return Table(head, tuple(lines), labels=2, strong="value")
@@ -133,12 +128,9 @@ def summary(results: Results) -> dict[str, float]:
     """judge/AIM/MODEL and judge/AIM/winner-average mean, low, high; judge/trials and judge/spent."""
     found: dict[str, float] = {"judge/trials": len(results["trials"]), "judge/spent": results["spent"]}
     for one in results["judged"]:
-        values = {
-            f"{one['name']}/{label}": one["sign"] * model["mean"]
-            for label, model in one["models"].items()
-            if model["mean"] is not None
-        }
+        for label, model in one["models"].items():
+            if model["mean"] is not None:
+                found[f"judge/{one['name']}/{label}"] = one["sign"] * model["mean"]
         gap = one["differences"][AVERAGE]
-        values |= {f"{one['name']}/winner-average {k}": v for k, v in gap.items() if v is not None}
-        found |= {f"judge/{name}": value for name, value in values.items()}
+        found |= {f"judge/{one['name']}/winner-average {k}": v for k, v in gap.items() if v is not None}
     return found

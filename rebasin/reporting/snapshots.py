@@ -59,9 +59,8 @@ class Snapshots:
         if self.every == 0 or self.sampler is None or permutation is None or event["step"] % self.every:
             return
         label = f"step {event['step']}"
-        made = self.sampler(
-            {label: interpolate(self.state_a, permutation.apply(self.state_b), 0.5)}, self.seed
-        )
+        midpoint = interpolate(self.state_a, permutation.apply(self.state_b), 0.5)
+        made = self.sampler({label: midpoint}, self.seed)
         self._rows[label] = made.rows[label]
         path = save_samples(Samples(made.prompts, self._rows), self.folder / NAME)
         self.show("steps", path)

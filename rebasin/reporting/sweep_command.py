@@ -28,10 +28,9 @@ def command(sweep: Sweep) -> str:
             key, values = _values(word)
             if key:
                 seen.setdefault(key, {}).update(values)
-    parts = [
-        f"+{GROUP}={sweep.declaration['name']}",
-        *([] if sweep.size == "full" else [f"size={sweep.size}"]),
-    ]
+    parts = [f"+{GROUP}={sweep.declaration['name']}"]
+    if sweep.size != "full":
+        parts.append(f"size={sweep.size}")
     for key, values in seen.items():
         planned = declared.get(key, {})
         if key.split(".")[0] not in IRRELEVANT and values.keys() != planned.keys():
@@ -60,12 +59,9 @@ def _values(text: str) -> tuple[str, dict[str, str]]:
     override = parsed(text) if "=" in text else None
     if override is None:
         return "", {}
-    key = override.get_key_element()
-    written = (
-        [str(one) for one in override.sweep_string_iterator()]
-        if override.is_sweep_override()
-        else [text.partition("=")[2]]
-    )
+    key, written = override.get_key_element(), [text.partition("=")[2]]
+    if override.is_sweep_override():
+        written = [str(one) for one in override.sweep_string_iterator()]
     values = {}
     for one in written:
         alone = parsed(f"{key}={one}")

@@ -85,8 +85,8 @@ def into_docs(sweep: Sweep, document: Path, place: Path) -> list[Path]:
     section = f"{begin}\n{_section(sweep, document, stored, written)}\n{end}"
     text = document.read_text(encoding="utf-8") if document.is_file() else "# Results\n"
     pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
-    known = pattern.search(text) is not None
-    text = pattern.sub(lambda _: section, text) if known else f"{text.rstrip()}\n\n{section}\n"
+    text, known = pattern.subn(lambda _: section, text)
+    text = text if known else f"{text.rstrip()}\n\n{section}\n"
     return [write_text(document, text), stored, *written]
 
 
@@ -122,26 +122,18 @@ def _tells(sweep: Sweep, key: str) -> bool:
     name = f"{key.split('.')[0]}.name"
     if key == name or name not in sweep.varied:
         return True
-    of: dict[str, set[str]] = {}
-    for row in sweep.rows:
-        of.setdefault(str(row.get(name)), set()).add(str(row.get(key)))
-    return any(len(values) > 1 for values in of.values())
+    pairs = {(str(row.get(name)), str(row.get(key))) for row in sweep.rows}
+    return len(pairs) > len({choice for choice, _ in pairs})
 
 
 def _run(sweep: Sweep, run: Any, folder: Path | None) -> dict[str, Any]:
-    rows = [row for row in sweep.rows if row["run"] == run.folder]
-    varied = {key: rows[0][key] for key in rows[0]["varied"] if _tells(sweep, key)} if rows else {}
+    row = next((row for row in sweep.rows if row["run"] == run.folder), {"varied": ()})
+    options = [f"{words(key)} {words(row[key])}" for key in row["varied"] if _tells(sweep, key)]
     picture = None
-    wanted = sweep.declaration.get("pictures") or PICTURES
-    if folder is not None and len(sweep.runs) <= MANY:
+    if folder is not None and len(sweep.runs) <= MANY and (folder / run.folder / RESULTS).is_file():
         own = folder / run.folder
-        made = pictures(load_results(own)) if (own / RESULTS).is_file() else []
-        files = [own / name for name in wanted if name in made]
+        made = pictures(load_results(own))
+        files = [own / name for name in sweep.declaration.get("pictures") or PICTURES if name in made]
         picture = next((data_uri(file) for file in files if file.is_file()), None)
-    return {
-        "folder": run.folder,
-        "options": ", ".join(f"{words(key)} {words(value)}" for key, value in varied.items()),
-        "seconds": f"{run.seconds:.1f}",
-        "command": run.command,
-        "picture": picture,
-    }
+    seconds = f"{run.seconds:.1f}"
+    return {**vars(run), "seconds": seconds, "options": ", ".join(options), "picture": picture}

@@ -55,8 +55,10 @@ def table(sweep: Sweep) -> Table | None:
         shown |= {value: words(value) for value in values}
         shown = {c: label for c, label in shown.items() if any(sweep.value(r, c) is not None for r in rows)}
         head += tuple(shown.values())
-        for own, found in groups.items():
-            lines.append((*own, *(_shown(sweep, found, value, value in percent) for value in shown)))
+        lines += [
+            (*own, *(_shown(sweep, found, value, value in percent) for value in shown))
+            for own, found in groups.items()
+        ]
     return Table(head, tuple(lines), len(keys)) if lines else None
 
 
@@ -64,8 +66,7 @@ def _shown(sweep: Sweep, rows: Sequence[Row], column: str, percent: bool) -> str
     found = [sweep.value(row, column) for row in rows]
     numbers = [float(v) for v in found if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if not numbers:
-        known = {words(v): None for v in found if v is not None}
-        return ", ".join(known)
+        return ", ".join(dict.fromkeys(words(v) for v in found if v is not None))
     mean = fmean(numbers)
     if len(set(numbers)) == 1:
         return _number(mean, percent)

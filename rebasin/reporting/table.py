@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table as RichTable
@@ -24,13 +24,12 @@ class Table:
     @classmethod
     def of(
         cls,
-        rows: Iterable[Mapping[str, str]],
+        rows: Sequence[Mapping[str, str]],
         titles: Mapping[str, str],
-        labels: int = 1,
+        labels: int,
         strong: str | None = None,
     ) -> Table:
         """What the rows have under the keys of `titles`, without columns in which they have nothing."""
-        rows = list(rows)
         used = [key for key in titles if any(row.get(key) for row in rows)]
         lines = tuple(tuple(row.get(key, "") for key in used) for row in rows)
         return cls(tuple(titles[key] for key in used), lines, labels, strong=strong)
