@@ -26,7 +26,7 @@ class Table:
         cls,
         rows: Sequence[Mapping[str, str]],
         titles: Mapping[str, str],
-        labels: int,
+        labels: int = 1,
         strong: str | None = None,
     ) -> Table:
         """What the rows have under the keys of `titles`, without columns in which they have nothing."""
