@@ -368,6 +368,13 @@ def test_every_permutation_of_the_counterexample_has_a_barrier(tmp_path):
     assert sum(row["chosen"] for row in rows) == 1
 
 
+def test_old_configurations_find_studies_where_they_were(tmp_path):
+    cfg = configured(*experiments.first_job("counterexample"))
+    rows = run_study(cfg, tmp_path / "new", Console(_silent()))["rows"]
+    cfg.study._target_ = "rebasin.studies.counterexample.study"
+    assert run_study(cfg, tmp_path / "old", Console(_silent()))["rows"] == rows
+
+
 def test_the_counterexample_answers_with_a_margin():
     x = torch.cartesian_prod(torch.tensor(counterexample.VALUES), torch.tensor(counterexample.VALUES))
     sign = torch.where((x > 0).all(dim=1), 1.0, -1.0)

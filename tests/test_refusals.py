@@ -102,3 +102,11 @@ def test_every_option_has_a_rule_or_always_an_effect() -> None:
     assert options <= {*RULES, *ALWAYS}
     assert {rule.partition(".")[0] for rule in RULES} <= options | groups
     assert not set(ALWAYS) & set(RULES)
+
+
+def test_nothing_can_be_continued_without_a_cache(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"resume=true has no effect here: without a cache \(path\.cache=off\)"
+    ):
+        execute(tmp_path, *TINY, "resume=true", "path.cache=off", "dry_run=true")
+    execute(tmp_path, *TINY, "resume=true", f"path.cache={tmp_path / 'cache'}", "dry_run=true")

@@ -24,7 +24,7 @@ from rebasin.files import config_dir
 from rebasin.jobs import stages
 from rebasin.jobs.algorithm import load_algorithm
 from rebasin.jobs.configuration import check_types, explain
-from rebasin.jobs.resume import Resume, load_resume
+from rebasin.jobs.resume import UNFINISHED, Resume, load_resume
 from rebasin.jobs.skeleton import settle
 from rebasin.reporting.console import Console
 from rebasin.reporting.kinds import kind_of
@@ -244,6 +244,27 @@ def test_an_interrupted_alignment_goes_on_where_it_stopped(options, tmp_path, mo
 
 def test_what_cannot_be_continued_keeps_nothing(tmp_path):
     assert Resume(tmp_path / "state.safetensors", wanted=True).arguments(own_algorithm) == {}
+
+
+def test_where_no_state_can_be_kept_the_matching_goes_on(tmp_path):
+    (tmp_path / "file").write_text("")  # a folder that can't be made, whoever asks
+    cfg = configured(*TINY)
+    task = load_task(cfg)
+    state_a, state_b = task.endpoints(None)
+    kept = Resume(tmp_path / "file" / "unfinished" / "state.safetensors")
+    found = load_algorithm(cfg.algo)(task, _spec(task), state_a, state_b, resume=kept)
+    assert found.permutation.moved() > 0
+    assert kept.path not in UNFINISHED
+
+
+def test_a_run_into_the_folder_of_another_algorithms_run(finished, tmp_path):
+    _, expected, _ = finished
+    execute(tmp_path, *TINY, "algo=ste_quick", "algo.steps=4")
+    assert load_results(tmp_path)["algorithm"] == "ste_quick"
+    execute(tmp_path, *TINY)
+    assert load_results(tmp_path)["algorithm"] == "weight_matching"
+    assert _timeless(load_results(tmp_path)["curves"]) == _timeless(expected["curves"])
+    assert Permutation.load(tmp_path / TENSORS[0]).moved() == expected["match"]["moved"]
 
 
 def own_algorithm(spec, batches, model_b, *, strength: int, seed: int = 0) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Container, Mapping
 from typing import Any
 
 from hydra.utils import get_method
@@ -13,6 +16,19 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def unresolved(cfg: DictConfig, names: Container[object]) -> dict[str, Any]:
+    """These fields of `cfg`, where there are any, as plain data with interpolations as they were written."""
+    container = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key in names]))
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def fingerprint(config: Mapping[str, Any], digits: int) -> str:
+    """So many hexadecimal digits that stand for a configuration."""
+    text = json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 def made(config: DictConfig, **more: Any) -> Any:

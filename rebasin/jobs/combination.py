@@ -51,34 +51,21 @@ class Combination:
         progress: Progress | None = None,
     ) -> MergedState:
         """The merge, lazily; a method that looks at data does so now, at the training split."""
-        given = dict(self.options)
+        given, objective = dict(self.options), task.objective
         if "score" in plan_options(self.method.plan):
-            given["score"] = lambda state: task.objective.evaluate(
-                loaded(task.model, state), task.batches["train"]
-            )["loss"]
-        companions = None
+            train = task.batches["train"]
+            given["score"] = lambda state: objective.evaluate(loaded(task.model, state), train)["loss"]
         if "companions" in self.method.takes:
-            companions = [
-                diagonal_fisher(
-                    loaded(task.model, state),
-                    task.objective,
-                    task.batches["train"],
-                    max_samples=self.samples,
-                    progress=progress,
-                )
+            data = objective, task.batches["train"]
+            given["companions"] = [
+                diagonal_fisher(loaded(task.model, state), *data, max_samples=self.samples, progress=progress)
                 for state in states
             ]
+        base = None if self.base is None else task.load_other(self.base)
+        weights = self.weights if self.blocks is None else self.blocks
         return merge(
-            self.method,
-            list(states),
-            base=None if self.base is None else task.load_other(self.base),
-            weights=self.blocks if self.blocks is not None else self.weights,
-            seed=seed,
-            companions=companions,
-            device=device,
-            progress=progress,
-            **given,
-        )
+            self.method, list(states), base=base, weights=weights, seed=seed, device=device, progress=progress, **given
+        )  # fmt: skip
 
     @property
     def is_mean(self) -> bool:
@@ -144,14 +131,8 @@ def load_combination(cfg: DictConfig, task: Task) -> Combination:
             raise ConfigError(f"merge.method={method.name} has no weights, so leave out merge.blocks.")
         default = weights if isinstance(weights, int | float) else method.default_weight
         blocks = block_weights(config["blocks"], task.model.state_dict(), default)
-    return Combination(
-        method,
-        weights,
-        blocks,
-        None if config["base"] is None else str(Path(str(config["base"])).expanduser()),
-        options,
-        int(config["samples"]),
-    )
+    base = None if config["base"] is None else str(Path(str(config["base"])).expanduser())
+    return Combination(method, weights, blocks, base, options, int(config["samples"]))
 
 
 def _asked(method: Method) -> dict[str, Any]:

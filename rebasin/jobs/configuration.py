@@ -151,12 +151,10 @@ def _no_option(name: str, arguments: Iterable[str], config: str) -> str:
     cfg = composed(_group_choices(arguments), config)
     parent, _, _ = name.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
-    if parent and not isinstance(node, DictConfig):
-        return (
-            _no_option(parent, arguments, config)
-            if node is None
-            else f"{parent!r} has no options of its own."
-        )
+    if node is None:
+        return _no_option(parent, arguments, config)
+    if not isinstance(node, DictConfig):
+        return f"{parent!r} has no options of its own."
     prefix = f"{parent}." if parent else ""
     known = [prefix + str(k) for k in node if k not in INTERNAL]
     return str(unknown(f"There is no option {name!r}", name, known, "the options there are"))

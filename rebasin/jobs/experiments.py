@@ -8,8 +8,6 @@ that the user wrote: what the user sets wins.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from ..errors import ConfigError, RebasinError
+from ..integrations.hydra import fingerprint, unresolved
 from ..reporting.experiments import GROUP, declaration, names, option_of, parsed, recipe
 from ..reporting.results import IRRELEVANT, load_results, relevant
 
@@ -67,27 +66,18 @@ def _first(override: Override) -> str:
     return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
 
 
-def fingerprint(config: Mapping[str, Any]) -> str:
-    """Ten digits that stand for `relevant(config)`; they name a run's folder in a sweep."""
-    text = json.dumps(relevant(config), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
 def finished(config: Mapping[str, Any], folder: Path) -> bool:
     """Whether `folder` has the results of a run with this configuration."""
     try:
         found = load_results(folder)["config"]
     except RebasinError:
         return False
-    same = json.dumps(relevant(config), sort_keys=True, default=str)
-    return json.dumps(relevant(found), sort_keys=True, default=str) == same
+    return fingerprint(relevant(config), 64) == fingerprint(relevant(found), 64)
 
 
 def _fingerprint_of(_root_: DictConfig) -> str:
-    keys = [str(key) for key in _root_ if str(key) not in IRRELEVANT]
-    plain = OmegaConf.to_container(OmegaConf.masked_copy(_root_, keys), resolve=False)
-    assert isinstance(plain, dict)
-    return fingerprint({str(key): value for key, value in plain.items()})
+    """Ten digits that stand for what is relevant; they name a run's folder in a sweep."""
+    return fingerprint(relevant(unresolved(_root_, {str(key) for key in _root_} - {*IRRELEVANT})), 10)
 
 
 def register() -> None:

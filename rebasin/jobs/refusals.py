@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ..errors import ConfigError
+from ..files import cache_folder
 from ..integrations.signatures import composed
 from ..merging.merged import find_method
 from .configuration import exists
@@ -54,6 +55,8 @@ def _resume(case: Case) -> str | None:
         return "the same command goes on with a search"
     if case.algorithm is not None and not case.algorithm.continues:
         return f"algo={case.algorithm.name} can't be continued"
+    if case.kind in (RUN, MANY, STUDY) and cache_folder(case.cfg.path.cache) is None:
+        return "without a cache (path.cache=off) no state is kept to go on from"
     return case.is_no(RUN, MANY, STUDY)
 
 

@@ -7,8 +7,7 @@ finished sweep (batch, model), and `resume_from`, such a state. The states are f
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from ..errors import CheckpointError
 from ..files import cache_folder
-from ..integrations.hydra import resolved
+from ..integrations.hydra import fingerprint, resolved
 
 EVERY = 2.0
 """Seconds between two writes at most; a sweep of a small model is quicker than that, and cheaper to do again."""
@@ -60,9 +60,11 @@ class Resume:
         def checkpoint(state: Any) -> None:
             nonlocal due
             if (began := monotonic()) >= due:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                state.save(self.path)
-                UNFINISHED.add(self.path)
+                # Where nothing can be written, the matching goes on without.
+                with contextlib.suppress(OSError, CheckpointError):
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    state.save(self.path)
+                    UNFINISHED.add(self.path)
                 due = monotonic() + max(EVERY, (monotonic() - began) / SHARE)
 
         found = kind.load(self.path) if self.wanted and self.path.exists() else None
@@ -70,7 +72,8 @@ class Resume:
 
     def finish(self) -> None:
         """The matching is done: its state is of no more use."""
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none, or nothing can be written there
+            self.path.unlink()
         UNFINISHED.discard(self.path)
 
 
@@ -94,5 +97,4 @@ def load_resume(cfg: DictConfig) -> Resume | None:
     if folder is None:
         return None
     relevant = {key: value for key, value in resolved(cfg).items() if key not in IRRELEVANT}
-    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return Resume(folder / "unfinished" / f"{digest}.safetensors", cfg.resume)
+    return Resume(folder / "unfinished" / f"{fingerprint(relevant, 16)}.safetensors", cfg.resume)

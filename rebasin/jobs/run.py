@@ -10,10 +10,12 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from .. import reporting
+from ..errors import ConfigError
 from ..integrations.hydra import resolved
 from ..matching.weights.estimate import about, matching_seconds
 from ..reporting import run as report
 from ..reporting.console import Console
+from ..reporting.metrics import metrics
 from ..reporting.results import Results, load_results
 from . import stages
 from .algorithm import is_many
@@ -22,7 +24,6 @@ from .many import run_many
 from .scoring import in_words, load_scoring
 from .skeleton import Job, Session
 from .studies import run_study
-from .target import target
 
 
 def run(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> Results | None:
@@ -37,6 +38,20 @@ def run_once(cfg: DictConfig, folder: Path, console: Console, command: str = "")
         return target(load_results(folder), cfg.target)
     work = run if cfg.study is None else run_study
     return target(work(cfg, folder, console, command), cfg.target)
+
+
+def target(results: Results | None, name: str) -> float | None:
+    """The figure `name` of a run that aligned two models; None for other runs, and after a dry run.
+
+    Raises:
+        ConfigError: the run has no such figure; names some that it has.
+    """
+    if results is None or results.get("kind") or not results.get("curves", True):
+        return None
+    found = metrics(results)
+    if name not in found:
+        raise ConfigError(f"target is {name!r}, but the run has the figures {', '.join(found)}.")
+    return found[name]
 
 
 def _work(job: Session, planned: stages.Planned) -> Results:

@@ -35,20 +35,10 @@ class Scoring:
     batches: Sequence[Sequence[Any]]
 
     def __call__(
-        self,
-        model: nn.Module,
-        state_a: State,
-        state_b: State,
-        aligned: State,
-        progress: Progress | None = None,
+        self, model: nn.Module, a: State, b: State, aligned: State, progress: Progress | None = None
     ) -> Rewards:
         """Score A, B and both midpoints."""
-        states = {
-            A: state_a,
-            B: state_b,
-            NAIVE: interpolate(state_a, state_b, 0.5),
-            ALIGNED: interpolate(state_a, aligned, 0.5),
-        }
+        states = {A: a, B: b, NAIVE: interpolate(a, b, 0.5), ALIGNED: interpolate(a, aligned, 0.5)}
         return score_models(model, states, self.objective, self.batches, DIFFERENCES, progress)
 
 

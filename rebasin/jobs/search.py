@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..errors import ConfigError
 from ..files import write_text
+from ..integrations.hydra import resolved
 from ..reporting.console import Console
 from ..reporting.results import Results
 from ..reporting.search_page import KIND
@@ -91,10 +92,10 @@ def _work(job: Session, setup: Setup) -> Results:
     with job.stage("judge"):
         judged = assess(evaluator, winner.candidate, known, cfg.seed, job.progress)
     with job.stage("report"):
-        save(job.folder / BEST, setup, winner, judged, job.config)
+        _save(job, BEST, setup, winner, judged)
         if options.keep_front and len(evaluator.objectives) > 1:
             for number, finalist in enumerate(f for f in ranked[1:] if f.front):
-                save(job.folder / f"front-{number + 1}.safetensors", setup, finalist, None, job.config)
+                _save(job, f"front-{number + 1}.safetensors", setup, finalist)
         return job.leave(figures(setup, base_name(job.config), study, baseline, ranked, judged, before))
 
 
@@ -113,15 +114,11 @@ def _with_workers(job: Session, study: Any, setup: Setup) -> None:
             raise ConfigError(f"Worker {number} ended with code {process.returncode}; see {log}.")
 
 
-def save(
-    path: Path,
-    setup: Setup,
-    finalist: Finalist,
-    judged: list[dict[str, Any]] | None,
-    config: Mapping[str, Any],
+def _save(
+    job: Session, name: str, setup: Setup, finalist: Finalist, judged: Sequence[dict[str, Any]] = ()
 ) -> None:
     """Write a merge tensor by tensor; the header has its recipe and what it was worth."""
-    groups = setup.space.groups
+    groups, config = setup.space.groups, job.config
     recipe = {
         **finalist.candidate.to_dict(),
         "models": list(setup.inputs.labels),
@@ -136,15 +133,13 @@ def save(
         "model": config["model"]["name"],
         "recipe": json.dumps(recipe),
     }
-    if judged is not None:
+    if judged:
         about["heldout"] = json.dumps({one["name"]: one["models"]["winner"] for one in judged})
-    save_safetensors(path, setup.evaluator.merged(finalist.candidate), about)
+    save_safetensors(job.folder / name, setup.evaluator.merged(finalist.candidate), about)
 
 
 def _starts(options: DictConfig, setup: Setup) -> list[tuple[str, dict[str, Any]]]:
-    settings = OmegaConf.to_container(options.starts, resolve=True)
-    assert isinstance(settings, list)
-    return warm_starts(setup.space, list(setup.inputs.states[0]), settings)
+    return warm_starts(setup.space, list(setup.inputs.states[0]), resolved(options)["starts"])
 
 
 def _baseline(study: Any, setup: Setup, known: Mapping[str, Any]) -> dict[str, list[float]]:

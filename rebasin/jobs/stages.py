@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from omegaconf import DictConfig
 
 from .. import reporting
@@ -15,12 +14,13 @@ from ..evaluation import Curve, barrier
 from ..evaluation.samples import Samples
 from ..matching import MatchResult
 from ..merging import interpolate
+from ..reporting.console import Console
 from ..spec import PermutationSpec
 from ..spec.restrict import restrict
 from ..tasks import Task, load_task
 from ..tensors.modules import loaded
 from ..tracing import verify
-from ..types import Progress, ProgressEvent, State, within
+from ..types import Progress, State, within
 from .algorithm import Algorithm, load_algorithm
 from .combination import Combination, load_combination
 from .refusals import refuse
@@ -103,23 +103,23 @@ def verify_all(
     Raises:
         VerificationError: a permutation of a spec changed an output; nothing may be aligned with it.
     """
-    checks, errors = {}, []
+    checks, largest = {}, 0.0
     with job.stage("verify"):
         for name, spec in specs.items():
             part = task.parts[name]
             if part.proved is not None:
-                errors.append(part.proved(spec))
+                error = part.proved(spec)
             else:
-                report = verify(part.model, spec, *part.args, **part.kwargs).require()
-                errors.append(report.max_relative_error)
+                error = verify(part.model, spec, *part.args, **part.kwargs).require().max_relative_error
+            largest = max(largest, error)
             checks[name] = {
-                "max_relative_error": errors[-1],
+                "max_relative_error": error,
                 "passed": True,
                 "groups": len(spec),
                 "neurons": spec.neurons,
                 "coverage": {"one": spec.coverage().one, "both": spec.coverage().both},
             }
-        job.say(f"largest relative error {max(errors):.1e}")
+        job.say(f"largest relative error {largest:.1e}")
     return checks
 
 
@@ -136,12 +136,7 @@ def align(
 ) -> AlignedPair:
     """B to A; `listen` is told of progress, too."""
     task, spec, algorithm = material.task, material.spec, material.algorithm
-
-    def progress(event: ProgressEvent) -> None:
-        job.logged(event)
-        if listen is not None:
-            listen(event)
-
+    progress = job.logged if listen is None else reporting.both(job.logged, listen)
     with job.stage("align"):
         match = algorithm(
             task, spec, a, b,
@@ -153,14 +148,22 @@ def align(
     return AlignedPair(task, spec, a, b, aligned, match)
 
 
+def aligned_pair(cfg: DictConfig, console: Console) -> AlignedPair:
+    """Load, trace, verify and align as a run does: what most studies begin with."""
+    job = Session(cfg, console)
+    material = load(job)
+    task = material.task
+    verify_all(job, task, {task.aligned: material.spec})
+    a, b, *_ = endpoints(job, task)
+    return align(job, material, a, b)
+
+
 def splits(cfg: DictConfig, task: Task) -> list[str]:
     """The splits to evaluate on: none if the task has no data, because its models are too large to compute with."""
     return [split for split in cfg.evaluate.splits if task.batches]
 
 
-def curves(
-    cfg: DictConfig, pair: AlignedPair, progress: Progress | None = None
-) -> dict[str, dict[str, Curve]]:
+def curves(cfg: DictConfig, pair: AlignedPair, progress: Progress) -> dict[str, dict[str, Curve]]:
     """The curves from A to B and from A to aligned B: split -> "naive", "aligned" -> curve.
 
     Raises:
@@ -171,14 +174,10 @@ def curves(
     for split in splits(cfg, task):
 
         def measure(end: State, kind: str, split: str = split) -> Curve:
-            def report(event: ProgressEvent) -> None:
-                if progress is not None:
-                    progress(within(event, f"{kind}, {split}"))
-
-            def loss(model: torch.nn.Module) -> dict[str, float]:
-                return task.objective.evaluate(model, task.batches[split])
-
-            return barrier(task.model, pair.a, end, loss, points=cfg.evaluate.points, progress=report)
+            return barrier(
+                task.model, pair.a, end, lambda model: task.objective.evaluate(model, task.batches[split]),
+                points=cfg.evaluate.points, progress=lambda event: progress(within(event, f"{kind}, {split}")),
+            )  # fmt: skip
 
         naive = measure(pair.b, "naive")
         # Where no neuron moved the two lines are the same line.

@@ -42,31 +42,20 @@ class Candidate:
         """
         from ..merging.merged import find_method
 
-        given: Any = self.weight
-        if isinstance(given, Mapping):
-            if groups is None or any(group not in given for group in groups.order):
-                raise ConfigError(
-                    f"The weights of '{self.method}' are for {', '.join(given)}, but the model has the groups"
-                    f" {', '.join(groups.order) if groups else 'none'}."
-                )
-            table = dict(given)
-            of = groups.of
-            given = lambda name: _plain(table[of[name]])  # noqa: E731
-        else:
-            given = _plain(given)
+        weights = _plain(self.weight)
+        if isinstance(weights, dict) and (groups is None or not weights.keys() >= set(groups.order)):
+            raise ConfigError(
+                f"The weights of '{self.method}' are for {', '.join(weights)}, but the model has the groups"
+                f" {', '.join(groups.order) if groups else 'none'}."
+            )
+        by_name = (lambda name: weights[groups.of[name]]) if isinstance(weights, dict) and groups else weights
         method = find_method(self.method)
-        return merge(
-            method,
-            states,
-            base=base if method.takes_base else None,
-            weights=given,
-            seed=seed,
-            **self.options,
-        )
+        own_base = base if method.takes_base else None
+        return merge(method, states, base=own_base, weights=by_name, seed=seed, **self.options)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; `from_dict` reads it."""
-        return {"method": self.method, "weight": _json(self.weight), "options": dict(self.options)}
+        return {"method": self.method, "weight": _plain(self.weight), "options": dict(self.options)}
 
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> Candidate:
@@ -83,14 +72,10 @@ class Candidate:
         return f"{self.method}({'; '.join(parts)})"
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _json(weight: Any) -> Any:
+def _plain(weight: Any) -> Any:
     if isinstance(weight, Mapping):
         return {group: _plain(value) for group, value in weight.items()}
-    return _plain(weight)
+    return list(weight) if isinstance(weight, tuple) else weight
 
 
 def _tuples(weight: Any) -> Any:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import ConfigError, RebasinError
+from ..errors import RebasinError
 from ..merging import METHODS, Method, diagonal_fisher, merge
-from ..merging.merged import find_method
 from ..merging.registry import plan_options
 from ..reporting.methods import ALIGNED, ENDPOINT, NAIVE, PLAIN
 from ..types import Progress, State, tell
+from . import space
 from .assessment import bootstrap, difference
 from .evaluator import Evaluator
 from .objectives import SearchObjective
-from .space import UNFIT, is_strength, obstacle
+from .space import UNFIT, is_strength
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,12 @@ def compare(
     first, ancestor = next(iter(sets.values()))
     ends = [*zip(labels, first, strict=True), *([] if ancestor is None else [("base", ancestor)])]
     total = len(ends) + len(sets) * len(methods)
-    step = 0
-
-    def told(what: str) -> None:
-        nonlocal step
-        step += 1
-        tell(progress, what, step, total)
-
+    step = itertools.count(1)
     measured: dict[tuple[str, str], Measured] = {}
     errors: dict[tuple[str, str], str] = {}
     for label, state in ends:
-        losses = evaluator.losses(evaluator.load_state(state), "heldout")
-        measured[label, ENDPOINT] = Measured(losses)
-        told(label)
+        measured[label, ENDPOINT] = Measured(evaluator.losses(evaluator.load_state(state), "heldout"))
+        tell(progress, label, next(step), total)
     for kind, (states, base) in sets.items():
         companions: list[State] | None = None
         for method in methods:
@@ -106,7 +100,7 @@ def compare(
                 measured[method.name, kind] = _best(evaluator, method, states, base, companions, trials, seed)
             except RebasinError as error:
                 errors[method.name, kind] = str(error)
-            told(f"{method.name}, {kind}")
+            tell(progress, f"{method.name}, {kind}", next(step), total)
 
     plain = measured.get((PLAIN, NAIVE))
     rows = [
@@ -123,19 +117,8 @@ def fitting(names: Sequence[str], models: int, has_base: bool, gradients: bool) 
     Raises:
         ConfigError: there is no such method, or it can't merge these models.
     """
-    if list(names) == ["all"]:
-        skipped = {*UNFIT} - {"fisher", "greedy_soup"}
-        found = [m for m in METHODS.values() if m.name not in skipped]
-        found = [
-            m for m in found if not obstacle(m, models, has_base) or ("companions" in m.takes and gradients)
-        ]
-    else:
-        found = [find_method(name) for name in names]
-        for method in found:
-            reason = obstacle(method, models, has_base)
-            if reason and not ("companions" in method.takes and gradients):
-                raise ConfigError(f"The merge method '{method.name}' {reason}.")
-    plain = METHODS[PLAIN]
+    unfit = {*UNFIT} - {"fisher", "greedy_soup"}
+    plain, found = METHODS[PLAIN], space.fitting(names, unfit, models, has_base, gradients)
     return [plain, *(method for method in found if method is not plain)]
 
 
@@ -159,25 +142,18 @@ def _best(
         options["score"] = score
     weights: Sequence[float | None] = [None]
     if method.weight is not None and method.plan is None:
-        weights = trials.strengths if is_strength(method) else trials.shares
-        if not is_strength(method) and len(states) > 2 and method.weight == "weights":
-            weights = [None]  # all alike
         if method.default_weight == 0:
             weights = [0.0]
+        elif is_strength(method):
+            weights = trials.strengths
+        elif len(states) == 2 or method.weight != "weights":  # else all alike
+            weights = trials.shares
+    options["base"] = base if method.takes_base else None
+    options["companions"] = companions if "companions" in method.takes else None
     merges = []
     for weight in weights:
         began = time.perf_counter()
-        merged = dict(
-            merge(
-                method,
-                states,
-                base=base if method.takes_base else None,
-                weights=weight,
-                seed=seed,
-                companions=companions if "companions" in method.takes else None,
-                **options,
-            )
-        )
+        merged = dict(merge(method, states, weights=weight, seed=seed, **options))
         seconds = time.perf_counter() - began
         merges.append((score(merged) if len(weights) > 1 else 0.0, seconds, weight, merged))
     _, seconds, weight, merged = min(merges, key=lambda entry: entry[0])

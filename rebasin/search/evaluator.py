@@ -77,9 +77,8 @@ class Evaluator:
                 key = True if name in self._constant else (*whole, repr(merged.weights_of(name)))
                 if self._loaded.get(name) == key:
                     continue
-                self._loaded.pop(
-                    name, None
-                )  # a merge that fails half-way leaves nothing that counts as loaded
+                # A merge that fails half-way leaves nothing that counts as loaded.
+                self._loaded.pop(name, None)
                 slot.copy_(merged[name])
                 self._loaded[name] = key
                 self.computed += 1

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ..errors import ConfigError
+from ..integrations.hydra import fingerprint, unresolved
 
 try:
     import fcntl
@@ -32,7 +31,7 @@ def key(config: Mapping[str, Any]) -> str:
     told = {name: config[name] for name in RELEVANT if name in config}
     told["base"] = base_name(config)
     told["search"] = {name: value for name, value in told.get("search", {}).items() if name not in BUDGET}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return fingerprint(told, 8)
 
 
 def base_name(config: Mapping[str, Any]) -> str | None:
@@ -42,10 +41,7 @@ def base_name(config: Mapping[str, Any]) -> str | None:
 
 
 def _key_of(_root_: DictConfig) -> str:
-    names = [name for name in (*RELEVANT, "merge") if name in _root_]
-    plain = OmegaConf.to_container(OmegaConf.masked_copy(_root_, names), resolve=False)
-    assert isinstance(plain, dict)
-    return key({str(name): value for name, value in plain.items()})
+    return key(unresolved(_root_, (*RELEVANT, "merge")))
 
 
 def register() -> None:

@@ -106,10 +106,8 @@ def _other(cfg: DictConfig, options: DictConfig, name: str, given: Mapping[str, 
         )
     own = composed([f"objective={name}"]).objective
     check_options(f"objective={name}", given, {str(key): None for key in own})
-    changed = OmegaConf.merge(
-        {key: value for key, value in cfg.items() if key != "objective"}, {"objective": own}
-    )
-    changed = OmegaConf.merge(changed, {"objective": dict(given)})
+    rest = {key: value for key, value in cfg.items() if key != "objective"}
+    changed = OmegaConf.merge(rest, {"objective": own}, {"objective": dict(given)})
     assert isinstance(changed, DictConfig)
     return _of_task(changed, load_task(changed), options, name, "loss")
 

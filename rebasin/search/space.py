@@ -18,9 +18,10 @@ method holds for the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from ..errors import ConfigError
 from ..merging import METHODS, Method
@@ -149,16 +150,10 @@ class Space:
             return ask("")
         if self.by == "depth":
             points = [ask(f".depth{i}") for i in range(self.points)]
-            return dict(interpolated([_number(point) for point in points], self.groups))
-        shared = None
-        found: dict[str, Value] = {}
-        for group in self.groups.order:
-            if self.only and group not in self.only:
-                shared = ask(f".{REST}") if shared is None else shared
-                found[group] = shared
-            else:
-                found[group] = ask(f".{group}")
-        return found
+            return dict(interpolated(cast(list[float], points), self.groups))
+        own = self.only or self.groups.order
+        once = functools.cache(ask)  # the groups that are not in `only` share one
+        return {group: once(f".{group if group in own else REST}") for group in self.groups.order}
 
     def _value(self, trial: Trial, method: Method, label: str, limits: Range) -> Value:
         labels = self._labels(method, label)
@@ -218,17 +213,32 @@ def read_space(config: Mapping[str, Any], names: Sequence[str], models: int, has
 
 def _methods(chosen: Any, models: int, has_base: bool) -> tuple[Method, ...]:
     names = [chosen] if isinstance(chosen, str) else list(chosen or ())
-    if names == [ALL]:
-        return tuple(m for m in METHODS.values() if m.name not in UNFIT and not obstacle(m, models, has_base))
     if not names:
         raise ConfigError(f"space.method names no method; choose some of {', '.join(METHODS)}.")
-    found = tuple(find_method(name) for name in names)
+    if "greedy_soup" in names:
+        raise ConfigError(
+            "greedy_soup is a search of its own; take it from `python -m rebasin.compare_methods`."
+        )
+    return tuple(fitting(names, UNFIT, models, has_base))
+
+
+def fitting(
+    names: Sequence[str], unfit: Iterable[str], models: int, has_base: bool, companions: bool = False
+) -> list[Method]:
+    """The methods of these names; [ALL]: those that can merge these models, but the `unfit`.
+
+    Args:
+        companions: whether there can be a companion state of each model.
+
+    Raises:
+        ConfigError: there is no such method, or it can't merge these models.
+    """
+    given = models, has_base, companions
+    if list(names) == [ALL]:
+        return [m for m in METHODS.values() if m.name not in unfit and not _obstacle(m, *given)]
+    found = [find_method(name) for name in names]
     for method in found:
-        if method.name == "greedy_soup":
-            raise ConfigError(
-                "greedy_soup is a search of its own; take it from `python -m rebasin.compare_methods`."
-            )
-        if reason := obstacle(method, models, has_base):
+        if reason := _obstacle(method, *given):
             raise ConfigError(f"The merge method '{method.name}' {reason}.")
     return found
 
@@ -238,9 +248,9 @@ def is_strength(method: Method) -> bool:
     return method.weight == "scales" or (method.weight == "alpha" and method.default_weight == 1)
 
 
-def obstacle(method: Method, models: int, has_base: bool) -> str | None:
+def _obstacle(method: Method, models: int, has_base: bool, companions: bool) -> str | None:
     """Why a method can't merge these models, None if it can."""
-    if "companions" in method.takes:
+    if "companions" in method.takes and not companions:
         return "needs a companion state of each model, which a search has not"
     if isinstance(method.inputs, int) and models != method.inputs:
         return f"takes {method.inputs} models, but there are {models}"
@@ -279,20 +289,10 @@ def _range(value: Mapping[str, Any], where: str) -> Range:
     unknown = [key for key in value if key not in ("low", "high", "step", "log")]
     if unknown:
         raise ConfigError(f"{where} has {unknown[0]!r}; a range has low, high, step and log.")
-    low, high, step = value.get("low"), value.get("high"), value.get("step")
-    numbers = [n for n in (low, high, step) if n is not None]
-    if (
-        low is None
-        or high is None
-        or not all(isinstance(n, (int, float)) for n in numbers)
-        or not low <= high
-    ):
+    low, high, step = (value.get(key) for key in ("low", "high", "step"))
+    numbers = low, high, 0 if step is None else step
+    if not all(isinstance(n, (int, float)) for n in numbers) or not low <= high:
         raise ConfigError(
             f"{where} goes from {low!r} to {high!r}; low and high are numbers, low not above high."
         )
     return Range(low, high, step, bool(value.get("log", False)))
-
-
-def _number(value: Value) -> float:
-    assert not isinstance(value, tuple)
-    return value

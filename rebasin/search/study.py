@@ -71,19 +71,17 @@ def open_study(folder: Path, objectives: Sequence[SearchObjective], prune: float
             pruner=pruner,
             load_if_exists=True,
         )
-        if len(study.directions) != len(objectives):
-            raise CheckpointError(
-                f"{path} is a search for {len(study.directions)} objectives, not {len(objectives)}; choose another"
-                " folder."
-            )
-        study.set_metric_names([one.name for one in objectives])
-    except CheckpointError:
-        raise
     except Exception as error:
         # SQLAlchemy, alembic and Optuna have errors of their own for a file that is no study.
         raise CheckpointError(
             f"{path} can't be opened as an Optuna study ({str(error).splitlines()[0]}); move it and search anew."
         ) from error
+    if len(study.directions) != len(objectives):
+        raise CheckpointError(
+            f"{path} is a search for {len(study.directions)} objectives, not {len(objectives)}; choose another"
+            " folder."
+        )
+    study.set_metric_names([one.name for one in objectives])
     return study
 
 
@@ -111,13 +109,9 @@ def take_over(study: optuna.Study) -> int:
 
 def enqueue(study: optuna.Study, starts: Sequence[tuple[str, Mapping[str, Any]]]) -> int:
     """Queue the warm starts (name, parameters) that have not been tried; returns how many those are."""
-    from optuna.trial import TrialState
-
-    done = {
-        trial.user_attrs.get("start")
-        for trial in study.get_trials(deepcopy=False)
-        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)
-    }
+    known = ("COMPLETE", "PRUNED", "WAITING")
+    trials = study.get_trials(deepcopy=False)
+    done = {trial.user_attrs.get("start") for trial in trials if trial.state.name in known}
     waiting = [(name, parameters) for name, parameters in starts if name not in done]
     for name, parameters in waiting:
         study.enqueue_trial(dict(parameters), user_attrs={"start": name})

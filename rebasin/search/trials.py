@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import RebasinError
-from ..types import Progress, ProgressEvent
+from ..types import Progress, tell
 from .candidate import Candidate
 from .evaluator import Evaluator
 from .space import Space
@@ -39,10 +39,6 @@ class Budget:
         done = finished(study)
         within_trials = not self.trials or len(done) < self.trials
         return within_trials and (not self.minutes or seconds_of(done) < 60 * self.minutes)
-
-
-class OutOfTime(Exception):
-    """The budget of minutes ended within a trial."""
 
 
 def work(
@@ -82,27 +78,15 @@ def work(
         if len(evaluator.objectives) == 1:
             full = [t.value for t in done if t.state.name == "COMPLETE" and t.value is not None]
             best = min(full, default=best)
-        if progress is not None:
-            spent = seconds_of(done)
-            progress(
-                ProgressEvent(
-                    "trial",
-                    len(done),
-                    budget.trials or None,
-                    left=_left(budget, len(done), spent),
-                    loss=losses[0],
-                    objective=best if math.isfinite(best) else None,
-                    given_up=given_up,
-                )
-            )
+        left, objective = _left(budget, done), best if math.isfinite(best) else None
+        tell(
+            progress, "trial", len(done), budget.trials or None,
+            left=left, loss=losses[0], objective=objective, given_up=given_up,
+        )  # fmt: skip
 
 
 def _try(
-    study: optuna.Study,
-    trial: optuna.Trial,
-    space: Space,
-    evaluator: Evaluator,
-    deadline: float,
+    study: optuna.Study, trial: optuna.Trial, space: Space, evaluator: Evaluator, deadline: float
 ) -> tuple[list[float] | None, bool]:
     """Measure one trial and tell the study; (its losses, whether it was given up), (None, ...) if time ran out."""
     from optuna.trial import TrialState
@@ -120,9 +104,11 @@ def _try(
         for objective in objectives:
             losses: list[float] = []
             for step, batch in enumerate(objective.search):
-                losses.append(_finite(objective.measure(model, batch)))
+                loss = objective.measure(model, batch)
+                losses.append(math.inf if math.isnan(loss) else loss)
                 if time.monotonic() > deadline and len(objective.search) > len(losses):
-                    raise OutOfTime
+                    study.tell(trial, state=TrialState.FAIL)
+                    return None, True
                 if len(objectives) == 1:
                     trial.report(losses[-1], step)
                     if not known and len(losses) < len(objective.search) and trial.should_prune():
@@ -132,9 +118,6 @@ def _try(
             values.append(objective.mean(losses, "search"))
         study.tell(trial, values)
         return values, False
-    except OutOfTime:
-        study.tell(trial, state=TrialState.FAIL)
-        return None, True
     except RebasinError as error:
         # A merge that these models do not allow (numbers that are not finite, say) is a bad one, not the end.
         trial.set_user_attr("error", str(error))
@@ -148,10 +131,8 @@ def _try(
 def _twin(study: optuna.Study, candidate: Candidate) -> FrozenTrial | None:
     """A finished trial of the same merge."""
     told = candidate.to_dict()
-    return next(
-        (t for t in finished(study) if t.user_attrs.get("candidate") == told and "error" not in t.user_attrs),
-        None,
-    )
+    notes = ((trial, trial.user_attrs) for trial in finished(study))
+    return next((trial for trial, n in notes if n.get("candidate") == told and "error" not in n), None)
 
 
 def _repeat(study: optuna.Study, trial: optuna.Trial, twin: FrozenTrial) -> list[float]:
@@ -170,15 +151,11 @@ def _repeat(study: optuna.Study, trial: optuna.Trial, twin: FrozenTrial) -> list
     return list(twin.values)
 
 
-def _finite(loss: float) -> float:
-    return loss if not math.isnan(loss) else math.inf
-
-
-def _left(budget: Budget, done: int, spent: float) -> float | None:
+def _left(budget: Budget, done: Sequence[FrozenTrial]) -> float | None:
     """Seconds until the budget ends, at the pace so far."""
-    ends: list[float] = []
+    spent, ends = seconds_of(done), []
     if budget.minutes:
         ends.append(60 * budget.minutes - spent)
     if budget.trials and done:
-        ends.append(spent / done * (budget.trials - done))
+        ends.append(spent / len(done) * (budget.trials - len(done)))
     return max(0.0, min(ends)) if ends else None

@@ -56,11 +56,9 @@ def _by_group(space: Space, names: Sequence[str], setting: Any) -> Callable[[str
 
     def mean(group: str) -> float:
         # The groups that share a weight because they are not in `only` are taken together.
-        inside = [w for name, w in weights.items() if of[name] == group or (_shared(space, of[name], group))]
+        shared = {other for other in of.values() if other not in space.only} if space.only else set()
+        taken = {group, *(shared if group == REST else ())}
+        inside = [weight for name, weight in weights.items() if of[name] in taken]
         return sum(inside) / len(inside) if inside else whole
 
     return mean
-
-
-def _shared(space: Space, group: str, asked: str) -> bool:
-    return asked == REST and bool(space.only) and group not in space.only

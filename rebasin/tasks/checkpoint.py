@@ -111,11 +111,12 @@ class _Pair:
         """What is computed in: bf16 where fp32 would take over 6 GB for each copy of the model (SDXL's UNet)."""
         if self.kind is not None:
             return DTYPES[self.kind]
-        return torch.float32 if 4 * self.numbers < 6e9 else torch.bfloat16
+        return torch.float32 if 4 * sum(self.sizes) < 6e9 else torch.bfloat16
 
-    @property
-    def numbers(self) -> int:
-        return sum(prod(shape) for name in self.names for shape in self.a.shapes(name).values())
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many numbers each tensor has."""
+        return [prod(shape) for name in self.names for shape in self.a.shapes(name).values()]
 
     @cached_property
     def spec(self) -> PermutationSpec:
@@ -170,14 +171,10 @@ class _Pair:
         """The inputs with the mean of A's and B's outputs; one model at a time is in memory."""
         told = []
         for checkpoint in (self.a, self.b):
-            model = self.with_weights(self.state(checkpoint))
+            model = filled(self.built()[0], self.state(checkpoint), self.dtype)
             told.append({split: outputs_of(model, own) for split, own in inputs.items()})
             del model
         return {split: with_targets(own, told[0][split], told[1][split]) for split, own in inputs.items()}
-
-    def with_weights(self, state: State) -> nn.Module:
-        """The architecture with these weights, in the type that is computed in."""
-        return filled(self.built()[0], state, self.dtype)
 
     def require_memory(self) -> None:
         need, free = self.memory(), _available()
@@ -190,31 +187,18 @@ class _Pair:
 
     def memory(self, measuring: bool = True) -> float:
         """Bytes at the peak: the model, a copy to put it back, one tensor in float32; or only what aligning takes."""
-        largest = max(prod(shape) for name in self.names for shape in self.a.shapes(name).values())
-        stored = sum(prod(s) * 2 for name in self.names for s in self.a.shapes(name).values())
-        aligning = 1e9 + stored + 16 * largest
-        return (
-            max(aligning, 1e9 + 2 * self.dtype.itemsize * self.numbers + 16 * largest)
-            if measuring
-            else aligning
-        )
+        each = max(2, 2 * self.dtype.itemsize) if measuring else 2  # bytes for a number
+        return 1e9 + each * sum(self.sizes) + 16 * max(self.sizes)
 
     def plan(self, batches: int) -> list[str]:
         """What `dry_run=true` tells besides the spec."""
         sizes = ", ".join(
             f"{c.path.name} is {c.title}, {_size(c.path) / 1e9:.2f} GB" for c in (self.a, self.b)
         )
-        memory = self.memory(batches > 0)
-        return [
-            f"{sizes};",
-            f"{self.numbers:,} numbers of {', '.join(self.names)}; about {memory / 1e9:.1f} GB of memory"
-            + (
-                f", computing in {str(self.dtype).removeprefix('torch.')}"
-                if batches
-                else ", without measuring"
-            )
-            + ";",
-        ]
+        numbers = f"{sum(self.sizes):,} numbers of {', '.join(self.names)}"
+        memory = f"about {self.memory(batches > 0) / 1e9:.1f} GB of memory"
+        how = f"computing in {str(self.dtype).removeprefix('torch.')}" if batches else "without measuring"
+        return [f"{sizes};", f"{numbers}; {memory}, {how};"]
 
     def export(self, folder: Path, merged: State, metadata: Mapping[str, str]) -> Path:
         """The merge as a whole checkpoint: A with this component replaced, in A's names, order and types."""

@@ -93,35 +93,19 @@ class DigitsPipeline:
         part = Part(model, call, derive=None if derive is None else lambda: derive(call))
 
         def sampler(states: Mapping[str, State], seed: int) -> Samples:
-            own = cfg.model
-            return sample(pipeline(model), model, states, own.samples, own.steps, own.guidance, seed)
+            """Images from each state, digit by digit; image i starts from the same noise in every row."""
+            own, whole = cfg.model, pipeline(model)
+            prompts = [f"a handwritten {WORDS[i % len(WORDS)]}" for i in range(own.samples)]
+            options = {"num_inference_steps": own.steps, "guidance_scale": own.guidance}
+            rows = {}
+            for label, state in states.items():
+                noise = [torch.Generator().manual_seed(1000 * seed + i) for i in range(own.samples)]
+                with with_weights(model, state):
+                    rows[label] = whole(prompts, generator=noise, **options).images
+            return Samples(prompts, rows)
 
         return Task(
             parts={"unet": part, **(shared or {})}, aligned="unet", objective=objective, batches=batches,
             sampler=sampler if cfg.model.samples > 0 else None, pipeline=pipeline, captions=captions, maker=maker,
             **more,
         )  # fmt: skip
-
-
-def sample(
-    pipeline: Any,
-    model: nn.Module,
-    states: Mapping[str, State],
-    count: int,
-    steps: int,
-    guidance: float,
-    seed: int,
-) -> Samples:
-    """`count` images from each state of `model`, digit by digit; image i starts from the same noise in every row.
-
-    The model is a part of the pipeline or one that has parts of it; its weights are put back afterwards.
-    """
-    prompts = [f"a handwritten {WORDS[i % len(WORDS)]}" for i in range(count)]
-    rows = {}
-    for label, state in states.items():
-        noise = [torch.Generator().manual_seed(1000 * seed + i) for i in range(count)]
-        with with_weights(model, state):
-            rows[label] = pipeline(
-                prompts, generator=noise, num_inference_steps=steps, guidance_scale=guidance
-            ).images
-    return Samples(prompts, rows)

@@ -15,7 +15,7 @@ from ...objectives.base import Objective
 from ...reporting.console import Console
 from ...tensors.modules import with_weights
 from ...types import ProgressEvent, State
-from .aligned_pair import aligned_pair
+from ..stages import aligned_pair
 
 
 def study(

@@ -21,7 +21,7 @@ from ...merging import interpolate
 from ...reporting.console import Console
 from ...tensors.modules import eval_mode, with_weights
 from ...types import State
-from .aligned_pair import aligned_pair
+from ..stages import aligned_pair
 
 STEPS = 60
 RANGE = (-7.0, 7.0)  # of log temperature
