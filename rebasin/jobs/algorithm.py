@@ -19,7 +19,6 @@ from .resume import Resume, state_type
 
 if TYPE_CHECKING:
     from ..tasks import Task
-    from ..tasks.prompted import ImageMaker
 
 
 SUPPLY = (
@@ -82,8 +81,7 @@ class Algorithm:
             "model": task.model,
             "model_a": Maker(lambda: loaded(task.model, a)),
             "model_b": Maker(lambda: loaded(task.model, b)),
-            "objective": Maker(lambda: self._objective(task)),
-            "batches": Maker(lambda: self._batches(task, seed)),
+            **self._aim(task, seed),
             "pipeline": task.pipeline,
             "captions": task.captions,
             "seed": seed,
@@ -96,25 +94,19 @@ class Algorithm:
             resume.finish()
         return result
 
-    def _objective(self, task: Task) -> Any:
-        """What it looks at: the run's objective, or the reward."""
+    def _aim(self, task: Task, seed: int) -> dict[str, Any]:
+        """What it looks at: the run's objective and its training batches, or those of the reward."""
         if self.reward is None:
-            return task.objective
-        return self._maker(task).scored(OmegaConf.create(dict(self.reward)), "algo.reward")
-
-    def _batches(self, task: Task, seed: int) -> Any:
-        """The training batches of that objective."""
-        if self.reward is None:
-            return task.batches["train"]
-        options = OmegaConf.create(dict(self.reward))
-        return self._maker(task).prompted(options, options.train, seed + 1)
-
-    def _maker(self, task: Task) -> ImageMaker:
-        if task.maker is None:
+            return {"objective": task.objective, "batches": Maker(lambda: task.batches["train"])}
+        options, maker = OmegaConf.create(dict(self.reward)), task.maker
+        if maker is None:
             raise ConfigError(
                 f"algo={self.name} searches by a reward, but this model makes no images of prompts; choose another."
             )
-        return task.maker
+        return {
+            "objective": Maker(lambda: maker.scored(options, "algo.reward")),
+            "batches": Maker(lambda: maker.prompted(options, options.train, seed + 1)),
+        }
 
 
 def load_algorithm(algo: DictConfig, several: bool = False) -> Algorithm:

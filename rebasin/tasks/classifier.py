@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoints import load_safetensors
 from ..data import classification
 from ..data.parts import half, split
 from ..errors import CheckpointError, ConfigError
+from ..integrations.hydra import resolved
 from ..models import build, fitting_options
 from ..models.cache import trained
 from ..models.train import Recipe
@@ -32,7 +33,9 @@ def load(cfg: DictConfig) -> Task:
     require(cfg, "data", "labelled images")
     require(cfg, "objective", "classification")
     data = classification.load(cfg.data.name, cfg.data.path, download=cfg.data.download)
-    model, options, recipe = described(cfg, data)
+    model = resolved(cfg.model)
+    own = {name: value for name, value in model.items() if name not in OWN}
+    options, recipe = fitting_options(model["architecture"], data, own), Recipe(**model["recipe"])
     device = cfg.device or "cpu"
     network = build(model["architecture"], **options).eval().to(device)
     seeds = _seeds(model["seeds"], cfg.seed)
@@ -71,13 +74,6 @@ def load(cfg: DictConfig) -> Task:
         objective=instantiate(cfg.objective.object),
         batches=batches,
     )
-
-
-def described(cfg: DictConfig, data: classification.Dataset) -> tuple[dict[str, Any], dict[str, Any], Recipe]:
-    """The model's configuration as plain data, the options of its network for these data, and its recipe."""
-    model: dict[str, Any] = OmegaConf.to_container(cfg.model, resolve=True)  # pyright: ignore[reportAssignmentType]
-    own = {name: value for name, value in model.items() if name not in OWN}
-    return model, fitting_options(model["architecture"], data, own), Recipe(**model["recipe"])
 
 
 def _read(file: str, network: nn.Module) -> State:
