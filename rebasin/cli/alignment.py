@@ -224,7 +224,7 @@ class Unfinished:
 
     def component(self, name: str, models: int, spec: PermutationSpec, match: Match) -> Matched:
         """A component's permutations, for so many models: found before the interruption, or now."""
-        members = [f"{name}-{i}" for i in range(models)]
+        members = [name] if models == 1 else [f"{name}-{i + 1}" for i in range(models)]  # model 0 does not move
         kept = [self.load(member, spec) for member in members]
         finished = [one for one in kept if one is not None]
         if len(finished) == models:
