@@ -224,7 +224,8 @@ class Unfinished:
 
     def component(self, name: str, models: int, spec: PermutationSpec, match: Match) -> Matched:
         """A component's permutations, for so many models: found before the interruption, or now."""
-        members = [name] if models == 1 else [f"{name}-{i + 1}" for i in range(models)]  # model 0 does not move
+        # Model 0 does not move.
+        members = [name] if models == 1 else [f"{name}-{i + 1}" for i in range(models)]
         kept = [self.load(member, spec) for member in members]
         finished = [one for one in kept if one is not None]
         if len(finished) == models:
