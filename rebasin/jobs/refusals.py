@@ -98,10 +98,6 @@ def _with_files(case: Case) -> str | None:
     return "model.files are trained already" if case.cfg.model.get("files") else None
 
 
-def _without_samples(case: Case) -> str | None:
-    return "model.samples is 0" if case.cfg.model.get("samples") == 0 else None
-
-
 RULES: Mapping[str, Callable[[Case], str | None]] = {
     "resume": _resume,
     "sample_every": _sample_every,
@@ -128,8 +124,6 @@ RULES: Mapping[str, Callable[[Case], str | None]] = {
     "model.text_recipe": lambda case: (
         "model.text is shared" if case.cfg.model.get("text") == "shared" else None
     ),
-    "model.steps": _without_samples,
-    "model.guidance": _without_samples,
 }  # fmt: skip
 """Option -> why it has no effect, None where it has one."""
 
