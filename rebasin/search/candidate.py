@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ConfigError
 from ..merging import merge
@@ -51,7 +51,7 @@ class Candidate:
         by_name = (lambda name: weights[groups.of[name]]) if isinstance(weights, dict) and groups else weights
         method = find_method(self.method)
         own_base = base if method.takes_base else None
-        return merge(method, states, base=own_base, weights=by_name, seed=seed, **self.options)
+        return merge(method, states, base=own_base, weights=cast(Any, by_name), seed=seed, **self.options)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; `from_dict` reads it."""

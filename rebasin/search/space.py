@@ -289,7 +289,7 @@ def _range(value: Mapping[str, Any], where: str) -> Range:
     unknown = [key for key in value if key not in ("low", "high", "step", "log")]
     if unknown:
         raise ConfigError(f"{where} has {unknown[0]!r}; a range has low, high, step and log.")
-    low, high, step = (value.get(key) for key in ("low", "high", "step"))
+    low, high, step = (cast(Any, value.get(key)) for key in ("low", "high", "step"))
     numbers = low, high, 0 if step is None else step
     if not all(isinstance(n, (int, float)) for n in numbers) or not low <= high:
         raise ConfigError(
