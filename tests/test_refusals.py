@@ -39,8 +39,6 @@ FILES = ["+model.files=[a.safetensors,b.safetensors]"]
         (["model.seeds=[0,1]", *FILES], "model.seeds=.* model.files are trained already"),
         (["model.recipe.epochs=3", *FILES], "model.recipe.epochs=3 .*model.files are trained already"),
         (["model.epoch=2", *FILES], "model.recipe.epochs=8 .*model.files are trained already"),
-        (["model=tiny_sd", "model.samples=0", "model.guidance=2.0"], "model.guidance=2.0 .*model.samples is 0"),
-        (["model=tiny_sd", "model.samples=0", "model.steps=2"], "model.steps=2 .*model.samples is 0"),
     ],
 )  # fmt: skip
 def test_what_has_no_effect_on_a_run_is_refused(overrides: list[str], words: str, tmp_path: Path) -> None:
