@@ -193,7 +193,9 @@ def test_illegal_permutations_do_not_get_into_the_report():
     match = load_algorithm(cfg.algo)(task, _spec(task), state_a, state_b)
     with pytest.raises(VerificationError, match="loss of B on heldout"):
         stages.curves(
-            cfg, stages.AlignedPair(task, match.permutation.spec, state_a, state_b, scrambled, match)
+            cfg,
+            stages.AlignedPair(task, match.permutation.spec, state_a, state_b, scrambled, match),
+            lambda event: None,
         )
 
 

@@ -20,7 +20,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 def unresolved(cfg: DictConfig, names: Container[object]) -> dict[str, Any]:
     """These fields of `cfg`, where there are any, as plain data with interpolations as they were written."""
-    container = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key in names]))
+    container = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key in names]))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 

@@ -75,14 +75,14 @@ def finished(config: Mapping[str, Any], folder: Path) -> bool:
     return fingerprint(relevant(config), 64) == fingerprint(relevant(found), 64)
 
 
-def _fingerprint_of(_root_: DictConfig) -> str:
+def folder_digits(_root_: DictConfig) -> str:
     """Ten digits that stand for what is relevant; they name a run's folder in a sweep."""
     return fingerprint(relevant(unresolved(_root_, {str(key) for key in _root_} - {*IRRELEVANT})), 10)
 
 
 def register() -> None:
     """Make `${fingerprint:}` known to configurations."""
-    OmegaConf.register_new_resolver("fingerprint", _fingerprint_of, replace=True)
+    OmegaConf.register_new_resolver("fingerprint", folder_digits, replace=True)
 
 
 def first_job(name: str, size: str = "small", *more: str) -> list[str]:

@@ -96,7 +96,7 @@ def _helped(results: Results) -> Answer:
         text = f"No neuron moved although there is a barrier: {measured}. This method saw nothing to align."
         return Answer(question, "No", text, "bad")
     share = after / before
-    short, tone, rest = next(words for limit, *words in SHARES if share <= limit)
+    _, short, tone, rest = next(row for row in SHARES if share <= row[0])
     if after <= NEGLIGIBLE * abs(endpoints):
         short, tone, rest = "Yes", "good", "; it is gone"
     change = (
