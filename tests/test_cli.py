@@ -222,12 +222,12 @@ def test_controlnet_follows_its_unet(files: Files, tmp_path: Path) -> None:
 
 
 INTERRUPTED = """
-import os, runpy, signal, sys
+import runpy, signal, sys
 write = sys.stdout.write
 def told(text):
     if "hash" in text:
         sys.stdout.write = write
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     return write(text)
 sys.stdout.write = told
 runpy.run_module("rebasin", run_name="__main__")
@@ -235,7 +235,8 @@ runpy.run_module("rebasin", run_name="__main__")
 
 
 def test_interrupt_says_how_to_go_on_and_leaves_nothing(files: Files, tmp_path: Path) -> None:
-    # It sends itself what Ctrl-C sends as soon as it tells of the hashes: from outside one may come too late.
+    # It sends itself what Ctrl-C sends as soon as it tells of the hashes, to this very thread: from outside, or by
+    # another thread, one may come too late.
     run = [sys.executable, "-c", INTERRUPTED, "align", str(files.a), str(files.b)]
     process = subprocess.run(
         [*run, "-o", str(tmp_path / "out.safetensors")], capture_output=True, text=True, check=False

@@ -121,9 +121,6 @@ RULES: Mapping[str, Callable[[Case], str | None]] = {
     "model.recipe": _with_files,
     "model.epoch": _with_files,
     "model.kept": _with_files,
-    "model.text_recipe": lambda case: (
-        "model.text is shared" if case.cfg.model.get("text") == "shared" else None
-    ),
 }  # fmt: skip
 """Option -> why it has no effect, None where it has one."""
 

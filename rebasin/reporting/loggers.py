@@ -77,6 +77,7 @@ class WandbLogger(Logger):
             if kind not in ARTIFACTS:
                 raise ConfigError(f"logger.artifacts has {kind!r}; it takes some of {', '.join(ARTIFACTS)}.")
         self._wandb = wandb
+        self._followed: set[str] = set()  # pictures logged while the run went on
         self._run = wandb.init(
             project=config["project"],
             entity=config["entity"],
@@ -103,6 +104,7 @@ class WandbLogger(Logger):
             self._run.log(numbers)
 
     def picture(self, name: str, path: Path) -> None:
+        self._followed.add(path.name)
         self._run.log({name: self._wandb.Image(str(path))})
 
     def results(self, results: Results, folder: Path) -> None:
@@ -112,7 +114,7 @@ class WandbLogger(Logger):
             for name, (columns, rows) in kind.tables(results).items()
         }
         for path in (folder / name for name in pictures(results)):
-            if path.is_file():
+            if path.is_file() and path.name not in self._followed:
                 logged[path.stem] = self._wandb.Image(str(path))
         self._run.log(logged)
         self._run.summary.update(kind.summary(results))
