@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from rebasin.integrations import signatures  # noqa: F401 - configurations composed by Hydra itself read signatures
 from rebasin.integrations.torchvision import prepare_torchvision
 
 prepare_torchvision()  # where it is installed, diffusers and transformers do not import without it
