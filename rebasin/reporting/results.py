@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import shlex
@@ -140,16 +139,13 @@ def _version(name: str) -> str | None:
 
 def plain(value: Any) -> Any:
     """`value` as JSON can have it; null is what is not finite."""
+    return json.loads(json.dumps(value, default=_simpler), parse_constant=lambda _: None)
+
+
+def _simpler(value: Any) -> Any:
+    """What JSON does not know: results, lazy mappings, scalars of numpy and torch, and what is told in words."""
     if is_dataclass(value):
-        value = vars(value)
+        return vars(value)
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, (str, bool, int)) or value is None:
-        return value
-    if hasattr(value, "item"):  # numpy and torch scalars
-        return plain(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value)
+        return dict(value)
+    return value.item() if hasattr(value, "item") else str(value)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ConfigError
 from ..merging import merge
+from ..merging.merged import find_method
 from ..types import State
 
 if TYPE_CHECKING:
@@ -40,9 +41,7 @@ class Candidate:
         Args:
             groups: what the names of a weight by group mean.
         """
-        from ..merging.merged import find_method
-
-        weights = _plain(self.weight)
+        weights = _of(list, self.weight)
         if isinstance(weights, dict) and (groups is None or not weights.keys() >= set(groups.order)):
             raise ConfigError(
                 f"The weights of '{self.method}' are for {', '.join(weights)}, but the model has the groups"
@@ -55,12 +54,12 @@ class Candidate:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; `from_dict` reads it."""
-        return {"method": self.method, "weight": _plain(self.weight), "options": dict(self.options)}
+        return {"method": self.method, "weight": _of(list, self.weight), "options": dict(self.options)}
 
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> Candidate:
         """From `to_dict`."""
-        return cls(told["method"], _tuples(told["weight"]), dict(told["options"]))
+        return cls(told["method"], _of(tuple, told["weight"]), dict(told["options"]))
 
     def __str__(self) -> str:
         parts = []
@@ -72,16 +71,11 @@ class Candidate:
         return f"{self.method}({'; '.join(parts)})"
 
 
-def _plain(weight: Any) -> Any:
+def _of(kind: type[list] | type[tuple], weight: Any) -> Any:
+    """A weight, or those of groups, with one of several models as a list (JSON's) or a tuple (a candidate's)."""
     if isinstance(weight, Mapping):
-        return {group: _plain(value) for group, value in weight.items()}
-    return list(weight) if isinstance(weight, tuple) else weight
-
-
-def _tuples(weight: Any) -> Any:
-    if isinstance(weight, Mapping):
-        return {group: _tuples(value) for group, value in weight.items()}
-    return tuple(weight) if isinstance(weight, list) else weight
+        return {group: _of(kind, value) for group, value in weight.items()}
+    return kind(weight) if isinstance(weight, (list, tuple)) else weight
 
 
 def _words(value: Any) -> str:

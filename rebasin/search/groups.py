@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..errors import ConfigError
 from ..merging.block_names import find_blocks
 from ..merging.block_selectors import select
@@ -80,14 +82,8 @@ def interpolated(points: Sequence[float], groups: Groups) -> dict[str, float]:
     """Points equally spaced over the depth -> each group's weight; groups without a depth have the points' mean."""
     if len(points) < 2:
         raise ConfigError("Weights over the depth need 2 points or more: space.weights.points=5.")
-    mean = sum(points) / len(points)
-    found = {}
-    for group in groups.order:
-        where = groups.place.get(group)
-        if where is None:
-            found[group] = mean
-            continue
-        left = min(int(where * (len(points) - 1)), len(points) - 2)
-        share = where * (len(points) - 1) - left
-        found[group] = (1 - share) * points[left] + share * points[left + 1]
-    return found
+    depth, mean = np.linspace(0, 1, len(points)), sum(points) / len(points)
+    return {
+        group: float(np.interp(groups.place[group], depth, points)) if group in groups.place else mean
+        for group in groups.order
+    }

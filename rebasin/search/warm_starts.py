@@ -9,9 +9,6 @@ from ..merging.blocks import block_weights
 from .groups import REST
 from .space import Space
 
-DEFAULT = (0.5, 0.0, 1.0, 0.3, 0.7)
-"""The plain average, the endpoints, and the two thirds-merges of the forums."""
-
 
 def warm_starts(
     space: Space, names: Sequence[str], settings: Sequence[Any]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,48 +61,34 @@ class Plane:
     """
 
     def __init__(self, origin: State, unit: State, third: State) -> None:
-        self.origin = {name: tensor.detach().double() for name, tensor in origin.items()}
-        self.types = {name: tensor.dtype for name, tensor in origin.items()}
-        u, w = self._from_origin(unit), self._from_origin(third)
-        self.length = _norm(u)
+        self.origin = {name: tensor.detach() for name, tensor in origin.items()}
+        self.moving = {name: tensor for name, tensor in self.origin.items() if tensor.is_floating_point()}
+        self.u, w = self._from_origin(unit), self._from_origin(third)
+        self.length = float(self.u.norm())
         if self.length == 0:
             raise ConfigError("Two of the three models are the same, so they span no plane.")
-        along = _dot(w, u) / self.length**2
-        v = {name: w[name] - along * u[name] for name in w}
-        height = _norm(v)
+        v = w - (w @ self.u) / self.length**2 * self.u
+        height = float(v.norm())
         if height <= 1e-9 * self.length:
             raise ConfigError("The three models lie on one line, so they span no plane.")
-        self.u = u
-        self.v = {name: tensor * (self.length / height) for name, tensor in v.items()}
+        self.v = v * (self.length / height)
 
     def place(self, state: State) -> tuple[float, float]:
         """The coordinates of a state's projection on the plane."""
         away = self._from_origin(state)
-        return _dot(away, self.u) / self.length**2, _dot(away, self.v) / self.length**2
+        return float(away @ self.u) / self.length**2, float(away @ self.v) / self.length**2
 
     def at(self, x: float, y: float) -> dict[str, Tensor]:
         """The state at (x, y)."""
-        return {
-            name: (tensor + x * self.u[name] + y * self.v[name] if name in self.u else tensor).to(
-                self.types[name]
-            )
-            for name, tensor in self.origin.items()
-        }
+        steps = (x * self.u + y * self.v).split([tensor.numel() for tensor in self.moving.values()])
+        moved = zip(self.moving.items(), steps, strict=True)
+        return self.origin | {name: (t.double() + s.view_as(t)).to(t.dtype) for (name, t), s in moved}
 
-    def _from_origin(self, state: State) -> dict[str, Tensor]:
-        return {
-            name: state[name].detach().double() - tensor
-            for name, tensor in self.origin.items()
-            if self.types[name].is_floating_point
-        }
-
-
-def _dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    return math.fsum(float((a[name] * b[name]).sum()) for name in a)
-
-
-def _norm(a: Mapping[str, Tensor]) -> float:
-    return math.sqrt(_dot(a, a))
+    def _from_origin(self, state: State) -> Tensor:
+        """The way to a state, float64 [numbers in all floating point tensors]."""
+        return torch.cat(
+            [state[n].detach().double().flatten() - t.double().flatten() for n, t in self.moving.items()]
+        )
 
 
 def _grid(low: float, high: float, points: int) -> list[float]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
+from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from ...errors import ConfigError
@@ -23,7 +24,6 @@ from ...tensors.modules import eval_mode, with_weights
 from ...types import State
 from ..stages import aligned_pair
 
-STEPS = 60
 RANGE = (-7.0, 7.0)  # of log temperature
 
 
@@ -83,24 +83,12 @@ def logits_of(
 
 
 def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature, between e^-7 and e^7, that divides the logits for the least cross entropy: by golden section,
+    """The temperature, between e^-7 and e^7, that divides the logits for the least cross entropy: by Brent's method,
     the loss being convex in 1 / temperature.
     """
-    ratio = (math.sqrt(5) - 1) / 2
-    low, high = RANGE
 
     def loss(log: float) -> float:
         return float(F.cross_entropy(logits * math.exp(-log), labels))
 
-    a, b = high - ratio * (high - low), low + ratio * (high - low)
-    at_a, at_b = loss(a), loss(b)
-    for _ in range(STEPS):
-        if at_a <= at_b:
-            high, b, at_b = b, a, at_a
-            a = high - ratio * (high - low)
-            at_a = loss(a)
-        else:
-            low, a, at_a = a, b, at_b
-            b = low + ratio * (high - low)
-            at_b = loss(b)
-    return math.exp((low + high) / 2)
+    found: Any = minimize_scalar(loss, bounds=RANGE, method="bounded", options={"xatol": 1e-9})
+    return math.exp(found.x)
