@@ -54,7 +54,7 @@ def _plan(job: Session, prepared: Prepared) -> str:
 
 def _work(job: Session, prepared: Prepared) -> Results:
     cfg, task, inputs = job.cfg, prepared.task, prepared.inputs
-    sets = {NAIVE: (inputs.states, inputs.base)}
+    sets = {NAIVE: inputs}
     found, moved = align_all(job, task, inputs), "Nothing was aligned (algo=naive)."
     if found:
         counts = {label: permutation.moved() for label, permutation in found.items()}
@@ -62,8 +62,7 @@ def _work(job: Session, prepared: Prepared) -> Results:
         neurons = next(iter(found.values())).spec.neurons
         moved = f"Neurons moved by {cfg.algo.name}, of {neurons:,}: {told}."
         if any(counts.values()):
-            aligned = inputs.moved(found)
-            sets[ALIGNED] = (aligned.states, aligned.base)
+            sets[ALIGNED] = inputs.moved(found)
         else:
             moved += " So aligning changes nothing here, and no merge is shown twice."
     with job.stage("merge"):
@@ -71,11 +70,12 @@ def _work(job: Session, prepared: Prepared) -> Results:
         trials = Trials(options["shares"], options["strengths"], options["options"], options["samples"])
         rows = compare(
             Evaluator(task.model, inputs.states, prepared.objectives, device=cfg.device),
-            sets, inputs.labels, prepared.methods, trials,
+            sets, prepared.methods, trials,
             objective=task.objective, seed=cfg.seed, progress=job.progress,
         )  # fmt: skip
+        told = figures(inputs.labels, base_name(job.config), moved, prepared.objectives, rows, cfg.seed)
     with job.stage("report"):
-        return job.leave(figures(inputs.labels, base_name(job.config), moved, prepared.objectives, rows))
+        return job.leave(told)
 
 
 compare_methods = Job(KIND, _prepare, _plan, _work)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -14,7 +13,6 @@ from ..search.folder import base_name
 from ..search.objectives import load_objectives
 from ..search.setup import Inputs, Setup
 from ..search.space import read_space
-from ..search.trials import Budget, work
 from ..spec import Permutation
 from ..tasks import Task
 from ..types import Progress, State
@@ -99,15 +97,6 @@ def prepare(cfg: DictConfig, task: Task, inputs: Inputs) -> Setup:
         base=inputs.base, groups=space.groups, seed=cfg.seed, device=cfg.device,
     )  # fmt: skip
     return Setup(inputs, space, evaluator)
-
-
-def try_merges(cfg: DictConfig, study: Any, setup: Setup, **more: Any) -> None:
-    """Try merges until the budget is spent; `more`: of `work`."""
-    options = cfg.search
-    work(
-        study, setup.space, setup.evaluator, Budget(options.trials, options.minutes),
-        sampler=options.sampler, warm=options.warm, seed=cfg.seed, **more,
-    )  # fmt: skip
 
 
 def check(options: DictConfig, name: str, *counts: str) -> None:

@@ -28,12 +28,12 @@ from ..search.study import (
     seconds_of,
     take_over,
 )
-from ..search.trials import Budget
+from ..search.trials import Budget, work
 from ..search.verdict import Finalist, assess, best_trials, finals, references
 from ..search.warm_starts import warm_starts
 from ..tasks import load_task
 from ..tensors import save_safetensors
-from .materials import align_all, check, load_inputs, prepare, try_merges
+from .materials import align_all, check, load_inputs, prepare
 from .refusals import refuse
 from .skeleton import Job, Session
 from .worker import workers
@@ -105,7 +105,7 @@ def _with_workers(job: Session, study: Any, setup: Setup) -> None:
     write_text(job.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(job.config)))
     more = options.workers - 1 if Budget(options.trials, options.minutes).left(study) else 0
     with workers(job.folder, more) as running:
-        try_merges(job.cfg, study, setup, progress=job.logged)
+        work(study, setup, options, seed=job.cfg.seed, progress=job.logged)
         for process in running:
             process.wait()
     for number, process in enumerate(running, 1):

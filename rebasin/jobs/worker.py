@@ -42,8 +42,9 @@ def main() -> None:
     folder, number = Path(sys.argv[1]), int(sys.argv[2])
     parent = os.getppid()
     from ..search.study import open_study
+    from ..search.trials import work
     from ..tasks import load_task
-    from .materials import load_inputs, prepare, read_permutations, try_merges
+    from .materials import load_inputs, prepare, read_permutations
     from .skeleton import settle
 
     cfg = OmegaConf.load(folder / "config.yaml")
@@ -53,4 +54,4 @@ def main() -> None:
     inputs = load_inputs(cfg, task)
     setup = prepare(cfg, task, inputs.moved(read_permutations(folder, inputs)))
     study = open_study(folder, setup.evaluator.objectives, cfg.search.prune)
-    try_merges(cfg, study, setup, worker=number, alive=lambda: os.getppid() == parent)
+    work(study, setup, cfg.search, seed=cfg.seed, worker=number, alive=lambda: os.getppid() == parent)

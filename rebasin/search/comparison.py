@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 from ..errors import RebasinError
@@ -17,6 +18,7 @@ from . import space
 from .assessment import bootstrap, difference
 from .evaluator import Evaluator
 from .objectives import SearchObjective
+from .setup import Inputs
 from .space import UNFIT, is_strength
 
 
@@ -27,27 +29,18 @@ class Row:
     Attributes:
         name: of the method, or of the model that is an endpoint.
         kind: ENDPOINT, NAIVE or ALIGNED.
-        weight: its share or strength; None where the method has none.
-        aims: objective -> mean, low, high, and difference, difference_low, difference_high to plain averaging: losses.
+        losses: held-out, for each objective.
+        weight: its share or strength, the one that was best; None where the method has none.
         seconds: to merge.
         error: why there is no merge.
     """
 
     name: str
     kind: str
+    losses: Sequence[Sequence[float]] = ()
     weight: float | None = None
-    aims: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
     error: str | None = None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A merge, or a model: held-out losses for each objective, the weight that was best, the seconds of merging."""
-
-    losses: Sequence[Sequence[float]]
-    weight: float | None = None
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +55,7 @@ class Trials:
 
 def compare(
     evaluator: Evaluator,
-    sets: Mapping[str, tuple[Sequence[State], State | None]],
-    labels: Sequence[str],
+    sets: Mapping[str, Inputs],
     methods: Sequence[Method],
     trials: Trials,
     *,
@@ -76,38 +68,27 @@ def compare(
     Args:
         evaluator: of the models' architecture.
         sets: NAIVE, and ALIGNED if something moved -> the models and the base in that arrangement.
-        labels: of the models.
         objective: what a Fisher information is of; None leaves out methods that need one.
 
     Returns:
         The endpoints and the base, then the plain average, then the methods in their order, naive before aligned.
     """
-    first, ancestor = next(iter(sets.values()))
-    ends = [*zip(labels, first, strict=True), *([] if ancestor is None else [("base", ancestor)])]
+    ends = next(iter(sets.values())).named
     total = len(ends) + len(sets) * len(methods)
     step = itertools.count(1)
-    measured: dict[tuple[str, str], Measured] = {}
-    errors: dict[tuple[str, str], str] = {}
-    for label, state in ends:
-        measured[label, ENDPOINT] = Measured(evaluator.losses(evaluator.load_state(state), "heldout"))
+    rows = []
+    for label, state in ends.items():
+        rows.append(Row(label, ENDPOINT, evaluator.losses(evaluator.load_state(state), "heldout")))
         tell(progress, label, next(step), total)
-    for kind, (states, base) in sets.items():
-        companions: list[State] | None = None
+    for kind, inputs in sets.items():
+        fisher = cache(partial(_fisher, evaluator, inputs.states, objective, trials.samples))
         for method in methods:
             try:
-                if "companions" in method.takes and companions is None:
-                    companions = _fisher(evaluator, states, objective, trials.samples)
-                measured[method.name, kind] = _best(evaluator, method, states, base, companions, trials, seed)
+                rows.append(Row(method.name, kind, *_best(evaluator, method, inputs, fisher, trials, seed)))
             except RebasinError as error:
-                errors[method.name, kind] = str(error)
+                rows.append(Row(method.name, kind, error=str(error)))
             tell(progress, f"{method.name}, {kind}", next(step), total)
-
-    plain = measured.get((PLAIN, NAIVE))
-    rows = [
-        Row(*key, m.weight, _figures(evaluator, m, plain, seed), m.seconds) for key, m in measured.items()
-    ]
-    rows += [Row(*key, error=error) for key, error in errors.items()]
-    order = {name: i for i, name in enumerate([*labels, "base", *(method.name for method in methods)])}
+    order = {name: i for i, name in enumerate([*ends, *(method.name for method in methods)])}
     return sorted(rows, key=lambda row: (order[row.name], row.kind != ENDPOINT, row.kind == ALIGNED))
 
 
@@ -125,13 +106,12 @@ def fitting(names: Sequence[str], models: int, has_base: bool, gradients: bool) 
 def _best(
     evaluator: Evaluator,
     method: Method,
-    states: Sequence[State],
-    base: State | None,
-    companions: Sequence[State] | None,
+    inputs: Inputs,
+    fisher: Callable[[], list[State]],
     trials: Trials,
     seed: int,
-) -> Measured:
-    """The merge with the weight that is best on other data than the held-out."""
+) -> tuple[list[list[float]], float | None, float]:
+    """Held-out losses, weight and seconds of the merge that is best on other data than the held-out."""
     objective = evaluator.objectives[0]
 
     def score(state: State) -> float:
@@ -146,18 +126,18 @@ def _best(
             weights = [0.0]
         elif is_strength(method):
             weights = trials.strengths
-        elif len(states) == 2 or method.weight != "weights":  # else all alike
+        elif len(inputs.states) == 2 or method.weight != "weights":  # else all alike
             weights = trials.shares
-    options["base"] = base if method.takes_base else None
-    options["companions"] = companions if "companions" in method.takes else None
+    options["base"] = inputs.base if method.takes_base else None
+    options["companions"] = fisher() if "companions" in method.takes else None
     merges = []
     for weight in weights:
         began = time.perf_counter()
-        merged = dict(merge(method, states, weights=weight, seed=seed, **options))
+        merged = dict(merge(method, inputs.states, weights=weight, seed=seed, **options))
         seconds = time.perf_counter() - began
         merges.append((score(merged) if len(weights) > 1 else 0.0, seconds, weight, merged))
     _, seconds, weight, merged = min(merges, key=lambda entry: entry[0])
-    return Measured(evaluator.losses(evaluator.load_state(merged), "heldout"), weight, seconds)
+    return evaluator.losses(evaluator.load_state(merged), "heldout"), weight, seconds
 
 
 def _fisher(evaluator: Evaluator, states: Sequence[State], objective: Any, samples: int) -> list[State]:
@@ -170,33 +150,38 @@ def _fisher(evaluator: Evaluator, states: Sequence[State], objective: Any, sampl
     return found
 
 
-def _figures(
-    evaluator: Evaluator, merge: Measured, plain: Measured | None, seed: int
-) -> dict[str, dict[str, float]]:
-    found = {}
-    for i, objective in enumerate(evaluator.objectives):
-        drawn = objective.units
-        found[objective.name] = bootstrap(merge.losses[i], *drawn, seed).figures()
-        if plain is not None:
-            gap = difference(merge.losses[i], plain.losses[i], *drawn, seed)
-            found[objective.name] |= {
-                "difference": gap.mean, "difference_low": gap.low, "difference_high": gap.high
-            }  # fmt: skip
-    return found
-
-
 def figures(
     labels: Sequence[str],
     base: str | None,
     moved: str,
     objectives: Sequence[SearchObjective],
     rows: Sequence[Row],
+    seed: int,
 ) -> dict[str, Any]:
-    """A comparison as results.json has it; losses throughout, also where an objective's `sign` is -1."""
+    """A comparison as results.json has it; losses throughout, also where an objective's `sign` is -1.
+
+    The `aims` of a row: objective -> mean, low, high, and difference, difference_low, difference_high to plain
+    averaging.
+    """
+    plain = next((row.losses for row in rows if (row.name, row.kind) == (PLAIN, NAIVE)), ())
+
+    def aims(row: Row) -> dict[str, dict[str, float]]:
+        found = {}
+        for i, losses in enumerate(row.losses):
+            drawn = objectives[i].units
+            found[objectives[i].name] = bootstrap(losses, *drawn, seed).figures()
+            if plain:
+                gap = difference(losses, plain[i], *drawn, seed)
+                found[objectives[i].name] |= {
+                    "difference": gap.mean, "difference_low": gap.low, "difference_high": gap.high
+                }  # fmt: skip
+        return found
+
+    told = ("name", "kind", "weight", "seconds", "error")
     return {
         "labels": list(labels),
         "base": base,
         "moved": moved,
         "aims": [{"name": one.name, "sign": one.sign, "units": len(one.heldout)} for one in objectives],
-        "rows": [asdict(row) for row in rows],
+        "rows": [{**{key: getattr(row, key) for key in told}, "aims": aims(row)} for row in rows],
     }

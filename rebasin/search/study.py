@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 NAME = "study.db"
 STUDY = "merge"
-SAMPLERS = ("tpe", "gp", "nsga2", "random")
 
 
 def need_optuna() -> Any:
@@ -99,30 +99,24 @@ def _quick(engine: Any) -> None:
 
 def take_over(study: optuna.Study) -> int:
     """Call trials that a killed search left running failed; returns how many. Only while no other worker runs."""
-    from optuna.trial import TrialState
-
-    stale = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    stale = finished(study, "RUNNING")
     for trial in stale:
-        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        study.tell(trial.number, state=need_optuna().trial.TrialState.FAIL, skip_if_finished=True)
     return len(stale)
 
 
-def enqueue(study: optuna.Study, starts: Sequence[tuple[str, Mapping[str, Any]]]) -> int:
-    """Queue the warm starts (name, parameters) that have not been tried; returns how many those are."""
-    known = ("COMPLETE", "PRUNED", "WAITING")
-    trials = study.get_trials(deepcopy=False)
-    done = {trial.user_attrs.get("start") for trial in trials if trial.state.name in known}
-    waiting = [(name, parameters) for name, parameters in starts if name not in done]
-    for name, parameters in waiting:
-        study.enqueue_trial(dict(parameters), user_attrs={"start": name})
-    return len(waiting)
+def enqueue(study: optuna.Study, starts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Queue the warm starts (name, parameters) that have not been tried."""
+    done = {t.user_attrs.get("start") for t in finished(study, "COMPLETE", "PRUNED", "WAITING")}
+    for name, parameters in starts:
+        if name not in done:
+            study.enqueue_trial(dict(parameters), user_attrs={"start": name})
 
 
-def finished(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that were measured, in full or until they were given up."""
-    from optuna.trial import TrialState
-
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+def finished(study: optuna.Study, *states: str) -> list[FrozenTrial]:
+    """The trials that were measured, in full or until they were given up; or those in other `states`."""
+    wanted = states or ("COMPLETE", "PRUNED")
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name in wanted]
 
 
 def seconds_of(trials: Sequence[FrozenTrial]) -> float:
@@ -143,20 +137,19 @@ def make_sampler(name: str, seed: int, warm: int) -> Any:
     """Optuna's sampler.
 
     Args:
-        name: one of SAMPLERS.
         warm: trials, warm starts among them, before a model of the objective is trusted.
 
     Raises:
         ConfigError: an unknown name.
     """
     samplers = need_optuna().samplers
-    if name not in SAMPLERS:
-        raise ConfigError(f"search.sampler is {name!r}; choose one of {', '.join(SAMPLERS)}.")
-    if name == "tpe":
+    known = {
         # Grouped: parameters of one method exist only with it.
-        return samplers.TPESampler(seed=seed, n_startup_trials=warm, multivariate=True, group=True)
-    if name == "gp":
-        return samplers.GPSampler(seed=seed, n_startup_trials=warm, deterministic_objective=True)
-    if name == "nsga2":
-        return samplers.NSGAIISampler(seed=seed)
-    return samplers.RandomSampler(seed=seed)
+        "tpe": partial(samplers.TPESampler, n_startup_trials=warm, multivariate=True, group=True),
+        "gp": partial(samplers.GPSampler, n_startup_trials=warm, deterministic_objective=True),
+        "nsga2": samplers.NSGAIISampler,
+        "random": samplers.RandomSampler,
+    }
+    if name not in known:
+        raise ConfigError(f"search.sampler is {name!r}; choose one of {', '.join(known)}.")
+    return known[name](seed=seed)

@@ -6,13 +6,15 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
 
 from ..errors import RebasinError
 from ..types import Progress, tell
 from .candidate import Candidate
-from .evaluator import Evaluator
-from .space import Space
+from .setup import Setup
 from .study import finished, make_sampler, seconds_of
 
 if TYPE_CHECKING:
@@ -43,13 +45,10 @@ class Budget:
 
 def work(
     study: optuna.Study,
-    space: Space,
-    evaluator: Evaluator,
-    budget: Budget,
+    setup: Setup,
+    options: DictConfig,
     *,
-    sampler: str = "tpe",
-    warm: int = 10,
-    seed: int = 0,
+    seed: int,
     worker: int = 0,
     alive: Callable[[], bool] = lambda: True,
     progress: Progress | None = None,
@@ -57,75 +56,78 @@ def work(
     """Try candidates until the budget is spent; each is in the study's file as soon as it is measured.
 
     Args:
-        warm: trials before the sampler trusts its model of the objective.
+        options: the config group `search`: the budget, `sampler`, and `warm`, how many trials there are before the
+            sampler trusts its model of the objective.
         worker: its number; each worker draws other candidates.
         alive: asked before each trial; False ends the loop (the process that started this worker is gone).
         progress: called after each trial with stage, step, total, left, loss, best and given_up.
     """
-    began = time.monotonic() - seconds_of(finished(study))
-    best = math.inf
-    while alive() and budget.left(study):
+    budget = Budget(options.trials, options.minutes)
+    spent = seconds_of(finished(study))
+    deadline = time.monotonic() + 60 * budget.minutes - spent if budget.minutes else math.inf
+    objective, *others = setup.evaluator.objectives
+
+    def told(study: optuna.Study, trial: FrozenTrial) -> None:
+        """One that time ran out for is none."""
+        if trial.state.name != "FAIL":
+            done, parts = finished(study), [*trial.intermediate_values.values()]
+            full = [t.values[0] for t in done if t.state.name == "COMPLETE" and math.isfinite(t.values[0])]
+            given_up = trial.state.name == "PRUNED"
+            partly = objective.mean(parts, "search") if parts else math.inf
+            tell(
+                progress, "trial", len(done), budget.trials or None,
+                left=_left(budget, done), loss=partly if given_up else trial.values[0],
+                objective=None if others else min(full, default=None), given_up=given_up,
+            )  # fmt: skip
+
+    while alive() and budget.left(study) and time.monotonic() < deadline:
         done = finished(study)
         # A sampler that proposes what it has proposed is stuck: the next candidate is a random one.
         stuck = bool(done) and SAME in done[-1].user_attrs
-        study.sampler = make_sampler("random" if stuck else sampler, seed + STEP * worker + len(done), warm)
-        trial = study.ask()
-        deadline = began + 60 * budget.minutes if budget.minutes else math.inf
-        losses, given_up = _try(study, trial, space, evaluator, deadline)
-        if losses is None:
-            return
-        done = finished(study)
-        if len(evaluator.objectives) == 1:
-            full = [t.value for t in done if t.state.name == "COMPLETE" and t.value is not None]
-            best = min(full, default=best)
-        left, objective = _left(budget, done), best if math.isfinite(best) else None
-        tell(
-            progress, "trial", len(done), budget.trials or None,
-            left=left, loss=losses[0], objective=objective, given_up=given_up,
-        )  # fmt: skip
+        name = "random" if stuck else options.sampler
+        study.sampler = make_sampler(name, seed + STEP * worker + len(done), options.warm)
+        once = partial(_measured, setup=setup, deadline=deadline)
+        study.optimize(once, n_trials=1, catch=(TimeoutError,), callbacks=[told])
 
 
-def _try(
-    study: optuna.Study, trial: optuna.Trial, space: Space, evaluator: Evaluator, deadline: float
-) -> tuple[list[float] | None, bool]:
-    """Measure one trial and tell the study; (its losses, whether it was given up), (None, ...) if time ran out."""
-    from optuna.trial import TrialState
+def _measured(trial: optuna.Trial, setup: Setup, deadline: float) -> list[float]:
+    """The losses of one trial.
 
-    objectives = evaluator.objectives
+    Raises:
+        TrialPruned: it was given up, or can't be made.
+        TimeoutError: time ran out.
+    """
+    from optuna import TrialPruned
+
+    objectives = setup.evaluator.objectives
     try:
-        candidate = space.suggest(trial)
+        candidate = setup.space.suggest(trial)
         trial.set_user_attr("candidate", candidate.to_dict())
-        twin = _twin(study, candidate)
+        twin = _twin(trial.study, candidate)
         if twin is not None:
-            return _repeat(study, trial, twin), twin.state == TrialState.PRUNED
+            return _repeated(trial, twin)
         known = "start" in trial.user_attrs
-        model = evaluator.load(candidate)
+        model = setup.evaluator.load(candidate)
         values = []
         for objective in objectives:
             losses: list[float] = []
             for step, batch in enumerate(objective.search):
                 loss = objective.measure(model, batch)
                 losses.append(math.inf if math.isnan(loss) else loss)
-                if time.monotonic() > deadline and len(objective.search) > len(losses):
-                    study.tell(trial, state=TrialState.FAIL)
-                    return None, True
+                last = len(losses) == len(objective.search)
+                if time.monotonic() > deadline and not last:
+                    raise TimeoutError
                 if len(objectives) == 1:
                     trial.report(losses[-1], step)
-                    if not known and len(losses) < len(objective.search) and trial.should_prune():
+                    if not known and not last and trial.should_prune():
                         trial.set_user_attr("batches", len(losses))
-                        study.tell(trial, state=TrialState.PRUNED)
-                        return [objective.mean(losses, "search")], True
+                        raise TrialPruned
             values.append(objective.mean(losses, "search"))
-        study.tell(trial, values)
-        return values, False
+        return values
     except RebasinError as error:
         # A merge that these models do not allow (numbers that are not finite, say) is a bad one, not the end.
         trial.set_user_attr("error", str(error))
-        study.tell(trial, state=TrialState.PRUNED)
-        return [math.inf], True
-    except KeyboardInterrupt:
-        study.tell(trial, state=TrialState.FAIL)
-        raise
+        raise TrialPruned from error
 
 
 def _twin(study: optuna.Study, candidate: Candidate) -> FrozenTrial | None:
@@ -135,19 +137,17 @@ def _twin(study: optuna.Study, candidate: Candidate) -> FrozenTrial | None:
     return next((trial for trial, n in notes if n.get("candidate") == told and "error" not in n), None)
 
 
-def _repeat(study: optuna.Study, trial: optuna.Trial, twin: FrozenTrial) -> list[float]:
-    """Tell of a trial what was measured of its twin; returns the losses."""
-    from optuna.trial import TrialState
+def _repeated(trial: optuna.Trial, twin: FrozenTrial) -> list[float]:
+    """What was measured of its twin; raises TrialPruned if that was given up."""
+    from optuna import TrialPruned
 
     trial.set_user_attr(SAME, twin.number)
     if "batches" in twin.user_attrs:
         trial.set_user_attr("batches", twin.user_attrs["batches"])
     for step, value in sorted(twin.intermediate_values.items()):
         trial.report(value, step)
-    if twin.state == TrialState.PRUNED:
-        study.tell(trial, state=TrialState.PRUNED)
-        return [sum(twin.intermediate_values.values()) / max(1, len(twin.intermediate_values))]
-    study.tell(trial, twin.values)
+    if twin.state.name == "PRUNED":
+        raise TrialPruned
     return list(twin.values)
 
 

@@ -13,6 +13,7 @@ from ..types import Progress, tell
 from .assessment import bootstrap, difference
 from .candidate import Candidate
 from .evaluator import Evaluator
+from .study import finished
 
 if TYPE_CHECKING:
     import optuna
@@ -50,14 +51,8 @@ def references(labels: Sequence[str], has_base: bool = False) -> dict[str, Candi
 
 def best_trials(study: optuna.Study, number: int) -> list[Any]:
     """The trials that were measured in full and found best: the front of several objectives."""
-    from optuna.trial import TrialState
-
-    states, several = (TrialState.COMPLETE,), len(study.directions) > 1
-    complete = [
-        trial
-        for trial in study.get_trials(deepcopy=False, states=states)
-        if all(math.isfinite(value) for value in trial.values)
-    ]
+    complete = [t for t in finished(study, "COMPLETE") if all(map(math.isfinite, t.values))]
+    several = len(study.directions) > 1
     if several:
         complete = [t for t in complete if not any(beats(other.values, t.values) for other in complete)]
     unique: dict[str, Any] = {}
