@@ -13,10 +13,10 @@ from rich.console import Console as RichConsole
 
 from rebasin.evaluation import Curve
 from rebasin.evaluation.samples import Samples
-from rebasin.reporting import both, draw
 from rebasin.reporting.answers import answers
 from rebasin.reporting.console import Console
-from rebasin.reporting.loggers import Logger
+from rebasin.reporting.kinds import draw
+from rebasin.reporting.loggers import Logger, both
 from rebasin.reporting.metrics import metrics
 from rebasin.reporting.numbers import number
 from rebasin.reporting.page import render

@@ -19,8 +19,8 @@ from rebasin.errors import ConfigError, DataError
 from rebasin.evaluation.rewards import Estimate, score_models
 from rebasin.jobs.scoring import load_scoring
 from rebasin.objectives import Distillation, Reward
-from rebasin.reporting import draw
 from rebasin.reporting.console import Console
+from rebasin.reporting.kinds import draw
 from rebasin.reporting.metrics import metrics
 from rebasin.reporting.run import score_table
 from rebasin.run import run

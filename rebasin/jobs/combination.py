@@ -30,7 +30,7 @@ class Combination:
         weights: for all tensors; None: the method's default.
         blocks: weights by block, in place of `weights`; None: there are none.
         base: a model of the task by name, or the path of a safetensors file; None: no base.
-        options: of the method.
+        options: of the method, those that were not set with their defaults.
         samples: of training data, for the Fisher information.
     """
 
@@ -90,7 +90,7 @@ class Combination:
             "formula": self.method.formula,
             "weights": self.weights if self.blocks is None else None,
             "base": self.base,
-            "options": self.method.check_options({**_asked(self.method), **self.options}),
+            "options": dict(self.options),
             "blocks": [
                 {"block": r.block, "low": r.low, "high": r.high, "mean": r.mean, "set_by": list(r.rules)}
                 for r in rows
@@ -110,8 +110,9 @@ def load_combination(cfg: DictConfig, task: Task) -> Combination:
     """
     config = resolved(cfg)["merge"]
     method = find_method(str(config["method"]))
-    options = {str(key): value for key, value in (config["options"] or {}).items()}
-    method.check_options({**_asked(method), **options})
+    # What the run supplies must not be missed.
+    asked = {"score": "the objective on training data"} if "score" in plan_options(method.plan) else {}
+    options = method.check_options({**asked, **(config["options"] or {})})
     models = len(task.labels)
     if models < method.least or (isinstance(method.inputs, int) and models != method.inputs):
         takes = method.inputs if isinstance(method.inputs, int) else f"{method.least} or more"
@@ -133,8 +134,3 @@ def load_combination(cfg: DictConfig, task: Task) -> Combination:
         blocks = block_weights(config["blocks"], task.model.state_dict(), default)
     base = None if config["base"] is None else str(Path(str(config["base"])).expanduser())
     return Combination(method, weights, blocks, base, options, int(config["samples"]))
-
-
-def _asked(method: Method) -> dict[str, Any]:
-    """Options that the run supplies: `check_options` must not miss them."""
-    return {"score": "the objective on training data"} if "score" in plan_options(method.plan) else {}

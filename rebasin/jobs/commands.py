@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ..search.folder import register
+from ..search import folder as _  # noqa: F401 - the configs name what it registers
 from .configuration import launch
 
 if TYPE_CHECKING:
@@ -67,8 +67,6 @@ class Command:
         # Late: torch, diffusers and matplotlib take seconds to import, and --help and --cfg need none of them.
         return getattr(importlib.import_module(self.module), function)
 
-
-register()
 
 RUN = Command("rebasin.run", "rebasin.jobs.run", each="run_once")
 SEARCH = Command("rebasin.search", "rebasin.jobs.search", "search")

@@ -80,15 +80,10 @@ def folder_digits(_root_: DictConfig) -> str:
     return fingerprint(relevant(unresolved(_root_, {str(key) for key in _root_} - {*IRRELEVANT})), 10)
 
 
-def register() -> None:
-    """Make `${fingerprint:}` known to configurations."""
-    OmegaConf.register_new_resolver("fingerprint", folder_digits, replace=True)
-
-
 def first_job(name: str, size: str = "small", *more: str) -> list[str]:
     """The overrides of an experiment's first job, for `hydra.compose`; `more` are set on top."""
     expanded = [o for o in expand([f"+{GROUP}={name}", f"size={size}", *more]) if not o.startswith("-")]
     return [o if (override := parsed(o)) is None else _first(override) for o in expanded]
 
 
-register()
+OmegaConf.register_new_resolver("fingerprint", folder_digits, replace=True)

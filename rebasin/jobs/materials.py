@@ -15,7 +15,7 @@ from ..search.setup import Inputs, Setup
 from ..search.space import read_space
 from ..spec import Permutation
 from ..tasks import Task
-from ..types import Progress, State
+from ..types import Progress
 from . import stages
 from .algorithm import load_algorithm
 from .skeleton import Session
@@ -27,19 +27,14 @@ def load_inputs(cfg: DictConfig, task: Task, progress: Progress | None = None) -
     Raises:
         ConfigError, CheckpointError: there is no such base, or it is another architecture.
     """
-    states = tuple(task.endpoints(progress))
-    return Inputs(task.labels, states, _base(cfg, task, states[0]))
-
-
-def _base(cfg: DictConfig, task: Task, like: State) -> State | None:
+    states, base = tuple(task.endpoints(progress)), None
     name = base_name(cfg)  # pyright: ignore[reportArgumentType]
-    if name is None:
-        return None
-    base = dict(task.load_other(str(Path(name).expanduser())))
-    missing = [tensor for tensor in like if tensor not in base]
-    if missing:
-        raise CheckpointError(f"Base {name} lacks tensor '{missing[0]}': it is of another architecture.")
-    return base
+    if name is not None:
+        base = dict(task.load_other(str(Path(name).expanduser())))
+        missing = [tensor for tensor in states[0] if tensor not in base]
+        if missing:
+            raise CheckpointError(f"Base {name} lacks tensor '{missing[0]}': it is of another architecture.")
+    return Inputs(task.labels, states, base)
 
 
 def align_all(job: Session, task: Task, inputs: Inputs) -> dict[str, Permutation]:

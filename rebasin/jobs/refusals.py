@@ -49,6 +49,11 @@ class Case:
         """The reason for an option that only jobs of these kinds have."""
         return None if self.kind in kinds else f"{WORDS[self.kind]} has no use for it"
 
+    def brings(self, group: str) -> str | None:
+        """The reason where the task does not read this group."""
+        own = self.task is not None and group not in self.task.reads
+        return f"model={self.cfg.model.name} brings its own" if own else None
+
 
 def _resume(case: Case) -> str | None:
     if case.kind == SEARCH:
@@ -86,14 +91,6 @@ def _lam(case: Case) -> str | None:
     return case.is_no(RUN)
 
 
-def _unread(group: str) -> Callable[[Case], str | None]:
-    def rule(case: Case) -> str | None:
-        own = case.task is not None and group not in case.task.reads
-        return f"model={case.cfg.model.name} brings its own" if own else None
-
-    return rule
-
-
 def _with_files(case: Case) -> str | None:
     return "model.files are trained already" if case.cfg.model.get("files") else None
 
@@ -103,8 +100,8 @@ RULES: Mapping[str, Callable[[Case], str | None]] = {
     "sample_every": _sample_every,
     "device": _device,
     "lam": _lam,
-    "data": _unread("data"),
-    "objective": _unread("objective"),
+    "data": lambda case: case.brings("data"),
+    "objective": lambda case: case.brings("objective"),
     "tensors": lambda case: case.is_no(RUN, MANY),
     "target": lambda case: case.is_no(RUN),
     "study": lambda case: case.is_no(RUN, MANY, STUDY),
@@ -117,10 +114,7 @@ RULES: Mapping[str, Callable[[Case], str | None]] = {
         else f"merge.method={case.cfg.merge.method} looks at no data"
     ),
     "data.share": lambda case: None if case.cfg.data.get("split") == "classes" else "data.split is not classes",
-    "model.seeds": _with_files,
-    "model.recipe": _with_files,
-    "model.epoch": _with_files,
-    "model.kept": _with_files,
+    **dict.fromkeys(("model.seeds", "model.recipe", "model.epoch", "model.kept"), _with_files),
 }  # fmt: skip
 """Option -> why it has no effect, None where it has one."""
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from .. import reporting
 from ..errors import ConfigError
 from ..integrations.hydra import resolved
 from ..matching.weights.estimate import about, matching_seconds
@@ -17,6 +16,7 @@ from ..reporting import run as report
 from ..reporting.console import Console
 from ..reporting.metrics import metrics
 from ..reporting.results import Results, load_results
+from ..reporting.snapshots import Snapshots
 from . import stages
 from .algorithm import is_many
 from .experiments import finished
@@ -59,9 +59,7 @@ def _work(job: Session, planned: stages.Planned) -> Results:
     scoring = load_scoring(cfg, task)
     checks = stages.verify_all(job, task, planned.specs)
     a, b = stages.endpoints(job, task)
-    snapshots = reporting.Snapshots(
-        task.sampler, a, b, cfg.sample_every, cfg.seed, job.folder, job.logger.picture
-    )
+    snapshots = Snapshots(task.sampler, a, b, cfg.sample_every, cfg.seed, job.folder, job.logger.picture)
     pair = stages.align(job, planned, a, b, snapshots)
     with job.stage("merge"):
         merged = combination(task, [a, pair.aligned], seed=cfg.seed, device=cfg.device, progress=job.progress)
@@ -76,11 +74,11 @@ def _work(job: Session, planned: stages.Planned) -> Results:
     rewards = None
     if scoring is not None:
         with job.stage("score"):
-            rewards = scoring(task.model, a, b, pair.aligned, job.progress)
+            rewards = scoring(a, b, pair.aligned, job.progress)
             job.say(in_words(rewards))
     with job.stage("report"):
         if cfg.tensors:
-            reporting.save_tensors(job.folder, pair.match.permutation, pair.aligned, merged, job.config)
+            report.save_tensors(job.folder, pair.match.permutation, pair.aligned, merged, job.config)
             if task.export is not None:
                 task.export(job.folder, merged, {"rebasin_command": job.command})
         figures = report.figures(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,10 @@ def _work(job: Session, setup: Setup) -> Results:
     with job.stage("search"):
         study = open_study(job.folder, evaluator.objectives, options.prune)
         lost, before = take_over(study), len(finished(study))
-        baseline = _baseline(study, setup, known)
+        # The known merges on the data of the search, measured once and kept in the study.
+        measured = study.user_attrs.get("baseline")
+        baseline = measured or {label: evaluator.means(one, "search") for label, one in known.items()}
+        study.set_user_attr("baseline", baseline)
         enqueue(study, _starts(options, setup))
         _with_workers(job, study, setup)
         done = finished(study)
@@ -140,15 +143,6 @@ def _save(
 
 def _starts(options: DictConfig, setup: Setup) -> list[tuple[str, dict[str, Any]]]:
     return warm_starts(setup.space, list(setup.inputs.states[0]), resolved(options)["starts"])
-
-
-def _baseline(study: Any, setup: Setup, known: Mapping[str, Any]) -> dict[str, list[float]]:
-    """The known merges on the data of the search, measured once and kept in the study."""
-    found = study.user_attrs.get("baseline")
-    if found is None:
-        found = {label: setup.evaluator.means(candidate, "search") for label, candidate in known.items()}
-        study.set_user_attr("baseline", found)
-    return found
 
 
 def _plan(job: Session, setup: Setup) -> str:

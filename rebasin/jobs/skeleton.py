@@ -16,13 +16,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from omegaconf import DictConfig
 
-from .. import reporting
 from ..errors import ConfigError
 from ..evaluation.samples import Samples
 from ..integrations.hydra import resolved
 from ..reporting.console import Console
-from ..reporting.loggers import Logger
-from ..reporting.results import Results
+from ..reporting.kinds import leave
+from ..reporting.loggers import Logger, both, open_logger
+from ..reporting.results import Results, collect
 from ..types import Progress
 
 SPLITS = ("train", "heldout")
@@ -67,12 +67,12 @@ class Session:
     @property
     def logged(self) -> Progress:
         """Shows and logs progress."""
-        return reporting.both(self.console.progress, self.logger.event)
+        return both(self.console.progress, self.logger.event)
 
     def leave(self, figures: dict[str, Any], samples: Samples | None = None) -> Results:
         """Write and log what was measured."""
-        results = reporting.collect(self.config, figures, self.console.seconds, self.command, self.kind)
-        reporting.leave(results, self.folder, samples)
+        results = collect(self.config, figures, self.console.seconds, self.command, self.kind)
+        leave(results, self.folder, samples)
         self.logger.results(results, self.folder)
         return results
 
@@ -95,7 +95,7 @@ class Job(Generic[Prepared]):
         if cfg.dry_run:
             console.console.print(self.plan(session, prepared), markup=False)
             return None
-        with reporting.open_logger(cfg.logger, session.config, folder) as session.logger:
+        with open_logger(cfg.logger, session.config, folder) as session.logger:
             results = self.work(session, prepared)
         console.summary(results, folder)
         return results

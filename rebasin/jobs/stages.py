@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from .. import reporting
 from ..errors import VerificationError
 from ..evaluation import Curve, barrier
 from ..evaluation.samples import Samples
 from ..matching import MatchResult
 from ..merging import interpolate
 from ..reporting.console import Console
+from ..reporting.loggers import both
+from ..reporting.run import save_blocks
 from ..spec import PermutationSpec
 from ..spec.restrict import restrict
 from ..tasks import Task, load_task
@@ -85,7 +86,7 @@ def plan_merge(job: Session, several: bool = False) -> Planned:
     """What a run has before any endpoint is loaded; leaves blocks.png."""
     material = load(job, several)
     combination = load_combination(job.cfg, material.task)
-    reporting.save_blocks(combination.blocks, job.folder)
+    save_blocks(combination.blocks, job.folder)
     return Planned(material.task, material.algorithm, material.specs, combination)
 
 
@@ -136,7 +137,7 @@ def align(
 ) -> AlignedPair:
     """B to A; `listen` is told of progress, too."""
     task, spec, algorithm = material.task, material.spec, material.algorithm
-    progress = job.logged if listen is None else reporting.both(job.logged, listen)
+    progress = job.logged if listen is None else both(job.logged, listen)
     with job.stage("align"):
         match = algorithm(
             task, spec, a, b,

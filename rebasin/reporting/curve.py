@@ -38,10 +38,8 @@ def _loss_panel(ax: Axes, kinds: dict[str, Any]) -> None:
     ax.plot([0, 1], ends, color=MUTED, linestyle=":", linewidth=1.2, zorder=1)
     highest = max((curve["barrier"] or 0) for curve in kinds.values())
     for i, (name, curve) in enumerate(kinds.items()):
-        losses, label = (
-            np.asarray(curve["losses"], dtype=float),
-            f"{name}: barrier {number(curve['barrier'])}",
-        )
+        losses = np.asarray(curve["losses"], dtype=float)
+        label = f"{name}: barrier {number(curve['barrier'])}"
         ax.plot(curve["lambdas"], losses, label=label, zorder=3, **LINES[name])
         if (curve["barrier"] or 0) > 0.08 * highest:
             shift = 0.012 * (2 * i - len(kinds) + 1)  # side by side where both maxima are at the same lambda

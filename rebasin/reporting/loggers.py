@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,10 @@ def open_logger(config: Mapping[str, Any], run: Mapping[str, Any], folder: Path)
         return
     if config["mode"] not in MODES:
         raise ConfigError(f"logger.mode is {config['mode']!r}; choose one of {', '.join(MODES)}.")
-    with _inside(folder):
+    with _inside(folder), ExitStack() as end:
         logger = WandbLogger(config, run, folder)
-        failed = True
-        try:
-            yield logger
-            failed = False
-        finally:
-            logger.close(failed)
+        end.push(logger.close)
+        yield logger
 
 
 def both(*listeners: Progress) -> Progress:
@@ -133,8 +129,9 @@ class WandbLogger(Logger):
                     artifact.add_file(str(file))
                 self._run.log_artifact(artifact)
 
-    def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
+    def close(self, error: object, *_: object) -> None:
+        """As the end of a block; wandb's own would print the traceback of the `error`."""
+        self._run.finish(exit_code=int(error is not None))
 
 
 def job_type(run: Mapping[str, Any]) -> str:

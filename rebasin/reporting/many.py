@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 KIND = "many"
 MERGED, REPAIRED = "merged.safetensors", "repaired.safetensors"
 FIGURE = "reliability.png"
-MEASURED = ("loss", "barrier", "accuracy", "ece")
+MEASURED = {
+    "loss": number,
+    "barrier": number,
+    "accuracy": percent,
+    "ece": lambda value: "" if value is None else f"{value:.4f}",
+}
+"""The figures of a merge, and how they are told."""
 
 
 def figures(
@@ -71,14 +77,7 @@ def told(results: Results) -> list[Table | str]:
 def table(results: Results) -> Table:
     """The comparison in words, a line for each split and merge; without what the objective does not have."""
     rows = [
-        {
-            "split": split,
-            "name": row["name"],
-            "loss": number(row["loss"]),
-            "barrier": number(row["barrier"]),
-            "accuracy": percent(row["accuracy"]),
-            "ece": "" if row["ece"] is None else f"{row['ece']:.4f}",
-        }
+        {"split": split, "name": row["name"], **{name: told(row[name]) for name, told in MEASURED.items()}}
         for split, rows in results["rows"].items()
         for row in rows
     ]

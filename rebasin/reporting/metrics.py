@@ -4,9 +4,10 @@ the names.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from ..evaluation import Curve
 from .results import Results
@@ -67,8 +68,6 @@ def metrics(results: Results) -> dict[str, float]:
 
 def _curve(data: dict[str, Any]) -> Curve:
     """The curve of results.json, where null stands for what is not a finite number."""
-    series = {
-        name: [math.nan if v is None else v for v in values] for name, values in data["metrics"].items()
-    }
-    losses = [math.nan if loss is None else loss for loss in data["losses"]]
+    series = {name: np.asarray(values, dtype=float).tolist() for name, values in data["metrics"].items()}
+    losses = np.asarray(data["losses"], dtype=float).tolist()
     return Curve.measured(data["lambdas"], losses, series, seconds=data["seconds"])

@@ -149,21 +149,17 @@ def lines(sweep: Sweep, plot: Plot, rows: Sequence[Row]) -> list[Line]:
     """What is drawn in one panel: its rows by series, averaged where they agree."""
     several = {"": plot.y} if isinstance(plot.y, str) else plot.y
     series: dict[tuple[str, str], dict[Any, list[float]]] = {}
-    for columns, keys, own in (
-        (plot.baseline, (), once(sweep, rows, plot.x)),
-        (several, plot.series, rows),
-    ):
-        for label, column in columns.items():
-            for row in own:
-                name = ", ".join(
-                    [*(words(sweep.value(row, key)) for key in keys), *([label] if label else [])]
-                )
-                points = series.setdefault((column, name), {})
-                x, y = sweep.value(row, plot.x), sweep.value(row, column)
-                pairs = zip(x, y, strict=True) if isinstance(x, list) and isinstance(y, list) else [(x, y)]
-                for a, b in pairs:
-                    if b is not None and not isinstance(b, list):
-                        points.setdefault(a, []).append(float(b))
+    drawn = [(r, [label], c) for label, c in plot.baseline.items() for r in once(sweep, rows, plot.x)]
+    for label, column in several.items():
+        own = [label] if label else []
+        drawn += [(r, [*(words(sweep.value(r, key)) for key in plot.series), *own], column) for r in rows]
+    for row, name, column in drawn:
+        points = series.setdefault((column, ", ".join(name)), {})
+        x, y = sweep.value(row, plot.x), sweep.value(row, column)
+        pairs = zip(x, y, strict=True) if isinstance(x, list) and isinstance(y, list) else [(x, y)]
+        for a, b in pairs:
+            if b is not None and not isinstance(b, list):
+                points.setdefault(a, []).append(float(b))
     return [_line(name, points) for (_, name), points in series.items() if points]
 
 
@@ -328,7 +324,6 @@ def _contours(sweep: Sweep, plot: Plot, rows: Sequence[Row]) -> Figure | None:
     levels = np.linspace(low, high, 14)
     with figure(4.6 * len(rows) + 0.8, 4.3, **{"axes.grid": False}) as fig:
         axes = fig.subplots(1, len(rows), squeeze=False)[0]
-        filled = None
         for ax, row, grid in zip(axes, rows, grids, strict=True):
             x, y = sweep.value(row, plot.x), sweep.value(row, plot.y)
             # viridis rises evenly in lightness: it reads in grey print, and for colour-blind people
@@ -340,6 +335,5 @@ def _contours(sweep: Sweep, plot: Plot, rows: Sequence[Row]) -> Figure | None:
                             bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5})  # fmt: skip
             title = words(sweep.value(row, plot.panel)) if plot.panel else plot.title
             ax.set(aspect="equal", title=title, xlabel=plot.x_label or "")
-        assert filled is not None
         fig.colorbar(filled, ax=list(axes), label=plot.y_label or words(plot.z), shrink=0.85)
     return fig

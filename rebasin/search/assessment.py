@@ -49,10 +49,8 @@ def bootstrap(
     """
     labels = list(units) if units is not None else list(range(len(values)))
     numbers = {unit: i for i, unit in enumerate(dict.fromkeys(labels))}
-    sums, counts = np.zeros(len(numbers)), np.zeros(len(numbers))
-    for unit, value, size in zip(labels, values, sizes, strict=True):
-        sums[numbers[unit]] += value * size
-        counts[numbers[unit]] += size
+    places = [numbers[unit] for unit in labels]
+    sums, counts = np.bincount(places, np.multiply(values, sizes)), np.bincount(places, sizes)
     mean = float(sums.sum() / counts.sum())
     if len(numbers) < 2 or not np.isfinite(sums).all():
         return Interval(mean, float("nan"), float("nan"), len(numbers))

@@ -44,9 +44,7 @@ def _key_of(_root_: DictConfig) -> str:
     return key(unresolved(_root_, (*RELEVANT, "merge")))
 
 
-def register() -> None:
-    """Make `${search_key:}` known to configurations."""
-    OmegaConf.register_new_resolver("search_key", _key_of, replace=True)
+OmegaConf.register_new_resolver("search_key", _key_of, replace=True)
 
 
 @contextlib.contextmanager

@@ -34,11 +34,8 @@ class Inputs:
 
     def moved(self, permutations: Mapping[str, Permutation]) -> Inputs:
         """All of them in the arrangement of the first."""
-        found = {
-            label: state if label not in permutations or permutations[label].is_identity
-            else permutations[label].apply(state)
-            for label, state in self.named.items()
-        }  # fmt: skip
+        found = self.named
+        found |= {n: p.apply(found[n]) for n, p in permutations.items() if not p.is_identity}
         return Inputs(self.labels, tuple(found[label] for label in self.labels), found.get(BASE))
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import nn
 
+from ...evaluation import barrier
 from ...matching import weight_matching
-from ...merging import interpolate
 from ...models import MLP
 from ...reporting.console import Console
 from ...spec import Permutation
@@ -48,6 +48,12 @@ def study(cfg: DictConfig, console: Console, points: int = 21) -> list[dict[str,
     model = MLP(inputs=2, width=2, classes=1, depth=2)
     x = torch.cartesian_prod(torch.tensor(VALUES), torch.tensor(VALUES))
     wanted = (x > 0).all(dim=1)
+
+    @torch.no_grad()
+    def right(model: nn.Module) -> dict[str, float]:
+        accuracy = float(((model(x)[:, 0] > 0) == wanted).double().mean())
+        return {"loss": 1 - accuracy, "accuracy": accuracy}
+
     with console.stage("spec"):
         spec = trace(model, x[:2])
         verify(model, spec, x[:2]).require()
@@ -58,29 +64,19 @@ def study(cfg: DictConfig, console: Console, points: int = 21) -> list[dict[str,
     with console.stage("evaluate"):
         for orders in itertools.product(*(itertools.permutations(range(2)) for _ in cells)):
             permutation = Permutation(spec, {c: np.array(o) for c, o in zip(cells, orders, strict=True)})
-            end = permutation.apply(B)
-            lambdas = [step / (points - 1) for step in range(points)]
-            accuracy = [_accuracy(model, interpolate(A, end, lam), x, wanted) for lam in lambdas]
+            line = barrier(model, A, permutation.apply(B), right, points=points)
+            accuracy = line.metrics["accuracy"]
             swapped = [str(k + 1) for k, order in enumerate(orders) if order != (0, 1)]
             rows.append(
                 {
                     "permutation": f"layer {' and '.join(swapped)} swapped" if swapped else "as it is",
                     "chosen": permutation == chosen,
-                    "lambda": lambdas,
+                    "lambda": line.lambdas,
                     "accuracy": accuracy,
                     "accuracy of A": accuracy[0],
                     "accuracy of B": accuracy[-1],
                     "lowest accuracy": min(accuracy),
-                    "barrier of accuracy": max(
-                        (1 - lam) * accuracy[0] + lam * accuracy[-1] - value
-                        for lam, value in zip(lambdas, accuracy, strict=True)
-                    ),
+                    "barrier of accuracy": line.drop("accuracy"),
                 }
             )
     return rows
-
-
-def _accuracy(model: MLP, state: dict[str, Tensor], x: Tensor, wanted: Tensor) -> float:
-    model.load_state_dict(state)
-    with torch.no_grad():
-        return float(((model(x)[:, 0] > 0) == wanted).double().mean())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,10 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...evaluation import Curve
-from ...merging import interpolate
+from ...evaluation import Curve, barrier
 from ...reporting.console import Console
-from ...tensors.modules import eval_mode, with_weights
-from ...types import State
+from ...tasks import Task
+from ...tensors.modules import eval_mode
 from ..stages import aligned_pair
 
 RANGE = (-7.0, 7.0)  # of log temperature
@@ -37,12 +37,11 @@ def study(cfg: DictConfig, console: Console, split: str = "heldout") -> list[dic
     rows = []
     with console.stage("evaluate"):
         for kind, end in (("naive", pair.b), ("aligned", pair.aligned)):
-            lambdas = [step / (cfg.evaluate.points - 1) for step in range(cfg.evaluate.points)]
-            measured = [_point(pair.task, interpolate(pair.a, end, lam), split) for lam in lambdas]
-            found = {name: [point[name] for point in measured] for name in measured[0]}
-            plain = Curve.measured(lambdas, found["loss"], {"accuracy": found["accuracy"]})
-            calibrated = Curve.measured(lambdas, found["calibrated"])
-            middle = len(lambdas) // 2
+            point = partial(_point, pair.task, split)
+            plain = barrier(pair.task.model, pair.a, end, point, points=cfg.evaluate.points)
+            found = {"loss": plain.losses, **plain.metrics}
+            calibrated = Curve.measured(plain.lambdas, found["calibrated"])
+            middle = len(plain.lambdas) // 2
             rows.append(
                 {
                     "split": split,
@@ -50,7 +49,7 @@ def study(cfg: DictConfig, console: Console, split: str = "heldout") -> list[dic
                     "barrier": plain.barrier,
                     "barrier, calibrated": calibrated.barrier,
                     "barrier of accuracy": plain.drop("accuracy"),
-                    "lambda": lambdas,
+                    "lambda": plain.lambdas,
                     **{f"line/{name}": values for name, values in found.items()},
                     **{f"midpoint/{name}": values[middle] for name, values in found.items()},
                 }
@@ -59,11 +58,10 @@ def study(cfg: DictConfig, console: Console, split: str = "heldout") -> list[dic
     return rows
 
 
-def _point(task: Any, state: State, split: str) -> dict[str, float]:
+def _point(task: Task, split: str, model: nn.Module) -> dict[str, float]:
     """Loss, accuracy, fitted temperature and loss with it, at one point."""
-    fit = logits_of(task.model, task.objective, task.batches["train"], state)
-    logits, labels = logits_of(task.model, task.objective, task.batches[split], state)
-    temperature = fitted_temperature(*fit)
+    temperature = fitted_temperature(*logits_of(model, task.objective, task.batches["train"]))
+    logits, labels = logits_of(model, task.objective, task.batches[split])
     return {
         "loss": float(F.cross_entropy(logits, labels)),
         "calibrated": float(F.cross_entropy(logits / temperature, labels)),
@@ -72,11 +70,9 @@ def _point(task: Any, state: State, split: str) -> dict[str, float]:
     }
 
 
-def logits_of(
-    model: nn.Module, objective: Any, batches: Sequence[Any], state: State
-) -> tuple[Tensor, Tensor]:
-    """Logits [n, classes], float64, and labels [n] of the model with the weights of `state`."""
-    with torch.no_grad(), eval_mode(model), with_weights(model, state):
+def logits_of(model: nn.Module, objective: Any, batches: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Logits [n, classes], float64, and labels [n]."""
+    with torch.no_grad(), eval_mode(model):
         found = [objective.logits(model, batch) for batch in batches]
     logits, labels = (torch.cat([pair[k] for pair in found]).cpu() for k in (0, 1))
     return logits.double(), labels
