@@ -3,6 +3,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
 PY := .venv/bin/python
+# Python compiles what it imports; to compile everything is half of an installation.
+PIP = $(PY) -m pip install --quiet --no-compile $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint style types clean
@@ -21,7 +23,7 @@ demo: .venv/.installed ## run the main job: align and merge two tiny Stable Diff
 	$(PY) -m rebasin.run $(ARGS)
 
 test: .venv/.installed-dev ## run the tests, two files at a time; none may be left out but those that need CUDA
-	$(PY) -m pytest -n 2 --dist loadfile --no-skips $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --no-skips $(ARGS)
 
 lint: style types ## check style (ruff), which room imports which (import-linter) and types (pyright)
 
@@ -45,16 +47,16 @@ clean: ## remove .venv, outputs and caches
 # Stamps: once installed, a call costs nothing until pyproject.toml changes.
 .venv/.installed: pyproject.toml | .venv/bin/python
 	@echo "Installing into .venv, about 1.6 GB; this takes some minutes once."
-	$(PY) -m pip install --quiet $(PIP_ARGS) -e .
+	$(PIP) -e .
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml | .venv/bin/python
 	@echo "Installing into .venv, about 1.6 GB; this takes some minutes once."
-	$(PY) -m pip install --quiet $(PIP_ARGS) -e '.[dev]'
 	@# torchvision breaks other imports where there is no CUDA, and image-reward wants an old timm: they lie aside, for
 	@# the tests that ask for them (tests/aside.py).
 	@rm -rf .venv/vision .venv/reward
-	$(PY) -m pip install --quiet $(PIP_ARGS) --no-deps --target .venv/vision 'torchvision>=0.26,<0.29' 'timm>=1.0'
-	$(PY) -m pip install --quiet $(PIP_ARGS) --no-deps --target .venv/reward \
+	$(PIP) --no-deps --target .venv/vision 'torchvision>=0.26,<0.29' 'timm>=1.0' & aside=$$!; \
+	$(PIP) -e '.[dev]' && wait $$aside
+	$(PIP) --no-deps --target .venv/reward \
 		image-reward==1.5 timm==0.6.13 fairscale==0.4.13
 	@touch .venv/.installed $@

@@ -28,6 +28,15 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["REBASIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+# Two files run at a time: what takes minutes starts first, or it runs alone at the end.
+LONG = ["torchvision", "reward", "cli", "cli_joint", "cli_sdxl", "reward_runs", "checkpoints_run", "search"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="a skipped test fails, unless it needs CUDA")
 
