@@ -77,7 +77,6 @@ def match_many_activations(
         DataError: there are no batches, or one gives NaN or infinite activations.
         ConfigError: an option does not fit, or a group can't be seen at any module.
     """
-    began = perf_counter()
     check_choices(statistic=(statistic, Statistic))
     check_range(1, max_passes=max_passes)
     models = Models(spec, states, weights)
@@ -94,7 +93,7 @@ def match_many_activations(
         )  # fmt: skip
         require_seen(found, False)
         pairs[i, j] = {cell: found.costs(cell, statistic).float() for cell in spec.cells}
-        tell(progress, "statistics", len(pairs), len(numbers), model=j, seconds=perf_counter() - began)
+        tell(progress, "statistics", len(pairs), len(numbers), model=j, seconds=models.seconds)
     inside: dict[int, Permutation] = {}
     dirty = set(range(n)) if n > 1 else set[int]()
     history, steps = [Pass(0, before)], list[Step]()
@@ -123,8 +122,6 @@ def match_many_activations(
         models,
         anchored(current, anchor),
         history,
-        began=began,
-        before=before,
         converged=not dirty,
         details={"statistic": statistic, "statistic_objective": _value(models.weights, pairs, current)},
     )

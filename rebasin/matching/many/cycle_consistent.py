@@ -84,14 +84,12 @@ def match_cycle_consistently(
         polish: go on with MergeMany from the result, which ends where no single model can be improved.
         seed: of the matchings of "pivot" and `polish`; the method itself has no chance in it.
     """
-    began = perf_counter()
     check_range(1, max_steps=max_steps)
     check_range(0, tolerance=tolerance)
     models = Models(spec, states, weights)
     n = len(models)
     mean = RunningMean(models)
     mean.gather_first()
-    before = mean.distance
     start = start_of(init, models, seed, {"pivot": match_to_pivot})
     if any(not p.is_identity for p in start):
         mean.gather(start)
@@ -104,7 +102,7 @@ def match_cycle_consistently(
         started = perf_counter()
         length, gain = search.step()
         gains = 0 if gain > tolerance * abs(search.objective) else gains + 1
-        told = {"length": length, "objective": search.objective, "seconds": perf_counter() - began}
+        told = {"length": length, "objective": search.objective, "seconds": models.seconds}
         tell(progress, "cycle-consistent", number, max_steps, **told)
         history.append(_pass(number, models, search.objective, perf_counter() - started))
         if gains >= PATIENCE or length == 0:
@@ -132,8 +130,6 @@ def match_cycle_consistently(
         models,
         permutations,
         history,
-        began=began,
-        before=before,
         converged=converged,
         measured=measured,
         details=details,

@@ -98,7 +98,6 @@ def match_to_mean(
             NaN or infinite values. All models are checked before any work starts; the message names the one.
         ConfigError: an option, or the state to continue from, does not fit.
     """
-    began = perf_counter()
     check_range(1, max_passes=max_passes)
     models = Models(spec, states, weights)
     models.check_anchor(anchor)
@@ -107,15 +106,13 @@ def match_to_mean(
         run.start()
     else:
         run.restore(resume_from)
-    began -= run.seconds
 
     def bring_closer(i: int) -> bool:
         changed = run.bring_closer(i)
-        run.seconds = perf_counter() - began
         if checkpoint is not None:
             checkpoint(run.state())
         told = {"pass": len(run.history), "model": i, "objective": run.objective}
-        told |= {"moved": run.steps[-1].moved, "seconds": run.seconds}
+        told |= {"moved": run.steps[-1].moved, "seconds": models.seconds}
         tell(progress, "merge many", len(run.steps), len(models), **told)
         return changed
 
@@ -127,16 +124,7 @@ def match_to_mean(
         run.end_pass()
 
     permutations = anchored([p or spec.identity() for p in run.current], anchor)
-    return conclude(
-        "mean",
-        models,
-        permutations,
-        run.history,
-        began=began,
-        before=run.distance_before,
-        converged=not run.dirty,
-        measured=run.mean,
-    )
+    return conclude("mean", models, permutations, run.history, converged=not run.dirty, measured=run.mean)
 
 
 def match_options(match: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -187,13 +175,12 @@ class _Run:
         free = {i for i, p in enumerate(self.current) if p is None or not keep}
         self.others = [free - {i} for i in range(len(models))]
         self.dirty = set(free) if len(models) > 1 else set[int]()
-        self.free, self.matches, self.seconds = free, 0, 0.0
+        self.free, self.matches = free, 0
         self.left: tuple[int, ...] | None = None  # of an interrupted pass
         self.mean = RunningMean(models, scratch)
 
     def start(self) -> None:
         self.mean.gather_first()
-        self.distance_before = self.mean.distance
         if not isinstance(self.init, str) and None not in self.current:
             self.mean.gather(self.current)
         self.history = [Pass(0, self.mean.distance)]
@@ -203,7 +190,8 @@ class _Run:
         self.models.read_all()
         self.fingerprint = self._fingerprint()
         state.require(self.fingerprint)
-        self.distance_before, self.seconds = state.distance_before, state.seconds
+        self.models.distance_before = state.distance_before
+        self.models.began -= state.seconds
         self.history, self.steps, self.turns = list(state.history), list(state.steps), state.order
         self.matches, self.begun, self.current = state.matches, state.begun, list(state.current)
         self.dirty.intersection_update(state.dirty)
@@ -237,20 +225,19 @@ class _Run:
     def bring_closer(self, i: int) -> bool:
         """Match model i to the mean of the others; whether that makes these dirty."""
         started = perf_counter()
-        before, found = self.current[i], None
-        if not self.mean.inside - {i}:
-            after = before or self.spec.identity()  # the first of all: the others come to it
-        else:
-            self.mean.remove(i, before)
+        before, settled = self.current[i], True
+        self.mean.remove(i, before)
+        if self.mean.inside:
             found = self._match(i, before)
-            after = found.permutation
+            after, settled, self.objective = found.permutation, found.converged, found.objective
             self.matches += 1
+        else:
+            after, self.objective = before or self.spec.identity(), 0.0  # the first: the others come to it
         self.mean.add(i, after)
         self.current[i] = after
-        self.objective = 0.0 if found is None else found.objective
         moved = moved_between(before, after)
         # A model matched to a mean that some are not yet part of is to be looked at again.
-        if None in self.current or not (found is None or found.converged):
+        if None in self.current or not settled:
             self.dirty.add(i)
         self.steps.append(Step(i, moved, perf_counter() - started))
         return moved > 0 or before is None
@@ -277,35 +264,30 @@ class _Run:
             matches=self.matches,
             history=tuple(self.history),
             steps=tuple(self.steps),
-            distance_before=self.distance_before,
-            seconds=self.seconds,
+            distance_before=self.models.distance_before,
+            seconds=self.models.seconds,
         )
 
     def _match(self, i: int, before: Permutation | None) -> MatchResult:
         """Match model i to the mean, from where it is or from the first start, but never for the worse."""
-        state, seed = self.models.open(i), self.seed + self.matches
-        if before is None or (
-            self.first_start != "identity" and len(self.history) == 1 and before.is_identity
-        ):
-            found = weight_matching(
-                self.spec, self.mean.tensors, state, init=self.first_start, seed=seed, **self.options
-            )
+        state, options = self.models.open(i), {**self.options, "seed": self.seed + self.matches}
+        first = self.first_start != "identity" and len(self.history) == 1
+        if before is None or (first and before.is_identity):
+            found = weight_matching(self.spec, self.mean.tensors, state, init=self.first_start, **options)
             if before is None or found.objective > found.initial_objective:
                 return found
-        return weight_matching(self.spec, self.mean.tensors, state, init=before, seed=seed, **self.options)
+        return weight_matching(self.spec, self.mean.tensors, state, init=before, **options)
 
     def _fingerprint(self) -> dict[str, str]:
         """What a continued run must have in common with the interrupted one."""
         inner = {name: told(self.options.get(name)) for name in ("order", "max_sweeps", "restarts")}
+        own = {name: told(getattr(self, name)) for name in ("init", "order", "seed", "keep")}
         return {
             "architecture": self.spec.hash,
             "models": repr(self.models.squares),
             "weights": repr(self.models.weights),
-            "init": told(self.init),
-            "order": told(self.order),
-            "seed": str(self.seed),
+            **own,
             "match": repr({"init": self.first_start, **inner}),
-            "keep": str(self.keep),
         }
 
 

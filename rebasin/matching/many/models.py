@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import fsum, isfinite
+from math import fsum, isfinite, nan
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -29,9 +30,12 @@ class Models:
         keys: the name in the spec of every tensor that it permutes -> the name in the states.
         layout: name -> tensor without values, for every tensor of the first model.
         squares: |theta_i|^2 over the parameters that the spec permutes; known once `read_all` was called.
+        distance_before: of the models from their mean as they come; known once `RunningMean.gather_first` was called.
+        began: when the work on them did, by `perf_counter`; `seconds` is the wall time since.
     """
 
     squares: tuple[float, ...] = ()
+    distance_before = nan
 
     def __init__(
         self, spec: PermutationSpec, states: Sequence[Source], weights: Sequence[float] | None = None
@@ -43,6 +47,7 @@ class Models:
                 message names it.
             ConfigError: there is no model, or the weights do not fit.
         """
+        self.began = perf_counter()
         self.spec, self.sources = spec, tuple(states)
         if isinstance(states, (str, Mapping)) or not self.sources:
             raise ConfigError("There is nothing to merge: give a list of at least one model.")
@@ -56,6 +61,10 @@ class Models:
         del first
         for i in range(len(self)):
             self._check_layout(i)
+
+    @property
+    def seconds(self) -> float:
+        return perf_counter() - self.began
 
     def read_all(self, visit: Visit | None = None) -> None:
         """Read every tensor of every model, one model after the other, and check its values; `visit` may look at those
@@ -92,12 +101,8 @@ class Models:
     def _check_layout(self, i: int) -> None:
         state, what = self.open(i), self.name(i)
         self.spec.check(state, what)
-        names = set(state)
-        for one, other, has, lacks in (
-            (names, self.layout, what, self.name(0)),
-            (self.layout, names, self.name(0), what),
-        ):
-            missing = [name for name in one if name not in other]
+        here, there = set(state), self.layout.keys()
+        for missing, has, lacks in ((here - there, what, self.name(0)), (there - here, self.name(0), what)):
             if missing:
                 raise CheckpointError(
                     f"Tensor {min(missing)!r} is in {has} but not in {lacks}: all models must come from the same"

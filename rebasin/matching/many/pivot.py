@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from itertools import combinations
 from math import nan
 from time import perf_counter
@@ -44,14 +44,14 @@ def match_to_pivot(
     models, n = run.models, len(run.models)
     if pivot != "best" and (isinstance(pivot, str) or not 0 <= pivot < n):
         raise ConfigError(f"The pivot {pivot!r} is none of the models 0 to {n - 1}, nor 'best'.")
-    run.check()
+    first_distance(models)  # checks them before anything is matched
     pairs = (
         list(combinations(range(n), 2)) if pivot == "best" else [(pivot, i) for i in range(n) if i != pivot]
     )
     to: dict[tuple[int, int], Permutation] = {}  # (i, j): brings j to i
     apart = np.zeros((n, n))
     for i, j in pairs:
-        to[i, j], apart[i, j] = run.match(models.open(i), models.open(j), j, len(pairs))
+        to[i, j], apart[i, j] = run.bring(models.open(i), models.open(j), j, len(pairs))
         to[j, i], apart[j, i] = to[i, j].invert(), apart[i, j]
     chosen = int(np.argmin(apart @ np.asarray(models.weights))) if pivot == "best" else pivot
     permutations = [spec.identity() if i == chosen else to[chosen, i] for i in range(n)]
@@ -74,7 +74,7 @@ def match_by_tree(
     """
     run = _Run(spec, states, weights, match, seed, "match by tree", progress)
     models, n = run.models, len(run.models)
-    run.check()
+    first_distance(models)
     current = [spec.identity()] * n
     teams = [[i] for i in range(n)]
 
@@ -85,7 +85,7 @@ def match_by_tree(
     while len(teams) > 1:
         joined = []
         for left, right in zip(teams[::2], teams[1::2], strict=False):
-            found, _ = run.match(mean_of(left), mean_of(right), right[0], n - 1)
+            found, _ = run.bring(mean_of(left), mean_of(right), right[0], n - 1)
             for i in right:
                 current[i] = found.compose(current[i])
             joined.append(left + right)
@@ -97,8 +97,8 @@ def naive_mean(
     spec: PermutationSpec, states: Sequence[Source], *, weights: Sequence[float] | None = None
 ) -> ManyResult:
     """The plain weighted mean of N models, the baseline: no neuron moves. Errors are those of `match_to_mean`."""
-    run = _Run(spec, states, weights, None, 0, "mean", None)
-    run.check()
+    run = _Run(spec, states, weights)
+    first_distance(run.models)
     return run.result("naive", [spec.identity()] * len(run.models))
 
 
@@ -109,44 +109,28 @@ class _Run:
     spec: PermutationSpec
     states: Sequence[Source]
     weights: Sequence[float] | None
-    options: Mapping[str, Any] | None
-    seed: int
-    stage: str
-    progress: Progress | None
+    match: InitVar[Mapping[str, Any]] = MATCH
+    seed: int = 0
+    stage: str = ""
+    progress: Progress | None = None
     steps: list[Step] = field(default_factory=list)
     converged: bool = True
 
-    def __post_init__(self) -> None:
-        self.began = perf_counter()
-        self.options = match_options(self.options)
+    def __post_init__(self, match: Mapping[str, Any]) -> None:
+        self.options = match_options(match)
         self.models = Models(self.spec, self.states, self.weights)
 
-    def check(self) -> None:
-        """Check the models' values before anything is matched."""
-        self.before = first_distance(self.models)
-
-    def match(self, a: Any, b: Any, model: int, total: int) -> tuple[Permutation, float]:
+    def bring(self, a: Any, b: Any, model: int, total: int) -> tuple[Permutation, float]:
         """The permutation that brings b to a, and their squared distance then."""
         started = perf_counter()
-        found = weight_matching(self.spec, a, b, seed=self.seed + len(self.steps), **(self.options or {}))
+        found = weight_matching(self.spec, a, b, seed=self.seed + len(self.steps), **self.options)
         self.converged &= found.converged
         self.steps.append(Step(model, found.moved, perf_counter() - started))
         told = {"model": model, "objective": found.objective, "moved": found.moved}
-        tell(self.progress, self.stage, len(self.steps), total, **told, seconds=perf_counter() - self.began)
+        tell(self.progress, self.stage, len(self.steps), total, **told, seconds=self.models.seconds)
         return found.permutation, found.distance_after**2
 
-    def result(
-        self, method: str, permutations: Sequence[Permutation], pivot: int | None = None
-    ) -> ManyResult:
-        moved, seconds = sum(p.moved() for p in permutations), perf_counter() - self.began
-        history = Pass(0, self.before), Pass(1, nan, moved, tuple(self.steps), seconds)
-        return conclude(
-            method,
-            self.models,
-            permutations,
-            history,
-            began=self.began,
-            before=self.before,
-            converged=self.converged,
-            pivot=pivot,
-        )
+    def result(self, method: str, permutations: Sequence[Permutation], **more: Any) -> ManyResult:
+        models, moved = self.models, sum(p.moved() for p in permutations)
+        history = Pass(0, models.distance_before), Pass(1, nan, moved, tuple(self.steps), models.seconds)
+        return conclude(method, models, permutations, history, converged=self.converged, **more)

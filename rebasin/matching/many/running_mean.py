@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections import UserDict
+from collections.abc import MutableMapping, Sequence
 from math import fsum, prod, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +57,7 @@ class RunningMean:
         """Check the values of all models and gather them as they come, in one reading."""
         self._clear()
         self.models.read_all(lambda i, name, tensor: self._take(i, name, tensor, measure=True))
+        self.models.distance_before = self.distance
 
     def gather(self, permutations: Sequence[Permutation | None]) -> None:
         """Make it anew from the models, which ends the rounding of many additions and removals."""
@@ -122,14 +125,19 @@ def _draw_near(mean: Tensor, tensor: Tensor, share: float, measure: bool) -> flo
     return fsum(torch.stack(squares).tolist()) if squares else 0.0
 
 
-class TensorFile(MutableMapping[str, Tensor]):
+class TensorFile(UserDict[str, Any]):
     """Tensors in a nameless file, which the system removes when this object, or the process, ends.
 
     Each is read into fresh memory when it is asked for: a mapped file would count as resident memory. What is
     deleted leaves a hole until `clear`.
+
+    Attributes:
+        data: name -> where its tensor is in the file, its type and its shape.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self._end = 0
         try:
             self._file = tempfile.TemporaryFile(dir=folder, prefix="rebasin-mean-")  # noqa: SIM115 (kept open)
         except OSError as error:
@@ -137,11 +145,9 @@ class TensorFile(MutableMapping[str, Tensor]):
                 f"The running mean can't be kept in {os.fspath(folder)!r} ({error.strerror}): name a folder that"
                 f" can be written to."
             ) from error
-        self._places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
-        self._end = 0
 
     def __getitem__(self, name: str) -> Tensor:
-        offset, dtype, shape = self._places[name]
+        offset, dtype, shape = self.data[name]
         tensor = torch.empty(shape, dtype=dtype)
         view = tensor.reshape(-1).view(torch.uint8).numpy().data
         self._file.seek(offset)
@@ -151,24 +157,15 @@ class TensorFile(MutableMapping[str, Tensor]):
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         layout = tensor.dtype, tuple(tensor.shape)
-        if self._places.get(name, (0, None, ()))[1:] != layout:
-            self._places[name] = self._end, *layout
+        if self.data.get(name, (0, None, ()))[1:] != layout:
+            self.data[name] = self._end, *layout
             self._end += prod(layout[1]) * tensor.dtype.itemsize
-        self._file.seek(self._places[name][0])
+        self._file.seek(self.data[name][0])
         try:
             self._file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         except OSError as error:
             raise ConfigError(f"The running mean can't be written ({error.strerror}).") from error
 
-    def __delitem__(self, name: str) -> None:
-        del self._places[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
     def clear(self) -> None:
-        self._places, self._end = {}, 0
+        self.data, self._end = {}, 0
         self._file.truncate(0)

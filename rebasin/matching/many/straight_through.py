@@ -94,7 +94,6 @@ def straight_through_many(
         ConfigError: an option has an impossible value, or the search diverged.
         DataError: there are no batches, or a loss is not a finite number.
     """
-    began = perf_counter()
     check_range(1, steps=steps, project_every=project_every, projection_sweeps=projection_sweeps)
     check_range(1, evaluate_every=evaluate_every)
     check_range(0, lr=lr)
@@ -105,12 +104,11 @@ def straight_through_many(
     batches, heldout = split(batches, heldout)
     where = torch.device(next(model.parameters()).device if device is None else device)
     permutations = list(start_of(init, models, seed, {"pivot": match_to_pivot, "mean": match_to_mean}))
-    before = first_distance(models)
+    history = [Pass(0, first_distance(models))]
     first = loaded(model, models.open(0))
     alike = lambdas == "fixed" and len(set(models.weights)) == 1
     search = _Search(models, Ends(spec, first, first, objective, where, autocast), alike, lr, momentum)
     rng = np.random.default_rng(seed)
-    history = [Pass(0, before)]
 
     with search.ends.ready(checkpointing):
         best, score = list(permutations), search.score(permutations, heldout)
@@ -143,7 +141,7 @@ def straight_through_many(
                     best, score, best_step = list(permutations), now, step
             moved = sum(move.moved for move in moves)
             history.append(Pass(step, math.nan, moved, tuple(moves), perf_counter() - started))
-            told = {"objective": score, "loss": loss, "moved": moved, "seconds": perf_counter() - began}
+            told = {"objective": score, "loss": loss, "moved": moved, "seconds": models.seconds}
             tell(progress, "straight-through", step, steps, **told)
 
     average = float(np.dot(members, models.shares))
@@ -153,8 +151,6 @@ def straight_through_many(
         models,
         best,
         [*history, Pass(len(history), math.nan)],
-        began=began,
-        before=before,
         converged=n == 1 or best_step <= (1 - SETTLED) * steps,
         details=details | {"best_step": best_step, "lambdas": lambdas},
     )

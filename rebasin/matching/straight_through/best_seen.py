@@ -120,23 +120,14 @@ class BestSeen:
             now = replace(now, scored=permutation, scored_at=number)
             if heldout < now.objective:  # never true of a loss that is not a number
                 now = replace(now, best=permutation, objective=heldout, best_step=number)
-        times = self.lap["projection"], self.lap["gradient"], self.lap["scoring"]
-        step = Step(number, kind, train, heldout, now.objective, moved, norm, *times)
+        times = {f"seconds_{part}": self.lap[part] for part in PARTS[1:]}
+        step = Step(number, kind, train, heldout, now.objective, moved, norm, **times)
         self.now = replace(now, history=(*now.history, step), seconds=self._lapped(now.seconds))
-        tell(
-            self._progress,
-            "straight-through" if kind != "pass" else "straight-through, refinement",
-            number,
-            self._total,
-            objective=now.objective,
-            loss=train,
-            heldout=heldout,
-            moved=moved,
-            seconds=perf_counter() - self._began,
-            seconds_projection=step.seconds_projection,
-            seconds_gradient=step.seconds_gradient,
-            permutation=now.best,
-        )
+        stage = "straight-through" if kind != "pass" else "straight-through, refinement"
+        told = {"objective": now.objective, "loss": train, "heldout": heldout, "moved": moved}
+        told |= {"seconds": perf_counter() - self._began, "permutation": now.best}
+        del times["seconds_scoring"]
+        tell(self._progress, stage, number, self._total, **told, **times)
 
     def clock(self, part: str) -> AbstractContextManager[None]:
         return timed(self.lap, part)

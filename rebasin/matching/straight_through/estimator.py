@@ -122,7 +122,7 @@ def straight_through(
         ConfigError: an option, or the state to continue from, does not fit, or the search diverged.
         DataError: there are no batches, or a loss is not a finite number.
     """
-    began = perf_counter() - (resume_from.seconds if resume_from is not None else 0.0)
+    began = perf_counter()
     check_choices(
         optimizer=(optimizer, Optimizer), schedule=(schedule, Schedule), autocast=(autocast, Autocast)
     )
@@ -137,27 +137,24 @@ def straight_through(
     share = 0.5 if represents == "b_endpoint" else 1.0  # of the midpoint's gradient that belongs to w
     nearest = represents == "midpoint" and projection == "l2"
 
-    last, options = resume_from, dict[str, str]()
-    if checkpoint is not None or last is not None:
+    options: dict[str, str] = {}
+    if checkpoint is not None or resume_from is not None:
         options = fingerprint(
             ends, objective, [list(learn), list(select)], init=init, steps=steps, optimizer=optimizer, lr=lr,
             momentum=momentum, schedule=schedule, project_every=project_every, projection_sweeps=projection_sweeps,
             represents=represents, projection=projection, clip=clip, accumulate=accumulate,
             evaluate_every=evaluate_every, refine=refine, autocast=autocast, seed=seed,
         )  # fmt: skip
-    if last is not None:
-        last.require(options)
+    last = StraightThroughState(options) if resume_from is None else resume_from
+    last.require(options)
+    began -= last.seconds
 
     with ends.ready(checkpointing):
-        seen = BestSeen(ends, select, steps + refine, began, progress, None if last is None else last.seen)
-        draw = Draws(ends, learn, accumulate, seed, 0 if last is None else last.draws)
-        found = [] if last is None else list(last.candidates)
-        pi, sweeps, refined = (
-            (None, 0, None) if last is None else (last.permutation, last.sweeps, last.refined)
-        )
+        seen = BestSeen(ends, select, steps + refine, began, progress, last.seen)
+        draw = Draws(ends, learn, accumulate, seed, last.draws)
+        found, pi, sweeps, refined = list(last.candidates), last.permutation, last.sweeps, last.refined
         w = Auxiliary(ends, optimizer, lr, momentum)  # Initialize: w <- A
-        if last is not None and last.auxiliary:
-            w.restore(last.auxiliary)
+        w.restore(last.auxiliary)
 
         def keep() -> None:
             if checkpoint is not None:

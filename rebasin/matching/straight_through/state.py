@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -26,7 +26,7 @@ class StraightThroughState(ResumeState):
     Attributes:
         options: what must not change between interruption and continuation, weights and batches included.
         candidates: for the start, as far as they are found.
-        seen: the best so far, and the history.
+        seen: the best so far, and the history; None before anything was looked at.
         permutation: pi of the last step; None: the start is yet to be chosen.
         auxiliary: w and the moments of its optimisers (see `Auxiliary.tensors`); none once the steps are done.
         draws: how many lists of batches were drawn.
@@ -37,14 +37,14 @@ class StraightThroughState(ResumeState):
 
     called: ClassVar[str] = "straight-through search"
 
-    candidates: tuple[Permutation, ...]
-    seen: Seen
-    permutation: Permutation | None
-    auxiliary: Mapping[str, Tensor]
-    draws: int
-    sweeps: int
-    refined: Pass | None
-    seconds: float
+    candidates: tuple[Permutation, ...] = ()
+    seen: Seen | None = None
+    permutation: Permutation | None = None
+    auxiliary: Mapping[str, Tensor] = field(default_factory=dict)
+    draws: int = 0
+    sweeps: int = 0
+    refined: Pass | None = None
+    seconds: float = 0.0
 
 
 def fingerprint(ends: Ends, objective: Any, batches: Any, **options: Any) -> dict[str, str]:
