@@ -72,14 +72,12 @@ def compare(
         return [Row(MEMBERS, mean, 0.0), *(Row(name, loss, loss - mean) for name, loss in found.items())]
     singles: list[Row] = []
     probabilities: list[Tensor] = []
-    total: Tensor | None = None
-    labels = torch.zeros(0)
+    total, labels = torch.zeros(()), torch.zeros(0)
     for share, state in zip(shares, members, strict=True):
         logits, labels = _answers(model, objective, batches, state)
         singles.append(_row(MEMBERS, logits, labels, 0.0, bins))
         probabilities.append(logits.softmax(dim=1))
-        total = share * logits if total is None else total + share * logits
-    assert total is not None
+        total = total + share * logits
     mean = fsum(share * row.loss for share, row in zip(shares, singles, strict=True))
     pooled = calibration(torch.cat(probabilities), labels.repeat(len(members)), bins=bins)
     accuracy = fsum(share * (row.accuracy or 0.0) for share, row in zip(shares, singles, strict=True))

@@ -36,7 +36,6 @@ UNETS = ("seed0", "seed1", "low", "high")
 CONTEXT = 16  # tokens in a prompt, start and end included
 HIDDEN = 64  # width of the text encoder and of the UNets' cross attention
 
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 T = TypeVar("T")
 
 
@@ -91,13 +90,8 @@ def load_pipeline(
     path: a folder of your own in the layout of scripts/train_tiny_sd.py instead of the embedded one.
     """
     model = load_unet(unet, dtype, path) if isinstance(unet, str) else unet
-    return build_pipeline(
-        model,
-        load_vae(dtype, path),
-        load_text_encoder(dtype, path),
-        load_tokenizer(path),
-        load_scheduler(path),
-    )
+    vae, text_encoder = load_vae(dtype, path), load_text_encoder(dtype, path)
+    return build_pipeline(model, vae, text_encoder, load_tokenizer(path), load_scheduler(path))
 
 
 def build_pipeline(
@@ -176,33 +170,22 @@ def new_unet(seed: int, width: int = 32) -> UNet2DConditionModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(width, 2 * width),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            mid_block_type="UNetMidBlock2DCrossAttn",
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            norm_num_groups=8,
-            cross_attention_dim=HIDDEN,
+            sample_size=8, in_channels=4, out_channels=4, block_out_channels=(width, 2 * width), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), mid_block_type="UNetMidBlock2DCrossAttn",
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=8, cross_attention_dim=HIDDEN,
             attention_head_dim=4,  # in this class the number of heads, as in Stable Diffusion 1.5
-        )
+        )  # fmt: skip
 
 
 def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     """A CLIP text model of width 64 with two layers of four heads."""
-    special: dict[str, Any] = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
+    special: Any = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
     return CLIPTextConfig(
-        **special,
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=4 * HIDDEN,
-        projection_dim=HIDDEN,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
-    )
+        **special, vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, hidden_size=HIDDEN,
+        intermediate_size=4 * HIDDEN, projection_dim=HIDDEN, num_hidden_layers=2, num_attention_heads=4,
+    )  # fmt: skip
 
 
 def new_scheduler() -> DDIMScheduler:
@@ -210,13 +193,7 @@ def new_scheduler() -> DDIMScheduler:
     8x8.
     """
     return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
-        prediction_type="epsilon",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        timestep_spacing="trailing",
+        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+        prediction_type="epsilon", clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing",
         steps_offset=1,  # unused with this spacing, but the pipeline asks for it
-    )
+    )  # fmt: skip

@@ -54,6 +54,7 @@ def teach(
         problem: what the models predict, and their noise schedule.
         shape: of one sample's latents.
     """
+    options: Any = {"steps": steps, "guidance": guidance}
     generator = torch.Generator().manual_seed(seed)
     device = next(model_a.parameters()).device
     unconditional = None if unconditional is None else unconditional.to(device)
@@ -67,11 +68,7 @@ def teach(
             for model, half in ((model_a, slice(0, n // 2)), (model_b, slice(n // 2, n))):
                 if len(start[half]):
                     given = None if condition is None else condition[half]
-                    made.append(
-                        sample(
-                            model, problem, start[half], given, unconditional, steps=steps, guidance=guidance
-                        )
-                    )
+                    made.append(sample(model, problem, start[half], given, unconditional, **options))
             batch = {"latents": torch.cat(made), "noise": noise, "timesteps": times, "condition": condition}
             noisy, _ = problem.noisy_and_target(batch)
             a, b = (predict(model, noisy, times, condition) for model in (model_a, model_b))

@@ -38,14 +38,21 @@ def sample(
     Raises:
         ConfigError: fewer than one step, more steps than timesteps, or guidance without `unconditional`.
     """
-    times = timesteps(problem, steps)
+    chosen = timesteps(problem, steps)
     if guidance != 1 and unconditional is None:
         raise ConfigError(f"Guidance {guidance} needs the text states of the empty prompt, `unconditional`.")
-    latents = noise
-    for number, (time, following) in enumerate(zip(times, [*times[1:], None], strict=True)):
+    latents, states, copies = noise, condition, 1
+    if guidance != 1 and condition is not None and unconditional is not None:
+        states, copies = torch.cat([unconditional.expand_as(condition), condition]), 2
+    for number, (time, following) in enumerate(zip(chosen, [*chosen[1:], None], strict=True)):
         differentiable = torch.is_grad_enabled() and number >= steps - grad_steps
         with torch.set_grad_enabled(differentiable):
-            predicted = _predict(model, latents, time, condition, unconditional, guidance)
+            inputs = torch.cat([latents] * copies)
+            times = torch.full((len(inputs),), time, dtype=torch.long, device=latents.device)
+            predicted = predict(model, inputs, times, states)
+            if copies == 2:
+                without, given = predicted.chunk(2)
+                predicted = without + guidance * (given - without)
             clean, error = _split(problem, latents, predicted, time)
             latents = clean if following is None else _noisy(problem, clean, error, following)
     return latents
@@ -58,26 +65,6 @@ def timesteps(problem: Denoising, steps: int) -> list[int]:
         raise ConfigError(f"Sampling takes 1 to {total} steps, not {steps}.")
     last = 0 if problem.prediction == "flow" else 1  # flow's times run from T, which is pure noise
     return [round(total - i * total / steps) - last for i in range(steps)]
-
-
-def _predict(
-    model: nn.Module,
-    latents: Tensor,
-    time: int,
-    condition: Tensor | None,
-    unconditional: Tensor | None,
-    guidance: float,
-) -> Tensor:
-    if guidance == 1 or condition is None or unconditional is None:
-        return _call(model, latents, time, condition)
-    states = torch.cat([unconditional.expand_as(condition), condition])
-    without, given = _call(model, torch.cat([latents, latents]), time, states).chunk(2)
-    return without + guidance * (given - without)
-
-
-def _call(model: nn.Module, latents: Tensor, time: int, condition: Tensor | None) -> Tensor:
-    times = torch.full((len(latents),), time, dtype=torch.long, device=latents.device)
-    return predict(model, latents, times, condition)
 
 
 def _split(problem: Denoising, latents: Tensor, predicted: Tensor, time: int) -> tuple[Tensor, Tensor]:

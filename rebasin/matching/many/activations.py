@@ -113,18 +113,12 @@ def match_many_activations(
     others = [set(range(n)) - {i} for i in range(n)]
     for number in coordinate_descent(improve, others, begin, dirty, max_passes, clean=True):
         moved, seconds = sum(step.moved for step in steps), sum(step.seconds for step in steps)
-        history.append(
-            Pass(number, math.nan, moved, tuple(steps), seconds)
-        )  # only the last one's is measured
+        # Only the last one's distance is measured.
+        history.append(Pass(number, math.nan, moved, tuple(steps), seconds))
     current = [inside.get(i, spec.identity()) for i in range(n)]
-    return conclude(
-        "activations",
-        models,
-        anchored(current, anchor),
-        history,
-        converged=not dirty,
-        details={"statistic": statistic, "statistic_objective": _value(models.weights, pairs, current)},
-    )
+    details = {"statistic": statistic, "statistic_objective": _value(models.weights, pairs, current)}
+    found = anchored(current, anchor)
+    return conclude("activations", models, found, history, converged=not dirty, details=details)
 
 
 def _matched(

@@ -31,7 +31,7 @@ from dataclasses import replace
 from itertools import combinations_with_replacement
 from math import fsum
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -125,15 +125,8 @@ def match_cycle_consistently(
         history += [replace(p, number=len(history) + p.number - 1) for p in measured.history[1:]]
     moved = sum(p.moved() for p in permutations)
     history.append(Pass(len(history), math.nan, moved, (Step(0, moved, 0.0),)))
-    return conclude(
-        "cycle_consistent",
-        models,
-        permutations,
-        history,
-        converged=converged,
-        measured=measured,
-        details=details,
-    )
+    known: dict[str, Any] = {"converged": converged, "measured": measured, "details": details}
+    return conclude("cycle_consistent", models, permutations, history, **known)
 
 
 class _Search:

@@ -207,17 +207,9 @@ def straight_through(
     before = pair.distance
     pair.set(now.best)
     return StraightThroughResult(
-        permutation=now.best,
-        objective=now.objective,
-        history=now.history,
-        converged=now.best_step <= (1 - SETTLED) * (len(now.history) - 1),
-        seconds=perf_counter() - began,
-        best_step=now.best_step,
-        start_objective=now.first,
-        initial_objective=now.naive,
-        endpoints=now.endpoints,
-        distance_before=before,
-        distance_after=pair.distance,
-        sweeps=sweeps,
+        permutation=now.best, objective=now.objective, history=now.history,
+        converged=now.best_step <= (1 - SETTLED) * (len(now.history) - 1), seconds=perf_counter() - began,
+        best_step=now.best_step, start_objective=now.first, initial_objective=now.naive, endpoints=now.endpoints,
+        distance_before=before, distance_after=pair.distance, sweeps=sweeps,
         **{f"seconds_{part}": seconds for part, seconds in now.seconds.items()},
-    )
+    )  # fmt: skip

@@ -82,17 +82,22 @@ class Ends:
         """
         leaves = {name: tensors[name].detach().requires_grad_() for name in self.free}
         total, sums = 0.0, dict[str, Tensor]()
+
+        def slope(batch: Any) -> tuple[float, Sequence[Tensor]]:
+            with torch.enable_grad():
+                with self._narrow():
+                    loss = self._objective.loss(self._inside.model, batch)
+                by = list(leaves.values())
+                found = torch.autograd.grad(loss, by, allow_unused=True, materialize_grads=True)
+            return float(loss.detach()), found
+
         for batch in batches:
-            by = list(leaves.values())
-            loss, found = self._call({**tensors, **leaves}, partial(self._loss_and_slope, by), batch)
+            loss, found = self._call({**tensors, **leaves}, slope, batch)
             total += loss / len(batches)
             for name, part in zip(leaves, found, strict=True):
-                if part is not None:
-                    share = part if len(batches) == 1 else part / len(batches)
-                    sums[name] = sums[name].add_(share) if name in sums else share
-        return total, {
-            name: sums[name] if name in sums else torch.zeros_like(leaf) for name, leaf in leaves.items()
-        }
+                share = part if len(batches) == 1 else part / len(batches)
+                sums[name] = sums[name].add_(share) if name in sums else share
+        return total, sums
 
     def evaluate(self, tensors: Mapping[str, Tensor], batches: Sequence[Any]) -> float:
         """The mean loss at `tensors` over all samples of `batches`, in eval mode."""
@@ -112,13 +117,6 @@ class Ends:
     def _loss(self, batches: Any) -> float:
         with self._narrow():
             return self._objective.evaluate(self._inside.model, batches)["loss"]
-
-    def _loss_and_slope(self, leaves: list[Tensor], batch: Any) -> tuple[float, Sequence[Tensor | None]]:
-        with torch.enable_grad():
-            with self._narrow():
-                loss = self._objective.loss(self._inside.model, batch)
-            found = torch.autograd.grad(loss, leaves, allow_unused=True)
-        return float(loss.detach()), found
 
     @contextmanager
     def ready(self, checkpointing: bool) -> Iterator[None]:
