@@ -55,9 +55,8 @@ def captioned_images(folder: str | Path) -> list[tuple[Path, str]]:
     captions: dict[str, str] = {}
     if table.is_file():
         try:
-            rows = [
-                json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()
-            ]
+            lines = table.read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
             captions = {row["file_name"]: row["text"] for row in rows}
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise DataError(f"{table} is damaged: each line must have a 'file_name' and a 'text'.") from error

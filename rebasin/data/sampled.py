@@ -104,16 +104,15 @@ def encoded_batches(
     points: Points = 5,
     guidance: float = 7.5,
     batch_size: int = 4,
-    size: int | None = None,
     seed: int = 0,
 ) -> list[Batch]:
-    """Batches for the UNet from real images: encoded by the VAE, with the noise of the chosen points of the schedule.
+    """Batches for the UNet from real images: cut to a square of the UNet's own size, encoded by the VAE, with the noise
+    of the chosen points of the schedule.
 
     Args:
         pipeline: one whose UNet takes (latents, timestep, text states), such as Stable Diffusion 1 and 2.
         images: files with their captions (`rebasin.data.prompts.captioned_images`).
         guidance: above 1, every image also occurs with the empty prompt.
-        size: images are cut to a square and scaled to that many pixels; by default the UNet's own size.
         Others as in `sampled_batches`.
 
     Raises:
@@ -128,7 +127,7 @@ def encoded_batches(
         )
     if not images:
         raise DataError("There are no images to encode: give at least one.")
-    side = size or unet.config.sample_size * pipeline.vae_scale_factor
+    side = unet.config.sample_size * pipeline.vae_scale_factor
     channels = vae.config.in_channels
     pipeline.scheduler.set_timesteps(steps)
     times = pipeline.scheduler.timesteps[chosen_steps(points, steps)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..objectives import Objective
 from ..tensors.modules import eval_mode, with_weights
 from ..types import State
-from .calibration import BINS, Calibration, calibration
+from .calibration import Calibration, calibration
 
 MEMBERS, ENSEMBLE = "members", "ensemble"
 
@@ -55,7 +55,6 @@ def compare(
     merges: Mapping[str, State],
     *,
     weights: Sequence[float] | None = None,
-    bins: int = BINS,
 ) -> list[Row]:
     """Measure members and merges on the same batches; one of them is in memory at a time.
 
@@ -75,24 +74,24 @@ def compare(
     total, labels = torch.zeros(()), torch.zeros(0)
     for share, state in zip(shares, members, strict=True):
         logits, labels = _answers(model, objective, batches, state)
-        singles.append(_row(MEMBERS, logits, labels, 0.0, bins))
+        singles.append(_row(MEMBERS, logits, labels, 0.0))
         probabilities.append(logits.softmax(dim=1))
         total = total + share * logits
     mean = fsum(share * row.loss for share, row in zip(shares, singles, strict=True))
-    pooled = calibration(torch.cat(probabilities), labels.repeat(len(members)), bins=bins)
+    pooled = calibration(torch.cat(probabilities), labels.repeat(len(members)))
     accuracy = fsum(share * (row.accuracy or 0.0) for share, row in zip(shares, singles, strict=True))
-    rows = [Row(MEMBERS, mean, 0.0, accuracy, pooled), _row(ENSEMBLE, total, labels, mean, bins)]
+    rows = [Row(MEMBERS, mean, 0.0, accuracy, pooled), _row(ENSEMBLE, total, labels, mean)]
     for name, state in merges.items():
         logits, labels = _answers(model, objective, batches, state)
-        rows.append(_row(name, logits, labels, mean, bins))
+        rows.append(_row(name, logits, labels, mean))
     return rows
 
 
-def _row(name: str, logits: Tensor, labels: Tensor, mean: float, bins: int) -> Row:
+def _row(name: str, logits: Tensor, labels: Tensor, mean: float) -> Row:
     loss = float(F.cross_entropy(logits, labels))
     accuracy = float((logits.argmax(dim=1) == labels).double().mean())
     finite = bool(torch.isfinite(logits).all())  # a broken merge may overflow; its loss says so
-    reliability = calibration(logits.softmax(dim=1), labels, bins=bins) if finite else None
+    reliability = calibration(logits.softmax(dim=1), labels) if finite else None
     return Row(name, loss, loss - mean, accuracy, reliability)
 
 

@@ -33,11 +33,7 @@ class Found:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the permutation, as JSON can have it."""
-        return {
-            **plain(self, "permutation"),
-            "moved": self.moved,
-            "moved_per_group": self.moved_per_group,
-        }
+        return {**plain(self, "permutation"), "moved": self.moved, "moved_per_group": self.moved_per_group}
 
 
 def moved_between(before: Permutation | None, after: Permutation) -> int:

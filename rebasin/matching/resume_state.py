@@ -113,15 +113,14 @@ def _plain(value: Any, at: str, tensors: dict[str, Tensor], specs: list[Permutat
     """`value` as JSON can have it; what its tensors and permutations hold goes into `tensors`, named by its place."""
     if isinstance(value, Permutation):
         specs.append(value.spec)
-        tensors |= {
-            f"{at}/{cell}": torch.from_numpy(index.astype(np.int32)) for cell, index in value.index.items()
-        }
+        for cell, index in value.index.items():
+            tensors[f"{at}/{cell}"] = torch.from_numpy(index.astype(np.int32))
         return "permutation"
     if isinstance(value, Tensor):
         tensors[at] = value
         return "tensor"
     if is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
+        value = vars(value)
     if isinstance(value, Mapping):
         return {key: _plain(one, f"{at}/{key}", tensors, specs) for key, one in value.items()}
     if isinstance(value, tuple):
@@ -132,6 +131,10 @@ def _plain(value: Any, at: str, tensors: dict[str, Tensor], specs: list[Permutat
 def _value(kind: Any, plain: Any, at: str, file: SafetensorsState, spec: PermutationSpec | None) -> Any:
     """What `_plain` made of a value of type `kind`, turned back."""
     origin, kinds = get_origin(kind), get_args(kind)
+
+    def inner(kind: Any, plain: Any, name: Any) -> Any:
+        return _value(kind, plain, f"{at}/{name}", file, spec)
+
     if NoneType in kinds:
         return None if plain is None else _value(kinds[0], plain, at, file, spec)
     if kind is Tensor:
@@ -146,20 +149,16 @@ def _value(kind: Any, plain: Any, at: str, file: SafetensorsState, spec: Permuta
         return permutation
     if is_dataclass(kind):
         hints = get_type_hints(kind)
-        return kind(  # pyright: ignore[reportCallIssue]
-            **{
-                f.name: _value(hints[f.name], plain[f.name], f"{at}/{f.name}", file, spec)
-                for f in fields(kind)
-            }
-        )
+        made: Any = {f.name: inner(hints[f.name], plain[f.name], f.name) for f in fields(kind)}
+        return kind(**made)
     if origin is tuple:
         each = repeat(kinds[0], len(plain)) if kinds[-1] is Ellipsis else kinds
         pairs = zip(each, plain, strict=True)
-        return tuple(_value(one, item, f"{at}/{k}", file, spec) for k, (one, item) in enumerate(pairs))
+        return tuple(inner(one, item, k) for k, (one, item) in enumerate(pairs))
     if kind == Mapping[str, Tensor]:
         return DerivedState({key: passed(file, f"{at}/{key}") for key in plain})
     if origin is Mapping:
-        return {key: _value(kinds[1], one, f"{at}/{key}", file, spec) for key, one in plain.items()}
+        return {key: inner(kinds[1], one, key) for key, one in plain.items()}
     scalars = (int, float) if kind is float else kind
     if kind in (bool, int, float, str) and not isinstance(plain, scalars):
         raise TypeError(f"{at} is no {kind.__name__}")

@@ -152,9 +152,7 @@ class Place:
             metadata = file.metadata
             if metadata.get("config") != self.key or not {"sha256", "history", "seconds"} <= metadata.keys():
                 raise CheckpointError(f"{self.path} was not written for this model.")
-            state = {
-                name: file[name].clone() for name in file
-            }  # copies, so that nothing keeps the file mapped
+            state = {name: file[name].clone() for name in file}  # so that nothing keeps the file mapped
             if digest(state) != metadata["sha256"] or state.keys() != model.state_dict().keys():
                 raise CheckpointError(f"{self.path} is damaged: its tensors are not those that were written.")
         except CheckpointError as error:

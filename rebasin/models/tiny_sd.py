@@ -56,27 +56,27 @@ def load_unet(
         raise CheckpointError(
             f"There is no UNet {name!r} in {root}: choose one of {', '.join(known) or '(it has none)'}."
         )
-    return _load(UNet2DConditionModel, root / f"unet_{name}", torch_dtype=dtype).eval()
+    return _load(UNet2DConditionModel, f"unet_{name}", path, torch_dtype=dtype).eval()
 
 
 def load_vae(dtype: torch.dtype = torch.float32, path: str | Path | None = None) -> AutoencoderKL:
     """The shared autoencoder in eval mode: images [n, 1, 32, 32] in -1..1 <-> latents [n, 4, 8, 8]."""
-    return _load(AutoencoderKL, _folder("vae", path), torch_dtype=dtype).eval()
+    return _load(AutoencoderKL, "vae", path, torch_dtype=dtype).eval()
 
 
 def load_text_encoder(dtype: torch.dtype = torch.float32, path: str | Path | None = None) -> CLIPTextModel:
     """The shared text encoder in eval mode: token ids [n, 16] -> last hidden states [n, 16, 64]."""
-    return _load(CLIPTextModel, _folder("text_encoder", path), dtype=dtype).eval()
+    return _load(CLIPTextModel, "text_encoder", path, dtype=dtype).eval()
 
 
 def load_tokenizer(path: str | Path | None = None) -> CLIPTokenizer:
     """The tokenizer: byte-level BPE, every word of the captions is one token, any other text is spelt out."""
-    return _load(CLIPTokenizer, _folder("tokenizer", path))
+    return _load(CLIPTokenizer, "tokenizer", path)
 
 
 def load_scheduler(path: str | Path | None = None) -> DDIMScheduler:
     """The noise schedule that the UNets were trained on (epsilon prediction)."""
-    return _load(DDIMScheduler, _folder("scheduler", path))
+    return _load(DDIMScheduler, "scheduler", path)
 
 
 def load_pipeline(
@@ -120,11 +120,8 @@ def build_pipeline(
     return pipeline
 
 
-def _folder(part: str, path: str | Path | None) -> Path:
-    return (Path(path) if path is not None else ASSETS) / part
-
-
-def _load(kind: type[T], folder: Path, **options: Any) -> T:
+def _load(kind: type[T], part: str, path: str | Path | None, **options: Any) -> T:
+    folder = (Path(path) if path is not None else ASSETS) / part
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}: give one that scripts/train_tiny_sd.py made.")
     try:

@@ -111,11 +111,9 @@ class Trainer:
         train: Callable[[Path | None], tuple[nn.Module, dict[str, float]]],
     ) -> State:
         """The weights from the cache, or trained and kept; a training that was interrupted goes on."""
-        fingerprint = classification.load(
-            "mnist", digits.ASSET if self.data is None else self.data
-        ).fingerprint
+        data = classification.load("mnist", digits.ASSET if self.data is None else self.data)
         own = {k: v for k, v in asdict(recipe).items() if k != "checkpoint_every"}
-        config = {"version": VERSION, **what, "recipe": own, "data": fingerprint}
+        config = {"version": VERSION, **what, "recipe": own, "data": data.fingerprint}
         place = Place.of(config, self.device, cache_folder(self.cache), stem)
         found = place.read(model)
         if found is not None:

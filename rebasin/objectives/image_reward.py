@@ -151,11 +151,8 @@ def load(
             f"{weights} also has the tensor {unknown[0]!r}{_others(unknown)}, which ImageReward does not use.",
             stacklevel=2,
         )
-    model.load_state_dict(
-        {name: state[name].to(dtype) for name in expected},
-        strict=False,  # it was checked above; the buffers are made by the model itself
-        assign=True,
-    )
+    # Not strict: it was checked above, and the buffers are made by the model itself.
+    model.load_state_dict({name: state[name].to(dtype) for name in expected}, strict=False, assign=True)
     return ImageReward(model.to(device))
 
 

@@ -37,7 +37,8 @@ from .conclusion import conclude, first_distance
 from .models import Models, Source
 from .result import ManyResult, Pass, Step, anchored
 
-Matrices = Mapping[str, Tensor]
+Pairs = Mapping[tuple[int, int], Mapping[str, Tensor]]
+"""(i, j), i < j -> cell name -> how alike neuron [a] of model i and neuron [b] of model j are."""
 
 
 def match_many_activations(
@@ -83,7 +84,7 @@ def match_many_activations(
     models.check_anchor(anchor)
     n, before = len(models), first_distance(models)
     batches = list(batches)
-    pairs: dict[tuple[int, int], Matrices] = {}
+    pairs: dict[tuple[int, int], Mapping[str, Tensor]] = {}
     numbers = list(combinations(range(n), 2))
     for i, j in numbers:
         a, b = (loaded(model, models.open(k)) for k in (i, j))
@@ -121,12 +122,7 @@ def match_many_activations(
     return conclude("activations", models, found, history, converged=not dirty, details=details)
 
 
-def _matched(
-    models: Models,
-    pairs: Mapping[tuple[int, int], Matrices],
-    inside: Mapping[int, Permutation],
-    i: int,
-) -> Permutation:
+def _matched(models: Models, pairs: Pairs, inside: Mapping[int, Permutation], i: int) -> Permutation:
     """Model i in its best arrangement given those that are inside."""
     spec = models.spec
     others = [j for j in inside if j != i]
@@ -143,9 +139,7 @@ def _matched(
     return assign_all(spec, costs).compose(own)
 
 
-def _value(
-    weights: Sequence[float], pairs: Mapping[tuple[int, int], Matrices], current: Sequence[Permutation]
-) -> float:
+def _value(weights: Sequence[float], pairs: Pairs, current: Sequence[Permutation]) -> float:
     """The objective."""
     total = 0.0
     for (i, j), matrices in pairs.items():

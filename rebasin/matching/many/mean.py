@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import InitVar, dataclass
 from time import perf_counter
 from typing import Any, Literal
 
@@ -142,6 +143,7 @@ def match_options(match: Mapping[str, Any] | None) -> dict[str, Any]:
     return options
 
 
+@dataclass
 class _Run:
     """A merge under way. At any time `current[i](theta_i)` is model i as it is by now; None: it is yet to join.
 
@@ -153,24 +155,21 @@ class _Run:
         objective: that the last matching reached.
     """
 
-    objective = 0.0
+    models: Models
+    init: Start
+    keep: bool
+    order: Order
+    seed: int
+    match: InitVar[Mapping[str, Any]]
+    scratch: InitVar[str | os.PathLike[str] | None]
+    objective: float = 0.0
 
-    def __init__(
-        self,
-        models: Models,
-        init: Start,
-        keep: bool,
-        order: Order,
-        seed: int,
-        match: Mapping[str, Any] | None,
-        scratch: str | os.PathLike[str] | None,
-    ) -> None:
-        self.models, self.spec, self.seed = models, models.spec, seed
-        self.order: Order = order
+    def __post_init__(self, match: Mapping[str, Any], scratch: str | os.PathLike[str] | None) -> None:
+        models, keep, self.spec = self.models, self.keep, self.models.spec
         self.options = match_options(match)
         self.first_start = self.options.pop("init")
-        self.init, self.keep, self.current = init, keep, _begin(self.spec, init, len(models))
-        if keep and isinstance(init, str):
+        self.current = _begin(self.spec, self.init, len(models))
+        if keep and isinstance(self.init, str):
             raise ConfigError("keep=True needs the permutations that are to be kept as init.")
         free = {i for i, p in enumerate(self.current) if p is None or not keep}
         self.others = [free - {i} for i in range(len(models))]

@@ -145,13 +145,8 @@ def straight_through_many(
             tell(progress, "straight-through", step, steps, **told)
 
     average = float(np.dot(members, models.shares))
-    details: dict[str, Any] = {
-        "loss": score,
-        "start_loss": start,
-        "naive_loss": naive,
-        "members_loss": average,
-    }
-    details |= {"best_step": best_step, "lambdas": lambdas}
+    details: dict[str, Any] = {"loss": score, "start_loss": start, "naive_loss": naive}
+    details |= {"members_loss": average, "best_step": best_step, "lambdas": lambdas}
     history.append(Pass(len(history), math.nan))
     converged = n == 1 or best_step <= (1 - SETTLED) * steps
     return conclude("straight_through", models, best, history, converged=converged, details=details)
