@@ -150,7 +150,7 @@ def _value(kind: Any, plain: Any, at: str, file: SafetensorsState, spec: Permuta
     if is_dataclass(kind):
         hints = get_type_hints(kind)
         made: Any = {f.name: inner(hints[f.name], plain[f.name], f.name) for f in fields(kind)}
-        return kind(**made)
+        return kind(**made)  # pyright: ignore[reportCallIssue]
     if origin is tuple:
         each = repeat(kinds[0], len(plain)) if kinds[-1] is Ellipsis else kinds
         pairs = zip(each, plain, strict=True)

@@ -26,7 +26,7 @@ from ..result import moved_between
 from ..weights.costs import WeightCosts
 from ..weights.endpoints import Endpoints
 from ..weights.matching import improve
-from .best_seen import timed
+from .best_seen import PARTS, timed
 from .midpoint import Ends
 
 GROW, SHRINK = 1.25, 0.5
@@ -84,7 +84,7 @@ def descend(
     for number in range(first, passes + 1):
         if fruitless >= FRUITLESS:
             return
-        chosen, seconds = next(batches), dict.fromkeys(("gradient", "projection", "scoring"), 0.0)
+        chosen, seconds = next(batches), dict.fromkeys(PARTS[1:], 0.0)
         aligned = {name: permutation.apply_to(name, ends.b[name]) for name in ends.moved}
         midpoint = ends.midpoint(permutation)
         with timed(seconds, "gradient"):
