@@ -84,7 +84,8 @@ def descend(
     for number in range(first, passes + 1):
         if fruitless >= FRUITLESS:
             return
-        chosen, seconds = next(batches), dict.fromkeys(PARTS[1:], 0.0)
+        chosen = next(batches)
+        seconds: dict[str, float] = dict.fromkeys(PARTS[1:], 0.0)
         aligned = {name: permutation.apply_to(name, ends.b[name]) for name in ends.moved}
         midpoint = ends.midpoint(permutation)
         with timed(seconds, "gradient"):
