@@ -6,8 +6,8 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from .errors import CheckpointError, ConfigError
@@ -51,8 +51,7 @@ def cache_folder(configured: str | os.PathLike[str] | None = None) -> Path | Non
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rebasin"
 
 
-@contextmanager
-def atomic_path(path: PathLike) -> Iterator[Path]:
+def atomic_path(path: PathLike) -> AbstractContextManager[Path]:
     """A temporary path in the folder of `path`, renamed to it at the end, or removed if the block fails.
 
     What a killed run left behind for the same target is removed first; the files of runs that are alive are
@@ -61,32 +60,10 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     Raises:
         CheckpointError: the folder can't be written to.
     """
-    target = Path(path)
-    remove_leftovers(target)
-    try:
-        temporary, handle = _locked_file(target)
-    except OSError as error:
-        raise CheckpointError(f"{target} can't be written: {error.strerror or error}.") from error
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{target} can't be written: {error.strerror or error}.") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    finally:
-        if handle is not None:
-            os.close(handle)
+    return _renamed(Path(path), _locked_file, 0o666)
 
 
-@contextmanager
-def atomic_folder(path: PathLike) -> Iterator[Path]:
+def atomic_folder(path: PathLike) -> AbstractContextManager[Path]:
     """A temporary folder beside `path`, renamed to it at the end, or removed if the block fails.
 
     Raises:
@@ -95,32 +72,30 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists already; choose a new folder for the result.")
+    return _renamed(target, _locked_folder, 0o777)
+
+
+@contextmanager
+def _renamed(target: Path, make: Callable[[Path], tuple[Path, int | None]], mode: int) -> Iterator[Path]:
+    """What `make` makes beside `target`, renamed to it at the end."""
     remove_leftovers(target)
-    handle = None
+    temporary = handle = None
     try:
-        temporary = Path(
-            tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target), suffix=MARK + target.suffix)
-        )
-        if fcntl is not None:
-            handle = os.open(temporary, os.O_RDONLY)
-            with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError as error:
-        raise CheckpointError(f"{target} can't be written: {error.strerror or error}.") from error
-    try:
+        temporary, handle = make(target)
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        if target.exists():
+        temporary.chmod(mode & ~umask)  # tempfile makes private ones
+        if temporary.is_dir() and target.exists():
             target.rmdir()  # an empty one
         os.replace(temporary, target)
         _sync_folder(target.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{target} can't be written: {error.strerror or error}.") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                _remove(temporary)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{target} can't be written: {error.strerror or error}.") from error
         raise
     finally:
         if handle is not None:
@@ -138,7 +113,7 @@ def remove_leftovers(path: PathLike) -> list[Path]:
                 handle = os.open(found, os.O_RDONLY)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(found) if found.is_dir() else found.unlink()
+                    _remove(found)
                     removed.append(found)
                 finally:
                     os.close(handle)
@@ -150,6 +125,10 @@ def write_text(path: PathLike, text: str) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _prefix(target: Path) -> str:
@@ -171,6 +150,17 @@ def _locked_file(target: Path) -> tuple[Path, int | None]:
         if os.fstat(handle).st_nlink:  # else another run took it for a leftover before it was locked
             return Path(name), handle
         os.close(handle)
+
+
+def _locked_folder(target: Path) -> tuple[Path, int | None]:
+    """A new folder beside `target`, and the handle that holds its lock."""
+    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target), suffix=MARK + target.suffix))
+    if fcntl is None:
+        return made, None
+    handle = os.open(made, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    return made, handle
 
 
 def _sync_folder(folder: Path) -> None:

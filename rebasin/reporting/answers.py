@@ -83,8 +83,7 @@ def _helped(results: Results) -> Answer:
     )
     if results["algorithm"] == "naive":
         return Answer(question, "Not aligned", f"This is the baseline: {measured}.", "neutral")
-    none_before = before <= NEGLIGIBLE * abs(endpoints)
-    if none_before:
+    if before <= NEGLIGIBLE * abs(endpoints):
         text = (
             f"There was no barrier to remove: {measured}. Moving {moved:,} of {total:,} neurons"
             f" left it at {number(after)}."

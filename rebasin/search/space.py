@@ -200,7 +200,15 @@ def read_space(config: Mapping[str, Any], names: Sequence[str], models: int, has
             raise ConfigError(f"space.weights.only names {group!r}, but the groups are {told}.")
     share = _range({"low": weights.get("low", 0.0), "high": weights.get("high", 1.0)}, "space.weights")
     strength = _range(weights.get("strength") or {"low": 0.0, "high": 1.5}, "space.weights.strength")
-    methods = _methods(config.get("method", "weighted_sum"), models, has_base)
+    chosen = config.get("method", "weighted_sum")
+    tried = [chosen] if isinstance(chosen, str) else list(chosen or ())
+    if not tried:
+        raise ConfigError(f"space.method names no method; choose some of {', '.join(METHODS)}.")
+    if "greedy_soup" in tried:
+        raise ConfigError(
+            "greedy_soup is a search of its own; take it from `python -m rebasin.compare_methods`."
+        )
+    methods = tuple(fitting(tried, UNFIT, models, has_base))
     if by == "depth" and models > 2:
         raise ConfigError("space.weights.by=depth is for two models; choose blocks or model for more.")
     points = weights.get("points", 5)
@@ -209,17 +217,6 @@ def read_space(config: Mapping[str, Any], names: Sequence[str], models: int, has
     return Space(
         methods, models, share, strength, by, groups, points, only, _options(config.get("options"), methods)
     )
-
-
-def _methods(chosen: Any, models: int, has_base: bool) -> tuple[Method, ...]:
-    names = [chosen] if isinstance(chosen, str) else list(chosen or ())
-    if not names:
-        raise ConfigError(f"space.method names no method; choose some of {', '.join(METHODS)}.")
-    if "greedy_soup" in names:
-        raise ConfigError(
-            "greedy_soup is a search of its own; take it from `python -m rebasin.compare_methods`."
-        )
-    return tuple(fitting(names, UNFIT, models, has_base))
 
 
 def fitting(
