@@ -49,7 +49,8 @@ from rebasin.merging.repair import repair
 from rebasin.models.cache import Trained
 from rebasin.models.train import Recipe
 from rebasin.objectives import CrossEntropy
-from rebasin.reporting.reliability import save_reliability
+from rebasin.reporting.reliability import draw_reliability
+from rebasin.reporting.style import save_png
 
 EPOCHS_AND_BATCH = {
     "digits": (60, 64),
@@ -181,7 +182,7 @@ def main(
     last = {x.method: x.test.calibration for x in lines if x.models == counts[-1]}
     curves = {name: one for name in shown if (one := last[name]) is not None}
     title = f"{counts[-1]} networks, each trained on half of {data}"
-    save_reliability(curves, out / "merge_many_reliability.png", title)
+    save_png(draw_reliability(curves, title), out / "merge_many_reliability.png")
     console.print(table(lines))
     console.print(f"written to {out}")
 

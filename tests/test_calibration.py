@@ -9,7 +9,8 @@ import torch
 
 from rebasin.errors import ConfigError, DataError
 from rebasin.evaluation.calibration import calibration
-from rebasin.reporting.reliability import save_reliability
+from rebasin.reporting.reliability import draw_reliability
+from rebasin.reporting.style import save_png
 
 
 @pytest.mark.parametrize("bins", [1, 10, 15])
@@ -47,9 +48,8 @@ def test_sure_and_right_is_perfect() -> None:
 def test_a_diagram(tmp_path: Path) -> None:
     p = torch.randn(50, 4).softmax(dim=1)
     labels = torch.randint(0, 4, (50,))
-    path = save_reliability(
-        {"a": calibration(p, labels), "b": calibration(p, labels, bins=5)}, tmp_path / "r.png"
-    )
+    drawn = draw_reliability({"a": calibration(p, labels), "b": calibration(p, labels, bins=5)})
+    path = save_png(drawn, tmp_path / "r.png")
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
 
 

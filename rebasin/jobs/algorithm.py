@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.utils import get_method
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -13,13 +13,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ..errors import ConfigError
 from ..integrations.hydra import resolved
 from ..spec import PermutationSpec
+from ..tasks import Task
 from ..tensors.modules import loaded
 from ..types import Maker, Progress, State, arguments_of, check_options, supply
 from .resume import Resume, state_type
-
-if TYPE_CHECKING:
-    from ..tasks import Task
-
 
 SUPPLY = (
     "spec", "state_a", "state_b", "model_a", "model_b", "states", "model", "objective", "batches", "pipeline",

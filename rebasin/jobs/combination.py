@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -14,11 +14,9 @@ from ..integrations.hydra import resolved
 from ..merging import BlockWeights, MergedState, Method, block_weights, diagonal_fisher, merge
 from ..merging.merged import find_method
 from ..merging.registry import plan_options
+from ..tasks import Task
 from ..tensors.modules import loaded
 from ..types import Progress, State
-
-if TYPE_CHECKING:
-    from ..tasks import Task
 
 
 @dataclass(frozen=True, eq=False)

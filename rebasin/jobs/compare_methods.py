@@ -10,7 +10,7 @@ from ..integrations.hydra import resolved
 from ..merging import Method
 from ..reporting.methods import ALIGNED, KIND, NAIVE
 from ..reporting.results import Results
-from ..search.comparison import Trials, compare, figures, fitting
+from ..search.comparison import compare, figures, fitting
 from ..search.evaluator import Evaluator
 from ..search.folder import base_name
 from ..search.objectives import SearchObjective, load_objectives
@@ -66,11 +66,9 @@ def _work(job: Session, prepared: Prepared) -> Results:
         else:
             moved += " So aligning changes nothing here, and no merge is shown twice."
     with job.stage("merge"):
-        options = resolved(cfg.methods)
-        trials = Trials(options["shares"], options["strengths"], options["options"], options["samples"])
         rows = compare(
             Evaluator(task.model, inputs.states, prepared.objectives, device=cfg.device),
-            sets, prepared.methods, trials,
+            sets, prepared.methods, resolved(cfg.methods),
             objective=task.objective, seed=cfg.seed, progress=job.progress,
         )  # fmt: skip
         told = figures(inputs.labels, base_name(job.config), moved, prepared.objectives, rows, cfg.seed)

@@ -148,7 +148,8 @@ FURTHER = {"algo.repair": ListConfig, "algo.points": ListConfig, "algo.pivot": s
 
 def _no_option(name: str, arguments: Iterable[str], config: str) -> str:
     """The sentence for an option that does not exist: the nearest one, and those that do."""
-    cfg = composed(_group_choices(arguments), config)
+    # With the arguments that choose a valid config of a group.
+    cfg = composed([told for told in arguments if exists(*told.lstrip("+").partition("=")[::2])], config)
     parent, _, _ = name.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     if node is None:
@@ -158,11 +159,6 @@ def _no_option(name: str, arguments: Iterable[str], config: str) -> str:
     prefix = f"{parent}." if parent else ""
     known = [prefix + str(k) for k in node if k not in INTERNAL]
     return str(unknown(f"There is no option {name!r}", name, known, "the options there are"))
-
-
-def _group_choices(arguments: Iterable[str]) -> list[str]:
-    """Those of the command line's arguments that choose a valid config of a group."""
-    return [argument for argument in arguments if exists(*argument.lstrip("+").partition("=")[::2])]
 
 
 def exists(group: object, choice: object) -> bool:

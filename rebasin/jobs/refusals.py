@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -18,12 +18,10 @@ from ..errors import ConfigError
 from ..files import cache_folder
 from ..integrations.signatures import composed
 from ..merging.merged import find_method
+from ..tasks import Task
+from .algorithm import Algorithm
 from .configuration import exists
-
-if TYPE_CHECKING:
-    from ..tasks import Task
-    from .algorithm import Algorithm
-    from .skeleton import Session
+from .skeleton import Session
 
 RUN, MANY, STUDY, SEARCH, METHODS = None, "many", "study", "search", "methods"
 WORDS = {

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from ..evaluation.calibration import Calibration
-from .style import LOOKS, MUTED, figure, save_png
+from .style import LOOKS, MUTED, figure
 
 FEW = 5
 """The accuracy of fewer samples says next to nothing."""
@@ -40,8 +39,3 @@ def draw_reliability(curves: Mapping[str, Calibration], title: str = "Reliabilit
         fig.legend(loc="outside right upper", fontsize=8.5, frameon=False)
         bottom.set(xlabel="confidence", ylabel="samples", ylim=(0, 1.02))
     return fig
-
-
-def save_reliability(curves: Mapping[str, Calibration], path: Path, title: str = "Reliability") -> Path:
-    """Draw it into the PNG file `path`."""
-    return save_png(draw_reliability(curves, title), path)

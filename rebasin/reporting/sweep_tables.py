@@ -30,7 +30,10 @@ def table(sweep: Sweep) -> Table | None:
     rows = sweep.where(declared.get("where") or {})
     keys, values = list(declared.get("rows") or ()), list(declared["values"])
     baseline: Mapping[str, str] = declared.get("baseline") or {}
-    percent = set(declared.get("percent") or ())
+
+    def shown(found: Sequence[Row], measured: str) -> str:
+        return _shown(sweep, found, measured, measured in (declared.get("percent") or ()))
+
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in _in_order(sweep, rows, keys):
         groups.setdefault(tuple(words(sweep.value(row, key)) for key in keys), []).append(row)
@@ -42,7 +45,7 @@ def table(sweep: Sweep) -> Table | None:
 
         def cells(found: Sequence[Row], measured: str) -> list[str]:
             by = [[row for row in found if sweep.value(row, column) == value] for value in across]
-            return [_shown(sweep, own, measured, measured in percent) for own in by]
+            return [shown(own, measured) for own in by]
 
         for first in {own[:-1]: None for own in groups}:
             near = {own: found for own, found in groups.items() if own[:-1] == first}
@@ -51,14 +54,11 @@ def table(sweep: Sweep) -> Table | None:
             lines += [(*own, *cells(found, values[0])) for own, found in near.items()]
         head += tuple(f"{words(column)} {words(value)}" for value in across)
     else:
-        shown = {measured: label for label, measured in baseline.items()}
-        shown |= {value: words(value) for value in values}
-        shown = {c: label for c, label in shown.items() if any(sweep.value(r, c) is not None for r in rows)}
-        head += tuple(shown.values())
-        lines += [
-            (*own, *(_shown(sweep, found, value, value in percent) for value in shown))
-            for own, found in groups.items()
-        ]
+        titles = {measured: label for label, measured in baseline.items()}
+        titles |= {value: words(value) for value in values}
+        titles = {c: title for c, title in titles.items() if any(sweep.value(r, c) is not None for r in rows)}
+        head += tuple(titles.values())
+        lines += [(*own, *(shown(found, value) for value in titles)) for own, found in groups.items()]
     return Table(head, tuple(lines), len(keys)) if lines else None
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from ..errors import ConfigError
-from ..merging import merge
+from ..merging import MergedState, merge
 from ..merging.merged import find_method
 from ..types import State
-
-if TYPE_CHECKING:
-    from ..merging import MergedState
-    from .groups import Groups
+from .groups import Groups
 
 Value = float | tuple[float, ...]
 """A weight: one number, or one for each model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -43,23 +43,13 @@ class Row:
     error: str | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Trials:
-    """What a method is tried with: `shares` and `strengths` are weights, `options` method -> option -> value."""
-
-    shares: Sequence[float] = (0.5,)
-    strengths: Sequence[float] = (1.0, 0.5)
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    samples: int = 256
-
-
 def compare(
     evaluator: Evaluator,
     sets: Mapping[str, Inputs],
     methods: Sequence[Method],
-    trials: Trials,
+    tried: Mapping[str, Any],
     *,
-    objective: Any = None,
+    objective: Any,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Row]:
@@ -68,7 +58,9 @@ def compare(
     Args:
         evaluator: of the models' architecture.
         sets: NAIVE, and ALIGNED if something moved -> the models and the base in that arrangement.
-        objective: what a Fisher information is of; None leaves out methods that need one.
+        tried: what with, as in the config group `methods`: `shares` and `strengths` are weights, `options` method ->
+            option -> value, `samples` those of a Fisher information.
+        objective: what that is of.
 
     Returns:
         The endpoints and the base, then the plain average, then the methods in their order, naive before aligned.
@@ -81,10 +73,10 @@ def compare(
         rows.append(Row(label, ENDPOINT, evaluator.losses(evaluator.load_state(state), "heldout")))
         tell(progress, label, next(step), total)
     for kind, inputs in sets.items():
-        fisher = cache(partial(_fisher, evaluator, inputs.states, objective, trials.samples))
+        fisher = cache(partial(_fisher, evaluator, inputs.states, objective, tried["samples"]))
         for method in methods:
             try:
-                rows.append(Row(method.name, kind, *_best(evaluator, method, inputs, fisher, trials, seed)))
+                rows.append(Row(method.name, kind, *_best(evaluator, method, inputs, fisher, tried, seed)))
             except RebasinError as error:
                 rows.append(Row(method.name, kind, error=str(error)))
             tell(progress, f"{method.name}, {kind}", next(step), total)
@@ -108,7 +100,7 @@ def _best(
     method: Method,
     inputs: Inputs,
     fisher: Callable[[], list[State]],
-    trials: Trials,
+    tried: Mapping[str, Any],
     seed: int,
 ) -> tuple[list[list[float]], float | None, float]:
     """Held-out losses, weight and seconds of the merge that is best on other data than the held-out."""
@@ -117,7 +109,7 @@ def _best(
     def score(state: State) -> float:
         return objective.mean(objective.losses(evaluator.load_state(state), "choose"), "choose")
 
-    options: dict[str, Any] = dict(trials.options.get(method.name, {}))
+    options: dict[str, Any] = dict(tried["options"].get(method.name, {}))
     if "score" in plan_options(method.plan):
         options["score"] = score
     weights: Sequence[float | None] = [None]
@@ -125,9 +117,9 @@ def _best(
         if method.default_weight == 0:
             weights = [0.0]
         elif is_strength(method):
-            weights = trials.strengths
+            weights = tried["strengths"]
         elif len(inputs.states) == 2 or method.weight != "weights":  # else all alike
-            weights = trials.shares
+            weights = tried["shares"]
     options["base"] = inputs.base if method.takes_base else None
     options["companions"] = fisher() if "companions" in method.takes else None
     merges = []

@@ -51,10 +51,9 @@ def references(labels: Sequence[str], has_base: bool = False) -> dict[str, Candi
 
 def best_trials(study: optuna.Study, number: int) -> list[Any]:
     """The trials that were measured in full and found best: the front of several objectives."""
-    complete = [t for t in finished(study, "COMPLETE") if all(map(math.isfinite, t.values))]
     several = len(study.directions) > 1
-    if several:
-        complete = [t for t in complete if not any(beats(other.values, t.values) for other in complete)]
+    best = study.best_trials if several else finished(study, "COMPLETE")
+    complete = [trial for trial in best if all(map(math.isfinite, trial.values))]
     unique: dict[str, Any] = {}
     for trial in sorted(complete, key=lambda trial: (trial.values[0], trial.number)):
         unique.setdefault(repr(trial.user_attrs["candidate"]), trial)
