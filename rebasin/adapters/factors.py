@@ -14,6 +14,7 @@ With `W[out, in, *kernel]` permuted to `W[rows][:, columns]`, the adapter's diff
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,44 +33,58 @@ class Moves:
     rows: np.ndarray | None = None
     columns: np.ndarray | None = None
 
-    def __bool__(self) -> bool:
-        return self.rows is not None or self.columns is not None
+
+ROWS, COLUMNS = 0, 1
+
+ACTS: dict[str, tuple[tuple[int, int], ...]] = {
+    **dict.fromkeys(("constant", "mid", "on_input", "embedding_down"), ()),
+    **dict.fromkeys(("hada_t1", "hada_t2", "lokr_t1", "lokr_t2"), ()),
+    **dict.fromkeys(("up", "diff_b", "w_norm", "b_norm", "bias", "lokr_w1_a"), ((0, ROWS),)),
+    **dict.fromkeys(("down", "hada_w1_b", "hada_w2_b", "lokr_w1_b", "lokr_w2_b"), ((1, COLUMNS),)),
+    **dict.fromkeys(("diff", "lokr_w1", "lokr_w2"), ((0, ROWS), (1, COLUMNS))),
+    "embedding_up": ((0, COLUMNS),),  # an embedding's neurons are the columns of its table
+}
+"""Factor -> its axes that follow, each with the axis of the weight that it follows."""
+
+FLAT = ("hada_w1_b", "hada_w2_b", "lokr_w2", "lokr_w2_b")
+"""Factors that may have the values of a convolution's kernel side by side."""
 
 
 def move_factor(module: str, factor: str, tensor: Tensor, moves: Moves, state: State) -> Tensor:
-    kernel = math.prod(moves.shape[2:])
-    if factor in ("constant", "mid", "on_input", "hada_t1", "hada_t2", "embedding_down") or tensor.ndim == 0:
-        return tensor
-    if factor in ("up", "diff_b", "w_norm", "b_norm", "bias"):
-        return take(module, factor, tensor, 0, moves.rows, moves.shape[0])
-    if factor == "down":
-        return take(module, factor, tensor, 1, moves.columns, moves.shape[1])
-    if factor == "embedding_up":  # an embedding's neurons are the columns of its table
-        return take(module, factor, tensor, 0, moves.columns, moves.shape[1])
-    if factor == "diff":
-        tensor = take(module, factor, tensor, 0, moves.rows, moves.shape[0])
-        return take(module, factor, tensor, 1, moves.columns, moves.shape[1]) if tensor.ndim > 1 else tensor
-    if factor in ("hada_w1_a", "hada_w2_a"):
+    """One factor of a module's `state` after its weight moved.
+
+    Raises:
+        AdapterError: it is not known, or has another shape than the weight needs.
+    """
+    kernel = math.prod(moves.shape[2:]) if factor in FLAT else 1
+    for axis, side in _acts(module, factor, tensor, moves.shape, state) if tensor.ndim else ():
+        index = (moves.rows, moves.columns)[side]
+        tensor = take(module, factor, tensor, axis, index, moves.shape[side], kernel)
+    return tensor
+
+
+def _acts(
+    module: str, factor: str, tensor: Tensor, weight: tuple[int, ...], state: State
+) -> Sequence[tuple[int, int]]:
+    """The factor's entry in ACTS, or what takes its place where that depends on shapes or other factors."""
+    shape = tuple(tensor.shape)
+    if factor in ACTS:
+        return ACTS[factor][: tensor.ndim]
+    if factor in ("hada_w1_a", "hada_w2_a", "lokr_w2_a"):
         # Beside a core tensor the factors are stored [rank, out] and [rank, in].
-        core = factor.replace("_w", "_t").removesuffix("_a") in state
-        return take(module, factor, tensor, 1 if core else 0, moves.rows, moves.shape[0])
-    if factor in ("hada_w1_b", "hada_w2_b"):
-        return take(module, factor, tensor, 1, moves.columns, moves.shape[1], kernel)
-    if factor == "magnitude":
-        axis = next((a for a, size in enumerate(tensor.shape) if size == moves.shape[0]), 0)
-        return take(module, factor, tensor, axis, moves.rows, moves.shape[0])
+        return [(int(factor.replace("_w", "_t").removesuffix("_a") in state), ROWS)]
     if factor == "dora_scale":
-        if tensor.shape[0] == moves.shape[0] and (tensor.ndim == 1 or tensor.shape[1] == 1):
-            return take(module, factor, tensor, 0, moves.rows, moves.shape[0])
-        if tensor.ndim > 1 and tensor.shape[1] == moves.shape[1]:
-            return take(module, factor, tensor, 1, moves.columns, moves.shape[1])
-        return take(module, factor, tensor, 1 if tensor.ndim > 1 else 0, moves.rows, moves.shape[0])
-    if factor == "ia3":
-        on_input = bool(state["on_input"].item()) if "on_input" in state else tensor.numel() != moves.shape[0]
-        index, size = (moves.columns, moves.shape[1]) if on_input else (moves.rows, moves.shape[0])
-        axis = next((a for a, length in enumerate(tensor.shape) if length == size), 0)
-        return take(module, factor, tensor, axis, index, size)
-    raise AdapterError(f"The adapter's module {module!r} has a factor {factor!r} that is not known here.")
+        if shape[0] == weight[0] and shape[1:2] in ((), (1,)):
+            return [(0, ROWS)]
+        return [(1, COLUMNS)] if shape[1:2] == weight[1:2] else [(min(1, len(shape) - 1), ROWS)]
+    if factor == "magnitude":
+        side = ROWS
+    elif factor == "ia3":
+        on_input = bool(state["on_input"].item()) if "on_input" in state else tensor.numel() != weight[0]
+        side = COLUMNS if on_input else ROWS
+    else:
+        raise AdapterError(f"The adapter's module {module!r} has a factor {factor!r} that is not known here.")
+    return [(shape.index(weight[side]) if weight[side] in shape else 0, side)]
 
 
 def take(

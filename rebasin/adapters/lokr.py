@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..types import State
-from .factors import Moves, move_factor, take
+from .factors import Moves, move_factor
 
 
 def move_lokr(module: str, state: State, moves: Moves, unfold: bool = False) -> dict[str, Tensor]:
@@ -35,7 +35,12 @@ def move_lokr(module: str, state: State, moves: Moves, unfold: bool = False) -> 
         )
     rows, columns = _product(moves.rows, moves.shape[0], outs), _product(moves.columns, moves.shape[1], ins)
     if rows is not None and columns is not None:
-        return _moved(module, state, moves, (outs, ins), rows, columns)
+        inner = (moves.shape[0] // outs, moves.shape[1] // ins, *moves.shape[2:])
+        parts = {
+            "lokr_w1": Moves((outs, ins), rows[0], columns[0]),
+            "lokr_w2": Moves(inner, rows[1], columns[1]),
+        }
+        return {f: move_factor(module, f, t, parts.get(f[:7], moves), state) for f, t in state.items()}
     if not unfold:
         raise AdapterError(
             f"The LoKr factors of {module!r} can't carry this permutation, which does not respect their"
@@ -76,37 +81,6 @@ def unfolded(module: str, state: State, shape: tuple[int, ...]) -> dict[str, Ten
     w1 = w1.reshape(*w1.shape, *(1 for _ in kernel))
     w2 = _large(state, (out // w1.shape[0], inp // w1.shape[1], *kernel))
     return {"diff": (torch.kron(w1, w2.contiguous()) * scale).to(dtype)}
-
-
-def _moved(
-    module: str,
-    state: State,
-    moves: Moves,
-    blocks: tuple[int, int],
-    rows: tuple[np.ndarray, np.ndarray],
-    columns: tuple[np.ndarray, np.ndarray],
-) -> dict[str, Tensor]:
-    """Each factor by its own part of a permutation that is a product."""
-    inner = moves.shape[0] // blocks[0], moves.shape[1] // blocks[1]
-    # Beside a core tensor the factors are stored [rank, out] and [rank, in].
-    core = int("lokr_t2" in state)
-    kernel = math.prod(moves.shape[2:])
-    acts = {
-        "lokr_w1_a": [(0, rows[0], blocks[0])],
-        "lokr_w1_b": [(1, columns[0], blocks[1])],
-        "lokr_w1": [(0, rows[0], blocks[0]), (1, columns[0], blocks[1])],
-        "lokr_w2_a": [(core, rows[1], inner[0])],
-        "lokr_w2_b": [(1, columns[1], inner[1])],
-        "lokr_w2": [(0, rows[1], inner[0]), (1, columns[1], inner[1])],
-        "lokr_t1": [],
-        "lokr_t2": [],
-    }
-    result = {}
-    for factor, tensor in state.items():
-        for axis, index, size in acts.get(factor, ()):
-            tensor = take(module, factor, tensor, axis, index, size, kernel)
-        result[factor] = tensor if factor in acts else move_factor(module, factor, tensor, moves, state)
-    return result
 
 
 def _product(index: np.ndarray | None, size: int, blocks: int) -> tuple[np.ndarray, np.ndarray] | None:

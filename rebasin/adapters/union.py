@@ -6,14 +6,14 @@ of the components', with parameters named `unet.*`, `vae.*`, `text_encoder.*` (a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 
 from ..errors import SpecMismatchError
-from ..spec import Permutation, PermutationSpec, to_array
+from ..spec import Cell, Permutation, PermutationSpec, to_array
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet", "transformer")
 """The names of a pipeline's parts, as diffusers names its folders."""
@@ -86,9 +86,7 @@ def part(permutation: Permutation, spec: PermutationSpec, prefix: str = "") -> P
     Raises:
         SpecMismatchError: it moves something of the component that `spec` alone keeps in place.
     """
-    theirs = {name.removeprefix(prefix) for name in permutation.spec.axes if name.startswith(prefix)}
-    _require(theirs, spec)
-    return _carried(permutation, spec, lambda name: prefix + name)
+    return _carried(permutation, spec, lambda name: prefix + name, prefix)
 
 
 def extend(permutation: Permutation, joint: PermutationSpec, prefix: str = "unet.") -> Permutation:
@@ -102,31 +100,27 @@ def extend(permutation: Permutation, joint: PermutationSpec, prefix: str = "unet
     Raises:
         SpecMismatchError: `joint` does not allow what `permutation` does.
     """
-    own = any(name.startswith(prefix) for name in permutation.spec.shapes)
-    theirs = (name for name in permutation.spec.axes if not own or name.startswith(prefix))
-    _require((name if own else prefix + name for name in theirs), joint)
+    own = prefix if any(name.startswith(prefix) for name in permutation.spec.shapes) else ""
 
     def source(name: str) -> str | None:
-        if not name.startswith(prefix):
-            return None
-        return name if own else name.removeprefix(prefix)
+        return own + name.removeprefix(prefix) if name.startswith(prefix) else None
 
-    return _carried(permutation, joint, source)
+    return _carried(permutation, joint, source, own)
 
 
-def _require(names: Iterable[str], spec: PermutationSpec) -> None:
-    for name in names:
-        if name not in spec.shapes:
+def _carried(
+    permutation: Permutation, spec: PermutationSpec, source: Callable[[str], str | None], prefix: str
+) -> Permutation:
+    """The member of `spec` that moves each parameter as `permutation` moves `source(parameter)`; it must have all
+    that `permutation` moves and that starts with `prefix`.
+    """
+    there = {source(name) for name in spec.shapes}
+    for name in permutation.spec.axes:
+        if name.startswith(prefix) and name not in there:
             raise SpecMismatchError(
                 f"The permutation moves {name!r}, which the spec at hand does not have: it was made for another"
                 " architecture."
             )
-
-
-def _carried(
-    permutation: Permutation, spec: PermutationSpec, source: Callable[[str], str | None]
-) -> Permutation:
-    """The member of `spec` that moves each parameter as `permutation` moves `source(parameter)`."""
 
     @cache
     def wanted(name: str) -> dict[int, np.ndarray] | None:
@@ -168,22 +162,18 @@ def _renamed(spec: PermutationSpec, rename: Callable[[str], str | None], before:
 
     Names of groups and cells get `before` in front of them.
     """
-    groups = []
-    for group in spec.groups:
-        cells = tuple(
-            replace(
-                cell,
-                name=before + cell.name,
-                sites=tuple(
-                    replace(site, parameter=name) for site in cell.sites if (name := rename(site.parameter))
-                ),
-            )
-            for cell in group.cells
-        )
-        if any(cell.sites for cell in cells):
-            groups.append(replace(group, name=before + group.name, cells=cells))
+
+    def renamed(cell: Cell) -> Cell:
+        names = ((rename(site.parameter), site) for site in cell.sites)
+        sites = tuple(replace(site, parameter=name) for name, site in names if name)
+        return replace(cell, name=before + cell.name, sites=sites)
+
+    groups = (
+        replace(group, name=before + group.name, cells=tuple(map(renamed, group.cells)))
+        for group in spec.groups
+    )
     return PermutationSpec(
-        tuple(groups),
+        tuple(group for group in groups if any(cell.sites for cell in group.cells)),
         {name: shape for old, shape in spec.shapes.items() if (name := rename(old))},
         frozenset(name for old in spec.buffers if (name := rename(old))),
         {name: rename(target) or target for old, target in spec.aliases.items() if (name := rename(old))},

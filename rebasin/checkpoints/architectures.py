@@ -11,7 +11,6 @@ import copy
 import json
 import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +37,6 @@ PARTS_OF = {"vae": ("sd1", VAE), "clip_l": ("sd1", TEXT), "clip_h": ("sd2", TEXT
 """Families of parts alone, and where their release is."""
 
 
-@cache
-def _published(family: str) -> str:
-    return (Path(__file__).with_name("published") / f"{family}.json").read_text(encoding="utf-8")
-
-
 def published(family: str) -> Config:
     """The configs of a family as released: unet, vae, text encoders, scheduler, pipeline.
 
@@ -51,7 +45,7 @@ def published(family: str) -> Config:
     """
     if family not in FULL_WIDTH:
         raise CheckpointError(f"There is no family {family!r}; there are {', '.join(FULL_WIDTH)}.")
-    return json.loads(_published(family))
+    return json.loads((Path(__file__).with_name("published") / f"{family}.json").read_text(encoding="utf-8"))
 
 
 def component_config(checkpoint: Checkpoint, component: str) -> Config:
@@ -166,14 +160,14 @@ def _depths(config: Config, shapes: Shapes) -> list[int]:
 
 def _fit_text(config: Config, shapes: Shapes) -> None:
     width = _size(shapes, TOKENS, 1, config["hidden_size"])
-    layers = {int(f[1]) for n in shapes if (f := re.match(r"text_model\.encoder\.layers\.(\d+)\.", n))}
+    found = (re.match(r"text_model\.encoder\.layers\.(\d+)\.", name) for name in shapes)
+    layers = 1 + max((int(f[1]) for f in found if f), default=0)
     if width != config["hidden_size"]:
-        config["hidden_size"] = width
         first = "text_model.encoder.layers.0.mlp.fc1.weight"
-        config["intermediate_size"] = _size(shapes, first, 0, 4 * width)
-        config["num_hidden_layers"] = 1 + max(layers, default=0)
-    elif max(layers, default=0) >= config["num_hidden_layers"]:
-        config["num_hidden_layers"] = 1 + max(layers)  # all 24 layers of OpenCLIP-H, where it is alone
+        sizes = {"hidden_size": width, "intermediate_size": _size(shapes, first, 0, 4 * width)}
+        config.update(sizes, num_hidden_layers=layers)
+    else:  # all 24 layers of OpenCLIP-H, where it is alone
+        config["num_hidden_layers"] = max(layers, config["num_hidden_layers"])
 
 
 def _size(shapes: Shapes, name: str, axis: int, default: int) -> int:

@@ -66,10 +66,4 @@ def from_transformers(name: str) -> tuple[str, int | None] | None:
 
 def is_plain(name: str) -> bool:
     """Whether a name (without `text_model.`) is that of a CLIP text encoder in transformers; position ids are not."""
-    return bool(
-        re.fullmatch(
-            r"embeddings\.(token|position)_embedding\.weight|final_layer_norm\.(weight|bias)|"
-            r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12]|layer_norm[12])\.(weight|bias)",
-            name,
-        )
-    )
+    return from_transformers(ROOT + name) is not None

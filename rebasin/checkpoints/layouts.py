@@ -24,6 +24,9 @@ PREFIXES: dict[str, dict[str, tuple[str, str]]] = {
 }
 """Family -> text encoder -> its prefix in a single file, and the layout of the names behind it."""
 
+IMAGE = {UNET: ("model.diffusion_model.", "ldm"), VAE: ("first_stage_model.", "ldm")}
+"""The same for what works on images, in every family."""
+
 
 def single_file(family: str, components: Mapping[str, State]) -> DerivedState:
     """These components under the names that a single file of this family has; tensors are made when asked for.
@@ -55,29 +58,25 @@ def _keys(family: str, component: str, state: State) -> Iterator[KeyMapping]:
         raise CheckpointError(
             f"{family} is a part of a model and has no single-file layout; save it as it came."
         )
-    levels = vae_levels(state) if component == VAE else 0
+    prefix, layout = (IMAGE | PREFIXES[family]).get(component, (None, ""))
+    if prefix is None:
+        raise CheckpointError(f"A single file of {family} has no {component}.")
+    levels = vae_levels(state)
     for name in state:
-        source, how, part = None, "same", 0
+        source, how, part = name, "same", None
         if component == UNET:
-            prefix, source = "model.diffusion_model.", keys_unet.from_diffusers(name, state)
+            source = keys_unet.from_diffusers(name, state)
         elif component == VAE:
-            prefix, source = "first_stage_model.", keys_vae.from_diffusers(name, levels)
+            source = keys_vae.from_diffusers(name, levels)
             how = "matrix" if ".attentions." in name and len(shape_of(state, name)) == 2 else "same"
-        elif component in PREFIXES[family]:
-            prefix, layout = PREFIXES[family][component]
-            if layout == "transformers":
-                source = name
-            elif place := keys_text.from_transformers(name):
-                source, third = place
-                how = "transposed" if source == keys_text.PROJECTION else "same" if third is None else "rows"
-                part = third or 0
-        else:
-            raise CheckpointError(f"A single file of {family} has no {component}.")
+        elif layout == "openclip":
+            source, part = keys_text.from_transformers(name) or (None, None)
+            how = "transposed" if source == keys_text.PROJECTION else "same" if part is None else "rows"
         if source is None:
             raise CheckpointError(
                 f"Tensor {name!r} of the {component} has no place in a single file of {family}."
             )
-        yield KeyMapping(name, prefix + source, how, part, 3 if how == "rows" else 1)
+        yield KeyMapping(name, prefix + source, how, part or 0, 3 if how == "rows" else 1)
 
 
 def _joined(state: State, keys: list[KeyMapping]) -> LazyTensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from ..checkpoints.joint import PARTS, joint_spec, joint_state
 from ..errors import CheckpointError, ConfigError
 from ..jobs.resume import Resume
 from ..matching import weight_matching
+from ..matching.many.methods import match_to_mean
 from ..spec import Permutation, PermutationSpec
 from ..types import Progress, State, within
 from .request import Request
@@ -24,12 +27,6 @@ if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
 
 JOINT = "joint"
-
-Matched = tuple[list[Permutation], dict[str, Any]]
-"""Permutations of a component, one for each model that moves, and the figures of the matching that found them."""
-
-Match = Callable[[str, PermutationSpec, Resume], Matched]
-"""What matches a component, given its name and spec."""
 
 FIGURES = (
     "moved",
@@ -42,15 +39,8 @@ FIGURES = (
 )
 """What is kept of a matching's result, per component."""
 
-
-def key_of(request: Request, hashes: Sequence[str], specs: Mapping[str, PermutationSpec]) -> str:
-    """The same for the same alignment: models, options, symmetries."""
-    told = {
-        "models": list(hashes),
-        "specs": {name: spec.hash for name, spec in specs.items()},
-        **{name: getattr(request, name) for name in ("start", "seed", "joint", "max_sweeps")},
-    }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+FIGURES_OF_MANY = ("moved", "distance", "distance_before", "objective", "converged", "passes", "seconds")
+"""The same of a merge of more than two models; what moved and the distances are those of all models."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +50,7 @@ class Alignment:
     Attributes:
         permutation: of all aligned components, in one (see `rebasin.adapters.union`).
         specs: component (or "joint") -> its spec, in its own names.
-        figures: component -> FIGURES, with "neurons".
+        figures: component -> FIGURES (of more than two models, those of all, FIGURES_OF_MANY), with "neurons".
         file: where it is kept; `reused` if it was found there.
     """
 
@@ -106,83 +96,18 @@ def state_of(checkpoint: Checkpoint, name: str, spec: PermutationSpec) -> State:
     return joint_state(checkpoint, dict.fromkeys(name.split(".")[0] for name in spec.shapes))
 
 
-def align_pair(
-    models: Sequence[Checkpoint],
-    specs: Mapping[str, PermutationSpec],
-    request: Request,
-    target: Path,
-    hashes: Sequence[str],
-    progress: Progress | None = None,
-) -> Alignment:
-    """Bring the second of two models to the first, or read what an earlier run has found for the same request.
-
-    Args:
-        target: where the permutation is kept; what is unfinished lies beside it until then.
-    """
-
-    def match(name: str, spec: PermutationSpec, resume: Resume) -> Matched:
-        result = weight_matching(
-            spec,
-            *(state_of(model, name, spec) for model in models[:2]),
-            init=request.start,
-            seed=request.seed,
-            device=request.device,
-            max_sweeps=request.max_sweeps,
-            workers=request.workers,
-            progress=named(progress, name),
-            **resume.arguments(weight_matching),
-        )
-        told = {figure: getattr(result, figure) for figure in FIGURES}
-        return [result.permutation], told | {"neurons": spec.neurons}
-
-    key = key_of(request, hashes[:2], specs)
-    return align_all([target], target, key, specs, match)[0]
-
-
-def align_all(
-    files: Sequence[Path], target: Path, key: str, specs: Mapping[str, PermutationSpec], match: Match
-) -> list[Alignment]:
-    """The alignment of every model that moves, each kept in one of `files`: found before for this key, or now.
-
-    Args:
-        target: what is unfinished lies beside it.
-    """
-    old = [one for file in files if (one := reuse(file, key, specs)) is not None]
-    if len(old) == len(files):
-        return old
-    unfinished = Unfinished(target, key)
-    matched = {name: unfinished.component(name, len(files), spec, match) for name, spec in specs.items()}
-    figures = {name: told for name, (_, told) in matched.items()}
-    each = []
-    for i, file in enumerate(files):
-        whole = joined({name: permutations[i] for name, (permutations, _) in matched.items()})
-        whole.save(file, {"key": key, "figures": json.dumps(figures)})
-        each.append(Alignment(whole, specs, figures, file))
-    unfinished.clear()
-    return each
-
-
-def joined(permutations: Mapping[str, Permutation]) -> Permutation:
-    """The permutations of the components, "joint" among them, as one."""
-    return union({"" if name == JOINT else name: own for name, own in permutations.items()})
-
-
-def reuse(target: Path, key: str, specs: Mapping[str, PermutationSpec]) -> Alignment | None:
-    """The alignment in `target`, if it is one for `key`; None if there is none or it is another one.
-
-    Raises:
-        CheckpointError: the file is something else, which must not be overwritten.
-    """
-    if not target.exists():
+def reuse(file: Path, key: str, specs: Mapping[str, PermutationSpec]) -> Alignment | None:
+    """The alignment in `file`, if it is one for `key`; None if there is none or it is another one."""
+    if not file.exists():
         return None
     try:
-        told = permutation_metadata(target)
+        told = permutation_metadata(file)
         if told.get("key") != key:
             return None
-        return Alignment(Permutation.load(target), specs, json.loads(told["figures"]), target, reused=True)
+        return Alignment(Permutation.load(file), specs, json.loads(told["figures"]), file, reused=True)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{target} is in the way: the alignment is to be kept there, but it is no readable permutation; move it."
+            f"{file} is in the way: the alignment is to be kept there, but it is no readable permutation; move it."
         ) from error
 
 
@@ -213,50 +138,127 @@ def permutation_metadata(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds no permutation: its header has no spec.") from error
 
 
-class Unfinished:
-    """Files beside `target` from which an interrupted alignment continues; their names have its key."""
+@dataclass(frozen=True, eq=False)
+class Aligning:
+    """Models to be aligned to the first of them, and where that is kept: beside the output, a file a model.
 
-    def __init__(self, target: Path, key: str) -> None:
-        self.target, self.key = target, key
+    Files beside these, whose names have the key, are what an interrupted alignment continues from.
 
-    def path(self, name: str, what: str) -> Path:
-        return self.target.with_name(f".{self.target.stem}-{self.key[:8]}-{name}.{what}.safetensors")
+    Attributes:
+        hashes: sha256 of each model.
+        weights: of each model, if there are more than two.
+    """
 
-    def component(self, name: str, models: int, spec: PermutationSpec, match: Match) -> Matched:
-        """A component's permutations, for so many models: found before the interruption, or now."""
-        # Model 0 does not move.
-        members = [name] if models == 1 else [f"{name}-{i + 1}" for i in range(models)]
-        kept = [self.load(member, spec) for member in members]
-        finished = [one for one in kept if one is not None]
-        if len(finished) == models:
-            return [permutation for permutation, _ in finished], finished[0][1]
-        resume = Resume(self.path(name, "matching"), wanted=True)
-        permutations, figures = match(name, spec, resume)
-        for member, permutation in zip(members, permutations, strict=True):
-            permutation.save(self.path(member, "aligned"), {"figures": json.dumps(figures)})
-        resume.finish()
-        return permutations, figures
+    models: Sequence[Checkpoint]
+    specs: Mapping[str, PermutationSpec]
+    request: Request
+    hashes: Sequence[str]
+    progress: Progress | None = None
+    weights: Sequence[float] | None = None
 
-    def load(self, member: str, spec: PermutationSpec) -> tuple[Permutation, dict[str, Any]] | None:
-        """A component that was finished before the interruption."""
-        path = self.path(member, "aligned")
-        if not path.exists():
-            return None
-        try:
-            permutation = Permutation.load(path)
-            told = json.loads(permutation_metadata(path)["figures"])
-        except (CheckpointError, KeyError):
-            return None
-        return (permutation, told) if permutation.spec == spec else None
+    def alignments(self) -> list[Alignment]:
+        """Those of all models but the first: given by the user, or found before for the same request, or now.
 
-    def clear(self) -> None:
-        """Remove all of these, older ones of the same target included."""
-        for what in ("matching", "aligned"):
-            for path in self.target.parent.glob(f".{glob.escape(self.target.stem)}-*.{what}.safetensors"):
+        Raises:
+            ConfigError: a permutation was given for more than two models.
+            RebasinError: it does not fit, or its place is taken.
+        """
+        given = self.request.permutation
+        if given is not None and len(self.models) > 2:
+            raise ConfigError(
+                "--permutation is for two models; leave it out, what was found before is used again."
+            )
+        if given is not None:
+            return [given_alignment(given, self.specs)]
+        if found := self.reuse(self.files, self.specs):
+            return found
+        matched = {name: self.component(name) for name in self.specs}
+        whole = [
+            union({"" if name == JOINT else name: own[i].permutation for name, own in matched.items()})
+            for i in range(len(self.files))
+        ]
+        figures = {name: told for own in matched.values() for name, told in own[0].figures.items()}
+        found = self.keep(whole, self.files, self.specs, figures)
+        target = self.request.kept
+        for what in ("matching", "aligned"):  # older ones of the same target, too
+            for path in target.parent.glob(f".{glob.escape(target.stem)}-*.{what}.safetensors"):
                 path.unlink(missing_ok=True)
+        return found
 
+    @cached_property
+    def key(self) -> str:
+        """The same for the same alignment: models, options, symmetries; of more than two models their weights, too."""
+        weights = [json.dumps(list(self.weights or ()))] if len(self.models) > 2 else []
+        told = {
+            "models": [*self.hashes, *weights],
+            "specs": {name: spec.hash for name, spec in self.specs.items()},
+            **{name: getattr(self.request, name) for name in ("start", "seed", "joint", "max_sweeps")},
+        }
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
-def named(progress: Progress | None, name: str) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda event: progress(within(event, name))
+    @property
+    def files(self) -> list[Path]:
+        """Where each permutation is kept; of more than two models they are numbered."""
+        target = self.request.kept
+        if len(self.models) == 2:
+            return [target]
+        stem = target.name.removesuffix(".permutation.safetensors")
+        return [
+            target.with_name(f"{stem}.permutation-{i}.safetensors") for i in range(2, len(self.models) + 1)
+        ]
+
+    def component(self, name: str) -> list[Alignment]:
+        """The alignments of a component alone: found before an interruption, or now."""
+        number, specs = len(self.files), {name: self.specs[name]}
+        members = [name] if number == 1 else [f"{name}-{i + 1}" for i in range(number)]
+        files = [self.unfinished(member, "aligned") for member in members]
+        with contextlib.suppress(CheckpointError):  # damaged: found again
+            if kept := self.reuse(files, specs):
+                return kept
+        resume = Resume(self.unfinished(name, "matching"), wanted=True)
+        permutations, figures = self.match(name, resume)
+        found = self.keep(permutations, files, specs, {name: figures})
+        resume.finish()
+        return found
+
+    def unfinished(self, member: str, what: str) -> Path:
+        target = self.request.kept
+        return target.with_name(f".{target.stem}-{self.key[:8]}-{member}.{what}.safetensors")
+
+    def match(self, name: str, resume: Resume) -> tuple[Sequence[Permutation], dict[str, Any]]:
+        """The permutations of a component, and the figures of the matching that found them."""
+        spec, request, told = self.specs[name], self.request, self.progress
+        progress = None if told is None else lambda event: told(within(event, name))
+        states = [state_of(model, name, spec) for model in self.models]
+        common: dict[str, Any] = {"seed": request.seed, "progress": progress}
+        options = {"init": request.start, "device": request.device, "max_sweeps": request.max_sweeps}
+        if len(states) == 2:
+            common |= {**options, "workers": request.workers, **resume.arguments(weight_matching)}
+            result: Any = weight_matching(spec, *states, **common)
+            permutations, figures = [result.permutation], FIGURES
+        else:
+            common |= {"weights": self.weights, "match": options, **resume.arguments(match_to_mean)}
+            result = match_to_mean(spec, states, **common)
+            permutations, figures = result.permutations[1:], FIGURES_OF_MANY
+        return permutations, {key: getattr(result, key) for key in figures} | {"neurons": spec.neurons}
+
+    def keep(
+        self,
+        permutations: Sequence[Permutation],
+        files: Sequence[Path],
+        specs: Mapping[str, PermutationSpec],
+        figures: Mapping[str, Mapping[str, Any]],
+    ) -> list[Alignment]:
+        """The alignments by these permutations, written into `files`."""
+        for own, file in zip(permutations, files, strict=True):
+            own.save(file, {"key": self.key, "figures": json.dumps(figures)})
+        return [Alignment(own, specs, figures, file) for own, file in zip(permutations, files, strict=True)]
+
+    def reuse(self, files: Sequence[Path], specs: Mapping[str, PermutationSpec]) -> list[Alignment]:
+        """What `keep` has left for this key in all of `files`, else nothing.
+
+        Raises:
+            CheckpointError: a file is something else, which must not be overwritten.
+        """
+        found = [one for file in files if (one := reuse(file, self.key, specs)) is not None]
+        return found if len(found) == len(files) else []

@@ -58,9 +58,11 @@ def apply(
     Kinds: LoRA (kohya, diffusers, PEFT), LoCon, LoHa, LoKr, full differences,
     IA3, each with DoRA or without; ControlNet.
     """
+    from ..checkpoints import save_safetensors
     from ..spec import Permutation
-    from . import permute_file, session
-    from .inputs import check_output, kind_of_file
+    from . import provenance, session
+    from .inputs import check_output, kind_of_file, sha256_of
+    from .permute_file import permuted
 
     console = session.begin()
     output = output or file.with_name(f"{file.name if file.is_dir() else file.stem}_aligned.safetensors")
@@ -76,10 +78,13 @@ def apply(
         console.console.print(text, markup=False)
         return
     with console.stage("move"):
-        state, metadata = permute_file.permuted(kind, file, found, unfold)
+        state, metadata = permuted(kind, file, found, unfold)
         followers = "" if kind == "model" else f"{len(state):,} tensors follow "
         console.say(f"{kind}: {followers}{found.moved():,} neurons")
     with console.stage("write"):
-        permute_file.write(output, file, permutation, state, metadata, inverse, console.progress)
+        recipe = {"command": "apply", "permutation": permutation.name, "inverse": inverse}
+        recipe["permutation_sha256"] = sha256_of(permutation)
+        header = provenance.header(metadata, [(file, sha256_of(file), metadata)], recipe, None)
+        save_safetensors(output, state, header, keep_order=True, finite=True, progress=console.progress)
         console.say(f"{output.name}, {session.size(output.stat().st_size)}")
     session.say_where(console, output)

@@ -39,11 +39,11 @@ def compare(
     import json
     import os
     import tempfile
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from ..files import write_text
     from . import session
-    from .alignment import align_pair, given_alignment, specs_of
+    from .alignment import Aligning, specs_of
     from .basin import by_block, draw, shared_basin
     from .stages import read
 
@@ -54,12 +54,9 @@ def compare(
         specs = specs_of(models[0], components, joint=False)
         console.say(", ".join(f"{name} {spec.neurons:,} neurons" for name, spec in specs.items()))
     with console.stage("align"):
-        if request.permutation is not None:
-            found = given_alignment(request.permutation, specs)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                target = Path(folder) / "found.safetensors"
-                found = align_pair(models, specs, request, target, ("a", "b"), console.progress)
+        with tempfile.TemporaryDirectory() as folder:
+            there = replace(request, output=Path(folder) / "found")
+            (found,) = Aligning(models, specs, there, ("a", "b"), console.progress).alignments()
         console.say(f"{found.moved:,} neurons would move")
     with console.stage("measure"):
         blocks = by_block(models[0], models[1], components, found, console.progress)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,43 +16,24 @@ if TYPE_CHECKING:
 
 
 TOLERANCE = 1e-3
-"""Largest relative change of an output that rounding explains, in float32 and in another order of summation."""
+"""What rounding explains is less: relative changes of an output, in float32 and in another order of summation."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The relative difference of two functions' outputs on the same input: of the worst output, and of each."""
-
-    outputs: Mapping[str, float]
-
-    @property
-    def largest(self) -> float:
-        return max(self.outputs.values(), default=0.0)
-
-    @property
-    def same(self) -> bool:
-        """Whether rounding explains it. NaN is no explanation."""
-        return self.largest < TOLERANCE
-
-
-def compare_functions(
-    checkpoint: Checkpoint, component: str, one: State, other: State, seed: int = 0
-) -> Difference:
-    """How far apart the outputs of a component are with the weights `one` and `other`, on a random input, in float32.
+def compare_functions(checkpoint: Checkpoint, component: str, other: State, seed: int = 0) -> float:
+    """How far apart a component's outputs are with its own weights and with `other`: the relative difference of the
+    worst of them, on a random input, in float32.
 
     Raises:
         CheckpointError: the component does not fit its architecture.
     """
-    expected, found = (compute(checkpoint, component, state, seed) for state in (one, other))
-    return Difference({name: _distance(found[name], expected[name]) for name in expected})
+    states = checkpoint.component(component), other
+    return _distance(*(compute(checkpoint, component, state, seed) for state in states))
 
 
-def compare_chains(
-    checkpoint: Checkpoint, one: Mapping[str, State], other: Mapping[str, State], seed: int = 0
-) -> Difference:
+def compare_chains(checkpoint: Checkpoint, others: Mapping[str, State], seed: int = 0) -> float:
     """The same for text encoders and UNet together, from token ids to the predicted noise."""
-    expected, found = (_chain(checkpoint, states, seed) for states in (one, other))
-    return Difference({name: _distance(found[name], expected[name]) for name in expected})
+    own = {name: checkpoint.component(name) for name in others}
+    return _distance(*(_chain(checkpoint, states, seed) for states in (own, others)))
 
 
 def _chain(checkpoint: Checkpoint, states: Mapping[str, State], seed: int) -> dict[str, Tensor]:
@@ -117,6 +97,10 @@ def _fill_constants(module: nn.Module) -> None:
                 own._buffers[name] = torch.arange(buffer.shape[-1])[None]
 
 
-def _distance(actual: Tensor, expected: Tensor) -> float:
-    difference, size = float((actual - expected).double().norm()), float(expected.double().norm())
-    return difference / size if size else difference
+def _distance(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> float:
+    """The largest relative difference of an output; NaN if one has it."""
+    found = []
+    for name, output in expected.items():
+        difference, size = (actual[name] - output).double().norm(), output.double().norm()
+        found.append(difference / size if size else difference)
+    return float(torch.stack(found).max())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from ..adapters import is_adapter, is_controlnet
 from ..checkpoints import Checkpoint, load_pickled, load_safetensors, open_checkpoint, require_same_family
-from ..checkpoints.folders import load_weights
+from ..checkpoints.folders import load_config, load_weights
 from ..errors import CheckpointError, ConfigError
 from ..types import Progress, State, tell
 
@@ -40,7 +39,8 @@ def kind_of_file(path: Path) -> Kind:
         CheckpointError: the file is missing or damaged.
     """
     if path.is_dir():
-        return "controlnet" if _folder_class(path) == "ControlNetModel" else "model"
+        own = load_config(path) or {}
+        return "controlnet" if own.get("_class_name") == "ControlNetModel" else "model"
     if not path.exists():
         raise CheckpointError(f"There is no file {path}.")
     state = open_raw(path) if path.suffix in WEIGHT_FILES else {}
@@ -56,13 +56,6 @@ def open_raw(path: Path) -> State:
     if path.is_dir():
         return load_weights(path)
     return load_safetensors(path) if path.suffix == ".safetensors" else load_pickled(path)
-
-
-def _folder_class(path: Path) -> str:
-    try:
-        return str(json.loads((path / "config.json").read_text(encoding="utf-8")).get("_class_name", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
 
 
 def common(checkpoints: Sequence[Checkpoint], only: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from ..types import DerivedState, LazyTensor, State, passed
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
+    from .request import Request
 
 MARKS = ("v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 """Names of empty or tiny tensors by which loaders tell what a model predicts: never pruned."""
@@ -90,6 +91,7 @@ def _fitting_vae(checkpoint: Checkpoint, vae: Checkpoint) -> State:
     return theirs
 
 
-def size_of(state: State, dtype: torch.dtype | None, like: Checkpoint) -> int:
-    """Bytes of the tensors of a file."""
-    return bytes_of(cast(state, stored_as(dtype, like), like.path))
+def size_of(like: Checkpoint, request: Request) -> int:
+    """Bytes of the tensors of a result that has what `like` has."""
+    types = stored_as(dtype_of(request.dtype), like)
+    return bytes_of(cast(finished(like, {}, prune=request.prune), types, like.path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from ..adapters import (
@@ -15,14 +14,14 @@ from ..adapters import (
     part,
 )
 from ..adapters.union import prefix_of
-from ..checkpoints import component_spec, open_checkpoint, save_safetensors
+from ..checkpoints import component_spec, open_checkpoint
 from ..checkpoints.architectures import build, fit, published
 from ..checkpoints.families import identify
 from ..errors import CheckpointError, SpecMismatchError
 from ..spec import Permutation, PermutationSpec
-from ..types import Progress, State
-from . import output, provenance
-from .inputs import Kind, open_raw, sha256_of
+from ..types import State
+from . import output
+from .inputs import Kind, open_raw
 
 
 def permuted(kind: Kind, file: Path, permutation: Permutation, unfold: bool) -> tuple[State, dict[str, str]]:
@@ -70,19 +69,3 @@ def controlnet_spec(spec: PermutationSpec) -> PermutationSpec:
     family = identify({"unet": shapes}, {}, "the model of this permutation").family
     module, args, kwargs = build("unet", fit(published(family)["unet"], "unet", shapes))
     return joint_controlnet(module, *args, **kwargs)  # pyright: ignore[reportArgumentType]
-
-
-def write(
-    target: Path,
-    file: Path,
-    permutation: Path,
-    state: State,
-    metadata: Mapping[str, str],
-    inverse: bool,
-    progress: Progress | None = None,
-) -> None:
-    """Write what was moved, with a header that says by what."""
-    recipe = {"command": "apply", "permutation": permutation.name, "inverse": inverse}
-    recipe["permutation_sha256"] = sha256_of(permutation)
-    header = provenance.header(metadata, [(file, sha256_of(file), metadata)], recipe, None)
-    save_safetensors(target, state, header, keep_order=True, finite=True, progress=progress)

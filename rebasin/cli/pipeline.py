@@ -8,10 +8,8 @@ from ..checkpoints import open_checkpoint
 from ..errors import ConfigError
 from ..types import State
 from . import output, session, stages
-from .alignment import Alignment
-from .function import Difference
+from .alignment import Aligning, Alignment
 from .inputs import check_output, common, open_all
-from .many import Many
 from .merge_weights import merge_weights, method_options
 from .plan import show_plan
 from .request import Request
@@ -30,20 +28,19 @@ def align(console: Console, request: Request) -> None:
     models, components = stages.read(console, request)
     if request.dry_run:
         return show_plan(console, request, models, components)
-    stages.require_space(request, output.finished(models[1], {}, prune=request.prune), models[1])
+    stages.require_space(request, models[1])
     hashes = stages.hashes(console, request.inputs)
     specs = stages.specs(console, models[0], components, request.joint)
-    alignment = stages.aligned(console, request, models, specs, hashes)
-    checks = stages.checked(console, request, models[1], components, alignment)
-    b = models[1]
+    found = stages.aligned(console, Aligning(models, specs, request, hashes, console.progress))
+    b, (alignment,) = models[1], found
+    checks = stages.checked(console, request, b, components, alignment)
     states = {name: alignment.view(name, b.component(name)) for name in components}
     # EMA copies of B's weights would have to move along; loaders that want them would find B's old order.
     state = output.finished(b, states, prune=request.prune)
     recipe = {"command": "align", "to": request.inputs[0].name, **stages.choices(request)}
-    stages.write(console, request, state, b, hashes[::-1], [b, models[0]], recipe, alignment)
+    stages.write(console, request, state, b, hashes[::-1], [b, models[0]], recipe, found)
     console.console.print()
-    session.say_legal(console, checks, alignment.moved)
-    session.say_moved(console, alignment)
+    session.say_alignment(console, found, checks)
     session.say_where(console, request.output, f"permutation in {alignment.file}")
 
 
@@ -75,24 +72,20 @@ def merge(console: Console, request: Request) -> None:
         console.say(f"{len(models)} x {models[0].title}: {', '.join(components)}")
     if request.dry_run:
         return show_plan(console, request, models, components, weights.blocks)
-    stages.require_space(request, output.finished(models[0], {}, prune=request.prune), models[0])
+    stages.require_space(request, models[0])
     hashes = stages.hashes(console, [*request.inputs, *others])
 
-    found: Alignment | Many | None = None
-    checks: dict[str, Difference] | None = None
+    found: list[Alignment] = []
+    checks: dict[str, float] | None = None
     views: list[dict[str, State]] = [{name: model.component(name) for name in components} for model in models]
     if request.align or request.permutation:
         specs = stages.specs(console, models[0], components, request.joint)
+        wanted = Aligning(models, specs, request, hashes[: len(models)], console.progress, weights.shares)
+        found = stages.aligned(console, wanted)
+        for one, view in zip(found, views[1:], strict=True):
+            view |= {name: one.view(name, state) for name, state in view.items()}
         if len(models) == 2:
-            found = stages.aligned(console, request, models, specs, hashes)
-            views[1] = {name: found.view(name, views[1][name]) for name in components}
-            checks = stages.checked(console, request, models[1], components, found)
-        else:
-            found = stages.aligned_many(console, request, models, specs, hashes, weights)
-            views = [
-                {n: one.view(n, view[n]) for n in components}
-                for one, view in zip(found.each, views, strict=True)
-            ]
+            checks = stages.checked(console, request, models[1], components, found[0])
     with console.stage("merge"):
         # In float32 if another type than A's is asked for, so that nothing is rounded twice.
         import torch
@@ -125,21 +118,18 @@ def merge(console: Console, request: Request) -> None:
         "options": options,
         "base": request.base.name if request.base else None,
         "vae": request.vae.name if request.vae else None,
-        "align": found is not None,
+        "align": bool(found),
         **stages.choices(request),
     }
     used = [model for model in (*models, base, vae) if model is not None]
     stages.write(console, request, state, models[0], hashes, used, recipe, found)
     console.console.print()
-    if found is None:
+    if not found:
         session.answer(
             console, "Is it legal?", "Nothing to ask", "yellow", "No neuron was moved (--no-align)."
         )
         session.answer(console, "Did anything move?", "No", "yellow", "This is the plain merge.")
         return session.say_where(console, request.output)
-    if isinstance(found, Many):
-        found.say(console)
-        return session.say_where(console, request.output, *(one.file for one in found.each if one.file))
-    session.say_legal(console, checks, found.moved)
-    session.say_moved(console, found)
-    session.say_where(console, request.output, f"permutation in {found.file}")
+    session.say_alignment(console, found, checks)
+    files = [one.file for one in found] if len(found) > 1 else [f"permutation in {found[0].file}"]
+    session.say_where(console, request.output, *files)

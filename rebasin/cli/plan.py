@@ -7,7 +7,6 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from .inputs import size_of
-from .output import dtype_of, finished
 from .output import size_of as output_size
 from .session import size, table
 
@@ -63,10 +62,9 @@ def show_plan(
         memory = max(memory, *(_memory(spec, models[0], name, len(models)) for name, spec in specs.items()))
     elif request.permutation is not None:
         say(f"\nAlign by {request.permutation}.", markup=False)
-    state = finished(models[0], {}, prune=request.prune)
-    bytes_out = output_size(state, dtype_of(request.dtype), models[0])
     say(
-        f"\nWrite {request.output}, {size(bytes_out)}, as {request.dtype or 'the types of the first model'}"
+        f"\nWrite {request.output}, {size(output_size(models[0], request))},"
+        f" as {request.dtype or 'the types of the first model'}"
         f"{', pruned' if request.prune else ''}.",
         markup=False,
     )

@@ -64,7 +64,6 @@ class Request:
     permutation: Annotated[
         Path | None,
         typer.Option(
-            "--permutation",
             metavar="FILE",
             help="Use this alignment, which `rebasin align` or an earlier merge has left, instead of finding one.",
         ),
@@ -105,16 +104,14 @@ class Request:
     ] = False
     start: Annotated[
         Literal["forward", "identity"],
-        typer.Option(
-            "--start", help="Where matching starts: a first guess from input to output, or B as it is."
-        ),
+        typer.Option(help="Where matching starts: a first guess from input to output, or B as it is."),
     ] = "forward"
     seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0
     device: Annotated[str, typer.Option(help="Where matrices are multiplied: cpu, cuda, cuda:1, mps.")] = (
         "cpu"
     )
     threads: Annotated[
-        int, typer.Option("--threads", help="CPU threads; 0 leaves it to torch.", min=0, show_default=False)
+        int, typer.Option(help="CPU threads; 0 leaves it to torch.", min=0, show_default=False)
     ] = 0
     check: Annotated[
         bool,

@@ -12,12 +12,11 @@ from rich.table import Table
 from ..errors import ConfigError
 from ..tensors.writer import in_bytes as size
 
-__all__ = ["answer", "begin", "say_legal", "say_moved", "say_where", "size", "table"]
+__all__ = ["answer", "begin", "say_alignment", "say_where", "size", "table"]
 
 if TYPE_CHECKING:
     from ..reporting.console import Console
     from .alignment import Alignment
-    from .function import Difference
 
 
 def begin(device: str = "cpu", threads: int = 0) -> Console:
@@ -70,31 +69,36 @@ def answer(console: Console, question: str, short: str, tone: str, text: str) ->
     console.console.print(f"{question} [bold {tone}]{short}.[/] {escape(text)}")
 
 
-def say_legal(console: Console, checks: Mapping[str, Difference] | None, moved: int) -> None:
-    """Whether the alignment preserved what B computes."""
-    if not moved:
+def say_alignment(console: Console, found: Sequence[Alignment], checks: Mapping[str, float] | None) -> None:
+    """Whether the alignments preserved what the models compute, and whether anything moved."""
+    moved, figures = sum(one.moved for one in found), found[0].figures.values()
+    many = len(found) > 1
+    if many:
+        text = "The symmetries are proved, so each model computes what it did."
+    elif not moved:
         text = "No neuron had to move, so B is what it was."
     elif checks is None:
         text = "The symmetries are proved (not checked on these weights: --no-check)."
     else:
-        worst = max((check.largest for check in checks.values()), default=0.0)
+        worst = max(checks.values(), default=0.0)
         text = f"B's outputs before and after its neurons moved differ by {worst:.1e} relative, which is rounding."
     answer(console, "Is it legal?", "Yes", "green", text)
-
-
-def say_moved(console: Console, alignment: Alignment) -> None:
-    """Whether anything moved, and what became of the distance."""
-    figures = alignment.figures.values()
-    neurons = sum(f.get("neurons", 0) for f in figures) or alignment.permutation.spec.neurons
-    if not alignment.moved:
-        text = f"All {neurons:,} neurons of B are in A's order already, so this is the plain merge."
+    neurons = sum(f.get("neurons", 0) for f in figures) or found[0].permutation.spec.neurons
+    if not moved:
+        who = (
+            f"{len(found) + 1} models agree" if many else f"{neurons:,} neurons of B are in A's order already"
+        )
+        text = f"All {who}, so this is the plain merge."
         return answer(console, "Did anything move?", "No", "yellow", text)
-    share = 100 * alignment.moved / max(1, neurons)
     before, after = (
-        sum(f.get(f"distance_{when}", 0.0) ** 2 for f in figures) ** 0.5 for when in ("before", "after")
+        sum(f.get(key, 0.0) ** 2 for f in figures) ** 0.5
+        for key in ("distance_before", "distance" if many else "distance_after")
     )
-    fell = f" The distance of the weights fell from {before:.4g} to {after:.4g}." if before else ""
-    text = f"{alignment.moved:,} of {neurons:,} neurons ({share:.1f}%) moved.{fell}"
+    if many:
+        text = f"{moved:,} neurons; the models' distance to their mean fell from {before:.4g} to {after:.4g}."
+    else:
+        text = f"{moved:,} of {neurons:,} neurons ({100 * moved / max(1, neurons):.1f}%) moved."
+        text += f" The distance of the weights fell from {before:.4g} to {after:.4g}." if before else ""
     answer(console, "Did anything move?", "Yes", "green", text)
 
 

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import Checkpoint, save_checkpoint
 from ..checkpoints.joint import PARTS
-from ..errors import ConfigError, VerificationError
+from ..errors import VerificationError
 from ..tensors import writer
-from ..types import DerivedState, State
+from ..types import State
 from . import output, provenance, session
-from .alignment import JOINT, Alignment, align_pair, given_alignment, specs_of
-from .function import Difference, compare_chains, compare_functions
+from .alignment import JOINT, Aligning, Alignment, specs_of
+from .function import TOLERANCE, compare_chains, compare_functions
 from .inputs import common, open_all, sha256_of
-from .many import Many, align_many
-from .merge_weights import MergeWeights
 from .request import Request
 
 if TYPE_CHECKING:
@@ -39,9 +37,9 @@ def read(console: Console, request: Request) -> tuple[list[Checkpoint], tuple[st
     return models, components
 
 
-def require_space(request: Request, state: DerivedState, like: Checkpoint) -> None:
+def require_space(request: Request, like: Checkpoint) -> None:
     """Refuse a full disk before hours of work, not after."""
-    writer.require_space(request.output, output.size_of(state, output.dtype_of(request.dtype), like))
+    writer.require_space(request.output, output.size_of(like, request))
 
 
 def hashes(console: Console, paths: Sequence[Path]) -> tuple[str, ...]:
@@ -62,59 +60,26 @@ def specs(
     return specs
 
 
-def aligned(
-    console: Console,
-    request: Request,
-    models: Sequence[Checkpoint],
-    specs: Mapping[str, PermutationSpec],
-    hashes: Sequence[str],
-) -> Alignment:
-    """B brought to A: found, found before, or given by the user."""
+def aligned(console: Console, wanted: Aligning) -> list[Alignment]:
+    """All models but the first brought to it: found, found before, or given by the user."""
     with console.stage("align"):
-        if request.permutation is not None:
-            found = given_alignment(request.permutation, specs)
-        else:
-            found = align_pair(models, specs, request, request.kept, hashes, console.progress)
-        moved = ", ".join(f"{n} {f['moved']:,} of {f['neurons']:,}" for n, f in found.figures.items())
-        console.say(("as found before: " if found.reused else "") + f"moved {moved or found.moved}")
-    return found
-
-
-def aligned_many(
-    console: Console,
-    request: Request,
-    models: Sequence[Checkpoint],
-    specs: Mapping[str, PermutationSpec],
-    hashes: Sequence[str],
-    weights: MergeWeights,
-) -> Many:
-    """All models brought to each other, in the order of the first."""
-    if request.permutation is not None:
-        raise ConfigError(
-            "--permutation is for two models; leave it out, what was found before is used again."
+        found = wanted.alignments()
+        moved = ", ".join(
+            f"{n} moved {f['moved']:,} in {f['passes']} passes"
+            if "passes" in f
+            else f"{n} {f['moved']:,} of {f['neurons']:,}"
+            for n, f in found[0].figures.items()
         )
-    with console.stage("align"):
-        found = align_many(
-            models,
-            specs,
-            request,
-            request.kept,
-            hashes[: len(models)],
-            weights.shares,
-            console.progress,
-        )
-        console.say(("as found before: " if found.reused else "") + found.told())
+        if len(found) == 1:
+            moved = f"moved {moved or found[0].moved}"
+        console.say(("as found before: " if found[0].reused else "") + moved)
     return found
 
 
 def checked(
-    console: Console,
-    request: Request,
-    b: Checkpoint,
-    components: Sequence[str],
-    alignment: Alignment,
-) -> dict[str, Difference] | None:
-    """Compute with B before and after, where neurons moved.
+    console: Console, request: Request, b: Checkpoint, components: Sequence[str], alignment: Alignment
+) -> dict[str, float] | None:
+    """Compute with B before and after, where neurons moved: component -> relative difference.
 
     Raises:
         VerificationError: B computes something else than before.
@@ -124,22 +89,20 @@ def checked(
     checks = {}
     with console.stage("check"):
         together = [name for name in components if name in PARTS] if JOINT in alignment.specs else []
+        after = {name: alignment.view(name, b.component(name)) for name in components}
         if together:  # the text encoder's output is reordered on purpose, only the whole chain is the same
-            before = {name: b.component(name) for name in together}
-            after = {name: alignment.view(name, state) for name, state in before.items()}
-            checks[JOINT] = compare_chains(b, before, after, request.seed)
+            checks[JOINT] = compare_chains(b, {name: after[name] for name in together}, request.seed)
         for name in components:
             own = alignment.of(name)
             if name not in together and own is not None and not own.is_identity:
-                state = b.component(name)
-                checks[name] = compare_functions(b, name, state, own.view(state), request.seed)
-        for name in checks:
-            if not checks[name].same:
+                checks[name] = compare_functions(b, name, after[name], request.seed)
+        for name, difference in checks.items():
+            if not difference < TOLERANCE:  # NaN is not, either
                 raise VerificationError(
                     f"Moving the neurons of the {name} of {b.path} changed what it computes (by"
-                    f" {checks[name].largest:.1e}), so nothing was written; please report this."
+                    f" {difference:.1e}), so nothing was written; please report this."
                 )
-        console.say(", ".join(f"{n} {c.largest:.1e}" for n, c in checks.items()) + " relative")
+        console.say(", ".join(f"{n} {difference:.1e}" for n, difference in checks.items()) + " relative")
     return checks
 
 
@@ -151,26 +114,19 @@ def write(
     hashes: Sequence[str],
     used: Sequence[Checkpoint],
     recipe: Mapping[str, Any],
-    alignment: Alignment | Many | None,
+    found: Sequence[Alignment],
 ) -> None:
     """Write the result with a header that says how it was made; `used` and `hashes` are its inputs'."""
     inputs = [
         (model.path, sha256, provenance.metadata_of(model))
         for model, sha256 in zip(used, hashes, strict=True)
     ]
-    header = provenance.header(provenance.metadata_of(like), inputs, recipe, told(alignment))
+    specs, figures = (found[0].specs, found[0].figures) if found else ({}, {})
+    told = {name: {"spec": spec.hash, **figures.get(name, {})} for name, spec in specs.items()}
+    header = provenance.header(provenance.metadata_of(like), inputs, recipe, told if found else None)
     with console.stage("write"):
         types = output.stored_as(output.dtype_of(request.dtype), like)
         saved = save_checkpoint(request.output, like, state, header, dtype=types, progress=console.progress)
         console.say(f"{request.output.name}, {session.size(saved.bytes)}")
     for note in saved.notes:
         console.console.print(note, markup=False)
-
-
-def told(alignment: Alignment | Many | None) -> dict[str, Any] | None:
-    """What the header says about an alignment."""
-    if alignment is None:
-        return None
-    return {
-        name: {"spec": spec.hash, **alignment.figures.get(name, {})} for name, spec in alignment.specs.items()
-    }

@@ -12,7 +12,6 @@ from .request import Request, command
 
 if TYPE_CHECKING:
     from ..types import State
-    from .function import Difference
 
 
 @command("a b components joint seed threads")
@@ -54,7 +53,7 @@ def verify(
     from ..types import tell
     from . import session
     from .alignment import Alignment
-    from .function import compare_chains, compare_functions
+    from .function import TOLERANCE, compare_chains, compare_functions
     from .inputs import common, kind_of_file, open_all
 
     request = Request((a, b), Path(os.devnull), **given)  # writes nothing
@@ -62,10 +61,11 @@ def verify(
     rows: list[tuple[str, str, str]] = []
     failures: list[str] = []
 
-    def check(name: str, found: Difference) -> None:
-        rows.append((name, f"{found.largest:.1e}", "yes" if found.same else "no"))
-        if not found.same:
-            failures.append(f"the {name} computes something else (relative difference {found.largest:.2g})")
+    def check(name: str, difference: float) -> None:
+        same = difference < TOLERANCE
+        rows.append((name, f"{difference:.1e}", "yes" if same else "no"))
+        if not same:
+            failures.append(f"the {name} computes something else (relative difference {difference:.2g})")
 
     def counterpart(name: str) -> State:
         """A component of the other model, or of the model under the permutation."""
@@ -86,9 +86,8 @@ def verify(
     with console.stage("compute"):
         together = [name for name in names if name in PARTS] if joint or whole else []
         if "unet" in together and len(together) > 1:
-            before = {name: models[0].component(name) for name in together}
-            after = {name: counterpart(name) for name in together}
-            check("texts and unet", compare_chains(models[0], before, after, request.seed))
+            others = {name: counterpart(name) for name in together}
+            check("texts and unet", compare_chains(models[0], others, request.seed))
             names = tuple(name for name in names if name not in together)
         for number, name in enumerate(names):
             tell(console.progress, name, number, len(names))
@@ -101,8 +100,7 @@ def verify(
                 except RebasinError as error:
                     failures.append(f"{name}: {error}")
                     continue
-            one, other = models[0].component(name), counterpart(name)
-            check(name, compare_functions(models[0], name, one, other, request.seed))
+            check(name, compare_functions(models[0], name, counterpart(name), request.seed))
     if not rows and not failures:
         raise CheckpointError(f"{a} moves none of the components of {b}.")
     console.console.print()
