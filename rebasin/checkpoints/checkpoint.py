@@ -13,7 +13,7 @@ from ..tensors import load_safetensors
 from ..types import DerivedState, State
 from . import components, folders
 from .components import Found
-from .families import EXPECTED, TITLES, Identity, Shapes, foreign, identify
+from .families import EXPECTED, TITLES, Shapes, foreign, identify, title
 from .key_map import KeyMapping, component_state, replaced, shapes_of
 from .pickled import load_pickled
 from .prediction_type import Prediction, prediction
@@ -50,7 +50,7 @@ class Checkpoint:
     @property
     def title(self) -> str:
         """What it is, for a sentence."""
-        return str(Identity(self.family, self.variant))
+        return title(self.family, self.variant)
 
     def component(self, name: str) -> DerivedState:
         """A component in diffusers' (or transformers') names, lazily.
@@ -141,10 +141,10 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{where} is {other or 'no model that is known here'}, but {EXPECTED}.")
     key_map = {name: components.key_map(place, raw) for name, place in found.items()}
     shapes = {name: shapes_of(component_state(raw, own)) for name, own in key_map.items()}
-    identity = identify(shapes, found, where)
+    family, kind = identify(shapes, found, where)
     diffusers = any(place.layout == "diffusers" or "/" in place.prefix for place in found.values())
     layout = "diffusers" if diffusers or where.is_dir() else "ldm"
-    return Checkpoint(where, identity.family, identity.variant, layout, raw, metadata, found, key_map)
+    return Checkpoint(where, family, kind, layout, raw, metadata, found, key_map)
 
 
 def require_same_family(a: Checkpoint, b: Checkpoint) -> None:

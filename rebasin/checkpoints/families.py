@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from ..errors import CheckpointError
 from .components import TEXT, TEXT_2, UNET, VAE, Found
@@ -29,34 +28,27 @@ VARIANTS = {4: "base", 9: "inpainting", 8: "instruct-pix2pix", 5: "depth"}
 """By the UNet's input channels."""
 
 
-@dataclass(frozen=True)
-class Identity:
-    """The family of a checkpoint and its variant."""
-
-    family: str
-    variant: str
-
-    def __str__(self) -> str:
-        title = TITLES[self.family]
-        return title if self.variant in ("base", "") else f"{title} ({self.variant})"
+def title(family: str, variant: str) -> str:
+    """A family and its variant, as a sentence names them."""
+    return TITLES[family] if variant in ("base", "") else f"{TITLES[family]} ({variant})"
 
 
-def identify(components: Mapping[str, Shapes], found: Mapping[str, Found], where: object) -> Identity:
-    """The family of the components with these shapes, in diffusers' names.
+def identify(components: Mapping[str, Shapes], found: Mapping[str, Found], where: object) -> tuple[str, str]:
+    """The family and the variant of the components with these shapes, in diffusers' names.
 
     Raises:
         CheckpointError: they belong to no family that is known here, or to different ones.
     """
     if UNET not in components:
         if VAE in components and len(components) == 1:
-            return Identity("vae", "")
+            return "vae", ""
         encoder = next(c for c in components if c != VAE)
-        return Identity(_text_family(components[encoder], found[encoder]), "")
+        return _text_family(components[encoder], found[encoder]), ""
     shapes = components[UNET]
     family = _unet_family(shapes, where)
     _check_texts(family, components, where)
     channels = shapes["conv_in.weight"][1] if "conv_in.weight" in shapes else 4
-    return Identity(family, VARIANTS.get(channels, f"{channels} input channels"))
+    return family, VARIANTS.get(channels, f"{channels} input channels")
 
 
 def _unet_family(shapes: Shapes, where: object) -> str:

@@ -7,7 +7,6 @@ is four 1x1 convolutions [C, C, 1, 1], diffusers' four matrices [C, C].
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cache
 
 from .keys_unet import LAYERS, LEVELS, renamed
@@ -20,33 +19,24 @@ DEPRECATED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 OUTSIDE = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
 
 
-def _resnets(levels: int) -> Iterator[tuple[str, str]]:
-    for side in ("encoder", "decoder"):
-        for number in (1, 2):
-            yield f"{side}.mid.block_{number}", f"{side}.mid_block.resnets.{number - 1}"
-    for layer in range(LAYERS + 1):
-        for level in range(LEVELS):
-            yield f"encoder.down.{level}.block.{layer}", f"encoder.down_blocks.{level}.resnets.{layer}"
-        for level in range(levels):
-            there = levels - 1 - level
-            yield f"decoder.up.{there}.block.{layer}", f"decoder.up_blocks.{level}.resnets.{layer}"
+ENDS = {"conv_in": "conv_in", "conv_out": "conv_out", "norm_out": "conv_norm_out"}
 
 
 @cache
 def _tables(levels: int, back: bool = False) -> tuple[dict[str, str], ...]:
     """Original -> diffusers, or `back`: modules, and what has inside of it the same names in both."""
-    resnets = dict(_resnets(levels))
-    modules = {f"{old}.nin_shortcut": f"{new}.conv_shortcut" for old, new in resnets.items()}
+    places = [(f"encoder.down.{level}", f"encoder.down_blocks.{level}", "down") for level in range(LEVELS)]
+    places += [(f"decoder.up.{levels - 1 - i}", f"decoder.up_blocks.{i}", "up") for i in range(levels)]
+    modules, resnets = {}, {}
+    for old, new, way in places:
+        modules[f"{old}.{way}sample.conv"] = f"{new}.{way}samplers.0.conv"
+        resnets |= {f"{old}.block.{n}": f"{new}.resnets.{n}" for n in range(LAYERS + 1)}
     for side in ("encoder", "decoder"):
-        ends = {"conv_in": "conv_in", "conv_out": "conv_out", "norm_out": "conv_norm_out"}
-        modules |= {f"{side}.{old}": f"{side}.{new}" for old, new in ends.items()}
+        resnets |= {f"{side}.mid.block_{n + 1}": f"{side}.mid_block.resnets.{n}" for n in (0, 1)}
+        modules |= {f"{side}.{old}": f"{side}.{new}" for old, new in ENDS.items()}
         attention = f"{side}.mid_block.attentions.0"
         modules |= {f"{side}.mid.attn_1.{old}": f"{attention}.{new}" for old, new in ATTENTION.items()}
-    for level in range(LEVELS):
-        modules[f"encoder.down.{level}.downsample.conv"] = f"encoder.down_blocks.{level}.downsamplers.0.conv"
-    for level in range(levels):
-        there = levels - 1 - level
-        modules[f"decoder.up.{there}.upsample.conv"] = f"decoder.up_blocks.{level}.upsamplers.0.conv"
+    modules |= {f"{old}.nin_shortcut": f"{new}.conv_shortcut" for old, new in resnets.items()}
     tables = modules, OUTSIDE | resnets
     return tuple({new: old for old, new in table.items()} for table in tables) if back else tables
 

@@ -36,21 +36,16 @@ def single_file(family: str, components: Mapping[str, State]) -> DerivedState:
     """
     tensors: dict[str, LazyTensor] = {}
     for component, state in components.items():
-        for source, keys in _places(family, component, state).items():
+        places: dict[str, list[KeyMapping]] = {}
+        for key in _keys(family, component, state):
+            places.setdefault(key.source, []).append(key)
+        for source, keys in places.items():
+            if keys[0].how == "rows" and len(keys) != keys[0].parts:
+                raise CheckpointError(
+                    f"The {component} has no {source!r}: only {len(keys)} of its 3 parts are there."
+                )
             tensors[source] = _joined(state, keys)
     return DerivedState(tensors)
-
-
-def _places(family: str, component: str, state: State) -> dict[str, list[KeyMapping]]:
-    places: dict[str, list[KeyMapping]] = {}
-    for key in _keys(family, component, state):
-        places.setdefault(key.source, []).append(key)
-    for source, keys in places.items():
-        if keys[0].how == "rows" and len(keys) != keys[0].parts:
-            raise CheckpointError(
-                f"The {component} has no {source!r}: only {len(keys)} of its 3 parts are there."
-            )
-    return places
 
 
 def _keys(family: str, component: str, state: State) -> Iterator[KeyMapping]:

@@ -28,19 +28,14 @@ if TYPE_CHECKING:
 
 JOINT = "joint"
 
-FIGURES = (
-    "moved",
-    "distance_before",
-    "distance_after",
-    "objective",
-    "initial_objective",
-    "converged",
-    "seconds",
-)
-"""What is kept of a matching's result, per component."""
+FIGURES = ("moved", "distance_before", "objective", "converged", "seconds")
+"""What is kept of a matching's result, per component: of two models, or of more, and then of all of them together,"""
 
-FIGURES_OF_MANY = ("moved", "distance", "distance_before", "objective", "converged", "passes", "seconds")
-"""The same of a merge of more than two models; what moved and the distances are those of all models."""
+OF_TWO, OF_MANY = ("distance_after", "initial_objective"), ("distance", "passes")
+"""and what either has besides."""
+
+Specs = Mapping[str, PermutationSpec]
+Figures = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +45,13 @@ class Alignment:
     Attributes:
         permutation: of all aligned components, in one (see `rebasin.adapters.union`).
         specs: component (or "joint") -> its spec, in its own names.
-        figures: component -> FIGURES (of more than two models, those of all, FIGURES_OF_MANY), with "neurons".
+        figures: component -> FIGURES and OF_TWO or OF_MANY, with "neurons".
         file: where it is kept; `reused` if it was found there.
     """
 
     permutation: Permutation
-    specs: Mapping[str, PermutationSpec]
-    figures: Mapping[str, Mapping[str, Any]]
+    specs: Specs
+    figures: Figures
     file: Path | None = None
     reused: bool = False
 
@@ -96,7 +91,7 @@ def state_of(checkpoint: Checkpoint, name: str, spec: PermutationSpec) -> State:
     return joint_state(checkpoint, dict.fromkeys(name.split(".")[0] for name in spec.shapes))
 
 
-def reuse(file: Path, key: str, specs: Mapping[str, PermutationSpec]) -> Alignment | None:
+def reuse(file: Path, key: str, specs: Specs) -> Alignment | None:
     """The alignment in `file`, if it is one for `key`; None if there is none or it is another one."""
     if not file.exists():
         return None
@@ -111,7 +106,7 @@ def reuse(file: Path, key: str, specs: Mapping[str, PermutationSpec]) -> Alignme
         ) from error
 
 
-def given_alignment(path: Path, specs: Mapping[str, PermutationSpec]) -> Alignment:
+def given_alignment(path: Path, specs: Specs) -> Alignment:
     """The alignment of a file that the user names.
 
     Raises:
@@ -150,7 +145,7 @@ class Aligning:
     """
 
     models: Sequence[Checkpoint]
-    specs: Mapping[str, PermutationSpec]
+    specs: Specs
     request: Request
     hashes: Sequence[str]
     progress: Progress | None = None
@@ -235,26 +230,22 @@ class Aligning:
         if len(states) == 2:
             common |= {**options, "workers": request.workers, **resume.arguments(weight_matching)}
             result: Any = weight_matching(spec, *states, **common)
-            permutations, figures = [result.permutation], FIGURES
+            permutations, figures = [result.permutation], FIGURES + OF_TWO
         else:
             common |= {"weights": self.weights, "match": options, **resume.arguments(match_to_mean)}
             result = match_to_mean(spec, states, **common)
-            permutations, figures = result.permutations[1:], FIGURES_OF_MANY
+            permutations, figures = result.permutations[1:], FIGURES + OF_MANY
         return permutations, {key: getattr(result, key) for key in figures} | {"neurons": spec.neurons}
 
     def keep(
-        self,
-        permutations: Sequence[Permutation],
-        files: Sequence[Path],
-        specs: Mapping[str, PermutationSpec],
-        figures: Mapping[str, Mapping[str, Any]],
+        self, permutations: Sequence[Permutation], files: Sequence[Path], specs: Specs, figures: Figures
     ) -> list[Alignment]:
         """The alignments by these permutations, written into `files`."""
         for own, file in zip(permutations, files, strict=True):
             own.save(file, {"key": self.key, "figures": json.dumps(figures)})
         return [Alignment(own, specs, figures, file) for own, file in zip(permutations, files, strict=True)]
 
-    def reuse(self, files: Sequence[Path], specs: Mapping[str, PermutationSpec]) -> list[Alignment]:
+    def reuse(self, files: Sequence[Path], specs: Specs) -> list[Alignment]:
         """What `keep` has left for this key in all of `files`, else nothing.
 
         Raises:

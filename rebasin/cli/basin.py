@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,24 +63,21 @@ def by_block(
                 block = block_of(cell.sites[0].parameter)
                 neurons[block] += cell.size
                 stay[block] += cell.size - displaced([own.index[cell.name]])
-        sums: dict[str, list[float]] = {}
+        sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
         for step, name in enumerate(one):
             left, right = one[name], other[name]
             if not left.is_floating_point():
                 continue
             left, right = left.float(), right.float()
             aligned = right if own is None else own.apply_to(name, right)
-            own_sums = sums.setdefault(block_of(name), [0.0, 0.0, 0.0])
             before = float((left - right).square().sum())
-            own_sums[0] += float(left.square().sum())
-            own_sums[1] += before
-            own_sums[2] += before if aligned is right else float((left - aligned).square().sum())
+            after = before if aligned is right else float((left - aligned).square().sum())
+            sums[block_of(name)] += float(left.square().sum()), before, after
             tell(progress, component, step + 1, len(one))
-        for block, (size, before, after) in sums.items():
-            count = neurons[block]
-            share = stay[block] / count if count else 1.0
-            apart = ((distance / size) ** 0.5 if size else 0.0 for distance in (before, after))
-            found.append(Block(component, block, count, share, *apart))
+        for block, (size, *distances) in sums.items():
+            share = stay[block] / neurons[block] if neurons[block] else 1.0
+            apart = (float(distance / size) ** 0.5 if size else 0.0 for distance in distances)
+            found.append(Block(component, block, neurons[block], share, *apart))
     return found
 
 

@@ -58,24 +58,21 @@ def open_raw(path: Path) -> State:
     return load_safetensors(path) if path.suffix == ".safetensors" else load_pickled(path)
 
 
-def common(checkpoints: Sequence[Checkpoint], only: Sequence[str] | None = None) -> tuple[str, ...]:
+def common(checkpoints: Sequence[Checkpoint], only: Sequence[str]) -> tuple[str, ...]:
     """The components that all of them have, or those of `only`.
 
     Raises:
         CheckpointError: there is none, or one lacks a component of `only`.
     """
-    if only:
-        for checkpoint in checkpoints:
-            for name in only:
-                checkpoint.require(name)
-        return tuple(name for name in checkpoints[0].components if name in only)
-    shared = [
-        name for name in checkpoints[0].components if all(name in other.components for other in checkpoints)
-    ]
+    for checkpoint in checkpoints:
+        for name in only:
+            checkpoint.require(name)
+    first = [name for name in checkpoints[0].components if not only or name in only]
+    shared = tuple(name for name in first if all(name in other.components for other in checkpoints))
     if not shared:
         told = " and ".join(f"{c.path.name} has {', '.join(c.components)}" for c in checkpoints[:2])
         raise CheckpointError(f"There is nothing to merge: {told}.")
-    return tuple(shared)
+    return shared
 
 
 def check_output(output: Path, inputs: Sequence[Path], overwrite: bool) -> None:

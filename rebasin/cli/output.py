@@ -52,15 +52,14 @@ def finished(
     vae: Checkpoint | None = None,
     prune: bool = False,
     fix_clip: bool = False,
-    ema: bool = False,
 ) -> DerivedState:
-    """`checkpoint` with these components, as it is to be written; nothing is computed yet.
+    """`checkpoint` with these components, as it is to be written; nothing is computed yet. The moving averages of its
+    training are left out: they are not those of a merge.
 
     Args:
         vae: take the VAE from here.
         prune: leave out what belongs to no component, but for marks and position ids.
         fix_clip: position ids as int64 0 to 76.
-        ema: keep the moving averages of training; they are not those of a merge.
 
     Raises:
         CheckpointError: the other VAE does not fit.
@@ -68,10 +67,8 @@ def finished(
     if vae is not None:
         states = {**states, "vae": _fitting_vae(checkpoint, vae)}
     whole = checkpoint.restore(states, keep_dtype)
-    dropped = set() if ema else set(checkpoint.extras.get("ema", ()))
-    if prune:
-        for kind in ("ema", "schedule", "unused", "other"):
-            dropped.update(name for name in checkpoint.extras.get(kind, ()) if name not in MARKS)
+    kinds = ("ema", "schedule", "unused", "other") if prune else ("ema",)
+    dropped = {name for kind in kinds for name in checkpoint.extras.get(kind, ()) if name not in MARKS}
     tensors = {name: passed(whole, name) for name in whole if name not in dropped}
     if fix_clip:
         for name in checkpoint.extras.get("position_ids", ()):

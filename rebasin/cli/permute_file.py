@@ -66,6 +66,6 @@ def controlnet_spec(spec: PermutationSpec) -> PermutationSpec:
     }
     if "unet" not in component_of(spec):
         raise SpecMismatchError("The permutation moves no UNet, so a ControlNet has nothing to follow.")
-    family = identify({"unet": shapes}, {}, "the model of this permutation").family
+    family, _ = identify({"unet": shapes}, {}, "the model of this permutation")
     module, args, kwargs = build("unet", fit(published(family)["unet"], "unet", shapes))
     return joint_controlnet(module, *args, **kwargs)  # pyright: ignore[reportArgumentType]

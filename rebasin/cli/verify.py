@@ -46,7 +46,7 @@ def verify(
         rebasin verify B_aligned.permutation.safetensors C.safetensors
     """
     from ..adapters import is_joint, of_component, part
-    from ..checkpoints import component_spec, open_checkpoint
+    from ..checkpoints import component_spec
     from ..checkpoints.joint import PARTS
     from ..errors import CheckpointError, RebasinError
     from ..spec import Permutation
@@ -74,12 +74,8 @@ def verify(
         return Alignment(permutation, {}, {}).view(name, models[0].component(name))
 
     with console.stage("read"):
-        permutation = None
-        if kind_of_file(a) == "permutation":
-            permutation = Permutation.load(a)
-            models = [open_checkpoint(b)]
-        else:
-            models = open_all([a, b])
+        permutation = Permutation.load(a) if kind_of_file(a) == "permutation" else None
+        models = open_all([a, b] if permutation is None else [b])
         names = common(models, request.components)
         console.say(f"{models[0].title}: {', '.join(names)}")
     whole = permutation is not None and is_joint(permutation.spec)

@@ -196,19 +196,15 @@ class Interpolation:
         places = places and all(isinstance(d, str | torch.device) for d in devices or ())
         indices = [input_indices] if isinstance(input_indices, int) else input_indices
         numbers = isinstance(indices, Sequence) and all(isinstance(i, int) for i in indices)
-        takes = {
-            "eval_fn": (callable(eval_fn), "a function of model and device"),
-            "eval_mode": (eval_mode in ("min", "max"), "'min' or 'max'"),
-            "train_dataloader": (train_dataloader is None or loads, "a loader"),
-            "dataset_percentage": (portion, "a number from 0.0 to 1.0"),
-            "dataset_iterations": (isinstance(dataset_iterations, int), "a whole number"),
-            "devices": (devices is None or places, "a device for each model"),
-            "device_interp": (isinstance(device_interp, str | torch.device | None), "a device"),
-            "input_indices": (numbers, "numbers"),
-            "savedir": (isinstance(savedir, str | Path | None), "a folder"),
-        }
-        for name, (met, wanted) in takes.items():
-            _require(met, name, wanted)
+        _require(callable(eval_fn), "eval_fn", "a function of model and device")
+        _require(eval_mode in ("min", "max"), "eval_mode", "'min' or 'max'")
+        _require(train_dataloader is None or loads, "train_dataloader", "a loader")
+        _require(portion, "dataset_percentage", "a number from 0.0 to 1.0")
+        _require(isinstance(dataset_iterations, int), "dataset_iterations", "a whole number")
+        _require(devices is None or places, "devices", "a device for each model")
+        _require(isinstance(device_interp, str | torch.device | None), "device_interp", "a device")
+        _require(numbers, "input_indices", "numbers")
+        _require(isinstance(savedir, str | Path | None), "savedir", "a folder")
         self.logging_level = _level(logging_level)
         self.models = [_moved(m, d) for m, d in zip(models, devices or [None] * len(models), strict=True)]
         self.eval_fn, self.eval_mode, self.train_dataloader = eval_fn, eval_mode, train_dataloader
@@ -266,7 +262,7 @@ class LerpSimple(Interpolation):
         if self.train_dataloader is None:
             return state
         batches = self._batches(self.train_dataloader)
-        return reset_statistics(model, dict(state), batches, forward=_call, device=device)
+        return reset_statistics(model, dict(state), batches, forward=lambda m, x: m(*x), device=device)
 
     def _batches(self, loader: Iterable[Any]) -> Iterator[list[Any]]:
         count = None
@@ -285,10 +281,6 @@ class _Printable(str):
 
     def __repr__(self) -> str:
         return str(self)
-
-
-def _call(model: nn.Module, inputs: list[Any]) -> Any:
-    return model(*inputs)
 
 
 def _trace(model: nn.Module, inputs: Any) -> PermutationSpec:
@@ -331,9 +323,8 @@ def _level(level: int | str) -> int:
     if isinstance(level, bool) or not isinstance(level, int | str):
         raise TypeError(f"logging_level is {level!r}, but it is a name or a number of logging.")
     numbers = {name: getattr(logging, name) for name in LEVELS}
-    number = numbers.get(level.upper()) if isinstance(level, str) else level
+    number = numbers.get(level.upper(), -1) if isinstance(level, str) else level
     _require(number in numbers.values(), "logging_level", f"one of {', '.join(LEVELS)}")
-    assert number is not None
     return number
 
 
