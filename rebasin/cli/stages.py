@@ -64,15 +64,13 @@ def aligned(console: Console, wanted: Aligning) -> list[Alignment]:
     """All models but the first brought to it: found, found before, or given by the user."""
     with console.stage("align"):
         found = wanted.alignments()
-        moved = ", ".join(
-            f"{n} moved {f['moved']:,} in {f['passes']} passes"
-            if "passes" in f
-            else f"{n} {f['moved']:,} of {f['neurons']:,}"
-            for n, f in found[0].figures.items()
-        )
-        if len(found) == 1:
-            moved = f"moved {moved or found[0].moved}"
-        console.say(("as found before: " if found[0].reused else "") + moved)
+        figures = found[0].figures.items()
+        if len(found) > 1:
+            told = ", ".join(f"{n} moved {f['moved']:,} in {f['passes']} passes" for n, f in figures)
+        else:
+            moved = ", ".join(f"{n} {f['moved']:,} of {f['neurons']:,}" for n, f in figures)
+            told = f"moved {moved or found[0].moved}"
+        console.say(("as found before: " if found[0].reused else "") + told)
     return found
 
 
@@ -89,13 +87,13 @@ def checked(
     checks = {}
     with console.stage("check"):
         together = [name for name in components if name in PARTS] if JOINT in alignment.specs else []
-        after = {name: alignment.view(name, b.component(name)) for name in components}
         if together:  # the text encoder's output is reordered on purpose, only the whole chain is the same
-            checks[JOINT] = compare_chains(b, {name: after[name] for name in together}, request.seed)
+            after = {name: alignment.view(name, b.component(name)) for name in together}
+            checks[JOINT] = compare_chains(b, after, request.seed)
         for name in components:
             own = alignment.of(name)
             if name not in together and own is not None and not own.is_identity:
-                checks[name] = compare_functions(b, name, after[name], request.seed)
+                checks[name] = compare_functions(b, name, own.view(b.component(name)), request.seed)
         for name, difference in checks.items():
             if not difference < TOLERANCE:  # NaN is not, either
                 raise VerificationError(
