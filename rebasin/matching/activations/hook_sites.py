@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -100,23 +101,22 @@ def find_hook_sites(spec: PermutationSpec, model: nn.Module, call: Call) -> list
         dim = known[name, where].dim % tensor.ndim
         return any(d != dim and tensor.shape[d] in sizes for d in range(1, tensor.ndim))
 
-    seen = _watch(model, wanted, call, keep)
-    unsure = {place: first.copy for place, first in seen.items() if first.copy is not None}
+    seen, unsure = _watch(model, wanted, call, keep)
     found = [site for site in hook_sites.values() if (site.module, site.where) in seen]
     if unsure:
         permutation = spec.random(seed=0)
         moved = loaded(model, permutation.apply(model.state_dict()))
-        after = _watch(moved, wanted, call, lambda name, where, _: (name, where) in unsure)
-        compare = _Compare(spec, permutation, unsure, {place: one.copy for place, one in after.items()})
+        _, after = _watch(moved, wanted, call, lambda name, where, _: (name, where) in unsure)
+        compare = _Compare(spec, permutation, unsure, after)
         found = [site for site in found if (site.module, site.where) not in unsure or compare.confirms(site)]
         more: dict[tuple[Any, ...], HookSite] = {}
         for owner, parameters in strangers.items():
-            for dim, sites in compare.answers(owner, parameters):
+            for dim, sites in compare.answers(owner, parameters).items():
                 _collect(more, modules[owner], owner, _Place("output", dim), sites)
         found += more.values()
     order = {place: number for number, place in enumerate(seen)}
     found.sort(key=lambda site: order[site.module, site.where])
-    return [replace(site, source=seen[site.module, site.where].place) for site in found]
+    return [replace(site, source=seen[site.module, site.where]) for site in found]
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _within(positions: Indices, place: _Place) -> Indices | None:
 def _columns(rows: Tensor, positions: Indices) -> Tensor:
     if isinstance(positions, range):
         return rows[:, positions.start : positions.stop : positions.step]
-    return rows.index_select(1, torch.from_numpy(positions).to(rows.device))
+    return _taken(rows, 1, positions)
 
 
 # Reading ----------------------------------------------------------------------------------------------------
@@ -277,23 +277,18 @@ def _positions(count: int, tokens: int, seed: int, first: int, samples: int, dev
 # Asking -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """A tensor that occurred: the first place at which it did, and a copy if it was to be kept."""
-
-    place: tuple[str, Where]
-    copy: Tensor | None
-
-
 def _watch(
     model: nn.Module,
     wanted: Mapping[str, Collection[Where]],
     call: Call,
     keep: Callable[[str, Where, Tensor], bool],
-) -> dict[tuple[str, Where], _Seen]:
-    """Which of the wanted tensors occur in a forward pass, in order."""
+) -> tuple[dict[tuple[str, Where], tuple[str, Where]], dict[tuple[str, Where], Tensor]]:
+    """The wanted tensors that occur in a forward pass, in order: place -> where it was met first; and copies of those to
+    be kept.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[tuple[str, Where], _Seen] = {}
+    found: dict[tuple[str, Where], tuple[str, Where]] = {}
+    kept: dict[tuple[str, Where], Tensor] = {}
     alive: dict[int, tuple[weakref.ref[Tensor], int, tuple[str, Where]]] = {}
 
     def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -304,15 +299,14 @@ def _watch(
                 continue
             known = alive.get(id(tensor))
             if known is None or known[0]() is not tensor or known[1] != tensor._version:
-                place: tuple[str, Where] = (name, where)
-                known = weakref.ref(tensor), tensor._version, place
-                alive[id(tensor)] = known
-            copied = tensor.clone() if keep(name, where, tensor) else None
-            found[name, where] = _Seen(known[2], copied)
+                known = alive[id(tensor)] = weakref.ref(tensor), tensor._version, (name, where)
+            found[name, where] = known[2]
+            if keep(name, where, tensor):
+                kept[name, where] = tensor.clone()
 
     with torch.no_grad(), evaluation_mode(model), hooked({name: modules[name] for name in wanted}, hook):
         call(model)
-    return found
+    return found, kept
 
 
 @dataclass(frozen=True)
@@ -322,7 +316,7 @@ class _Compare:
     spec: PermutationSpec
     permutation: Permutation
     before: Mapping[tuple[str, Where], Tensor]
-    after: Mapping[tuple[str, Where], Tensor | None]
+    after: Mapping[tuple[str, Where], Tensor]
 
     def confirms(self, site: HookSite) -> bool:
         """Whether the tensor of a site moves along its dimension as its cell does, and otherwise not at all."""
@@ -330,30 +324,27 @@ class _Compare:
         if now is None or now.shape != was.shape:
             return False
         index = self.permutation.index[site.cell]
-        for positions in site.positions:
-            place = torch.from_numpy(to_array(positions))
-            expected = was.index_select(site.dim, place[index].to(was.device))
-            if not _close(now.index_select(site.dim, place.to(was.device)), expected):
-                return False
-        return True
+        places = [to_array(positions) for positions in site.positions]
+        return all(_close(_taken(now, site.dim, p), _taken(was, site.dim, p[index])) for p in places)
 
-    def answers(
-        self, owner: str, parameters: Sequence[str]
-    ) -> Iterator[tuple[int, Sequence[tuple[str, Site]]]]:
-        """(dimension, sites) along which the module's output moves as an axis of its own parameters does."""
+    def answers(self, owner: str, parameters: Sequence[str]) -> dict[int, Sequence[tuple[str, Site]]]:
+        """Dimension -> sites, along which the module's output moves as an axis of its own parameters does."""
         was, now = self.before.get((owner, "output")), self.after.get((owner, "output"))
         if was is None or now is None or was.shape != now.shape or _close(was, now):
-            return
-        seen: set[int] = set()
+            return {}
+        found: dict[int, Sequence[tuple[str, Site]]] = {}
         for parameter in parameters:
             axes = self.spec.axes[self.spec.aliases.get(parameter, parameter)]
-            for axis, index in self.permutation.axes_of(parameter):
-                for dim in range(1 if was.ndim > 1 else 0, was.ndim):
-                    if dim not in seen and was.shape[dim] == len(index):
-                        expected = was.index_select(dim, torch.from_numpy(index).to(was.device))
-                        if _close(now, expected):
-                            seen.add(dim)
-                            yield dim, axes[axis]
+            dims = range(1 if was.ndim > 1 else 0, was.ndim)
+            for (axis, index), dim in product(self.permutation.axes_of(parameter), dims):
+                fits = dim not in found and was.shape[dim] == len(index)
+                if fits and _close(now, _taken(was, dim, index)):
+                    found[dim] = axes[axis]
+        return found
+
+
+def _taken(tensor: Tensor, dim: int, index: np.ndarray) -> Tensor:
+    return tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -27,11 +26,12 @@ from ..weights.costs import WeightCosts
 from ..weights.endpoints import Endpoints
 
 
-class Joint:
+class Joint(Costs):
     """`(1 - weight) * activations / largest + weight * weights / largest` at `pair`'s present permutation.
 
     activations: cell -> [size, size] float64, A's neurons in rows and B's, as they are in B, in columns; a cell that
-    is missing has no part in it. largest: what their sum could be at most.
+    is missing has no part in it. largest: what their sum could be at most. As costs: what neuron j, where it is now,
+    gains at place i.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Joint:
 
     def improve(self, group: Group) -> Update:
         """Bring a group to its best arrangement given all others, if that gains."""
-        found = assign(group, _Costs(self))
+        found = assign(group, self)
         count = displaced(found.index.values())
         if not count:
             return Update(group.name, 0.0, 0)
@@ -97,25 +97,18 @@ class Joint:
             yield Sweep(number, self.objective, moved, tuple(updates), seconds), not dirty
             began = perf_counter()
 
-
-@dataclass(frozen=True)
-class _Costs(Costs):
-    """What neuron j, where it is now, gains at place i."""
-
-    joint: Joint
-
     def block(self, cell: str, neurons: Indices) -> Tensor:
         return self.diagonal(cell, [neurons])[0]
 
     def diagonal(self, cell: str, blocks: Any) -> list[Tensor]:
-        made = self.joint.weights.diagonal(cell, blocks)
+        made = self.weights.diagonal(cell, blocks)
         return [self._with_activations(cell, n, block) for n, block in zip(blocks, made, strict=True)]
 
     def _with_activations(self, cell: str, neurons: Indices, block: Tensor) -> Tensor:
-        total = block.double() * self.joint.on_weights
-        if cell not in self.joint.activations:
+        total = block.double() * self.on_weights
+        if cell not in self.activations:
             return total
         rows = torch.from_numpy(to_array(neurons))
-        columns = torch.from_numpy(self.joint.pair.index[cell])[rows]
-        activations = self.joint.activations[cell][rows[:, None], columns]
-        return total.add_(activations.to(total.device), alpha=self.joint.on_activations)
+        columns = torch.from_numpy(self.pair.index[cell])[rows]
+        activations = self.activations[cell][rows[:, None], columns]
+        return total.add_(activations.to(total.device), alpha=self.on_activations)

@@ -219,10 +219,8 @@ def _finish(solved: _Solved, state_a: State, state_b: State) -> ActivationResult
         Update(group.name, one.gain, displaced(permutation.index[cell.name] for cell in group.cells))
         for group, one in zip(spec, solved.found, strict=True)
     )
-    initial = reached = 0.0
-    for one in solved.found:
-        initial += one.value - one.gain
-        reached += one.value
+    initial = sum(one.value - one.gain for one in solved.found)
+    reached = sum(one.value for one in solved.found)
     seconds = solved.seconds + perf_counter() - began
     start = Sweep(0, initial, 0)
     return ActivationResult(

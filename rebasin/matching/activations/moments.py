@@ -79,11 +79,18 @@ class Moments:
             return cross.div_(count).addr_(self.mean_a, self.mean_b)
         if kind == "covariance":
             return cross.div_(count)
-        a, b = (
-            _inverse_root(self.square_a, self.mean_a, count),
-            _inverse_root(self.square_b, self.mean_b, count),
-        )
+        a = _inverse_root(self.square_a, self.mean_a, count)
+        b = _inverse_root(self.square_b, self.mean_b, count)
         return cross.mul_(a[:, None]).mul_(b)
+
+    def largest(self, kind: Statistic) -> float:
+        """What no permutation can exceed, by Cauchy and Schwarz."""
+        if kind == "pearson":
+            return float(len(self.mean_a))
+        a, b = self.square_a / self.count, self.square_b / self.count
+        if kind == "inner_product":
+            a, b = a + self.mean_a.square(), b + self.mean_b.square()
+        return float((a.sum() * b.sum()).sqrt())
 
     @property
     def bytes(self) -> int:

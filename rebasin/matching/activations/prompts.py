@@ -31,13 +31,9 @@ def match_pipelines(
     guidance: float = 7.5,
     batch_size: int = 4,
     options: Mapping[str, Any] | None = None,
-    statistic: Statistic = "pearson",
-    reads: Reads = "inputs",
-    sites: Sites = None,
-    tokens: int | None = TOKENS,
-    fallback_to_weights: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
+    **matching: Any,
 ) -> dict[str, ActivationResult]:
     """Activation matching of several parts of two pipelines: denoiser, text encoders, VAE.
 
@@ -47,7 +43,8 @@ def match_pipelines(
     Args:
         specs: the parts to match by name ("unet", "text_encoder", "vae", ...), each with the spec of its own.
         steps, points, guidance, batch_size, options: of the sampling, as in `rebasin.data.sampled.sampled_batches`.
-        Others as in `activation_matching`; `seed` also draws the noise.
+        seed: of the noise, and as in `activation_matching`.
+        matching: further options of `activation_matching`.
 
     Raises:
         What `sampled_batches` and `activation_matching` raise.
@@ -63,10 +60,8 @@ def match_pipelines(
             if progress is not None:
                 progress(within(event, f"{part}: {event['stage']}"))
 
-        found[part] = activation_matching(
-            spec, getattr(pipeline_a, part), getattr(pipeline_b, part), batches[part], statistic=statistic,
-            reads=reads, sites=sites, tokens=tokens, fallback_to_weights=fallback_to_weights, seed=seed, progress=tell,
-        )  # fmt: skip
+        a, b = getattr(pipeline_a, part), getattr(pipeline_b, part)
+        found[part] = activation_matching(spec, a, b, batches[part], seed=seed, progress=tell, **matching)
     return found
 
 

@@ -78,18 +78,8 @@ class ActivationStatistics:
 
     def largest(self, cell: str, statistic: Statistic) -> float:
         """What no permutation of the cell can exceed, by Cauchy and Schwarz."""
-        seen = self._of(cell)
-        if not seen:
-            return 0.0
-        if statistic == "pearson":
-            return float(self.spec.cells[cell].size)
-        shares = []
-        for m in seen:
-            a, b = m.square_a / m.count, m.square_b / m.count
-            if statistic == "inner_product":
-                a, b = a + m.mean_a.square(), b + m.mean_b.square()
-            shares.append(float((a.sum() * b.sum()).sqrt()))
-        return sum(shares) / len(shares)
+        shares = [moments.largest(statistic) for moments in self._of(cell)]
+        return sum(shares) / max(1, len(shares))
 
     def _of(self, cell: str) -> list[Moments]:
         return [m for site, m in zip(self.hook_sites, self.moments, strict=True) if site.cell == cell]
@@ -153,11 +143,11 @@ def activation_statistics(
         model_a, model_b = _moved(model_a, device), _moved(model_b, device)
     call = forward or (objective.loss if objective is not None else call_model)
     stream = iter(batches)
-    first = next(stream, _END)
-    if first is _END:
+    first = list(islice(stream, 1))
+    if not first:
         raise DataError("There is nothing to match activations on: the batches are empty; give at least one.")
 
-    head = to_device(_head(first), device_of(model_a))
+    head = to_device(_head(first[0]), device_of(model_a))
     hook_sites = choose(spec, find_hook_sites(spec, model_a, lambda model: call(model, head)), reads, sites)
     cells = [spec.cells[site.cell].size for site in hook_sites]
     dtype = torch.float64 if 8 * sum(n * n for n in cells) <= LARGE else torch.float32
@@ -195,7 +185,7 @@ def activation_statistics(
 
     report()
     with torch.no_grad(), evaluation_mode(model_a), evaluation_mode(model_b):
-        for batch in islice(chain([first], stream), done, None):
+        for batch in islice(chain(first, stream), done, None):
             done += 1
             for side, model in enumerate((model_a, model_b)):
                 with pair.watching(model, side):
@@ -299,13 +289,10 @@ class _SideBySide:
         left = next((key for key, waiting in self.waiting.items() if waiting), None)
         if left is not None:
             raise _different(left)
-        members = [(key, own) for key, group in self.members.items() for _, own in group]
-        for side in "AB":
-            means = [own.mean_a if side == "A" else own.mean_b for _, own in members]
-            if means and not bool(torch.cat(means).isfinite().all()):
-                module, where, _ = next(
-                    key for (key, _), mean in zip(members, means, strict=True) if not mean.isfinite().all()
-                )
+        for side, name in (("A", "mean_a"), ("B", "mean_b")):
+            means = [(key, getattr(own, name)) for key, group in self.members.items() for _, own in group]
+            if means and not bool(torch.cat([mean for _, mean in means]).isfinite().all()):
+                module, where, _ = next(key for key, mean in means if not mean.isfinite().all())
                 raise DataError(
                     f"Batch {batch} gives NaN or infinite values at the {where} of {module!r} in {side}: leave the"
                     f" batch out, or run the models in float32 if they are in half precision."
@@ -317,9 +304,6 @@ def _different(key: Key) -> SpecMismatchError:
         f"A and B do not compute alike: the {key[1]} of {key[0]!r} differs in shape or in number of calls, so they are"
         f" not of one architecture."
     )
-
-
-_END = object()
 
 
 def _undecided(group: Group, node: Node, seen: Collection[str]) -> bool:

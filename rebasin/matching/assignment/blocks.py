@@ -89,19 +89,17 @@ def assign(
     costs: Costs | Mapping[str, Matrix | CostFunction],
     *,
     units: Sequence[Node] | None = None,
-    tolerance: float = TOLERANCE,
 ) -> Assignment:
     """The legal permutation of `group` that maximises `sum over cells of sum_i costs[cell][i, index[i]]`.
 
-    Neurons stay in place where moving them gains nothing. To prefer another permutation p, give the costs
-    relative to it, `costs[:, p]`, and compose: `p[index]`.
+    Neurons stay in place where moving them gains nothing, or less than the share TOLERANCE of the values compared. To
+    prefer another permutation p, give the costs relative to it, `costs[:, p]`, and compose: `p[index]`.
 
     Args:
         group: the cells and the tree of their legal permutations.
         costs: for each cell a matrix [size, size], a function of (places, neurons) that gives a block of it,
             or anything that answers `Costs`. Finite.
         units: arrange only these subtrees (from `independent`) and leave the rest in place.
-        tolerance: a gain below this share of the values compared counts as none.
     """
     source: Costs = GivenCosts(costs) if isinstance(costs, Mapping) else costs
     index = {cell.name: np.arange(cell.size) for cell in group.cells}
@@ -112,18 +110,14 @@ def assign(
             free.setdefault(unit.cell, []).append(unit.neurons)
             continue
         table = _table(group, [unit], source)
-        reached = table.arrange(0, 0, index, tolerance)
+        reached = table.arrange(0, 0, index)
         value += reached
         gain += reached - table.in_place(0)
     for cell, blocks in free.items():
         name = group.cells[cell].name
         for neurons, matrix in zip(blocks, source.diagonal(name, blocks), strict=True):
-            column, reached, gained = linear_assignment(
-                matrix,
-                source.duals(name, neurons),
-                tolerance,
-                partial(source.learn, name, neurons),
-            )
+            known, learn = source.duals(name, neurons), partial(source.learn, name, neurons)
+            column, reached, gained = linear_assignment(matrix, known, learn)
             index[name][to_array(neurons)] = to_array(neurons)[column]
             value += reached
             gain += gained
@@ -218,10 +212,10 @@ class _LeafTable:
     def in_place(self, i: int) -> float:
         return float(self._stay[i])
 
-    def arrange(self, i: int, j: int, index: dict[str, np.ndarray], tolerance: float) -> float:
+    def arrange(self, i: int, j: int, index: dict[str, np.ndarray]) -> float:
         self.solve(i, j)
         value = float(self.upper[i, j])
-        if i == j and _as_good(self._stay[i], value, tolerance):
+        if i == j and _as_good(self._stay[i], value):
             return float(self._stay[i])
         index[self.cell][self.neurons[i]] = self.neurons[j][self._column[i, j]]
         return value
@@ -296,13 +290,13 @@ class _OrderTable:
             guessed = [(table, a, b) for table, a, b in chosen if not table.exact[a, b]]
             if not guessed:
                 break
-            if not tightened:
+            if tightened:
+                for table, a, b in guessed:
+                    table.solve(a, b)
+            else:
                 for table in self.tables:
                     table.tighten()
                 tightened = True
-                continue
-            for table, a, b in guessed:
-                table.solve(a, b)
         self.order[i, j] = order
         self.upper[i, j] = values[places, order].sum()
         self.exact[i, j] = True
@@ -310,24 +304,22 @@ class _OrderTable:
     def in_place(self, i: int) -> float:
         return sum(table.in_place(a) for table, a, _ in (self._at(i, i, k, k) for k in range(self.count)))
 
-    def arrange(self, i: int, j: int, index: dict[str, np.ndarray], tolerance: float) -> float:
+    def arrange(self, i: int, j: int, index: dict[str, np.ndarray]) -> float:
         self.solve(i, j)
         stay = np.arange(self.count)
         order = self.order.get((i, j), stay)
-        if i == j and not np.array_equal(order, stay) and (self.moves is None or self._lists(stay)):
+        listed = any(np.array_equal(stay, move) for move in self.moves or [stay])
+        if i == j and listed and not np.array_equal(order, stay):
             for k in range(self.count):
                 table, a, b = self._at(i, j, k, k)
                 table.solve(a, b)
-            if _as_good(float(self._inner(i, i).trace()), float(self.upper[i, i]), tolerance):
+            if _as_good(float(self._inner(i, i).trace()), float(self.upper[i, i])):
                 order = stay
         value = 0.0
         for k in range(self.count):
             table, a, b = self._at(i, j, k, int(order[k]))
-            value += table.arrange(a, b, index, tolerance)
+            value += table.arrange(a, b, index)
         return value
-
-    def _lists(self, order: np.ndarray) -> bool:
-        return any(np.array_equal(order, move) for move in self.moves or ())
 
 
 def _orbits(count: int, moves: Sequence[np.ndarray] | None) -> tuple[list[int], list[int], list[list[int]]]:
@@ -342,8 +334,8 @@ def _orbits(count: int, moves: Sequence[np.ndarray] | None) -> tuple[list[int], 
     return [numbered[k][0] for k in range(count)], [numbered[k][1] for k in range(count)], members
 
 
-def _as_good(stay: float, value: float, tolerance: float) -> bool:
-    return value - stay <= tolerance * (abs(value) + abs(stay))
+def _as_good(stay: float, value: float) -> bool:
+    return value - stay <= TOLERANCE * (abs(value) + abs(stay))
 
 
 _Table = _LeafTable | _OrderTable

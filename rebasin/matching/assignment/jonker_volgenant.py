@@ -95,11 +95,8 @@ def _solve(costs: Any, duals: Any, hard: float, steps: Any, patience: int, bids:
         free = _bid(costs, duals, column, row, free, bids * n, 0.0)
     if free.size:
         unowned = np.flatnonzero(row < 0)
-        reach, closed = np.empty(n), np.zeros(n)
-        rows, columns, offset = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n)
         for left in range(free.size):
-            ends = unowned[: free.size - left]
-            _path(costs, duals, column, row, free[left], ends, reach, closed, rows, columns, offset)
+            _path(costs, duals, column, row, free[left], unowned[: free.size - left])
     return column
 
 
@@ -134,36 +131,23 @@ def _bid(costs: Any, duals: Any, column: Any, row: Any, free: Any, bids: int, st
 
 
 @_compiled
-def _path(
-    costs: Any,
-    duals: Any,
-    column: Any,
-    row: Any,
-    first: int,
-    ends: Any,
-    reach: Any,
-    closed: Any,
-    rows: Any,
-    columns: Any,
-    offset: Any,
-) -> None:
+def _path(costs: Any, duals: Any, column: Any, row: Any, first: int, ends: Any) -> None:
     """Give row `first` a column by the cheapest chain of exchanges to one of `ends`, the columns without an owner.
 
     `reach` [n] has what it would cost the rows so far to get each column. The k-th row looked at, rows[k], is the
     owner of columns[k - 1], the nearest that was open, and gets at column j at the cost of offset[k] - (c_ij - p_j).
-    `closed` [n], infinite for columns that are reached, is zero before and after. The last of `ends` takes the place of
-    the one that is taken.
+    `closed` [n] is infinite for columns that are reached. The last of `ends` takes the place of the one that is taken.
     """
-    lane = np.empty(LANES)
-    reach[:] = np.inf
+    n = duals.size
+    lane, reach, closed, offset = np.empty(LANES), np.full(n, np.inf), np.zeros(n), np.empty(n)
+    rows, columns = np.empty(n, np.int64), np.empty(n, np.int64)
     distance, seen, end, i = 0.0, 0, -1, first
     content = _two_best(costs[i], duals, lane)[0]
     while True:
         rows[seen], offset[seen] = i, distance + content
         j, distance = _nearest(costs[i], duals, offset[seen], reach, closed, lane)
-        for k in range(
-            ends.size
-        ):  # among equally near columns one without an owner, else long plateaus are searched
+        # Among equally near columns one without an owner, else long plateaus are searched.
+        for k in range(ends.size):
             if reach[ends[k]] <= distance:
                 end = ends[k]
                 ends[k] = ends[ends.size - 1]
@@ -176,9 +160,7 @@ def _path(
         i = row[j]
         content = np.float64(costs[i, j]) - duals[j]
     j, before = end, seen + 1
-    while (
-        before > 0
-    ):  # each column goes to the row that reached it at the least cost, and that row's own is next
+    while before > 0:  # each column goes to the row that reached it at the least cost; that row's own is next
         least, k = np.inf, 0
         for candidate in range(before):
             cost = offset[candidate] - (np.float64(costs[rows[candidate], j]) - duals[j])
@@ -189,7 +171,6 @@ def _path(
         before = k
     for k in range(seen):
         duals[columns[k]] += distance - reach[columns[k]]
-        closed[columns[k]] = 0.0
 
 
 @_compiled

@@ -30,16 +30,14 @@ SMALLEST = 128
 def linear_assignment(
     costs: Tensor,
     duals: Tensor | None = None,
-    tolerance: float = TOLERANCE,
     learn: Callable[[Tensor], None] = lambda duals: None,
 ) -> tuple[np.ndarray, float, float]:
-    """The assignment that maximises `sum_i costs[i, column[i]]`, the identity if that is as good.
+    """The assignment that maximises `sum_i costs[i, column[i]]`, the identity if that is as good but for TOLERANCE.
 
     Args:
         costs: [n, n] float, on any device; finite.
         duals: one number a column, [n], from which a large problem is solved. They may be anything: they decide how
             fast the answer comes, never what it is worth.
-        tolerance: a gain over the identity below this share counts as none.
         learn: told the duals, float64 on the CPU, that prove the solution of a large problem; they suit similar costs.
 
     Returns:
@@ -54,7 +52,7 @@ def linear_assignment(
         return column, float(stay.sum()), 0.0
     chosen = costs.gather(1, torch.from_numpy(column).to(costs.device)[:, None])[:, 0].double().cpu().numpy()
     gain = float((chosen - stay).sum())
-    if gain <= tolerance * float(np.abs(chosen).sum() + np.abs(stay).sum()):
+    if gain <= TOLERANCE * float(np.abs(chosen).sum() + np.abs(stay).sum()):
         return np.arange(n), float(stay.sum()), 0.0
     return column, float(chosen.sum()), gain
 

@@ -164,9 +164,8 @@ class Endpoints:
         self.index = {name: np.array(index) for name, index in permutation.index.items()}
         self._dots = {}
         for name in self.parameters:
-            moves = permutation.axes_of(name)
-            if moves:
-                self._moved[name] = _permuted(self.b(name), moves)
+            if permutation.axes_of(name):
+                self._moved[name] = permutation.apply_to(name, self.b(name))
             else:
                 self._dots[name] = self._naive_dots[name]
 
@@ -214,7 +213,7 @@ class Endpoints:
             (axis, full), *more = moves
             places = np.flatnonzero(full != np.arange(full.size))
             if more or 2 * places.size > full.size:
-                yield name, Slices(_permuted(b, moves)), b
+                yield name, Slices(relative.apply_to(name, b)), b
             else:
                 here, there = (torch.from_numpy(p).to(b.device) for p in (places, full[places]))
                 yield name, Slices(b.index_select(axis, there), axis, here), b
@@ -307,12 +306,6 @@ def one_thread() -> Iterator[None]:
 
 def _summed(parts: list[Tensor]) -> float:
     return math.fsum(torch.stack(parts).tolist()) if len(parts) > 1 else float(sum(parts))
-
-
-def _permuted(tensor: Tensor, moves: list[tuple[int, np.ndarray]]) -> Tensor:
-    for axis, index in moves:
-        tensor = tensor.index_select(axis, torch.from_numpy(index).to(tensor.device))
-    return tensor
 
 
 def keys_of(spec: PermutationSpec, state: State, what: str) -> dict[str, str]:
