@@ -29,7 +29,8 @@ def block_figure(weights: BlockWeights, title: str = "weight of B by block") -> 
         axes.step(places, means, where="mid", color=OTHER)
         axes.set_xlabel("layer, from input to output")
     else:
-        axes.bar(places, means, color=[_color(name) for name in names], width=0.8)
+        colors = [COLORS.get(name.rstrip("0123456789"), OTHER) for name in names]
+        axes.bar(places, means, color=colors, width=0.8)
         axes.vlines(places, [row.low for row in rows], [row.high for row in rows], color="black", linewidth=1)
         axes.set_xticks(list(places), names, rotation=90, fontsize=8)
     low, high = min(row.low for row in rows), max(row.high for row in rows)
@@ -38,7 +39,3 @@ def block_figure(weights: BlockWeights, title: str = "weight of B by block") -> 
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _color(block: str) -> str:
-    return COLORS.get(block.rstrip("0123456789"), OTHER)

@@ -42,11 +42,8 @@ class Blocks:
     @property
     def depth(self) -> tuple[str, ...]:
         """The blocks that have a depth: all but BASE and VAE."""
-        return (
-            tuple(block for block in self.order if block not in ("BASE", "VAE"))
-            if self.kind != "layers"
-            else self.order
-        )
+        without = () if self.kind == "layers" else ("BASE", "VAE")
+        return tuple(block for block in self.order if block not in without)
 
 
 def find_blocks(names: Iterable[str]) -> Blocks:
@@ -68,11 +65,9 @@ def find_blocks(names: Iterable[str]) -> Blocks:
     outputs = sorted({s for s in stage.values() if s.startswith("OUT")})
     last = outputs[-1] if outputs else "OUT00"
     kind = {(12, 12): "sd1", (9, 9): "sdxl"}.get((len(inputs), len(outputs)), "unet")
-    of = {}
-    for name, found in stage.items():
-        block = last if found == "END" else found
-        # The community's 26 blocks have none for the VAE.
-        of[name] = "BASE" if block == "VAE" and kind == "sd1" else block
+    # The community's 26 blocks have none for the VAE.
+    means = {"END": last, "VAE": "BASE" if kind == "sd1" else "VAE"}
+    of = {name: means.get(found, found) for name, found in stage.items()}
     present = set(of.values())
     order = [b for b in ("BASE", *inputs, "M00", *outputs, "VAE") if b in present]
     return Blocks(of, tuple(order), kind)

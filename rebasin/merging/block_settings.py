@@ -73,10 +73,8 @@ def _parse_text(text: str) -> list[tuple[str, Any]]:
             return parse(yaml.safe_load(Path(text).expanduser().read_text(encoding="utf-8")))
         except (OSError, yaml.YAMLError) as error:
             raise ConfigError(f"The block weights in {text} can't be read: {error}.") from error
-    items = [
-        item.strip() for item in re.split(r",(?![^\[(]*[\])])", text.strip("[]") if "=" not in text else text)
-    ]
-    items = [item for item in items if item]
+    parts = re.split(r",(?![^\[(]*[\])])", text if "=" in text else text.strip("[]"))
+    items = [part.strip() for part in parts if part.strip()]
     if items and all(_is_number(item) for item in items):
         return [("list", tuple(map(float, items)))] if len(items) > 1 else [("default", float(items[0]))]
     entries: list[tuple[str, Any]] = []

@@ -46,30 +46,31 @@ def diagonal_fisher(
         DataError: there is no sample, or a gradient is not finite.
     """
     named = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    sums = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in named.values()}
-    reached: set[int] = set()
+    parameters = list({id(p): p for p in named.values()}.values())
+    sums: dict[int, Tensor] = {}  # of those that the loss reaches
     count = 0
     with eval_mode(model), torch.enable_grad():
         for batch in batches:
             for sample in _samples(batch) if per_sample else [batch]:
                 if max_samples is not None and count >= max_samples:
                     break
-                parameters = list({id(p): p for p in named.values()}.values())
                 loss = objective.loss(model, sample)
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:
-                        sums[id(parameter)] += gradient.detach().float().abs().square()
-                        reached.add(id(parameter))
+                        square = gradient.detach().float().abs().square()
+                        sums[id(parameter)] = (
+                            sums[id(parameter)].add_(square) if id(parameter) in sums else square
+                        )
                 count += 1
                 tell(progress, "fisher", count, loss=float(loss.detach()))
     if count == 0:
         raise DataError("The Fisher information needs data, but there is not one batch.")
     result = {}
     for name, tensor in model.state_dict().items():
-        parameter = named.get(name)
-        if parameter is not None and id(parameter) in reached:
-            result[name] = sums[id(parameter)] / count
+        total = sums.get(id(named.get(name)))
+        if total is not None:
+            result[name] = total / count
             if not is_finite(result[name]):
                 raise DataError(f"The gradient of '{name}' is not finite, so it has no Fisher information.")
         else:

@@ -36,6 +36,8 @@ class MergedState(LazyState):
 
     def __post_init__(self) -> None:
         super().__init__(self.states[0])
+        base = [] if self.base is None else [("the base", self.base)]
+        self._sources: list[tuple[str, State]] = [*zip(self.labels, self.states, strict=True), *base]
         self._done: set[str] = set()
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -68,33 +70,31 @@ class MergedState(LazyState):
             tensor = self._read(name, *alone)
             if is_number(tensor.dtype) and is_finite(tensor):
                 return self._stored(name, tensor, copy=True)
-        tensors = [self._read(name, *source) for source in zip(self.labels, self.states, strict=True)]
-        base = [] if self.base is None else [self._read(name, "the base", self.base)]
+        tensors = [self._read(name, *source) for source in self._sources]
         # Equal tensors need no method. They may even hold infinities: masks are such constants.
-        if tensors[0].numel() == 0 or all(same(tensors[0], other) for other in (*tensors[1:], *base)):
+        if tensors[0].numel() == 0 or all(same(tensors[0], other) for other in tensors[1:]):
             return tensors[0].to(self.dtype_of(name), copy=True)
-        for label, tensor in zip((*self.labels, "the base"), (*tensors, *base), strict=False):
+        for (label, _), tensor in zip(self._sources, tensors, strict=True):
             check_finite(name, label, tensor, first)
-        return self._stored(name, self._computed(name, weight, tensors, base))
+        return self._stored(name, self._computed(name, weight, tensors))
 
-    def _computed(
-        self, name: str, weight: float | list[float] | None, tensors: list[Tensor], base: list[Tensor]
-    ) -> Tensor:
+    def _computed(self, name: str, weight: float | list[float] | None, tensors: list[Tensor]) -> Tensor:
         """The method's result, in the dtype it was computed in, on the first model's device."""
         where = tensors[0].device
         companions = [
             self._read(name, f"the companion of {label}", state)
             for label, state in zip(self.labels, self.companions, strict=False)
         ]
-        wide = common_dtype(*(tensor.dtype for tensor in (*tensors, *base)))
-        for group in (tensors, base, companions):
+        wide = common_dtype(*(tensor.dtype for tensor in tensors))
+        for group in (tensors, companions):
             for i in range(len(group)):  # in place, so that what was read is dropped at once
                 group[i] = self._wide(group[i], wide, where)
+        models = tensors[: len(self.states)]
         arguments = {
-            "models": tensors,
-            "a": tensors[0],
-            "b": tensors[-1],
-            "base": base[0] if base else None,
+            "models": models,
+            "a": models[0],
+            "b": models[-1],
+            "base": None if self.base is None else tensors[-1],
             "companions": companions,
             "generator": generator(self.seed, name) if self.method.random else None,
             "name": name,
@@ -107,7 +107,7 @@ class MergedState(LazyState):
                 f"The merge method '{self.method.name}' made {tuple(result.shape)} of tensor '{name}', which is"
                 f" {tuple(tensors[0].shape)}: a method must keep shapes."
             )
-        if any(result.data_ptr() == tensor.data_ptr() for tensor in (*tensors, *base)):
+        if any(result.data_ptr() == tensor.data_ptr() for tensor in tensors):
             result = result.clone()
         return (torch.view_as_complex(result.contiguous()) if wide.is_complex else result).to(where)
 
@@ -121,24 +121,23 @@ class MergedState(LazyState):
         promise, kind = self.method, self.method.weight
         if kind == "weights" and promise.one:
             assert isinstance(weight, list)
-            shares = [i for i, share in enumerate(weight) if share != 0]
-            return (self.labels[shares[0]], self.states[shares[0]]) if len(shares) == 1 else None
+            kept = [source for share, source in zip(weight, self._sources, strict=False) if share != 0]
+            return kept[0] if len(kept) == 1 else None
         zero = weight == 0 if kind == "alpha" else kind == "scales" and not any(weight)  # type: ignore[arg-type]
         if zero and promise.zero == "a":
-            return self.labels[0], self.states[0]
+            return self._sources[0]
         if zero and promise.zero == "base" and self.base is not None:
-            return "the base", self.base
+            return self._sources[-1]
         if kind == "alpha" and weight == 1 and promise.one == "b":
-            return self.labels[-1], self.states[-1]
+            return self._sources[len(self.states) - 1]
         return None
 
     def _whole(self, name: str, weight: float | list[float] | None) -> Tensor:
         if name.rsplit(".", 1)[-1] in COUNTERS:
-            _, state = self._alone(weight) or (self.labels[0], self.states[0])
+            _, state = self._alone(weight) or self._sources[0]
             return state[name].clone()
-        first = self._read(name, self.labels[0], self.states[0])
-        others = [*zip(self.labels[1:], self.states[1:], strict=True)]
-        for label, state in [*others, *([("the base", self.base)] if self.base is not None else [])]:
+        first = self._read(name, *self._sources[0])
+        for label, state in self._sources[1:]:
             other = self._read(name, label, state)
             if is_number(other.dtype) or not torch.equal(
                 first, other.to(device=first.device, dtype=first.dtype)

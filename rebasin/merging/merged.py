@@ -63,27 +63,18 @@ def merge(
     _check_inputs(chosen, len(states), base is not None, companions, weights)
     filled = chosen.check_options(options)
 
+    states, companions = tuple(states), tuple(companions or ())
     others = [*zip(labels[1:], states[1:], strict=True), *([] if base is None else [("the base", base)])]
     for label, state in others:
         check_names(states[0], state, labels[0], label)
-    for label, state in zip(labels, companions or (), strict=False):
+    for label, state in zip(labels, companions, strict=False):
         check_companion(states[0], state, label)
 
     if chosen.plan is not None:
         own = {key: filled.pop(key) for key in plan_options(chosen.plan)}
         weights = chosen.plan(states=states, progress=progress, **own)
     result = MergedState(
-        chosen,
-        tuple(states),
-        base,
-        weights,
-        seed,
-        tuple(companions or ()),
-        labels,
-        device,
-        dtype,
-        progress,
-        filled,
+        chosen, states, base, weights, seed, companions, labels, device, dtype, progress, filled
     )
     if not callable(weights):
         result.weights_of("")  # complain now

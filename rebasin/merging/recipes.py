@@ -80,11 +80,7 @@ def save_recipe(
     path: PathLike,
     method: str | Method,
     models: Sequence[PathLike],
-    *,
-    base: PathLike | None = None,
-    weights: float | Sequence[float] | BlockWeights | None = None,
-    architecture: str | None = None,
-    **options: Any,
+    **more: Any,
 ) -> Path:
     """Write a recipe that merges these files as `merge` merges their states.
 
@@ -92,13 +88,12 @@ def save_recipe(
         path: NAME.mecha.
         method: a name in METHODS, or `mecha:NAME`.
         models: files; B and all further ones aligned to the first.
-        base, weights, options: as of `merge`. Block weights must be uniform within each block, and need `architecture`.
-        architecture: sd-mecha's name of it, "sd1-ldm" or "sdxl-sgm" for files in the original layout; None: it looks.
+        more: see `recipe`.
 
     Raises:
         ConfigError: sd-mecha has no such method or can't take these options; the sentence says what it lacks.
     """
-    return write_text(Path(path), recipe(method, models, base, weights, architecture, **options))
+    return write_text(Path(path), recipe(method, models, **more))
 
 
 def recipe(
@@ -109,7 +104,13 @@ def recipe(
     architecture: str | None = None,
     **options: Any,
 ) -> str:
-    """The text of `save_recipe`."""
+    """The text of `save_recipe`.
+
+    Args:
+        method, models: see there.
+        base, weights, options: as of `merge`. Block weights must be uniform within each block, and need `architecture`.
+        architecture: sd-mecha's name of it, "sd1-ldm" or "sdxl-sgm" for files in the original layout; None: it looks.
+    """
     found = find_method(method)
     if found.needs_base and base is None:
         raise ConfigError(f"The merge method '{found.name}' needs a base: give its file.")

@@ -31,11 +31,11 @@ from ..errors import DataError
 from ..spec import PermutationSpec
 from ..tensors.modules import Forward, call_model, eval_mode, to_device
 from ..types import State, is_finite
+from .methods.linear import average
 from .repair_sites import (
     Rescaling,
     batch_norms,
     hidden_sites,
-    mean_of,
     measure,
     member_weights,
     replaced,
@@ -101,16 +101,15 @@ def reset_statistics(
             seen += 1
     if not seen:
         raise DataError("There are no batches to collect the statistics of BatchNorm from.")
-    found = work.state_dict()
     fresh = {
-        f"{name}.{kind}" for name in norms for kind in ("running_mean", "running_var", "num_batches_tracked")
+        f"{name}.{kind}": buffer for name, norm in norms.items() for kind, buffer in norm.named_buffers()
     }
-    for name in fresh & found.keys():
-        if not is_finite(found[name]):
+    for name, buffer in fresh.items():
+        if not is_finite(buffer):
             raise DataError(
                 f"The statistics {name!r} are not finite on these batches, so they can't be reset."
             )
-    return replaced(state, {name: found[name] for name in fresh & found.keys()})
+    return replaced(state, fresh)
 
 
 def repair(
@@ -156,7 +155,9 @@ def repair(
     rescaling = Rescaling(work)
     for name in found[0]:  # in the order in which they run
         now = measure(work, {name: sites[name]}, batches, call, where)[name]
-        goal_mean, goal_std = (mean_of([one[name][k] for one in found], raw) for k in (0, 1))
+        goal_mean, goal_std = (average([one[name][k] for one in found], raw) for k in (0, 1))
         rescaling.apply(name, now, (goal_mean, goal_std))
     left = tuple(left_out) + tuple(name for name in sites if name not in rescaling.scales)
-    return Repaired(rescaling.state(start), rescaling.scales, left, has_norms, perf_counter() - began)
+    return Repaired(
+        replaced(start, rescaling.tensors), rescaling.scales, left, has_norms, perf_counter() - began
+    )

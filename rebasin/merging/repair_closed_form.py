@@ -42,6 +42,7 @@ from ..errors import DataError
 from ..spec import PermutationSpec
 from ..tensors.modules import Forward, call_model, eval_mode, hooked, to_device
 from ..types import State
+from .methods.linear import average
 from .repair import Repaired
 from .repair_sites import (
     NeuronMoments,
@@ -49,9 +50,9 @@ from .repair_sites import (
     batch_norms,
     by_neuron,
     hidden_sites,
-    mean_of,
     member_weights,
     ratio,
+    replaced,
     working_copy,
 )
 
@@ -89,7 +90,18 @@ def repair_closed_form(
     norms = batch_norms(work)
     watched = _Watched(work, {n: size for n, size in known.items() if n not in norms}, norms.keys())
     member, _ = working_copy(model, merged, where)
-    _gather(watched, member, members, raw, batches, forward or call_model, where)
+    modules = {name: member.get_submodule(name) for name in (*watched.sites, *watched.norms)}
+    seen = False
+    with hooked(modules, watched.see), torch.no_grad(), eval_mode(member):
+        for batch in batches:
+            seen = True
+            for number, state in enumerate(members):
+                member.load_state_dict(dict(state))
+                watched.begin(number, raw[number] / fsum(raw[: number + 1]))
+                (forward or call_model)(member, to_device(batch, where))
+            watched.end_batch()
+    if not seen:
+        raise DataError("There are no batches to measure activations on.")
     rescaling = Rescaling(work)
     for name in watched.order:
         moments, goal = watched.mixed[name].result(name), watched.goals(name, raw)
@@ -99,7 +111,9 @@ def repair_closed_form(
         elif name not in watched.absorbed:
             rescaling.apply(name, moments, goal)
     left = tuple(left_out) + tuple(n for n in known if n not in rescaling.scales and n not in norms)
-    return Repaired(rescaling.state(merged), rescaling.scales, left, bool(norms), perf_counter() - began)
+    return Repaired(
+        replaced(merged, rescaling.tensors), rescaling.scales, left, bool(norms), perf_counter() - began
+    )
 
 
 class _Watched:
@@ -124,7 +138,7 @@ class _Watched:
         self._answers: list[tuple[str, Tensor]] = []
 
     def begin(self, member: int, share: float) -> None:
-        self.member, self._share, self._calls = member, share, {}
+        self.member, self._share, self._calls, self._answers = member, share, {}, []
 
     def see(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """A forward hook: a member's answer at the module `name`."""
@@ -146,9 +160,6 @@ class _Watched:
         old = self._mean.get(call)
         self._mean[call] = seen.clone() if old is None else old + (seen - old) * self._share
 
-    def end_member(self) -> None:
-        self._answers = []
-
     def end_batch(self) -> None:
         """All members saw the batch: take in what the merge is taken to answer."""
         for (name, _), mean in self._mean.items():
@@ -163,37 +174,13 @@ class _Watched:
     def goals(self, name: str, raw: Sequence[float]) -> tuple[Tensor, Tensor]:
         """The weighted mean of the members' mean and standard deviation."""
         means, stds = zip(*(self.own[name, member].result(name) for member in range(len(raw))), strict=True)
-        return mean_of(means, raw), mean_of(stds, raw)
-
-
-def _gather(
-    watched: _Watched,
-    model: nn.Module,
-    members: Sequence[State],
-    raw: Sequence[float],
-    batches: Iterable[Any],
-    call: Forward,
-    device: torch.device,
-) -> None:
-    seen = False
-    modules = {name: model.get_submodule(name) for name in (*watched.sites, *watched.norms)}
-    with hooked(modules, watched.see), torch.no_grad(), eval_mode(model):
-        for batch in batches:
-            seen = True
-            for member, state in enumerate(members):
-                model.load_state_dict(dict(state))
-                watched.begin(member, raw[member] / fsum(raw[: member + 1]))
-                call(model, to_device(batch, device))
-                watched.end_member()
-            watched.end_batch()
-    if not seen:
-        raise DataError("There are no batches to measure activations on.")
+        return average(means, raw), average(stds, raw)
 
 
 def _variance(members: Sequence[State], name: str, raw: Sequence[float], ratio: Tensor) -> Tensor:
     """(ratio * sum_j w_j sqrt(v_j))^2, as a multiple of the first member's, so that equal members keep theirs."""
     variances = [state[name].to(ratio) for state in members]
-    std, root = mean_of([v.sqrt() for v in variances], raw), variances[0].sqrt()
+    std, root = average([v.sqrt() for v in variances], raw), variances[0].sqrt()
     alive = root > 0
     return torch.where(
         alive, variances[0] * (ratio * std / torch.where(alive, root, 1.0)).square(), (ratio * std).square()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from math import fsum
 from typing import Any
 
 import torch
@@ -59,17 +58,13 @@ class NeuronMoments:
 
     def __init__(self) -> None:
         self.count = 0.0
-        self.centre: Tensor | None = None
-        self.spread: Tensor | None = None
+        self.centre = self.spread = torch.zeros((), dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """Take in samples [samples, neurons] (Chan's way to join the moments of two sets)."""
         rows = rows.double()
         count, mean = float(len(rows)), torch.mean(rows, dim=0)
         spread = (rows - mean).square().sum(dim=0)
-        if self.centre is None or self.spread is None:
-            self.count, self.centre, self.spread = count, mean, spread
-            return
         step, share = mean - self.centre, count / (self.count + count)
         self.spread = self.spread + spread + step.square() * self.count * share
         self.centre = self.centre + step * share
@@ -81,7 +76,6 @@ class NeuronMoments:
         Raises:
             DataError: they are not finite; names the module `name`.
         """
-        assert self.centre is not None and self.spread is not None
         if not is_finite(self.centre + self.spread):
             raise DataError(
                 f"The outputs of {name!r} are not finite on these batches, so they can't be repaired."
@@ -155,14 +149,6 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def mean_of(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted mean, as steps from the first of the values: equal ones have exactly themselves as mean."""
-    first = mean = values[0]
-    for value, weight in zip(values, weights, strict=True):
-        mean = mean + (value - first) * (weight / fsum(weights))
-    return mean
-
-
 def ratio(goal: Tensor, std: Tensor) -> Tensor:
     """goal / std, and 1 where there is hardly anything to scale."""
     alive = std > DEAD * std.max()
@@ -191,10 +177,6 @@ class Rescaling:
             bias.copy_((bias.double() * scale + shift).to(bias))
         self.tensors |= {f"{name}.weight": weight.detach(), f"{name}.bias": bias.detach()}
         self.scales[name] = float(scale.mean())
-
-    def state(self, merged: State) -> dict[str, Tensor]:
-        """`merged` with what was changed."""
-        return replaced(merged, self.tensors)
 
 
 def replaced(state: State, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..checkpoints import Checkpoint, component_spec, open_checkpoint, require_same_family, save_checkpoint
 from ..checkpoints.architectures import component_config
@@ -47,15 +48,8 @@ def load(cfg: DictConfig) -> Task:
     require_same_family(a, b)
     pair = _Pair(a, b, cfg.model.component, cfg.model.dtype, bool(cfg.model.joint))
     pair.check()
-    batches: dict[str, Sequence[Any]] = {}
     measuring = not cfg.dry_run and cfg.model.batches > 0
-    if measuring:
-        pair.require_memory()
-        inputs = {
-            split: pair.inputs(cfg.model.batches, cfg.seed + number)
-            for number, split in enumerate(("heldout", "train"))
-        }
-        batches = pair.batches(inputs)
+    batches = pair.batches(cfg.model.batches, cfg.seed) if measuring else {}
     return Task(
         parts={pair.name: pair.part(measuring)},
         aligned=pair.name,
@@ -137,7 +131,7 @@ class _Pair:
         """The module: with A's weights where something is measured, else without numbers."""
         model, args, kwargs = self.built()
         if measuring:
-            model = filled(model, self.state(self.a), self.dtype)
+            model = self.filled(model, self.a)
         # A spec that was restricted (structure=within) is a part of the one that is proved.
         return Part(model, args, kwargs, derive=lambda: self.spec, proved=lambda _: self.proved)
 
@@ -158,25 +152,30 @@ class _Pair:
             return parts[self.component]
         return *joint_module(parts), {}
 
+    def filled(self, model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+        """A module whose parameters have no numbers, given those of a checkpoint."""
+        state = self.state(checkpoint)
+        model.load_state_dict({name: self.cast(state[name]) for name in model.state_dict()}, assign=True)
+        return model.eval()
+
     def inputs(self, count: int, seed: int) -> list[dict[str, Any]]:
         found = []
         with torch.random.fork_rng():
             for number in range(count):
                 torch.manual_seed(1000 * seed + number)
                 _, args, kwargs = self.built()
-                found.append({"args": _cast(args, self.dtype), "kwargs": _cast(kwargs, self.dtype)})
+                found.append(pytree.tree_map_only(Tensor, self.cast, {"args": args, "kwargs": kwargs}))
         return found
 
-    def batches(self, inputs: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
-        """The inputs with the mean of A's and B's outputs; one model at a time is in memory."""
-        told = []
-        for checkpoint in (self.a, self.b):
-            model = filled(self.built()[0], self.state(checkpoint), self.dtype)
-            told.append({split: outputs_of(model, own) for split, own in inputs.items()})
-            del model
-        return {split: with_targets(own, told[0][split], told[1][split]) for split, own in inputs.items()}
+    def cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
-    def require_memory(self) -> None:
+    def batches(self, count: int, seed: int) -> dict[str, Sequence[Any]]:
+        """Random inputs with the mean of A's and B's outputs; one model at a time is in memory.
+
+        Raises:
+            ConfigError: there is not as much memory.
+        """
         need, free = self.memory(), _available()
         if free is not None and need > free:
             raise ConfigError(
@@ -184,6 +183,13 @@ class _Pair:
                 f" {free / 1e9:.0f} GB are free; model.batches=0 aligns and merges without measuring, and the command"
                 " rebasin merge takes the least."
             )
+        inputs = {"heldout": self.inputs(count, seed), "train": self.inputs(count, seed + 1)}
+        told = []
+        for checkpoint in (self.a, self.b):
+            model = self.filled(self.built()[0], checkpoint)
+            told.append({split: outputs_of(model, own) for split, own in inputs.items()})
+            del model
+        return {split: with_targets(own, told[0][split], told[1][split]) for split, own in inputs.items()}
 
     def memory(self, measuring: bool = True) -> float:
         """Bytes at the peak: the model, a copy to put it back, one tensor in float32; or only what aligning takes."""
@@ -206,25 +212,6 @@ class _Pair:
         parts = {name: without_prefix(merged, f"{name}.") if self.joint else merged for name in self.names}
         header = {**self.a.metadata, **metadata}
         return save_checkpoint(folder / f"checkpoint{suffix}", self.a, self.a.restore(parts), header).path
-
-
-def filled(model: nn.Module, state: State, dtype: torch.dtype) -> nn.Module:
-    """A module whose parameters have no numbers, given those of `state`, tensor by tensor."""
-    for name, tensor in model.state_dict().items():
-        path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
-        found = state[name].to(dtype) if tensor.is_floating_point() else state[name]
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(found)
-        else:
-            owner._buffers[leaf] = found
-    return model.eval()
-
-
-def _cast(values: Any, dtype: torch.dtype) -> Any:
-    from torch.utils._pytree import tree_map_only
-
-    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, values)
 
 
 def _available() -> float | None:

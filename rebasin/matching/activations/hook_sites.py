@@ -283,8 +283,8 @@ def _watch(
     call: Call,
     keep: Callable[[str, Where, Tensor], bool],
 ) -> tuple[dict[tuple[str, Where], tuple[str, Where]], dict[tuple[str, Where], Tensor]]:
-    """The wanted tensors that occur in a forward pass, in order: place -> where it was met first; and copies of those to
-    be kept.
+    """The wanted tensors that occur in a forward pass, in order: place -> where it was met first; and copies of those
+    to be kept.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[tuple[str, Where], tuple[str, Where]] = {}

@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -84,14 +83,12 @@ class WeightCosts(Costs):
 
     def diagonal(self, cell: str, blocks: Sequence[Indices]) -> list[Tensor]:
         """The blocks on C's diagonal, those of one size in one batch of products."""
-        found: list[Tensor | None] = [None] * len(blocks)
-        order = sorted(range(len(blocks)), key=lambda k: len(blocks[k]))
-        for _, members in groupby(order, key=lambda k: len(blocks[k])):
-            chosen = list(members)
+        found: dict[int, Tensor] = {}
+        for size in {len(block) for block in blocks}:
+            chosen = [k for k, block in enumerate(blocks) if len(block) == size]
             together = indices(np.concatenate([to_array(blocks[k]) for k in chosen]))
-            for k, product in zip(chosen, self._products(cell, together, len(chosen)), strict=True):
-                found[k] = product
-        return [block for block in found if block is not None]
+            found |= zip(chosen, self._products(cell, together, len(chosen)), strict=True)
+        return [found[k] for k in range(len(blocks))]
 
     def duals(self, cell: str, neurons: Indices) -> Tensor | None:
         return None if self.accelerator is None else self.accelerator.duals(cell, neurons)

@@ -119,20 +119,18 @@ def weight_matching(
     }
     finished: tuple[float, ...] = ()
     best: Attempt | None = None
-    resumed = resume_from
-    if resumed is not None:
-        resumed.require(options)
-        finished, best = resumed.finished, resumed.best
-        began -= resumed.seconds
+    if resume_from is not None:
+        resume_from.require(options)
+        finished, best = resume_from.finished, resume_from.best
+        began -= resume_from.seconds
     costs = WeightCosts(pair, Accelerator(pair))
     visits = Visits(len(spec), progress)
 
     for restart in range(len(finished), restarts):
         with tensor_cores(tf32):
-            if resumed is not None:
-                begun, dirty = resumed.current, set(resumed.dirty)
+            if resume_from is not None and restart == len(resume_from.finished):
+                begun, dirty = resume_from.current, set(resume_from.dirty)
                 pair.set(begun.permutation)
-                resumed = None
             else:
                 # In a fixed order a second descent from the same start would repeat the first.
                 start(costs, init if restart == 0 or order == "random" else "random", seed, restart, visits)

@@ -165,7 +165,7 @@ def _proved(costs: WeightCosts, cell: str, index: np.ndarray) -> bool:
     total = costs.coordinates(cell)
     if not total:
         return True
-    order = torch.from_numpy(index).to(costs.pair.device) if displaced([index]) else None
+    order = torch.from_numpy(index).to(costs.pair.device) if displaced([index]) else slice(None)
     own = torch.zeros(index.size, dtype=costs.dtype, device=costs.pair.device)
     few = max(FEWEST, total // SHARE)
     lacking = _lacking(costs, own, *_chosen(costs, cell, few, order, own))
@@ -176,7 +176,7 @@ def _proved(costs: WeightCosts, cell: str, index: np.ndarray) -> bool:
 
 
 def _chosen(
-    costs: WeightCosts, cell: str, count: int, order: Tensor | None, own: Tensor | None = None
+    costs: WeightCosts, cell: str, count: int, order: Tensor | slice, own: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """About `count` of the coordinates, A's and, in this order, pi(B)'s, [n, count]; adds |a_i - b_i|^2 over all of
     them to `own`.
@@ -185,14 +185,10 @@ def _chosen(
     x, y = [], []
     for weight, a, b in costs.slices(cell):
         if own is not None:
-            own += weight * _squared_distances(a, _in_order(b, order), costs.dtype)
+            own += weight * _squared_distances(a, b[order], costs.dtype)
         x.append(a[:, ::step].to(costs.dtype) * weight**0.5)
-        y.append(_in_order(b[:, ::step], order).to(costs.dtype) * weight**0.5)
+        y.append(b[:, ::step][order].to(costs.dtype) * weight**0.5)
     return torch.cat(x, dim=1), torch.cat(y, dim=1)
-
-
-def _in_order(weights: Tensor, order: Tensor | None) -> Tensor:
-    return weights if order is None else weights[order]
 
 
 def _lacking(costs: WeightCosts, own: Tensor, x: Tensor, y: Tensor) -> float:

@@ -70,14 +70,10 @@ def _frequencies(a: Tensor) -> Tensor:
     """The frequency of each coefficient of the real DFT: per axis from 0 to 1, then the root mean square."""
     square = torch.zeros((), device=a.device, dtype=a.dtype)
     for axis, size in enumerate(a.shape):
-        last = axis == a.ndim - 1
-        frequency = (torch.fft.rfftfreq if last else torch.fft.fftfreq)(
-            size, device=a.device, dtype=a.dtype
-        ).abs()
+        grid = torch.fft.rfftfreq if axis == a.ndim - 1 else torch.fft.fftfreq
+        frequency = grid(size, device=a.device, dtype=a.dtype).abs()
         top = frequency.max() if size > 1 else torch.ones_like(frequency)
-        shape = [1] * a.ndim
-        shape[axis] = -1
-        square = square + ((frequency / top) ** 2).reshape(shape)
+        square = square + ((frequency / top) ** 2).reshape(-1, *[1] * (a.ndim - 1 - axis))
     return (square / a.ndim).sqrt()
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -53,7 +54,5 @@ def add_difference(
         result = result + scale * (tensor - base)
     if not clamp:
         return result
-    low, high = models[0], models[0]
-    for tensor in models[1:]:
-        low, high = torch.minimum(low, tensor), torch.maximum(high, tensor)
+    low, high = reduce(torch.minimum, models), reduce(torch.maximum, models)
     return torch.minimum(torch.maximum(result, low), high)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -39,14 +40,11 @@ def greedy_plan(
 
     if mode not in ("min", "max"):
         raise ConfigError(f"The option mode of 'greedy_soup' is '{mode}'; it takes min or max.")
-    sign, total = (1 if mode == "min" else -1), 2 * len(states) - 1
-    step = 0
+    sign, total, steps = (1 if mode == "min" else -1), 2 * len(states) - 1, count(1)
 
     def measure(state: State, kept: Sequence[int]) -> float:
-        nonlocal step
         value = float(score(state))
-        step += 1
-        tell(progress, "soup", step, total, score=value, kept=list(kept))
+        tell(progress, "soup", next(steps), total, score=value, kept=list(kept))
         return sign * value
 
     alone = [measure(state, [i]) for i, state in enumerate(states)]
