@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 from ..errors import ConfigError
 from .block_names import SD1, SDXL, Blocks
@@ -105,19 +106,13 @@ def _unknown(part: str, names: Sequence[str], blocks: Blocks) -> str:
 
 def listed(blocks: Sequence[str]) -> str:
     """Block names with runs shortened: BASE, IN00 to IN11, M00."""
-    runs: list[list[str]] = []
-    for block in blocks:
-        if runs and _follows(runs[-1][-1], block):
-            runs[-1].append(block)
-        else:
-            runs.append([block])
+
+    def run(place: tuple[int, str]) -> tuple[str, int | None]:
+        """The same for numbered blocks of one side that follow each other."""
+        side = place[1].rstrip("0123456789")
+        number = place[1][len(side) :]
+        return side, int(number) - place[0] if number else None
+
+    runs = [[block for _, block in group] for _, group in groupby(enumerate(blocks), run)]
     text = [run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
     return ", ".join(text if len(text) <= 12 else [*text[:6], "...", *text[-3:]])
-
-
-def _follows(one: str, other: str) -> bool:
-    """Whether they are numbered blocks of one side, one after the other."""
-    side = one.rstrip("0123456789")
-    numbers = one[len(side) :], other[len(side) :]
-    numbered = other.rstrip("0123456789") == side and all(numbers)
-    return numbered and int(numbers[1]) == int(numbers[0]) + 1

@@ -165,12 +165,12 @@ def _spread(value: Value, chosen: Sequence[str], blocks: Blocks) -> list[float]:
     """One weight for each chosen name: a list is interpolated over the blocks that they are in."""
     if not isinstance(value, tuple):
         return [value] * len(chosen)
-    here = [block for block in blocks.order if any(blocks.of[name] == block for name in chosen)]
+    where = [blocks.of[name] for name in chosen]
+    here = [block for block in blocks.order if block in set(where)]
     if len(here) == 1:  # within one block: over its tensors' modules
-        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in chosen))
-        place, where = {m: i for i, m in enumerate(modules)}, [name.rpartition(".")[0] for name in chosen]
-    else:
-        place, where = {b: i for i, b in enumerate(here)}, [blocks.of[name] for name in chosen]
+        where = [name.rpartition(".")[0] for name in chosen]
+        here = list(dict.fromkeys(where))
+    place = {block: i for i, block in enumerate(here)}
     knots = value if len(value) > 1 else value * 2
     spread = np.interp(np.linspace(0, 1, max(len(place), 2)), np.linspace(0, 1, len(knots)), knots)
     return [float(spread[place[w]]) for w in where]

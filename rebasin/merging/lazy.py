@@ -87,8 +87,10 @@ class MergedState(LazyState):
         ]
         wide = common_dtype(*(tensor.dtype for tensor in tensors))
         for group in (tensors, companions):
-            for i in range(len(group)):  # in place, so that what was read is dropped at once
-                group[i] = self._wide(group[i], wide, where)
+            for i, tensor in enumerate(group):  # in place, so that what was read is dropped at once
+                tensor = tensor.to(device=self.device or where, dtype=common_dtype(tensor.dtype, wide))
+                # Complex numbers are merged as pairs of real ones.
+                group[i] = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         models = tensors[: len(self.states)]
         arguments = {
             "models": models,
@@ -96,7 +98,7 @@ class MergedState(LazyState):
             "b": models[-1],
             "base": None if self.base is None else tensors[-1],
             "companions": companions,
-            "generator": generator(self.seed, name) if self.method.random else None,
+            "generator": generator(self.seed, name) if "generator" in self.method.takes else None,
             "name": name,
             self.method.weight: weight,
         }
@@ -110,11 +112,6 @@ class MergedState(LazyState):
         if any(result.data_ptr() == tensor.data_ptr() for tensor in tensors):
             result = result.clone()
         return (torch.view_as_complex(result.contiguous()) if wide.is_complex else result).to(where)
-
-    def _wide(self, tensor: Tensor, wide: torch.dtype, where: torch.device) -> Tensor:
-        # Complex numbers are merged as pairs of real ones.
-        tensor = tensor.to(device=self.device or where, dtype=common_dtype(tensor.dtype, wide))
-        return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
     def _alone(self, weight: float | list[float] | None) -> tuple[str, State] | None:
         """The one input that these weights leave alone, where the method promises it bit for bit."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
+from itertools import chain, repeat
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,10 +57,8 @@ def mecha_method(name: str) -> Method:
         models: Sequence[Tensor], name: str, base: Tensor | None, alpha: float | None = None, **given: Any
     ) -> Tensor:
         if base is not None and not third:
-            models = [
-                m - base if delta else m
-                for m, delta in zip(models, _spread(deltas, len(models)), strict=True)
-            ]
+            wanted = chain(deltas, repeat(deltas[-1]))
+            models = [m - base if delta else m for m, delta in zip(models, wanted, strict=False)]
         tensors = [*models, base] if third else list(models)
         types = [*(of[n] for n in required), *everything * len(tensors)]
         # Copies, because some methods write into what they get.
@@ -158,10 +157,6 @@ def _resolve(name: str) -> Any:
 def _is(space: Any, name: str) -> bool:
     spaces = space if isinstance(space, set | frozenset) else {space}
     return {getattr(s, "identifier", None) for s in spaces} == {name}
-
-
-def _spread(deltas: Sequence[bool], models: int) -> list[bool]:
-    return [*deltas, *[deltas[-1]] * models][:models]
 
 
 def _wrapped(tensor: Tensor, kind: Any, name: str) -> Tensor | Mapping[str, Tensor]:

@@ -52,7 +52,6 @@ class Method:
             bit for bit where that has the weight 1, and `one` is "b".
         self_any_base: merging a model with itself gives the model, whatever the base (and weights in [0, 1]).
             Every method gives the model where the base equals it, too.
-        random: it draws random numbers.
         plan: finds the weights from the whole states before any tensor is merged.
     """
 
@@ -71,7 +70,6 @@ class Method:
     zero: Literal["a", "base"] | None = None
     one: Literal["b"] | None = None
     self_any_base: bool = True
-    random: bool = False
     plan: Callable[..., Any] | None = None
     takes: frozenset[str] = field(default_factory=frozenset)
 
@@ -94,15 +92,12 @@ def method(
     reference: str,
     *,
     name: str | None = None,
-    zero: Literal["a", "base"] | None = None,
-    one: Literal["b"] | None = None,
-    self_any_base: bool = True,
     default: float | None = None,
     least: int = 2,
-    plan: Callable[..., Any] | None = None,
+    **promises: Any,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function as a merge method: its signature says what it takes, the first paragraph of its docstring
-    what it does.
+    what it does. `promises` are further fields of `Method`: zero, one, self_any_base, plan.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -123,12 +118,8 @@ def method(
             weight=next((k for k in kinds if k in takes), None),
             default_weight=default,
             options=arguments_of(function, SUPPLY),
-            zero=zero,
-            one=one,
-            self_any_base=self_any_base,
-            random="generator" in takes,
-            plan=plan,
             takes=frozenset(takes) & frozenset(SUPPLY),
+            **promises,
         )
         return function
 

@@ -15,7 +15,7 @@ from ..data.prompts import read_prompts
 from ..errors import ConfigError
 from ..integrations.hydra import made
 from ..objectives import Denoising, Objective, Reward, teach
-from ..objectives.reward import Embed, Scorer, load_scorer, prompt_batches
+from ..objectives.reward import Embed, load_scorer, prompt_batches
 
 KINDS = ("denoising", "distillation", "reward")
 """The kinds of objectives that diffusion models have."""
@@ -52,30 +52,26 @@ class ImageMaker:
         return prompt_batches(prompts, self.embed, self.shape, count=count, batch_size=batch_size, seed=seed)
 
     def scored(self, group: DictConfig, name: str) -> Reward:
-        """The reward that the config group `name` describes: its scorer, and how images are made."""
+        """The reward that the config group `name` describes: its scorer (a path, or a mapping with `_target_`), and how
+        images are made.
+
+        Raises:
+            ConfigError: there is no scorer, or it can't be made.
+        """
+        chosen = group.get("scorer")
+        if chosen is None:
+            raise ConfigError(
+                f"{name}.scorer is not set: give a differentiable function (images, prompts) -> scores by its path,"
+                " such as my_package.scores:brightness."
+            )
         return Reward(
-            scorer_of(group, name), self.decode, self.problem,
+            load_scorer(chosen) if isinstance(chosen, str) else made(chosen), self.decode, self.problem,
             steps=group.steps, grad_steps=group.get("grad_steps", 1), guidance=group.guidance,
         )  # fmt: skip
 
     def prompted(self, group: DictConfig, count: int, seed: int) -> list[dict[str, Any]]:
         """Batches of its prompts."""
         return self.batches(self.chosen(group.prompts), count=count, batch_size=group.batch_size, seed=seed)
-
-
-def scorer_of(group: DictConfig, name: str) -> Scorer:
-    """The scorer that the config group `name` describes: a path, or a mapping with `_target_`.
-
-    Raises:
-        ConfigError: there is none, or it can't be made.
-    """
-    chosen = group.get("scorer")
-    if chosen is None:
-        raise ConfigError(
-            f"{name}.scorer is not set: give a differentiable function (images, prompts) -> scores by its path,"
-            " such as my_package.scores:brightness."
-        )
-    return load_scorer(chosen) if isinstance(chosen, str) else made(chosen)
 
 
 def objective_of(

@@ -33,6 +33,8 @@ from ...tracing.export import evaluation_mode, named_outputs
 
 Where = Literal["output", "input", "query", "key", "value"]
 Call = Callable[[nn.Module], Any]
+Place = tuple[str, Where]
+Sites = Sequence[tuple[str, Site]]
 
 PATTERNS = 64
 """Sample k looks at the positions of pattern k mod 64: independent of how samples are batched, and quickly made."""
@@ -52,7 +54,7 @@ class HookSite:
     dim: int
     cell: str
     positions: tuple[Indices, ...]
-    source: tuple[str, Where] | None = None
+    source: Place | None = None
 
     @property
     def name(self) -> str:
@@ -183,24 +185,20 @@ def _owner(parameter: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
 
 
 def _collect(
-    hook_sites: dict[tuple[Any, ...], HookSite],
-    module: nn.Module,
-    name: str,
-    place: _Place,
-    sites: Sequence[tuple[str, Site]],
+    found: dict[tuple[Any, ...], HookSite], module: nn.Module, name: str, place: _Place, sites: Sites
 ) -> None:
     """Add a site for each cell among `sites`; weight and bias, or two names of one module, give the same one."""
     by_cell: dict[str, list[Indices]] = {}
     for cell, site in sites:
-        found = _within(site.positions, place)
-        if found is not None:
-            by_cell.setdefault(cell, []).append(found)
-    for cell, positions in by_cell.items():
+        positions = _within(site.positions, place)
+        if positions is not None:
+            by_cell.setdefault(cell, []).append(positions)
+    for cell, several in by_cell.items():
         # The halves of a gated layer are two quantities; the pixels of a flattened channel are one.
-        whole = all(isinstance(p, range) and p.step == 1 for p in positions)
-        for part in [[p] for p in positions] if whole else [positions]:
+        whole = all(isinstance(p, range) and p.step == 1 for p in several)
+        for part in [[p] for p in several] if whole else [several]:
             key = (id(module), place.where, place.dim, cell, _starts(part))
-            hook_sites.setdefault(key, HookSite(name, place.where, place.dim, cell, tuple(part)))
+            found.setdefault(key, HookSite(name, place.where, place.dim, cell, tuple(part)))
 
 
 def _starts(positions: Sequence[Indices]) -> tuple[int, ...]:
@@ -260,9 +258,8 @@ def sample_rows(tensor: Tensor, dim: int, tokens: int | None, seed: int, first: 
     if dim % tensor.ndim == 1:  # channels first: gathered as they lie
         picked = tensor.flatten(2).gather(2, chosen[:, None].expand(-1, channels, -1)).transpose(1, 2)
     else:
-        picked = moved.reshape(samples, count, channels).gather(
-            1, chosen[:, :, None].expand(-1, -1, channels)
-        )
+        places = chosen[:, :, None].expand(-1, -1, channels)
+        picked = moved.reshape(samples, count, channels).gather(1, places)
     return picked.reshape(-1, channels), samples
 
 
@@ -282,14 +279,14 @@ def _watch(
     wanted: Mapping[str, Collection[Where]],
     call: Call,
     keep: Callable[[str, Where, Tensor], bool],
-) -> tuple[dict[tuple[str, Where], tuple[str, Where]], dict[tuple[str, Where], Tensor]]:
+) -> tuple[dict[Place, Place], dict[Place, Tensor]]:
     """The wanted tensors that occur in a forward pass, in order: place -> where it was met first; and copies of those
     to be kept.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[tuple[str, Where], tuple[str, Where]] = {}
-    kept: dict[tuple[str, Where], Tensor] = {}
-    alive: dict[int, tuple[weakref.ref[Tensor], int, tuple[str, Where]]] = {}
+    found: dict[Place, Place] = {}
+    kept: dict[Place, Tensor] = {}
+    alive: dict[int, tuple[weakref.ref[Tensor], int, Place]] = {}
 
     def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         # What goes in is there before what comes out: "last" is to mean the last.
@@ -315,8 +312,8 @@ class _Compare:
 
     spec: PermutationSpec
     permutation: Permutation
-    before: Mapping[tuple[str, Where], Tensor]
-    after: Mapping[tuple[str, Where], Tensor]
+    before: Mapping[Place, Tensor]
+    after: Mapping[Place, Tensor]
 
     def confirms(self, site: HookSite) -> bool:
         """Whether the tensor of a site moves along its dimension as its cell does, and otherwise not at all."""
@@ -327,12 +324,12 @@ class _Compare:
         places = [to_array(positions) for positions in site.positions]
         return all(_close(_taken(now, site.dim, p), _taken(was, site.dim, p[index])) for p in places)
 
-    def answers(self, owner: str, parameters: Sequence[str]) -> dict[int, Sequence[tuple[str, Site]]]:
+    def answers(self, owner: str, parameters: Sequence[str]) -> dict[int, Sites]:
         """Dimension -> sites, along which the module's output moves as an axis of its own parameters does."""
         was, now = self.before.get((owner, "output")), self.after.get((owner, "output"))
         if was is None or now is None or was.shape != now.shape or _close(was, now):
             return {}
-        found: dict[int, Sequence[tuple[str, Site]]] = {}
+        found: dict[int, Sites] = {}
         for parameter in parameters:
             axes = self.spec.axes[self.spec.aliases.get(parameter, parameter)]
             dims = range(1 if was.ndim > 1 else 0, was.ndim)

@@ -105,23 +105,21 @@ def prompt_activation_matching(
     if pipeline is None:
         raise ConfigError("Prompts need a diffusion model: use algo=activation_matching for this one.")
     pipeline_a, pipeline_b = pipeline(model_a), pipeline(model_b)
+    how: dict[str, Any] = dict(
+        steps=steps, points=points, guidance=guidance, batch_size=batch_size, seed=seed
+    )
     if encode_images:
         if not isinstance(prompts, str | Path):
             raise ConfigError("To encode images, give their folder as prompts, with a caption for each.")
-        batches = encoded_batches(
-            pipeline_a, captioned_images(prompts)[: count or None], steps=steps, points=points, guidance=guidance,
-            batch_size=batch_size, seed=seed,
-        )  # fmt: skip
+        batches = encoded_batches(pipeline_a, captioned_images(prompts)[: count or None], **how)
     else:
         if isinstance(prompts, str | Path):
             chosen = read_prompts(prompts)
         else:
             chosen = list(prompts or captions) or read_prompts()
         part = next(name for name in DENOISERS if getattr(pipeline_a, name, None) is model_a)
-        batches = sampled_batches(
-            (pipeline_a, pipeline_b), chosen[: count or None], parts=(part,), steps=steps, points=points,
-            guidance=guidance, batch_size=batch_size, seed=seed,
-        )[part]  # fmt: skip
+        pipelines = pipeline_a, pipeline_b
+        batches = sampled_batches(pipelines, chosen[: count or None], parts=(part,), **how)[part]
     found = activation_matching(
         spec, model_a, model_b, batches, statistic=statistic, reads=reads, sites=sites, tokens=tokens,
         fallback_to_weights=then_weight, seed=seed, progress=progress,

@@ -234,7 +234,7 @@ class _OrderTable:
         self.count = len(first.children)
         listed = [range(self.count)] if first.moves == "fixed" else first.moves
         self.moves = None if listed == "any" else [np.asarray(move) for move in listed]
-        self.orbit, self.rank, self.orbits = _orbits(self.count, self.moves)
+        self.place, self.orbits = _orbits(self.count, self.moves)
         self.tables = [
             _table(group, [b.children[k] for b in branches for k in o], costs) for o in self.orbits
         ]
@@ -254,9 +254,9 @@ class _OrderTable:
 
     def _at(self, i: int, j: int, k: int, chosen: int) -> tuple[_Table, int, int]:
         """The table, row and column of putting child `chosen` of node j at child k's place in node i."""
-        size = len(self.orbits[self.orbit[k]])
-        table = self.tables[self.orbit[k]]
-        return table, i * size + self.rank[k], j * size + self.rank[chosen]
+        orbit, rank = self.place[k]
+        size = len(self.orbits[orbit])
+        return self.tables[orbit], i * size + rank, j * size + self.place[chosen][1]
 
     def tighten(self) -> None:
         for table in self.tables:
@@ -322,16 +322,17 @@ class _OrderTable:
         return value
 
 
-def _orbits(count: int, moves: Sequence[np.ndarray] | None) -> tuple[list[int], list[int], list[list[int]]]:
-    """For children 0 to count-1: the orbit of each, its rank in it, and the members of every orbit."""
+def _orbits(
+    count: int, moves: Sequence[np.ndarray] | None
+) -> tuple[dict[int, tuple[int, int]], list[list[int]]]:
+    """For children 0 to count-1: the orbit of each and its rank in it, and the members of every orbit."""
     orbit = list(range(count)) if moves is not None else [0] * count
     for move in moves or ():
         for place, child in enumerate(move):
             low, high = sorted((orbit[place], orbit[child]))
             orbit = [low if o == high else o for o in orbit]
     members = [[k for k in range(count) if orbit[k] == o] for o in sorted(set(orbit))]
-    numbered = {k: (number, rank) for number, m in enumerate(members) for rank, k in enumerate(m)}
-    return [numbered[k][0] for k in range(count)], [numbered[k][1] for k in range(count)], members
+    return {k: (number, rank) for number, m in enumerate(members) for rank, k in enumerate(m)}, members
 
 
 def _as_good(stay: float, value: float) -> bool:

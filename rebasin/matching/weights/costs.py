@@ -101,7 +101,7 @@ class WeightCosts(Costs):
         """[count, k, k] for `count` blocks of k neurons each, which `neurons` lists one after the other."""
         sites = self.sites(cell)
         compute = partial(self._product, sites, neurons)
-        if self.accelerator is not None and self.accelerator.products.keeps(cell):
+        if self.accelerator is not None and cell in self.accelerator.products.kept:
             return self.accelerator.products.sum(cell, neurons, count, list(sites), compute)
         k = len(neurons) // count
         total = torch.zeros(count, k, k, dtype=self.dtype, device=self.pair.device)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...spec import Group, Permutation, PermutationSpec
 from ...types import State, dtype_of
+from ..schedule import axes_met
 
 Normalize = Literal["tensor"]
 
@@ -234,9 +235,7 @@ class Endpoints:
 
 def touched(group: Group, spec: PermutationSpec) -> list[str]:
     """The parameters (no buffers) on which `group` acts."""
-    return list(
-        dict.fromkeys(s.parameter for c in group.cells for s in c.sites if s.parameter not in spec.buffers)
-    )
+    return [name for name in axes_met(group) if name not in spec.buffers]
 
 
 def inner(a: Tensor, b: Tensor) -> float:

@@ -47,12 +47,12 @@ def near_share(spec: PermutationSpec, state_a: State, state_b: State) -> float:
     largest = sorted(spec, key=lambda group: -max(cell.size for cell in group.cells))[:LOOKED_AT]
     looks = []
     for group in largest:
-        for cell in group.cells[:1]:
-            first = [s for s in cell.sites if s.axis == 0 and len(spec.shapes[s.parameter]) > 1]
-            known = first and all(first[0].parameter in state for state in (state_a, state_b))
-            if known and len(first[0].positions) == cell.size:
-                name, places = first[0].parameter, torch.as_tensor(first[0].positions)
-                looks.append(in_place(*(state[name][places].flatten(1) for state in (state_a, state_b))))
+        cell = group.cells[0]
+        first = [s for s in cell.sites if s.axis == 0 and len(spec.shapes[s.parameter]) > 1]
+        known = first and all(first[0].parameter in state for state in (state_a, state_b))
+        if known and len(first[0].positions) == cell.size:
+            name, places = first[0].parameter, torch.as_tensor(first[0].positions)
+            looks.append(in_place(*(state[name][places].flatten(1) for state in (state_a, state_b))))
     return sum(looks) / len(looks) if looks else 0.0
 
 

@@ -152,10 +152,7 @@ def weight_matching(
     assert best is not None
     pair.set(best.permutation)
     return MatchResult(
-        permutation=best.permutation,
-        objective=best.objective,
-        history=best.history,
-        converged=best.converged,
+        **vars(best),
         seconds=perf_counter() - began,
         initial_objective=initial_objective,
         distance_before=distance_before,

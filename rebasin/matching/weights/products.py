@@ -67,7 +67,8 @@ class _Kept:
 class Products:
     """The cost matrices of a pair without what is cheap, those kept that save the most work for their memory.
 
-    Which ones is settled from the shapes alone, so neither threads nor the order of updates change a result.
+    Which ones is settled from the shapes alone, so neither threads nor the order of updates change a result: the cells
+    in `kept`.
     """
 
     def __init__(self, pair: Endpoints, budget: int = BUDGET) -> None:
@@ -79,15 +80,11 @@ class Products:
         )
         size = torch.empty((), dtype=pair.dtype).element_size()
         needed = {c.name: size * _entries(g, n) for g in pair.spec for n, c in enumerate(g.cells)}
-        self._chosen: set[str] = set()
+        self.kept: set[str] = set()
         for terms, _, cell in reversed(wanted):
             if terms >= WORTH and needed[cell] <= budget:
                 budget -= needed[cell]
-                self._chosen.add(cell)
-
-    def keeps(self, cell: str) -> bool:
-        """Whether the cell's sum is one of those that are kept."""
-        return cell in self._chosen
+                self.kept.add(cell)
 
     def sum(
         self, cell: str, neurons: Indices, count: int, sites: Sequence[Where], compute: Compute
