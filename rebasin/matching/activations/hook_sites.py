@@ -175,8 +175,7 @@ _KNOWN: tuple[tuple[tuple[Any, ...], Callable[[Any], Places]], ...] = (
 
 def _owner(parameter: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
     """Module and own name of a parameter; a weight that is computed from others (weight norm) counts as itself."""
-    parameter = re.sub(r"\.parametrizations\.(\w+)\.original\d*$", r".\1", parameter)
-    parameter = re.sub(r"^parametrizations\.(\w+)\.original\d*$", r"\1", parameter)
+    parameter = re.sub(r"(^|\.)parametrizations\.(\w+)\.original\d*$", r"\1\2", parameter)
     owner, _, leaf = parameter.rpartition(".")
     parent, _, last = owner.rpartition(".")
     if last == "out_proj" and isinstance(modules[parent], nn.MultiheadAttention):  # used, but never called

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -190,9 +191,7 @@ def _descend(
     def done(number: int) -> None:
         visits.done(updates[number].moved if number in updates else 0)
 
-    def run(visit: Callable[[int], None], groups: Sequence[int]) -> None:
-        run_in_order(visit, groups, before, workers, done)
-
+    run = partial(run_in_order, before=before, workers=workers, done=done)
     sweeps = coordinate_descent(
         improved, neighbours(spec), begin, dirty, max_sweeps, first=len(attempt.history), run=run
     )
