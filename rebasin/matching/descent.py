@@ -6,10 +6,10 @@
                 bring it to its best given all other blocks
     until no block can be improved
 
-Blocks are groups of neurons (weight matching, algorithm 1 of Ainsworth et al., arXiv 2209.04836, or activations and
-weights together) or whole models (MergeMany, their algorithm 3). The paper's code goes on until a sweep changes
-nothing; here a block is looked at again only if it is *dirty*: another one that it depends on has changed. That is the
-same end in less time, and a proof of it: when none is dirty, none can be improved.
+Blocks are groups of neurons (weight matching, algorithm 1 of Ainsworth et al., arXiv 2209.04836, activations and
+weights together, the loss of the midpoint) or whole models (MergeMany, their algorithm 3). The paper's code goes on
+until a sweep changes nothing; here a block is looked at again only if it is *dirty*: another one that it depends on has
+changed. That is the same end in less time, and a proof of it: when none is dirty, none can be improved.
 """
 
 from __future__ import annotations

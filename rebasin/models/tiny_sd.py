@@ -167,11 +167,18 @@ def new_unet(seed: int, width: int = 32) -> UNet2DConditionModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return UNet2DConditionModel(
-            sample_size=8, in_channels=4, out_channels=4, block_out_channels=(width, 2 * width), layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), mid_block_type="UNetMidBlock2DCrossAttn",
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=8, cross_attention_dim=HIDDEN,
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(width, 2 * width),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            mid_block_type="UNetMidBlock2DCrossAttn",
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            norm_num_groups=8,
+            cross_attention_dim=HIDDEN,
             attention_head_dim=4,  # in this class the number of heads, as in Stable Diffusion 1.5
-        )  # fmt: skip
+        )
 
 
 def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
@@ -180,9 +187,15 @@ def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
     return CLIPTextConfig(
-        **special, vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, hidden_size=HIDDEN,
-        intermediate_size=4 * HIDDEN, projection_dim=HIDDEN, num_hidden_layers=2, num_attention_heads=4,
-    )  # fmt: skip
+        **special,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=CONTEXT,
+        hidden_size=HIDDEN,
+        intermediate_size=4 * HIDDEN,
+        projection_dim=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
 
 
 def new_scheduler() -> DDIMScheduler:
@@ -190,7 +203,13 @@ def new_scheduler() -> DDIMScheduler:
     8x8.
     """
     return DDIMScheduler(
-        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
-        prediction_type="epsilon", clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing",
+        num_train_timesteps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        prediction_type="epsilon",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
         steps_offset=1,  # unused with this spacing, but the pipeline asks for it
-    )  # fmt: skip
+    )

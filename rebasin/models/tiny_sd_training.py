@@ -154,9 +154,15 @@ def train_text_encoder(
         torch.manual_seed(recipe.seed)
         text = tiny_sd.text_config(tokenizer).to_dict()
         vision = {
-            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "image_size": 32, "patch_size": 8, "num_channels": 1, "projection_dim": tiny_sd.HIDDEN,
-        }  # fmt: skip
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+            "num_channels": 1,
+            "projection_dim": tiny_sd.HIDDEN,
+        }
         configuration = CLIPConfig(text_config=text, vision_config=vision, projection_dim=tiny_sd.HIDDEN)
         clip: Any = CLIPModel(configuration)
         clip.to(device)

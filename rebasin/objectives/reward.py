@@ -87,9 +87,15 @@ class Reward:
     def images(self, model: nn.Module, batch: Batch) -> Tensor:
         """The images [n, channels, height, width] in 0..1."""
         latents = sample(
-            model, self.problem, batch["noise"], batch.get("condition"), batch.get("unconditional"),
-            steps=self.steps, guidance=self.guidance, grad_steps=self.grad_steps,
-        )  # fmt: skip
+            model,
+            self.problem,
+            batch["noise"],
+            batch.get("condition"),
+            batch.get("unconditional"),
+            steps=self.steps,
+            guidance=self.guidance,
+            grad_steps=self.grad_steps,
+        )
         return self.decode(latents)
 
     def _measure(self, model: nn.Module, batch: Batch) -> tuple[Mapping[str, Tensor], int]:

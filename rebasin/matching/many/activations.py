@@ -89,9 +89,18 @@ def match_many_activations(
     for i, j in numbers:
         a, b = (loaded(model, models.open(k)) for k in (i, j))
         found = activation_statistics(
-            spec, a, b, batches, objective=objective, forward=forward, reads=reads, sites=sites, tokens=tokens,
-            seed=seed, device=device,
-        )  # fmt: skip
+            spec,
+            a,
+            b,
+            batches,
+            objective=objective,
+            forward=forward,
+            reads=reads,
+            sites=sites,
+            tokens=tokens,
+            seed=seed,
+            device=device,
+        )
         require_seen(found, False)
         pairs[i, j] = {cell: found.costs(cell, statistic).float() for cell in spec.cells}
         tell(progress, "statistics", len(pairs), len(numbers), model=j, seconds=models.seconds)

@@ -254,11 +254,18 @@ class _Run:
 
     def state(self) -> ManyState:
         return ManyState(
-            options=self.fingerprint, begun=self.begun, current=tuple(self.current), order=self.turns,
-            done=len(self.steps), dirty=tuple(sorted(self.dirty)), matches=self.matches,
-            history=tuple(self.history), steps=tuple(self.steps),
-            distance_before=self.models.distance_before, seconds=self.models.seconds,
-        )  # fmt: skip
+            options=self.fingerprint,
+            begun=self.begun,
+            current=tuple(self.current),
+            order=self.turns,
+            done=len(self.steps),
+            dirty=tuple(sorted(self.dirty)),
+            matches=self.matches,
+            history=tuple(self.history),
+            steps=tuple(self.steps),
+            distance_before=self.models.distance_before,
+            seconds=self.models.seconds,
+        )
 
     def _match(self, i: int, before: Permutation | None) -> MatchResult:
         """Match model i to the mean, from where it is or from the first start, but never for the worse."""

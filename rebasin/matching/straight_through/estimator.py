@@ -140,11 +140,26 @@ def straight_through(
     options: dict[str, str] = {}
     if checkpoint is not None or resume_from is not None:
         options = fingerprint(
-            ends, objective, [list(learn), list(select)], init=init, steps=steps, optimizer=optimizer, lr=lr,
-            momentum=momentum, schedule=schedule, project_every=project_every, projection_sweeps=projection_sweeps,
-            represents=represents, projection=projection, clip=clip, accumulate=accumulate,
-            evaluate_every=evaluate_every, refine=refine, autocast=autocast, seed=seed,
-        )  # fmt: skip
+            ends,
+            objective,
+            [list(learn), list(select)],
+            init=init,
+            steps=steps,
+            optimizer=optimizer,
+            lr=lr,
+            momentum=momentum,
+            schedule=schedule,
+            project_every=project_every,
+            projection_sweeps=projection_sweeps,
+            represents=represents,
+            projection=projection,
+            clip=clip,
+            accumulate=accumulate,
+            evaluate_every=evaluate_every,
+            refine=refine,
+            autocast=autocast,
+            seed=seed,
+        )
     last = StraightThroughState(options) if resume_from is None else resume_from
     last.require(options)
     began -= last.seconds
@@ -207,9 +222,17 @@ def straight_through(
     before = pair.distance
     pair.set(now.best)
     return StraightThroughResult(
-        permutation=now.best, objective=now.objective, history=now.history,
-        converged=now.best_step <= (1 - SETTLED) * (len(now.history) - 1), seconds=perf_counter() - began,
-        best_step=now.best_step, start_objective=now.first, initial_objective=now.naive, endpoints=now.endpoints,
-        distance_before=before, distance_after=pair.distance, sweeps=sweeps,
+        permutation=now.best,
+        objective=now.objective,
+        history=now.history,
+        converged=now.best_step <= (1 - SETTLED) * (len(now.history) - 1),
+        seconds=perf_counter() - began,
+        best_step=now.best_step,
+        start_objective=now.first,
+        initial_objective=now.naive,
+        endpoints=now.endpoints,
+        distance_before=before,
+        distance_after=pair.distance,
+        sweeps=sweeps,
         **{f"seconds_{part}": seconds for part, seconds in now.seconds.items()},
-    )  # fmt: skip
+    )

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from ...merging.interpolate import interpolate_tensor
 from ...spec import Group, Permutation, PermutationSpec
+from ..descent import coordinate_descent
 from ..result import moved_between
 from ..weights.costs import WeightCosts
 from ..weights.endpoints import Endpoints
 from ..weights.matching import improve
-from .best_seen import PARTS, timed
+from .best_seen import timed
 from .midpoint import Ends
 
 GROW, SHRINK = 1.25, 0.5
@@ -72,48 +73,90 @@ def descend(
 
     A pass takes its gradient and its verdicts from one item of `batches`, a list of batches.
     """
-    parts = [_Part(ends, group) for group in ends.spec]
-    rng = np.random.default_rng(seed)
+    descent = _Descent(ends, permutation, batches, seed)
     first, fruitless = 1, 0
     if last is not None:
-        permutation, first, fruitless = last.permutation, last.number + 1, last.fruitless
-        for part, rate in zip(parts, last.rates, strict=True):
+        descent.restore(last)
+        first, fruitless = last.number + 1, last.fruitless
+    groups = range(len(ends.spec))
+    dirty = set(groups) if fruitless < FRUITLESS else set[int]()
+    # No group is looked at twice in a pass, and all are in the next one, which has other batches.
+    alone = [()] * len(groups)
+    for number in coordinate_descent(descent.improve, alone, descent.begin, dirty, passes, first=first):
+        fruitless = 0 if descent.taken else fruitless + 1
+        yield descent.made(number, fruitless)
+        if fruitless < FRUITLESS:
+            dirty.update(groups)
+
+
+class _Descent:
+    """A pass under way: pi(B), the midpoint and its loss as they are by now, and the gradient at its beginning."""
+
+    def __init__(
+        self, ends: Ends, permutation: Permutation, batches: Iterator[Sequence[Any]], seed: int
+    ) -> None:
+        self.ends, self.batches = ends, batches
+        self.permutation = permutation
+        self.parts = [_Part(ends, group) for group in ends.spec]
+        self.rng = np.random.default_rng(seed)
+
+    def restore(self, last: Pass) -> None:
+        self.permutation = last.permutation
+        for part, rate in zip(self.parts, last.rates, strict=True):
             part.rate = rate
         for _ in range(last.number):
-            rng.permutation(len(parts))
-    for number in range(first, passes + 1):
-        if fruitless >= FRUITLESS:
-            return
-        chosen = next(batches)
-        seconds: dict[str, float] = dict.fromkeys(PARTS[1:], 0.0)
-        aligned = {name: permutation.apply_to(name, ends.b[name]) for name in ends.moved}
-        midpoint = ends.midpoint(permutation)
-        with timed(seconds, "gradient"):
-            before, slope = ends.gradient(midpoint, chosen)
-        loss, tried, taken, index = before, 0, 0, dict(permutation.index)
-        for part in (parts[k] for k in rng.permutation(len(parts))):
-            with timed(seconds, "projection"):
-                moves = part.candidate(aligned, slope)
-            if moves is None:
-                continue
-            with timed(seconds, "scoring"):
-                changed = {name: moves.apply_to(name, aligned[name]) for name in part.names}
-                halfway = {
-                    name: interpolate_tensor(name, ends.a[name], b, 0.5) for name, b in changed.items()
-                }
-                after = ends.evaluate({**midpoint, **halfway}, chosen)
-            tried += 1
-            lower = after < loss - ENOUGH * abs(loss)
-            part.rate = min(part.rate * (GROW if lower else SHRINK), LONGEST)
-            if lower:
-                loss, taken = after, taken + 1
-                aligned |= changed
-                midpoint |= halfway
-                index |= {cell: index[cell][relative] for cell, relative in moves.index.items()}
-        old, permutation = permutation, Permutation(ends.spec, index)
-        fruitless, moved = 0 if taken else fruitless + 1, moved_between(old, permutation)
-        rates = tuple(part.rate for part in parts)
-        yield Pass(number, permutation, before, loss, tried, taken, moved, seconds, rates, fruitless)
+            self.rng.permutation(len(self.parts))
+
+    def begin(self, number: int) -> list[int]:
+        """Take the gradient; the order of the groups."""
+        ends, old = self.ends, self.permutation
+        self.chosen = next(self.batches)
+        self.index = {name: places.copy() for name, places in old.index.items()}
+        self.aligned = {name: old.apply_to(name, ends.b[name]) for name in ends.moved}
+        self.midpoint = ends.midpoint(old)
+        self.seconds = {"gradient": 0.0, "projection": 0.0, "scoring": 0.0}
+        with timed(self.seconds, "gradient"):
+            self.before, self.slope = ends.gradient(self.midpoint, self.chosen)
+        self.loss, self.tried, self.taken = self.before, 0, 0
+        return self.rng.permutation(len(self.parts)).tolist()
+
+    def improve(self, number: int) -> bool:
+        """Make the group's step if it lowers the loss."""
+        part = self.parts[number]
+        with timed(self.seconds, "projection"):
+            moves = part.candidate(self.aligned, self.slope)
+        if moves is None:
+            return False
+        with timed(self.seconds, "scoring"):
+            a = self.ends.a
+            changed = {name: moves.apply_to(name, self.aligned[name]) for name in part.names}
+            halfway = {name: interpolate_tensor(name, a[name], b, 0.5) for name, b in changed.items()}
+            loss = self.ends.evaluate({**self.midpoint, **halfway}, self.chosen)
+        self.tried += 1
+        lower = loss < self.loss - ENOUGH * abs(self.loss)
+        part.rate = min(part.rate * (GROW if lower else SHRINK), LONGEST)
+        if lower:
+            self.loss, self.taken = loss, self.taken + 1
+            self.aligned.update(changed)
+            self.midpoint.update(halfway)
+            self.index |= {cell: self.index[cell][relative] for cell, relative in moves.index.items()}
+        return lower
+
+    def made(self, number: int, fruitless: int) -> Pass:
+        """The pass that is over."""
+        old, self.permutation = self.permutation, Permutation(self.ends.spec, self.index)
+        return Pass(
+            number,
+            self.permutation,
+            self.before,
+            self.loss,
+            self.tried,
+            self.taken,
+            moved_between(old, self.permutation),
+            self.seconds,
+            tuple(part.rate for part in self.parts),
+            fruitless,
+        )
 
 
 class _Part:
