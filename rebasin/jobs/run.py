@@ -74,7 +74,7 @@ def _work(job: Session, planned: stages.Planned) -> Results:
     rewards = None
     if scoring is not None:
         with job.stage("score"):
-            rewards = scoring(a, b, pair.aligned, job.progress)
+            rewards = scoring(task.model, a, b, pair.aligned, job.progress)
             job.say(in_words(rewards))
     with job.stage("report"):
         if cfg.tensors:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import DictConfig
+from torch import nn
 
 from ..errors import ConfigError
 from ..evaluation.rewards import Rewards, score_models
 from ..merging import interpolate
+from ..objectives import Reward
 from ..tasks import Task
 from ..types import Progress, State
 
@@ -23,9 +27,23 @@ DIFFERENCES = {
 }
 
 
-def load_scoring(cfg: DictConfig, task: Task) -> Callable[..., Rewards] | None:
-    """The scoring that `cfg.evaluate` describes, of A, B and B aligned (and both midpoints), for each seed on the same
-    images; None if it has no scorer.
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """A scorer with its prompts: for each seed the batches of the same images."""
+
+    objective: Reward
+    batches: Sequence[Sequence[Any]]
+
+    def __call__(
+        self, model: nn.Module, a: State, b: State, aligned: State, progress: Progress | None = None
+    ) -> Rewards:
+        """Score A, B and both midpoints."""
+        states = {A: a, B: b, NAIVE: interpolate(a, b, 0.5), ALIGNED: interpolate(a, aligned, 0.5)}
+        return score_models(model, states, self.objective, self.batches, DIFFERENCES, progress)
+
+
+def load_scoring(cfg: DictConfig, task: Task) -> Scoring | None:
+    """The scoring that `cfg.evaluate` describes; None if it has no scorer.
 
     Raises:
         ConfigError: the model makes no images of prompts, or the options are impossible.
@@ -47,13 +65,7 @@ def load_scoring(cfg: DictConfig, task: Task) -> Callable[..., Rewards] | None:
         maker.batches(prompts, count=None, batch_size=options.batch_size, seed=10_000 * (cfg.seed + 1) + seed)
         for seed in range(options.seeds)
     ]
-    objective = maker.scored(options, "evaluate")
-
-    def scoring(a: State, b: State, aligned: State, progress: Progress | None = None) -> Rewards:
-        states = {A: a, B: b, NAIVE: interpolate(a, b, 0.5), ALIGNED: interpolate(a, aligned, 0.5)}
-        return score_models(task.model, states, objective, batches, DIFFERENCES, progress)
-
-    return scoring
+    return Scoring(maker.scored(options, "evaluate"), batches)
 
 
 def in_words(rewards: Rewards) -> str:
