@@ -43,11 +43,17 @@ TINY = (
 )  # fmt: skip
 
 
+def first_job(name: str, size: str = "small", *more: str) -> list[str]:
+    """The overrides of an experiment's first job, for `hydra.compose`; `more` are set on top."""
+    expanded = experiments.expand([f"+experiment={name}", f"size={size}", *more, "--resolve"])
+    return [o for o in expanded if not o.startswith("-")]
+
+
 @pytest.fixture(scope="module")
 def composed():
     """Every experiment's first job at size=small; composing is what takes the time here."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return {name: compose("config", experiments.first_job(name)) for name in experiments.names()}
+        return {name: compose("config", first_job(name)) for name in experiments.names()}
 
 
 def configured(*overrides: str):
@@ -81,13 +87,13 @@ def test_the_recipe_has_values_of_the_right_types(name):
     """The norms experiment names ways of REPAIR where the default is `true`, which was refused."""
     for size in ("small", "full"):
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = compose("config", experiments.first_job(name, size), return_hydra_config=True)
+            cfg = compose("config", first_job(name, size), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         check_types(cfg)
 
 
 def test_the_full_recipe_of_the_papers_networks_is_theirs():
-    cfg = configured(*experiments.first_job("width_resnet20", "full", "device=null"))
+    cfg = configured(*first_job("width_resnet20", "full", "device=null"))
     recipe = cfg.model.recipe
     assert (recipe.epochs, recipe.batch_size, recipe.optimizer, recipe.learning_rate) == (
         250,
@@ -153,7 +159,7 @@ def swept(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("swept")
     for width in (4, 8):
-        cfg = configured(*experiments.first_job("width", "small", *TINY, f"model.width={width}"))
+        cfg = configured(*first_job("width", "small", *TINY, f"model.width={width}"))
         run(cfg, folder / f"w{width}", Console(_silent()), "python -m rebasin.run ...")
     return folder
 
@@ -165,7 +171,7 @@ def _silent():
 
 
 def test_a_finished_run_is_known_again(swept):
-    cfg = configured(*experiments.first_job("width", "small", *TINY, "model.width=4"))
+    cfg = configured(*first_job("width", "small", *TINY, "model.width=4"))
     assert experiments.finished(resolved(cfg), swept / "w4")
     assert not experiments.finished(resolved(cfg), swept / "w8"), "another configuration"
     assert not experiments.finished(resolved(cfg), swept), "no results here"
@@ -359,7 +365,7 @@ def test_an_unknown_field_of_a_figure_is_told():
 
 
 def test_every_permutation_of_the_counterexample_has_a_barrier(tmp_path):
-    cfg = configured(*experiments.first_job("counterexample"))
+    cfg = configured(*first_job("counterexample"))
     results = run_study(cfg, tmp_path, Console(_silent()))
     assert results is not None
     rows = results["rows"]
@@ -370,7 +376,7 @@ def test_every_permutation_of_the_counterexample_has_a_barrier(tmp_path):
 
 
 def test_old_configurations_find_studies_where_they_were(tmp_path):
-    cfg = configured(*experiments.first_job("counterexample"))
+    cfg = configured(*first_job("counterexample"))
     new = run_study(cfg, tmp_path / "new", Console(_silent()))
     cfg.study._target_ = "rebasin.studies.counterexample.study"
     old = run_study(cfg, tmp_path / "old", Console(_silent()))
@@ -390,7 +396,7 @@ def test_the_counterexample_answers_with_a_margin():
 
 @pytest.mark.parametrize("name, more", [("contour", ["study.points=5"]), ("expansion", [])])
 def test_studies_of_a_pair_run(name, more, tmp_path):
-    cfg = configured(*experiments.first_job(name, "small", "model.width=8", "model.recipe.epochs=2",
+    cfg = configured(*first_job(name, "small", "model.width=8", "model.recipe.epochs=2",
                                             "evaluate.points=3", *more))  # fmt: skip
     results = run_study(cfg, tmp_path, Console(_silent()))
     assert results is not None
@@ -495,13 +501,9 @@ def test_every_kind_of_run_has_tables_and_figures_for_a_tracker(kind, swept, tmp
     if kind == "pair":
         results = load_results(swept / "w4")
     elif kind == "study":
-        results = run_study(
-            configured(*experiments.first_job("counterexample")), tmp_path, Console(_silent())
-        )
+        results = run_study(configured(*first_job("counterexample")), tmp_path, Console(_silent()))
     else:
-        results = run(
-            configured(*experiments.first_job("merge_many", "small", *TINY)), tmp_path, Console(_silent())
-        )
+        results = run(configured(*first_job("merge_many", "small", *TINY)), tmp_path, Console(_silent()))
     assert results is not None
     assert job_type(results["config"]) == {"pair": "match", "many": "merge", "study": "study"}[kind]
     wanted = {"pair": "curves", "many": "models", "study": "rows"}[kind]

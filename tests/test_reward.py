@@ -29,7 +29,8 @@ from rebasin.errors import CheckpointError, ConfigError, DataError
 from rebasin.models import tiny_sd
 from rebasin.objectives import Denoising, Reward
 from rebasin.objectives import image_reward as ir
-from rebasin.objectives.reward import decoder, load_scorer, prompt_batches
+from rebasin.objectives.base import imported
+from rebasin.objectives.reward import decoder, prompt_batches
 from rebasin.objectives.sampling import sample
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "image_reward.json").read_text())
@@ -164,7 +165,7 @@ def test_the_loss_is_minus_the_mean_score_over_all_images(pipeline: Any, batch: 
 
 def test_scorers_by_path_and_what_they_may_do_wrong(pipeline: Any, batch: dict[str, Any]):
     here = __name__
-    assert load_scorer(f"{here}:brightness") is brightness is load_scorer(f"{here}.brightness")
+    assert imported("scorer", f"{here}:brightness") is brightness is imported("scorer", f"{here}.brightness")
     assert isinstance(reward(pipeline, scorer=f"{here}:Darkness").scorer, Darkness)
     for path, words in (
         (f"{here}:nothing", "can't be imported"),
@@ -173,7 +174,7 @@ def test_scorers_by_path_and_what_they_may_do_wrong(pipeline: Any, batch: dict[s
         (f"{here}:TEXTS", "can't be called"),
     ):
         with pytest.raises(ConfigError, match=words):
-            load_scorer(path)
+            imported("scorer", path)
     wrong = reward(pipeline, scorer=lambda images, prompts: images.mean())
     with pytest.raises(ConfigError, match="one score for each"), torch.no_grad():
         wrong.scores(pipeline.unet, batch)

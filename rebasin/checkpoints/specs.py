@@ -8,6 +8,7 @@ the spec.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,8 +114,7 @@ def _kept(spec: PermutationSpec) -> Proof | None:
 def _keep(spec: PermutationSpec, made: Proof) -> None:
     path = _file(spec)
     if path is not None:
-        try:
+        # A cache that can't be written costs time, not results.
+        with contextlib.suppress(OSError, ValueError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(asdict(made)))
-        except (OSError, ValueError):
-            pass  # a cache that can't be written costs time, not results

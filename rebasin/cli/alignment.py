@@ -91,21 +91,6 @@ def state_of(checkpoint: Checkpoint, name: str, spec: PermutationSpec) -> State:
     return joint_state(checkpoint, dict.fromkeys(name.split(".")[0] for name in spec.shapes))
 
 
-def reuse(file: Path, key: str, specs: Specs) -> Alignment | None:
-    """The alignment in `file`, if it is one for `key`; None if there is none or it is another one."""
-    if not file.exists():
-        return None
-    try:
-        told = permutation_metadata(file)
-        if told.get("key") != key:
-            return None
-        return Alignment(Permutation.load(file), specs, json.loads(told["figures"]), file, reused=True)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{file} is in the way: the alignment is to be kept there, but it is no readable permutation; move it."
-        ) from error
-
-
 def given_alignment(path: Path, specs: Specs) -> Alignment:
     """The alignment of a file that the user names.
 
@@ -251,5 +236,16 @@ class Aligning:
         Raises:
             CheckpointError: a file is something else, which must not be overwritten.
         """
-        found = [one for file in files if (one := reuse(file, self.key, specs)) is not None]
+        found = []
+        for file in filter(Path.exists, files):
+            try:
+                told = permutation_metadata(file)
+                if told.get("key") == self.key:
+                    figures = json.loads(told["figures"])
+                    found.append(Alignment(Permutation.load(file), specs, figures, file, reused=True))
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{file} is in the way: the alignment is to be kept there, but it is no readable permutation;"
+                    " move it."
+                ) from error
         return found if len(found) == len(files) else []

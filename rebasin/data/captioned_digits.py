@@ -46,19 +46,17 @@ INK_TEMPLATES = (
 )
 
 
-def _enumerate_captions() -> tuple[tuple[str, int, str], ...]:
-    """Every caption as (text, digit, ink): plain ones digit by digit, those with an adjective, then ""."""
-    plain = [(t.format(digit=word), d, "medium") for d, word in enumerate(WORDS) for t in PLAIN_TEMPLATES]
-    inked = [
+CAPTIONS: tuple[tuple[str, int, str], ...] = (
+    *((t.format(digit=word), d, "medium") for d, word in enumerate(WORDS) for t in PLAIN_TEMPLATES),
+    *(
         (t.format(digit=word, ink=ink), d, ink)
         for ink in ("thin", "bold")
         for d, word in enumerate(WORDS)
         for t in INK_TEMPLATES
-    ]
-    return (*plain, *inked, ("", -1, "medium"))
-
-
-CAPTIONS = _enumerate_captions()
+    ),
+    ("", -1, "medium"),
+)
+"""Every caption as (text, digit, ink): plain ones digit by digit, those with an adjective, then ""."""
 EMPTY_CAPTION = len(CAPTIONS) - 1
 
 
@@ -113,11 +111,6 @@ def caption_numbers(labels: np.ndarray, ink: np.ndarray, rng: np.random.Generato
     with_ink = 10 * plain + ((ink == 2) * 10 + labels) * inked + rng.integers(0, inked, len(labels))
     use_ink = (ink != 1) & (rng.random(len(labels)) < 0.5)
     return np.where(use_ink, with_ink, without)
-
-
-def captions(images: np.ndarray, labels: np.ndarray, seed: int = 0) -> list[str]:
-    """A true caption for each image uint8 [n, 28, 28] with label [n], such as "a bold handwritten seven"."""
-    return [CAPTIONS[i][0] for i in caption_numbers(labels, inks(images), np.random.default_rng(seed))]
 
 
 @torch.no_grad()

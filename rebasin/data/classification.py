@@ -7,7 +7,6 @@ code.
 
 import hashlib
 import os
-import urllib.error
 import urllib.request
 import zipfile
 import zlib
@@ -265,7 +264,7 @@ def fetch(url: str, md5: str, target: Path) -> None:
     try:
         with urllib.request.urlopen(url, timeout=60) as answer:
             body = answer.read()
-    except (urllib.error.URLError, OSError) as error:
+    except OSError as error:
         raise DataError(
             f"{url} could not be fetched ({error}): download it yourself and pass its folder."
         ) from error

@@ -128,7 +128,12 @@ def barrier(
             with torch.no_grad():
                 for name in state_a:
                     merged = interpolate_tensor(name, end_a[name], end_b[name], lam)
-                    slots[name].copy_(_fitting(name, merged, slots))
+                    if merged.shape != slots[name].shape:  # copy_ would broadcast it without a word
+                        raise CheckpointError(
+                            f"Tensor '{name}' has shape {tuple(merged.shape)} in the endpoints and "
+                            f"{tuple(slots[name].shape)} in the model: give their own architecture."
+                        )
+                    slots[name].copy_(merged)
             figures = _figures(evaluate(model))
             if step and figures.keys() != {"loss", *columns}:
                 raise ConfigError(
@@ -191,13 +196,3 @@ def _check_slots(slots: Mapping[str, Tensor], state: State) -> None:
         raise CheckpointError(
             f"The model's tensor '{missing[0]}' is not in the endpoints: give their own architecture."
         )
-
-
-def _fitting(name: str, value: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
-    # copy_ would broadcast a wrong shape without a word.
-    if value.shape != slots[name].shape:
-        raise CheckpointError(
-            f"Tensor '{name}' has shape {tuple(value.shape)} in the endpoints and "
-            f"{tuple(slots[name].shape)} in the model: give their own architecture."
-        )
-    return value

@@ -20,7 +20,7 @@ from ..integrations.hydra import fingerprint, unresolved
 from ..reporting.experiments import GROUP, declaration, names, option_of, parsed, recipe
 from ..reporting.results import IRRELEVANT, load_results, relevant
 
-__all__ = ["declaration", "expand", "finished", "first_job", "names"]
+__all__ = ["declaration", "expand", "finished", "names"]
 
 SIZES = ("full", "small")
 SHOW = {"--cfg", "-c", "--info", "-i"}
@@ -78,12 +78,6 @@ def finished(config: Mapping[str, Any], folder: Path) -> bool:
 def folder_digits(_root_: DictConfig) -> str:
     """Ten digits that stand for what is relevant; they name a run's folder in a sweep."""
     return fingerprint(relevant(unresolved(_root_, {str(key) for key in _root_} - {*IRRELEVANT})), 10)
-
-
-def first_job(name: str, size: str = "small", *more: str) -> list[str]:
-    """The overrides of an experiment's first job, for `hydra.compose`; `more` are set on top."""
-    expanded = [o for o in expand([f"+{GROUP}={name}", f"size={size}", *more]) if not o.startswith("-")]
-    return [o if (override := parsed(o)) is None else _first(override) for o in expanded]
 
 
 OmegaConf.register_new_resolver("fingerprint", folder_digits, replace=True)

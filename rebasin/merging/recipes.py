@@ -76,12 +76,7 @@ class _Recipe:
         return "\n".join(["version 0.1.0", *notes, *self.lines])  # its reader takes no empty line
 
 
-def save_recipe(
-    path: PathLike,
-    method: str | Method,
-    models: Sequence[PathLike],
-    **more: Any,
-) -> Path:
+def save_recipe(path: PathLike, method: str | Method, models: Sequence[PathLike], **more: Any) -> Path:
     """Write a recipe that merges these files as `merge` merges their states.
 
     Args:

@@ -59,7 +59,7 @@ class Reward:
 
     def __post_init__(self) -> None:
         if isinstance(self.scorer, str):
-            object.__setattr__(self, "scorer", load_scorer(self.scorer))
+            object.__setattr__(self, "scorer", imported("scorer", self.scorer))
         timesteps(self.problem, self.steps)
         if not 1 <= self.grad_steps <= self.steps:
             raise ConfigError(f"grad_steps is {self.grad_steps}, but it must be 1 to steps, {self.steps}.")
@@ -152,11 +152,3 @@ def decoder(vae: nn.Module) -> Callable[[Tensor], Tensor]:
         return (images.to(latents.device, torch.float32) / 2 + 0.5).clamp(0, 1)
 
     return decode
-
-
-def load_scorer(path: str) -> Scorer:
-    """The scorer at "package.module:name" (or "package.module.name").
-
-    Raises ConfigError if there is none.
-    """
-    return imported("scorer", path)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from ..errors import ConfigError
 from ..integrations.hydra import fingerprint, unresolved
@@ -40,11 +40,9 @@ def base_name(config: Mapping[str, Any]) -> str | None:
     return None if name is None else str(name)
 
 
-def _key_of(_root_: DictConfig) -> str:
-    return key(unresolved(_root_, (*RELEVANT, "merge")))
-
-
-OmegaConf.register_new_resolver("search_key", _key_of, replace=True)
+OmegaConf.register_new_resolver(
+    "search_key", lambda _root_: key(unresolved(_root_, (*RELEVANT, "merge"))), replace=True
+)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ConfigError
 from ..merging import METHODS, Method
@@ -29,23 +29,14 @@ from ..merging.merged import find_method
 from .candidate import Candidate, Value
 from .groups import REST, Groups, group_tensors, interpolated
 
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
+
 ALL = "all"
 UNFIT = ("greedy_soup", "clip", "fisher", "wise_ft", "uniform_soup", "ema", "polyak")
 """Left out of `all`: they take more than tensors and a weight, are weighted_sum by another name, or are for checkpoints
 of one run.
 """
-
-
-class Trial(Protocol):
-    """What a parameter's value is asked of: Optuna's trials."""
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: Any = ..., log: bool = ...
-    ) -> float: ...
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = ..., log: bool = ...) -> int: ...
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,7 @@ class Range:
     step: float | None = None
     log: bool = False
 
-    def ask(self, trial: Trial, name: str) -> float | int:
+    def ask(self, trial: BaseTrial, name: str) -> float | int:
         """A value from a trial; whole numbers if both ends (and the step) are."""
         if all(isinstance(number, int) for number in (self.low, self.high, self.step or 0)) and not self.log:
             return trial.suggest_int(name, int(self.low), int(self.high), step=int(self.step or 1))
@@ -88,7 +79,7 @@ class Space:
     only: tuple[str, ...] = ()
     options: Mapping[str, Mapping[str, Any]] | None = None
 
-    def suggest(self, trial: Trial) -> Candidate:
+    def suggest(self, trial: BaseTrial) -> Candidate:
         """A candidate whose parameters a trial chooses."""
         name = self.methods[0].name
         if len(self.methods) > 1:
@@ -155,7 +146,7 @@ class Space:
         once = functools.cache(ask)  # the groups that are not in `only` share one
         return {group: once(f".{group if group in own else REST}") for group in self.groups.order}
 
-    def _value(self, trial: Trial, method: Method, label: str, limits: Range) -> Value:
+    def _value(self, trial: BaseTrial, method: Method, label: str, limits: Range) -> Value:
         labels = self._labels(method, label)
         values = [float(limits.ask(trial, name)) for name in labels]
         if len(labels) == 1:

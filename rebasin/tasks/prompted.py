@@ -15,7 +15,7 @@ from ..data.prompts import read_prompts
 from ..errors import ConfigError
 from ..integrations.hydra import made
 from ..objectives import Denoising, Objective, Reward, teach
-from ..objectives.reward import Embed, load_scorer, prompt_batches
+from ..objectives.reward import Embed, prompt_batches
 
 KINDS = ("denoising", "distillation", "reward")
 """The kinds of objectives that diffusion models have."""
@@ -65,7 +65,7 @@ class ImageMaker:
                 " such as my_package.scores:brightness."
             )
         return Reward(
-            load_scorer(chosen) if isinstance(chosen, str) else made(chosen), self.decode, self.problem,
+            chosen if isinstance(chosen, str) else made(chosen), self.decode, self.problem,
             steps=group.steps, grad_steps=group.get("grad_steps", 1), guidance=group.guidance,
         )  # fmt: skip
 

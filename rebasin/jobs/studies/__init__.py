@@ -13,7 +13,6 @@ from typing import Any
 from hydra.utils import get_method
 
 from ...reporting import study as report
-from ...reporting.results import Results
 from ...types import supply
 from ..refusals import refuse
 from ..skeleton import Job, Session
@@ -33,8 +32,4 @@ def _plan(job: Session, study: Callable[[], list[dict[str, Any]]]) -> str:
     return f"Would do the study {job.config['study']['_target_']} and leave its results in {job.folder}."
 
 
-def _work(job: Session, study: Callable[[], list[dict[str, Any]]]) -> Results:
-    return job.leave({"rows": study()})
-
-
-run_study = Job(report.KIND, _prepare, _plan, _work)
+run_study = Job(report.KIND, _prepare, _plan, lambda job, study: job.leave({"rows": study()}))

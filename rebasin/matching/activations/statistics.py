@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
-import json
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -27,7 +25,7 @@ from ...tracing.export import evaluation_mode
 from ...types import Progress, tell
 from ..assignment.blocks import leaves
 from ..options import check_choices, check_range
-from ..resume_state import ResumeState
+from ..resume_state import ResumeState, digest_of
 from .hook_sites import HookSite, find_hook_sites, sample_rows, tensor_at
 from .moments import Moments, Statistic
 
@@ -160,8 +158,8 @@ def activation_statistics(
         ]
         options = {
             "architecture": spec.hash,
-            "weights": _digest(models),
-            "sites": _digest([[*_key(site), site.cell] for site in hook_sites]),
+            "weights": digest_of(models),
+            "sites": digest_of([[*_key(site), site.cell] for site in hook_sites]),
             "tokens": str(tokens),
             "seed": str(seed),
             "precision": str(dtype).removeprefix("torch."),
@@ -333,7 +331,3 @@ def _moved(model: nn.Module, device: torch.device | str) -> nn.Module:
     if device_of(model) == torch.device(device):
         return model
     return copy.deepcopy(model).to(device)
-
-
-def _digest(plain: Any) -> str:
-    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()

@@ -86,20 +86,11 @@ def match_many_activations(
     batches = list(batches)
     pairs: dict[tuple[int, int], Mapping[str, Tensor]] = {}
     numbers = list(combinations(range(n), 2))
+    look: Any = {"reads": reads, "sites": sites, "tokens": tokens}
     for i, j in numbers:
         a, b = (loaded(model, models.open(k)) for k in (i, j))
         found = activation_statistics(
-            spec,
-            a,
-            b,
-            batches,
-            objective=objective,
-            forward=forward,
-            reads=reads,
-            sites=sites,
-            tokens=tokens,
-            seed=seed,
-            device=device,
+            spec, a, b, batches, objective=objective, forward=forward, **look, seed=seed, device=device
         )
         require_seen(found, False)
         pairs[i, j] = {cell: found.costs(cell, statistic).float() for cell in spec.cells}

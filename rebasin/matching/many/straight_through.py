@@ -113,7 +113,7 @@ def straight_through_many(
     with search.ends.ready(checkpointing):
         best, score = list(permutations), search.score(permutations, heldout)
         naive = search.score([spec.identity()] * n, heldout)
-        members = [search.score_of(i, heldout) for i in range(n)]
+        members = [search.ends.evaluate({**search.ends.a, **own}, heldout) for own in search.tensors]
         if not math.isfinite(sum(members) + score):
             raise DataError(
                 "The losses of the models and their mean on the held-out batches must be finite numbers."
@@ -177,9 +177,6 @@ class _Search:
 
     def score(self, permutations: Sequence[Permutation], batches: Sequence[Any]) -> float:
         return self.ends.evaluate(self.mean(permutations, self.models.shares), batches)
-
-    def score_of(self, i: int, batches: Sequence[Any]) -> float:
-        return self.ends.evaluate({**self.ends.a, **self.tensors[i]}, batches)
 
     def descend(
         self, permutations: Sequence[Permutation], shares: np.ndarray, batch: Any, rate: float
