@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain, repeat
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +62,8 @@ def mecha_method(name: str) -> Method:
         tensors = [*models, base] if third else list(models)
         types = [*(of[n] for n in required), *everything * len(tensors)]
         # Copies, because some methods write into what they get.
-        arguments = [_wrapped(t.clone(), kind, name) for t, kind in zip(tensors, types, strict=False)]
+        copies = [(t.clone(), str(kind)) for t, kind in zip(tensors, types, strict=False)]
+        arguments = [{name: copy} if "StateDict" in kind else copy for copy, kind in copies]
         settings = {**given, **({} if alpha is None else {"alpha": alpha})}
         keywords = {key: _value(value, of.get(key), models[0]) for key, value in settings.items()}
         if found.has_varkwargs:
@@ -157,10 +158,6 @@ def _resolve(name: str) -> Any:
 def _is(space: Any, name: str) -> bool:
     spaces = space if isinstance(space, set | frozenset) else {space}
     return {getattr(s, "identifier", None) for s in spaces} == {name}
-
-
-def _wrapped(tensor: Tensor, kind: Any, name: str) -> Tensor | Mapping[str, Tensor]:
-    return {name: tensor} if "StateDict" in str(kind) else tensor
 
 
 def _value(value: Any, kind: Any, like: Tensor) -> Any:

@@ -150,7 +150,9 @@ class Endpoints:
     def _squared_distance(self, name: str, dot: float) -> float:
         norms = sum(self.squares[name])
         squared = norms - 2 * dot
-        return squared if squared > FAR * norms else _squared_distance(self.a(name), self.b(name))
+        if squared > FAR * norms:
+            return squared
+        return _summed([d.dot(d) for d in (x.sub_(y) for x, y in _chunks(self.a(name), self.b(name)))])
 
     @property
     def scale(self) -> float:
@@ -182,7 +184,8 @@ class Endpoints:
                 a = a.index_select(changed.axis, changed.places)
                 old = old.index_select(changed.axis, changed.places)
             slices[name] = changed
-            gains[name] = _gain(a, old, changed.values)
+            # <a, new> - <a, old>, float64
+            gains[name] = _summed([x.dot(z.sub_(y)) for x, y, z in _chunks(a, old, changed.values)])
         return Move(slices, gains, math.fsum(self.weight[name] * gain for name, gain in gains.items()))
 
     def make(self, move: Move, index: Mapping[str, np.ndarray]) -> None:
@@ -253,16 +256,6 @@ def _moments(a: Tensor, b: Tensor) -> tuple[float, float, float]:
     parts = [(x.dot(x), y.dot(y), x.dot(y)) for x, y in _chunks(a, b)]
     aa, bb, ab = (_summed([part[k] for part in parts]) for k in range(3))
     return aa, bb, ab
-
-
-def _squared_distance(a: Tensor, b: Tensor) -> float:
-    """|a - b|^2, float64."""
-    return _summed([d.dot(d) for d in (x.sub_(y) for x, y in _chunks(a, b))])
-
-
-def _gain(a: Tensor, old: Tensor, new: Tensor) -> float:
-    """<a, new> - <a, old>, float64."""
-    return _summed([x.dot(z.sub_(y)) for x, y, z in _chunks(a, old, new)])
 
 
 def _chunks(*tensors: Tensor) -> Iterator[list[Tensor]]:
