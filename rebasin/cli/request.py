@@ -96,8 +96,7 @@ class Request:
         bool, typer.Option("--prune", help="Leave out what no loader needs: EMA copies, training leftovers.")
     ] = False
     vae: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Put this model's VAE into the result."),
+        Path | None, typer.Option(metavar="FILE", help="Put this model's VAE into the result.")
     ] = None
     fix_clip: Annotated[
         bool, typer.Option("--fix-clip", help="Write CLIP's position ids anew, as the integers 0 to 76.")

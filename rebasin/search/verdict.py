@@ -62,10 +62,7 @@ def best_trials(study: optuna.Study, number: int) -> list[Any]:
 
 
 def finals(
-    evaluator: Evaluator,
-    trials: Sequence[Any],
-    known: dict[str, Candidate],
-    progress: Progress | None = None,
+    evaluator: Evaluator, trials: Sequence[Any], known: dict[str, Candidate], progress: Progress | None = None
 ) -> list[Finalist]:
     """Measure the best trials and the known merges on the data that chooses; the winner comes first.
 

@@ -12,19 +12,7 @@ The semantics of a permutation is that of the paper's code: `new[i] = old[index[
 """
 
 from .permutation import Coverage, Permutation, PermutationSpec, PermutedState, Pin, displaced
-from .structure import (
-    Branch,
-    Cell,
-    Group,
-    Indices,
-    Leaf,
-    Node,
-    Site,
-    admits,
-    first_leaf,
-    indices,
-    to_array,
-)
+from .structure import Branch, Cell, Group, Indices, Leaf, Node, Site, admits, first_leaf, indices, to_array
 
 __all__ = [
     "Branch",

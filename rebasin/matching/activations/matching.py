@@ -148,11 +148,7 @@ def activation_matching(
 
 
 def match_statistics(
-    statistics: ActivationStatistics,
-    state_a: State,
-    state_b: State,
-    *,
-    statistic: Statistic = "pearson",
+    statistics: ActivationStatistics, state_a: State, state_b: State, *, statistic: Statistic = "pearson"
 ) -> ActivationResult:
     """The best permutation for statistics at hand, so that one pass over the data serves several choices.
 

@@ -85,10 +85,7 @@ class Assignment:
 
 
 def assign(
-    group: Group,
-    costs: Costs | Mapping[str, Matrix | CostFunction],
-    *,
-    units: Sequence[Node] | None = None,
+    group: Group, costs: Costs | Mapping[str, Matrix | CostFunction], *, units: Sequence[Node] | None = None
 ) -> Assignment:
     """The legal permutation of `group` that maximises `sum over cells of sum_i costs[cell][i, index[i]]`.
 

@@ -28,9 +28,7 @@ SMALLEST = 128
 
 
 def linear_assignment(
-    costs: Tensor,
-    duals: Tensor | None = None,
-    learn: Callable[[Tensor], None] = lambda duals: None,
+    costs: Tensor, duals: Tensor | None = None, learn: Callable[[Tensor], None] = lambda duals: None
 ) -> tuple[np.ndarray, float, float]:
     """The assignment that maximises `sum_i costs[i, column[i]]`, the identity if that is as good but for TOLERANCE.
 

@@ -122,7 +122,7 @@ def straight_through(
         ConfigError: an option, or the state to continue from, does not fit, or the search diverged.
         DataError: there are no batches, or a loss is not a finite number.
     """
-    began = perf_counter()
+    given, began = dict(locals()), perf_counter()
     check_choices(
         optimizer=(optimizer, Optimizer), schedule=(schedule, Schedule), autocast=(autocast, Autocast)
     )
@@ -139,27 +139,7 @@ def straight_through(
 
     options: dict[str, str] = {}
     if checkpoint is not None or resume_from is not None:
-        options = fingerprint(
-            ends,
-            objective,
-            [list(learn), list(select)],
-            init=init,
-            steps=steps,
-            optimizer=optimizer,
-            lr=lr,
-            momentum=momentum,
-            schedule=schedule,
-            project_every=project_every,
-            projection_sweeps=projection_sweeps,
-            represents=represents,
-            projection=projection,
-            clip=clip,
-            accumulate=accumulate,
-            evaluate_every=evaluate_every,
-            refine=refine,
-            autocast=autocast,
-            seed=seed,
-        )
+        options = fingerprint(ends, objective, [list(learn), list(select)], given)
     last = StraightThroughState(options) if resume_from is None else resume_from
     last.require(options)
     began -= last.seconds

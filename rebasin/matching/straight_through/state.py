@@ -47,13 +47,19 @@ class StraightThroughState(ResumeState):
     seconds: float = 0.0
 
 
-def fingerprint(ends: Ends, objective: Any, batches: Any, **options: Any) -> dict[str, str]:
-    """What a continued search must have in common with the interrupted one."""
+ELSEWHERE = {"spec", "model_a", "model_b", "objective", "batches", "heldout"}
+ELSEWHERE |= {"checkpointing", "device", "progress", "checkpoint", "resume_from"}
+
+
+def fingerprint(ends: Ends, objective: Any, batches: Any, given: Mapping[str, Any]) -> dict[str, str]:
+    """What a continued search must have in common with the interrupted one: all that was `given` but where it is
+    computed and who is told, and what is looked at more closely here.
+    """
     pair = Endpoints(ends.spec, ends.a, ends.b, device=ends.device)
     return {
         "architecture": ends.spec.hash,
         "weights": repr((pair.objective, pair.distance)),
         "objective": type(objective).__qualname__,
         "batches": digest_of(batches),
-        **{name: told(value) for name, value in options.items()},
+        **{name: told(value) for name, value in given.items() if name not in ELSEWHERE},
     }
