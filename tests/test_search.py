@@ -680,3 +680,22 @@ def test_a_merge_that_comes_again_is_not_measured_again(tmp_path):
         len(values) == 1 for values in by_method.values()
     )
     assert sum(trial["same_as"] is not None for trial in results["trials"]) == 6
+
+
+def test_an_error_of_a_scorer_is_not_the_end_of_the_budget(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    errors = iter(
+        [TimeoutError("the server does not answer"), TimeoutError("nor now"), AssertionError("still at it")]
+    )
+
+    def measure(self, *_: Any) -> float:
+        raise next(errors)
+
+    with monkeypatch.context() as broken:
+        broken.setattr("rebasin.search.trials._twin", measure)
+        with pytest.raises(TimeoutError, match="the server"):
+            execute(tmp_path, *TINY, *QUICK, "search.trials=2", "space=model", "algo=naive")
+    results, _ = execute(
+        tmp_path, *TINY, *QUICK, "search.trials=0", "search.minutes=0.02", "space=model", "algo=naive"
+    )
+    assert results["trials"], "the trial that failed is none, and the search goes on"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -87,15 +87,14 @@ def work(
         name = "random" if stuck else options.sampler
         study.sampler = make_sampler(name, seed + STEP * worker + len(done), options.warm)
         once = partial(_measured, setup=setup, deadline=deadline)
-        study.optimize(once, n_trials=1, catch=(TimeoutError,), callbacks=[told])
+        study.optimize(once, n_trials=1, callbacks=[told])
 
 
-def _measured(trial: optuna.Trial, setup: Setup, deadline: float) -> list[float]:
-    """The losses of one trial.
+def _measured(trial: optuna.Trial, setup: Setup, deadline: float) -> Any:
+    """The losses of one trial; None if time ran out, which Optuna takes for a failure.
 
     Raises:
         TrialPruned: it was given up, or can't be made.
-        TimeoutError: time ran out.
     """
     from optuna import TrialPruned
 
@@ -116,7 +115,7 @@ def _measured(trial: optuna.Trial, setup: Setup, deadline: float) -> list[float]
                 losses.append(math.inf if math.isnan(loss) else loss)
                 last = len(losses) == len(objective.search)
                 if time.monotonic() > deadline and not last:
-                    raise TimeoutError
+                    return None
                 if len(objectives) == 1:
                     trial.report(losses[-1], step)
                     if not known and not last and trial.should_prune():
