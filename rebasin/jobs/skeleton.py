@@ -118,8 +118,12 @@ def settle(cfg: DictConfig) -> None:
         )
     if cfg.seed < 0:
         raise ConfigError(f"seed is {cfg.seed}, but it must not be negative.")
-    if str(cfg.device).startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device is {cfg.device!r}, but torch finds no such device; leave it out.")
+    try:
+        torch.empty(1, device=cfg.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device is {cfg.device!r}, but torch finds no such device; leave it out."
+        ) from error
     torch.manual_seed(cfg.seed)
     if cfg.threads > 0:
         torch.set_num_threads(cfg.threads)
