@@ -15,6 +15,7 @@ from rebasin.errors import ConfigError
 from rebasin.files import config_dir
 from rebasin.jobs.refusals import ALWAYS, RULES
 from rebasin.jobs.search import search
+from rebasin.jobs.studies import run_study
 from rebasin.reporting.console import Console
 from rebasin.tasks import Task, load_task
 
@@ -80,6 +81,11 @@ def test_what_a_task_does_not_ask_for_is_refused(override: str, tmp_path: Path) 
     assert load_task(configured("model=mlp", own)).reads == {"seed"}
     with pytest.raises(ConfigError, match=f"{override} has no effect here"):
         execute(tmp_path, "model=mlp", own, "algo=naive", override, "dry_run=true")
+
+
+def test_a_study_needs_its_function(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"study is 'plane'; choose one by \+experiment=NAME"):
+        run_study(configured("model=mlp", "study=plane"), tmp_path, Console())
 
 
 def test_a_device_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from rebasin.reporting.loggers import Logger, both
 from rebasin.reporting.metrics import metrics
 from rebasin.reporting.numbers import number
 from rebasin.reporting.page import render
-from rebasin.reporting.results import environment
+from rebasin.reporting.results import environment, plain
 from rebasin.reporting.samples import save_samples
 from rebasin.reporting.table import Table
 from rebasin.types import ProgressEvent
@@ -170,6 +171,11 @@ def test_listeners_take_plain_dicts_of_algorithms_of_the_user():
 def test_names_from_outside_are_escaped(tmp_path):
     _, page = draw(results(1.0, 0.5, endpoints={"a": "<script>alert(1)</script>", "b": "b"}), tmp_path)
     assert "<script>" not in page.read_text()
+
+
+def test_whatever_a_job_measured_becomes_json():
+    told = {np.int64(3): np.float32(0.5), (1, 2): (float("inf"), True, None), Path("x"): Path("y")}
+    assert plain(told) == {"3": 0.5, "(1, 2)": [None, True, None], "x": "y"}
 
 
 def test_metrics_have_stable_names():

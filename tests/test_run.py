@@ -319,6 +319,7 @@ def test_values_are_checked_against_the_type_of_their_default(override, sentence
         (["evaluate.splits=[test]"], "evaluate.splits is ['test']; it takes some of train, heldout."),
         (["evaluate.points=1"], "evaluate.points is 1"),
         (["seed=-1"], "seed is -1"),
+        (["threads=-1"], "threads is -1"),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_loaded(overrides, sentence):

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from ..errors import ConfigError
 from ..evaluation.samples import Samples
 from ..integrations.hydra import resolved
+from ..matching.options import check_range
 from ..reporting.console import Console
 from ..reporting.kinds import leave
 from ..reporting.loggers import Logger, both, open_logger
@@ -116,8 +117,7 @@ def settle(cfg: DictConfig) -> None:
         raise ConfigError(
             f"evaluate.points is {cfg.evaluate.points}, but a line has at least 2 points, its ends."
         )
-    if cfg.seed < 0:
-        raise ConfigError(f"seed is {cfg.seed}, but it must not be negative.")
+    check_range(0, seed=cfg.seed, threads=cfg.threads)
     try:
         torch.empty(1, device=cfg.device)
     except (RuntimeError, AssertionError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -139,13 +140,14 @@ def _version(name: str) -> str | None:
 
 def plain(value: Any) -> Any:
     """`value` as JSON can have it; null is what is not finite."""
-    return json.loads(json.dumps(value, default=_simpler), parse_constant=lambda _: None)
-
-
-def _simpler(value: Any) -> Any:
-    """What JSON does not know: results, lazy mappings, scalars of numpy and torch, and what is told in words."""
     if is_dataclass(value):
-        return vars(value)
+        value = vars(value)
     if isinstance(value, Mapping):
-        return dict(value)
-    return value.item() if hasattr(value, "item") else str(value)
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "item"):  # numpy and torch scalars
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)

@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra.utils import get_method
 
+from ...errors import ConfigError
 from ...reporting import study as report
 from ...types import supply
 from ..refusals import refuse
@@ -21,7 +22,12 @@ from ..skeleton import Job, Session
 def _prepare(job: Session) -> Callable[[], list[dict[str, Any]]]:
     """The study that `cfg.study` names, with its options."""
     refuse(job)
-    options = dict(job.config["study"])
+    options = job.config["study"]
+    if not isinstance(options, dict) or "_target_" not in options:
+        raise ConfigError(
+            f"study is {options!r}; choose one by +experiment=NAME, or give study._target_=PATH."
+        )
+    options = dict(options)
     # Configurations of people's own may still name studies where they were.
     function = get_method(options.pop("_target_").replace("rebasin.studies.", "rebasin.jobs.studies."))
     offered = {"cfg": job.cfg, "console": job.console}
