@@ -17,6 +17,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from optuna.trial import FixedTrial
 from rich.console import Console as RichConsole
 from torch import nn
 
@@ -69,10 +70,11 @@ def execute(folder: Path, *overrides: str) -> tuple[dict[str, Any], str]:
     return results or {}, console.export_text()
 
 
-class Drawn:
+class Drawn(FixedTrial):
     """A trial whose values come from a generator, or are given; it notes what was asked."""
 
     def __init__(self, given: dict[str, Any] | None = None, seed: int = 0) -> None:
+        super().__init__(given or {})
         self.given, self.asked, self._random = given or {}, {}, np.random.default_rng(seed)
 
     def suggest_float(
