@@ -24,7 +24,6 @@ def vision() -> dict[str, str]:
 
 def test_torchvision_sample(vision: dict[str, str]) -> None:
     names = [
-        "resnet18",
         "resnext50_32x4d",
         "mobilenet_v3_small",
         "shufflenet_v2_x1_0",
