@@ -48,6 +48,13 @@ class Label:
         taken = {d for f in self.factors for d in covered(f)}
         return tuple(d for d, n in enumerate(self.shape) if n > 1 and d not in taken)
 
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether this can be the label of a tensor of that shape."""
+        return all(
+            len(part) == len(shape) and all(a in (1, b) for a, b in zip(part, shape, strict=True))
+            for part in (self.shape, *(f.shape for f in self.factors))
+        )
+
     def factor_on(self, dim: int) -> Factor | None:
         return next((f for f in self.factors if f.shape[dim] > 1), None)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from .constraints import Constraints
 from .export import Exported, operator_name, source_line
 from .labels import Label, pin
-from .rules import RULES, Call, Traced, labels_of
-from .rules.elementwise import pointwise
+from .rules import RULES, Call, Traced, apply, labels_of
+from .rules.elementwise import tagged
 
 
 def walk(exported: Exported, aliases: Mapping[str, str]) -> Constraints:
@@ -53,7 +53,7 @@ def _state(constraints: Constraints, name: str, fake: Tensor) -> Traced:
         if size > 1:
             elements = constraints.axis(name, axis, size)
             factors.append(elements.reshape([size if d == axis else 1 for d in range(len(shape))]))
-    return Traced(Label(shape, tuple(factors)), shape)
+    return Traced(Label(shape, tuple(factors)), shape, fake.dtype)
 
 
 def _constant(fake: Tensor, value: Tensor | None) -> Traced:
@@ -64,7 +64,7 @@ def _constant(fake: Tensor, value: Tensor | None) -> Traced:
     extent = tuple(
         1 if n > 1 and bool((value == value.narrow(d, 0, 1)).all()) else n for d, n in enumerate(shape)
     )
-    return Traced(Label(extent), shape, value)
+    return Traced(Label(extent), shape, fake.dtype, value)
 
 
 def _interpret(constraints: Constraints, module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -114,47 +114,39 @@ def _call(constraints: Constraints, node: torch.fx.Node, args: list[Any], kwargs
     # Autocast, set_grad_enabled: a region of code.
     if submodule is not None and "wrap_with" in str(node.target):
         return _interpret(constraints, args[submodule], args[submodule + 1 :])
-    if not isinstance(node.target, torch._ops.OpOverload):
-        if not isinstance(out, Tensor | list | tuple):
-            return out  # arithmetic on plain numbers
-        return _unknown(constraints, node, [*args, *kwargs.values()], out)
-    name = operator_name(node.target)
-    takes = node.target._schema.arguments
-    named = {argument.name: kwargs.get(argument.name, argument.default_value) for argument in takes}
-    named |= {argument.name: value for argument, value in zip(takes, args, strict=False)}
-    if out is None or not any(
-        isinstance(o, Tensor) for o in (out if isinstance(out, list | tuple) else [out])
-    ):
-        return out  # assertions on metadata
+    if not isinstance(
+        node.target, torch._ops.OpOverload
+    ):  # arithmetic on plain numbers, or a higher-order operator
+        rule, arguments, name = None, [], str(node.target)
+        named: dict[str, Any] = {"args": args, "kwargs": list(kwargs.values())}
+    else:
+        name, arguments = operator_name(node.target), node.target._schema.arguments
+        named = {argument.name: kwargs.get(argument.name, argument.default_value) for argument in arguments}
+        named |= {argument.name: value for argument, value in zip(arguments, args, strict=False)}
+        rule = RULES.get(name) or tagged(node.target)
     constraints.reason = f"{name} at {source_line(node)}"
-    rule = RULES.get(name) or (pointwise if torch.Tag.pointwise in node.target.tags else None)
-    if rule is None:
-        return _unknown(constraints, node, list(named.values()), out)
-    labels = rule(Call(constraints, name, named, out))
-    if isinstance(labels, Label):
-        assert isinstance(out, Tensor)
-        return _traced(labels, out)
-    return [_traced(label, o) if isinstance(o, Tensor) else o for label, o in zip(labels, out, strict=False)]
+    if not any(isinstance(o, Tensor) for o in (out if isinstance(out, list | tuple) else [out])):
+        if out is not None and not name.startswith("sym_"):  # a number that was read out of a tensor
+            for traced in labels_of(list(named.values())):
+                pin(constraints, traced.label, "becomes a number")
+        return out
+    return _traced(apply(rule, Call(constraints, name, named, out), arguments, _read(node)), out)
 
 
-def _traced(label: Label, out: Tensor) -> Traced:
-    shape = tuple(out.shape)
-    if label.ndim != len(shape) or any(n not in (1, s) for n, s in zip(label.shape, shape, strict=True)):
-        raise AssertionError(f"a rule gave a label of shape {label.shape} for a tensor of shape {shape}")
-    factors = tuple(f for f in label.factors if f.size > 1)
-    return Traced(Label(label.shape, factors), shape)
+def _read(node: torch.fx.Node) -> set[int]:
+    """Which results of an operator something reads; all of them if that can't be told."""
+    results = {u: u.args[1] if u.target is operator.getitem else 1 for u in node.users}
+    return {k for u, k in results.items() if isinstance(k, int) and (u.users or k < 0)}
 
 
-def _unknown(constraints: Constraints, node: torch.fx.Node, arguments: list[Any], out: Any) -> Any:
-    """An operator without a rule: nothing that goes through it may move."""
-    constraints.reason = f"{node.target} at {source_line(node)}"
-    for traced in labels_of(arguments):
-        pin(constraints, traced.label, "has no rule")
-    if isinstance(out, Tensor):
-        return _plain(out)
-    return [_plain(o) if isinstance(o, Tensor) else o for o in out]
+def _traced(labels: list[Label], out: Any) -> Any:
+    made = [
+        Traced(label.map_factors(label.factors), tuple(o.shape), o.dtype) if isinstance(o, Tensor) else o
+        for label, o in zip(labels, out if isinstance(out, list | tuple) else [out], strict=True)
+    ]
+    return made if isinstance(out, list | tuple) else made[0]
 
 
 def _plain(fake: Tensor) -> Traced:
     """A tensor without neurons."""
-    return Traced(Label(tuple(fake.shape)), tuple(fake.shape))
+    return Traced(Label(tuple(fake.shape)), tuple(fake.shape), fake.dtype)

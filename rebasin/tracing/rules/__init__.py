@@ -5,7 +5,7 @@ Operators tagged `pointwise` by PyTorch need none; what has no rule is pinned.
 """
 
 from . import attention, elementwise, indexing, linear, normalisation, reductions, shapes
-from .registry import RULES, Call, Traced, labels_of
+from .registry import RULES, Call, Traced, apply, labels_of
 
-__all__ = ["RULES", "Call", "Traced", "labels_of"]
+__all__ = ["RULES", "Call", "Traced", "apply", "labels_of"]
 del attention, elementwise, indexing, linear, normalisation, reductions, shapes

@@ -9,7 +9,9 @@ from .registry import Call, Result, rule
 
 @rule(
     "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu"
-    " _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention"
+    " _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention",
+    takes="query key value attn_mask attn_bias is_causal enable_gqa",
+    refuses="dropout_p q_descale k_descale v_descale",
 )
 def attention(call: Call) -> Result:
     """q [..., H, T, d], k [..., H, S, d], v [..., H, S, e].
@@ -28,8 +30,9 @@ def attention(call: Call) -> Result:
     mask = call.optional("attn_mask") or call.optional("attn_bias")
     if mask is not None:
         scores = combine(c, [scores, mask.label])
-    result = matrix_product(c, normalise(c, scores, [-1]), v_label)
-    return call.labelled([result, *(Label(tuple(getattr(o, "shape", ()))) for o in call.outputs[1:])])
+    if call.args.get("is_causal"):  # a triangle of constants over queries and keys
+        scores = combine(c, [scores, Label((1,) * (scores.ndim - 2) + (q.shape[-2], k.shape[-2]))])
+    return matrix_product(c, normalise(c, scores, [-1]), v_label)
 
 
 def _repeat_heads(call: Call, label: Label, shape: tuple[int, ...], heads: int) -> Label:

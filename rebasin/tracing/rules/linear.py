@@ -8,7 +8,7 @@ import numpy as np
 
 from ..constraints import Constraints
 from ..labels import Label, combine, contract, fix, reshape
-from .registry import Call, Result, rule
+from .registry import Call, Result, Unsupported, rule
 
 
 def matrix_product(c: Constraints, a: Label, b: Label) -> Label:
@@ -19,7 +19,7 @@ def matrix_product(c: Constraints, a: Label, b: Label) -> Label:
     return contract(c, combine(c, [left, right]), [-1])
 
 
-@rule("matmul mm bmm mv dot vdot linalg_matmul")
+@rule("matmul mm bmm mv dot vdot linalg_matmul", takes="self other mat2 vec tensor")
 def matmul(call: Call) -> Result:
     second = next(name for name in ("other", "mat2", "vec", "tensor") if name in call.args)
     a, b = call.tensor("self").label, call.tensor(second).label
@@ -31,13 +31,19 @@ def matmul(call: Call) -> Result:
     return result.drop(gone)
 
 
-@rule("addmm baddbmm addmv addbmm")
+@rule("addmm baddbmm addmv addbmm", takes="self mat1 mat2 batch1 batch2 mat vec")
 def addmm(call: Call) -> Result:
-    tensors = [call.tensor(name).label for name in call.args if name in ("mat1", "mat2", "batch1", "batch2")]
-    return combine(call.constraints, [call.tensor("self").label, matrix_product(call.constraints, *tensors)])
+    c, factors = call.constraints, ("mat1", "mat2", "batch1", "batch2", "mat", "vec")
+    a, b = (call.tensor(name).label for name in call.args if name in factors)
+    if call.name == "addmv":
+        product = matrix_product(c, a, b.expand_rank([1])).drop([1])
+    else:
+        product = matrix_product(c, a, b)
+        product = contract(c, product, [0]) if call.name == "addbmm" else product
+    return combine(c, [call.tensor("self").label, product])
 
 
-@rule("linear")
+@rule("linear", takes="input weight bias")
 def linear(call: Call) -> Result:
     c, x, weight = call.constraints, call.tensor("input").label, call.tensor("weight").label
     bias = call.optional("bias")
@@ -48,7 +54,7 @@ def linear(call: Call) -> Result:
     return result.drop([result.ndim - 1]) if call.tensor("weight").ndim == 1 else result
 
 
-@rule("einsum")
+@rule("einsum", takes="equation tensors", refuses="a")
 def einsum(call: Call) -> Result:
     """Each operand is laid out over all the letters, multiplied, and summed over those that the result lacks."""
     c = call.constraints
@@ -71,21 +77,20 @@ def einsum(call: Call) -> Result:
     laid = []
     for term, label in zip(spread, labels, strict=True):
         if len(set(term)) < len(term):  # a diagonal
-            label = fix(c, label, range(label.ndim), "is read along a diagonal")
-            return Label(call.shape)
+            raise Unsupported("is read along a diagonal")
         order = sorted(range(len(term)), key=lambda d, term=term: letters.index(term[d]))
         label = label.permute(order)
         laid.append(label.expand_rank([k for k, x in enumerate(letters) if x not in term]))
     return contract(c, combine(c, laid), range(len(right), len(letters)))
 
 
-@rule("outer ger")
+@rule("outer ger", takes="self vec2")
 def outer(call: Call) -> Result:
     a, b = call.tensor("self").label, call.tensor("vec2").label
     return combine(call.constraints, [a.expand_rank([1]), b.expand_rank([0])])
 
 
-@rule("bilinear")
+@rule("bilinear", takes="input1 input2 weight bias")
 def bilinear(call: Call) -> Result:
     c = call.constraints
     x, y, weight = (call.tensor(n).label for n in ("input1", "input2", "weight"))
@@ -96,7 +101,10 @@ def bilinear(call: Call) -> Result:
     return combine(c, [result, bias.label]) if bias is not None else result
 
 
-@rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution")
+@rule(
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution",
+    takes="input weight bias groups transposed",
+)
 def convolution(call: Call) -> Result:
     """[N, C_in, *space] and [C_out, C_in / groups, *kernel] (transposed: [C_in, C_out / groups, *kernel])."""
     c, x, weight = call.constraints, call.tensor("input"), call.tensor("weight")
@@ -144,7 +152,7 @@ def _grouped(
     else:
         kernel = fix(c, kernel, [1], shared)  # [C_out, C_in / g]
         for factor in image.factors:
-            if factor.shape[1] > 1 and factor.shape[2] > 1:
+            if factor.shape[2] > 1:
                 c.mark(factor, np.arange(ins)[None, None, :], shared)
         per_group = contract(c, image, [-1])  # [N, g]
         outputs = Label((n_out,), tuple(f.reshape(-1) for f in kernel.factors if f.shape[0] > 1))

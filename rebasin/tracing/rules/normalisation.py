@@ -14,14 +14,10 @@ def _channelwise(call: Call, x: Label, names: tuple[str, ...]) -> Label:
     return combine(call.constraints, [x, *aligned])
 
 
-def _as_outputs(call: Call, label: Label) -> Result:
-    """Native norm operators also return statistics, which nothing downstream may use for their position."""
-    return call.labelled([label, *(Label((1,) * len(o.shape)) for o in call.outputs[1:])])
-
-
 @rule(
     "batch_norm _native_batch_norm_legit_no_training native_batch_norm _native_batch_norm_legit"
-    " cudnn_batch_norm instance_norm"
+    " cudnn_batch_norm instance_norm",
+    takes="input weight bias running_mean running_var training use_input_stats",
 )
 def batch_norm(call: Call) -> Result:
     x = call.tensor("input").label
@@ -29,7 +25,7 @@ def batch_norm(call: Call) -> Result:
         contract(
             call.constraints, x, [0, *range(2, x.ndim)] if call.name != "instance_norm" else range(2, x.ndim)
         )
-    return _as_outputs(call, _channelwise(call, x, ("weight", "bias", "running_mean", "running_var")))
+    return _channelwise(call, x, ("weight", "bias", "running_mean", "running_var"))
 
 
 def group_sets(c: Constraints, x: Label, groups: int, channels: int) -> None:
@@ -37,30 +33,29 @@ def group_sets(c: Constraints, x: Label, groups: int, channels: int) -> None:
     flat = Label(x.shape, tuple(x.factors))
     new = (x.shape[0], groups, channels // groups, *x.shape[2:])
     split = reshape(c, flat, (x.shape[0], channels, *x.shape[2:]), new)
-    if groups > 1:
-        contract(c, split, range(2, split.ndim))
+    contract(c, split, range(2, split.ndim))
 
 
-@rule("group_norm native_group_norm")
+@rule("group_norm native_group_norm", takes="input weight bias num_groups group")
 def group_norm(call: Call) -> Result:
     x = call.tensor("input")
     groups = int(call.args["num_groups"] if "num_groups" in call.args else call.args["group"])
     group_sets(call.constraints, x.label, groups, x.shape[1])
-    return _as_outputs(call, _channelwise(call, x.label, ("weight", "bias")))
+    return _channelwise(call, x.label, ("weight", "bias"))
 
 
-@rule("layer_norm native_layer_norm rms_norm _fused_rms_norm")
+@rule("layer_norm native_layer_norm rms_norm _fused_rms_norm", takes="input weight bias normalized_shape")
 def layer_norm(call: Call) -> Result:
     x = call.tensor("input").label
     dims = len(call.args["normalized_shape"])
     normalise(call.constraints, x, range(x.ndim - dims, x.ndim))
     affine = [t.label for t in (call.optional("weight"), call.optional("bias")) if t is not None]
-    return _as_outputs(call, combine(call.constraints, [x, *affine]))
+    return combine(call.constraints, [x, *affine])
 
 
-@rule("_weight_norm _weight_norm_interface")
+@rule("_weight_norm _weight_norm_interface", takes="v g dim")
 def weight_norm(call: Call) -> Result:
     """v / |v| * g, the norm taken over all dimensions but `dim`."""
-    v, dim = call.tensor("v").label, call.args.get("dim", 0)
-    normalise(call.constraints, v, [d for d in range(v.ndim) if d != dim % v.ndim])
-    return _as_outputs(call, combine(call.constraints, [v, call.tensor("g").label]))
+    v, dim = call.tensor("v").label, call.args["dim"]  # -1: over all of them
+    normalise(call.constraints, v, [d for d in range(v.ndim) if d != dim])
+    return combine(call.constraints, [v, call.tensor("g").label])

@@ -17,7 +17,9 @@ def dimensions(value: Any, ndim: int) -> list[int]:
 
 @rule(
     "sum mean amax amin prod std var logsumexp norm linalg_vector_norm nansum all any median max min"
-    " var_mean std_mean"
+    " var_mean std_mean",
+    takes="self other dim keepdim",
+    every_output=True,
 )
 def reduction(call: Call) -> Result:
     x = call.tensor("self")
@@ -30,10 +32,15 @@ def reduction(call: Call) -> Result:
     # max over dim gives indices, too: they name positions, so the neurons searched through may not move.
     if isinstance(call.out, list | tuple) and call.name in ("max", "min", "median"):
         contracted = contract(c, fix(c, label, dims, "is searched for a position"), dims, keep)
-    return call.labelled([contracted] * len(call.outputs))
+    return [contracted] * len(call.outputs)
 
 
-@rule("argmax argmin topk sort argsort cumsum cumprod kthvalue cummax diff unfold")
+@rule(
+    "argmax argmin topk sort argsort cumsum cumprod kthvalue cummax diff unfold",
+    takes="self dim dimension keepdim",
+    refuses="prepend append",
+    every_output=True,
+)
 def positional(call: Call) -> Result:
     x = call.tensor("self")
     name = "dim" if "dim" in call.args else "dimension"
@@ -54,17 +61,17 @@ def positional(call: Call) -> Result:
             ),
             label.factors,
         )
-    return call.labelled([label] * len(outs))
+    return [label] * len(outs)
 
 
-@rule("softmax log_softmax _softmax _log_softmax softmin")
+@rule("softmax log_softmax _softmax _log_softmax", takes="self dim")
 def softmax(call: Call) -> Result:
     return normalise(
         call.constraints, call.tensor("self").label, dimensions(call.args["dim"], call.tensor("self").ndim)
     )
 
 
-@rule("cosine_similarity")
+@rule("cosine_similarity", takes="x1 x2 dim")
 def cosine(call: Call) -> Result:
     both = combine(call.constraints, [call.tensor("x1").label, call.tensor("x2").label])
     return contract(call.constraints, both, dimensions(call.args["dim"], both.ndim))

@@ -1,8 +1,13 @@
-"""The table of operator rules, and what a rule sees of its operator."""
+"""The table of operator rules: what each knows of its operator's schema, and that everything else is pinned.
+
+A rule declares the arguments that it treats. Whatever else an operator is given (an argument that a later version of
+PyTorch adds, an option that nobody thought of), whatever it returns beyond the first result, and whatever makes a rule
+fail, pins all that goes through: by `apply`, not by the care of who writes a rule.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +18,34 @@ from ..labels import Label, pin
 
 Result = Label | list[Any]
 
+HARMLESS = {
+    "type, memory, device and choice of kernel": "dtype layout device pin_memory memory_format non_blocking copy"
+    " out_dtype half_to_float cudnn_enabled cudnn_enable benchmark deterministic allow_tf32 compute_log_sumexp path"
+    " return_debug_mask implicit sparse_grad scale_grad_by_freq sparse padding_idx include_self stable sorted",
+    "one number or function for all values": "eps epsilon momentum exponential_average_factor alpha beta scale value"
+    " fill_value p n k ord correction unbiased rounding_mode threshold exponent approximate min max min_val max_val"
+    " nan posinf neginf negative_slope lower upper input_scale s largest descending decimals weight other self"
+    " divisor_override",
+    "of dimensions that are plain afterwards": "stride padding dilation output_padding kernel_size ceil_mode"
+    " count_include_pad output_size scale_factors scales scales_d scales_h scales_w align_corners size shape sizes"
+    " step start_dim end_dim num_classes start end steps low high m row col offset diagonal",
+    "what the shape of the result says already": "split_size split_sizes chunks sections repeats stride N C HxW",
+}
+"""Arguments that are no tensors and have no bearing on which neurons may move, by reason."""
+_HARMLESS = frozenset(name for names in HARMLESS.values() for name in names.split())
+
+
+class Unsupported(Exception):
+    """Raised by a rule for a case that it does not know: everything that goes through the operator is pinned."""
+
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A tensor of the graph: its label, its true shape, its value where it is a constant."""
+    """A tensor of the graph: its label, its true shape and type, its value where it is a constant."""
 
     label: Label
     shape: tuple[int, ...]
+    dtype: torch.dtype
     value: torch.Tensor | None = None
 
     @property
@@ -38,7 +64,8 @@ class Call:
 
     def tensor(self, name: str) -> Traced:
         value = self.args[name]
-        assert isinstance(value, Traced), f"{self.name}: argument {name} is no tensor"
+        if not isinstance(value, Traced):
+            raise Unsupported(f"has no tensor as {name}")
         return value
 
     def optional(self, name: str) -> Traced | None:
@@ -53,26 +80,98 @@ class Call:
     def outputs(self) -> list[Any]:
         return list(self.out) if isinstance(self.out, list | tuple) else [self.out]
 
-    def labelled(self, labels: list[Label]) -> Result:
-        """One label for each of the outputs as the result; the label itself of an operator with a single one."""
-        return labels if isinstance(self.out, list | tuple) else labels[0]
+    @property
+    def plain(self) -> list[Label]:
+        """Labels without neurons for all outputs."""
+        return [Label(tuple(getattr(out, "shape", ()))) for out in self.outputs]
 
 
-Rule = Callable[[Call], Result]
+@dataclass(frozen=True)
+class Rule:
+    """A rule and what it declares of its operators' schemas; see `rule`."""
+
+    function: Callable[[Call], Result]
+    takes: frozenset[str]
+    index: frozenset[str]
+    shape_of: frozenset[str]
+    refuses: frozenset[str]
+    every_output: bool
+
+    def declares(self, argument: torch.Argument) -> bool:
+        """Whether something is said about this argument of a schema."""
+        if argument.name in self.takes | self.index | self.shape_of | self.refuses:
+            return True
+        return argument.name in _HARMLESS and "Tensor" not in str(argument.type)
+
+    def pins(self, argument: torch.Argument, value: Any) -> bool:
+        """Whether this value of an argument is more than the rule can treat."""
+        if next(labels_of(value), None) is not None:
+            return argument.name not in self.takes | self.index | self.shape_of
+        if argument.name in self.refuses:
+            return bool(value)
+        return not self.declares(argument) and value != argument.default_value
+
+
 RULES: dict[str, Rule] = {}
 
 
-def rule(names: str) -> Callable[[Rule], Rule]:
-    """Register a function for the operators of these names, which spaces separate."""
+def rule(
+    names: str,
+    takes: str = "self",
+    index: str = "",
+    shape_of: str = "",
+    refuses: str = "",
+    every_output: bool = False,
+) -> Callable[[Callable[[Call], Result]], Callable[[Call], Result]]:
+    """Register a function for the operators of these names; spaces separate names, here and in the other arguments.
 
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names.split(), function))
+    Args:
+        takes: the arguments that the function treats.
+        index: tensors of positions: they are pinned before the function is asked.
+        shape_of: tensors of which only shape and type count.
+        refuses: arguments that pin all that goes through if they are a tensor, or are set.
+        every_output: the function labels all results; otherwise the others are pinned wherever they are read.
+    """
+    declared = [frozenset(words.split()) for words in (takes, index, shape_of, refuses)]
+
+    def register(function: Callable[[Call], Result]) -> Callable[[Call], Result]:
+        RULES.update(dict.fromkeys(names.split(), Rule(function, *declared, every_output)))
         return function
 
     return register
 
 
-def pin_arguments(call: Call, why: str) -> None:
+def apply(
+    found: Rule | None, call: Call, arguments: Sequence[torch.Argument], used: Collection[int]
+) -> list[Label]:
+    """The labels of the outputs; `used` are the numbers of those that something reads."""
+    try:
+        if found is None:
+            raise Unsupported("has no rule")
+        for argument in arguments:
+            if found.pins(argument, call.args[argument.name]):
+                raise Unsupported(f"has an argument {argument.name!r} that its rule does not know")
+            if argument.name in found.index:
+                for traced in labels_of(call.args[argument.name]):
+                    pin(call.constraints, traced.label, "is used as an index")
+        if len(call.outputs) > 1 and not found.every_output and max(used, default=0) > 0:
+            raise Unsupported("has a further result that its rule does not know")
+        made = found.function(call)
+        labels = [made] if isinstance(made, Label) else list(made)
+        labels += call.plain[len(labels) :]
+        for label, out in zip(labels, call.outputs, strict=True):
+            if isinstance(out, torch.Tensor) and not label.fits(out.shape):
+                raise Unsupported(f"got a label {label.shape} for {tuple(out.shape)}")
+        return labels
+    except Unsupported as error:
+        why = str(error)
+    except Exception as error:  # a rule that fails is a rule that does not know
+        why = f"is beyond its rule ({type(error).__name__})"
+    pin_all(call, why)
+    return call.plain
+
+
+def pin_all(call: Call, why: str) -> None:
     """Nothing that the operator is given may move."""
     for traced in labels_of(list(call.args.values())):
         pin(call.constraints, traced.label, why)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from ..constraints import Constraints
-from ..labels import Label, combine, covered, distinct, fix, flat_index, pin, reshape, take
-from .registry import Call, Result, Traced, rule
+from ..labels import Label, combine, covered, distinct, fix, flat_index, reshape, take
+from .registry import Call, Result, Traced, Unsupported, rule
 
 
 @rule(
     "view reshape _unsafe_view flatten unflatten view_as reshape_as ravel view_copy _reshape_alias"
-    " squeeze unsqueeze atleast_1d atleast_2d atleast_3d squeeze_copy unsqueeze_copy"
+    " squeeze unsqueeze atleast_1d atleast_2d atleast_3d squeeze_copy unsqueeze_copy",
+    takes="self dim",
+    shape_of="other",
+    refuses="tensors",
 )
 def view(call: Call) -> Result:
     x = call.tensor("self")
+    if call.args.get("dtype") is not None:
+        raise Unsupported("is read as numbers of another type")
     if call.name.startswith("unsqueeze"):
         return x.label.expand_rank([call.args["dim"] % (x.ndim + 1)])
     if call.name.startswith("squeeze"):
@@ -26,7 +31,8 @@ def view(call: Call) -> Result:
 
 @rule(
     "permute transpose t numpy_T swapaxes swapdims movedim moveaxis permute_copy mT adjoint"
-    " transpose_copy matrix_H"
+    " transpose_copy matrix_H",
+    takes="self dims source destination dim0 dim1 axis0 axis1",
 )
 def permute(call: Call) -> Result:
     x, args = call.tensor("self"), call.args
@@ -42,12 +48,12 @@ def permute(call: Call) -> Result:
     return x.label.permute(axes.shape)
 
 
-@rule("expand expand_as broadcast_to expand_copy")
+@rule("expand expand_as broadcast_to expand_copy", shape_of="other")
 def expand(call: Call) -> Result:
     return call.tensor("self").label.right_align(len(call.shape))  # the new dimensions are uniform
 
 
-@rule("repeat tile")
+@rule("repeat tile", takes="self dims")
 def repeat(call: Call) -> Result:
     """repeat(r) is [r, n] reshaped to [r n] in each dimension."""
     x = call.tensor("self")
@@ -59,27 +65,24 @@ def repeat(call: Call) -> Result:
     return reshape(call.constraints, wide, old, call.shape)
 
 
-@rule("repeat_interleave")
+@rule("repeat_interleave", takes="self repeats dim")
 def repeat_interleave(call: Call) -> Result:
     x = call.tensor("self")
     times, dim = call.args["repeats"], call.args.get("dim")
     if not isinstance(times, int) or dim is None:
-        pin(call.constraints, x.label, "is repeated by a tensor of counts")
-        return Label(call.shape)
+        raise Unsupported("is repeated by a tensor of counts")
     dim %= x.ndim
     wide = x.label.expand_rank([dim + 1])
     old = [*x.shape[: dim + 1], times, *x.shape[dim + 1 :]]
     return reshape(call.constraints, wide, old, call.shape)
 
 
-@rule("cat concat concatenate stack hstack vstack dstack column_stack")
+@rule("cat concat concatenate stack hstack vstack dstack column_stack", takes="tensors dim")
 def cat(call: Call) -> Result:
     tensors: list[Traced] = [t for t in call.args["tensors"] if t.shape != (0,)]
     labels, shapes = [t.label for t in tensors], [t.shape for t in tensors]
     if call.name in ("hstack", "vstack", "dstack", "column_stack"):
-        for label in labels:
-            pin(call.constraints, label, "is stacked")
-        return Label(call.shape)
+        raise Unsupported("is stacked")
     dim = call.args.get("dim", 0) % len(call.shape)
     if call.name == "stack":
         labels = [label.expand_rank([dim]) for label in labels]
@@ -110,7 +113,7 @@ def concatenate(c: Constraints, labels: list[Label], shapes: list[tuple[int, ...
             for f in mine:
                 c.member(part, f)
             fixed = [d for d in dims if shape[d] > 1 and not any(f.shape[d] > 1 for f in mine)]
-            fixed = [d for d in fixed if label.shape[d] > 1 or d == dim]
+            fixed = [d for d in fixed if label.shape[d] > 1]  # not of constants: they are alike
             if fixed:
                 c.mark(part, flat_index(size, fixed), "is concatenated with neurons, but has none")
         parts.append(part)
@@ -132,7 +135,12 @@ def _closure(dims: list[int], labels: list[Label]) -> list[int]:
         found |= more
 
 
-@rule("split split_with_sizes chunk unsafe_chunk unsafe_split tensor_split unbind split_copy")
+@rule(
+    "split split_with_sizes chunk unsafe_chunk unsafe_split tensor_split unbind split_copy",
+    takes="self dim indices",
+    refuses="tensor_indices_or_sections",
+    every_output=True,
+)
 def split(call: Call) -> Result:
     x, dim = call.tensor("self"), call.args.get("dim", 0)
     dim %= x.ndim
@@ -146,7 +154,7 @@ def split(call: Call) -> Result:
     return results
 
 
-@rule("slice narrow slice_copy")
+@rule("slice narrow slice_copy", takes="self dim start end step length")
 def cut(call: Call) -> Result:
     x = call.tensor("self")
     dim = call.args.get("dim", 0) % x.ndim
@@ -161,7 +169,7 @@ def cut(call: Call) -> Result:
     return take(call.constraints, x.label, dim, index, 0)
 
 
-@rule("select select_copy")
+@rule("select select_copy", takes="self dim index")
 def select(call: Call) -> Result:
     x = call.tensor("self")
     dim = call.args["dim"] % x.ndim
@@ -169,7 +177,7 @@ def select(call: Call) -> Result:
     return take(call.constraints, x.label, dim, index, 0 if x.shape[dim] > 1 else None).drop([dim])
 
 
-@rule("flip roll")
+@rule("flip roll", takes="self dims shifts")
 def rearrange(call: Call) -> Result:
     """The order along a dimension changes by a fixed rule; what is tied to it afterwards says what may still move."""
     x, label = call.tensor("self"), call.tensor("self").label
@@ -190,7 +198,8 @@ def rearrange(call: Call) -> Result:
 
 @rule(
     "pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d"
-    " replication_pad2d replication_pad3d _pad_circular _pad_enum"
+    " replication_pad2d replication_pad3d _pad_circular _pad_enum",
+    takes="self pad padding mode value",
 )
 def pad(call: Call) -> Result:
     x = call.tensor("self")
@@ -204,22 +213,18 @@ def pad(call: Call) -> Result:
             continue
         factor = label.factor_on(dim)
         if factor is not None and constant and before >= 0 and after >= 0:
-            # The new places hold a constant: elements of their own, fixed along this dimension.
-            pieces = []
-            for amount in (before, after):
-                pieces.append(c.helpers_of([*factor.shape[:dim], amount, *factor.shape[dim + 1 :]]))
-                c.pin(pieces[-1], None)
-            c.mark(factor, np.asarray(0), "is padded along its neurons")
+            # The new places hold one constant: elements of their own that are all alike.
+            shape = [*factor.shape[:dim], before + after, *factor.shape[dim + 1 :]]
+            pieces = np.split(c.helpers_of(shape), [before], axis=dim)
             new = np.concatenate([pieces[0], factor, pieces[1]], axis=dim)
-            factors = [new if f is factor else f for f in label.factors]
-            label = Label(label.shape, tuple(factors))
+            label = Label(label.shape, tuple(new if f is factor else f for f in label.factors))
         elif factor is not None:
             label = fix(c, label, [dim], "is padded along its neurons")
         label = label.sized({dim: call.shape[dim]})
     return label
 
 
-@rule("pixel_shuffle")
+@rule("pixel_shuffle", takes="self upscale_factor")
 def pixel_shuffle(call: Call) -> Result:
     """[C r r, H, W] -> [C, r H, r W]: a channel moves with its r r positions."""
     x, r = call.tensor("self"), call.args["upscale_factor"]
@@ -232,7 +237,7 @@ def pixel_shuffle(call: Call) -> Result:
     return label.drop([n + 1, n + 2]).sized({n + 1: call.shape[-2], n + 2: call.shape[-1]})
 
 
-@rule("pixel_unshuffle")
+@rule("pixel_unshuffle", takes="self downscale_factor")
 def pixel_unshuffle(call: Call) -> Result:
     x, r = call.tensor("self"), call.args["downscale_factor"]
     *lead, channels, height, width = x.shape
@@ -244,7 +249,7 @@ def pixel_unshuffle(call: Call) -> Result:
     return reshape(c, wide, (*lead, channels, r, r, height // r, width // r), call.shape)
 
 
-@rule("channel_shuffle native_channel_shuffle")
+@rule("channel_shuffle native_channel_shuffle", takes="self groups")
 def channel_shuffle(call: Call) -> Result:
     x, groups = call.tensor("self"), call.args["groups"]
     split_shape = (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
@@ -259,8 +264,11 @@ def channel_shuffle(call: Call) -> Result:
     " adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool1d"
     " adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d"
     " _upsample_nearest_exact1d _upsample_nearest_exact2d upsample_bilinear2d _upsample_bilinear2d_aa"
-    " upsample_bicubic2d _upsample_bicubic2d_aa upsample_linear1d upsample_trilinear3d lp_pool2d"
-    " fractional_max_pool2d im2col"
+    " upsample_bicubic2d _upsample_bicubic2d_aa upsample_linear1d upsample_trilinear3d"
+    " fractional_max_pool2d",
+    takes="self input",
+    refuses="random_samples",
+    every_output=True,
 )
 def spatial(call: Call) -> Result:
     """Pooling and resizing: channels keep their neurons, space is plain."""
@@ -268,14 +276,11 @@ def spatial(call: Call) -> Result:
     count = next((k for k in (1, 2, 3) if f"{k}d" in call.name), 2)
     label = fix(call.constraints, x.label, range(x.ndim - count, x.ndim), "is pooled or resized over")
     outs = call.outputs
-    if call.name == "im2col":
-        pin(call.constraints, label, "is unfolded into patches")
-        return Label(call.shape)
     result = Label((*label.shape[: x.ndim - count], *outs[0].shape[x.ndim - count :]), label.factors)
-    return call.labelled([result] * len(outs))
+    return [result] * len(outs)
 
 
-@rule("glu")
+@rule("glu", takes="self dim")
 def glu(call: Call) -> Result:
     x, dim = call.tensor("self"), call.args.get("dim", -1)
     dim %= x.ndim
@@ -284,10 +289,9 @@ def glu(call: Call) -> Result:
     return combine(call.constraints, parts)
 
 
-@rule("diag_embed diagonal expand_dims")
+@rule("diag_embed diagonal im2col", takes="self dim1 dim2")
 def unsupported_shape(call: Call) -> Result:
-    pin(call.constraints, call.tensor("self").label, "is read along a diagonal")
-    return Label(call.shape)
+    raise Unsupported("is unfolded into patches" if call.name == "im2col" else "is read along a diagonal")
 
 
 @rule("view_as_complex")
@@ -297,7 +301,7 @@ def as_complex(call: Call) -> Result:
     return fix(call.constraints, x.label, [x.ndim - 1], "is part of a complex number").drop([x.ndim - 1])
 
 
-@rule("view_as_real")
+@rule("view_as_real view_as_real_copy")
 def as_real(call: Call) -> Result:
     label = call.tensor("self").label.expand_rank([call.tensor("self").ndim])
     return Label(tuple(call.shape), label.factors)
