@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import TraceError
 from ..spec import PermutationSpec
+from ..tensors.memory import sharing
 from . import cache
 from .build import build
 from .export import compose, export
@@ -37,31 +38,23 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> PermutationSpec:
             f"rebasin.trace needs a torch.nn.Module, not {type(model).__name__}; wrap a function of modules with"
             f" rebasin.compose(function, name=module, ...)."
         )
+    if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise TraceError(
+            "The model has parameters without a shape; call it once on an input before tracing it."
+        )
     key = cache.fingerprint(model, args, kwargs)
     cached = cache.load(key)
     if cached is not None:
         return cached
-    state = model.state_dict(keep_vars=True)
-    aliases = _aliases(state)
+    state = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    shapes = {
-        n: tuple(t.shape) for n, t in state.items() if isinstance(t, torch.Tensor) and t.is_floating_point()
-    }
+    shapes = {n: tuple(t.shape) for n, t in state.items() if t.is_floating_point()}
     # Tables that a model keeps as buffers (sinusoidal positions) are matched like weights; statistics only follow.
     statistics = ("running_mean", "running_var")
     buffers = frozenset(n for n in shapes.keys() - parameters if n.split(".")[-1] in statistics)
-    constraints = walk(export(model, args, kwargs, RULES), aliases)
-    spec = build(constraints, solve(constraints), shapes, buffers, aliases)
+    exported = export(model, args, kwargs, RULES)
+    shared = sharing(state, {f"the constant {n}": t for n, t in exported.constants.items() if t is not None})
+    constraints = walk(exported, state, shared)
+    spec = build(constraints, solve(constraints), shapes, buffers, shared.aliases)
     cache.store(key, spec)
     return spec
-
-
-def _aliases(state: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Further names of a tensor that the state dict has under several: tied weights."""
-    first: dict[int, str] = {}
-    aliases = {}
-    for name, tensor in state.items():
-        original = first.setdefault(id(tensor), name)
-        if original != name:
-            aliases[name] = original
-    return aliases

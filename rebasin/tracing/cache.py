@@ -37,6 +37,10 @@ def load(key: str | None) -> PermutationSpec | None:
         return None  # absent, damaged or of an older format: trace again
 
 
+def discard(spec: PermutationSpec) -> None:
+    """Forget a spec that did not stand its proof."""
+
+
 def store(key: str | None, spec: PermutationSpec) -> None:
     file = _file(key)
     if file is None:

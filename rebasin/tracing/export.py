@@ -16,31 +16,54 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import OutputKind
 from torch.utils._pytree import tree_map_only
 
 from ..errors import TraceError
 from ..tensors.modules import eval_mode
 
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
+
 
 def named_outputs(output: Any, name: str = "output") -> dict[str, Tensor]:
-    """The floating point tensors in a model's output, by name; caches and other opaque objects are left out."""
+    """The tensors in a model's output, by name.
+
+    Caches of keys and values are left out: they are fed back into the model that made them, and move with it.
+
+    Raises:
+        TraceError: something is in there that may hold tensors out of sight.
+    """
+    parts: dict[Any, Any] = {}
     if isinstance(output, Tensor):
-        return {name: output} if output.is_floating_point() or output.is_complex() else {}
-    if isinstance(output, Mapping):
-        parts: Any = output.items()
-    elif hasattr(output, "_asdict"):
-        parts = output._asdict().items()
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        parts = [(f.name, getattr(output, f.name)) for f in dataclasses.fields(output)]
-    elif isinstance(output, list | tuple):
-        parts = enumerate(output)
-    elif all(hasattr(output, own) for own in ("sample", "mode", "parameters")):
-        distribution: Any = output  # that of a VAE's latents
-        return named_outputs(distribution.parameters, f"{name}.parameters")
-    else:
+        return {name: output}
+    if type(output) in _PLAIN or any(
+        c.__name__.endswith("Cache") and c.__module__.startswith("transformers.")
+        for c in type(output).__mro__
+    ):
         return {}
+    if isinstance(output, Mapping):
+        parts = dict(output.items())
+    elif hasattr(output, "_asdict"):
+        parts = output._asdict()
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        parts = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+    elif isinstance(output, list | tuple):
+        parts = dict(enumerate(output))
+    elif all(hasattr(output, own) for own in ("sample", "mode", "parameters")):
+        return named_outputs(output.parameters, f"{name}.parameters")  # the distribution of a VAE's latents
+    else:
+        raise TraceError(
+            f"The model's {name.replace('output.', 'output ', 1)} is of the type {type(output).__qualname__}, which"
+            f" can't be looked into; return tensors, or lists, tuples, dictionaries or dataclasses of tensors."
+        )
+    seen = {id(value) for value in parts.values()}
+    parts |= {
+        k: v
+        for k, v in getattr(output, "__dict__", {}).items()
+        if isinstance(v, Tensor) and id(v) not in seen
+    }
     found: dict[str, Tensor] = {}
-    for key, value in parts:
+    for key, value in parts.items():
         found.update(named_outputs(value, f"{name}.{key}"))
     return found
 
@@ -110,6 +133,9 @@ class Exported:
     outputs: tuple[str, ...]
     states: Mapping[str, str]  # placeholder -> parameter or persistent buffer
     constants: Mapping[str, Tensor | None]  # placeholder -> value of a constant or non-persistent buffer
+    writes: tuple[
+        str | None, ...
+    ]  # what the results before the outputs are written to: a tensor of the state, if any
 
 
 def export(
@@ -131,6 +157,8 @@ def export(
             table = _decompositions(program.graph_module, known)
             if table is not None:
                 program = _decompose(program, table)
+        except TraceError:
+            raise
         except Exception as error:
             raise TraceError(_explain(error)) from error
     signature = program.graph_signature
@@ -144,7 +172,9 @@ def export(
             constants[node] = program.constants.get(name)
     for node, name in signature.inputs_to_lifted_tensor_constants.items():
         constants[node] = program.constants.get(name)
-    return Exported(program.graph_module, record.names, states, constants)
+    written = [s.target or "" for s in signature.output_specs if s.kind != OutputKind.USER_OUTPUT]
+    writes = tuple(t[strip:] if t[strip:] in persistent else None for t in written)
+    return Exported(program.graph_module, record.names, states, constants, writes)
 
 
 def _decompose(program: torch.export.ExportedProgram, table: dict[Any, Any]) -> torch.export.ExportedProgram:

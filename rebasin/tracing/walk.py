@@ -6,41 +6,69 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..tensors.memory import Sharing, View
 from .constraints import Constraints
 from .export import Exported, operator_name, source_line
-from .labels import Label, pin
+from .labels import Label, combine, pin, take
 from .rules import RULES, Call, Traced, apply, labels_of
 from .rules.elementwise import tagged
 
 
-def walk(exported: Exported, aliases: Mapping[str, str]) -> Constraints:
-    """Record what the graph requires of its neurons; tied parameters (`aliases`) are the same neurons."""
+def walk(exported: Exported, state: Mapping[str, Tensor], shared: Sharing) -> Constraints:
+    """Record what the graph requires of the neurons of `state`; those that share memory are the same neurons."""
     constraints = Constraints()
     known: dict[str, Traced] = {}
+
+    def tensor(name: str) -> Traced:
+        name = shared.aliases.get(name, name)
+        if name not in known:
+            known[name] = _state(constraints, name, state[name])
+        return known[name]
+
     inputs: list[Any] = []
     for node in exported.module.graph.nodes:
         if node.op != "placeholder":
             continue
         fake = node.meta.get("val")
         if node.name in exported.states and isinstance(fake, Tensor):
-            name = exported.states[node.name]
-            name = aliases.get(name, name)
-            if name not in known:
-                known[name] = _state(constraints, name, fake)
-            inputs.append(known[name])
+            inputs.append(tensor(exported.states[node.name]))
         elif isinstance(fake, Tensor):
             inputs.append(_constant(fake, exported.constants.get(node.name)))
         else:
             inputs.append(fake)
-    outputs = _interpret(constraints, exported.module, inputs)
+    for view in shared.views:
+        constraints.reason = f"shared memory of {view.name}"
+        part = _part(constraints, tensor(view.base).label, view)
+        combine(constraints, [part, tensor(view.name).label])
+    for name, other in shared.clashes.items():
+        constraints.reason = f"shared memory of {name}"
+        pin(constraints, tensor(name).label, f"overlaps with {other}")
+    outputs = list(_interpret(constraints, exported.module, inputs))
     constraints.reason = "output"
-    final = list(labels_of(outputs))[-len(exported.outputs) :]  # updated buffers, if any, come first
+    final = outputs[len(exported.writes) :]
     for name, traced in zip(exported.outputs, final, strict=True):
         pin(constraints, traced.label, f"is the model's output {name.removeprefix('output.')}")
+    for target, traced in zip(exported.writes, outputs, strict=False):
+        if target is None:
+            pin(constraints, traced.label, "is written into a tensor that is in no state")
+        else:  # the next call reads it
+            combine(constraints, [tensor(target).label, traced.label])
     return constraints
+
+
+def _part(constraints: Constraints, label: Label, view: View) -> Label:
+    """The label of a base's part, with the dimensions of the view."""
+    for d, (start, step, count) in enumerate(view.cuts):
+        if count < label.shape[d]:
+            label = take(constraints, label, d, start + step * np.arange(count), 0)
+    kept = [d for d in view.dims if d is not None]
+    label = label.drop([d for d in range(label.ndim) if d not in kept])
+    label = label.permute(np.argsort(np.argsort(kept)))
+    return label.expand_rank([d for d, k in enumerate(view.dims) if k is None])
 
 
 def _state(constraints: Constraints, name: str, fake: Tensor) -> Traced:
