@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ConfigError, DataError
 from ..spec import PermutationSpec
+from ..tensors.memory import duplicate
 from ..tensors.modules import Forward, device_of, eval_mode, hooked, to_device
 from ..types import State, is_finite
 
@@ -192,7 +192,7 @@ def working_copy(
 ) -> tuple[nn.Module, torch.device]:
     """A copy of `model` with the weights of `state`, in at least float32; and where it is."""
     where = device_of(model) if device is None else torch.device(device)
-    work = copy.deepcopy(model)
+    work = duplicate(model)
     tensors = dict(state)
     half = any(t.is_floating_point() and t.dtype.itemsize < 4 for t in tensors.values())
     work = work.float() if half else work

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from ..errors import CheckpointError
 from ..merging import MergedState
 from ..merging.inputs import same
+from ..tensors.memory import duplicate
 from ..types import State
 from .candidate import Candidate
 from .groups import Groups
@@ -44,7 +44,7 @@ class Evaluator:
             groups: of candidates whose weights are by group.
             device: where the model runs.
         """
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = duplicate(model).eval().requires_grad_(False)
         if device is not None:
             self.model.to(device)
         self.states, self.base, self.groups, self.seed = tuple(states), base, groups, seed

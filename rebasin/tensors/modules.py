@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import DataError
 from ..types import State
+from .memory import duplicate
 
 Forward = Callable[[nn.Module, Any], Any]
 """Calls a model on a batch."""
@@ -38,7 +38,7 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
 
 def loaded(model: nn.Module, state: State) -> nn.Module:
     """A copy of `model` with the weights of `state`."""
-    made = copy.deepcopy(model)
+    made = duplicate(model)
     made.load_state_dict(dict(state))
     return made
 

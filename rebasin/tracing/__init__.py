@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import TraceError
+from ..errors import RebasinError, TraceError
 from ..spec import PermutationSpec
 from ..tensors.memory import sharing
 from . import cache
@@ -43,18 +43,35 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> PermutationSpec:
             "The model has parameters without a shape; call it once on an input before tracing it."
         )
     key = cache.fingerprint(model, args, kwargs)
-    cached = cache.load(key)
-    if cached is not None:
-        return cached
     state = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     shapes = {n: tuple(t.shape) for n, t in state.items() if t.is_floating_point()}
     # Tables that a model keeps as buffers (sinusoidal positions) are matched like weights; statistics only follow.
     statistics = ("running_mean", "running_var")
     buffers = frozenset(n for n in shapes.keys() - parameters if n.split(".")[-1] in statistics)
+    cached = cache.load(key)
+    if cached is not None and dict(cached.shapes) == shapes and _stands(model, cached, args, kwargs):
+        return cached
     exported = export(model, args, kwargs, RULES)
     shared = sharing(state, {f"the constant {n}": t for n, t in exported.constants.items() if t is not None})
     constraints = walk(exported, state, shared)
     spec = build(constraints, solve(constraints), shapes, buffers, shared.aliases)
     cache.store(key, spec)
     return spec
+
+
+def _stands(model: nn.Module, spec: PermutationSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a spec from the cache stands a proof, where that costs less than to trace: once in a process."""
+    large = sum(p.numel() for p in model.parameters()) > 1 << 22
+    if spec.hash in _proved or large or any(p.is_meta for p in model.parameters()):
+        return True
+    try:
+        if not verify(model, spec, *args, find_guilty=False, **kwargs).passed:
+            return False
+    except RebasinError:
+        return False
+    _proved.add(spec.hash)
+    return True
+
+
+_proved: set[str] = set()

@@ -1,8 +1,9 @@
 """Specs on disk, by a hash of the architecture: SDXL is exported once, not at every merge.
 
 Only what can be fingerprinted completely is cached: modules whose classes come from installed packages (or from
-this one), with attributes that are plain values. Code of the user's own may change under the same name, and a
-function held as an attribute has no name at all; such models are traced anew, which is always right.
+this one), with attributes that are plain values, functions of such packages with all that is bound to them, or objects
+that tell their state as they do to pickle. Code of the user's own may change under the same name, and a function
+without a name could be any; such models are traced anew, which is always right.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import sys
+import types
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -19,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, SpecMismatchError
+from ..errors import CheckpointError
 from ..files import cache_folder, write_text
 from ..spec import PermutationSpec
+from ..tensors.memory import sharing, tensors_of
 
 
 def _file(key: str | None) -> Path | None:
@@ -32,13 +35,24 @@ def _file(key: str | None) -> Path | None:
 def load(key: str | None) -> PermutationSpec | None:
     file = _file(key)
     try:
-        return None if file is None else PermutationSpec.from_json(file.read_text())
-    except (OSError, SpecMismatchError):
+        spec = None if file is None else PermutationSpec.from_json(file.read_text())
+    except Exception:
         return None  # absent, damaged or of an older format: trace again
+    if spec is not None and file is not None:
+        _served[spec.hash] = file
+    return spec
+
+
+_served: dict[str, Path] = {}
+"""Specs that were read from a file in this process, by their hash."""
 
 
 def discard(spec: PermutationSpec) -> None:
-    """Forget a spec that did not stand its proof."""
+    """Forget a spec that did not stand its proof: the next call traces anew."""
+    file = _served.pop(spec.hash, None)
+    if file is not None:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
 
 
 def store(key: str | None, spec: PermutationSpec) -> None:
@@ -53,57 +67,118 @@ def store(key: str | None, spec: PermutationSpec) -> None:
 def fingerprint(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """A hash of everything that the spec depends on, or None if that can't be known."""
     try:
-        parts: list[Any] = [_engine(), _describe(args), _describe(kwargs)]
-        for name, module in model.named_modules(remove_duplicate=False):
-            parts.append([name, _code(type(module)), _attributes(module)])
-        tensors = {n: [list(t.shape), str(t.dtype)] for n, t in model.state_dict(keep_vars=True).items()}
-    except _Unknown:
+        description = [_engine(), _Description(values=False).of([args, kwargs]), _Description().model(model)]
+    except (_Unknown, RecursionError):
         return None
-    return hashlib.sha256(repr([parts, tensors]).encode()).hexdigest()
+    return hashlib.sha256(repr(description).encode()).hexdigest()
 
 
 class _Unknown(Exception):
     """Something about this model can't be described."""
 
 
-def _attributes(module: nn.Module) -> list[Any]:
-    hooks = ("_forward_hooks", "_forward_pre_hooks")
-    if any(module.__dict__.get(name) for name in hooks) or "forward" in module.__dict__:
-        raise _Unknown
-    own = {k: v for k, v in vars(module).items() if k not in nn.Module().__dict__}
-    return [[k, _describe(v)] for k, v in sorted(own.items())]
+_BOOKKEEPING = ("_commit_hash", "_use_default_values", "_name_or_path", "name_or_path")
+"""Entries of configurations that tell where a model is from; the second is a list in the order of a set."""
+_NUMBERS = 1 << 24
+"""Larger constants are traced without their values."""
 
 
-def _describe(value: Any) -> Any:
-    if value is None or isinstance(
-        value, bool | int | float | str | bytes | torch.dtype | torch.device | torch.Size
-    ):
-        return str(value) if isinstance(value, torch.dtype | torch.device) else value
-    if isinstance(value, Tensor):
-        return ["tensor", list(value.shape), str(value.dtype), value.is_meta]
-    if isinstance(value, Mapping):
-        return {str(k): _describe(v) for k, v in value.items() if not str(k).startswith("_commit")}
-    if isinstance(value, list | tuple | set | frozenset):
-        items = [_describe(v) for v in value]
-        return sorted(map(repr, items)) if isinstance(value, set | frozenset) else items
-    if isinstance(value, nn.Module):
-        return ["module", _code(type(value)), _attributes(value)]
-    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
-        return ["code", _code(value)]
-    if hasattr(value, "to_dict"):
-        return [type(value).__qualname__, _describe(value.to_dict())]
-    if hasattr(value, "__dict__"):
-        return [_code(type(value)), _describe(vars(value))]
-    raise _Unknown
+class _Description:
+    """Plain values and lists that stand for a model: equal ones for equal models, in every process."""
+
+    def __init__(self, values: bool = True) -> None:
+        self.values = values
+        self.seen: dict[int, Any] = {}  # what is being described or is a module, by id
+        self.kept: list[Any] = []  # ids are those of objects that are alive
+
+    def model(self, model: nn.Module) -> list[Any]:
+        modules = list(model.named_modules(remove_duplicate=False))
+        for name, module in modules:
+            self.seen.setdefault(id(module), ["module", name])
+        state = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+        own = {id(t) for t in state.values()}
+        others = {n: t for n, t in tensors_of(model).items() if id(t) not in own}
+        parts = [[name, _code(type(module)), self.attributes(module)] for name, module in modules]
+        tensors = [[n, list(t.shape), str(t.dtype)] for n, t in state.items()]
+        return [parts, tensors, repr(sharing(state, others))]
+
+    def attributes(self, module: nn.Module) -> list[Any]:
+        hooks = ("_forward_hooks", "_forward_pre_hooks")
+        if any(module.__dict__.get(name) for name in hooks) or "forward" in module.__dict__:
+            raise _Unknown
+        own = {k: v for k, v in vars(module).items() if k not in nn.Module().__dict__}
+        own |= {n: module._buffers[n] for n in sorted(module._non_persistent_buffers_set)}
+        return [[k, self.of(v)] for k, v in sorted(own.items())]
+
+    def of(self, value: Any) -> Any:
+        if value is None or type(value) in (bool, int, float, complex, str, bytes):
+            return value
+        if isinstance(value, torch.dtype | torch.device | torch.Size | types.EllipsisType):
+            return str(value)
+        if isinstance(value, Tensor):
+            return self.tensor(value)
+        if id(value) in self.seen:
+            return self.seen[id(value)]
+        self.seen[id(value)] = ["again", len(self.seen)]
+        self.kept.append(value)
+        if isinstance(value, nn.Module):
+            return ["module", self.model(value)]
+        if isinstance(value, type):
+            return ["code", _code(value)]
+        if isinstance(value, Mapping):
+            items = [[self.of(k), self.of(v)] for k, v in value.items() if k not in _BOOKKEEPING]
+            return [_code(type(value)), items]
+        if isinstance(value, list | tuple):
+            return [_code(type(value)), [self.of(v) for v in value]]
+        if isinstance(value, set | frozenset):
+            return [_code(type(value)), sorted(repr(_Description(self.values).of(v)) for v in value)]
+        if isinstance(value, types.FunctionType):
+            cells = [cell.cell_contents for cell in value.__closure__ or ()]
+            bound = [cells, value.__defaults__, value.__kwdefaults__, vars(value)]
+            return ["code", _code(value), self.of(bound)]
+        if isinstance(value, types.MethodType):
+            return ["method", self.of(value.__func__), self.of(value.__self__)]
+        if isinstance(value, types.BuiltinFunctionType):
+            owner = value.__self__
+            return [
+                "code",
+                _code(value),
+                None if isinstance(owner, types.ModuleType | type) else self.of(owner),
+            ]
+        try:
+            reduced = value.__reduce_ex__(2)
+        except Exception as error:
+            raise _Unknown from error
+        if not isinstance(reduced, tuple):
+            raise _Unknown
+        listed = [list(part) if k > 2 and part is not None else part for k, part in enumerate(reduced)]
+        return ["object", *(self.of(part) for part in listed)]
+
+    def tensor(self, value: Tensor) -> list[Any]:
+        told: list[Any] = ["tensor", list(value.shape), str(value.dtype), value.is_meta]
+        if self.values and not value.is_meta and value.numel() <= _NUMBERS:
+            try:
+                data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            except (RuntimeError, NotImplementedError) as error:
+                raise _Unknown from error
+            told.append(hashlib.sha256(data.numpy().tobytes()).hexdigest())
+        return told
 
 
 def _code(thing: Any) -> str:
     """Package, version and name of a class or function that lives in an installed package."""
-    name, module = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", None) or ""
-    if not name or "<" in name:
+    owner = getattr(thing, "__self__", None)
+    module = (
+        getattr(thing, "__module__", None)
+        or getattr(owner, "__module__", None)
+        or getattr(owner, "__name__", "")
+    )
+    name = getattr(thing, "__qualname__", "")
+    if isinstance(thing, types.FunctionType):  # a wrapper goes by the name of what it wraps
+        name, module = thing.__code__.co_qualname, thing.__globals__.get("__name__", "")
+    if not name or "<" in name or not isinstance(module, str):
         raise _Unknown
-    top = module.split(".")[0]
-    return f"{module}.{name}@{_version(top)}"
+    return f"{module}.{name}@{_version(module.split('.')[0])}"
 
 
 @cache
@@ -125,7 +200,7 @@ def _engine() -> str:
     digest = hashlib.sha256(torch.__version__.encode())
     root = Path(__file__).resolve().parents[1]
     for path in sorted(
-        [*root.glob("tracing/**/*.py"), *root.glob("models/**/*.py"), *root.glob("spec/*.py")]
+        [path for room in ("tracing", "models", "spec", "tensors") for path in root.glob(f"{room}/**/*.py")]
     ):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -20,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ...errors import ConfigError, DataError, SpecMismatchError
 from ...objectives import Objective
 from ...spec import Group, Leaf, Node, PermutationSpec
+from ...tensors.memory import duplicate
 from ...tensors.modules import Forward, call_model, device_of, hooked, to_device
 from ...tracing.export import evaluation_mode
 from ...types import Progress, tell
@@ -330,4 +330,4 @@ def _moved(model: nn.Module, device: torch.device | str) -> nn.Module:
     """The model itself if it is there already, else a copy that is."""
     if device_of(model) == torch.device(device):
         return model
-    return copy.deepcopy(model).to(device)
+    return duplicate(model).to(device)
