@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import TraceError, VerificationError
 from ..spec import Permutation, PermutationSpec
-from ..tensors.memory import on_copies, sharing
+from ..tensors.memory import on_copies, place, sharing
 from ..tensors.modules import device_of
 from ..tensors.precision import full_precision
 from . import cache
@@ -388,7 +388,8 @@ def _randomise(model: nn.Module, seed: int, noise: str) -> None:
         return torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t)
 
     for parameter in model.parameters():
-        if not (parameter.is_floating_point() or parameter.is_complex()) or not parameter.numel():
+        where = place(parameter)
+        if where is None or where.repeats or not (parameter.is_floating_point() or parameter.is_complex()):
             continue
         if noise == "scaled":
             parameter.mul_(torch.exp(0.3 * normal(parameter).real.to(parameter)))
@@ -408,6 +409,9 @@ def _randomise(model: nn.Module, seed: int, noise: str) -> None:
 class _DoublePrecision(TorchDispatchMode):
     """Models that compute a norm or an angle in float32 on purpose do it in float64 here, or 1e-9 means nothing."""
 
+    supports_higher_order_operators = True
+    compiled = False  # by `torch.cond` and its like
+
     def __enter__(self) -> Any:
         self.default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)  # what integers become
@@ -416,9 +420,12 @@ class _DoublePrecision(TorchDispatchMode):
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
         torch.set_default_dtype(self.default)
+        if self.compiled:
+            torch._dynamo.reset()  # what was compiled under a mode fails without it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        self.compiled |= isinstance(func, torch._ops.HigherOrderOperator)
         if kwargs.get("dtype") in (torch.float32, torch.float16, torch.bfloat16):
             kwargs["dtype"] = torch.float64
         elif kwargs.get("dtype") == torch.complex64:
