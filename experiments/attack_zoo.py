@@ -84,21 +84,14 @@ def examine(plan: Plan, members: int = 3) -> Outcome:
 
 def double(model: Network) -> Network:
     """In float64, tensors that share memory still sharing it."""
-    with torch.no_grad():
-        from rebasin.tensors.memory import tensors_of
-
-        storages: dict[int, torch.Tensor] = {}
-        for t in tensors_of(model).values():
-            storage = t.untyped_storage()
-            if storage._cdata not in storages:
-                flat = torch.empty(0, dtype=t.dtype).set_(
-                    storage, 0, (storage.nbytes() // t.dtype.itemsize,), (1,)
-                )
-                storages[storage._cdata] = flat.double()
-        for t in tensors_of(model).values():
-            flat = storages.get(t.untyped_storage()._cdata)
-            if flat is not None and t.dtype == torch.float32:
-                t.data = flat.as_strided(t.size(), t.stride(), t.storage_offset())
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+    wide = {}
+    for key, storage in storages.items():
+        wide[key] = torch.empty(0).set_(storage, 0, (storage.nbytes() // 4,), (1,)).double()
+    places = [(t, t.size(), t.stride(), t.storage_offset(), t.untyped_storage()._cdata) for t in tensors]
+    for tensor, size, stride, offset, key in places:
+        tensor.data = wide[key].as_strided(size, stride, offset)
     return model.eval()
 
 

@@ -27,7 +27,7 @@ class _Builder:
         self.used = np.zeros(classes, dtype=bool)
         for a, b in (*constraints.ties, *constraints.members):
             self.used[solution.neuron[a]] = self.used[solution.neuron[b]] = True
-        for elements, _, _ in constraints.marks:
+        for elements in (*constraints.used, *(elements for elements, _, _ in constraints.marks)):
             self.used[solution.neuron[elements]] = True
         self.first = np.searchsorted(solution.neuron[self.elements], np.arange(classes + 1))
         self.names: set[str] = set()

@@ -5,6 +5,7 @@ Every index of every parameter axis is an **element**; a few more are made on th
     tie(a, b)          element a_i and element b_i move together
     member(e, b)       element e_i belongs to the unordered set that element b_i stands for (a head, a norm group)
     mark(e, value)     elements with different values never swap (sliced apart, met by a constant, fixed)
+    used               elements that were summed over, without any of this
 
 A permutation of the elements is legal if it carries each of these relations into itself. Each record has its own
 number, so that two neurons with the same parameters but another treatment in between are told apart.
@@ -49,6 +50,7 @@ class Constraints:
     ties: list[tuple[Elements, Elements]] = field(default_factory=list)
     members: list[tuple[Elements, Elements]] = field(default_factory=list)
     marks: list[tuple[Elements, np.ndarray, str | None]] = field(default_factory=list)
+    used: list[Elements] = field(default_factory=list)
     reason: str = ""
     _sets: dict[tuple[object, ...], Elements] = field(default_factory=dict)
 

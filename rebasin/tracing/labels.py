@@ -149,6 +149,8 @@ def contract(constraints: Constraints, label: Label, dims: Iterable[int], keep: 
             factors.append(factor)
         elif inside:
             factors.append(constraints.sets_of(factor, tuple(inside)))
+        else:
+            constraints.used.append(factor.ravel())
     result = Label(label.sized(dict.fromkeys(gone, 1)).shape, tuple(factors))
     return result if keep else result.drop(gone)
 
