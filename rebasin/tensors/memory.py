@@ -63,7 +63,7 @@ def place(tensor: Tensor) -> Place | None:
     try:
         storage, size = tensor.untyped_storage(), tensor.dtype.itemsize
         owner = storage._cdata if tensor.is_meta else 0
-        start = tensor.storage_offset() * size + (0 if tensor.is_meta else storage.data_ptr())
+        start = int(tensor.storage_offset()) * size + (0 if tensor.is_meta else storage.data_ptr())
         strides = tuple(s * size if n > 1 else 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     except (NotImplementedError, RuntimeError):
         return None
@@ -215,7 +215,8 @@ def duplicate(model: nn.Module) -> nn.Module:
         made = copies[id(tensor)]
         if isinstance(tensor, nn.Parameter):
             made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-            made.__class__, made.__dict__ = type(tensor), dict(vars(tensor))
+            made.__class__ = type(tensor)
+            vars(made).update(vars(tensor))
         memo[id(tensor)] = made
     return copy.deepcopy(model, memo)
 

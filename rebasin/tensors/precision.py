@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from itertools import product
+from typing import Any, cast
 
 import torch
 
@@ -23,9 +24,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
     PyTorch has the settings twice, in an old and a new spelling, and refuses to read the old one where they differ:
     then the new one holds what was meant.
     """
-    get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    get, put = torch._C._get_fp32_precision_getter, cast(Any, torch._C._set_fp32_precision_setter)
     settings = {key: get(*key) for key in [("generic", "all"), *product(("cuda", "mkldnn"), _OPERATORS)]}
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul, cudnn = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
     old_matmul, old_cudnn = None, None
     with contextlib.suppress(RuntimeError):
         old_matmul = torch.get_float32_matmul_precision()

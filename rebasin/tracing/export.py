@@ -12,7 +12,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,9 @@ def named_outputs(output: Any, name: str = "output") -> dict[str, Tensor]:
     elif isinstance(output, list | tuple):
         parts = dict(enumerate(output))
     elif all(hasattr(output, own) for own in ("sample", "mode", "parameters")):
-        return named_outputs(output.parameters, f"{name}.parameters")  # the distribution of a VAE's latents
+        return named_outputs(
+            cast(Any, output).parameters, f"{name}.parameters"
+        )  # the distribution of a VAE's latents
     else:
         raise TraceError(
             f"The model's {name.replace('output.', 'output ', 1)} is of the type {type(output).__qualname__}, which"

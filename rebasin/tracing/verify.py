@@ -91,9 +91,8 @@ def verify(
         TraceError: an output can't be looked into.
         VerificationError: the model has no numbers, or can't be computed on these inputs.
     """
-    device = device_of(model)
-    tensors = [*model.parameters(), *model.buffers()]
-    if any(nn.parameter.is_lazy(t) for t in tensors):
+    device, own = device_of(model), [*model.parameters(), *model.buffers()]
+    if any(nn.parameter.is_lazy(t) for t in own):
         raise VerificationError(
             "The model has parameters without a shape; call it once on an input before verifying it."
         )
@@ -101,34 +100,35 @@ def verify(
         raise VerificationError(
             "A model on the meta device has no numbers to verify; build a small configuration of it, or real weights."
         )
-    own = {t.dtype for t in tensors if t.is_floating_point() or t.is_complex()}
-    if dtype is None or dtype not in TOLERANCE or dtype.itemsize < 4:
-        dtype = torch.float64 if own & {torch.float64, torch.complex128} else torch.float32
+    types = {t.dtype.to_real() for t in own if t.is_floating_point() or t.is_complex()}
+    if dtype not in (torch.float32, torch.float64):
+        dtype = torch.float64 if torch.float64 in types else torch.float32
     failure: Exception | None = None
-    # Casts that a model writes out are turned into float64 too, unless it does not stand it; else its own types.
-    for types, casts in ((dtype, True), (dtype, False), (None, False)):
-        if casts and dtype != torch.float64:
-            continue
+    # Casts that a model writes out become float64 too, unless it does not stand it; at last it has its own types.
+    for chosen, casts in ((dtype, dtype == torch.float64), (dtype, False), (None, False)):
         for noise in ("normal", "scaled", "") if randomise else ("",):
-            probe = _Probe(model, spec, (args, kwargs), types, casts, seed, own)
+            probe = _Probe(model, spec, (args, kwargs), chosen, casts, seed)
             with full_precision(device), probe.computing(noise):
                 try:
-                    report = probe.report(permutation, find_guilty)
-                except _Uncomputable as error:
-                    failure = error.__cause__ if isinstance(error.__cause__, Exception) else error
+                    expected = probe.outputs(probe.inputs)
+                except TraceError:
+                    raise
+                except Exception as error:
+                    failure = error
                     break
-            if not report.problem or not noise:
-                if not report.passed and permutation is None:
-                    cache.discard(spec)
-                return report
+                least = chosen or min(types & set(TOLERANCE), key=lambda t: t.itemsize, default=torch.float32)
+                report = VerificationReport(
+                    dict.fromkeys(expected, 0.0), TOLERANCE[least], str(least).removeprefix("torch."), 0
+                )
+                problem = _no_proof(expected)
+                if not problem:
+                    return probe.report(report, expected, permutation, find_guilty)
+        else:
+            return replace(report, problem=problem)
     first = next((line.strip() for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
     raise VerificationError(
         f"The model can't be computed on these inputs: {first[:200].rstrip('.')}."
     ) from failure
-
-
-class _Uncomputable(Exception):
-    """The model raises on the inputs that were given."""
 
 
 class _Probe:
@@ -142,47 +142,33 @@ class _Probe:
         dtype: torch.dtype | None,
         casts: bool,
         seed: int,
-        own: set[torch.dtype],
     ) -> None:
-        self.model, self.spec, self.dtype, self.seed = model, spec, dtype, seed
-        self.types: dict[torch.dtype, torch.dtype] = {}
+        self.model, self.spec, self.casts, self.seed = model, spec, casts, seed
+        self.types = {} if dtype is None else dict.fromkeys(TOLERANCE, dtype)
         if dtype is not None:
-            wide = torch.complex128 if dtype == torch.float64 else torch.complex64
-            self.types = {
-                t: wide if t.is_complex else dtype
-                for t in own | {torch.float16, torch.float32, torch.float64}
-            }
-            self.types |= {torch.bfloat16: dtype, torch.complex64: wide}
-        precise = dtype or min(
-            (t for t in own if t in TOLERANCE), key=lambda t: t.itemsize, default=torch.float32
-        )
-        self.name, self.tolerance = str(precise).removeprefix("torch."), TOLERANCE[precise]
+            self.types |= dict.fromkeys((torch.complex64, torch.complex128), dtype.to_complex())
         self.inputs = tree_map_only(Tensor, lambda t: t.to(self.types.get(t.dtype, t.dtype)), inputs)
-        self.casts = casts
 
     @contextlib.contextmanager
     def computing(self, noise: str) -> Iterator[None]:
         device = device_of(self.model)
         seeded = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
         with (
-            on_copies(self.model, self.types) as attributes,
+            on_copies(self.model, self.types) as self.attributes,
             torch.no_grad(),
             evaluation_mode(self.model),
             seeded,
         ):
-            if noise:
-                _randomise(self.model, self.seed, noise)
-            self.attributes = attributes
+            _randomise(self.model, self.seed, noise)
             own = {n: t for n, t in self.model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-            known = {id(t) for t in own.values()}
-            self.rest = [(b, b.clone()) for b in self.model.buffers() if id(b) not in known]
             shared = sharing(own, {})
+            self.shared = {n for v in shared.views for n in (v.name, v.base)} | {*shared.aliases}
             self.own = {
                 n: t for n, t in own.items() if shared.clashes.get(n) != "itself"
             }  # not to be written
             self.state = {name: tensor.detach().clone() for name, tensor in self.own.items()}
-            views = {n for view in shared.views for n in (view.name, view.base)}
-            self.shared = views | {n for pair in shared.aliases.items() for n in pair}
+            known = {id(t) for t in own.values()}
+            self.rest = [(b, b.clone()) for b in self.model.buffers() if id(b) not in known]
             yield
 
     def outputs(self, inputs: Inputs, permutation: Permutation | None = None) -> dict[str, Tensor]:
@@ -191,79 +177,56 @@ class _Probe:
         self.model.eval()
         for buffer, value in self.rest:
             buffer.copy_(value)
-        moved = permutation is None or permutation.is_identity
-        for name, tensor in self.own.items():
-            value = self.state[name]
-            tensor.detach().copy_(
-                value if moved or permutation is None else permutation.apply_to(name, value)
-            )
+        for name, value in self.state.items():
+            self.own[name].detach().copy_(value if permutation is None else permutation.apply_to(name, value))
         args, kwargs = tree_map_only(Tensor, torch.clone, inputs)  # a model may write into its inputs
         torch.manual_seed(self.seed)  # random operators, if any, draw the same numbers in every call
         with _DoublePrecision() if self.casts else contextlib.nullcontext():
-            found = named_outputs(self.model(*args, **kwargs))
-        return {n: _wide(t) for n, t in found.items()}
+            return {n: _wide(t) for n, t in named_outputs(self.model(*args, **kwargs)).items()}
 
-    def tried(self, inputs: Inputs) -> dict[str, Tensor] | None:
-        """The outputs for inputs of our own making; None if the model does not take them or gives no numbers."""
-        try:
-            found = self.outputs(inputs)
-        except TraceError:
-            raise
-        except Exception:
-            return None
-        return found if not _not_finite(found) else None
+    def others(self, large: bool) -> Iterator[tuple[Inputs, dict[str, Tensor]]]:
+        """Inputs of our own making that the model takes and gives numbers for, and its outputs."""
+        for made in (_rebatched(self.inputs, self.seed), _varied(self.inputs, self.seed + 1)):
+            try:
+                found = self.outputs(made)
+            except Exception:
+                continue
+            if not _no_proof(found):
+                yield made, found
+                if large:
+                    return
 
-    def report(self, permutation: Permutation | None, find_guilty: bool) -> VerificationReport:
-        try:
-            expected = [(self.inputs, self.outputs(self.inputs))]
-        except TraceError:
-            raise
-        except Exception as error:
-            raise _Uncomputable from error
-        report = VerificationReport(dict.fromkeys(expected[0][1], 0.0), self.tolerance, self.name, 0)
-        problem = _no_proof(expected[0][1])
-        if problem:
-            return replace(report, problem=problem)
+    def report(
+        self,
+        report: VerificationReport,
+        expected: dict[str, Tensor],
+        permutation: Permutation | None,
+        guilty: bool,
+    ) -> VerificationReport:
         large = sum(p.numel() for p in self.model.parameters()) > _LARGE
-        makers = [_rebatched, _varied] if not large else [_rebatched]
-        for make in makers:
-            other = make(self.inputs, self.seed)
-            found = self.tried(other)
-            if found is None and make is _rebatched:
-                other = _varied(self.inputs, self.seed + 1)
-                found = self.tried(other)
-            if found is not None:
-                expected.append((other, found))
-        members = [permutation or self.spec.random(self.seed)]
-        if permutation is None:
-            members += [self.spec.random(self.seed + k) for k in range(1, 2 if large else 4)]
-        report = replace(report, moved=members[0].moved())
+        cases = [(self.inputs, expected), *self.others(large)]
+        count = 1 if permutation is not None else 2 if large else 4
+        members = [permutation or self.spec.random(self.seed + k) for k in range(count)]
         worst = dict(report.errors)
         for number, member in enumerate(members):
-            # A large model sees each member on one input, the first on the first.
-            chosen = expected if not large or len(members) == 1 else [expected[number % len(expected)]]
-            for inputs, wanted in chosen:
+            # A large model computes each member on one input, a given one on all.
+            for inputs, wanted in cases[number % len(cases) :][:1] if large and count > 1 else cases:
                 found = self.errors(inputs, wanted, member)
-                worst = {
-                    n: max(e, found.get(n, 0.0))
-                    for n, e in (worst | dict.fromkeys(found, 0.0) | worst).items()
-                }
-                if all(e < self.tolerance for e in found.values()):
+                worst |= {name: max(error, worst.get(name, 0.0)) for name, error in found.items()}
+                if max(found.values()) < report.tolerance:
                     continue
-                report = replace(report, errors=worst, moved=member.moved())
-                if not find_guilty:
-                    return report
-                guilty = _bisect(
-                    [g.name for g in self.spec],
-                    lambda names, i=inputs, w=wanted, m=member: (
-                        max(  # type: ignore[misc]
-                            self.errors(i, w, _only(self.spec, m, names)).values()
-                        )
-                        >= self.tolerance
-                    ),
-                )
-                return replace(report, guilty=tuple(guilty))
-        return replace(report, errors=worst)
+                if permutation is None:
+                    cache.discard(self.spec)
+
+                def fails(
+                    names: Iterable[str], case: Any = (inputs, wanted), member: Permutation = member
+                ) -> bool:
+                    errors = self.errors(*case, _only(self.spec, member, names))
+                    return max(errors.values()) >= report.tolerance
+
+                blamed = _bisect([g.name for g in self.spec], fails) if guilty else []
+                return replace(report, errors=worst, moved=member.moved(), guilty=tuple(blamed))
+        return replace(report, errors=worst, moved=members[0].moved())
 
     def errors(
         self, inputs: Inputs, expected: dict[str, Tensor], permutation: Permutation
@@ -273,50 +236,41 @@ class _Probe:
         except Exception:
             return dict.fromkeys(expected, math.inf)
         found = {n: _relative_error(actual.get(n), t) for n, t in expected.items()}
-        for name in (
-            self.shared
-        ):  # a tensor that shares its memory must hold what the permutation says after all writes
+        for (
+            name
+        ) in self.shared:  # after all writes it holds what the permutation says, or two tensors disagree
             if not torch.equal(self.own[name], permutation.apply_to(name, self.state[name])):
-                found[f"tensor {name}"] = math.inf
+                found[f"the shared memory of {name}"] = math.inf
         return found
 
 
 def _wide(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         return tensor.to(torch.complex128)
-    return tensor.double() if tensor.is_floating_point() else tensor.clone()
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _relative_error(actual: Tensor | None, expected: Tensor) -> float:
     if actual is None or actual.shape != expected.shape:
         return math.inf
     if not (expected.is_floating_point() or expected.is_complex()):
-        share = float((actual != expected).double().mean()) if expected.numel() else 0.0
-        return share if share > _FLIPPED else 0.0
+        flipped = float((actual != expected).double().mean()) if expected.numel() else 0.0
+        return flipped if flipped > _FLIPPED else 0.0
     finite = torch.isfinite(expected)
-    if bool((torch.isfinite(actual) != finite).any()) or bool((actual[~finite] != expected[~finite]).any()):
+    if not torch.equal(torch.isfinite(actual), finite) or not torch.equal(actual[~finite], expected[~finite]):
         return math.inf
-    actual, expected = actual[finite], expected[finite]
-    return float((actual - expected).norm()) / (float(expected.norm()) or 1.0)
-
-
-def _not_finite(outputs: Mapping[str, Tensor]) -> str | None:
-    """An output that has NaN, or nothing but infinity."""
-    for name, t in outputs.items():
-        if t.numel() and (bool(t.isnan().any()) or not bool(t.isfinite().any())):
-            return name
-    return None
+    return float((actual - expected)[finite].norm()) / (float(expected[finite].norm()) or 1.0)
 
 
 def _no_proof(outputs: Mapping[str, Tensor]) -> str:
     """Why these outputs can't prove anything; empty if they can."""
-    name = _not_finite(outputs)
-    if name is not None:
-        return (
-            f"The model's {name!r} is not finite on these inputs, so nothing is proved; give inputs that it is made"
-            " for."
-        )
-    floating = [t for t in outputs.values() if t.is_floating_point() or t.is_complex()]
+    for name, t in outputs.items():
+        if t.numel() and (bool(t.isnan().any()) or not bool(t.isfinite().any())):
+            return (
+                f"The model's {name!r} is not finite on these inputs, so nothing is proved; give inputs that it is made"
+                " for."
+            )
+    floating = (t for t in outputs.values() if t.is_floating_point() or t.is_complex())
     if not any(bool((t.isfinite() & (t != 0)).any()) for t in floating):
         return (
             "Nothing was compared: the model gives no floating point number other than zero; verify a part of it that"
@@ -344,12 +298,11 @@ def _varied(inputs: Inputs, seed: int) -> Inputs:
 def _rebatched(inputs: Inputs, seed: int) -> Inputs:
     """Other numbers in another batch size: a sample less, or one twice, on all tensors that have the batch's size."""
     sizes = [t.shape[0] for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim]
-    batch = sizes[0] if sizes else 0
 
     def other(t: Tensor) -> Tensor:
-        if not t.ndim or t.shape[0] != batch:
+        if not t.ndim or t.shape[0] != sizes[0]:
             return t
-        return t[: batch - 1] if batch > 1 else torch.cat([t, t])
+        return t[:-1] if sizes[0] > 1 else torch.cat([t, t])
 
     return _varied(tree_map_only(Tensor, other, inputs), seed)
 
@@ -378,11 +331,13 @@ def _bisect(names: list[str], fails: Any, limit: int = 3) -> list[str]:
 
 
 def _randomise(model: nn.Module, seed: int, noise: str) -> None:
-    """Matrices ~ N(0, 1 / fan_in), vectors moved by N(0, 0.3), variances in [0.5, 1.5].
+    """Matrices ~ N(0, 1 / fan_in), vectors moved by N(0, 0.3), variances in [0.5, 1.5]; nothing if `noise` is "".
 
     "scaled": all are multiplied by factors around one instead, for models that take roots of their parameters.
     """
     generator = torch.Generator().manual_seed(seed)
+    if not noise:
+        return
 
     def normal(t: Tensor) -> Tensor:
         return torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t)

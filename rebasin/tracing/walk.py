@@ -67,7 +67,7 @@ def _part(constraints: Constraints, label: Label, view: View) -> Label:
             label = take(constraints, label, d, start + step * np.arange(count), 0)
     kept = [d for d in view.dims if d is not None]
     label = label.drop([d for d in range(label.ndim) if d not in kept])
-    label = label.permute(np.argsort(np.argsort(kept)))
+    label = label.permute([sorted(kept).index(k) for k in kept])
     return label.expand_rank([d for d, k in enumerate(view.dims) if k is None])
 
 

@@ -132,10 +132,10 @@ def rule(
         refuses: arguments that pin all that goes through if they are a tensor, or are set.
         every_output: the function labels all results; otherwise the others are pinned wherever they are read.
     """
-    declared = [frozenset(words.split()) for words in (takes, index, shape_of, refuses)]
+    a, b, c, d = (frozenset(words.split()) for words in (takes, index, shape_of, refuses))
 
     def register(function: Callable[[Call], Result]) -> Callable[[Call], Result]:
-        RULES.update(dict.fromkeys(names.split(), Rule(function, *declared, every_output)))
+        RULES.update(dict.fromkeys(names.split(), Rule(function, a, b, c, d, every_output)))
         return function
 
     return register
