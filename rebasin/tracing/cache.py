@@ -65,7 +65,9 @@ def store(key: str | None, spec: PermutationSpec) -> None:
 
 
 def fingerprint(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """A hash of everything that the spec depends on, or None if that can't be known."""
+    """A hash of everything that the spec depends on, or None if that can't be known or nothing is kept."""
+    if cache_folder() is None:
+        return None
     try:
         description = [_engine(), _Description(values=False).of([args, kwargs]), _Description().model(model)]
     except (_Unknown, RecursionError):
@@ -178,20 +180,27 @@ def _code(thing: Any) -> str:
         name, module = thing.__code__.co_qualname, thing.__globals__.get("__name__", "")
     if not name or "<" in name or not isinstance(module, str):
         raise _Unknown
-    return f"{module}.{name}@{_version(module.split('.')[0])}"
+    version = _version(module.split(".")[0])
+    if version is None:
+        raise _Unknown
+    return f"{module}.{name}@{version}"
 
 
 @cache
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
+    """What the code of a package is identified by; None if it may change."""
     if package in ("builtins", *sys.stdlib_module_names):
         return "python"
     if package == "rebasin":
         return _engine()
-    for distribution in importlib.metadata.packages_distributions().get(package, []):
+    for distribution in _distributions().get(package, []):
         files = importlib.metadata.distribution(distribution)
         if files.read_text("direct_url.json") is None:  # else installed from a folder: its code may change
             return f"{distribution}-{files.version}"
-    raise _Unknown
+    return None
+
+
+_distributions = cache(importlib.metadata.packages_distributions)
 
 
 @cache

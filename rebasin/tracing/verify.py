@@ -213,7 +213,7 @@ class _Probe:
             for inputs, wanted in cases[number % len(cases) :][:1] if large and count > 1 else cases:
                 found = self.errors(inputs, wanted, member)
                 worst |= {name: max(error, worst.get(name, 0.0)) for name, error in found.items()}
-                if max(found.values()) < report.tolerance:
+                if all(error < report.tolerance for error in found.values()):
                     continue
                 if permutation is None:
                     cache.discard(self.spec)
@@ -259,7 +259,8 @@ def _relative_error(actual: Tensor | None, expected: Tensor) -> float:
     finite = torch.isfinite(expected)
     if not torch.equal(torch.isfinite(actual), finite) or not torch.equal(actual[~finite], expected[~finite]):
         return math.inf
-    return float((actual - expected)[finite].norm()) / (float(expected[finite].norm()) or 1.0)
+    error = float((actual - expected)[finite].norm()) / (float(expected[finite].norm()) or 1.0)
+    return error if math.isfinite(error) else math.inf
 
 
 def _no_proof(outputs: Mapping[str, Tensor]) -> str:
