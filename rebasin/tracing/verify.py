@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -93,9 +94,7 @@ def verify(
     """
     device, own = device_of(model), [*model.parameters(), *model.buffers()]
     if any(nn.parameter.is_lazy(t) for t in own):
-        raise VerificationError(
-            "The model has parameters without a shape; call it once on an input before verifying it."
-        )
+        raise VerificationError("The model has parameters without a shape; call it once before verifying it.")
     if device.type == "meta":
         raise VerificationError(
             "A model on the meta device has no numbers to verify; build a small configuration of it, or real weights."
@@ -103,6 +102,7 @@ def verify(
     types = {t.dtype.to_real() for t in own if t.is_floating_point() or t.is_complex()}
     if dtype not in (torch.float32, torch.float64):
         dtype = torch.float64 if torch.float64 in types else torch.float32
+    least = min(types & set(TOLERANCE), key=lambda t: t.itemsize, default=torch.float32)
     failure: Exception | None = None
     # Casts that a model writes out become float64 too, unless it does not stand it; at last it has its own types.
     for chosen, casts in ((dtype, dtype == torch.float64), (dtype, False), (None, False)):
@@ -116,45 +116,42 @@ def verify(
                 except Exception as error:
                     failure = error
                     break
-                least = chosen or min(types & set(TOLERANCE), key=lambda t: t.itemsize, default=torch.float32)
+                precision = chosen or least
+                name, errors = str(precision).removeprefix("torch."), dict.fromkeys(expected, 0.0)
                 report = VerificationReport(
-                    dict.fromkeys(expected, 0.0), TOLERANCE[least], str(least).removeprefix("torch."), 0
+                    errors, TOLERANCE[precision], name, 0, problem=_no_proof(expected)
                 )
-                problem = _no_proof(expected)
-                if not problem:
+                if not report.problem:
                     return probe.report(report, expected, permutation, find_guilty)
         else:
-            return replace(report, problem=problem)
+            return report
     first = next((line.strip() for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
-    raise VerificationError(
-        f"The model can't be computed on these inputs: {first[:200].rstrip('.')}."
-    ) from failure
+    told = f"The model can't be computed on these inputs: {first[:200].rstrip('.')}."
+    raise VerificationError(told) from failure
 
 
+@dataclass
 class _Probe:
     """A model that computes on copies of its tensors: what `verify` asks about one choice of types and noise."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        spec: PermutationSpec,
-        inputs: Inputs,
-        dtype: torch.dtype | None,
-        casts: bool,
-        seed: int,
-    ) -> None:
-        self.model, self.spec, self.casts, self.seed = model, spec, casts, seed
-        self.types = {} if dtype is None else dict.fromkeys(TOLERANCE, dtype)
-        if dtype is not None:
-            self.types |= dict.fromkeys((torch.complex64, torch.complex128), dtype.to_complex())
-        self.inputs = tree_map_only(Tensor, lambda t: t.to(self.types.get(t.dtype, t.dtype)), inputs)
+    model: nn.Module
+    spec: PermutationSpec
+    inputs: Inputs
+    dtype: torch.dtype | None
+    casts: bool
+    seed: int
 
     @contextlib.contextmanager
     def computing(self, noise: str) -> Iterator[None]:
+        types: dict[torch.dtype, torch.dtype] = {}
+        if self.dtype is not None:
+            types = dict.fromkeys(TOLERANCE, self.dtype)
+            types |= dict.fromkeys((torch.complex64, torch.complex128), self.dtype.to_complex())
+        self.inputs = tree_map_only(Tensor, lambda t: t.to(types.get(t.dtype, t.dtype)), self.inputs)
         device = device_of(self.model)
         seeded = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
         with (
-            on_copies(self.model, self.types) as self.attributes,
+            on_copies(self.model, types) as self.attributes,
             torch.no_grad(),
             evaluation_mode(self.model),
             seeded,
@@ -163,9 +160,8 @@ class _Probe:
             own = {n: t for n, t in self.model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
             shared = sharing(own, {})
             self.shared = {n for v in shared.views for n in (v.name, v.base)} | {*shared.aliases}
-            self.own = {
-                n: t for n, t in own.items() if shared.clashes.get(n) != "itself"
-            }  # not to be written
+            # What repeats itself can't be written to, and need not: the engine pins it.
+            self.own = {n: t for n, t in own.items() if shared.clashes.get(n) != "itself"}
             self.state = {name: tensor.detach().clone() for name, tensor in self.own.items()}
             known = {id(t) for t in own.values()}
             self.rest = [(b, b.clone()) for b in self.model.buffers() if id(b) not in known]
@@ -184,49 +180,43 @@ class _Probe:
         with _DoublePrecision() if self.casts else contextlib.nullcontext():
             return {n: _wide(t) for n, t in named_outputs(self.model(*args, **kwargs)).items()}
 
-    def others(self, large: bool) -> Iterator[tuple[Inputs, dict[str, Tensor]]]:
-        """Inputs of our own making that the model takes and gives numbers for, and its outputs."""
+    def cases(self, expected: dict[str, Tensor], large: bool) -> list[tuple[Inputs, dict[str, Tensor]]]:
+        """The given inputs and those of our own making that the model takes and gives numbers for, with its outputs."""
+        found = [(self.inputs, expected)]
         for made in (_rebatched(self.inputs, self.seed), _varied(self.inputs, self.seed + 1)):
-            try:
-                found = self.outputs(made)
-            except Exception:
-                continue
-            if not _no_proof(found):
-                yield made, found
-                if large:
-                    return
+            if len(found) < (2 if large else 3):
+                with contextlib.suppress(Exception):
+                    outputs = self.outputs(made)
+                    found += [] if _no_proof(outputs) else [(made, outputs)]
+        return found
 
     def report(
-        self,
-        report: VerificationReport,
-        expected: dict[str, Tensor],
-        permutation: Permutation | None,
-        guilty: bool,
+        self, report: VerificationReport, expected: dict[str, Tensor], given: Permutation | None, blame: bool
     ) -> VerificationReport:
         large = sum(p.numel() for p in self.model.parameters()) > _LARGE
-        cases = [(self.inputs, expected), *self.others(large)]
-        count = 1 if permutation is not None else 2 if large else 4
-        members = [permutation or self.spec.random(self.seed + k) for k in range(count)]
-        worst = dict(report.errors)
+        cases = self.cases(expected, large)
+        count = 1 if given is not None else 2 if large else 4
+        members = [given or self.spec.random(self.seed + k) for k in range(count)]
+        worst, report = dict(report.errors), replace(report, moved=members[0].moved())
         for number, member in enumerate(members):
             # A large model computes each member on one input, a given one on all.
-            for inputs, wanted in cases[number % len(cases) :][:1] if large and count > 1 else cases:
-                found = self.errors(inputs, wanted, member)
+            for case in cases[number % len(cases) :][:1] if large and count > 1 else cases:
+                found = self.errors(*case, member)
                 worst |= {name: max(error, worst.get(name, 0.0)) for name, error in found.items()}
                 if all(error < report.tolerance for error in found.values()):
                     continue
-                if permutation is None:
+                if given is None:
                     cache.discard(self.spec)
+                fails = partial(self.fails, case, member, report.tolerance)
+                guilty = _bisect([g.name for g in self.spec], fails) if blame else []
+                return replace(report, errors=worst, moved=member.moved(), guilty=tuple(guilty))
+        return replace(report, errors=worst)
 
-                def fails(
-                    names: Iterable[str], case: Any = (inputs, wanted), member: Permutation = member
-                ) -> bool:
-                    errors = self.errors(*case, _only(self.spec, member, names))
-                    return max(errors.values()) >= report.tolerance
-
-                blamed = _bisect([g.name for g in self.spec], fails) if guilty else []
-                return replace(report, errors=worst, moved=member.moved(), guilty=tuple(blamed))
-        return replace(report, errors=worst, moved=members[0].moved())
+    def fails(
+        self, case: tuple[Inputs, Any], member: Permutation, tolerance: float, names: list[str]
+    ) -> bool:
+        """Whether the groups of these names alone change the outputs."""
+        return max(self.errors(*case, _only(self.spec, member, names)).values()) >= tolerance
 
     def errors(
         self, inputs: Inputs, expected: dict[str, Tensor], permutation: Permutation
@@ -236,9 +226,7 @@ class _Probe:
         except Exception:
             return dict.fromkeys(expected, math.inf)
         found = {n: _relative_error(actual.get(n), t) for n, t in expected.items()}
-        for (
-            name
-        ) in self.shared:  # after all writes it holds what the permutation says, or two tensors disagree
+        for name in self.shared:  # after all writes it holds what the permutation says, or two names disagree
             if not torch.equal(self.own[name], permutation.apply_to(name, self.state[name])):
                 found[f"the shared memory of {name}"] = math.inf
         return found
@@ -268,15 +256,11 @@ def _no_proof(outputs: Mapping[str, Tensor]) -> str:
     for name, t in outputs.items():
         if t.numel() and (bool(t.isnan().any()) or not bool(t.isfinite().any())):
             return (
-                f"The model's {name!r} is not finite on these inputs, so nothing is proved; give inputs that it is made"
-                " for."
+                f"The model's {name!r} is not finite on these inputs, so nothing is proved; give it others."
             )
     floating = (t for t in outputs.values() if t.is_floating_point() or t.is_complex())
     if not any(bool((t.isfinite() & (t != 0)).any()) for t in floating):
-        return (
-            "Nothing was compared: the model gives no floating point number other than zero; verify a part of it that"
-            " does."
-        )
+        return "Nothing was compared: the model's outputs have no floating point number but zero; verify a part of it."
     return ""
 
 
