@@ -1,5 +1,9 @@
 """A proof proves what it says: the model as it is, several inputs and members, and nothing compared is a failure."""
 
+# Models here are put together of attributes that a type checker does not see.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
 from __future__ import annotations
 
 import itertools
