@@ -407,3 +407,33 @@ def test_outcomes_tell_a_false_symmetry() -> None:
     plan = Plan((2, 5), (Step("linear", (0,), 8), Step("unary", (1,), 4), Step("head", (2,), 6)))
     assert examine(plan).neurons and not examine(plan).fault
     assert len(Network(plan).shapes) == 4
+
+
+def test_false_spec_of_a_component_is_traced_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its proof is made at reduced width: what fails there is forgotten, and traced and proved once more."""
+    from rebasin.checkpoints import specs
+    from rebasin.errors import VerificationError
+
+    monkeypatch.setenv("REBASIN_CACHE", str(tmp_path))
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(2, 4)
+    right = rebasin.trace(model, x)
+    (file,) = (tmp_path / "specs").glob("*.json")
+    false = PermutationSpec((), right.shapes)
+    file.write_text(false.to_json())
+    monkeypatch.setattr(specs, "architecture", lambda *_: (model, (x,), {}))
+    monkeypatch.setattr(specs, "component_config", lambda *_: {})
+    tried = []
+
+    def proof(spec: PermutationSpec, *_: Any) -> None:
+        tried.append(spec)
+        if spec != right:
+            raise VerificationError("Not this one.")
+
+    monkeypatch.setattr(specs, "proof", proof)
+    checkpoint: Any = type("Checkpoint", (), {"family": "sd15"})()
+    assert specs.component_spec(checkpoint, "unet") == right and tried == [false, right]
+    right_now = right
+    right = false
+    with pytest.raises(VerificationError):
+        specs.component_spec(checkpoint, "unet")
+    assert tried[2:] == [right_now, right_now]  # from the file, and traced anew; then it is an error

@@ -19,7 +19,7 @@ import torch
 from ..errors import VerificationError
 from ..files import cache_folder, write_text
 from ..spec import PermutationSpec
-from ..tracing import trace, verify
+from ..tracing import cache, trace, verify
 from ..tracing.verify import VerificationReport
 from .architectures import Built, architecture, build, component_config, release_of
 from .reduced_width import narrow
@@ -54,7 +54,14 @@ def component_spec(checkpoint: Checkpoint, component: str, prove: bool = True) -
     module, args, kwargs = architecture(checkpoint, component)
     spec = trace(module, *args, **kwargs)
     if prove:
-        proof(spec, component_config(checkpoint, component), checkpoint.family, component)
+        config = component_config(checkpoint, component)
+        try:
+            proof(spec, config, checkpoint.family, component)
+        except VerificationError:
+            if not cache.discard(spec):  # else it was a file that failed: once more, without it
+                raise
+            spec = trace(module, *args, **kwargs)
+            proof(spec, config, checkpoint.family, component)
     return spec
 
 

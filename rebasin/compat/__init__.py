@@ -15,7 +15,6 @@ New code is better off with `rebasin.weight_matching`, `rebasin.merge_many`, `re
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import math
@@ -34,6 +33,7 @@ from ..matching import MatchResult, merge_many, weight_matching
 from ..merging import merge
 from ..merging.repair import reset_statistics
 from ..spec import PermutationSpec
+from ..tensors.memory import duplicate
 from ..tracing import trace
 from ..types import State
 
@@ -244,7 +244,7 @@ class LerpSimple(Interpolation):
         for step in range(1, steps + 1):
             share = step / (steps + 1)
             for number, (first, second) in enumerate(itertools.pairwise(states)):
-                model = copy.deepcopy(self.models[number]).to(device)
+                model = duplicate(self.models[number]).to(device)
                 _load(model, self._between(model, (first, second), share, device))
                 metric = self.eval_fn(model, self.device_interp)
                 self.metrics_interpolated.append(metric)

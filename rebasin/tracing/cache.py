@@ -47,12 +47,13 @@ _served: dict[str, Path] = {}
 """Specs that were read from a file in this process, by their hash."""
 
 
-def discard(spec: PermutationSpec) -> None:
-    """Forget a spec that did not stand its proof: the next call traces anew."""
+def discard(spec: PermutationSpec) -> bool:
+    """Forget a spec that did not stand its proof, and say whether it was from a file: the next call traces anew."""
     file = _served.pop(spec.hash, None)
-    if file is not None:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if file is not None:
             file.unlink(missing_ok=True)
+    return file is not None
 
 
 def store(key: str | None, spec: PermutationSpec) -> None:
