@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class RebasinError(ValueError):
@@ -44,3 +46,14 @@ def unknown(problem: str, name: str, known: Iterable[str], lead: str = "it has")
     close = difflib.get_close_matches(str(name), known, n=1)
     lead = f"did you mean {close[0]!r}? {lead[0].upper()}{lead[1:]}" if close else lead
     return ConfigError(f"{problem}; {lead} {', '.join(known) or 'none'}.")
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 110
+_short.maxlevel, _short.maxlist, _short.maxdict, _short.maxtuple = 3, 6, 3, 6
+
+
+def shown(value: Any) -> str:
+    """A value out of a file as a sentence can hold it: as Python writes it, shortened, whatever it is."""
+    text = _short.repr(value)
+    return text if len(text) <= 112 else f"{text[:80]}...{text[-20:]}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -22,6 +24,13 @@ PathLike = str | os.PathLike[str]
 MARK = ".partial"
 
 PACKAGE = Path(__file__).resolve().parent
+
+
+def print_anything() -> None:
+    """Names that the console's encoding does not have (a Japanese file on a Windows console) are printed in escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def config_dir() -> Path:

@@ -18,6 +18,7 @@ import torch
 
 from ..errors import VerificationError
 from ..files import cache_folder, write_text
+from ..schema import SchemaError, conform, parse
 from ..spec import PermutationSpec
 from ..tracing import trace, verify
 from ..tracing.verify import VerificationReport
@@ -106,8 +107,8 @@ def _file(spec: PermutationSpec) -> Path | None:
 def _kept(spec: PermutationSpec) -> Proof | None:
     path = _file(spec)
     try:
-        return Proof(**json.loads(path.read_text())) if path is not None else None
-    except (OSError, ValueError, TypeError):
+        return conform(Proof, parse(path.read_bytes())) if path is not None else None
+    except (OSError, SchemaError):
         return None  # absent or damaged: prove again
 
 

@@ -32,8 +32,8 @@ def _file(key: str | None) -> Path | None:
 def load(key: str | None) -> PermutationSpec | None:
     file = _file(key)
     try:
-        return None if file is None else PermutationSpec.from_json(file.read_text())
-    except (OSError, SpecMismatchError):
+        return None if file is None else PermutationSpec.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, SpecMismatchError):
         return None  # absent, damaged or of an older format: trace again
 
 
