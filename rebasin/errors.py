@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Iterable
-from typing import Any
 
 
 class RebasinError(ValueError):
@@ -53,7 +52,7 @@ _short.maxstring = _short.maxother = 110
 _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxtuple = 3, 6, 3, 6
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value out of a file as a sentence can hold it: as Python writes it, shortened, whatever it is."""
     text = _short.repr(value)
     return text if len(text) <= 112 else f"{text[:80]}...{text[-20:]}"

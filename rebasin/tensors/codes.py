@@ -69,15 +69,19 @@ def decoded(state: State, where: object) -> State:
     return made
 
 
-def _scales(state: State) -> Iterator[tuple[str, str]]:
-    """Each weight that has a scale, and the scale."""
-    for name in state:
-        base = name.removesuffix("weight")
-        own = [f"{base}scale_weight", f"{name}_scale"] if base != name else [f"{name}_scale"]
-        if dtype_of(state, name) in TYPES:
-            own += [f"{base}scale", f"{name}.scale"]
-        if found := next((scale for scale in own if scale in state), None):
-            yield name, found
+def _scales(state: State, floats: bool = True) -> Iterator[tuple[str, str]]:
+    """Each weight that has a scale, and the scale; `floats`: of a checkpoint, whose codes someone may have widened."""
+    names = set(state)  # `in` may read the tensor of a mapping of the user's own
+    for name in state if any(one.endswith(("scale", "scale_weight")) for one in names) else ():
+        codes, base = dtype_of(state, name) in TYPES, name.removesuffix("weight")
+        if codes or (floats and base != name):
+            own = [
+                f"{base}scale_weight",
+                f"{name}_scale",
+                *([f"{base}scale", f"{name}.scale"] if codes else ()),
+            ]
+            if found := next((scale for scale in own if scale in names), None):
+                yield name, found
 
 
 def _fitted(scale: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -91,7 +95,7 @@ def _fitted(scale: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...] 
 
 def require_numbers(state: State, where: object) -> None:
     """Raise `CheckpointError` if a state has codes with scales, which must not be averaged as they are."""
-    if found := next(_scales(state), None):
+    if found := next(_scales(state, floats=False), None):
         raise CheckpointError(
             f"Tensor {shown(found[0])} of {where} is stored as codes with the scale {shown(found[1])}: multiply them"
             " first (rebasin.checkpoints.open_checkpoint does)."
