@@ -81,7 +81,8 @@ def conform(kind: Any, data: Any, at: str = "", leaf: Leaf | None = None) -> Any
                 if own[name][1] and name not in data:
                     raise SchemaError(f"{_place(at)} has no {name!r}")
             given = {n: conform(own[n][0], data[n], f"{at}/{n}", leaf) for n in own if n in data}
-            return {**data, **given} if is_typeddict(kind) else kind(**given)
+            made: Any = kind
+            return {**data, **given} if is_typeddict(kind) else made(**given)
     elif (origin is Literal and data in kinds) or _is_plain(origin, data):
         return data
     raise SchemaError(f"{_place(at)} is {shown(data)}, not {_called(kind)}")

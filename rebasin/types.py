@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .errors import CheckpointError, ConfigError, unknown
 
@@ -114,7 +114,7 @@ def require_state(state: Any, what: str, names: Iterable[str] | None = None) -> 
 def _fault(value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"is no tensor but of type {type(value).__name__}: leave it out"
-    if isinstance(value, UninitializedTensorMixin):
+    if isinstance(value, UninitializedParameter | UninitializedBuffer):
         return "has no values yet: call the model once"
     if value.layout != torch.strided or value.is_quantized:
         return "is sparse or quantised: give it as a plain tensor (to_dense, dequantize)"

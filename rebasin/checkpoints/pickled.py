@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, shown
 from ..files import PathLike
-from ..tensors import load_safetensors
+from ..tensors import SafetensorsState, load_safetensors
 from ..tensors.header import DTYPES
 from ..tensors.reader import RawFile
 from ..types import LazyState
@@ -136,7 +136,7 @@ def load_pickled(path: PathLike) -> PickledState:
     return PickledState(path)
 
 
-def load_tensors(path: PathLike) -> LazyState:
+def load_tensors(path: PathLike) -> SafetensorsState | PickledState:
     """The tensors of a file of either kind, which is told by its first bytes, not by its name.
 
     Raises:
@@ -352,6 +352,8 @@ ALLOWED = (
 
 class _Unpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]  # Python's own, in Python
     """Descriptions of tensors out of a pickle. The one in C would take memory for indices that the file makes up."""
+
+    stack: list[Any]
 
     dispatch: ClassVar[dict[int, Any]] = {
         code: pickle._Unpickler.dispatch[code]  # pyright: ignore[reportAttributeAccessIssue]

@@ -25,7 +25,7 @@ WEIGHT_FILES = (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth")
 
 
 def open_all(
-    paths: Sequence[Path], only: Sequence[str] | None = None, variant: str | None = None, without: str = ""
+    paths: Sequence[Path], only: Sequence[str] = (), variant: str | None = None, without: str = ""
 ) -> tuple[list[Checkpoint], tuple[str, ...]]:
     """The checkpoints of these paths, and the components that they share (see `common`), checked whole.
 

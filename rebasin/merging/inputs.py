@@ -81,13 +81,14 @@ def with_ties(states: Sequence[State]) -> list[State]:
 
 
 def _memory(tensor: object) -> object:
-    plain = (
-        isinstance(tensor, Tensor)
-        and tensor.layout == torch.strided
-        and tensor.numel()
-        and not tensor.is_meta
-    )
-    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if plain else id(tensor)
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.layout != torch.strided
+        or tensor.is_meta
+        or not tensor.numel()
+    ):
+        return id(tensor)
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def check_companion(state: State, companion: State, label: str) -> None:
