@@ -55,4 +55,5 @@ _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxtuple = 3, 6, 3, 6
 def shown(value: object) -> str:
     """A value out of a file as a sentence can hold it: as Python writes it, shortened, whatever it is."""
     text = _short.repr(value)
-    return text if len(text) <= 112 else f"{text[:80]}...{text[-20:]}"
+    longest = 112 if isinstance(value, str) else 72  # names of tensors are whole
+    return text if len(text) <= longest else f"{text[:48]}...{text[-20:]}"

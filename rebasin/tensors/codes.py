@@ -21,8 +21,8 @@ MARKS = r"(?:^|[./])(?:scaled_fp8|comfy_quant|scale_input|input_scale|scale_outp
 """What tells a loader to compute in 8 bits, and is of no use to the numbers."""
 
 REFUSED = (
-    r"(?:^|[._])(?:qweight|qzeros|g_idx|SCB|absmax|quant_map|weight_packed|weight_scale_2|\w*scale_inv|zero_points?"
-    r"|_packed_params|quant_state\b.*|weight\._data|weight\._scale)$"
+    r"(?:^|\.)(?:qweight|qzeros|g_idx|SCB|(?:nested_)?absmax|(?:nested_)?quant_map|weight_packed|weight_scale_2"
+    r"|\w*scale_inv|(?:\w+_)?zero_points?|_packed_params|quant_state\b.*|_data|_scale)$"
 )
 """What GPTQ, AWQ, bitsandbytes, quanto, torch and others leave beside their codes."""
 

@@ -112,7 +112,7 @@ def _entry(name: str, value: Any, begin: int, fail: Any) -> Entry:
         raise fail(f"the entry of tensor {shown(name)} has not exactly dtype, shape and data_offsets")
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise fail(f"tensor {shown(name)} has type {shown(code)}, and known are {', '.join(DTYPES)}")
+        raise fail(f"tensor {shown(name)} has type {shown(code)}, which is none of the format's")
     sizes = isinstance(shape, list) and len(shape) <= DIMENSIONS and all(_is_size(n) for n in shape)
     if not sizes or prod(max(n, 1) for n in shape) >= 2**60:
         raise fail(f"tensor {shown(name)} has the shape {shown(shape)}, which is no list of sizes")
@@ -144,7 +144,7 @@ def _check_cover(entries: Mapping[str, Entry], begin: int, size: int, fail: Any)
         if entry.end > size:
             raise fail(
                 f"tensor {shown(name)} should end at byte {entry.end:,}, but the file ends after {size:,}; it is cut"
-                " off, so download or copy it again"
+                " off"
             )
         end, before = entry.end, name
     if end != size:
