@@ -54,6 +54,7 @@ _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxtuple = 3, 6, 3, 6
 
 def shown(value: object) -> str:
     """A value out of a file as a sentence can hold it: as Python writes it, shortened, whatever it is."""
+    if isinstance(value, str) and len(value) > 100:  # longer than any name of a tensor
+        value = f"{value[:30]}...{value[-10:]}"
     text = _short.repr(value)
-    longest = 112 if isinstance(value, str) else 72  # names of tensors are whole
-    return text if len(text) <= longest else f"{text[:48]}...{text[-20:]}"
+    return text if isinstance(value, str) or len(text) <= 72 else f"{text[:48]}...{text[-20:]}"

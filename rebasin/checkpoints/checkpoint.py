@@ -146,8 +146,13 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
     if not found or other is not None:
         raise CheckpointError(f"{where} is {other or 'no model that is known here'}, but {EXPECTED}.")
     key_map = {name: components.key_map(place, raw) for name, place in found.items()}
-    shapes = {name: shapes_of(component_state(raw, own)) for name, own in key_map.items()}
-    family, kind = identify(shapes, found, where)
+    try:
+        shapes = {name: shapes_of(component_state(raw, own)) for name, own in key_map.items()}
+        family, kind = identify(shapes, found, where)
+    except IndexError as error:
+        raise CheckpointError(
+            f"{where} has tensors of shapes that no known model has; {EXPECTED}."
+        ) from error
     diffusers = any(place.layout == "diffusers" or "/" in place.prefix for place in found.values())
     layout = "diffusers" if diffusers or where.is_dir() else "ldm"
     return Checkpoint(where, family, kind, layout, raw, metadata, found, key_map)
