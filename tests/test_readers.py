@@ -176,7 +176,7 @@ def test_codes_are_read_as_the_numbers_that_they_stand_for(tmp_path, spelling, r
     wanted, stored = dict(state), dict(state)
     for name in [n for n in state if n.endswith("to_q.weight")]:
         size = 127 if codes == torch.int8 else 448
-        scale = state[name].float().abs().amax(dim=1 if rows else None, keepdim=rows) / size
+        scale = state[name].float().abs().amax(dim=1 if rows else (0, 1), keepdim=rows) / size
         stored[name] = (state[name].float() / scale).clamp(-size, size).to(codes)
         stored[name.removesuffix("weight") + spelling] = scale if rows else scale.reshape(())
         wanted[name] = stored[name].float() * scale
