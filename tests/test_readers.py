@@ -38,8 +38,7 @@ from rebasin.errors import (
     RebasinError,
     SpecMismatchError,
 )
-from rebasin.files import print_anything
-from rebasin.schema import SchemaError, conform, parse
+from rebasin.files import SchemaError, conform, parse, print_anything
 from rebasin.spec import Permutation, PermutationSpec
 from rebasin.tensors.codes import decoded
 from rebasin.tensors.modules import call_model

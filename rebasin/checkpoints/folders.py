@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..schema import SchemaError, conform, parse
+from ..files import SchemaError, conform, parse
 from ..tensors import JoinedState
 from ..types import DerivedState, State, passed
 from .components import TEXT, TEXT_2, UNET, VAE

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..schema import SchemaError, conform, parse
+from ..files import SchemaError, conform, parse
 
 KINDS: dict[str, Literal["epsilon", "v_prediction"]] = {
     **dict.fromkeys(("v", "v_prediction", "v-prediction", "velocity"), "v_prediction"),

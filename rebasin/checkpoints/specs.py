@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import VerificationError
-from ..files import cache_folder, write_text
-from ..schema import SchemaError, conform, parse
+from ..files import SchemaError, cache_folder, conform, parse, write_text
 from ..spec import PermutationSpec
 from ..tracing import trace, verify
 from ..tracing.verify import VerificationReport

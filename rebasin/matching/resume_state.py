@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import CheckpointError, ConfigError, SpecMismatchError
-from ..schema import Leaf, SchemaError, conform, parse
+from ..files import Leaf, SchemaError, conform, parse
 from ..spec import Permutation, PermutationSpec
 from ..tensors import SafetensorsState, load_safetensors, save_safetensors
 from ..types import DerivedState, passed

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from ..errors import CheckpointError
-from ..files import write_text
-from ..schema import SchemaError, conform, parse
+from ..files import SchemaError, conform, parse, write_text
 
 if TYPE_CHECKING:
     from ..spec import PermutationSpec

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..errors import CheckpointError, ConfigError, shown
-from ..schema import SchemaError, conform
+from ..files import SchemaError, conform
 from .objectives import SearchObjective
 
 if TYPE_CHECKING:

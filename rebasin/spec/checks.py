@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from ..errors import shown
-from ..schema import SchemaError
+from ..files import SchemaError
 from .structure import Branch, Group, Indices, Leaf, Node, to_array
 
 LARGEST = 1 << 25

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, SpecMismatchError, shown
-from ..files import PathLike
-from ..schema import SchemaError, conform, parse
+from ..files import PathLike, SchemaError, conform, parse
 from ..tensors import SafetensorsState, load_safetensors, save_safetensors
 from ..types import LazyState, State, require_state, shape_of, wrapped
 from .checks import require_sound

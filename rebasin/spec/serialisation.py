@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ..errors import shown
-from ..schema import SchemaError, conform
+from ..files import SchemaError, conform
 from .structure import Branch, Cell, Group, Indices, Leaf, Node, Site
 
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..errors import CheckpointError, shown
-from ..schema import SchemaError, parse
+from ..files import SchemaError, parse
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the reference implementation. SDXL's header has 0.3 MB."""
