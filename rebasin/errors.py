@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -44,3 +45,16 @@ def unknown(problem: str, name: str, known: Iterable[str], lead: str = "it has")
     close = difflib.get_close_matches(str(name), known, n=1)
     lead = f"did you mean {close[0]!r}? {lead[0].upper()}{lead[1:]}" if close else lead
     return ConfigError(f"{problem}; {lead} {', '.join(known) or 'none'}.")
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 110
+_short.maxlevel, _short.maxlist, _short.maxdict, _short.maxtuple = 3, 6, 3, 6
+
+
+def shown(value: object) -> str:
+    """A value out of a file as a sentence can hold it: as Python writes it, shortened, whatever it is."""
+    if isinstance(value, str) and len(value) > 100:  # longer than any name of a tensor
+        value = f"{value[:30]}...{value[-10:]}"
+    text = _short.repr(value)
+    return text if isinstance(value, str) or len(text) <= 72 else f"{text[:48]}...{text[-20:]}"

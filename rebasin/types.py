@@ -5,14 +5,16 @@ function that a name stands for gets its arguments: by its signature.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Iterator, Mapping
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from .errors import ConfigError, unknown
+from .errors import CheckpointError, ConfigError, unknown
 
 State = Mapping[str, Tensor]
 """A model as its tensors by name: a `state_dict()`, or any mapping that makes a tensor when it is asked for one."""
@@ -79,6 +81,44 @@ def dtype_of(state: Mapping[str, Any], name: str) -> torch.dtype:
     """The type of a tensor, without reading it where the state is lazy."""
     known = getattr(state, "dtype_of", None)
     return state[name].dtype if known is None else known(name)
+
+
+WRAPPER = re.compile(r"(?:^|(?<=[./]))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, DataParallel and their like put into names."""
+
+
+def wrapped(state: Mapping[str, Any]) -> str:
+    """The end of a sentence about a name that a state lacks, if its names have a wrapper's word in them; else ""."""
+    found = next((match for name in state if (match := WRAPPER.search(name))), None)
+    return f"; its names have {found[0]!r} in them, a wrapper's word: remove it" if found else ""
+
+
+def require_state(state: Any, what: str, names: Iterable[str] | None = None) -> None:
+    """A mapping, and, as far as no lazy tensor must be made for that, one of plain tensors with values.
+
+    Args:
+        names: look at these alone.
+
+    Raises:
+        CheckpointError: it is a model, or an entry is something else; names it.
+    """
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{what} is of type {type(state).__name__}, but a state is wanted: model.state_dict()."
+        )
+    for name in (state if names is None else names) if isinstance(state, dict) else ():
+        if name in state and (fault := _fault(state[name])):
+            raise CheckpointError(f"Tensor {name!r} of {what} {fault}.")
+
+
+def _fault(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"is no tensor but of type {type(value).__name__}: leave it out"
+    if isinstance(value, UninitializedParameter | UninitializedBuffer):
+        return "has no values yet: call the model once"
+    if value.layout != torch.strided or value.is_quantized:
+        return "is sparse or quantised: give it as a plain tensor (to_dense, dequantize)"
+    return "is on the meta device, without values" if value.is_meta else ""
 
 
 class ProgressEvent(dict[str, Any]):

@@ -32,6 +32,12 @@ REFUSED = {
 }
 """Methods whose factors turn or mix neurons, so that no permutation of the factors does what is needed."""
 
+EXTRA = re.compile(r"bundle_emb\.")
+"""What trainers put into the same file: embeddings of new tokens."""
+
+NUMBERED = re.compile(r"\w+:\d+:(?:up|down)")
+"""cloneofsimo's names: the modules in the order in which his code finds them."""
+
 _FACTOR = re.compile("(?:" + "|".join(f"(?P<_{i}>{p})" for i, p in enumerate(FACTORS)) + ")$")
 _REFUSED = re.compile("(?:" + "|".join(f"(?P<_{i}>{p})" for i, p in enumerate(REFUSED)) + ")$")
 
@@ -52,6 +58,11 @@ def split_key(key: str) -> tuple[str, str] | None:
     Raises:
         AdapterError: the key is that of a method that permutations can't act on.
     """
+    if NUMBERED.fullmatch(key):
+        raise AdapterError(
+            f"Tensor {key!r} is of a LoRA in cloneofsimo's layout, whose modules have numbers, not names; convert it to"
+            " kohya's or diffusers' layout first."
+        )
     if found := _REFUSED.search(key):
         method = list(REFUSED.values())[int(str(found.lastgroup)[1:])]
         raise AdapterError(
@@ -68,7 +79,8 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 def is_adapter(names: Iterable[str]) -> bool:
     """Whether a file with tensors of these names is an adapter (LoRA, LyCORIS), not a model."""
-    own = [bool(_FACTOR.search(name) or _REFUSED.search(name)) for name in names]
+    keys = [name for name in names if not EXTRA.match(name)]
+    own = [bool(_FACTOR.search(name) or _REFUSED.search(name) or NUMBERED.fullmatch(name)) for name in keys]
     return bool(own) and 2 * sum(own) >= len(own)  # IA3 has a plain weight beside each `on_input`
 
 

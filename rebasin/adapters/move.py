@@ -8,17 +8,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import AdapterError
+from ..errors import AdapterError, shown
 from ..spec import Permutation, PermutationSpec
 from ..types import State, shape_of
 from . import names
 from .factors import Moves, move_factor
-from .keys import AdapterInfo, kind_of, split_key
+from .keys import EXTRA, AdapterInfo, kind_of, split_key
 from .lokr import move_lokr
 from .union import component_of, prefix_of
 
 FIRST_OF = {"down": ".lora_down.weight", "up": ".lora_up.weight", "constant": ".alpha"}
 """What factors that were none before are called: only kohya's and LyCORIS's files can need new ones."""
+
+
+TOKENS = "text_model.embeddings.token_embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,12 @@ def modules_of(state: State) -> list[Module]:
     """
     keys: dict[str, dict[str, str]] = {}
     for key in state:
+        if EXTRA.match(key):
+            continue
         found = split_key(key)
         if found is None:
             raise AdapterError(
-                f"Tensor {key!r} is no part of a LoRA or LyCORIS adapter; is this a model, or another kind of adapter?"
+                f"Tensor {shown(key)} is no part of a LoRA or LyCORIS adapter; give a file that has nothing else."
             )
         keys.setdefault(found[0], {})[found[1]] = key
     return [Module(name, *names.split_prefix(name), own) for name, own in keys.items()]
@@ -52,7 +57,7 @@ def describe_adapter(state: State) -> AdapterInfo:
     """Kinds, components, ranks and naming of an adapter, from names and shapes alone."""
     modules = modules_of(state)
     ranks = {
-        shape_of(state, module.keys[factor])[0]
+        next(iter(shape_of(state, module.keys[factor])), 0)
         for module in modules
         for factor in ("down", "hada_w1_b", "lokr_w2_b")
         if factor in module.keys
@@ -102,13 +107,27 @@ def move_adapter(
             raise AdapterError(f"Axis {axis} of {parameter!r} is permuted, which an adapter can't follow.")
         moves = Moves(tuple(shape), index.get(0), index.get(1))
         factors = {factor: adapter[key] for factor, key in module.keys.items()}
-        if any(factor.startswith("lokr") for factor in factors):
-            result = move_lokr(module.name, factors, moves, unfold)
-        else:
-            result = {f: move_factor(module.name, f, t, moves, factors) for f, t in factors.items()}
+        try:
+            if any(factor.startswith("lokr") for factor in factors):
+                result = move_lokr(module.name, factors, moves, unfold)
+            else:
+                result = {f: move_factor(module.name, f, t, moves, factors) for f, t in factors.items()}
+        except AdapterError:
+            raise
+        except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+            raise AdapterError(
+                f"The factors of the module {shown(module.name)} of {what} do not fit together, so the file is damaged."
+            ) from error
         for factor, tensor in result.items():
             key = module.keys.get(factor, module.name + FIRST_OF.get(factor, f".{factor}"))
             moved[key] = tensor
+    extras = {key: adapter[key] for key in adapter if EXTRA.match(key)}
+    embeddings = (f"{prefix_of(permutation.spec, name)}{TOKENS}" for name in tables)
+    if extras and any(dict(permutation.axes_of(e)).get(1) is not None for e in embeddings):
+        raise AdapterError(
+            f"{what} has embeddings ({shown(next(iter(extras)))}), which can't follow an alignment with --joint."
+        )
+    moved |= extras
     if not concerned:
         raise AdapterError(
             f"{what} changes none of the components that were aligned ({', '.join(tables) or 'unknown'}), so there is"

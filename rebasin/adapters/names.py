@@ -37,6 +37,7 @@ def split_prefix(module: str) -> tuple[str | None, str]:
     # The attention processors of older diffusers have names of their own.
     module = re.sub(r"\.processor\.(to_\w+)$", r".\1", module)
     module = re.sub(r"(attn\d[._]to_out)$", r"\1.0", module)
+    module = re.sub(r"(self_attn[._])to_(q|k|v|out)$", r"\1\2_proj", module)  # so they did in text encoders
     return component, module
 
 

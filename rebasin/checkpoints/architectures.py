@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..types import dtype_of
 from .components import TEXT, TEXT_2, UNET, VAE
 from .families import TITLES, Shapes, text_width
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 Built = tuple["nn.Module", tuple[Any, ...], dict[str, Any]]
+
+DEEPEST = 200
+"""Layers in a row that a configuration may ask for; the deepest that was released has 32."""
 
 FULL_WIDTH = {"sd1": 320, "sd2": 320, "sdxl": 320, "sdxl_refiner": 384}
 """Channels of the UNet's first level, as released."""
@@ -105,6 +108,8 @@ def fit(config: Config, component: str, shapes: Shapes) -> Config:
 def _fit_unet(config: Config, shapes: Shapes) -> None:
     released = config["block_out_channels"]
     config["cross_attention_dim"] = text_width(shapes) or config["cross_attention_dim"]
+    if "time_embedding.cond_proj.weight" in shapes:  # a distilled model is told its guidance (LCM)
+        config["time_cond_proj_dim"] = shapes["time_embedding.cond_proj.weight"][1]
     _fit_widths(config, shapes)
     widths = config["block_out_channels"]
     if widths == released:
@@ -187,7 +192,18 @@ def architecture(what: Checkpoint | str, component: str, device: str = "meta") -
     config = published(what).get(component) if isinstance(what, str) else component_config(what, component)
     if config is None:
         raise CheckpointError(f"{TITLES[str(what)]} has no {component}.")
-    built = build(component, config, device)
+    try:
+        depths = [n for key in config if "layers" in key for n in _numbers(config[key])]
+        if max(depths, default=0) > DEEPEST:
+            raise ValueError(f"it has {max(depths)} layers")
+        built = build(component, config, device)
+    except Exception as error:  # what the libraries make of a configuration that is none
+        if isinstance(what, str):
+            raise
+        raise CheckpointError(
+            f"The configuration of the {component} of {what.path} describes none that can be built:"
+            f" {shown(str(error))}."
+        ) from error
     if not isinstance(what, str):
         _check_shapes(what, component, built[0])
     return built
@@ -199,6 +215,12 @@ def build(component: str, config: Mapping[str, Any], device: str = "meta") -> Bu
 
     with torch.device(device):
         return modules.build(component, dict(config))
+
+
+def _numbers(value: Any) -> list[int]:
+    if isinstance(value, list):
+        return [number for one in value for number in _numbers(one)]
+    return [value] if isinstance(value, int) else []
 
 
 def _check_shapes(checkpoint: Checkpoint, component: str, module: nn.Module) -> None:

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..files import PathLike
-from ..tensors import load_safetensors
-from ..types import DerivedState, State
+from ..spec.permutation import is_permutation
+from ..tensors.codes import decoded
+from ..types import WRAPPER, DerivedState, State, passed
 from . import components, folders
-from .components import Found
+from .components import UNET, Found
 from .families import EXPECTED, TITLES, Shapes, foreign, identify, title
 from .key_map import KeyMapping, component_state, replaced, shapes_of
-from .pickled import load_pickled
+from .pickled import load_tensors
 from .prediction_type import Prediction, prediction
 
 
@@ -95,6 +96,13 @@ class Checkpoint:
         """What the UNet predicts, as far as the file tells, and how that is known."""
         return prediction(self.path, self.family, self.raw, self.metadata)
 
+    @property
+    def strange(self) -> list[str]:
+        """Tensors of the UNet that no rule knows, which may change what it computes."""
+        prefix = self.found[UNET].prefix if UNET in self.found else "/"
+        found = (*self.extras.get("unused", ()), *self.extras.get("other", ()))
+        return [name for name in found if name.startswith(prefix) and name.rpartition(".")[0] not in MARKED]
+
     def shapes(self, component: str) -> Shapes:
         """Name in diffusers -> shape."""
         return shapes_of(component_state(self.raw, self.key_map[component]))
@@ -129,22 +137,37 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
             what was expected.
     """
     where = Path(path)
-    if where.is_dir():
-        raw: State = folders.load_folder(where, variant)
-    else:
-        raw = load_pickled(where) if _is_pickle(where) else load_safetensors(where)
+    raw = folders.load_folder(where, variant) if where.is_dir() else load_tensors(where)
     metadata = dict(getattr(raw, "metadata", {}))
+    raw = decoded(unwrapped(raw), where)
     names = dict.fromkeys(raw)
-    other = foreign(names, metadata)
+    other = "a permutation that rebasin wrote" if is_permutation(raw, metadata) else foreign(names)
     found = components.locate(names)
     if not found or other is not None:
         raise CheckpointError(f"{where} is {other or 'no model that is known here'}, but {EXPECTED}.")
     key_map = {name: components.key_map(place, raw) for name, place in found.items()}
-    shapes = {name: shapes_of(component_state(raw, own)) for name, own in key_map.items()}
-    family, kind = identify(shapes, found, where)
+    try:
+        shapes = {name: shapes_of(component_state(raw, own)) for name, own in key_map.items()}
+        family, kind = identify(shapes, found, where)
+    except IndexError as error:
+        raise CheckpointError(
+            f"{where} has tensors of shapes that no known model has; {EXPECTED}."
+        ) from error
     diffusers = any(place.layout == "diffusers" or "/" in place.prefix for place in found.values())
     layout = "diffusers" if diffusers or where.is_dir() else "ldm"
     return Checkpoint(where, family, kind, layout, raw, metadata, found, key_map)
+
+
+MARKED = ("", "edm_vpred")
+"""Where loaders look for marks of what a model predicts."""
+
+
+def unwrapped(state: State) -> State:
+    """`state` without what torch.compile, DataParallel and their like put into its names."""
+    names = {WRAPPER.sub("", name): name for name in state}
+    if len(names) < len(state) or all(own == name for own, name in names.items()):
+        return state
+    return DerivedState({own: passed(state, name) for own, name in names.items()})
 
 
 def require_same_family(a: Checkpoint, b: Checkpoint) -> None:
@@ -158,9 +181,46 @@ def require_same_family(a: Checkpoint, b: Checkpoint) -> None:
     raise CheckpointError(f"{a.path} is {a.title} and {b.path} is {b.title}; {reason} and can't be merged.")
 
 
-def _is_pickle(path: Path) -> bool:
-    if path.suffix == ".safetensors" or not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        start = file.read(9)
-    return start[8:9] != b"{"  # a safetensors file under another name starts its header here
+def require_fitting(a: Checkpoint, b: Checkpoint, components: Sequence[str]) -> None:
+    """The same tensors in the same shapes, in all these components; nothing is read.
+
+    Raises:
+        CheckpointError: names the first tensor that differs as the file has it, and the file.
+    """
+    for name in components:
+        ours, theirs = a.component(name), b.component(name)
+        for one, other, mine, others in ((a, b, ours, theirs), (b, a, theirs, ours)):
+            if missing := next((own for own in mine if own not in others), None):
+                raise CheckpointError(
+                    f"{other.path} has no tensor {shown(one.source(name, missing))}, which the {name} of {one.path}"
+                    " has."
+                )
+        for own in ours:
+            if ours.shape_of(own) != theirs.shape_of(own):
+                raise CheckpointError(
+                    f"Tensor {shown(b.source(name, own))} of {b.path} has shape {theirs.shape_of(own)}, but"
+                    f" {ours.shape_of(own)} in {a.path}."
+                )
+            for checkpoint, state in ((a, ours), (b, theirs)):
+                if not state.dtype_of(own).is_floating_point:
+                    raise CheckpointError(
+                        f"Tensor {shown(checkpoint.source(name, own))} of {checkpoint.path} has type"
+                        f" {str(state.dtype_of(own)).removeprefix('torch.')}, but weights are floating point numbers."
+                    )
+        for one, other in ((a, b), (b, a)) if name == UNET else ():
+            if strange := next((x for x in one.strange if x not in other.raw), None):
+                raise CheckpointError(
+                    f"{one.path} has the tensor {shown(strange)} in its unet, which is not known here and which"
+                    f" {other.path} has not."
+                )
+
+
+def require_same_prediction(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise `CheckpointError` if one of these predicts the noise and another the velocity, as far as they tell."""
+    told = {c.prediction.kind: c for c in checkpoints if "unet" in c.found and c.prediction.kind is not None}
+    if len(told) > 1:
+        (one, a), (other, b) = list(told.items())[:2]
+        raise CheckpointError(
+            f"{a.path} predicts {one} ({a.prediction.reason}) and {b.path} {other} ({b.prediction.reason}): their"
+            " merge would make neither; add --mix-predictions if you know better."
+        )

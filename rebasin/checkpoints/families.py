@@ -95,7 +95,8 @@ def _text_family(shapes: Shapes, found: Found) -> str:
 
 FOREIGN = {
     "a LoRA or another adapter": r"\.lora_(down|up|A|B|mid)\b|\.lora[_.](linear|unet|te)|^lora_"
-    r"|\.(hada_w|lokr_w|oft_|diff_b)",
+    r"|\.(hada_w|lokr_w|oft_|diff_b)|^(unet|text_encoder):\d+:(up|down)$|\.on_input$|\.(diff|dora_scale)$"
+    r"|^bundle_emb\.",
     "a ControlNet": r"input_hint_block\.|controlnet_cond_embedding\.|^control_model\.",
     "a T2I or IP adapter": r"^(image_proj|ip_adapter)\.|^adapter\.body\.",
     "a motion module (AnimateDiff)": r"motion_modules\.",
@@ -111,10 +112,8 @@ FOREIGN = {
 """What people mistake for a model, by the names of its tensors."""
 
 
-def foreign(names: Mapping[str, object], metadata: Mapping[str, str]) -> str | None:
+def foreign(names: Mapping[str, object]) -> str | None:
     """What a file is that has none of the components, or has an adapter's tensors; None if that is unknown."""
-    if "spec" in metadata and any(re.search(r"^groups?|\.", name) for name in names):
-        return "a permutation that rebasin wrote"
     return next(
         (t for t, pattern in FOREIGN.items() if any(re.search(pattern, name) for name in names)), None
     )

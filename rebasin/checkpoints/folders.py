@@ -5,16 +5,17 @@ File names are looked up in the folder; names that stand in an index or a config
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..tensors import JoinedState, load_safetensors
+from ..files import SchemaError, conform, parse
+from ..tensors import JoinedState
 from ..types import DerivedState, State, passed
 from .components import TEXT, TEXT_2, UNET, VAE
-from .pickled import load_pickled
+from .pickled import load_tensors
 
 PARTS = (UNET, VAE, TEXT, TEXT_2)
 
@@ -62,9 +63,14 @@ def load_weights(folder: Path, variant: str | None = None) -> State:
     missing = [n for n in range(1, count + 1) if n not in files]
     if missing:
         raise CheckpointError(f"{folder} is incomplete: part {missing[0]} of {count} is missing.")
-    load = load_safetensors if suffix == "safetensors" else load_pickled
-    states = [load(files[n]) for n in sorted(files)]
+    states = [load_tensors(files[n]) for n in sorted(files)]
     return states[0] if len(states) == 1 else JoinedState(states)
+
+
+def variants(folder: Path) -> set[str]:
+    """The words in the file names of a folder's weights, and of its components', such as "fp16"."""
+    found = (WEIGHTS.fullmatch(path.name) for path in folder.glob("**/*.*"))
+    return {one["variant"] or one["late"] for one in found if one and (one["variant"] or one["late"])}
 
 
 def _choose(folder: Path, keys: list[tuple[str, str]], variant: str | None) -> tuple[str, str]:
@@ -89,9 +95,6 @@ def load_config(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is no readable JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is no JSON object.")
-    return config
+        return conform(Mapping[str, Any], parse(path.read_bytes()))
+    except (SchemaError, OSError) as error:
+        raise CheckpointError(f"{path} is no readable configuration: {error}.") from error

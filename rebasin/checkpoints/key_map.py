@@ -28,7 +28,13 @@ class KeyMapping:
     parts: int = 1
 
     def shape(self, source: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape here of a tensor that has the shape `source` there."""
+        """The shape here of a tensor that has the shape `source` there.
+
+        Raises:
+            IndexError: a tensor of that shape can't be it.
+        """
+        if (self.how == "transposed" and len(source) != 2) or (self.how == "rows" and source[0] % self.parts):
+            raise IndexError(self.source)
         if self.how == "matrix":
             return source[:2]
         if self.how == "transposed":

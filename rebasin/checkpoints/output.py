@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..files import PathLike, atomic_folder, atomic_path, write_text
 from ..tensors import save_safetensors
 from ..tensors.writer import convert, require_space, target_dtype
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 Types = torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None
 
-FILES = (".safetensors", ".ckpt")
-"""What a single file may be called; every other name is that of a folder."""
+FILES = (".safetensors", ".sft", ".ckpt")
+"""What a single file may end in, in small or capital letters; a name without such an ending is that of a folder."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ def save_checkpoint(
     """Write `state`, which has the names of `checkpoint`, under `path`, whose form decides the layout.
 
     Args:
-        path: NAME.safetensors or NAME.ckpt is one file: in the names that the checkpoint came with, or, if it came
-            as a diffusers folder, in the original layout. Every other name is a new diffusers folder. A .ckpt is a
-            plain dictionary of tensors and is put together in memory.
+        path: NAME.safetensors, NAME.sft or NAME.ckpt is one file: in the names that the checkpoint came with, or, if
+            it came as a diffusers folder, in the original layout. A name without an ending is a new diffusers folder.
+            A .ckpt is a plain dictionary of tensors and is put together in memory.
         state: `checkpoint.restore(...)`, a merge, or None for the checkpoint itself; may lack or add tensors.
         metadata: for the headers.
         dtype: as of `save_safetensors`; a function is asked with the names of `checkpoint`.
@@ -64,22 +65,51 @@ def save_checkpoint(
     """
     target = Path(path)
     state = checkpoint.raw if state is None else state
+    require_place(target, checkpoint, state)
     if target.exists() and checkpoint.path.exists() and target.samefile(checkpoint.path):
         raise CheckpointError(f"{target} is an input; choose another name for the result.")
-    whole = cast(state, dtype, target)
+    whole = cast(state, dtype or stored(checkpoint), target)
     header = {"format": "pt", **(metadata or {})}
     save = partial(save_safetensors, metadata=header, keep_order=True, finite=True, progress=progress)
     notes: list[str] = []
-    if target.suffix not in FILES:
+    if not is_file(target):
         return _save_folder(target, checkpoint, whole, save)
     if checkpoint.path.is_dir():
         notes += _without_place(checkpoint, state, "a single file")
         whole = _one_file(checkpoint, whole)
-    if target.suffix == ".ckpt":
+    if target.suffix.lower() == ".ckpt":
         _save_pickle(target, whole, progress)
     else:
         save(target, whole)
     return Saved(target, target.stat().st_size, tuple(notes))
+
+
+def is_file(target: Path) -> bool:
+    """Whether this is the name of a single file, not of a folder.
+
+    Raises:
+        ConfigError: it has another ending, by mistake or for a format that is not written.
+    """
+    if target.suffix.lower() in FILES:
+        return True
+    if re.match(r"\.[A-Za-z]", target.suffix):  # no ending are the digits of model-v1.5
+        raise ConfigError(
+            f"{target} ends in {target.suffix!r}, but a model is written as NAME{', NAME'.join(FILES)}, or as a folder,"
+            " whose name has no such ending."
+        )
+    return False
+
+
+def require_place(target: Path, checkpoint: Checkpoint, state: State) -> None:
+    """Raise a `RebasinError` if a state with the names of `checkpoint` can't be written as this; nothing is read."""
+    if is_file(target) and checkpoint.path.is_dir():
+        _one_file(checkpoint, state)
+
+
+def stored(checkpoint: Checkpoint) -> Types:
+    """The types in which a checkpoint's tensors are written: its own, and half precision for what it has as codes."""
+    codes = getattr(checkpoint.raw, "codes", None)
+    return (lambda name, own: torch.float16 if name in codes else own) if codes else None
 
 
 def parts(checkpoint: Checkpoint, state: State) -> dict[str, State]:
@@ -129,7 +159,12 @@ def _save_pickle(target: Path, state: State, progress: Progress | None) -> None:
             )
         tell(progress, "save", step, len(state), name=name)
     with atomic_path(target) as temporary:
-        torch.save({"state_dict": tensors}, temporary)
+        try:
+            torch.save({"state_dict": tensors}, temporary)
+        except RuntimeError as error:  # torch's writer hides the system's error
+            raise CheckpointError(
+                f"{target} can't be written: {str(error).splitlines()[0][:100]}."
+            ) from error
 
 
 def bytes_of(state: State) -> int:
@@ -156,7 +191,9 @@ def _save_folder(target: Path, checkpoint: Checkpoint, state: State, save: Calla
     with atomic_folder(target) as temporary:
         for name, part in own.items():
             (temporary / name).mkdir()
-            write_json(temporary / name / "config.json", component_config(checkpoint, name))
+            config = component_config(checkpoint, name)
+            config.pop("quantization_config", None)  # numbers are written, not codes
+            write_json(temporary / name / "config.json", config)
             save(temporary / name / f"{WEIGHTS[name]}.safetensors", part)
         _save_index(temporary, checkpoint, own, notes)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())

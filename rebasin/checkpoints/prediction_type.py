@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from ..files import SchemaError, conform, parse
+
+KINDS: dict[str, Literal["epsilon", "v_prediction"]] = {
+    **dict.fromkeys(("v", "v_prediction", "v-prediction", "velocity"), "v_prediction"),
+    **dict.fromkeys(("epsilon", "eps", "noise"), "epsilon"),
+}
+"""The words that trainers and configurations have for either."""
+
+TOLD = {
+    "modelspec.prediction_type": KINDS,
+    "prediction_type": KINDS,
+    "ss_v_parameterization": {"true": KINDS["v"]},
+    "v_parameterization": {"true": KINDS["v"]},
+}
+"""Entries of a header, and what their values mean."""
 
 READ = 100_000
 """Characters of a neighbouring config that are looked at."""
@@ -29,14 +44,13 @@ def prediction(
     Stable Diffusion 2.x has the same tensors whether it predicts noise (512 pixels) or velocity (768 pixels).
     Nothing that a permutation does depends on it; the denoising loss of an evaluation does.
     """
-    if "v_pred" in names:
-        return Prediction("v_prediction", "the file has the mark 'v_pred'")
-    text = metadata.get("modelspec.prediction_type", "").lower()
-    if text in ("v", "epsilon"):
-        kind = "v_prediction" if text == "v" else "epsilon"
-        return Prediction(kind, "its metadata say so (modelspec.prediction_type)")
-    if metadata.get("ss_v_parameterization", metadata.get("v_parameterization", "")).lower() == "true":
-        return Prediction("v_prediction", "its metadata say so (v_parameterization)")
+    mark = next((name for name in names if name == "v_pred" or name.startswith("edm_vpred.")), None)
+    if mark is not None:
+        return Prediction("v_prediction", f"the file has the mark {mark!r}")
+    for key, kinds in TOLD.items():
+        kind = kinds.get(metadata.get(key, "").lower())
+        if kind is not None:
+            return Prediction(kind, f"its metadata say so ({key})")
     if found := _scheduler(path) or _neighbour(path):
         return found
     if family == "sd2":
@@ -51,10 +65,11 @@ def _scheduler(path: Path) -> Prediction | None:
     """The scheduler's config in a diffusers folder."""
     config = path / "scheduler" / "scheduler_config.json"
     try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("prediction_type")
-    except (OSError, ValueError, AttributeError):
+        told = conform(Mapping[str, Any], parse(config.read_bytes()))
+    except (OSError, SchemaError):
         return None
-    return Prediction(kind, "scheduler_config.json says so") if kind in ("epsilon", "v_prediction") else None
+    kind = KINDS.get(str(told.get("prediction_type")))
+    return None if kind is None else Prediction(kind, "scheduler_config.json says so")
 
 
 def _neighbour(path: Path) -> Prediction | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import VerificationError
-from ..files import cache_folder, write_text
+from ..files import SchemaError, cache_folder, conform, parse, write_text
 from ..spec import PermutationSpec
 from ..tracing import cache, trace, verify
 from ..tracing.verify import VerificationReport
@@ -113,8 +113,8 @@ def _file(spec: PermutationSpec) -> Path | None:
 def _kept(spec: PermutationSpec) -> Proof | None:
     path = _file(spec)
     try:
-        return Proof(**json.loads(path.read_text())) if path is not None else None
-    except (OSError, ValueError, TypeError):
+        return conform(Proof, parse(path.read_bytes())) if path is not None else None
+    except (OSError, SchemaError):
         return None  # absent or damaged: prove again
 
 

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import RebasinError
+from ..files import print_anything
 from . import align, apply, compare, inspect, merge, methods, search, verify
 
 HELP = """
@@ -87,6 +88,7 @@ def _all(
 
 def guarded(job: Callable[[], None]) -> None:
     """Do a job; what the user got wrong ends in one sentence on stderr and exit code 2."""
+    print_anything()
     try:
         job()
     except RebasinError as error:

@@ -10,7 +10,7 @@ import typer
 from .request import A, B, Request, command
 
 
-@command("a b output joint components start seed device threads check overwrite dry_run")
+@command("a b output joint components variant start seed device threads check overwrite dry_run")
 def align(
     a: A,
     b: B,

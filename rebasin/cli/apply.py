@@ -10,7 +10,7 @@ import typer
 from .request import command
 
 
-@command("permutation file output inverse unfold overwrite dry_run")
+@command("permutation file output inverse unfold variant overwrite dry_run")
 def apply(
     permutation: Annotated[
         Path,
@@ -43,6 +43,7 @@ def apply(
         ),
     ] = False,
     *,
+    variant: str | None,
     overwrite: bool,
     dry_run: bool,
 ) -> None:
@@ -66,7 +67,7 @@ def apply(
 
     console = session.begin()
     output = output or file.with_name(f"{file.name if file.is_dir() else file.stem}_aligned.safetensors")
-    check_output(output, [permutation, file], overwrite or dry_run)
+    check_output(output, [permutation, file], overwrite or dry_run, (".safetensors", ".sft"))
     kind = kind_of_file(file)
     found = Permutation.load(permutation)
     if inverse:
@@ -78,7 +79,7 @@ def apply(
         console.console.print(text, markup=False)
         return
     with console.stage("move"):
-        state, metadata = permuted(kind, file, found, unfold)
+        state, metadata = permuted(kind, file, found, unfold, variant)
         followers = "" if kind == "model" else f"{len(state):,} tensors follow "
         console.say(f"{kind}: {followers}{found.moved():,} neurons")
     with console.stage("write"):

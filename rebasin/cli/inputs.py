@@ -8,28 +8,72 @@ from pathlib import Path
 from typing import Literal
 
 from ..adapters import is_adapter, is_controlnet
-from ..checkpoints import Checkpoint, load_pickled, load_safetensors, open_checkpoint, require_same_family
-from ..checkpoints.folders import load_config, load_weights
-from ..errors import CheckpointError, ConfigError
+from ..checkpoints import Checkpoint, open_checkpoint, require_same_family
+from ..checkpoints.checkpoint import require_fitting
+from ..checkpoints.folders import load_config, load_weights, variants
+from ..checkpoints.output import FILES, is_file
+from ..checkpoints.pickled import load_tensors
+from ..errors import CheckpointError, ConfigError, shown
+from ..spec.permutation import is_permutation
 from ..types import Progress, State, tell
 
 Kind = Literal["permutation", "adapter", "controlnet", "model"]
 
 BLOCK = 1 << 22
 
-WEIGHT_FILES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+WEIGHT_FILES = (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth")
 
 
-def open_all(paths: Sequence[Path]) -> list[Checkpoint]:
-    """The checkpoints of these paths, all of one family.
+def open_all(
+    paths: Sequence[Path], only: Sequence[str] = (), variant: str | None = None, without: str = ""
+) -> tuple[list[Checkpoint], tuple[str, ...]]:
+    """The checkpoints of these paths, and the components that they share (see `common`), checked whole.
+
+    Args:
+        variant: of the diffusers folders that have it.
+        without: a component that does not matter.
 
     Raises:
-        CheckpointError: one is missing, damaged, something else, or of another family; names it.
+        CheckpointError: one is missing, damaged, something else, of another family, or has other tensors than the
+            first; names it.
     """
-    found = [open_checkpoint(path) for path in paths]
+    found = open_each(paths, variant)
     for other in found[1:]:
         require_same_family(found[0], other)
-    return found
+    components = tuple(name for name in common(found, only) if name != without)
+    for other in found[1:]:
+        require_fitting(found[0], other, components)
+    return found, components
+
+
+def open_each(paths: Sequence[Path], variant: str | None = None) -> list[Checkpoint]:
+    """The checkpoints of these paths, of diffusers folders the variant, if they have it.
+
+    Raises:
+        CheckpointError: one is missing, damaged or something else, or none has the variant.
+    """
+    has = {path: path.is_dir() and variant in variants(path) for path in paths}
+    if variant is not None and not any(has.values()):
+        raise CheckpointError(
+            f"None of the inputs is a diffusers folder with the variant {variant!r} (--variant)."
+        )
+    return [open_checkpoint(path, variant if has[path] else None) for path in paths]
+
+
+def left_out(models: Sequence[Checkpoint]) -> list[str]:
+    """A sentence about what of each further model is not in the result, as the first has no place for it."""
+    told = []
+    for model in models[1:]:
+        parts = [name for name in model.components if name not in models[0].components]
+        for kind, names in model.extras.items():
+            lost = [name for name in names if name not in models[0].raw]
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            parts += [f"{shown(lost[0])}{more} ({kind.replace('_', ' ')})"] if lost else []
+        if parts:
+            told.append(
+                f"Left out of {model.path.name}, as {models[0].path.name} has none: {', '.join(parts)}."
+            )
+    return told
 
 
 def kind_of_file(path: Path) -> Kind:
@@ -43,8 +87,8 @@ def kind_of_file(path: Path) -> Kind:
         return "controlnet" if own.get("_class_name") == "ControlNetModel" else "model"
     if not path.exists():
         raise CheckpointError(f"There is no file {path}.")
-    state = open_raw(path) if path.suffix in WEIGHT_FILES else {}
-    if "spec" in getattr(state, "metadata", {}):
+    state = load_tensors(path)
+    if is_permutation(state, state.metadata):
         return "permutation"
     if is_controlnet(state):
         return "controlnet"
@@ -53,9 +97,7 @@ def kind_of_file(path: Path) -> Kind:
 
 def open_raw(path: Path) -> State:
     """The tensors of an adapter or ControlNet under their own names, lazily; of a folder those of its weights."""
-    if path.is_dir():
-        return load_weights(path)
-    return load_safetensors(path) if path.suffix == ".safetensors" else load_pickled(path)
+    return load_weights(path) if path.is_dir() else load_tensors(path)
 
 
 def common(checkpoints: Sequence[Checkpoint], only: Sequence[str]) -> tuple[str, ...]:
@@ -75,12 +117,19 @@ def common(checkpoints: Sequence[Checkpoint], only: Sequence[str]) -> tuple[str,
     return shared
 
 
-def check_output(output: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+def check_output(output: Path, inputs: Sequence[Path], overwrite: bool, forms: Sequence[str] = FILES) -> None:
     """Refuse an output that can't be written or would destroy something, now and not after hours of work.
 
+    Args:
+        forms: what the name of a file may end in; without an ending it is that of a folder, if a model is written.
+
     Raises:
-        ConfigError: it is an input, or exists, or its folder does not.
+        ConfigError: it is an input, or exists, or its folder does not, or its name is none for what is written.
     """
+    if (not is_file(output) and forms != FILES) or (is_file(output) and output.suffix.lower() not in forms):
+        raise ConfigError(
+            f"{output} would be a safetensors file, so its name must end in {' or '.join(forms)}."
+        )
     folder = output.resolve().parent
     if any(path.exists() and output.exists() and path.samefile(output) for path in inputs):
         raise ConfigError(f"{output} is one of the inputs, which are never changed; choose another name.")
@@ -107,7 +156,7 @@ def weight_files(path: Path) -> list[Path]:
     """The file itself, or the weight files of a folder, in the order of their names."""
     if not path.is_dir():
         return [path]
-    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in WEIGHT_FILES)
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in WEIGHT_FILES)
 
 
 def sha256_of(path: Path, progress: Progress | None = None) -> str:

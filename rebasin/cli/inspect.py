@@ -18,6 +18,12 @@ def inspect(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="A checkpoint, adapter or permutation.", show_default=False)
     ],
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORD", help="Of a diffusers folder with several, e.g. fp16.", show_default=False
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
     hashed: Annotated[bool, typer.Option("--hash", help="Compute the file's sha256, too.")] = False,
 ) -> None:
@@ -36,7 +42,7 @@ def inspect(
     console = session.begin().console
     kind = kind_of_file(file)
     told: dict[str, Any] = {"file": file.name, "kind": kind, "bytes": size_of(file)}
-    told |= KINDS[kind](file)
+    told |= _model(file, variant) if kind == "model" else KINDS[kind](file)
     if hashed:
         told["sha256"] = sha256_of(file)
     if as_json:
@@ -58,11 +64,11 @@ def inspect(
             console.print(line, markup=False)
 
 
-def _model(file: Path) -> dict[str, Any]:
-    from ..checkpoints import open_checkpoint
+def _model(file: Path, variant: str | None) -> dict[str, Any]:
     from . import provenance
+    from .inputs import open_each
 
-    checkpoint = open_checkpoint(file)
+    checkpoint = open_each([file], variant)[0]
     predicted = checkpoint.prediction
     has_unet = "unet" in checkpoint.components
     metadata = provenance.metadata_of(checkpoint)
@@ -147,7 +153,7 @@ def _controlnet(file: Path) -> dict[str, Any]:
     }
 
 
-KINDS = {"permutation": _permutation, "adapter": _adapter, "controlnet": _controlnet, "model": _model}
+KINDS = {"permutation": _permutation, "adapter": _adapter, "controlnet": _controlnet}
 
 
 def _layout(ldm: bool) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..checkpoints import FORMATS
-from ..checkpoints.output import bytes_of, cast
+from ..checkpoints.output import Types, bytes_of, cast, stored
 from ..errors import CheckpointError, ConfigError
 from ..types import DerivedState, LazyTensor, State, passed
 
@@ -33,11 +33,11 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return FORMATS[name]
 
 
-def stored_as(
-    wanted: torch.dtype | None, checkpoint: Checkpoint
-) -> torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None:
+def stored_as(wanted: torch.dtype | None, checkpoint: Checkpoint) -> Types:
     """The type of each tensor; 8 bits are for the UNet's matrices only, as the loaders of such files expect."""
-    if wanted is None or wanted.itemsize > 1 or "unet" not in checkpoint.components:
+    if wanted is None:
+        return stored(checkpoint)
+    if wanted.itemsize > 1 or "unet" not in checkpoint.components:
         return wanted
     shapes = checkpoint.shapes("unet")
     large = {key.source for key in checkpoint.key_map["unet"] if len(shapes[key.name]) > 1}
@@ -83,7 +83,8 @@ def _fitting_vae(checkpoint: Checkpoint, vae: Checkpoint) -> State:
     for name, shape in ours.items():
         if name not in theirs or tuple(vae.shapes("vae")[name]) != tuple(shape):
             raise CheckpointError(
-                f"The VAE of {vae.path} does not fit {checkpoint.path}: {name!r} has another shape or is missing."
+                f"The VAE of {vae.path} does not fit {checkpoint.path}: {vae.source('vae', name)!r} has another shape"
+                " or is missing."
             )
     return theirs
 

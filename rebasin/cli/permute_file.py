@@ -14,17 +14,20 @@ from ..adapters import (
     part,
 )
 from ..adapters.union import prefix_of
-from ..checkpoints import component_spec, open_checkpoint
+from ..checkpoints import component_spec
 from ..checkpoints.architectures import build, fit, published
 from ..checkpoints.families import identify
 from ..errors import CheckpointError, SpecMismatchError
 from ..spec import Permutation, PermutationSpec
+from ..tensors.codes import decoded
 from ..types import State
 from . import output
-from .inputs import Kind, open_raw
+from .inputs import Kind, open_each, open_raw
 
 
-def permuted(kind: Kind, file: Path, permutation: Permutation, unfold: bool) -> tuple[State, dict[str, str]]:
+def permuted(
+    kind: Kind, file: Path, permutation: Permutation, unfold: bool, variant: str | None = None
+) -> tuple[State, dict[str, str]]:
     """The file's tensors in their new order, and the metadata of its header.
 
     Raises:
@@ -33,7 +36,7 @@ def permuted(kind: Kind, file: Path, permutation: Permutation, unfold: bool) -> 
     if kind == "permutation":
         raise CheckpointError(f"{file} is a permutation itself; give a checkpoint, a LoRA or a ControlNet.")
     if kind == "model":
-        checkpoint = open_checkpoint(file)
+        checkpoint = open_each([file], variant)[0]
         states: dict[str, State] = {}
         for name in checkpoint.components:
             own = of_component(permutation, name)
@@ -51,6 +54,7 @@ def permuted(kind: Kind, file: Path, permutation: Permutation, unfold: bool) -> 
     metadata = dict(getattr(state, "metadata", {}))
     if kind == "adapter":
         return move_adapter(permutation, state, unfold=unfold, what=file.name), metadata
+    state = decoded(state, file)
     return move_controlnet(permutation, state, controlnet_spec(permutation.spec), what=file.name), metadata
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..checkpoints import open_checkpoint
+from ..checkpoints.checkpoint import require_same_prediction
 from ..errors import ConfigError
 from ..types import State
 from . import output, session, stages
 from .alignment import Aligning, Alignment
-from .inputs import check_output, common, open_all
+from .inputs import check_output, left_out, open_all, open_each
 from .merge_weights import merge_weights, method_options
 from .plan import show_plan
 from .request import Request
@@ -26,9 +26,9 @@ def align(console: Console, request: Request) -> None:
     """
     check_output(request.output, request.inputs, request.overwrite or request.dry_run)
     models, components = stages.read(console, request)
+    stages.require_space(request, models[1])
     if request.dry_run:
         return show_plan(console, request, models, components)
-    stages.require_space(request, models[1])
     hashes = stages.hashes(console, request.inputs)
     specs = stages.specs(console, models[0], components, request.joint)
     found = stages.aligned(console, Aligning(models, specs, request, hashes, console.progress))
@@ -61,18 +61,21 @@ def merge(console: Console, request: Request) -> None:
     options = method_options(method, request.options)
     dtype = output.dtype_of(request.dtype)
     with console.stage("read"):
-        opened = open_all([*request.inputs, *([request.base] if request.base else [])])
-        models, base = opened[: len(request.inputs)], opened[-1] if request.base else None
-        vae = open_checkpoint(request.vae) if request.vae else None
-        components = common(opened, request.components)
+        given = [*request.inputs, *([request.base] if request.base else [])]
+        vae = open_each([request.vae])[0] if request.vae else None
         if vae is not None:
             vae.require("vae")
-            components = tuple(name for name in components if name != "vae")
+        opened, components = open_all(given, request.components, request.variant, "vae" if vae else "")
+        models, base = opened[: len(request.inputs)], opened[-1] if request.base else None
+        if not request.mix_predictions and "unet" in components:
+            require_same_prediction(opened)
         weights = merge_weights(request, method, len(models), models[0], components)
         console.say(f"{len(models)} x {models[0].title}: {', '.join(components)}")
+    for sentence in left_out(models):
+        console.console.print(sentence, markup=False)
+    stages.require_space(request, models[0])
     if request.dry_run:
         return show_plan(console, request, models, components, weights.blocks)
-    stages.require_space(request, models[0])
     hashes = stages.hashes(console, [*request.inputs, *others])
 
     found: list[Alignment] = []

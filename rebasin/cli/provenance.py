@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 KEY = "rebasin"
 """The entry of a safetensors header that holds ours, in JSON."""
 
-STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "sd_merge_recipe", "sd_merge_models")
+STALE = (
+    "modelspec.hash_sha256", "_quantization_metadata", "sshs_model_hash", "sshs_legacy_hash", "sd_merge_recipe",
+    "sd_merge_models",
+)  # fmt: skip
 """What an input's header says of its own bytes, and is no longer true of the output."""
 
 

@@ -32,7 +32,7 @@ class Request:
             "--output",
             "-o",
             metavar="FILE",
-            help="What to write: NAME.safetensors, NAME.ckpt, or the name of a new diffusers folder.",
+            help="What to write: NAME.safetensors, NAME.sft, NAME.ckpt, or the name of a new diffusers folder.",
         ),
     ]
     alpha: Annotated[
@@ -84,6 +84,19 @@ class Request:
             help="Only this component (unet, vae, text_encoder, ...); may be repeated.",
         ),
     ] = ()
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORD",
+            help="Of diffusers folders with several, the word in the names of their weights: fp16, non_ema, ...",
+        ),
+    ] = None
+    mix_predictions: Annotated[
+        bool,
+        typer.Option(
+            "--mix-predictions", help="Merge although one model predicts the noise and another the velocity."
+        ),
+    ] = False
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -132,7 +145,7 @@ class Request:
         """Where the permutation is kept."""
         from ..checkpoints.output import FILES  # late: torch
 
-        name = self.output.stem if self.output.suffix in FILES else self.output.name
+        name = self.output.stem if self.output.suffix.lower() in FILES else self.output.name
         return self.output.with_name(f"{name}.permutation.safetensors")
 
 

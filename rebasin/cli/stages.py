@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import Checkpoint, save_checkpoint
 from ..checkpoints.joint import PARTS
+from ..checkpoints.output import require_place
 from ..errors import VerificationError
 from ..tensors import writer
 from ..types import State
 from . import output, provenance, session
 from .alignment import JOINT, Aligning, Alignment, specs_of
 from .function import TOLERANCE, compare_chains, compare_functions
-from .inputs import common, open_all, sha256_of
+from .inputs import open_all, sha256_of
 from .request import Request
 
 if TYPE_CHECKING:
@@ -31,15 +32,16 @@ def choices(request: Request) -> dict[str, Any]:
 def read(console: Console, request: Request) -> tuple[list[Checkpoint], tuple[str, ...]]:
     """The models that were given, and the components that they share."""
     with console.stage("read"):
-        models = open_all(request.inputs)
-        components = common(models, request.components)
+        models, components = open_all(request.inputs, request.components, request.variant)
         console.say(f"{models[0].title}: {', '.join(components)}")
     return models, components
 
 
 def require_space(request: Request, like: Checkpoint) -> None:
-    """Refuse a full disk before hours of work, not after."""
-    writer.require_space(request.output, output.size_of(like, request))
+    """Refuse a full disk, and tensors without a place in the output, before hours of work, not after."""
+    require_place(request.output, like, like.raw)
+    if not request.dry_run:
+        writer.require_space(request.output, output.size_of(like, request))
 
 
 def hashes(console: Console, paths: Sequence[Path]) -> tuple[str, ...]:

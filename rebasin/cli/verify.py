@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..types import State
 
 
-@command("a b components joint seed threads")
+@command("a b components variant joint seed threads")
 def verify(
     a: Annotated[
         Path, typer.Argument(metavar="A", help="A model, or a permutation file.", show_default=False)
@@ -54,7 +54,7 @@ def verify(
     from . import session
     from .alignment import Alignment
     from .function import TOLERANCE, compare_chains, compare_functions
-    from .inputs import common, kind_of_file, open_all
+    from .inputs import kind_of_file, open_all
 
     request = Request((a, b), Path(os.devnull), **given)  # writes nothing
     console = session.begin(threads=request.threads)
@@ -75,8 +75,8 @@ def verify(
 
     with console.stage("read"):
         permutation = Permutation.load(a) if kind_of_file(a) == "permutation" else None
-        models = open_all([a, b] if permutation is None else [b])
-        names = common(models, request.components)
+        inputs = [a, b] if permutation is None else [b]
+        models, names = open_all(inputs, request.components, request.variant)
         console.say(f"{models[0].title}: {', '.join(names)}")
     whole = permutation is not None and is_joint(permutation.spec)
     with console.stage("compute"):

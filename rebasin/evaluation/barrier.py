@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
-from ..merging.inputs import check_names
+from ..merging.inputs import check_names, with_ties
 from ..merging.interpolate import interpolate_tensor
 from ..tensors.modules import restored
 from ..types import Progress, State, tell
@@ -116,6 +116,7 @@ def barrier(
     if points < 2:
         raise ConfigError(f"A barrier needs at least 2 points (the endpoints), but points={points}.")
     started = time.perf_counter()
+    state_a, state_b = with_ties([state_a, state_b])
     check_names(state_a, state_b)
     lambdas = [step / (points - 1) for step in range(points)]
     losses: list[float] = []

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import ConfigError, RebasinError, unknown
-from ..files import config_dir
+from ..files import config_dir, print_anything
 from ..integrations.signatures import CONFIG, VERSION_BASE, composed
 from . import option_help  # noqa: F401 - the configs' help templates name what it registers
 from .experiments import GROUP as EXPERIMENT
@@ -34,6 +34,7 @@ def launch(job: Callable[[DictConfig], Any], config: str = CONFIG) -> None:
     What the user got wrong ends in one sentence on stderr and exit code 2; HYDRA_FULL_ERROR=1 shows the
     traceback. Errors that are no `RebasinError` are bugs and keep theirs.
     """
+    print_anything()
     full = os.environ.get(FULL_ERROR) == "1"
     started = False
 

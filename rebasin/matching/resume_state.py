@@ -10,23 +10,24 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from itertools import chain, repeat
+from dataclasses import dataclass, is_dataclass
+from itertools import chain
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, SpecMismatchError
+from ..files import Leaf, SchemaError, conform, parse
 from ..spec import Permutation, PermutationSpec
 from ..tensors import SafetensorsState, load_safetensors, save_safetensors
 from ..types import DerivedState, passed
 
-FORMAT = "2"
+FORMAT = "3"
 
 DIGESTS = ("architecture", "weights", "models", "batches", "sites")
 """Options whose values tell a reader nothing."""
@@ -52,7 +53,8 @@ class ResumeState:
         tensors: dict[str, Tensor] = {}
         specs: list[PermutationSpec] = []
         plain = _plain(self, "", tensors, specs)
-        header = {"search": type(self).__name__, "format": FORMAT, "state": json.dumps(plain)}
+        text = json.dumps(plain)
+        header = {"search": type(self).__name__, "format": FORMAT, "state": text, "digest": _digest(text)}
         if specs:
             header["spec"] = specs[0].to_json()
         save_safetensors(path, tensors, header)
@@ -68,11 +70,17 @@ class ResumeState:
         known = file.metadata.get("search"), file.metadata.get("format")
         if known != (cls.__name__, FORMAT):
             raise CheckpointError(f"{path} holds no interrupted {cls.called} that this version can continue.")
+        damaged = CheckpointError(f"{path} is damaged: it is no complete {cls.called}.")
         try:
             spec = PermutationSpec.from_json(file.metadata["spec"]) if "spec" in file.metadata else None
-            return _value(cls, json.loads(file.metadata["state"]), "", file, spec)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged: it is no complete {cls.called}.") from error
+            # Losses that were no numbers are told as they were.
+            text = file.metadata.get("state", "")
+            state = conform(cls, parse(text, nan=True), "", _leaf(file, spec))
+            if file.metadata.get("digest") != _digest(text):
+                raise damaged
+            return state
+        except (SchemaError, SpecMismatchError, RecursionError) as error:
+            raise damaged from error
 
     def require(self, options: Mapping[str, str]) -> None:
         """Raise `ConfigError` if the search was begun with other options."""
@@ -84,6 +92,10 @@ class ResumeState:
                     f"This {self.called} can't be continued: its {name} differed{told}; use the same or start"
                     " afresh."
                 )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def told(option: Any) -> str:
@@ -128,38 +140,20 @@ def _plain(value: Any, at: str, tensors: dict[str, Tensor], specs: list[Permutat
     return value
 
 
-def _value(kind: Any, plain: Any, at: str, file: SafetensorsState, spec: PermutationSpec | None) -> Any:
-    """What `_plain` made of a value of type `kind`, turned back."""
-    origin, kinds = get_origin(kind), get_args(kind)
+def _leaf(file: SafetensorsState, spec: PermutationSpec | None) -> Leaf:
+    """Turns back what `_plain` has put into the file: tensors and permutations."""
 
-    def inner(kind: Any, plain: Any, name: Any) -> Any:
-        return _value(kind, plain, f"{at}/{name}", file, spec)
+    def read(kind: Any, plain: Any, at: str) -> Any:
+        if kind is Permutation and spec is not None:
+            return Permutation.read(file, spec, f"{at}/")
+        if kind is Tensor and at in file:
+            return file[at]
+        if (
+            kind == Mapping[str, Tensor]
+            and isinstance(plain, dict)
+            and all(f"{at}/{k}" in file for k in plain)
+        ):
+            return DerivedState({key: passed(file, f"{at}/{key}") for key in plain})
+        return NotImplemented  # of these three: an error
 
-    if NoneType in kinds:
-        return None if plain is None else _value(kinds[0], plain, at, file, spec)
-    if kind is Tensor:
-        return file[at]
-    if kind is Permutation:
-        if spec is None:
-            raise LookupError("permutations without a spec")
-        index = {cell: file[f"{at}/{cell}"].numpy().astype(np.int64) for cell in spec.cells}
-        permutation = Permutation(spec, index)
-        if not spec.contains(permutation):
-            raise ValueError("an illegal permutation")
-        return permutation
-    if is_dataclass(kind):
-        hints = get_type_hints(kind)
-        made: Any = {f.name: inner(hints[f.name], plain[f.name], f.name) for f in fields(kind)}
-        return kind(**made)  # pyright: ignore[reportCallIssue]
-    if origin is tuple:
-        each = repeat(kinds[0], len(plain)) if kinds[-1] is Ellipsis else kinds
-        pairs = zip(each, plain, strict=True)
-        return tuple(inner(one, item, k) for k, (one, item) in enumerate(pairs))
-    if kind == Mapping[str, Tensor]:
-        return DerivedState({key: passed(file, f"{at}/{key}") for key in plain})
-    if origin is Mapping:
-        return {key: inner(kinds[1], one, key) for key, one in plain.items()}
-    scalars = (int, float) if kind is float else kind
-    if kind in (bool, int, float, str) and not isinstance(plain, scalars):
-        raise TypeError(f"{at} is no {kind.__name__}")
-    return plain
+    return read

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..types import State, dtype_of, is_finite, is_number, shape_of
+from ..tensors.codes import require_numbers
+from ..types import State, dtype_of, is_finite, is_number, require_state, shape_of, wrapped
 
 
 def check_finite(name: str, label: str, tensor: Tensor, first: torch.dtype) -> None:
@@ -42,18 +45,50 @@ def check_names(one: State, other: State, label: str = "A", other_label: str = "
     Raises:
         CheckpointError: names the tensor.
     """
+    require_state(one, label)
+    require_state(other, other_label)
     for has, lacks, mine, theirs in ((label, other_label, one, other), (other_label, label, other, one)):
         names = set(theirs)  # `in` would read the tensor of a lazy mapping
         missing = [name for name in mine if name not in names]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(
-                f"Tensor '{missing[0]}'{more} is in {has} but not in {lacks}: all must have the same architecture."
+                f"Tensor '{missing[0]}'{more} is in {has} but not in {lacks}: all must have the same"
+                f" architecture{wrapped(theirs)}."
             )
+    for state, what in ((one, label), (other, other_label)):
+        require_numbers(state, what)
     if all(isinstance(state, dict) or hasattr(state, "shape_of") for state in (one, other)):
         for name in one:
             if shape_of(one, name) != shape_of(other, name):
                 raise wrong_shape(name, label, shape_of(one, name), other_label, shape_of(other, name))
+
+
+def with_ties(states: Sequence[State]) -> list[State]:
+    """The states, each with the names that it lacks because they are another's for a tensor that it has.
+
+    What tied weights are called is known of plain tensors alone: they have their memory in common.
+    """
+    done = list(states)
+    for i, state in enumerate(done):
+        for other in done:
+            if isinstance(state, dict) and isinstance(other, dict) and other.keys() - state.keys():
+                here = {_memory(tensor): name for name, tensor in other.items() if name in state}
+                lost = {name: here.get(_memory(t)) for name, t in other.items() if name not in state}
+                state = {**state, **{name: state[own] for name, own in lost.items() if own is not None}}
+        done[i] = state
+    return done
+
+
+def _memory(tensor: object) -> object:
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.layout != torch.strided
+        or tensor.is_meta
+        or not tensor.numel()
+    ):
+        return id(tensor)
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def check_companion(state: State, companion: State, label: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
 from ..types import State, common_dtype, is_number
-from .inputs import check_names, integers_differ, wrong_shape
+from .inputs import check_names, integers_differ, with_ties, wrong_shape
 
 # Counters, not weights: BatchNorm's number of batches seen. Two trainings may differ in them without harm.
 COUNTERS = ("num_batches_tracked",)
@@ -33,6 +33,7 @@ def interpolate(state_a: State, state_b: State, lam: float) -> dict[str, Tensor]
         CheckpointError: the two states differ in their names, shapes or integer tensors; names the tensor.
         ConfigError: `lam` is not a finite number.
     """
+    state_a, state_b = with_ties([state_a, state_b])
     check_names(state_a, state_b)
     return {name: interpolate_tensor(name, state_a[name], state_b[name], lam) for name in state_a}
 

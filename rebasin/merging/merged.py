@@ -9,7 +9,7 @@ import torch
 
 from ..errors import ConfigError
 from ..types import Progress, State
-from .inputs import check_companion, check_names
+from .inputs import check_companion, check_names, with_ties
 from .lazy import MergedState
 from .registry import METHODS, Method, plan_options
 from .weights import Weights
@@ -63,7 +63,7 @@ def merge(
     _check_inputs(chosen, len(states), base is not None, companions, weights)
     filled = chosen.check_options(options)
 
-    states, companions = tuple(states), tuple(companions or ())
+    states, companions = tuple(with_ties(states)), tuple(companions or ())
     others = [*zip(labels[1:], states[1:], strict=True), *([] if base is None else [("the base", base)])]
     for label, state in others:
         check_names(states[0], state, labels[0], label)

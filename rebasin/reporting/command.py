@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import RebasinError
+from ..errors import CheckpointError, RebasinError, shown
+from ..files import print_anything
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,14 +29,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="where a sweep's files go; default: its own folder")
     given = parser.parse_args(arguments)
+    print_anything()
     try:
         for source in given.source:
-            for path in _draw(source, given.docs, given.out):
+            for path in drawn(source, given.docs, given.out):
                 print(path)
     except RebasinError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def drawn(source: Path, docs: Path | None = None, out: Path | None = None) -> list[Path]:
+    """The files that were drawn again from what is stored in `source`.
+
+    Raises:
+        CheckpointError: it is damaged; pages ask for far more of a file than can be declared.
+    """
+    try:
+        return _draw(source, docs, out)
+    except (RebasinError, OSError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"The results in {source} can't be drawn, they are damaged or of another version"
+            f" ({type(error).__name__}: {shown(str(error))[1:-1]}); run the job again."
+        ) from error
 
 
 def _draw(source: Path, docs: Path | None, out: Path | None) -> list[Path]:

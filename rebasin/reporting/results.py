@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from ..errors import CheckpointError
-from ..files import write_text
+from ..files import SchemaError, conform, parse, write_text
 
 if TYPE_CHECKING:
     from ..spec import PermutationSpec
@@ -24,6 +24,25 @@ NAME = "results.json"
 
 Results = dict[str, Any]
 """The content of results.json: what `collect` puts around the figures of a kind of job."""
+
+
+class Environment(TypedDict):
+    """What `environment` tells."""
+
+    versions: Mapping[str, str | None]
+
+
+class Common(TypedDict):
+    """What all results have, whatever their kind."""
+
+    kind: NotRequired[Literal["many", "study", "search", "methods"]]
+    name: str
+    algorithm: str
+    seconds: Mapping[str, float]
+    environment: Environment
+    config: Mapping[str, Any]
+    command: str
+
 
 PACKAGES = ("git-rebasin", "torch", "diffusers", "transformers", "safetensors", "numpy", "scipy")
 
@@ -116,7 +135,19 @@ def load_results(folder: str | os.PathLike[str]) -> Results:
     results = read_json(path)
     if not isinstance(results, dict) or results.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by this version (format {FORMAT}); run the job again.")
-    return results
+    return checked(Common, results, path)
+
+
+def checked(kind: Any, data: Any, path: Path) -> Any:
+    """Data of a file, as they are declared.
+
+    Raises:
+        CheckpointError: they are others.
+    """
+    try:
+        return conform(kind, data)
+    except SchemaError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); run the job again.") from error
 
 
 def read_json(path: Path) -> Any:
@@ -126,8 +157,8 @@ def read_json(path: Path) -> Any:
         CheckpointError: it can't be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return parse(path.read_bytes())
+    except (OSError, SchemaError) as error:
         raise CheckpointError(f"{path} can't be read as JSON: {error}.") from error
 
 

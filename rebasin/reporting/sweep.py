@@ -13,14 +13,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..errors import CheckpointError
 from ..files import write_text
 from . import experiments
 from .metrics import columns, metrics
 from .results import NAME as RESULTS
-from .results import Results, load_results, read_json, relevant
+from .results import Environment, Results, checked, load_results, read_json, relevant
 from .sweep_command import place as order_of
 
 NAME = "sweep.json"
@@ -161,6 +161,17 @@ def _today(stored: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return experiments.declaration(name) if name in experiments.names() else stored
 
 
+class Stored(TypedDict):
+    """What `save` writes."""
+
+    experiment: Mapping[str, Any]
+    size: str
+    common: Mapping[str, Any]
+    rows: list[Mapping[str, Any]]
+    runs: list[Run]
+    environment: Environment
+
+
 def save(sweep: Sweep, path: Path) -> Path:
     """Write the sweep as JSON; `load` reads it."""
     fields = vars(sweep) | {"runs": [vars(run) for run in sweep.runs]}
@@ -179,7 +190,8 @@ def load(path: Path) -> Sweep:
     data = read_json(path)
     if not isinstance(data, dict) or data.get("kind") != "sweep" or data.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a sweep of this version (format {FORMAT}).")
-    rows, runs = tuple(data["rows"]), tuple(Run(**run) for run in data["runs"])
+    data = checked(Stored, data, path)
+    rows, runs = tuple(data["rows"]), tuple(data["runs"])
     return Sweep(data["experiment"], data["size"], data["common"], rows, runs, data["environment"])
 
 

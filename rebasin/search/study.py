@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, shown
+from ..files import SchemaError, conform
 from .objectives import SearchObjective
 
 if TYPE_CHECKING:
@@ -71,10 +72,12 @@ def open_study(folder: Path, objectives: Sequence[SearchObjective], prune: float
             pruner=pruner,
             load_if_exists=True,
         )
+        _require_sound(study, storage.engine)
     except Exception as error:
         # SQLAlchemy, alembic and Optuna have errors of their own for a file that is no study.
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{path} can't be opened as an Optuna study ({str(error).splitlines()[0]}); move it and search anew."
+            f"{path} can't be opened as an Optuna study ({shown(why)[1:-1]}); move it and search anew."
         ) from error
     if len(study.directions) != len(objectives):
         raise CheckpointError(
@@ -83,6 +86,39 @@ def open_study(folder: Path, objectives: Sequence[SearchObjective], prune: float
         )
     study.set_metric_names([one.name for one in objectives])
     return study
+
+
+class CandidateData(TypedDict):
+    """A candidate as `Candidate.to_dict` has it."""
+
+    method: str
+    weight: float | list[float] | Mapping[str, float | list[float]] | None
+    options: Mapping[str, Any]
+
+
+class Notes(TypedDict, total=False):
+    """What a search notes on a trial."""
+
+    candidate: CandidateData
+    start: str
+    batches: int
+    same_as: int
+    error: str
+
+
+def _require_sound(study: optuna.Study, engine: Any) -> None:
+    """Raise whatever a damaged file gives rise to: here, not in the middle of the search."""
+    with engine.connect() as connection:
+        told = connection.exec_driver_sql("PRAGMA quick_check").scalar()
+    if told != "ok":
+        raise SchemaError(f"the database is damaged: {told}")
+    conform(Mapping[str, list[float]], study.user_attrs.get("baseline", {}), "baseline")
+    for trial in study.get_trials(deepcopy=False):
+        at = f"trial {trial.number}"
+        conform(Notes, trial.user_attrs, at)
+        if trial.state.name == "COMPLETE" and "candidate" not in trial.user_attrs:
+            raise SchemaError(f"{at} has no merge")
+        conform(list[float], [*(trial.values or ()), *trial.intermediate_values.values()], at)
 
 
 def _quick(engine: Any) -> None:

@@ -14,14 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, SpecMismatchError
-from ..files import PathLike
-from ..tensors import load_safetensors, save_safetensors
-from ..types import LazyState, State, shape_of
-from .serialisation import group_from, group_to
+from ..errors import CheckpointError, SpecMismatchError, shown
+from ..files import PathLike, SchemaError, conform, parse
+from ..tensors import SafetensorsState, load_safetensors, save_safetensors
+from ..types import LazyState, State, require_state, shape_of, wrapped
+from .checks import require_sound
+from .serialisation import SpecData, group_from, group_to
 from .structure import Cell, Group, Site, admits, draw, to_array
 
 FORMAT = 1
+
+INDEX_TYPES = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -158,29 +161,55 @@ class PermutationSpec:
 
     @classmethod
     def from_json(cls, text: str) -> PermutationSpec:
+        """Read what `to_json` wrote.
+
+        Raises:
+            SpecMismatchError: it is something else, of another version, or damaged.
+        """
         try:
-            data = json.loads(text)
-            version = data["format"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise SpecMismatchError(
-                "This text is not a permutation spec: it is no JSON with a 'format'."
-            ) from error
-        if version != FORMAT:
-            raise SpecMismatchError(
-                f"The permutation spec has format {version}, but this version reads {FORMAT}; trace the model again."
+            data = parse(text)
+            version = data.get("format") if isinstance(data, dict) else None
+            if version is None:
+                raise SpecMismatchError("This text is no permutation spec: it is no JSON with a 'format'.")
+            if version != FORMAT:
+                raise SpecMismatchError(
+                    f"The permutation spec has format {shown(version)}, but this version reads {FORMAT}; trace the"
+                    " model again."
+                )
+            data = conform(SpecData, data)
+            spec = cls(
+                groups=tuple(group_from(g) for g in data["groups"]),
+                shapes=data["shapes"],
+                buffers=frozenset(data["buffers"]),
+                aliases=data["aliases"],
+                pins=tuple(Pin(*pin) for pin in data["pins"]),
             )
-        spec = cls(
-            groups=tuple(group_from(g) for g in data["groups"]),
-            shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
-            buffers=frozenset(data["buffers"]),
-            aliases=data["aliases"],
-            pins=tuple(Pin(*pin) for pin in data["pins"]),
-        )
+            require_sound(spec.groups, spec.shapes)
+        except (SchemaError, RecursionError) as error:
+            raise SpecMismatchError(
+                f"The permutation spec is damaged ({error}); trace the model again."
+            ) from error
         if spec.hash != data["hash"]:
             raise SpecMismatchError(
                 "The permutation spec is damaged: its hash does not fit; trace the model again."
             )
         return spec
+
+    @classmethod
+    def of_file(cls, file: SafetensorsState, what: str = "permutation") -> PermutationSpec:
+        """The spec in the header of a file of ours.
+
+        Raises:
+            CheckpointError: it is no file of that kind, or is damaged.
+        """
+        if "spec" not in file.metadata:
+            raise CheckpointError(f"{file.path} holds no {what}: its header has no spec.")
+        try:
+            return cls.from_json(file.metadata["spec"])
+        except SpecMismatchError as error:
+            raise CheckpointError(
+                f"{file.path} holds no {what} that can be read: {_clause(error)}"
+            ) from error
 
     def _payload(self) -> dict[str, Any]:
         return {
@@ -193,10 +222,13 @@ class PermutationSpec:
 
     def check(self, state: State, what: str = "the state") -> None:
         """Raise `SpecMismatchError` if `state` misses a tensor that the spec moves or has another shape for it."""
+        require_state(state, what, self.axes)
         for name in self.axes:
             tensor = _get(state, name, self.aliases)
             if tensor is None:
-                raise SpecMismatchError(f"{what} has no tensor {name!r}, which the spec permutes.")
+                raise SpecMismatchError(
+                    f"{what} has no tensor {name!r}, which the spec permutes{wrapped(state)}."
+                )
             if shape_of(state, tensor) != tuple(self.shapes[name]):
                 raise SpecMismatchError(
                     f"Tensor {name!r} of {what} has shape {shape_of(state, tensor)}, but the spec expects"
@@ -302,16 +334,36 @@ class Permutation:
             CheckpointError: the file is no permutation, is damaged, or holds an illegal permutation.
         """
         file = load_safetensors(path)
-        if "spec" not in file.metadata:
-            raise CheckpointError(f"{path} holds no permutation: its header has no spec.")
-        index = {name: tensor.numpy().astype(np.int64) for name, tensor in file.items()}
-        spec = PermutationSpec.from_json(file.metadata["spec"])
-        if set(index) != set(spec.cells):
+        spec = PermutationSpec.of_file(file)
+        if set(file) != set(spec.cells):
             raise CheckpointError(f"{path} is damaged: its tensors are not the cells of its spec.")
+        return cls.read(file, spec)
+
+    @classmethod
+    def read(cls, file: SafetensorsState, spec: PermutationSpec, prefix: str = "") -> Permutation:
+        """The permutation whose indices a file has under the names of the cells, with `prefix` before them.
+
+        Raises:
+            CheckpointError: an index is missing or is no permutation, or together they are not legal.
+        """
+        index = {}
+        for name, cell in spec.cells.items():
+            key = prefix + name
+            known = key in file and file.shape_of(key) == (cell.size,) and file.dtype_of(key) in INDEX_TYPES
+            index[name] = file[key].numpy().astype(np.int64) if known else np.empty(0)
+            if not np.array_equal(np.sort(index[name]), np.arange(cell.size)):
+                raise CheckpointError(
+                    f"{file.path} is damaged: its tensor {shown(key)} is no permutation of {cell.size} neurons."
+                )
         permutation = cls(spec, index)
         if not spec.contains(permutation):
-            raise CheckpointError(f"{path} holds a permutation that its own spec does not allow.")
+            raise CheckpointError(f"{file.path} holds a permutation that its own spec does not allow.")
         return permutation
+
+
+def is_permutation(state: State, metadata: Mapping[str, str]) -> bool:
+    """Whether tensors and header are those of a file of ours with one permutation or several."""
+    return metadata.get("spec", "").startswith("{") and all(len(shape_of(state, name)) < 2 for name in state)
 
 
 class PermutedState(LazyState):
@@ -339,3 +391,9 @@ def _get(state: State, name: str, aliases: Mapping[str, str]) -> str | None:
     if name in state:
         return name
     return next((alias for alias, target in aliases.items() if target == name and alias in state), None)
+
+
+def _clause(error: Exception) -> str:
+    """A sentence as the end of another."""
+    text = str(error)
+    return text[:1].lower() + text[1:]

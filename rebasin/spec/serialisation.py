@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 import numpy as np
 
+from ..errors import shown
+from ..files import SchemaError, conform
 from .structure import Branch, Cell, Group, Indices, Leaf, Node, Site
+
+
+class GroupData(TypedDict):
+    """A group: cells as [name, size, [[parameter, axis, positions], ...]], and the tree."""
+
+    name: str
+    cells: list[tuple[str, int, list[tuple[str, int, list[Any]]]]]
+    tree: list[Any]
+
+
+class SpecData(TypedDict):
+    """What `PermutationSpec.to_json` writes."""
+
+    format: int
+    hash: str
+    groups: list[GroupData]
+    shapes: Mapping[str, tuple[int, ...]]
+    buffers: list[str]
+    aliases: Mapping[str, str]
+    pins: list[tuple[str, int, int, str]]
 
 
 def group_to(group: Group) -> dict[str, Any]:
@@ -17,7 +40,12 @@ def group_to(group: Group) -> dict[str, Any]:
     return {"name": group.name, "cells": cells, "tree": _node_to(group.tree)}
 
 
-def group_from(data: dict[str, Any]) -> Group:
+def group_from(data: GroupData) -> Group:
+    """What `group_to` wrote; `checks.require_sound` says whether it makes sense.
+
+    Raises:
+        SchemaError: positions or the tree are none.
+    """
     cells = tuple(
         Cell(name, size, tuple(Site(p, axis, _unpack(positions)) for p, axis, positions in sites))
         for name, size, sites in data["cells"]
@@ -31,8 +59,15 @@ def _pack(values: Indices) -> list[Any]:
     return ["a", *values.tolist()]
 
 
-def _unpack(packed: list[Any]) -> Indices:
-    return range(*packed[1:]) if packed[0] == "r" else np.asarray(packed[1:], dtype=np.int64)
+def _unpack(packed: Any) -> Indices:
+    match packed:
+        case ["r", int(start), int(stop), int(step)] if (
+            step and max(abs(start), abs(stop), abs(step)) < 2**31
+        ):
+            return range(start, stop, step)
+        case ["a", *values] if all(type(value) is int and 0 <= value < 2**31 for value in values):
+            return np.asarray(values, dtype=np.int64)
+    raise SchemaError(f"{shown(packed)} are no positions")
 
 
 def _node_to(node: Node) -> list[Any]:
@@ -41,8 +76,13 @@ def _node_to(node: Node) -> list[Any]:
     return ["branch", node.moves, [_node_to(child) for child in node.children]]
 
 
-def _node_from(data: list[Any]) -> Node:
-    if data[0] == "leaf":
-        return Leaf(data[1], _unpack(data[2]))
-    moves: Any = data[1] if isinstance(data[1], str) else tuple(tuple(m) for m in data[1])
-    return Branch(tuple(_node_from(child) for child in data[2]), moves)
+def _node_from(data: Any) -> Node:
+    match data:
+        case ["leaf", int(cell), packed]:
+            return Leaf(cell, _unpack(packed))
+        case ["branch", "fixed" | "any" as moves, [_, *_] as children]:
+            return Branch(tuple(map(_node_from, children)), moves)
+        case ["branch", [_, *_] as orders, [_, *_] as children]:
+            moves = conform(tuple[tuple[int, ...], ...], orders, "moves")
+            return Branch(tuple(map(_node_from, children)), moves)
+    raise SchemaError(f"{shown(data)} is no tree of a group")

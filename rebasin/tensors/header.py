@@ -7,7 +7,6 @@ the rest of the file exactly once. So a damaged file is refused with the name of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -16,10 +15,14 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
+from ..files import SchemaError, parse
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the reference implementation. SDXL's header has 0.3 MB."""
+
+DIMENSIONS = 64
+"""As many as torch's tensors can have."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -86,11 +89,13 @@ def read_header(file: BinaryIO, path: Path, size: int) -> Header:
             f"its header should have {length:,} bytes, but the file ends after {size:,}; download it again"
         )
     try:
-        data = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
-    except _Duplicate as error:
-        raise fail(f"its header names {error.args[0]!r} twice") from error
-    except (ValueError, RecursionError) as error:
-        raise fail("its header is no JSON, so it is something else or damaged") from error
+        data = parse(file.read(length))
+        "".join(data).encode()  # half of a surrogate pair is no text
+    except (SchemaError, UnicodeEncodeError, TypeError) as error:
+        why = (
+            str(error).removeprefix("it ") if isinstance(error, SchemaError) else "has names that are no text"
+        )
+        raise fail(f"its header {why}, so it is something else or damaged") from error
     if not isinstance(data, dict):
         raise fail("its header is no JSON object")
     metadata = data.pop(METADATA, None) or {}
@@ -102,34 +107,22 @@ def read_header(file: BinaryIO, path: Path, size: int) -> Header:
     return Header(entries, metadata)
 
 
-class _Duplicate(ValueError):
-    """A name that a JSON object has twice: readers would disagree about what it means."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise _Duplicate(name)
-        found[name] = value
-    return found
-
-
 def _entry(name: str, value: Any, begin: int, fail: Any) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise fail(f"the entry of tensor {name!r} has not exactly dtype, shape and data_offsets")
+        raise fail(f"the entry of tensor {shown(name)} has not exactly dtype, shape and data_offsets")
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise fail(f"tensor {name!r} has type {code!r}, and known are {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
-        raise fail(f"tensor {name!r} has the shape {shape!r}, which is no list of sizes")
+        raise fail(f"tensor {shown(name)} has type {shown(code)}, which is none of the format's")
+    sizes = isinstance(shape, list) and len(shape) <= DIMENSIONS and all(_is_size(n) for n in shape)
+    if not sizes or prod(max(n, 1) for n in shape) >= 2**60:
+        raise fail(f"tensor {shown(name)} has the shape {shown(shape)}, which is no list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
-        raise fail(f"tensor {name!r} has the offsets {offsets!r}, which are no two positions")
+        raise fail(f"tensor {shown(name)} has the offsets {shown(offsets)}, which are no two positions")
     needed = prod(shape) * DTYPES[code].itemsize
     if offsets[1] - offsets[0] != needed:
         raise fail(
-            f"tensor {name!r} of shape {tuple(shape)} and type {code} takes {needed:,} bytes, but its offsets"
-            f" {offsets} leave {offsets[1] - offsets[0]:,}"
+            f"tensor {shown(name)} of shape {shown(tuple(shape))} and type {code} takes {needed:,} bytes,"
+            f" but its offsets {shown(offsets)} leave {offsets[1] - offsets[0]:,}"
         )
     return Entry(DTYPES[code], tuple(shape), begin + offsets[0], begin + offsets[1])
 
@@ -143,15 +136,15 @@ def _check_cover(entries: Mapping[str, Entry], begin: int, size: int, fail: Any)
     end, before = begin, ""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start < end:
-            raise fail(f"tensors {before!r} and {name!r} overlap")
+            raise fail(f"tensors {shown(before)} and {shown(name)} overlap")
         if entry.start > end:
             raise fail(
-                f"there are {entry.start - end:,} bytes before tensor {name!r} that belong to no tensor"
+                f"there are {entry.start - end:,} bytes before tensor {shown(name)} that belong to no tensor"
             )
         if entry.end > size:
             raise fail(
-                f"tensor {name!r} should end at byte {entry.end:,}, but the file ends after {size:,}; it is cut"
-                " off, so download or copy it again"
+                f"tensor {shown(name)} should end at byte {entry.end:,}, but the file ends after {size:,}; it is cut"
+                " off"
             )
         end, before = entry.end, name
     if end != size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -108,8 +109,8 @@ def hooked(
 def call_model(model: nn.Module, batch: Any) -> Any:
     """The default forward: a tensor, the arguments as a tuple or a mapping, or (inputs, labels).
 
-    A pair whose second member has one whole number for each sample is taken as (inputs, labels), unless the model
-    requires two arguments. ((arguments), {keywords}) gives both kinds.
+    A pair of tensors is taken as (inputs, labels) if the model takes one argument, or if the second has one whole
+    number for each sample and the model requires no second one. ((arguments), {keywords}) gives both kinds.
     """
     if isinstance(batch, Tensor):
         return model(batch)
@@ -121,22 +122,29 @@ def call_model(model: nn.Module, batch: Any) -> Any:
         )
     if len(batch) == 2 and isinstance(batch[0], tuple | list) and isinstance(batch[1], Mapping):
         return model(*batch[0], **batch[1])
-    if len(batch) == 2 and _are_labels(*batch) and _required(model) < 2:
-        return model(batch[0])
+    if len(batch) == 2 and all(isinstance(one, Tensor) for one in batch):
+        required, possible = _positions(model)
+        if possible < 2 or (_are_labels(*batch) and required < 2):
+            return model(batch[0])
+    try:
+        inspect.signature(model.forward).bind(*batch)
+    except TypeError as error:
+        raise DataError(
+            f"A batch of {len(batch)} does not fit {type(model).__name__}.forward ({error}); give"
+            " forward=function(model, batch)."
+        ) from error
     return model(*batch)
 
 
-def _are_labels(x: Any, y: Any) -> bool:
-    return (
-        isinstance(x, Tensor)
-        and isinstance(y, Tensor)
-        and not y.is_floating_point()
-        and y.shape == x.shape[:1]
-    )
+def _are_labels(x: Tensor, y: Tensor) -> bool:
+    return not y.is_floating_point() and y.shape == x.shape[:1]
 
 
-def _required(model: nn.Module) -> int:
-    # How many inputs a call has, not which options (as types.supply does): positions count, and names do not.
+def _positions(model: nn.Module) -> tuple[int, float]:
+    """How many inputs a call needs, and how many it may have by position."""
+    # Which options it has does not matter (as it does to types.supply): positions count, and names do not.
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(model.forward).parameters.values()
-    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
+    own = [p for p in parameters if p.kind in kinds]
+    most = math.inf if any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters) else len(own)
+    return sum(p.default is p.empty for p in own), most

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SpecMismatchError
 from ..files import cache_folder, write_text
 from ..spec import PermutationSpec
 from ..tensors.memory import sharing, tensors_of
@@ -35,8 +35,8 @@ def _file(key: str | None) -> Path | None:
 def load(key: str | None) -> PermutationSpec | None:
     file = _file(key)
     try:
-        spec = None if file is None else PermutationSpec.from_json(file.read_text())
-    except Exception:
+        spec = None if file is None else PermutationSpec.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, SpecMismatchError):
         return None  # absent, damaged or of an older format: trace again
     if spec is not None and file is not None:
         _served[spec.hash] = file

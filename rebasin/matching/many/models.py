@@ -14,7 +14,8 @@ from ...errors import CheckpointError, ConfigError
 from ...merging.interpolate import COUNTERS
 from ...spec import Permutation, PermutationSpec
 from ...tensors import load_safetensors
-from ...types import LazyState, State, dtype_of, is_number, shape_of, widened
+from ...tensors.codes import decoded
+from ...types import LazyState, State, dtype_of, is_number, require_state, shape_of, widened
 from ..weights.endpoints import keys_of, squared
 
 Visit = Callable[[int, str, Tensor], None]
@@ -49,6 +50,9 @@ class Models:
         """
         self.began = perf_counter()
         self.spec, self.sources = spec, tuple(states)
+        for i, source in enumerate(self.sources):
+            if not isinstance(source, str | os.PathLike):
+                require_state(source, f"states[{i}]")
         if isinstance(states, (str, Mapping)) or not self.sources:
             raise ConfigError("There is nothing to merge: give a list of at least one model.")
         self.weights = tuple(float(w) for w in weights) if weights is not None else (1.0,) * len(self)
@@ -83,7 +87,7 @@ class Models:
 
     def open(self, i: int) -> State:
         source = self.sources[i]
-        return source if isinstance(source, Mapping) else load_safetensors(source)
+        return source if isinstance(source, Mapping) else decoded(load_safetensors(source), source)
 
     def name(self, i: int) -> str:
         source = self.sources[i]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,22 +123,14 @@ def load_permutations(path: str | os.PathLike[str]) -> list[Permutation]:
         CheckpointError: the file holds no such permutations, is damaged, or holds an illegal one.
     """
     file = load_safetensors(Path(path))
-    if not file.metadata.get("permutations", "").isdecimal() or "spec" not in file.metadata:
+    told = file.metadata.get("permutations", "")
+    if not re.fullmatch("[1-9][0-9]{0,5}", told):
         raise CheckpointError(f"{path} holds no permutations of a merge: its header does not tell how many.")
-    spec = PermutationSpec.from_json(file.metadata["spec"])
-    count = int(file.metadata["permutations"])
-    names = {f"{i}/{cell}" for i in range(count) for cell in spec.cells}
-    if set(file) != names or not count:
+    spec = PermutationSpec.of_file(file, "permutations of a merge")
+    prefixes = [f"{i}/" for i in range(int(told))]
+    if len(file) != len(prefixes) * len(spec.cells):
         raise CheckpointError(f"{path} is damaged: its tensors are not the cells of its spec.")
-    found = []
-    for i in range(count):
-        index = {cell: file[f"{i}/{cell}"].numpy().astype(np.int64) for cell in spec.cells}
-        found.append(Permutation(spec, index))
-        if not spec.contains(found[-1]):
-            raise CheckpointError(
-                f"{path} holds a permutation (of model {i}) that its own spec does not allow."
-            )
-    return found
+    return [Permutation.read(file, spec, prefix) for prefix in prefixes]
 
 
 @dataclass(frozen=True)
