@@ -7,6 +7,7 @@ import hashlib
 import io
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,12 @@ def digest(path: Path) -> str:
 
 
 def read(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file; a file that has not changed is read once."""
+    return dict(_read(path, path.stat().st_mtime_ns))
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, changed: int) -> dict[str, Tensor]:
     return dict(load_safetensors(path))
 
 

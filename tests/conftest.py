@@ -25,7 +25,11 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["REBASIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """One for all workers, who share the folder above their own: specs are derived once."""
+    base = tmp_path_factory.getbasetemp()
+    os.environ["REBASIN_CACHE"] = str(
+        (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    )
 
 
 # Two files run at a time: what takes minutes starts first, or it runs alone at the end.

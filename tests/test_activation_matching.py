@@ -43,7 +43,7 @@ from rebasin.tracing.verify import _randomise
 
 def planted(model: nn.Module, spec: PermutationSpec, seed: int = 3) -> tuple[nn.Module, Permutation]:
     """A copy of `model` whose neurons stand elsewhere, and the permutation that brings it back."""
-    _randomise(model.eval(), 0)
+    _randomise(model.eval(), 0, "normal")
     permutation = spec.random(seed)
     other = copy.deepcopy(model)
     other.load_state_dict(permutation.apply(model.state_dict()))
@@ -246,7 +246,7 @@ def test_dead_neurons_give_no_nan_and_stay_where_they_may():
 def test_what_dead_neurons_leave_open_is_decided_by_the_weights():
     model, x = MLP(inputs=64, width=30), torch.rand(200, 64)
     spec = rebasin.trace(model.eval(), x[:2])
-    _randomise(model, 0)
+    _randomise(model, 0, "normal")
     with torch.no_grad():
         for k in range(3):
             model.state_dict()[f"layers.{k}.bias"][5 * k : 5 * k + 9] = -1000.0

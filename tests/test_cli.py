@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from cli_files import IDS, Files, digest, read, rebasin
 
 from rebasin.adapters import move_adapter, union
 from rebasin.checkpoints import architecture, load_safetensors, open_checkpoint, save_safetensors
+from rebasin.cli import stages
 from rebasin.spec import Permutation
 
 COMMANDS = ("merge", "align", "compare", "verify", "apply", "inspect", "methods")
@@ -221,27 +224,17 @@ def test_controlnet_follows_its_unet(files: Files, tmp_path: Path) -> None:
         assert torch.equal(moved["conv_in.weight"], state["conv_in.weight"])  # its own neurons stay
 
 
-INTERRUPTED = """
-import runpy, signal, sys
-write = sys.stdout.write
-def told(text):
-    if "hash" in text:
-        sys.stdout.write = write
+def test_interrupt_says_how_to_go_on_and_leaves_nothing(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It sends itself what Ctrl-C sends when it has read the files: from outside, one may come too early or too late.
+    hashes = stages.hashes
+
+    def interrupted(*args: Any) -> tuple[str, ...]:
         signal.raise_signal(signal.SIGINT)
-    return write(text)
-sys.stdout.write = told
-runpy.run_module("rebasin", run_name="__main__")
-"""
+        return hashes(*args)
 
-
-def test_interrupt_says_how_to_go_on_and_leaves_nothing(files: Files, tmp_path: Path) -> None:
-    # It sends itself what Ctrl-C sends as soon as it tells of the hashes, to this very thread: from outside, or by
-    # another thread, one may come too late.
-    run = [sys.executable, "-c", INTERRUPTED, "align", str(files.a), str(files.b)]
-    process = subprocess.run(
-        [*run, "-o", str(tmp_path / "out.safetensors")], capture_output=True, text=True, check=False
-    )
-    error = process.stderr
-    assert process.returncode == 130
-    assert "the same command continues" in error and "Traceback" not in error
+    monkeypatch.setattr(stages, "hashes", interrupted)
+    told = rebasin("align", files.a, files.b, "-o", tmp_path / "out.safetensors", expect=130)
+    assert "the same command continues" in told and "Traceback" not in told
     assert not list(tmp_path.iterdir())

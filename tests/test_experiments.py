@@ -466,7 +466,8 @@ def test_a_sweep_of_several_experiments_is_refused(tmp_path):
         save_results(
             tmp_path / name,
             {"format": FORMAT, "kind": "study", "rows": [{"y": 1}], "seconds": {"total": 1.0},
-             "environment": {}, "command": "", "config": {"experiment": {"name": name}}},
+             "name": name, "algorithm": "ste", "environment": {"versions": {}}, "command": "",
+             "config": {"experiment": {"name": name}}},
         )  # fmt: skip
     with pytest.raises(CheckpointError, match="several experiments"):
         sweeps.collect(tmp_path)

@@ -1,6 +1,6 @@
 """Objectives: the formulas against diffusers' schedulers, the averaging, and the training flags."""
 
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,6 +18,20 @@ from rebasin.objectives.denoising import problems
 from rebasin.objectives.sampling import sample
 
 
+@dataclass
+class Output:
+    """As diffusers returns it."""
+
+    sample: torch.Tensor
+
+
+@dataclass
+class Logits:
+    """As transformers returns them."""
+
+    logits: torch.Tensor
+
+
 class Denoiser(nn.Module):
     """The calling convention of a conditional UNet around one matrix; keeps what it was called with."""
 
@@ -33,7 +47,7 @@ class Denoiser(nn.Module):
             if encoder_hidden_states is None
             else encoder_hidden_states.mean(dim=(1, 2))[:, None, None, None]
         )
-        return SimpleNamespace(sample=torch.einsum("oc,nchw->nohw", self.weight, sample) + shift)
+        return Output(torch.einsum("oc,nchw->nohw", self.weight, sample) + shift)
 
 
 def batch(n: int = 6, seed: int = 0, flow: bool = False):
@@ -146,7 +160,7 @@ def test_denoising_misuse(scheduler):
     class Variance(Denoiser):
         def forward(self, *args, **kwargs):
             sample = super().forward(*args, **kwargs).sample
-            return SimpleNamespace(sample=torch.cat([sample, sample], dim=1))
+            return Output(torch.cat([sample, sample], dim=1))
 
     with pytest.raises(ConfigError, match="variance"):
         Denoising("epsilon", alphas).loss(Variance(), batch())
@@ -177,7 +191,7 @@ def test_cross_entropy_is_differentiable_and_takes_outputs_with_logits():
 
     class Wrapped(nn.Module):
         def forward(self, x):
-            return SimpleNamespace(logits=model(x))
+            return Logits(model(x))
 
     assert CrossEntropy().loss(Wrapped(), (x, y)) == loss
 
@@ -247,7 +261,7 @@ class Pixels(nn.Module):
 
     def forward(self, sample, timesteps, encoder_hidden_states=None):
         hidden = self.first(sample) + self.time(timesteps.float()[:, None] / 1000)[:, :, None, None]
-        return SimpleNamespace(sample=self.last(F.gelu(hidden)))
+        return Output(self.last(F.gelu(hidden)))
 
 
 def pixel_pair(objective: Denoising) -> tuple[Pixels, Pixels, list]:

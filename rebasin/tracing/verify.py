@@ -315,6 +315,7 @@ def _bisect(names: list[str], fails: Any, limit: int = 3) -> list[str]:
     return left + right or names[:limit]
 
 
+@torch.no_grad()
 def _randomise(model: nn.Module, seed: int, noise: str) -> None:
     """Matrices ~ N(0, 1 / fan_in), vectors moved by N(0, 0.3), variances in [0.5, 1.5]; nothing if `noise` is "".
 
