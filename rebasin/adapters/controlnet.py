@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,16 +52,24 @@ def joint_controlnet(unet: UNet2DConditionModel, *args: Any, **kwargs: Any) -> P
         hint = torch.zeros(sample.shape[0], 3, sample.shape[2] * 8, sample.shape[3] * 8, dtype=weight.dtype)
         seen = torch.zeros(*text.shape[:-1], 1, dtype=weight.dtype)
 
-    def both(
-        source: nn.Module, cn: nn.Module, un: nn.Module, x: Tensor, t: Tensor, s: Tensor, h: Tensor
-    ) -> Tensor:
-        hidden = source(s)  # a text encoder may reorder its output; both read it
-        down, middle = cn(x, t, hidden, h, return_dict=False, **kwargs)
-        added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        return un(x, t, hidden, *rest, **added, **kwargs).sample
-
-    joint = compose(both, source=source, controlnet=control, unet=unet)
+    joint = compose(partial(_steered, rest, kwargs), source=source, controlnet=control, unet=unet)
     return trace(joint, sample, timestep, seen, hint)
+
+
+def _steered(
+    rest: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    source: nn.Module,
+    cn: nn.Module,
+    un: nn.Module,
+    *given: Tensor,
+) -> Tensor:
+    """What the UNet `un` predicts when the ControlNet `cn` adds to it."""
+    x, t, seen, hint = given
+    hidden = source(seen)  # a text encoder may reorder its output; both read it
+    down, middle = cn(x, t, hidden, hint, return_dict=False, **kwargs)
+    added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+    return un(x, t, hidden, *rest, **added, **kwargs).sample
 
 
 def move_controlnet(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..spec import PermutationSpec
-from ..tracing import compose, trace
+from ..tracing import compose
 from ..types import DerivedState, State, passed
 from .architectures import Built, architecture, build, component_config
 from .reduced_width import narrow
-from .specs import prove
+from .specs import prove, proved
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -30,41 +31,44 @@ def joint_spec(checkpoint: Checkpoint, components: Sequence[str]) -> Permutation
     Raises:
         VerificationError: the proof failed; nothing may be aligned with this spec.
     """
-    module, args = joint_module({name: architecture(checkpoint, name) for name in components})
-    spec = trace(module, *args)
     family = checkpoint.family
     configs = {n: narrow(component_config(checkpoint, n), n, family) for n in TEXTS if n in components}
     reads = sum(config["hidden_size"] for config in configs.values())
     pooled = list(configs.values())[-1]["projection_dim"]
     configs["unet"] = narrow(component_config(checkpoint, "unet"), "unet", family, reads, pooled)
-    small, inputs = joint_module({name: build(name, config, "cpu") for name, config in configs.items()})
-    prove(spec, (small, inputs, {}), f"The joint spec of {checkpoint.path}")
-    return spec
+
+    def reduced() -> Built:
+        return joint_module({name: build(name, config, "cpu") for name, config in configs.items()})
+
+    def proof(spec: PermutationSpec) -> None:
+        prove(spec, reduced, f"The joint spec of {checkpoint.path}")
+
+    return proved(joint_module({name: architecture(checkpoint, name) for name in components}), proof)
 
 
-def joint_module(built: Mapping[str, Built]) -> tuple[nn.Module, tuple[Any, ...]]:
+def joint_module(built: Mapping[str, Built]) -> Built:
     """The modules as one that goes from token ids to predicted noise, and its example inputs."""
     texts = [name for name in TEXTS if name in built]
     unet, (sample, timestep, _), kwargs = built["unet"]
     added = kwargs.get("added_cond_kwargs", {})
     ids = [built[name][1][0] for name in texts]
     numbers = [added["time_ids"]] if added else []
-
-    def run(*given: Any) -> Tensor:
-        n = len(texts)
-        encoders, (net, *inputs) = given[:n], given[n:]
-        tokens, (x, t, *rest) = inputs[:n], inputs[n:]
-        hidden, pooled = [], None
-        for encoder, own in zip(encoders, tokens, strict=True):
-            states = encoder(own)
-            if isinstance(states, tuple):
-                states, pooled = states
-            hidden.append(states)
-        more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": rest[0]}} if rest else {}
-        return net(x, t, torch.cat(hidden, dim=-1), **more).sample
-
     modules = {name: built[name][0] for name in texts} | {"unet": unet}
-    return compose(run, **modules), (*ids, sample, timestep, *numbers)
+    return compose(partial(_noise, len(texts)), **modules), (*ids, sample, timestep, *numbers), {}
+
+
+def _noise(n: int, *given: Any) -> Tensor:
+    """What the UNet predicts, given n text encoders, the UNet, token ids of each, latents, timesteps, numbers."""
+    encoders, (net, *inputs) = given[:n], given[n:]
+    tokens, (x, t, *rest) = inputs[:n], inputs[n:]
+    hidden, pooled = [], None
+    for encoder, own in zip(encoders, tokens, strict=True):
+        states = encoder(own)
+        if isinstance(states, tuple):
+            states, pooled = states
+        hidden.append(states)
+    more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": rest[0]}} if rest else {}
+    return net(x, t, torch.cat(hidden, dim=-1), **more).sample
 
 
 def joint_state(checkpoint: Checkpoint, components: Iterable[str]) -> DerivedState:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,6 @@ from ..errors import VerificationError
 from ..files import SchemaError, cache_folder, conform, parse, write_text
 from ..spec import PermutationSpec
 from ..tracing import cache, trace, verify
-from ..tracing.verify import VerificationReport
 from .architectures import Built, architecture, build, component_config, release_of
 from .reduced_width import narrow
 
@@ -51,17 +51,29 @@ def component_spec(checkpoint: Checkpoint, component: str, prove: bool = True) -
         CheckpointError: the component is missing or incomplete, or has other shapes than its architecture.
         VerificationError: the proof failed; nothing may be aligned with this spec.
     """
-    module, args, kwargs = architecture(checkpoint, component)
+    model = architecture(checkpoint, component)
+    if not prove:
+        module, args, kwargs = model
+        return trace(module, *args, **kwargs)
+    config = component_config(checkpoint, component)
+    return proved(model, lambda spec: proof(spec, config, checkpoint.family, component))
+
+
+def proved(model: Built, proof: Callable[[PermutationSpec], Any]) -> PermutationSpec:
+    """The spec of a module; one from the cache that fails `proof` is traced and proved once more.
+
+    Raises:
+        VerificationError: so does the one that was traced now.
+    """
+    module, args, kwargs = model
     spec = trace(module, *args, **kwargs)
-    if prove:
-        config = component_config(checkpoint, component)
-        try:
-            proof(spec, config, checkpoint.family, component)
-        except VerificationError:
-            if not cache.discard(spec):  # else it was a file that failed: once more, without it
-                raise
-            spec = trace(module, *args, **kwargs)
-            proof(spec, config, checkpoint.family, component)
+    try:
+        proof(spec)
+    except VerificationError:
+        if not cache.discard(spec):
+            raise
+        spec = trace(module, *args, **kwargs)
+        proof(spec)
     return spec
 
 
@@ -71,30 +83,35 @@ def proof(spec: PermutationSpec, config: dict[str, Any], family: str, component:
     Raises:
         VerificationError: the reduced model's outputs change, or its spec moves other axes together than this one.
     """
-    kept = _kept(spec)
-    if kept is not None:
-        return kept
     family, part = release_of(family, component)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module, args, kwargs = build(part, narrow(config, part, family), "cpu")
-    small, report = prove(spec, (module, args, kwargs), f"The spec of the {component} of {family}")
-    made = Proof(small.hash, report.max_relative_error, report.dtype, report.moved)
-    _keep(spec, made)
-    return made
+
+    def reduced() -> Built:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return build(part, narrow(config, part, family), "cpu")
+
+    return prove(spec, reduced, f"The spec of the {component} of {family}")
 
 
-def prove(spec: PermutationSpec, reduced: Built, what: str) -> tuple[PermutationSpec, VerificationReport]:
-    """The spec of the same model at reduced width, and that its random permutation changes nothing, in float64.
+def prove(spec: PermutationSpec, reduced: Callable[[], Built], what: str) -> Proof:
+    """That the same model at reduced width has the same spec, and that its random permutation changes nothing.
+
+    Computed in float64, and kept: another call with a spec that is equal reads it.
 
     Raises:
         VerificationError: its outputs change, or its spec moves other axes together than `spec`.
     """
-    module, args, kwargs = reduced
+    kept = _kept(spec)
+    if kept is not None:
+        return kept
+    module, args, kwargs = reduced()
     small = trace(module, *args, **kwargs)
     if structure(small) != structure(spec):
         raise VerificationError(f"{what} can't be proved: its narrow twin moves other axes together.")
-    return small, verify(module, small, *args, dtype=torch.float64, **kwargs).require()
+    report = verify(module, small, *args, dtype=torch.float64, **kwargs).require()
+    made = Proof(small.hash, report.max_relative_error, report.dtype, report.moved)
+    _keep(spec, made)
+    return made
 
 
 def structure(spec: PermutationSpec) -> frozenset[frozenset[tuple[str, int]]]:

@@ -150,7 +150,7 @@ class _Pair:
             parts = {name: modules.build(name, component_config(self.a, name)) for name in self.names}
         if not self.joint:
             return parts[self.component]
-        return *joint_module(parts), {}
+        return joint_module(parts)
 
     def filled(self, model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         """A module whose parameters have no numbers, given those of a checkpoint."""

@@ -209,8 +209,7 @@ def _engine() -> str:
     """A hash of this package's own engine and models, and torch's version: a new rule means a new spec."""
     digest = hashlib.sha256(torch.__version__.encode())
     root = Path(__file__).resolve().parents[1]
-    for path in sorted(
-        [path for room in ("tracing", "models", "spec", "tensors") for path in root.glob(f"{room}/**/*.py")]
-    ):
+    rooms = ("adapters", "checkpoints", "models", "spec", "tensors", "tracing")
+    for path in sorted(path for room in rooms for path in root.glob(f"{room}/**/*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
