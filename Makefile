@@ -55,8 +55,7 @@ clean: ## remove .venv, outputs and caches
 	@# torchvision breaks other imports where there is no CUDA, and image-reward wants an old timm: they lie aside, for
 	@# the tests that ask for them (tests/aside.py).
 	@rm -rf .venv/vision .venv/reward
-	$(PIP) --no-deps --target .venv/vision 'torchvision>=0.26,<0.29' 'timm>=1.0' & aside=$$!; \
-	$(PIP) -e '.[dev]' && wait $$aside
-	$(PIP) --no-deps --target .venv/reward \
-		image-reward==1.5 timm==0.6.13 fairscale==0.4.13
+	$(PIP) --no-deps --target .venv/vision 'torchvision>=0.26,<0.29' 'timm>=1.0' & vision=$$!; \
+	$(PIP) --no-deps --target .venv/reward image-reward==1.5 timm==0.6.13 fairscale==0.4.13 & reward=$$!; \
+	$(PIP) -e '.[dev]' && wait $$vision && wait $$reward
 	@touch .venv/.installed $@
