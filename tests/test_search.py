@@ -39,9 +39,8 @@ from rebasin.search.evaluator import Evaluator
 from rebasin.search.folder import key, locked
 from rebasin.search.groups import group_tensors, interpolated
 from rebasin.search.objectives import load_objectives
-from rebasin.search.space import read_space
+from rebasin.search.space import read_space, warm_starts
 from rebasin.search.verdict import Finalist, references
-from rebasin.search.warm_starts import warm_starts
 from rebasin.tasks import load_task
 from rebasin.tasks.prompted import ImageMaker
 
