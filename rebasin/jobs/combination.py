@@ -73,10 +73,8 @@ class Combination:
     @property
     def words(self) -> str:
         """The merge in a few words."""
-        if self.blocks is not None:
-            how = " with weights by block"
-        else:
-            how = "" if self.weights is None else f" at {self.weights}"
+        how = "" if self.weights is None else f" at {self.weights}"
+        how = how if self.blocks is None else " with weights by block"
         return f"{self.method.name}{how}{'' if self.base is None else f', base {self.base}'}"
 
     def record(self) -> dict[str, Any]:

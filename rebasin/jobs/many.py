@@ -120,5 +120,5 @@ def _repairs(cfg: DictConfig) -> tuple[str, ...]:
     return ways
 
 
-run_many = Job(report.KIND, partial(stages.plan_merge, several=True), _plan, _work)
+run_many = Job(report.KIND, partial(stages.load, several=True), _plan, _work)
 """For any number of models: their merge beside members, plain mean and ensemble."""

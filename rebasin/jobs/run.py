@@ -116,4 +116,4 @@ def _plan(job: Session, planned: stages.Material) -> str:
     )
 
 
-run_pair = Job(None, stages.plan_merge, _plan, _work)
+run_pair = Job(None, stages.load, _plan, _work)

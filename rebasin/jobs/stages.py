@@ -65,7 +65,7 @@ class AlignedPair:
 
 
 def load(job: Session, several: bool = False) -> Material:
-    """Task, algorithm (one for `several` models), specs and merge, before any endpoint is loaded."""
+    """Task, algorithm (one for `several` models), specs and merge, before any endpoint is loaded; leaves blocks.png."""
     with job.stage("load"):
         algorithm = load_algorithm(job.cfg.algo, several)
         task = load_task(job.cfg)
@@ -74,15 +74,10 @@ def load(job: Session, several: bool = False) -> Material:
         specs = {name: spec_of(job.cfg, task, name) for name in task.parts}
         spec = specs[task.aligned]
         job.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
-    return Material(task, algorithm, specs, load_combination(job.cfg, task))
-
-
-def plan_merge(job: Session, several: bool = False) -> Material:
-    """What a run begins with; leaves blocks.png."""
-    material = load(job, several)
-    if material.combination.blocks is not None:
-        save_block_figure(material.combination.blocks, job.folder / "blocks.png")
-    return material
+    combination = load_combination(job.cfg, task)
+    if combination.blocks is not None:
+        save_block_figure(combination.blocks, job.folder / "blocks.png")
+    return Material(task, algorithm, specs, combination)
 
 
 def spec_of(cfg: DictConfig, task: Task, part: str) -> PermutationSpec:
