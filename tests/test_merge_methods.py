@@ -13,7 +13,6 @@ from torch import Tensor
 from rebasin.errors import ConfigError
 from rebasin.merging import METHODS
 from rebasin.merging.lazy import generator
-from rebasin.merging.weights import fit_weights
 
 Array = NDArray[np.float64]
 
@@ -30,7 +29,7 @@ def call(
     supply: dict[str, Any] = {"models": list(models), "a": models[0], "b": models[-1], "base": base}
     supply["generator"] = generator(0, "w")
     if method.weight:
-        supply[method.weight] = fit_weights(method, weight, len(models))
+        supply[method.weight] = method.fit_weights(weight, len(models))
     return method.function(**{k: v for k, v in supply.items() if k in method.takes}, **options)
 
 

@@ -24,7 +24,6 @@ from torch import nn
 from rebasin import report
 from rebasin.checkpoints import load_metadata, load_safetensors
 from rebasin.errors import CheckpointError, ConfigError, DataError
-from rebasin.evaluation.pareto import beats
 from rebasin.files import config_dir
 from rebasin.jobs.worker import workers
 from rebasin.merging import METHODS, interpolate, merge
@@ -32,16 +31,15 @@ from rebasin.merging.blocks import block_weights
 from rebasin.objectives import CrossEntropy, Denoising
 from rebasin.reporting.console import Console
 from rebasin.reporting.results import load_results
+from rebasin.reporting.search_figures import beats
 from rebasin.search.assessment import bootstrap, difference
-from rebasin.search.batches import cut, deal
 from rebasin.search.candidate import Candidate
 from rebasin.search.evaluator import Evaluator
 from rebasin.search.folder import key, locked
 from rebasin.search.groups import group_tensors, interpolated
-from rebasin.search.objectives import load_objectives
-from rebasin.search.space import read_space
+from rebasin.search.objectives import cut, deal, load_objectives
+from rebasin.search.space import read_space, warm_starts
 from rebasin.search.verdict import Finalist, references
-from rebasin.search.warm_starts import warm_starts
 from rebasin.tasks import load_task
 from rebasin.tasks.prompted import ImageMaker
 

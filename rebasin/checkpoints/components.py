@@ -104,7 +104,7 @@ def vae_levels(names: Iterable[str]) -> int:
 def _text(found: Found, sources: Mapping[str, str], raw: Mapping[str, Tensor]) -> Iterable[KeyMapping]:
     if found.layout == "transformers":
         for own, source in sources.items():
-            if keys_text.is_plain(own):
+            if keys_text.from_transformers(keys_text.ROOT + own):  # position ids are none
                 yield KeyMapping(keys_text.ROOT + own, source)
         projection = found.prefix.removesuffix(keys_text.ROOT) + "text_projection.weight"
         if found.component == TEXT_2 and projection in raw:

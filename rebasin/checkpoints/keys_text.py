@@ -62,8 +62,3 @@ def from_transformers(name: str) -> tuple[str, int | None] | None:
         return None
     third = FUSED.index(found[2]) if found[2] in FUSED else None
     return f"transformer.resblocks.{found[1]}.{LAYER_BACK[found[2]]}{found[3]}", third
-
-
-def is_plain(name: str) -> bool:
-    """Whether a name (without `text_model.`) is that of a CLIP text encoder in transformers; position ids are not."""
-    return from_transformers(ROOT + name) is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -89,8 +88,3 @@ def _joined(state: State, keys: list[KeyMapping]) -> LazyTensor:
         return write(keys, [state[key.name] for key in keys], shape)
 
     return LazyTensor(shape, dtype_of(state, first.name), make)
-
-
-def position_ids(length: int = 77) -> Tensor:
-    """The position ids that old loaders want in a CLIP-L text encoder: int64 [1, length]."""
-    return torch.arange(length, dtype=torch.int64)[None]

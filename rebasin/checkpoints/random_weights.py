@@ -16,7 +16,7 @@ from ..types import DerivedState, LazyTensor, State, dtype_of, passed, shape_of
 from .architectures import build
 from .components import TEXT, UNET
 from .key_map import shapes_of
-from .layouts import position_ids, single_file
+from .layouts import single_file
 from .reduced_width import reduced_configs
 
 
@@ -109,7 +109,7 @@ def _extras(family: str) -> dict[str, Tensor]:
     extras: dict[str, Tensor] = {}
     if family in ("sd1", "sdxl"):
         prefix = "cond_stage_model" if family == "sd1" else "conditioner.embedders.0"
-        extras[f"{prefix}.transformer.text_model.embeddings.position_ids"] = position_ids()
+        extras[f"{prefix}.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     if family != "sd1":
         prefix = {"sd2": "cond_stage_model", "sdxl": "conditioner.embedders.1"}.get(
             family, "conditioner.embedders.0"

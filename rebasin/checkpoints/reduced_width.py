@@ -93,10 +93,8 @@ def narrow_vae(config: Mapping[str, Any], ratio: float) -> Config:
 
 def narrow_text(config: Mapping[str, Any], ratio: float) -> Config:
     """A text encoder's config with `ratio` of the width of its heads, at least 4."""
-    config = copy.deepcopy(dict(config))
-    if ratio < 1:
-        heads = config["num_attention_heads"]
-        config["hidden_size"] = heads * max(4, int(config["hidden_size"] // heads * ratio))
-        config["intermediate_size"] = 4 * config["hidden_size"]
-        config["projection_dim"] = config["hidden_size"]
-    return config
+    if ratio >= 1:
+        return dict(config)
+    heads = config["num_attention_heads"]
+    width = heads * max(4, int(config["hidden_size"] // heads * ratio))
+    return {**config, "hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}

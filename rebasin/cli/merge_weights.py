@@ -67,7 +67,6 @@ def merge_weights(
         ConfigError: they can't be read, or do not fit the method, the models or their blocks.
     """
     from ..merging.blocks import block_weights
-    from ..merging.weights import fit_weights
 
     if method.weight is None and (request.alpha is not None or request.weights is not None):
         raise ConfigError(f"The method {method.name!r} has no weights; leave out --alpha and --weights.")
@@ -79,7 +78,7 @@ def merge_weights(
         given = request.alpha if given is None else given
         if models > 2 and isinstance(given, float) and method.weight == "weights":
             raise ConfigError(f"One weight is for two models; give --weights with {models} numbers.")
-        fit_weights(method, given, models)
+        method.fit_weights(given, models)
         return MergeWeights(given)
     if method.weight == "weights" and models > 2:
         raise ConfigError(f"Block weights are for two models; give --weights with {models} numbers.")

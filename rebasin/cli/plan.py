@@ -69,12 +69,10 @@ def show_plan(
         markup=False,
     )
     if blocks is not None:
-        from ..files import atomic_path
-        from ..merging.block_figure import block_figure
+        from ..merging.block_figure import save_block_figure
 
         picture = request.output.with_name(f"{request.output.stem}.weights.png")
-        with atomic_path(picture) as temporary:
-            block_figure(blocks).savefig(temporary, dpi=120)
+        save_block_figure(blocks, picture)
         say(f"\nThe weights of the blocks (picture: {picture}):\n{blocks.table()}\n", markup=False)
     say(f"Memory about {size(memory)}, time about {about(seconds)}. Nothing was done.")
 

@@ -49,7 +49,8 @@ class Combination:
         progress: Progress | None = None,
     ) -> MergedState:
         """The merge, lazily; a method that looks at data does so now, at the training split."""
-        given, objective = dict(self.options), task.objective
+        given: dict[str, Any] = {**self.options, "seed": seed, "device": device, "progress": progress}
+        objective = task.objective
         if "score" in plan_options(self.method.plan):
             train = task.batches["train"]
             given["score"] = lambda state: objective.evaluate(loaded(task.model, state), train)["loss"]
@@ -61,9 +62,7 @@ class Combination:
             ]
         base = None if self.base is None else task.load_other(self.base)
         weights = self.weights if self.blocks is None else self.blocks
-        return merge(
-            self.method, list(states), base=base, weights=weights, seed=seed, device=device, progress=progress, **given
-        )  # fmt: skip
+        return merge(self.method, list(states), base=base, weights=weights, **given)
 
     @property
     def is_mean(self) -> bool:
@@ -74,10 +73,8 @@ class Combination:
     @property
     def words(self) -> str:
         """The merge in a few words."""
-        if self.blocks is not None:
-            how = " with weights by block"
-        else:
-            how = "" if self.weights is None else f" at {self.weights}"
+        how = "" if self.weights is None else f" at {self.weights}"
+        how = how if self.blocks is None else " with weights by block"
         return f"{self.method.name}{how}{'' if self.base is None else f', base {self.base}'}"
 
     def record(self) -> dict[str, Any]:

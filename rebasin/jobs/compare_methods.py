@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import ConfigError
 from ..integrations.hydra import resolved
@@ -11,10 +12,9 @@ from ..merging import Method
 from ..reporting.methods import ALIGNED, KIND, NAIVE
 from ..reporting.results import Results
 from ..search.comparison import compare, figures, fitting
-from ..search.evaluator import Evaluator
+from ..search.evaluator import Evaluator, Inputs
 from ..search.folder import base_name
 from ..search.objectives import SearchObjective, load_objectives
-from ..search.setup import Inputs
 from ..tasks import Task, load_task
 from .materials import align_all, check, load_inputs
 from .refusals import refuse
@@ -66,11 +66,9 @@ def _work(job: Session, prepared: Prepared) -> Results:
         else:
             moved += " So aligning changes nothing here, and no merge is shown twice."
     with job.stage("merge"):
-        rows = compare(
-            Evaluator(task.model, inputs.states, prepared.objectives, device=cfg.device),
-            sets, prepared.methods, resolved(cfg.methods),
-            objective=task.objective, seed=cfg.seed, progress=job.progress,
-        )  # fmt: skip
+        evaluator = Evaluator(task.model, inputs.states, prepared.objectives, device=cfg.device)
+        more: Any = {"objective": task.objective, "seed": cfg.seed, "progress": job.progress}
+        rows = compare(evaluator, sets, prepared.methods, resolved(cfg.methods), **more)
         told = figures(inputs.labels, base_name(job.config), moved, prepared.objectives, rows, cfg.seed)
     with job.stage("report"):
         return job.leave(told)

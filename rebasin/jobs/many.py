@@ -25,7 +25,7 @@ REPAIRS = ("reset", "rescale", "closed_form")
 """What `algo.repair` can name."""
 
 
-def _plan(job: Session, planned: stages.Planned) -> str:
+def _plan(job: Session, planned: stages.Material) -> str:
     cfg, task, combination = job.cfg, planned.task, planned.combination
     then = "" if combination.is_mean else f", then {combination.words}"
     return (
@@ -36,16 +36,16 @@ def _plan(job: Session, planned: stages.Planned) -> str:
     )
 
 
-def _work(job: Session, planned: stages.Planned) -> Results:
+def _work(job: Session, planned: stages.Material) -> Results:
     cfg, task, spec, combination = job.cfg, planned.task, planned.spec, planned.combination
     name = planned.algorithm.name
     checks = stages.verify_all(job, task, planned.specs)
     states = stages.endpoints(job, task)
     with job.stage("align"):
+        kept = load_resume(cfg)
         result: ManyResult = planned.algorithm(
-            task, spec, *states,
-            seed=cfg.seed, device=cfg.device, progress=job.logged, resume=load_resume(cfg),
-        )  # fmt: skip
+            task, spec, *states, **job.given, progress=job.logged, resume=kept
+        )
         job.say(f"{name}: distance {result.distance_before:.4g} -> {result.distance:.4g}")
     with job.stage("merge"):
         members = result.members(states)
@@ -72,7 +72,7 @@ def _work(job: Session, planned: stages.Planned) -> Results:
 
 
 def _merges(
-    cfg: DictConfig, planned: stages.Planned, states: Sequence[State], result: ManyResult
+    cfg: DictConfig, planned: stages.Material, states: Sequence[State], result: ManyResult
 ) -> dict[str, State]:
     """Name -> state: the plain mean and the merge; with `repair` each of them again after a reset of statistics (if
     there are any), after REPAIR, and after REPAIR in closed form, with the goals of its own members.
@@ -120,5 +120,5 @@ def _repairs(cfg: DictConfig) -> tuple[str, ...]:
     return ways
 
 
-run_many = Job(report.KIND, partial(stages.plan_merge, several=True), _plan, _work)
+run_many = Job(report.KIND, partial(stages.load, several=True), _plan, _work)
 """For any number of models: their merge beside members, plain mean and ensemble."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from ..errors import CheckpointError, ConfigError
 from ..integrations.hydra import resolved
-from ..search.evaluator import Evaluator
+from ..search.evaluator import Evaluator, Inputs, Setup
 from ..search.folder import base_name
 from ..search.objectives import load_objectives
-from ..search.setup import Inputs, Setup
 from ..search.space import read_space
 from ..spec import Permutation
 from ..tasks import Task
@@ -55,10 +55,7 @@ def align_all(job: Session, task: Task, inputs: Inputs) -> dict[str, Permutation
         for label, state in list(inputs.named.items())[1:]:
             path = permutation_file(job.folder, label)
             if not path.is_file():
-                result = algorithm(
-                    task, spec, inputs.states[0], state,
-                    seed=job.cfg.seed, device=job.cfg.device, progress=job.progress,
-                )  # fmt: skip
+                result = algorithm(task, spec, inputs.states[0], state, **job.given, progress=job.progress)
                 result.permutation.save(path, {"content": f"brings {label} to {inputs.labels[0]}"})
             found[label] = Permutation.load(path)
         moved = ", ".join(f"{label} {permutation.moved():,}" for label, permutation in found.items())
@@ -87,11 +84,8 @@ def prepare(cfg: DictConfig, task: Task, inputs: Inputs) -> Setup:
     names = list(inputs.states[0])
     space = read_space(resolved(cfg.space), names, len(inputs.states), inputs.base is not None)
     objectives = load_objectives(cfg, task, cfg.search)
-    evaluator = Evaluator(
-        task.model, inputs.states, objectives,
-        base=inputs.base, groups=space.groups, seed=cfg.seed, device=cfg.device,
-    )  # fmt: skip
-    return Setup(inputs, space, evaluator)
+    more: Any = {"base": inputs.base, "groups": space.groups, "seed": cfg.seed, "device": cfg.device}
+    return Setup(inputs, space, Evaluator(task.model, inputs.states, objectives, **more))
 
 
 def check(options: DictConfig, name: str, *counts: str) -> None:

@@ -89,6 +89,11 @@ def _lam(case: Case) -> str | None:
     return case.is_no(RUN)
 
 
+def _samples(case: Case) -> str | None:
+    method = find_method(str(case.cfg.merge.method))
+    return None if "companions" in method.takes else f"merge.method={method.name} looks at no data"
+
+
 def _with_files(case: Case) -> str | None:
     return "model.files are trained already" if case.cfg.model.get("files") else None
 
@@ -107,13 +112,10 @@ RULES: Mapping[str, Callable[[Case], str | None]] = {
     "merge": lambda case: case.is_no(RUN, MANY),
     # A run on many models has no line, but sweeps over algorithms set evaluate.points for those that have one.
     "evaluate": lambda case: case.is_no(RUN, STUDY, *([] if "scorer" in case.cfg.evaluate else [MANY])),
-    "merge.samples": lambda case: (
-        None if "companions" in find_method(str(case.cfg.merge.method)).takes
-        else f"merge.method={case.cfg.merge.method} looks at no data"
-    ),
-    "data.share": lambda case: None if case.cfg.data.get("split") == "classes" else "data.split is not classes",
+    "merge.samples": _samples,
+    "data.share": lambda c: None if c.cfg.data.get("split") == "classes" else "data.split is not classes",
     **dict.fromkeys(("model.seeds", "model.recipe", "model.epoch", "model.kept"), _with_files),
-}  # fmt: skip
+}
 """Option -> why it has no effect, None where it has one."""
 
 ALWAYS = ("seed", "threads", "structure", "again", "dry_run")

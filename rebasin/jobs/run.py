@@ -6,6 +6,7 @@ This file reads like the method; the stages themselves are in the modules that i
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -54,7 +55,7 @@ def target(results: Results | None, name: str) -> float | None:
     return found[name]
 
 
-def _work(job: Session, planned: stages.Planned) -> Results:
+def _work(job: Session, planned: stages.Material) -> Results:
     cfg, task, combination = job.cfg, planned.task, planned.combination
     scoring = load_scoring(cfg, task)
     checks = stages.verify_all(job, task, planned.specs)
@@ -62,7 +63,7 @@ def _work(job: Session, planned: stages.Planned) -> Results:
     snapshots = Snapshots(task.sampler, a, b, cfg.sample_every, cfg.seed, job.folder, job.logger.picture)
     pair = stages.align(job, planned, a, b, snapshots)
     with job.stage("merge"):
-        merged = combination(task, [a, pair.aligned], seed=cfg.seed, device=cfg.device, progress=job.progress)
+        merged = combination(task, [a, pair.aligned], **job.given, progress=job.progress)
         merged = dict(merged) if isinstance(b, dict) else merged
         job.say(combination.words)
     with job.stage("evaluate"):
@@ -81,14 +82,13 @@ def _work(job: Session, planned: stages.Planned) -> Results:
             report.save_tensors(job.folder, pair.match.permutation, pair.aligned, merged, job.config)
             if task.export is not None:
                 task.export(job.folder, merged, {"rebasin_command": job.command})
-        figures = report.figures(
-            task.labels, task.aligned, pair.spec, checks, pair.match, curves, lam=cfg.lam, rewards=rewards, merge=merge,
-            pictures=[*snapshots.pictures, *([] if samples is None else ["samples.png"])],
-        )  # fmt: skip
+        pictures = [*snapshots.pictures, *([] if samples is None else ["samples.png"])]
+        more: Any = {"lam": cfg.lam, "rewards": rewards, "merge": merge, "pictures": pictures}
+        figures = report.figures(task.labels, task.aligned, pair.spec, checks, pair.match, curves, **more)
         return job.leave(figures, samples)
 
 
-def _plan(job: Session, planned: stages.Planned) -> str:
+def _plan(job: Session, planned: stages.Material) -> str:
     """What would be done, and the specs: the one that is aligned in full, the others in a line."""
     config, task, spec, combination = job.config, planned.task, planned.spec, planned.combination
     blocks = combination.blocks
@@ -116,4 +116,4 @@ def _plan(job: Session, planned: stages.Planned) -> str:
     )
 
 
-run_pair = Job(None, stages.plan_merge, _plan, _work)
+run_pair = Job(None, stages.load, _plan, _work)

@@ -15,9 +15,10 @@ from ..integrations.hydra import resolved
 from ..reporting.console import Console
 from ..reporting.results import Results
 from ..reporting.search_page import KIND
+from ..search.evaluator import Setup
 from ..search.folder import base_name, locked
 from ..search.record import figures
-from ..search.setup import Setup
+from ..search.space import warm_starts
 from ..search.study import (
     NAME,
     enqueue,
@@ -30,7 +31,6 @@ from ..search.study import (
 )
 from ..search.trials import Budget, work
 from ..search.verdict import Finalist, assess, best_trials, finals, references
-from ..search.warm_starts import warm_starts
 from ..tasks import load_task
 from ..tensors import save_safetensors
 from .materials import align_all, check, load_inputs, prepare

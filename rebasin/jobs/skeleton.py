@@ -70,6 +70,11 @@ class Session:
         """Shows and logs progress."""
         return both(self.console.progress, self.logger.event)
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """What algorithms and merges take of the configuration: seed and device."""
+        return {"seed": self.cfg.seed, "device": self.cfg.device}
+
     def leave(self, figures: dict[str, Any], samples: Samples | None = None) -> Results:
         """Write and log what was measured."""
         results = collect(self.config, figures, self.console.seconds, self.command, self.kind)

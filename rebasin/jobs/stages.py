@@ -7,21 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from omegaconf import DictConfig
+from torch import nn
 
 from ..errors import VerificationError
 from ..evaluation import Curve, barrier
 from ..evaluation.samples import Samples
 from ..matching import MatchResult
 from ..merging import interpolate
+from ..merging.block_figure import save_block_figure
 from ..reporting.console import Console
 from ..reporting.loggers import both
-from ..reporting.run import save_blocks
 from ..spec import PermutationSpec
 from ..spec.restrict import restrict
 from ..tasks import Task, load_task
 from ..tensors.modules import loaded
 from ..tracing import verify
-from ..types import Progress, State, within
+from ..types import Progress, ProgressEvent, State, within
 from .algorithm import Algorithm, load_algorithm
 from .combination import Combination, load_combination
 from .refusals import refuse
@@ -34,7 +35,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What a job that aligns begins with: the models' symmetries and how they are aligned.
+    """What a job that aligns begins with: the models' symmetries, how they are aligned, and merged then.
 
     Attributes:
         specs: part -> its symmetries; of the part that is aligned those that `structure` leaves.
@@ -43,18 +44,12 @@ class Material:
     task: Task
     algorithm: Algorithm
     specs: Mapping[str, PermutationSpec]
+    combination: Combination
 
     @property
     def spec(self) -> PermutationSpec:
         """Of the part that is aligned."""
         return self.specs[self.task.aligned]
-
-
-@dataclass(frozen=True, eq=False)
-class Planned(Material):
-    """And how they are merged then."""
-
-    combination: Combination
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +65,7 @@ class AlignedPair:
 
 
 def load(job: Session, several: bool = False) -> Material:
-    """Task, algorithm (one for `several` models) and specs."""
+    """Task, algorithm (one for `several` models), specs and merge, before any endpoint is loaded; leaves blocks.png."""
     with job.stage("load"):
         algorithm = load_algorithm(job.cfg.algo, several)
         task = load_task(job.cfg)
@@ -79,15 +74,10 @@ def load(job: Session, several: bool = False) -> Material:
         specs = {name: spec_of(job.cfg, task, name) for name in task.parts}
         spec = specs[task.aligned]
         job.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
-    return Material(task, algorithm, specs)
-
-
-def plan_merge(job: Session, several: bool = False) -> Planned:
-    """What a run has before any endpoint is loaded; leaves blocks.png."""
-    material = load(job, several)
-    combination = load_combination(job.cfg, material.task)
-    save_blocks(combination.blocks, job.folder)
-    return Planned(material.task, material.algorithm, material.specs, combination)
+    combination = load_combination(job.cfg, task)
+    if combination.blocks is not None:
+        save_block_figure(combination.blocks, job.folder / "blocks.png")
+    return Material(task, algorithm, specs, combination)
 
 
 def spec_of(cfg: DictConfig, task: Task, part: str) -> PermutationSpec:
@@ -139,10 +129,7 @@ def align(
     task, spec, algorithm = material.task, material.spec, material.algorithm
     progress = job.logged if listen is None else both(job.logged, listen)
     with job.stage("align"):
-        match = algorithm(
-            task, spec, a, b,
-            seed=job.cfg.seed, device=job.cfg.device, progress=progress, resume=load_resume(job.cfg),
-        )  # fmt: skip
+        match = algorithm(task, spec, a, b, **job.given, progress=progress, resume=load_resume(job.cfg))
         # A state that is read from a file stays there: SDXL's would not fit in memory three times.
         aligned = match.permutation.apply(b) if isinstance(b, dict) else match.permutation.view(b)
         job.say(f"{algorithm.name}: {match.moved:,} of {spec.neurons:,} neurons moved")
@@ -172,17 +159,20 @@ def curves(cfg: DictConfig, pair: AlignedPair, progress: Progress) -> dict[str, 
     """
     found: dict[str, dict[str, Curve]] = {}
     task = pair.task
+
+    def measure(end: State, split: str, kind: str) -> Curve:
+        def evaluate(model: nn.Module) -> dict[str, float]:
+            return task.objective.evaluate(model, task.batches[split])
+
+        def listen(event: ProgressEvent) -> None:
+            progress(within(event, f"{kind}, {split}"))
+
+        return barrier(task.model, pair.a, end, evaluate, points=cfg.evaluate.points, progress=listen)
+
     for split in splits(cfg, task):
-
-        def measure(end: State, kind: str, split: str = split) -> Curve:
-            return barrier(
-                task.model, pair.a, end, lambda model: task.objective.evaluate(model, task.batches[split]),
-                points=cfg.evaluate.points, progress=lambda event: progress(within(event, f"{kind}, {split}")),
-            )  # fmt: skip
-
-        naive = measure(pair.b, "naive")
+        naive = measure(pair.b, split, "naive")
         # Where no neuron moved the two lines are the same line.
-        aligned = measure(pair.aligned, "aligned") if pair.match.moved else naive
+        aligned = measure(pair.aligned, split, "aligned") if pair.match.moved else naive
         found[split] = {"naive": naive, "aligned": aligned}
         before, after = naive.losses[-1], aligned.losses[-1]
         if math.isfinite(before) and not math.isclose(before, after, rel_tol=TOLERANCE, abs_tol=1e-6):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import atomic_path
 from .blocks import BlockWeights
 
 if TYPE_CHECKING:
@@ -39,3 +41,9 @@ def block_figure(weights: BlockWeights, title: str = "weight of B by block") -> 
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def save_block_figure(weights: BlockWeights, path: Path) -> None:
+    """Write the picture."""
+    with atomic_path(path) as temporary:
+        block_figure(weights).savefig(temporary, dpi=120)

@@ -25,8 +25,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from .block_names import SD1, Blocks, find_blocks
-from .block_selectors import listed, select
-from .block_settings import Value, parse, preset
+from .block_settings import Value, listed, parse, preset, select
 
 
 @dataclass(frozen=True)

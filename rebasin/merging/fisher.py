@@ -59,9 +59,7 @@ def diagonal_fisher(
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:
                         square = gradient.detach().float().abs().square()
-                        sums[id(parameter)] = (
-                            sums[id(parameter)].add_(square) if id(parameter) in sums else square
-                        )
+                        sums[id(parameter)] = sums.get(id(parameter), 0) + square
                 count += 1
                 tell(progress, "fisher", count, loss=float(loss.detach()))
     if count == 0:
@@ -69,12 +67,9 @@ def diagonal_fisher(
     result = {}
     for name, tensor in model.state_dict().items():
         total = sums.get(id(named.get(name)))
-        if total is not None:
-            result[name] = total / count
-            if not is_finite(result[name]):
-                raise DataError(f"The gradient of '{name}' is not finite, so it has no Fisher information.")
-        else:
-            result[name] = torch.ones_like(tensor, dtype=torch.float32)
+        result[name] = torch.ones_like(tensor, dtype=torch.float32) if total is None else total / count
+        if not is_finite(result[name]):
+            raise DataError(f"The gradient of '{name}' is not finite, so it has no Fisher information.")
     return result
 
 

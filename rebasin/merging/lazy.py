@@ -14,8 +14,7 @@ from ..errors import CheckpointError, ConfigError
 from ..types import LazyState, Progress, State, common_dtype, dtype_of, is_finite, is_number, tell
 from .inputs import check_finite, integers_differ, same, wrong_shape
 from .interpolate import COUNTERS
-from .registry import Method
-from .weights import Weights, fit_weights
+from .registry import Method, Weights
 
 
 @dataclass(eq=False, repr=False)
@@ -48,7 +47,7 @@ class MergedState(LazyState):
     def weights_of(self, name: str) -> float | list[float] | None:
         """What the method gets as weight for this tensor: alpha, shares, scales, or None where it has none."""
         given = self.weights(name) if callable(self.weights) else self.weights
-        return fit_weights(self.method, given, len(self.states), name)
+        return self.method.fit_weights(given, len(self.states), name)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self:

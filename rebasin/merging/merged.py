@@ -11,8 +11,7 @@ from ..errors import ConfigError
 from ..types import Progress, State
 from .inputs import check_companion, check_names, with_ties
 from .lazy import MergedState
-from .registry import METHODS, Method, plan_options
-from .weights import Weights
+from .registry import METHODS, Method, Weights, plan_options
 
 
 def merge(

@@ -18,7 +18,6 @@ from .block_names import SD1, SDXL
 from .blocks import BlockWeights
 from .merged import find_method
 from .registry import Method
-from .weights import fit_weights
 
 CONFIGS = {"sd1-ldm": ("sd1", SD1), "sdxl-sgm": ("sdxl", SDXL)}
 """sd-mecha's architectures that it has block weights for: its name of the blocks' config, and the blocks."""
@@ -111,7 +110,7 @@ def recipe(
         raise ConfigError(f"The merge method '{found.name}' needs a base: give its file.")
     made = _Recipe(models, base, architecture)
     if not isinstance(weights, BlockWeights):
-        made.alpha = fit_weights(found, weights, len(models))
+        made.alpha = found.fit_weights(weights, len(models))
     elif found.weight == "weights" and found.name != "weighted_sum":
         raise ConfigError(f"sd-mecha can't take block weights for '{found.name}'.")
     else:

@@ -18,7 +18,8 @@ Every other argument has a default and is an option of the method.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +31,9 @@ from ..types import REQUIRED, arguments_of, check_options
 SUPPLY = ("a", "b", "models", "base", "alpha", "weights", "scales", "companions", "generator", "name")
 
 WeightKind = Literal["alpha", "weights", "scales"]
+
+Weights = float | Sequence[float] | Callable[[str], float | Sequence[float]] | None
+"""One number, one for each model, or a function of the tensor's name that gives either: block weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +85,50 @@ class Method:
         """
         known = {**self.options, **plan_options(self.plan)}
         return check_options(f"The merge method {self.name!r}", options, known)
+
+    def fit_weights(self, given: Any, models: int, name: str = "") -> float | list[float] | None:
+        """What the method gets as its weight for one tensor, from what the user gave.
+
+        Raises:
+            ConfigError: the weights do not fit method and models, or are not finite.
+        """
+        where = f" for tensor '{name}'" if name else ""
+        if self.weight is None:
+            return None
+        given = self.default_weight if given is None else given
+        if given is None:
+            return [1 / models] * models  # shares; other kinds have a default
+        many = isinstance(given, Sequence)
+        numbers = [float(x) for x in given] if many else [float(given)]
+        for number in numbers:
+            if not math.isfinite(number):
+                raise ConfigError(f"A weight{where} is {number}, but weights must be finite numbers.")
+        if self.weight == "alpha":
+            if len(numbers) != 1:
+                raise ConfigError(f"'{self.name}' takes one weight{where}, but got {len(numbers)}.")
+            return numbers[0]
+        if self.weight == "scales":
+            numbers = numbers if many else numbers * (models - 1)
+            if len(numbers) != models - 1:
+                raise ConfigError(
+                    f"'{self.name}' got {len(numbers)} weights{where}: give one for each of the {models - 1} models"
+                    " after the first."
+                )
+            return numbers
+        if not many:
+            if models != 2:
+                raise ConfigError(
+                    f"'{self.name}' of {models} models got one weight{where}: give a list of {models}, or none for"
+                    " equal shares."
+                )
+            return [1 - numbers[0], numbers[0]]
+        if len(numbers) != models:
+            raise ConfigError(
+                f"There are {models} models but {len(numbers)} weights{where}: give one for each."
+            )
+        if min(numbers) < 0 or sum(numbers) <= 0:
+            raise ConfigError(f"The weights {numbers}{where} must not be negative, nor all be 0.")
+        return [number / sum(numbers) for number in numbers]
 
 
 METHODS: dict[str, Method] = {}

@@ -43,9 +43,9 @@ from ..spec import PermutationSpec
 from ..tensors.modules import Forward, call_model, eval_mode, hooked, to_device
 from ..types import State
 from .methods.linear import average
-from .repair import Repaired
-from .repair_sites import (
+from .repair import (
     NeuronMoments,
+    Repaired,
     Rescaling,
     batch_norms,
     by_neuron,

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..files import atomic_path
-from ..merging.block_figure import block_figure
 from ..tensors import save_safetensors
 from . import loss_history
 from .answers import Answer, answers
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from ..evaluation import Curve
     from ..evaluation.rewards import Rewards
     from ..matching import MatchResult
-    from ..merging import BlockWeights
     from ..spec import Permutation, PermutationSpec
     from ..types import State
 
@@ -237,13 +234,6 @@ def tables(results: Results) -> Tables:
     if history:
         found["history"] = (keys, [[entry.get(key) for key in keys] for entry in history])
     return found
-
-
-def save_blocks(blocks: BlockWeights | None, folder: Path) -> None:
-    """Draw blocks.png, the weight of every block, if the merge has weights by block."""
-    if blocks is not None:
-        with atomic_path(folder / "blocks.png") as path:
-            block_figure(blocks).savefig(path, dpi=120)
 
 
 def save_tensors(

@@ -11,7 +11,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evaluation.pareto import beats
 from .results import Results
 from .style import BLUE, INK, MUTED, SKY, VERMILION, Drawings, figure
 
@@ -154,6 +153,12 @@ def _weights(results: Results) -> Figure:
         ax.set_title(f"Weights of the winner{whose}")
         ax.grid(axis="x", visible=False)
     return fig
+
+
+def beats(one: Sequence[float], other: Sequence[float]) -> bool:
+    """The Pareto order of several losses: at least as low in everything, and lower in something."""
+    pairs = list(zip(one, other, strict=True))
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
 def _beside(number: int, of: int, places: int) -> tuple[list[float], float]:

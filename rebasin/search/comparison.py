@@ -16,9 +16,8 @@ from ..reporting.methods import ALIGNED, ENDPOINT, NAIVE, PLAIN
 from ..types import Progress, State, tell
 from . import space
 from .assessment import bootstrap, difference
-from .evaluator import Evaluator
+from .evaluator import Evaluator, Inputs
 from .objectives import SearchObjective
-from .setup import Inputs
 from .space import UNFIT, is_strength
 
 
@@ -160,13 +159,12 @@ def figures(
     def aims(row: Row) -> dict[str, dict[str, float]]:
         found = {}
         for i, losses in enumerate(row.losses):
-            drawn = objectives[i].units
-            found[objectives[i].name] = bootstrap(losses, *drawn, seed).figures()
+            name, drawn = objectives[i].name, objectives[i].units
+            found[name] = bootstrap(losses, *drawn, seed).figures()
             if plain:
                 gap = difference(losses, plain[i], *drawn, seed)
-                found[objectives[i].name] |= {
-                    "difference": gap.mean, "difference_low": gap.low, "difference_high": gap.high
-                }  # fmt: skip
+                ends = {"": gap.mean, "_low": gap.low, "_high": gap.high}
+                found[name] |= {f"difference{end}": value for end, value in ends.items()}
         return found
 
     told = ("name", "kind", "weight", "seconds", "error")

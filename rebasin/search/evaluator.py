@@ -1,8 +1,9 @@
-"""A model that takes one merge after another: only tensors that change are computed, and they are written in place."""
+"""What a search works on: models in one arrangement, and a model that takes one merge of them after another."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,11 +12,41 @@ from torch import nn
 from ..errors import CheckpointError
 from ..merging import MergedState
 from ..merging.inputs import same
+from ..spec import Permutation
 from ..tensors.memory import duplicate
 from ..types import State
 from .candidate import Candidate
 from .groups import Groups
 from .objectives import SearchObjective
+from .space import Space
+
+BASE = "base"
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The models of a merge.
+
+    Attributes:
+        states: as they are, one for each of `labels`.
+        base: their common ancestor, if one was named.
+    """
+
+    labels: tuple[str, ...]
+    states: tuple[State, ...]
+    base: State | None = None
+
+    @property
+    def named(self) -> dict[str, State]:
+        """Label -> state, the base among them."""
+        base = {} if self.base is None else {BASE: self.base}
+        return {**dict(zip(self.labels, self.states, strict=True)), **base}
+
+    def moved(self, permutations: Mapping[str, Permutation]) -> Inputs:
+        """All of them in the arrangement of the first."""
+        found = self.named
+        found |= {n: p.apply(found[n]) for n, p in permutations.items() if not p.is_identity}
+        return Inputs(self.labels, tuple(found[label] for label in self.labels), found.get(BASE))
 
 
 class Evaluator:
@@ -104,3 +135,12 @@ class Evaluator:
             for name, slot in self._slots.items():
                 slot.copy_(state[name])
         return self.model
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """Everything that trials need: `inputs` are aligned."""
+
+    inputs: Inputs
+    space: Space
+    evaluator: Evaluator

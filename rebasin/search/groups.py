@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..merging.block_names import find_blocks
-from ..merging.block_selectors import select
+from ..merging.block_settings import select
 
 BY = ("model", "blocks", "depth", "kinds", "selectors")
 """The ways to group tensors."""

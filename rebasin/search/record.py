@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .setup import Setup
+from .evaluator import Setup
 from .study import finished, seconds_of
 from .trials import SAME
 from .verdict import Finalist

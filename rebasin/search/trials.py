@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from ..errors import RebasinError
 from ..types import Progress, tell
 from .candidate import Candidate
-from .setup import Setup
+from .evaluator import Setup
 from .study import finished, make_sampler, seconds_of
 
 if TYPE_CHECKING:
@@ -74,11 +74,9 @@ def work(
             full = [t.values[0] for t in done if t.state.name == "COMPLETE" and math.isfinite(t.values[0])]
             given_up = trial.state.name == "PRUNED"
             partly = objective.mean(parts, "search") if parts else math.inf
-            tell(
-                progress, "trial", len(done), budget.trials or None,
-                left=_left(budget, done), loss=partly if given_up else trial.values[0],
-                objective=None if others else min(full, default=None), given_up=given_up,
-            )  # fmt: skip
+            loss, best = partly if given_up else trial.values[0], None if others else min(full, default=None)
+            figures = {"left": _left(budget, done), "loss": loss, "objective": best, "given_up": given_up}
+            tell(progress, "trial", len(done), budget.trials or None, **figures)
 
     while alive() and budget.left(study) and time.monotonic() < deadline:
         done = finished(study)

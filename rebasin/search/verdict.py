@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.pareto import beats
-from ..reporting.search_figures import AVERAGE
+from ..reporting.search_figures import AVERAGE, beats
 from ..types import Progress, tell
 from .assessment import bootstrap, difference
 from .candidate import Candidate
@@ -37,14 +36,10 @@ class Finalist:
 
 def references(labels: Sequence[str], has_base: bool = False) -> dict[str, Candidate]:
     """What every merge is compared with: the plain average, each model alone, and the base."""
-    number = len(labels)
-    alone = {
-        label: Candidate(
-            "weighted_sum", float(i) if number == 2 else tuple(float(i == j) for j in range(number))
-        )
-        for i, label in enumerate(labels)
-    }
-    middle = Candidate("weighted_sum", 0.5 if number == 2 else tuple(1.0 for _ in labels))
+    n = len(labels)
+    weights = [float(i) if n == 2 else tuple(float(i == j) for j in range(n)) for i in range(n)]
+    alone = {label: Candidate("weighted_sum", own) for label, own in zip(labels, weights, strict=True)}
+    middle = Candidate("weighted_sum", 0.5 if n == 2 else tuple(1.0 for _ in labels))
     # TIES with the strength 0 is the base, bit for bit.
     return {AVERAGE: middle, **alone, **({"base": Candidate("ties_sum", 0.0)} if has_base else {})}
 
@@ -106,24 +101,13 @@ def assess(
         tell(progress, "judging", number + 1, len(entries))
     told = []
     for i, objective in enumerate(evaluator.objectives):
-        sizes, units = objective.units
-        own = losses["winner"][i]
-        told.append(
-            {
-                "name": objective.name,
-                "sign": objective.sign,
-                "units": len(set(units)),
-                "samples": sum(sizes),
-                "models": {
-                    label: bootstrap(x[i], sizes, units, seed).figures() for label, x in losses.items()
-                },
-                "differences": {
-                    label: difference(own, x[i], sizes, units, seed).figures()
-                    for label, x in losses.items()
-                    if label != "winner"
-                },
-            }
-        )
+        sizes, units = drawn = objective.units
+        own = {label: of_each[i] for label, of_each in losses.items()}
+        models = {label: bootstrap(x, *drawn, seed).figures() for label, x in own.items()}
+        gaps = {label: difference(own["winner"], own[label], *drawn, seed).figures() for label in known}
+        size = {"units": len(set(units)), "samples": sum(sizes)}
+        found = {"models": models, "differences": gaps}
+        told.append({"name": objective.name, "sign": objective.sign, **size, **found})
     return told
 
 

@@ -104,8 +104,6 @@ class DigitsPipeline:
                     rows[label] = whole(prompts, generator=noise, **options).images
             return Samples(prompts, rows)
 
-        return Task(
-            parts={"unet": part, **(shared or {})}, aligned="unet", objective=objective, batches=batches,
-            sampler=sampler if cfg.model.samples > 0 else None, pipeline=pipeline, captions=captions, maker=maker,
-            **more,
-        )  # fmt: skip
+        parts, images = {"unet": part, **(shared or {})}, sampler if cfg.model.samples > 0 else None
+        more |= {"sampler": images, "pipeline": pipeline, "captions": captions, "maker": maker}
+        return Task(parts, "unet", objective=objective, batches=batches, **more)

@@ -64,10 +64,8 @@ class ImageMaker:
                 f"{name}.scorer is not set: give a differentiable function (images, prompts) -> scores by its path,"
                 " such as my_package.scores:brightness."
             )
-        return Reward(
-            chosen if isinstance(chosen, str) else made(chosen), self.decode, self.problem,
-            steps=group.steps, grad_steps=group.get("grad_steps", 1), guidance=group.guidance,
-        )  # fmt: skip
+        scorer, last = chosen if isinstance(chosen, str) else made(chosen), group.get("grad_steps", 1)
+        return Reward(scorer, self.decode, self.problem, group.steps, last, group.guidance)
 
     def prompted(self, group: DictConfig, count: int, seed: int) -> list[dict[str, Any]]:
         """Batches of its prompts."""

@@ -127,10 +127,8 @@ def activation_and_weight(
     converged = False
     for sweep, converged in joint.descend(spec.groups, order, seed, max_sweeps):  # noqa: B007 (the last one counts)
         history.append(sweep)
-        tell(
-            progress, "activations and weights", sweep.number, max_sweeps, objective=sweep.objective,
-            moved=sweep.moved, seconds=perf_counter() - began,
-        )  # fmt: skip
+        told = {"objective": sweep.objective, "moved": sweep.moved, "seconds": perf_counter() - began}
+        tell(progress, "activations and weights", sweep.number, max_sweeps, **told)
     permutation = pair.permutation
     return MatchResult(
         permutation=permutation,

@@ -33,7 +33,7 @@ from ..descent import coordinate_descent
 from ..options import check_choices, check_range
 from ..result import moved_between
 from ..schedule import Order, order_of
-from .conclusion import conclude, first_distance
+from .ends import conclude, first_distance
 from .models import Models, Source
 from .result import ManyResult, Pass, Step, anchored
 

@@ -42,13 +42,12 @@ from ...types import Progress, State, tell, widened
 from ..assignment.blocks import assign_all
 from ..options import check_range
 from ..weights.endpoints import inner
-from .conclusion import conclude
+from .ends import conclude, start_of
 from .mean import match_to_mean
 from .models import Models, Source
 from .pivot import match_to_pivot
 from .result import ManyResult, Pass, Step
 from .running_mean import RunningMean
-from .starts import start_of
 
 Soft = Mapping[str, Tensor]
 """Cell name -> doubly stochastic matrix [size, size]: new = P @ old."""

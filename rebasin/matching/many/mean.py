@@ -34,11 +34,10 @@ from ..result import MatchResult, moved_between
 from ..resume_state import told
 from ..schedule import Order, order_of
 from ..weights.matching import weight_matching
-from .conclusion import conclude
+from .ends import check_given, conclude
 from .models import Models, Source
 from .result import ManyResult, ManyState, Pass, Step, anchored
 from .running_mean import RunningMean
-from .starts import check_given
 
 Named = Literal["identity", "progressive"]
 Start = Named | Sequence[Permutation]

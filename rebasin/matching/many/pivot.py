@@ -15,7 +15,7 @@ from ...errors import ConfigError
 from ...spec import Permutation, PermutationSpec
 from ...types import Progress, tell
 from ..weights.matching import weight_matching
-from .conclusion import conclude, first_distance
+from .ends import conclude, first_distance
 from .mean import MATCH, match_options
 from .models import Models, Source
 from .result import ManyResult, Pass, Step

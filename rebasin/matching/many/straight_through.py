@@ -37,12 +37,11 @@ from ..straight_through.auxiliary import Auxiliary, Schedule, rate_of
 from ..straight_through.best_seen import SETTLED
 from ..straight_through.draws import split
 from ..straight_through.midpoint import Autocast, Ends
-from .conclusion import conclude, first_distance
+from .ends import conclude, first_distance, start_of
 from .mean import match_to_mean
 from .models import Models, Source, mean_of
 from .pivot import match_to_pivot
 from .result import ManyResult, Pass, Step
-from .starts import start_of
 
 Init = Literal["identity", "pivot", "mean"] | Sequence[Permutation]
 Lambdas = Literal["random", "fixed"]

@@ -125,7 +125,32 @@ def weight_matching(
         finished, best = resume_from.finished, resume_from.best
         began -= resume_from.seconds
     costs = WeightCosts(pair, Accelerator(pair))
-    visits = Visits(len(spec), progress)
+    visits, before = Visits(len(spec), progress), sharing(spec)
+
+    def descend(attempt: Attempt, dirty: set[int], restart: int) -> Iterator[Attempt]:
+        """The attempt after each sweep, until no group is `dirty`: one that is not is optimal given all others."""
+        groups: list[int] = []
+        updates: dict[int, Update] = {}
+
+        def improved(number: int) -> bool:
+            updates[number] = improve(costs, spec.groups[number])
+            return updates[number].moved > 0
+
+        def begin(number: int) -> list[int]:
+            updates.clear()
+            visits.begin(f"sweep {number}")
+            groups[:] = order_of(order, len(spec), seed, restart, number - 1)
+            return groups
+
+        def done(number: int) -> None:
+            visits.done(updates[number].moved if number in updates else 0)
+
+        run = partial(run_in_order, before=before, workers=workers, done=done)
+        near, first = neighbours(spec), len(attempt.history)
+        for _ in coordinate_descent(improved, near, begin, dirty, max_sweeps, first=first, run=run):
+            made = tuple(updates[group] for group in groups if group in updates)
+            attempt = _attempt(pair, attempt.history, dirty, made, perf_counter() - visits.began)
+            yield attempt
 
     for restart in range(len(finished), restarts):
         with tensor_cores(tf32):
@@ -138,15 +163,14 @@ def weight_matching(
                 dirty = set(range(len(spec)))
                 begun = _attempt(pair, (), dirty)
             attempt = begun
-            for attempt in _descend(costs, begun, dirty, order, seed, restart, max_sweeps, workers, visits):
+            for attempt in descend(begun, dirty, restart):
                 seconds = perf_counter() - began
                 if checkpoint is not None:
                     checkpoint(MatchState(options, attempt, tuple(sorted(dirty)), finished, best, seconds))
                 sweep = attempt.history[-1]
-                tell(
-                    progress, "weight matching", sweep.number, max_sweeps, objective=attempt.objective,
-                    moved=sweep.moved, seconds=seconds, left=None, restart=len(finished),
-                )  # fmt: skip
+                figures = {"objective": attempt.objective, "moved": sweep.moved, "seconds": seconds}
+                figures |= {"left": None, "restart": restart}
+                tell(progress, "weight matching", sweep.number, max_sweeps, **figures)
         finished = (*finished, attempt.objective)
         if best is None or attempt.objective > best.objective:
             best = attempt
@@ -160,45 +184,6 @@ def weight_matching(
         distance_after=pair.distance,
         restarts=finished,
     )
-
-
-def _descend(
-    costs: WeightCosts,
-    attempt: Attempt,
-    dirty: set[int],
-    order: Order,
-    seed: int,
-    restart: int,
-    max_sweeps: int,
-    workers: int,
-    visits: Visits,
-) -> Iterator[Attempt]:
-    """The attempt after each sweep, until no group is `dirty`: one that is not is optimal given all others."""
-    spec, before = costs.pair.spec, sharing(costs.pair.spec)
-    groups: list[int] = []
-    updates: dict[int, Update] = {}
-
-    def improved(number: int) -> bool:
-        updates[number] = improve(costs, spec.groups[number])
-        return updates[number].moved > 0
-
-    def begin(number: int) -> list[int]:
-        updates.clear()
-        visits.begin(f"sweep {number}")
-        groups[:] = order_of(order, len(spec), seed, restart, number - 1)
-        return groups
-
-    def done(number: int) -> None:
-        visits.done(updates[number].moved if number in updates else 0)
-
-    run = partial(run_in_order, before=before, workers=workers, done=done)
-    sweeps = coordinate_descent(
-        improved, neighbours(spec), begin, dirty, max_sweeps, first=len(attempt.history), run=run
-    )
-    for _ in sweeps:
-        made = tuple(updates[group] for group in groups if group in updates)
-        attempt = _attempt(costs.pair, attempt.history, dirty, made, perf_counter() - visits.began)
-        yield attempt
 
 
 def _attempt(

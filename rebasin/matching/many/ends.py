@@ -1,13 +1,25 @@
-"""Where methods start that look at all models at once: by the name of another method, or at given permutations."""
+"""How methods for many models begin and end: at the arrangement of another method or a given one, and with the models
+in the arrangement that was found, measured and averaged.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from ...errors import ConfigError, SpecMismatchError
 from ...spec import Permutation, PermutationSpec
 from .models import Models
-from .result import ManyResult, anchored
+from .result import ManyResult, Pass, anchored
+from .running_mean import RunningMean
+
+
+def first_distance(models: Models) -> float:
+    """Check the models' values; their distance from their mean as they come."""
+    RunningMean(models).gather_first()
+    return models.distance_before
 
 
 def check_given(spec: PermutationSpec, given: Sequence[Permutation]) -> None:
@@ -46,3 +58,41 @@ def start_of(
         )
     check_given(spec, init)
     return anchored(init, 0)
+
+
+def conclude(
+    method: str,
+    models: Models,
+    permutations: Sequence[Permutation],
+    history: Sequence[Pass],
+    *,
+    converged: bool,
+    measured: RunningMean | ManyResult | None = None,
+    **more: Any,
+) -> ManyResult:
+    """The result of `method`. A last pass whose distance is not known (NaN) has that of the end.
+
+    Args:
+        measured: what knows objective and distance at the end, if anything does.
+        more: what else the result tells.
+    """
+    if measured is None:
+        measured = RunningMean(models)
+        measured.gather(permutations)
+    *earlier, last = history
+    if math.isnan(last.distance):
+        last = replace(last, distance=measured.distance)
+    return ManyResult(
+        method=method,
+        permutations=tuple(permutations),
+        merged=models.average(permutations),
+        objective=measured.objective,
+        distance=measured.distance,
+        distance_before=models.distance_before,
+        history=(*earlier, last),
+        converged=converged,
+        moved=sum(p.moved() for p in permutations),
+        weights=models.shares,
+        seconds=models.seconds,
+        **more,
+    )
