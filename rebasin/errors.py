@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class RebasinError(ValueError):
@@ -41,10 +41,19 @@ class AdapterError(RebasinError):
 
 def unknown(problem: str, name: str, known: Iterable[str], lead: str = "it has") -> ConfigError:
     """The error for a name that does not exist: `problem`, the nearest name, and `lead` with those that there are."""
-    known = list(known)
+    known = list(map(str, known))
     close = difflib.get_close_matches(str(name), known, n=1)
     lead = f"did you mean {close[0]!r}? {lead[0].upper()}{lead[1:]}" if close else lead
-    return ConfigError(f"{problem}; {lead} {', '.join(known) or 'none'}.")
+    return ConfigError(f"{problem}; {lead} {listed(known)}.")
+
+
+def listed(names: Sequence[str], room: int = 160) -> str:
+    """Names as a sentence can hold them: those that have room, and how many more there are."""
+    count = next((i for i in range(len(names)) if sum(len(n) + 2 for n in names[: i + 1]) > room), len(names))
+    more = len(names) - count
+    if more <= 2:  # these few have room, too
+        return ", ".join(names) or "none"
+    return f"{', '.join(names[:count])} and {more} more"
 
 
 _short = reprlib.Repr()

@@ -31,8 +31,10 @@ from rebasin.matching import (
     match_statistics,
 )
 from rebasin.matching.activations.hook_sites import find_hook_sites, sample_rows
+from rebasin.matching.activations.joint import balanced
 from rebasin.matching.activations.moments import Moments
 from rebasin.matching.activations.prompts import match_pipelines, prompt_activation_matching
+from rebasin.matching.weights.endpoints import Endpoints
 from rebasin.models import MLP, VGG, ResNet, tiny_sd
 from rebasin.objectives import CrossEntropy, Denoising
 from rebasin.spec import Permutation, PermutationSpec
@@ -434,6 +436,62 @@ def test_hybrids_end_where_neither_objective_would_end_alone():
     assert activation_and_weight(spec, a, b, [x], weight=1).permutation == expected.permutation
     with pytest.raises(ConfigError, match="weight is 1.5"):
         activation_and_weight(spec, a, b, [x], weight=1.5)
+
+
+class Lookup(nn.Module):
+    """Reads a table of other units than its weights' (as positions, or a codebook), which is trained or not."""
+
+    def __init__(self, kind: str, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.b, self.c = nn.Linear(24, 32), nn.Linear(32, 32), nn.Linear(32, 5)
+        self.scale = 1.0 if kind == "plain" else 300.0
+        table = torch.randn(50, 24) * self.scale
+        if kind == "buffer":
+            self.register_buffer("table", table)
+        else:
+            self.table = nn.Parameter(table, requires_grad=kind != "frozen")
+
+    def forward(self, tokens):
+        hidden = torch.relu(self.a(self.table[tokens] / self.scale))
+        return self.c(torch.relu(self.b(hidden)))
+
+
+@pytest.mark.parametrize("kind", ["plain", "buffer", "frozen", "huge"])
+def test_one_tensor_of_large_numbers_does_not_drown_the_weights(kind):
+    """B is A's planted copy with noise, and six samples are too few for activations: the weights must be heard."""
+    right = {"activations": 0.0, "both": 0.0}
+    for seed in range(3):
+        a, b = Lookup(kind, 0).eval(), Lookup(kind, 1).eval()
+        generator = torch.Generator().manual_seed(seed)
+        spec = rebasin.trace(a, torch.randint(50, (4,), generator=generator))
+        plan = spec.random(seed + 1)
+        moved = plan.apply(a.state_dict())
+        noise = {
+            n: torch.randn(t.shape, generator=generator) * 0.6 * t.std()
+            for n, t in moved.items()
+            if n != "table"
+        }
+        b.load_state_dict({name: t + noise.get(name, 0) for name, t in moved.items()})
+        batches = [torch.randint(50, (6,), generator=generator)]
+        found = {
+            "activations": rebasin.activation_matching(spec, a, b, batches).permutation,
+            "both": activation_and_weight(spec, a, b, batches).permutation,
+        }
+        answer = plan.invert()
+        for name, one in found.items():
+            hits = sum(int((one.index[cell] == answer.index[cell]).sum()) for cell in one.index)
+            right[name] += hits / spec.neurons / 3
+        pair = Endpoints(spec, a.state_dict(), b.state_dict())
+        weights, largest = balanced(pair, {"table"} if kind in ("buffer", "frozen") else ())
+        if kind == "plain":
+            assert weights == pair.weight and largest == pair.scale, "nothing changes where nothing is large"
+        else:
+            assert (
+                weights.pop("table") < 0.01 and set(weights.values()) == {1.0} and largest < pair.scale / 100
+            )
+    assert right["activations"] < 0.6
+    assert right["both"] > (right["activations"] if kind == "plain" else 0.85)
 
 
 def test_planted_permutations_with_structure_are_found_by_the_sum_too(unet):

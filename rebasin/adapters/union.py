@@ -41,11 +41,14 @@ def union(permutations: Mapping[str, Permutation]) -> Permutation:
 
 
 def of_component(permutation: Permutation, component: str) -> Permutation | None:
-    """The part of a union that acts on one component, with its names unprefixed; None if it has none.
+    """The part of a union that acts on one component, with its names unprefixed; None if it has none. A permutation of
+    the component alone, in its own names, is that part already.
 
     Groups that a joint spec has across components are cut: what is left is legal only along with the rest.
     """
     prefix = f"{component}."
+    if component_of(permutation.spec) == (component,) and not prefix_of(permutation.spec, component):
+        return permutation
     own = _renamed(
         permutation.spec, lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None
     )

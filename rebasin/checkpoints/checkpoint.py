@@ -14,7 +14,7 @@ from ..tensors.codes import decoded
 from ..types import WRAPPER, DerivedState, State, passed
 from . import components, folders
 from .components import UNET, Found
-from .families import EXPECTED, TITLES, Shapes, foreign, identify, title
+from .families import EXPECTED, TITLES, Shapes, foreign, identify, no_model, title
 from .key_map import KeyMapping, component_state, replaced, shapes_of
 from .pickled import load_tensors
 from .prediction_type import Prediction, prediction
@@ -144,7 +144,7 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
     other = "a permutation that rebasin wrote" if is_permutation(raw, metadata) else foreign(names)
     found = components.locate(names)
     if not found or other is not None:
-        raise CheckpointError(f"{where} is {other or 'no model that is known here'}, but {EXPECTED}.")
+        raise no_model(where, other)
     key_map = {name: components.key_map(place, raw) for name, place in found.items()}
     try:
         shapes = {name: shapes_of(component_state(raw, own)) for name, own in key_map.items()}
@@ -215,12 +215,14 @@ def require_fitting(a: Checkpoint, b: Checkpoint, components: Sequence[str]) -> 
                 )
 
 
-def require_same_prediction(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise `CheckpointError` if one of these predicts the noise and another the velocity, as far as they tell."""
+def require_same_prediction(checkpoints: Sequence[Checkpoint], option: str = "--mix-predictions") -> None:
+    """Raise `CheckpointError` if one of these predicts the noise and another the velocity, as far as they tell;
+    `option` allows that.
+    """
     told = {c.prediction.kind: c for c in checkpoints if "unet" in c.found and c.prediction.kind is not None}
     if len(told) > 1:
         (one, a), (other, b) = list(told.items())[:2]
         raise CheckpointError(
             f"{a.path} predicts {one} ({a.prediction.reason}) and {b.path} {other} ({b.prediction.reason}): their"
-            " merge would make neither; add --mix-predictions if you know better."
+            " merge would make neither; add {option} if you know better."
         )

@@ -111,6 +111,20 @@ FOREIGN = {
 }
 """What people mistake for a model, by the names of its tensors."""
 
+INSTEAD = {
+    "a LoRA or another adapter": "rebasin apply PERMUTATION FILE moves it along with its model",
+    "a ControlNet": "rebasin apply PERMUTATION FILE moves it along with its model",
+    "a textual inversion embedding": "it fits an aligned model as it is, unless that was aligned with --joint",
+    "a permutation that rebasin wrote": "--permutation FILE and rebasin apply take it",
+}
+"""What to do with it."""
+
+
+def no_model(where: object, what: str | None) -> CheckpointError:
+    """The error for a file that is something else, or unknown (None)."""
+    instead = f"; {INSTEAD[what]}" if what in INSTEAD else ""
+    return CheckpointError(f"{where} is {what or 'no model that is known here'}, but {EXPECTED}{instead}.")
+
 
 def foreign(names: Mapping[str, object]) -> str | None:
     """What a file is that has none of the components, or has an adapter's tensors; None if that is unknown."""

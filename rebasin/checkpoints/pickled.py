@@ -86,7 +86,9 @@ class PickledState(LazyState):
             content, starts = _read(self.path, self._raw)
             tensors, self.left_out = _named(content)
             if not tensors:
-                why = "no model" if not isinstance(content, list) else "maybe a LoRA in cloneofsimo's layout"
+                why = "no model"
+                if isinstance(content, list):
+                    why = "maybe a LoRA in cloneofsimo's layout, which must be converted to kohya's first"
                 raise CheckpointError(f"{path} holds no named tensors, so it is {why}.")
             super().__init__({name: self._place(name, tensor, starts) for name, tensor in tensors.items()})
         except CheckpointError:

@@ -140,15 +140,9 @@ class Aligning:
         """Those of all models but the first: given by the user, or found before for the same request, or now.
 
         Raises:
-            ConfigError: a permutation was given for more than two models.
             RebasinError: it does not fit, or its place is taken.
         """
-        given = self.request.permutation
-        if given is not None and len(self.models) > 2:
-            raise ConfigError(
-                "--permutation is for two models; leave it out, what was found before is used again."
-            )
-        if given is not None:
+        if (given := self.request.permutation) is not None:
             return [given_alignment(given, self.specs)]
         if found := self.reuse(self.files, self.specs):
             return found
@@ -195,7 +189,7 @@ class Aligning:
         with contextlib.suppress(CheckpointError):  # damaged: found again
             if kept := self.reuse(files, specs):
                 return kept
-        resume = Resume(self.unfinished(name, "matching"), wanted=True)
+        resume = Resume(self.unfinished(name, "matching"), wanted=True, asked=False)
         permutations, figures = self.match(name, resume)
         found = self.keep(permutations, files, specs, {name: figures})
         resume.finish()

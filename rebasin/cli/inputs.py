@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from ..checkpoints.output import FILES, is_file
 from ..checkpoints.pickled import load_tensors
 from ..errors import CheckpointError, ConfigError, shown
 from ..spec.permutation import is_permutation
-from ..types import Progress, State, tell
+from ..types import DerivedState, Progress, State, passed, tell
 
 Kind = Literal["permutation", "adapter", "controlnet", "model"]
 
@@ -74,6 +74,28 @@ def left_out(models: Sequence[Checkpoint]) -> list[str]:
                 f"Left out of {model.path.name}, as {models[0].path.name} has none: {', '.join(parts)}."
             )
     return told
+
+
+def parts(model: Checkpoint, components: Sequence[str]) -> dict[str, State]:
+    """These components of a model."""
+    return {name: model.component(name) for name in components}
+
+
+def copies(
+    models: Sequence[Checkpoint], components: Sequence[str], base: Checkpoint | None = None
+) -> list[str]:
+    """A sentence about each model that is a copy of an earlier one, or of the base (see `merging.inputs.copies`)."""
+    from ..merging.inputs import copies  # late: quick commands need no merging
+
+    whole = [joined(parts(model, components)) for model in (*models, *([base] if base else []))]
+    return copies(whole[: len(models)], [m.path.name for m in models], whole[-1] if base else None)
+
+
+def joined(states: Mapping[str, State]) -> State:
+    """Components as one state; `component.` stands before each name."""
+    return DerivedState(
+        {f"{part}.{name}": passed(state, name) for part, state in states.items() for name in state}
+    )
 
 
 def kind_of_file(path: Path) -> Kind:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
@@ -16,12 +18,20 @@ if TYPE_CHECKING:
     from .request import Request
 
 
-def method_options(method: Method, given: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs; values as JSON has them, else text.
+FUNCTIONS = ("score",)
+"""Options that are functions, given as package.module:function."""
+
+
+def method_options(method: Method, given: Sequence[str], models: int) -> dict[str, Any]:
+    """NAME=VALUE pairs; values as JSON has them, else text or the function that is meant.
 
     Raises:
-        ConfigError: a pair is none, or the method has no such option.
+        ConfigError: a pair is none, the method has no such option, lacks one that it needs, or can't use its value.
     """
+    from ..merging.merged import try_options
+    from ..merging.registry import plan_options
+    from ..objectives.base import imported
+
     options: dict[str, Any] = {}
     for pair in given:
         name, equals, text = pair.partition("=")
@@ -31,8 +41,17 @@ def method_options(method: Method, given: Sequence[str]) -> dict[str, Any]:
             options[name] = json.loads(text)
         except ValueError:
             options[name] = text
-    method.check_options(options)
-    return options
+    for name in plan_options(method.plan):
+        if name in FUNCTIONS and name not in options:
+            raise ConfigError(
+                f"--method {method.name} needs --option {name}=package.module:function, a function that takes the"
+                " merged model's tensors by name and returns a number."
+            )
+    try_options(method, method.check_options(options), models)
+    here = str(Path.cwd())  # as `python -m` has it, for the user's own functions
+    if here not in sys.path:
+        sys.path.append(here)
+    return {n: imported(n, str(v)) if n in FUNCTIONS else v for n, v in options.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +71,13 @@ class MergeWeights:
         blocks = self.blocks
         return self.given if blocks is None else lambda name: blocks(f"{component}.{name}")
 
+    def remarks(self, method: Method) -> list[str]:
+        """What is legal about them and maybe not meant."""
+        given = self.given if isinstance(self.given, list) else [self.given]
+        numbers = [x for x in given if x is not None] if self.blocks is None else self.blocks.weights.values()
+        told = method.beyond(numbers)
+        return [told] if told else []
+
     @property
     def shares(self) -> list[float] | None:
         """A number for each model, None if there is none."""
@@ -66,10 +92,15 @@ def merge_weights(
     Raises:
         ConfigError: they can't be read, or do not fit the method, the models or their blocks.
     """
+    from ..merging.block_names import SD1
     from ..merging.blocks import block_weights
 
-    if method.weight is None and (request.alpha is not None or request.weights is not None):
-        raise ConfigError(f"The method {method.name!r} has no weights; leave out --alpha and --weights.")
+    if (method.weight is None or method.plan is not None) and (request.alpha, request.weights) != (
+        None,
+        None,
+    ):
+        reason = "has no weights" if method.plan is None else "finds the weights itself"
+        raise ConfigError(f"The method {method.name!r} {reason}; leave out --alpha and --weights.")
     numbers = _numbers(request.weights)
     if request.weights is None or (numbers is not None and len(numbers) in (1, models, models - 1)):
         if request.alpha is not None and numbers is not None:
@@ -82,8 +113,19 @@ def merge_weights(
         return MergeWeights(given)
     if method.weight == "weights" and models > 2:
         raise ConfigError(f"Block weights are for two models; give --weights with {models} numbers.")
+    if method.bounded and request.alpha is not None:
+        method.fit_weights(request.alpha, models)
     names = [f"{component}.{name}" for component in components for name in checkpoint.shapes(component)]
-    return MergeWeights(blocks=block_weights(request.weights, names, request.alpha))
+    found = block_weights(request.weights, names, request.alpha)
+    blocks = found.blocks
+    if numbers is not None and len(numbers) not in (len(SD1), len(blocks.order), len(blocks.depth)):
+        raise ConfigError(
+            f"--weights has {len(numbers)} numbers, but there are {models} models and {len(blocks.order)} blocks: give"
+            f" one for each, or '*=[{request.weights}]' for numbers that are spread over the depth."
+        )
+    for weight in set(found.weights.values()):
+        method.fit_weights(weight, models)
+    return MergeWeights(blocks=found)
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..types import REQUIRED
+from .merge_weights import FUNCTIONS
 
 if TYPE_CHECKING:
     from ..merging import Method
@@ -24,7 +27,9 @@ def methods(
     from rich.console import Console
 
     from ..merging import METHODS
+    from ..merging.block_settings import preset_names
     from ..merging.merged import find_method
+    from ..merging.registry import plan_options
     from .session import table
 
     console = Console(highlight=False, soft_wrap=True)
@@ -32,8 +37,10 @@ def methods(
         rows = [(m.name, _models(m), _base(m), m.description) for m in METHODS.values()]
         titles = ("method", "models", "base", "what it does")
         console.print(table(titles, rows, words=len(titles)))
+        console.print(f"\nPresets of --weights: {', '.join(preset_names())}.", markup=False)
         return
     method = find_method(name)
+    planned = plan_options(method.plan)
     weight = {
         "alpha": "--alpha, one number",
         "weights": "--weights, a share for each model (or --alpha, the share of B)",
@@ -44,10 +51,14 @@ def methods(
         "formula": method.formula,
         "models": _models(method),
         "base": f"{_base(method)} (--base)" if _base(method) else "none",
-        "weight": weight.get(method.weight or "", "none"),
-        "options": ", ".join(f"{k}={v}" for k, v in method.options.items()) or "none",
+        "weight": weight.get(method.weight or "", "none") if method.plan is None else "found by the method",
+        "options": ", ".join(_option(k, v) for k, v in {**method.options, **planned}.items()) or "none",
         "reference": method.reference,
     }
+    if "companions" in method.takes:
+        told["Fisher"] = (
+            "--fisher FILE for each model: what rebasin.merging.diagonal_fisher gives, under the model's tensor names"
+        )
     console.print(method.name, style="bold")
     for key, value in told.items():
         console.print(f"  {key:<10} {value}", markup=False)
@@ -59,3 +70,9 @@ def _models(method: Method) -> str:
 
 def _base(method: Method) -> str:
     return "needed" if method.needs_base else "optional" if method.takes_base else ""
+
+
+def _option(name: str, default: Any) -> str:
+    if name in FUNCTIONS:
+        return f"{name}=package.module:function (needed; takes the merged model's tensors, gives a number)"
+    return f"{name} (needed)" if default is REQUIRED else f"{name}={default}"

@@ -9,7 +9,8 @@ from ..errors import ConfigError
 from ..types import State
 from . import output, session, stages
 from .alignment import Aligning, Alignment
-from .inputs import check_output, left_out, open_all, open_each
+from .companions import fisher_files, scored
+from .inputs import check_output, copies, left_out, open_all, open_each, parts
 from .merge_weights import merge_weights, method_options
 from .plan import show_plan
 from .request import Request
@@ -26,6 +27,8 @@ def align(console: Console, request: Request) -> None:
     """
     check_output(request.output, request.inputs, request.overwrite or request.dry_run)
     models, components = stages.read(console, request)
+    stages.remark(console, copies(models, components))
+    stages.require_permutation(request, models[0], components)
     stages.require_space(request, models[1])
     if request.dry_run:
         return show_plan(console, request, models, components)
@@ -55,10 +58,10 @@ def merge(console: Console, request: Request) -> None:
 
     if len(request.inputs) < 2:
         raise ConfigError("A merge needs two models or more; give their files one after the other.")
-    others = [path for path in (request.base, request.vae) if path is not None]
+    others = [*(path for path in (request.base, request.vae) if path is not None), *request.fisher]
     check_output(request.output, [*request.inputs, *others], request.overwrite or request.dry_run)
     method = find_method(request.method)
-    options = method_options(method, request.options)
+    options = method_options(method, request.options, len(request.inputs))
     dtype = output.dtype_of(request.dtype)
     with console.stage("read"):
         given = [*request.inputs, *([request.base] if request.base else [])]
@@ -70,9 +73,10 @@ def merge(console: Console, request: Request) -> None:
         if not request.mix_predictions and "unet" in components:
             require_same_prediction(opened)
         weights = merge_weights(request, method, len(models), models[0], components)
+        information = fisher_files(method, request.fisher, models, components)
+        stages.require_permutation(request, models[0], components)
         console.say(f"{len(models)} x {models[0].title}: {', '.join(components)}")
-    for sentence in left_out(models):
-        console.console.print(sentence, markup=False)
+    stages.remark(console, [*left_out(models), *weights.remarks(method), *copies(models, components, base)])
     stages.require_space(request, models[0])
     if request.dry_run:
         return show_plan(console, request, models, components, weights.blocks)
@@ -80,15 +84,17 @@ def merge(console: Console, request: Request) -> None:
 
     found: list[Alignment] = []
     checks: dict[str, float] | None = None
-    views: list[dict[str, State]] = [{name: model.component(name) for name in components} for model in models]
+    views, companions = ([parts(model, components) for model in own] for own in (models, information))
     if request.align or request.permutation:
         specs = stages.specs(console, models[0], components, request.joint)
         wanted = Aligning(models, specs, request, hashes[: len(models)], console.progress, weights.shares)
         found = stages.aligned(console, wanted)
-        for one, view in zip(found, views[1:], strict=True):
-            view |= {name: one.view(name, state) for name, state in view.items()}
+        for i, one in enumerate(found, 1):  # what belongs to a model moves with it
+            for view in (views[i], *companions[i : i + 1]):
+                view |= {name: one.view(name, state) for name, state in view.items()}
         if len(models) == 2:
             checks = stages.checked(console, request, models[1], components, found[0])
+    method, shares, own = scored(console, method, views, models[0], options)
     with console.stage("merge"):
         # In float32 if another type than A's is asked for, so that nothing is rounded twice.
         import torch
@@ -100,12 +106,13 @@ def merge(console: Console, request: Request) -> None:
                 method,
                 [view[name] for view in views],
                 base=bases.get(name),
-                weights=weights.of(name),
+                weights=shares or weights.of(name),
+                companions=[view[name] for view in companions] or None,
                 seed=request.seed,
                 labels=labels if len(set(labels)) == len(labels) else None,
                 device=None if request.device == "cpu" else request.device,
                 dtype=None if dtype is None else torch.float32,
-                **options,
+                **own,
             )
             for name in components
         }
@@ -118,13 +125,14 @@ def merge(console: Console, request: Request) -> None:
         "method": request.method,
         "alpha": request.alpha,
         "weights": request.weights,
-        "options": options,
+        "options": {name: getattr(value, "__name__", value) for name, value in options.items()},
+        "fisher": [path.name for path in request.fisher],
         "base": request.base.name if request.base else None,
         "vae": request.vae.name if request.vae else None,
         "align": bool(found),
         **stages.choices(request),
     }
-    used = [model for model in (*models, base, vae) if model is not None]
+    used = [model for model in (*models, base, vae, *information) if model is not None]
     stages.write(console, request, state, models[0], hashes, used, recipe, found)
     console.console.print()
     if not found:

@@ -43,13 +43,23 @@ class Request:
     options: Annotated[
         tuple[str, ...],
         typer.Option(
-            "--option", metavar="NAME=VALUE", help="An option of the method, e.g. k=0.2; may be repeated."
+            "--option",
+            metavar="NAME=VALUE",
+            help="An option of the method, e.g. k=0.2 or score=my_scores:quality; may be repeated.",
         ),
     ] = ()
     base: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The model that all were made from, for methods that need it."),
     ] = None
+    fisher: Annotated[
+        tuple[Path, ...],
+        typer.Option(
+            "--fisher",
+            metavar="FILE",
+            help="For --method fisher: the Fisher information of each model, once for each, in their order.",
+        ),
+    ] = ()
     weights: Annotated[
         str | None,
         typer.Option(
@@ -180,7 +190,7 @@ def command(names: str = "") -> Callable[[Callable[..., None]], Callable[..., No
         parameters = [own.get(name, offered.get(name)) for name in names.split() or offered]
 
         def called(**given: Any) -> None:
-            for name in ("inputs", "options", "components"):  # an option that was not given is None
+            for name in ("inputs", "options", "components", "fisher"):  # an option that was not given is None
                 if name in given:
                     given[name] = tuple(given[name] or ())
             function(**given)

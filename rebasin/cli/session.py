@@ -39,8 +39,10 @@ def begin(device: str = "cpu", threads: int = 0) -> Console:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
+        why = " (torch was built without CUDA)" if "not compiled with CUDA" in str(error) else ""
         raise ConfigError(
-            f"The device {device!r} can't be used here: {str(error).splitlines()[0]}"
+            f"The device {device!r} can't be used here{why}; --device takes cpu, cuda, cuda:1 or mps, as far as there"
+            " are such."
         ) from error
     return Console()
 

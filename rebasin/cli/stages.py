@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.union import component_of, prefix_of
 from ..checkpoints import Checkpoint, save_checkpoint
 from ..checkpoints.joint import PARTS
 from ..checkpoints.output import require_place
-from ..errors import VerificationError
+from ..errors import ConfigError, SpecMismatchError, VerificationError, shown
+from ..spec import Permutation
 from ..tensors import writer
 from ..types import State
 from . import output, provenance, session
@@ -42,6 +44,42 @@ def require_space(request: Request, like: Checkpoint) -> None:
     require_place(request.output, like, like.raw)
     if not request.dry_run:
         writer.require_space(request.output, output.size_of(like, request))
+
+
+def remark(console: Console, sentences: Sequence[str]) -> None:
+    """Sentences about what is legal and maybe not meant."""
+    for sentence in sentences:
+        console.console.print(sentence, markup=False)
+
+
+def require_permutation(request: Request, model: Checkpoint, components: Sequence[str]) -> None:
+    """Look at the file of --permutation before any work.
+
+    Raises:
+        CheckpointError: it is no permutation.
+        SpecMismatchError: it moves none of these components, or was found for another architecture.
+        ConfigError: there are more than two models.
+    """
+    if (path := request.permutation) is None:
+        return
+    if len(request.inputs) > 2:
+        raise ConfigError(
+            "--permutation is for two models; leave it out, what was found before is used again."
+        )
+    spec = Permutation.load(path).spec
+    prefixes = {name: prefix_of(spec, name) for name in component_of(spec) if name in components}
+    if not prefixes:
+        raise SpecMismatchError(
+            f"{path} moves {', '.join(component_of(spec)) or 'something else'}, but {model.path.name} has"
+            f" {', '.join(components)}; give the permutation of these models."
+        )
+    for name, prefix in prefixes.items():
+        for own, shape in model.shapes(name).items():
+            if spec.shapes.get(prefix + own, shape) != shape:
+                raise SpecMismatchError(
+                    f"{path} was found for another architecture: {shown(prefix + own)} has shape"
+                    f" {spec.shapes[prefix + own]} there and {tuple(shape)} in {model.path.name}."
+                )
 
 
 def hashes(console: Console, paths: Sequence[Path]) -> tuple[str, ...]:

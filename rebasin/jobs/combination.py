@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from ..errors import ConfigError
 from ..integrations.hydra import resolved
 from ..merging import BlockWeights, MergedState, Method, block_weights, diagonal_fisher, merge
-from ..merging.merged import find_method
+from ..merging.merged import find_method, try_options
 from ..merging.registry import plan_options
 from ..tasks import Task
 from ..tensors.modules import loaded
@@ -71,6 +71,13 @@ class Combination:
         return plain and self.method.name in ("weighted_sum", "uniform_soup")
 
     @property
+    def remark(self) -> str | None:
+        """What is legal about the weights and maybe not meant."""
+        given = self.weights if isinstance(self.weights, list) else [self.weights]
+        numbers = [x for x in given if x is not None] if self.blocks is None else self.blocks.weights.values()
+        return self.method.beyond(numbers)
+
+    @property
     def words(self) -> str:
         """The merge in a few words."""
         how = "" if self.weights is None else f" at {self.weights}"
@@ -90,7 +97,7 @@ class Combination:
                 {"block": r.block, "low": r.low, "high": r.high, "mean": r.mean, "set_by": list(r.rules)}
                 for r in rows
             ],
-            "notes": [] if self.blocks is None else list(self.blocks.notes),
+            "notes": [*([self.remark] if self.remark else []), *(self.blocks.notes if self.blocks else ())],
             "words": self.words,
         }
 
@@ -127,5 +134,10 @@ def load_combination(cfg: DictConfig, task: Task) -> Combination:
             raise ConfigError(f"merge.method={method.name} has no weights, so leave out merge.blocks.")
         default = weights if isinstance(weights, int | float) else method.default_weight
         blocks = block_weights(config["blocks"], task.model.state_dict(), default)
+    if method.plan is not None and weights is not None:
+        raise ConfigError(f"merge.method={method.name} finds the weights itself, so leave out merge.weights.")
+    try_options(method, options, models)
+    for weight in [weights] if blocks is None else set(blocks.weights.values()):
+        method.fit_weights(weight, models)
     base = None if config["base"] is None else str(Path(str(config["base"])).expanduser())
     return Combination(method, weights, blocks, base, options, int(config["samples"]))

@@ -24,6 +24,13 @@ from .resume import UNFINISHED
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
+COMMANDS = {
+    CONFIG: "python -m rebasin.run",
+    "search": "rebasin search",
+    "compare_methods": "rebasin compare-methods",
+}
+"""Configuration -> the command that begins with it."""
+
 INTERNAL = ("name", "kind", "task", "architecture", "_target_", "object", "many")
 """Fields of configs that are not for the command line."""
 
@@ -81,7 +88,7 @@ def explain(error: Exception, arguments: Iterable[str] = (), config: str = CONFI
     if isinstance(error, MissingConfigException):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         choices = [one for one in error.options or () if not one.startswith("_")]
-        return f"There is no {group} {choice!r}; choose one of {', '.join(choices)}."
+        return str(unknown(f"There is no {group} {choice!r}", choice, choices, "choose one of"))
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override!r} can't be read; write GROUP=CHOICE or OPTION=VALUE, and put quotes around a"
@@ -149,8 +156,13 @@ FURTHER = {"algo.repair": ListConfig, "algo.points": ListConfig, "algo.pivot": s
 
 def _no_option(name: str, arguments: Iterable[str], config: str) -> str:
     """The sentence for an option that does not exist: the nearest one, and those that do."""
-    # With the arguments that choose a valid config of a group.
-    cfg = composed([told for told in arguments if exists(*told.lstrip("+").partition("=")[::2])], config)
+    # With the arguments that choose a valid config of a group that there is here.
+    groups = composed([], config)
+    chosen = [told.lstrip("+").partition("=")[::2] for told in arguments]
+    cfg = composed([f"{g}={choice}" for g, choice in chosen if g in groups and exists(g, choice)], config)
+    if name not in groups and (config_dir() / name).is_dir():
+        commands = [command for other, command in COMMANDS.items() if name in composed([], other)]
+        return f"The group {name!r} has no effect here: it is for {' and '.join(commands)}; leave it out."
     parent, _, _ = name.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     if node is None:

@@ -41,10 +41,12 @@ class Resume:
     Attributes:
         path: the file; it is there while a matching is unfinished.
         wanted: whether to continue from it.
+        asked: whether a user has asked for that, who is told if it is damaged; else the matching begins anew then.
     """
 
     path: Path
     wanted: bool = False
+    asked: bool = True
 
     def arguments(self, function: Callable[..., Any]) -> dict[str, Any]:
         """`checkpoint` and `resume_from` for `function`; empty if it takes neither.
@@ -67,7 +69,15 @@ class Resume:
                     UNFINISHED.add(self.path)
                 due = monotonic() + max(EVERY, (monotonic() - began) / SHARE)
 
-        found = kind.load(self.path) if self.wanted and self.path.exists() else None
+        found = None
+        if self.wanted and self.path.exists():
+            try:
+                found = kind.load(self.path)
+            except CheckpointError as error:
+                if self.asked:
+                    raise CheckpointError(
+                        f"{str(error).rstrip('.')}; leave out resume=true to begin anew."
+                    ) from error
         return {"checkpoint": checkpoint, "resume_from": found}
 
     def finish(self) -> None:

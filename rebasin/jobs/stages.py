@@ -15,6 +15,7 @@ from ..evaluation.samples import Samples
 from ..matching import MatchResult
 from ..merging import interpolate
 from ..merging.block_figure import save_block_figure
+from ..merging.inputs import copies
 from ..reporting.console import Console
 from ..reporting.loggers import both
 from ..spec import PermutationSpec
@@ -77,6 +78,8 @@ def load(job: Session, several: bool = False) -> Material:
     combination = load_combination(job.cfg, task)
     if combination.blocks is not None:
         save_block_figure(combination.blocks, job.folder / "blocks.png")
+    if remark := combination.remark:
+        job.console.console.print(remark, markup=False)
     return Material(task, algorithm, specs, combination)
 
 
@@ -119,6 +122,8 @@ def endpoints(job: Session, task: Task) -> tuple[State, ...]:
     with job.stage("endpoints"):
         states = task.endpoints(job.progress)
         job.say(", ".join(f"{'ABCDEFGH'[i % 8]}: {label}" for i, label in enumerate(task.labels)))
+    for sentence in copies(states, task.labels):
+        job.console.console.print(sentence, markup=False)
     return states
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from .block_names import SD1, SDXL, Blocks
 
 Value = float | tuple[float, ...]
@@ -75,7 +75,8 @@ def preset(name: str) -> tuple[float, ...]:
     if key not in presets:
         near = difflib.get_close_matches(key, [*presets, *aliases], n=3, cutoff=0.4) or list(presets)[:4]
         raise ConfigError(
-            f"There is no preset of block weights '{name}'; there are {', '.join(near)} and others."
+            f"There is no preset of block weights {shown(name)}; there are {', '.join(near)} and others, which"
+            " `rebasin methods` lists."
         )
     return presets[key]
 
@@ -85,8 +86,14 @@ def _parse_text(text: str) -> list[tuple[str, Any]]:
     if text.endswith((".yaml", ".yml")):
         try:
             return parse(yaml.safe_load(Path(text).expanduser().read_text(encoding="utf-8")))
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"The block weights in {text} can't be read: {error}.") from error
+        except OSError as error:
+            raise ConfigError(
+                f"The block weights in {text} can't be read: {error.strerror or error}."
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f" (line {mark.line + 1})" if mark else ""
+            raise ConfigError(f"The block weights in {text} are no YAML{where}.") from error
     parts = re.split(r",(?![^\[(]*[\])])", text if "=" in text else text.strip("[]"))
     items = [part.strip() for part in parts if part.strip()]
     if items and all(_is_number(item) for item in items):
@@ -205,13 +212,14 @@ def _numbered(side: str, number: str) -> str:
 
 
 def _unknown(part: str, names: Sequence[str], blocks: Blocks) -> str:
-    modules = {piece for name in names for piece in name.split(".")[:-1] if not piece.isdigit()}
-    shown = list(blocks.order) if blocks.kind != "layers" else []
-    near = difflib.get_close_matches(part, [*shown, *modules, *KINDS, *preset_names()], n=3)
-    hint = f"did you mean {' or '.join(near)}? It" if near else "it"
+    modules = sorted({piece for name in names for piece in name.split(".")[:-1] if not piece.isdigit()})
+    own = list(blocks.order) if blocks.kind != "layers" else []
+    near = difflib.get_close_matches(part, [*own, *modules, *KINDS, *preset_names()], n=3)
+    hint = f"did you mean {' or '.join(near)}? There" if near else "there"
+    layers = f"the blocks {listed(own)}, " if own else ""
     return (
-        f"the block weight '{part}' is no block, module or kind of this model; {hint} has the blocks"
-        f" {listed(blocks.order)}, modules such as {', '.join(sorted(modules)[:6])}, and the kinds {', '.join(KINDS)}."
+        f"The block weight {shown(part)} is no block, module or kind of this model; {hint} are {layers}the modules"
+        f" {', '.join(modules[:4])} and others, and the kinds {', '.join(KINDS)}."
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..tensors.codes import require_numbers
-from ..types import State, dtype_of, is_finite, is_number, require_state, shape_of, wrapped
+from ..types import State, common_dtype, dtype_of, is_finite, is_number, require_state, shape_of, wrapped
 
 
 def check_finite(name: str, label: str, tensor: Tensor, first: torch.dtype) -> None:
@@ -37,6 +37,42 @@ def same(one: Tensor, other: Tensor) -> bool:
         return True
     bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other.to(one.device))]
     return torch.equal(*bits)
+
+
+def is_copy(one: State, other: State) -> bool:
+    """Whether two states hold the same numbers, whatever their types; reads no further than the first difference."""
+    if one is other:
+        return True
+    if set(one) != set(other):
+        return False
+    for name in one:
+        if shape_of(one, name) != shape_of(other, name):
+            return False
+    return all(_same_numbers(one[name], other[name]) for name in one)
+
+
+def _same_numbers(one: Tensor, other: Tensor) -> bool:
+    if one.dtype == other.dtype or not (is_number(one.dtype) and is_number(other.dtype)):
+        return same(one, other)
+    wide = common_dtype(one.dtype, other.dtype)
+    return same(one.to(wide), other.to(wide))
+
+
+def copies(states: Sequence[State], labels: Sequence[str], base: State | None = None) -> list[str]:
+    """A sentence about each state that is a copy of an earlier one, and about a base that is one of them but the first
+    (the first may be: that is task arithmetic).
+    """
+    told = []
+    for i in range(1, len(states)):
+        twin = next((j for j in range(i) if is_copy(states[j], states[i])), None)
+        if twin is not None:
+            told.append(
+                f"{labels[twin]} and {labels[i]} are the same model, so merging the two changes nothing."
+            )
+    for label, state in zip(labels[1:], states[1:], strict=False) if base is not None else ():
+        if is_copy(state, base):
+            told.append(f"The base and {label} are the same model, which therefore adds nothing.")
+    return told
 
 
 def check_names(one: State, other: State, label: str = "A", other_label: str = "B") -> None:

@@ -84,6 +84,12 @@ class MergedState(LazyState):
             self._read(name, f"the companion of {label}", state)
             for label, state in zip(self.labels, self.companions, strict=False)
         ]
+        for label, tensor in zip(self.labels, companions, strict=False):
+            if tensor.numel() and not (is_finite(tensor) and bool(tensor.min() >= 0)):
+                raise CheckpointError(
+                    f"Tensor '{name}' of the companion of {label} has values below 0 or without end, so it is no Fisher"
+                    " information."
+                )
         wide = common_dtype(*(tensor.dtype for tensor in tensors))
         for group in (tensors, companions):
             for i, tensor in enumerate(group):  # in place, so that what was read is dropped at once

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RebasinError, shown
 from ..types import Progress, State
 from .inputs import check_companion, check_names, with_ties
 from .lazy import MergedState
@@ -61,6 +62,7 @@ def merge(
     labels = tuple(labels or (("A", "B") if len(states) == 2 else numbered))
     _check_inputs(chosen, len(states), base is not None, companions, weights)
     filled = chosen.check_options(options)
+    try_options(chosen, filled, len(states))
 
     states, companions = tuple(with_ties(states)), tuple(companions or ())
     others = [*zip(labels[1:], states[1:], strict=True), *([] if base is None else [("the base", base)])]
@@ -100,8 +102,42 @@ def _check_inputs(
         raise ConfigError(f"{what} takes no companions.")
     if companions is not None and len(companions) != models:
         raise ConfigError(f"There are {models} models but {len(companions)} companions: give one for each.")
-    if weights is not None and method.weight is None:
-        raise ConfigError(f"{what} has no weights: leave them out.")
+    if weights is not None and (method.weight is None or method.plan is not None):
+        reason = "has no weights" if method.plan is None else "finds the weights itself"
+        raise ConfigError(f"{what} {reason}: leave them out.")
+
+
+def try_options(method: Method, options: Mapping[str, Any], models: int) -> None:
+    """Complain of an option's value before work starts: methods look at them when they merge, so let it merge a trifle.
+
+    Raises:
+        ConfigError: an option is out of range, or of another type.
+    """
+    if method.name.startswith("mecha:"):
+        return  # these look at real tensors
+    supplied = plan_options(method.plan)
+    tensors = [torch.full((2, 2), 1.0 + i) + torch.eye(2) for i in range(models)]
+    given = {
+        "models": tensors,
+        "a": tensors[0],
+        "b": tensors[-1],
+        "base": torch.eye(2),
+        "companions": tensors,
+        "generator": torch.Generator(),
+        "name": "",
+        method.weight: method.fit_weights(None, models),
+    }
+    own = {name: value for name, value in options.items() if name not in supplied}
+    try:
+        method.function(**{name: given[name] for name in method.takes}, **own)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        if isinstance(error, RebasinError):
+            raise
+        told = ", ".join(f"{name}={shown(value)}" for name, value in own.items())
+        raise ConfigError(
+            f"The merge method '{method.name}' can't work with the options {told}; `rebasin methods {method.name}`"
+            " tells their defaults."
+        ) from error
 
 
 def find_method(method: str | Method) -> Method:
@@ -117,5 +153,9 @@ def find_method(method: str | Method) -> Method:
 
         return mecha_method(method.removeprefix("mecha:"))
     if method not in METHODS:
-        raise ConfigError(f"There is no merge method '{method}'; choose one of {', '.join(METHODS)}.")
+        near = difflib.get_close_matches(method, METHODS, n=3) or list(METHODS)[:3]
+        raise ConfigError(
+            f"There is no merge method {shown(method)}; there are {', '.join(near)} and others, which `rebasin methods`"
+            " lists."
+        )
     return METHODS[method]

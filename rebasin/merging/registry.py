@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,6 +57,7 @@ class Method:
         self_any_base: merging a model with itself gives the model, whatever the base (and weights in [0, 1]).
             Every method gives the model where the base equals it, too.
         plan: finds the weights from the whole states before any tensor is merged.
+        bounded: weights outside [0, 1] mean nothing; of other methods they extrapolate.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Method:
     one: Literal["b"] | None = None
     self_any_base: bool = True
     plan: Callable[..., Any] | None = None
+    bounded: bool = False
     takes: frozenset[str] = field(default_factory=frozenset)
 
     def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,6 +105,8 @@ class Method:
         for number in numbers:
             if not math.isfinite(number):
                 raise ConfigError(f"A weight{where} is {number}, but weights must be finite numbers.")
+            if self.bounded and not many and not 0 <= number <= 1:
+                raise ConfigError(f"'{self.name}' takes a weight from 0 to 1, not {number:g}{where}.")
         if self.weight == "alpha":
             if len(numbers) != 1:
                 raise ConfigError(f"'{self.name}' takes one weight{where}, but got {len(numbers)}.")
@@ -130,6 +134,19 @@ class Method:
             raise ConfigError(f"The weights {numbers}{where} must not be negative, nor all be 0.")
         return [number / sum(numbers) for number in numbers]
 
+    def beyond(self, weights: Iterable[float]) -> str | None:
+        """A sentence about weights outside 0 to 1, which are legal and seldom meant; None if there are none."""
+        outside = [float(weight) for weight in weights if not 0 <= weight <= 1]
+        if not outside:
+            return None
+        worst = max(outside, key=lambda weight: abs(weight - 0.5))
+        meaning = (
+            "0 is A and 1 is B, so this is beyond both"
+            if self.one == "b"
+            else "1 adds all that is to be added, 0 nothing"
+        )
+        return f"The weight {worst:g} is outside 0 to 1: with '{self.name}' {meaning}."
+
 
 METHODS: dict[str, Method] = {}
 """All methods by name, in the order of the documentation."""
@@ -145,7 +162,7 @@ def method(
     **promises: Any,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function as a merge method: its signature says what it takes, the first paragraph of its docstring
-    what it does. `promises` are further fields of `Method`: zero, one, self_any_base, plan.
+    what it does. `promises` are further fields of `Method`: zero, one, self_any_base, plan, bounded.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

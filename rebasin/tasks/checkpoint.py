@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ..checkpoints import Checkpoint, component_spec, open_checkpoint, require_same_family, save_checkpoint
 from ..checkpoints.architectures import component_config
+from ..checkpoints.checkpoint import require_fitting, require_same_prediction
 from ..checkpoints.joint import joint_module, joint_spec, joint_state, without_prefix
 from ..checkpoints.specs import proof
 from ..errors import ConfigError
@@ -41,13 +42,17 @@ def load(cfg: DictConfig) -> Task:
 
     Raises:
         ConfigError: a file is not given, an option is unknown, or the evaluation needs more memory than there is.
-        CheckpointError: a file is missing, damaged or something else, or the two are of different families.
+        CheckpointError: a file is missing, damaged or something else, or the two are of different families, have
+            different tensors or predict different things.
     """
     require(cfg, "objective", "agreement")
     a, b = (_open(cfg, name) for name in ("a", "b"))
     require_same_family(a, b)
     pair = _Pair(a, b, cfg.model.component, cfg.model.dtype, bool(cfg.model.joint))
     pair.check()
+    require_fitting(a, b, pair.names)
+    if "unet" in pair.names and not cfg.model.mix_predictions:
+        require_same_prediction((a, b), "model.mix_predictions=true")
     measuring = not cfg.dry_run and cfg.model.batches > 0
     batches = pair.batches(cfg.model.batches, cfg.seed) if measuring else {}
     return Task(

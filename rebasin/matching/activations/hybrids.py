@@ -93,7 +93,9 @@ def activation_and_weight(
     """Coordinate descent on `(1 - weight) * activations + weight * weights`.
 
     Both parts are divided by the largest value that they could have, so that each lies between -1 and 1 and 0.5
-    counts them alike. The descent starts from the activations' permutation.
+    counts them alike. What is not trained (buffers, and parameters with `requires_grad=False` beside others) has no
+    part in the largest value of the weights, and a tensor of far larger numbers than most counts at most as much as
+    all ordinary ones together: neither drowns the others. The descent starts from the activations' permutation.
 
     Args:
         weight: share of the weights: 0 is activation matching, 1 weight matching from its permutation.
@@ -120,7 +122,7 @@ def activation_and_weight(
     largest = sum(statistics.largest(cell, statistic) for cell in spec.cells)
     del statistics
     pair = Endpoints(spec, state_a, state_b)
-    joint = Joint(pair, activations, largest, weight)
+    joint = Joint(pair, activations, largest, weight, _frozen(model_a) & _frozen(model_b))
     initial = joint.objective
     pair.set(start.permutation)
     history = [Sweep(0, joint.objective, pair.permutation.moved())]
@@ -141,3 +143,11 @@ def activation_and_weight(
         distance_after=pair.distance,
         restarts=(history[-1].objective,),
     )
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    """What is not trained: buffers, and frozen parameters unless all are, as in a model that is only used."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    return buffers | (frozen if len(frozen) < len(named) else set())

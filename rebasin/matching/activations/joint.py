@@ -8,7 +8,7 @@ alone (weights/matching.py). Both parts are divided by the largest value that th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -25,24 +25,61 @@ from ..schedule import Order, neighbours, order_of
 from ..weights.costs import WeightCosts
 from ..weights.endpoints import Endpoints
 
+OUTLIER = 100
+"""A tensor whose mean square is this many times that of most numbers is none of the ordinary ones."""
+
+
+def balanced(pair: Endpoints, frozen: Container[str] = ()) -> tuple[dict[str, float], float]:
+    """(w_k, largest): `pair`'s weights, lowered where one tensor would drown all others, and what the objective could
+    be at most without the tensors in `frozen`, which no training has made.
+
+    What is compared are bounds, |A_k| |B_k|. Outliers (embeddings in other units, frequencies, a tensor that a later
+    norm undoes) have at most the bound that all ordinary tensors have together. Where nothing is an outlier, nothing
+    changes.
+    """
+    bounds = {name: pair.weight[name] * math.sqrt(aa * bb) for name, (aa, bb) in pair.squares.items()}
+    trained = {name: bound for name, bound in bounds.items() if name not in frozen and bound > 0}
+    numbers = {name: math.prod(pair.spec.shapes[name]) for name in bounds}
+    mean = {name: bound / max(1, numbers[name]) for name, bound in bounds.items()}
+    half, typical = sum(numbers[name] for name in trained) / 2, 0.0
+    for name in sorted(trained, key=mean.__getitem__):
+        typical, half = mean[name], half - numbers[name]
+        if half <= 0:
+            break
+    ordinary = math.fsum(bound for name, bound in trained.items() if mean[name] <= OUTLIER * typical)
+    most = {name: ordinary if mean[name] > OUTLIER * typical else bound for name, bound in bounds.items()}
+    factors = {
+        name: min(1.0, most[name] / bound) if trained and bound else 1.0 for name, bound in bounds.items()
+    }
+    counted = trained or bounds
+    largest = math.fsum(factors[name] * bound for name, bound in bounds.items() if name in counted)
+    return {name: weight * factors[name] for name, weight in pair.weight.items()}, largest
+
 
 class Joint(Costs):
     """`(1 - weight) * activations / largest + weight * weights / largest` at `pair`'s present permutation.
 
     activations: cell -> [size, size] float64, A's neurons in rows and B's, as they are in B, in columns; a cell that
-    is missing has no part in it. largest: what their sum could be at most. As costs: what neuron j, where it is now,
+    is missing has no part in it. largest: what their sum could be at most, and `frozen` names tensors that are not
+    trained, which do not count for the weights' largest (see `balanced`). As costs: what neuron j, where it is now,
     gains at place i.
     """
 
     def __init__(
-        self, pair: Endpoints, activations: Mapping[str, Tensor], largest: float, weight: float
+        self,
+        pair: Endpoints,
+        activations: Mapping[str, Tensor],
+        largest: float,
+        weight: float,
+        frozen: Container[str] = (),
     ) -> None:
         self.pair = pair
+        pair.weight, most = balanced(pair, frozen)
         self.activations = activations
         self.weights = WeightCosts(pair)
         self.weight = weight
         self.on_activations = (1 - weight) / largest if largest else 0.0
-        self.on_weights = weight / pair.scale if pair.scale else 0.0
+        self.on_weights = weight / most if most else 0.0
 
     @property
     def objective(self) -> float:

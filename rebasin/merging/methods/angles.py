@@ -55,6 +55,7 @@ def perpendicular_component(a: Tensor, b: Tensor, base: Tensor, alpha: float) ->
     "supermerger, cosineA (recoilme and hako-mikan 2023)",
     one="b",
     default=0.5,
+    bounded=True,
 )
 def add_cosine_a(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     """Take more of B where the models' columns differ, and stay with A where they agree.
@@ -69,6 +70,7 @@ def add_cosine_a(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     "supermerger, cosineB (recoilme and hako-mikan 2023)",
     one="b",
     default=0.5,
+    bounded=True,
 )
 def add_cosine_b(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     """The same as add_cosine_a, but a column counts as similar only where the whole tensor is similar, too."""

@@ -40,6 +40,7 @@ def model_stock(models: Sequence[Tensor], base: Tensor, rows: bool = False) -> T
     "argmin_x sum_i w_i |x - m_i|, each tensor as one vector, by Weiszfeld's iteration",
     "Weiszfeld 1937; Pillutla et al. 2022, Robust aggregation, 1912.13445",
     one="b",
+    bounded=True,
 )
 def geometric_median(
     models: Sequence[Tensor],
@@ -72,6 +73,7 @@ def geometric_median(
     "sum_i w_i F_i m_i / sum_i w_i F_i, elementwise; F_i plus floor times the tensor's mean F",
     "Matena and Raffel 2022, Merging models with Fisher-weighted averaging, 2111.09832",
     one="b",
+    bounded=True,
 )
 def fisher(
     models: Sequence[Tensor], weights: Sequence[float], companions: Sequence[Tensor], floor: float = 1e-6

@@ -16,6 +16,7 @@ from ..registry import method
     zero="a",
     one="b",
     default=0.5,
+    bounded=True,
 )
 def crossover(a: Tensor, b: Tensor, alpha: float, tilt: float = 0.0) -> Tensor:
     """Take the low frequencies of each tensor from A and the high ones from B.
@@ -43,6 +44,7 @@ def crossover(a: Tensor, b: Tensor, alpha: float, tilt: float = 0.0) -> Tensor:
     zero="a",
     one="b",
     default=0.5,
+    bounded=True,
 )
 def distribution_crossover(a: Tensor, b: Tensor, base: Tensor, alpha: float, tilt: float = 0.0) -> Tensor:
     """A crossover of the values as a sequence that is sorted by the base's: coarse distribution of A, detail of B.

@@ -16,6 +16,7 @@ from ..registry import method
     zero="a",
     one="b",
     default=0.5,
+    bounded=True,
 )
 def tensor_sum(a: Tensor, b: Tensor, alpha: float, offset: float = 0.0) -> Tensor:
     """Take the share alpha of each tensor's rows, its output neurons, from B.
@@ -34,6 +35,7 @@ def tensor_sum(a: Tensor, b: Tensor, alpha: float, offset: float = 0.0) -> Tenso
     "supermerger, top-k tensor sum (ljleb 2023)",
     zero="a",
     default=0.5,
+    bounded=True,
 )
 def top_k_tensor_sum(a: Tensor, b: Tensor, alpha: float, offset: float = 0.0) -> Tensor:
     """Put A's values in the order that B's have: the distribution stays A's, the arrangement becomes B's.

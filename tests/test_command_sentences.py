@@ -1,0 +1,369 @@
+"""What people give to the commands by mistake: one sentence with the name of the file or option, exit code 2, and
+nothing written; what is legal and maybe not meant gets a line.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_files import rebasin
+from torch import Tensor
+
+from rebasin.adapters import union
+from rebasin.checkpoints import component_spec, open_checkpoint, save_safetensors
+from rebasin.checkpoints.random_weights import random_checkpoint
+from rebasin.cli.companions import scored
+from rebasin.errors import ConfigError, listed
+from rebasin.files import config_dir
+from rebasin.jobs.configuration import explain
+from rebasin.jobs.resume import Resume
+from rebasin.matching import weight_matching
+from rebasin.merging import METHODS, merge
+from rebasin.merging.inputs import copies
+from rebasin.spec import Permutation
+
+TEXT = "cond_stage_model."
+
+
+def state(seed: int = 0) -> dict[str, Tensor]:
+    whole = random_checkpoint("sd1", 16, depth=1, vocabulary=64, seed=seed)
+    return {name: whole[name].clone() for name in whole if name.startswith(TEXT)}
+
+
+def planted(folder: Path, like: str = "a.safetensors") -> Permutation:
+    return component_spec(open_checkpoint(folder / like), "text_encoder", prove=False).random(3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two text encoders, and what is none."""
+    where = tmp_path_factory.mktemp("files")
+    save_safetensors(where / "a.safetensors", state(0))
+    save_safetensors(where / "b.safetensors", state(1))
+    for name in ("a", "b"):
+        information = {
+            key: t.float().square() for key, t in state(ord(name)).items() if t.is_floating_point()
+        }
+        save_safetensors(where / f"fisher_{name}.safetensors", information)
+    save_safetensors(where / "fewer.safetensors", dict([*state(1).items()][:-2]))
+    adapter = "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_{}.weight"
+    lora = {adapter.format("down"): torch.randn(2, 48), adapter.format("up"): torch.randn(192, 2)}
+    save_safetensors(where / "lora.safetensors", lora)
+    save_safetensors(
+        where / "simo.safetensors", {"unet:0:up": torch.ones(4, 2), "unet:0:down": torch.ones(2, 4)}
+    )
+    torch.save([torch.ones(4, 2), torch.ones(2, 4)], where / "simo.pt")
+    torch.save(
+        {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 48)}}, where / "webui.pt"
+    )
+    save_safetensors(where / "embedding.safetensors", {"emb_params": torch.ones(2, 48)})
+    save_safetensors(
+        where / "control.safetensors", {"controlnet_cond_embedding.conv_in.weight": torch.ones(2, 2)}
+    )
+    union({"text_encoder": planted(where)}).save(where / "own.permutation.safetensors")
+    (where / "bad.yaml").write_text("a: [1,\nb: }")
+    (where / "latin.yaml").write_bytes(b"a: \xff")
+    return where
+
+
+def refused(folder: Path, *arguments: object) -> str:
+    """The sentence with which a command ends; it leaves nothing."""
+    before = sorted(folder.iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        told = rebasin(*arguments, expect=2)
+    sentence = told.strip().splitlines()[-1]
+    assert "Traceback" not in told and sentence.startswith("Error: ") and sentence.endswith(".")
+    assert len(sentence) <= 300
+    assert sorted(folder.iterdir()) == before
+    return sentence
+
+
+NO_MODEL = [
+    ("lora.safetensors", "rebasin apply"),
+    ("control.safetensors", "rebasin apply"),
+    ("own.permutation.safetensors", "rebasin apply"),
+    ("simo.safetensors", "adapter"),
+    ("simo.pt", "cloneofsimo"),
+    ("webui.pt", "textual inversion"),
+    ("embedding.safetensors", "textual inversion"),
+]
+
+
+@pytest.mark.parametrize(("file", "words"), NO_MODEL)
+@pytest.mark.parametrize("place", ["compare", "merge", "align", "verify", "base", "vae", "dry"])
+def test_what_is_no_model_is_called_by_its_name_wherever_it_is_given(folder, file, words, place):
+    if (place, file) == ("verify", "own.permutation.safetensors"):
+        return  # a permutation may be verified
+    merged = ("merge", "a.safetensors", "b.safetensors", "-o", "out.safetensors")
+    given = {
+        "compare": ("compare", "a.safetensors", file),
+        "verify": ("verify", file, "a.safetensors"),
+        "align": ("align", "a.safetensors", file, "-o", "out.safetensors"),
+        "merge": ("merge", "a.safetensors", file, "-o", "out.safetensors"),
+        "dry": ("merge", file, "a.safetensors", "-o", "out.safetensors", "--dry-run"),
+        "base": (*merged, "--base", file, "--method", "add_difference"),
+        "vae": (*merged, "--vae", file),
+    }[place]
+    sentence = refused(folder, *given)
+    assert file in sentence and words in sentence
+
+
+MERGE = ("merge", "a.safetensors", "b.safetensors", "-o", "out.safetensors", "--no-align")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--weights", "0.5,0.3,0.2"), "3 numbers, but there are 2 models"),
+        (("--weights", "GRAD_X"), "`rebasin methods` lists"),
+        (("--weights", "fc7=1"), "'fc7' is no block"),
+        (("--weights", "none.yaml"), "none.yaml can't be read"),
+        (("--weights", "bad.yaml"), "bad.yaml are no YAML (line 2)"),
+        (("--weights", "latin.yaml"), "latin.yaml are no YAML"),
+        (("--alpha", "nan"), "finite"),
+        (("--method", "magic"), "`rebasin methods` lists"),
+        (("--method", "crossover", "--alpha", 15), "from 0 to 1, not 15"),
+        (("--method", "crossover", "--weights", "mlp=-1,default=0"), "from 0 to 1, not -1"),
+        (("--method", "ties_sum", "--base", "a.safetensors", "--option", "k=7"), "k is 7"),
+        (("--method", "ties_sum", "--base", "a.safetensors", "--option", "k=much"), "'much'"),
+        (("--method", "fisher"), "--fisher FILE once for each of the 2 models"),
+        (("--method", "fisher", "--fisher", "fisher_a.safetensors"), "but got 1"),
+        (("--fisher", "fisher_a.safetensors"), "--fisher is for the method 'fisher'"),
+        (("--method", "greedy_soup"), "--option score=package.module:function"),
+        (("--method", "greedy_soup", "--option", "score=nowhere:f"), "'nowhere:f' can't be imported"),
+        (("--method", "greedy_soup", "--option", "score=math:pi"), "can't be called"),
+        (("--method", "greedy_soup", "--option", "score=math:sqrt", "--alpha", 0.5), "finds the weights itself"),
+        (("--permutation", "a.safetensors"), "a.safetensors holds no permutation"),
+        (("--permutation", "none.safetensors", "--dry-run"), "no file none.safetensors"),
+        (("--permutation", "webui.pt", "--dry-run"), "webui.pt"),
+        (("--device", "gpu"), "'gpu' can't be used here"),
+        (("--device", "meta:x"), "'meta:x' can't be used here"),
+        (("--variant", "fp16"), "variant 'fp16'"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_fit_are_refused_before_any_work(folder, arguments, words):
+    assert words in refused(folder, *MERGE, *arguments)
+
+
+@pytest.mark.parametrize("method", ["fisher"])
+def test_information_that_does_not_fit_is_refused(folder, method):
+    given = ("--method", method, "--fisher", "fisher_a.safetensors", "--fisher")
+    for file, words in (("fewer.safetensors", "has no tensor"), ("lora.safetensors", "adapter")):
+        sentence = refused(folder, *MERGE, *given, file)
+        assert file in sentence and words in sentence
+    assert "no Fisher information" in refused(folder, *MERGE, *given, "b.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".safetensorz", ".pt", ".bin", ".pth", ".zip", ".SAFETENSOR"])
+@pytest.mark.parametrize("command", ["merge", "align"])
+def test_endings_that_no_model_is_written_in_are_refused(folder, suffix, command):
+    sentence = refused(folder, command, "a.safetensors", "b.safetensors", "-o", f"out{suffix}")
+    assert f"out{suffix}" in sentence and ".safetensors" in sentence
+
+
+# ------------------------------------------------------------------------------------ legal, and maybe not meant
+
+
+@pytest.fixture
+def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for file in folder.glob("*.safetensors"):
+        os.link(file, tmp_path / file.name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("way", ["itself", "hardlink", "symlink", "copy", "wider", "ckpt"])
+def test_a_model_merged_with_itself_is_told(here, way):
+    other = "twin.ckpt" if way == "ckpt" else "twin.safetensors"
+    if way == "itself":
+        other = "a.safetensors"
+    elif way == "hardlink":
+        os.link("a.safetensors", other)
+    elif way == "symlink":
+        os.symlink("a.safetensors", other)
+    elif way == "copy":
+        shutil.copyfile("a.safetensors", other)
+    elif way == "wider":
+        save_safetensors(
+            here / other, {n: t.float() if t.is_floating_point() else t for n, t in state().items()}
+        )
+    else:
+        torch.save({"state_dict": state()}, other)
+    text = rebasin("merge", "a.safetensors", other, "-o", "out.safetensors", "--dry-run", "--no-align")
+    assert f"a.safetensors and {other} are the same model, so merging the two changes nothing." in text
+    assert "same model" not in rebasin("merge", *MERGE[1:], "--dry-run")
+
+
+def test_a_base_that_is_one_of_the_models_is_told(here):
+    added = ("--method", "add_difference", "--dry-run")
+    assert "The base and b.safetensors are the same model" in rebasin(
+        *MERGE, *added, "--base", "b.safetensors"
+    )
+    assert "same model" not in rebasin(*MERGE, *added, "--base", "a.safetensors"), "task arithmetic"
+
+
+def test_reading_ends_at_the_first_difference():
+    class Counted(dict[str, Tensor]):
+        read = 0
+
+        def __getitem__(self, name: str) -> Tensor:
+            self.read += 1
+            return super().__getitem__(name)
+
+    one = Counted({str(i): torch.full((2,), float(i)) for i in range(9)})
+    assert copies([one, {**one, "0": torch.zeros(2) + 1}], ["A", "B"]) == []
+    assert one.read <= 9 + 2, "nine of the copy above"
+    assert copies([one, dict(one), {**one, "8": torch.zeros(2)}, dict(one)], list("ABCD")) == [
+        "A and B are the same model, so merging the two changes nothing.",
+        "A and D are the same model, so merging the two changes nothing.",
+    ]
+    nan = {"w": torch.tensor([float("nan"), -0.0])}
+    assert copies([nan, {"w": nan["w"].clone()}], ["A", "B"]), "to the bit"
+
+
+@pytest.mark.parametrize("arguments", [("--alpha", 15), ("--alpha", -1), ("--weights", "mlp=15,default=0")])
+def test_weights_beyond_the_models_are_told(here, arguments):
+    told = rebasin(*MERGE, *arguments, "--dry-run")
+    assert "is outside 0 to 1" in told
+    assert "is outside 0 to 1" not in rebasin(*MERGE, "--alpha", 1, "--dry-run")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if method.weight and not method.plan]
+)
+@pytest.mark.parametrize("weight", [-0.5, 1.5, 15.0])
+def test_every_method_refuses_a_weight_outside_or_extrapolates_with_a_remark(name, weight):
+    method = METHODS[name]
+    models = [{"w": torch.randn(4, 5) + 3} for _ in range(2)]
+    extra: dict[str, Any] = {"base": {"w": torch.randn(4, 5) + 3}} if method.needs_base else {}
+    extra |= {"companions": [{"w": torch.rand(4, 5)}] * 2} if "companions" in method.takes else {}
+    if method.bounded:
+        with pytest.raises(ConfigError, match="from 0 to 1"):
+            dict(merge(name, models, weights=weight, **extra))
+    else:
+        assert dict(merge(name, models, weights=weight, **extra))["w"].isfinite().all()
+        told = method.beyond([0.5, weight])
+        assert told is not None and f"{weight:g}" in told and name in told
+    assert method.beyond([0, 1, 0.3]) is None
+
+
+# ------------------------------------------------------------------------------------- companions on the command line
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_fisher_information_moves_with_its_model(here, whole):
+    """B is A's permuted; its information, permuted alike, weighs the same tensors. The permutation may be a file of
+    the command's, of all components, or one that was made in Python, of one.
+    """
+    a, plan = open_checkpoint(here / "a.safetensors"), planted(here)
+    information = open_checkpoint(here / "fisher_b.safetensors")
+    for source, target in ((a, "moved.safetensors"), (information, "fisher_moved.safetensors")):
+        moved = source.restore({"text_encoder": plan.view(source.component("text_encoder"))})
+        save_safetensors(here / target, {name: moved[name] for name in moved})
+    back = plan.invert()
+    (union({"text_encoder": back}) if whole else back).save(here / "back.safetensors")
+    fisher = ("--method", "fisher", "--no-check", "--fisher", "fisher_a.safetensors", "--fisher")
+    rebasin("merge", "a.safetensors", "moved.safetensors", "-o", "one.safetensors", *fisher, "fisher_moved.safetensors",
+            "--permutation", "back.safetensors")  # fmt: skip
+    one = dict(open_checkpoint(here / "one.safetensors").component("text_encoder"))
+    for name, tensor in dict(a.component("text_encoder")).items():
+        torch.testing.assert_close(one[name], tensor, rtol=2e-3, atol=1e-5)
+    rebasin(*MERGE[:-2], "two.safetensors", "--no-align", *fisher, "fisher_b.safetensors")
+    states = [dict(open_checkpoint(here / f"{n}.safetensors").component("text_encoder")) for n in "ab"]
+    own = [dict(open_checkpoint(here / f"fisher_{n}.safetensors").component("text_encoder")) for n in "ab"]
+    expected, found = merge("fisher", states, companions=own), open_checkpoint(here / "two.safetensors")
+    for name, tensor in dict(found.component("text_encoder")).items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+def test_a_greedy_soup_asks_the_users_own_function(here):
+    (here / "my_scores.py").write_text(
+        "NAME = 'cond_stage_model.transformer.text_model.final_layer_norm.weight'\n"
+        "def distance(state):\n    return float((state[NAME].float() - GOAL).abs().sum())\n"
+        "from rebasin.checkpoints import load_safetensors\n"
+        f"GOAL = load_safetensors({str(here / 'b.safetensors')!r})[NAME]\n"
+    )
+    text = rebasin(*MERGE, "--method", "greedy_soup", "--option", "score=my_scores:distance")
+    assert "weights 0, 1" in text
+    merged, b = (dict(open_checkpoint(here / n).raw) for n in ("out.safetensors", "b.safetensors"))
+    assert all(torch.equal(merged[name], b[name]) for name in b if "position_ids" not in name)
+    assert "distance" in rebasin("inspect", "out.safetensors")
+
+
+def test_a_score_is_asked_for_whole_models():
+    """One soup of all components together, not one of each."""
+
+    class Quiet:
+        progress = None
+
+        def stage(self, _: str) -> Any:
+            import contextlib
+
+            return contextlib.nullcontext()
+
+        def say(self, text: str) -> None:
+            self.said = text
+
+    views = [
+        {"unet": {"w": torch.tensor([float(i)])}, "vae": {"w": torch.tensor([-2.0 * i])}} for i in range(3)
+    ]
+    seen = []
+
+    def score(state: Any) -> float:
+        seen.append({name: state[name].item() for name in state})
+        return abs(state["unet.w"].item() - 1) + abs(state["vae.w"].item() + 2)
+
+    class Like:
+        extras: dict[str, list[str]] = {}  # noqa: RUF012
+
+        def restore(self, states: Any, keep: bool) -> Any:
+            return {f"{part}.{n}": own[n] for part, own in states.items() for n in own}
+
+    method, weights, rest = scored(
+        Quiet(), METHODS["greedy_soup"], views, Like(), {"score": score, "mode": "min"}
+    )  # pyright: ignore[reportArgumentType]
+    assert weights == [0.0, 1.0, 0.0] and rest == {} and method.plan is None
+    assert seen[0] == {"unet.w": 0.0, "vae.w": 0.0} and len(seen) == 5
+
+
+def test_methods_tells_presets_and_what_a_method_needs():
+    assert "GRAD_V" in rebasin("methods") and "COSINE" in rebasin("methods")
+    assert "--fisher FILE" in rebasin("methods", "fisher")
+    assert "score=package.module:function" in rebasin("methods", "greedy_soup")
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_damaged_state_that_was_asked_for_is_told_and_one_that_was_not_begins_anew(tmp_path):
+    path = tmp_path / "state.safetensors"
+    for damage in (b"", b"x" * 99, b"\x08\0\0\0\0\0\0\0{}      "):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match="leave out resume=true to begin anew.$") as caught:
+            Resume(path, wanted=True).arguments(weight_matching)
+        assert str(path) in str(caught.value) and len(str(caught.value)) <= 300 + len(str(path))
+        assert Resume(path, wanted=True, asked=False).arguments(weight_matching)["resume_from"] is None
+
+
+def test_groups_of_other_commands_are_named():
+    error = ValueError("Could not override 'space'. No match in the defaults list.")
+    for config in ("config", "compare_methods"):
+        told = explain(error, ["space=blocks"], config)
+        assert told.startswith("The group 'space' has no effect here: it is for rebasin search")
+    assert (config_dir() / "space" / "blocks.yaml").is_file()
+
+
+def test_long_lists_are_cut():
+    names = [f"name{i}" for i in range(99)]
+    assert (
+        listed(names).startswith("name0, name1")
+        and listed(names).endswith("more")
+        and len(listed(names)) < 200
+    )
+    assert listed(["a", "b"]) == "a, b" and listed([]) == "none"
