@@ -285,7 +285,7 @@ def test_help_teaches_what_options_mean_and_waits_for_no_torch(tmp_path: Path):
         (["algo=ste", "algo.step=3"], "There is no option 'algo.step'; did you mean 'algo.steps'?"),
         (["merge=ties_sum", "merge.options.kk=1"], "did you mean 'merge.options.k'?"),
         (["algo=merge_many", "algo.match.ini=forward"], "did you mean 'algo.match.init'?"),
-        (["algo=sta"], "There is no algo 'sta'; choose one of activation_and_weight, "),
+        (["algo=sta"], "There is no algo 'sta'; did you mean 'ste'? Choose one of activation_and_weight, "),
     ],
 )
 def test_mistakes_are_told_with_what_was_meant(tmp_path: Path, arguments: list[str], sentence: str):

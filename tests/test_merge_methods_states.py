@@ -260,7 +260,7 @@ def without(model: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
-    ("nonsense", {}, ConfigError, "no merge method 'nonsense'; choose one of .*slerp"),
+    ("nonsense", {}, ConfigError, "no merge method 'nonsense'; there are .*slerp"),
     ("slerp", {"states": [state(1)]}, ConfigError, "takes 2 models, but got 1"),
     ("slerp", {"states": [state(1)] * 3}, ConfigError, "takes 2 models, but got 3"),
     ("clip", {}, ConfigError, "3 models or more"),
