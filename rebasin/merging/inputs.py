@@ -69,9 +69,10 @@ def copies(states: Sequence[State], labels: Sequence[str], base: State | None = 
             told.append(
                 f"{labels[twin]} and {labels[i]} are the same model, so merging the two changes nothing."
             )
-    for label, state in zip(labels[1:], states[1:], strict=False) if base is not None else ():
-        if is_copy(state, base):
-            told.append(f"The base and {label} are the same model, which therefore adds nothing.")
+    if base is not None:
+        for label, state in zip(labels[1:], states[1:], strict=False):
+            if is_copy(state, base):
+                told.append(f"The base and {label} are the same model, which therefore adds nothing.")
     return told
 
 
