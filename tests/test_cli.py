@@ -235,7 +235,9 @@ def test_interrupt_says_how_to_go_on_and_leaves_nothing(
         return hashes(*args)
 
     monkeypatch.setattr(stages, "hashes", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # what runs in the background ignores it
     try:
         told = rebasin("align", files.a, files.b, "-o", tmp_path / "out.safetensors", expect=130)
     finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_files import rebasin
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -34,6 +35,7 @@ from rebasin.reporting.sweep_command import command, place
 from rebasin.reporting.sweep_figures import Plot, draw_plot, lines
 from rebasin.reporting.sweep_page import into_docs, leave
 from rebasin.reporting.sweep_tables import table
+from rebasin.run import main
 from rebasin.spec import Leaf
 from rebasin.spec.restrict import restrict
 
@@ -180,22 +182,11 @@ def test_a_finished_run_is_known_again(swept):
     assert not experiments.finished(resolved(cfg), damaged), "interrupted while it was written"
 
 
-def test_the_job_leaves_a_finished_run_alone(swept, tmp_path):
-    import subprocess
-    import sys
-
-    command = [
-        sys.executable,
-        "-m",
-        "rebasin.run",
-        "+experiment=counterexample",
-        "size=small",
-        "study.points=5",
-    ]
-    command += [f"path.outputs={tmp_path}"]
-    first, second = (subprocess.run(command, capture_output=True, text=True, timeout=300) for _ in range(2))
-    assert first.returncode == 0, first.stderr
-    assert "is finished; again=true" not in first.stdout and "is finished; again=true" in second.stdout
+def test_the_job_leaves_a_finished_run_alone(swept, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["+experiment=counterexample", "size=small", "study.points=5", f"path.outputs={tmp_path}"]
+    first, second = (rebasin(*command, entry=main) for _ in range(2))
+    assert "is finished; again=true" not in first and "is finished; again=true" in second
     folder = tmp_path / "experiments" / "counterexample-small"
     assert {"report.html", "sweep.json", "sweep.csv", "table.md", "accuracy.png"} <= {
         p.name for p in folder.iterdir()

@@ -336,8 +336,6 @@ def test_it_judges_the_images_of_a_diffusion_model(
     slopes = torch.autograd.grad(loss, list(pipeline.unet.parameters()), allow_unused=True)
     norms = [float(slope.norm()) for slope in slopes if slope is not None]
     assert len(norms) == len(slopes) and all(math.isfinite(norm) for norm in norms) and max(norms) > 1e-4
-    figures = objective.evaluate(pipeline.unet, [small])
-    assert figures["reward"] == pytest.approx(-float(loss.detach()), abs=1e-5)
 
 
 @needs_image_reward
