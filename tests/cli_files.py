@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import string
 import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +53,18 @@ def read(path: Path) -> dict[str, Tensor]:
 @lru_cache(maxsize=4)
 def _read(path: Path, changed: int) -> dict[str, Tensor]:
     return dict(load_safetensors(path))
+
+
+def small_tokenizer(folder: Path, tokens: int = 64) -> Path:
+    """A tokenizer's folder with so many tokens (at least 56): letters, letters that end a word, start and end."""
+    from transformers import CLIPTokenizer
+
+    letters = ["!", *string.ascii_lowercase]
+    known = [*letters, *(f"{letter}</w>" for letter in letters)]
+    known += [f"<{n}>" for n in range(tokens - len(known) - 2)]
+    vocabulary: Any = {token: n for n, token in enumerate([*known, "<|startoftext|>", "<|endoftext|>"])}
+    CLIPTokenizer(vocab=vocabulary, model_max_length=77).save_pretrained(folder)
+    return folder
 
 
 class Files:

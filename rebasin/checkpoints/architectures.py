@@ -20,7 +20,7 @@ from ..errors import CheckpointError, shown
 from ..types import dtype_of
 from .components import TEXT, TEXT_2, UNET, VAE
 from .families import TITLES, Shapes, text_width
-from .folders import load_config
+from .folders import own_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,10 +54,9 @@ def published(family: str) -> Config:
 def component_config(checkpoint: Checkpoint, component: str) -> Config:
     """The config of a component: that of its diffusers folder, or the released one, fitted to its shapes."""
     checkpoint.require(component)
-    if checkpoint.path.is_dir():
-        own = load_config(checkpoint.path / component) or load_config(checkpoint.path)
-        if own is not None:
-            return own
+    own = own_config(checkpoint.path, component)
+    if own is not None:
+        return own
     family, released = release_of(checkpoint.family, component)
     return fit(published(family)[released], component, checkpoint.shapes(component))
 
@@ -83,7 +82,11 @@ SIZES = {
         "out_channels": ("conv_out.weight", 0),
         "projection_class_embeddings_input_dim": ("add_embedding.linear_1.weight", 1),
     },
-    VAE: {"latent_channels": ("post_quant_conv.weight", 0)},
+    VAE: {
+        "in_channels": ("encoder.conv_in.weight", 1),
+        "out_channels": ("decoder.conv_out.weight", 0),
+        "latent_channels": ("post_quant_conv.weight", 0),
+    },
     TEXT: TEXT_SIZES,
     TEXT_2: TEXT_SIZES,
 }
@@ -179,12 +182,12 @@ def _size(shapes: Shapes, name: str, axis: int, default: int) -> int:
     return shapes[name][axis] if name in shapes and len(shapes[name]) > axis else default
 
 
-def architecture(what: Checkpoint | str, component: str, device: str = "meta") -> Built:
+def architecture(what: Checkpoint | str, component: str, device: str | None = "meta") -> Built:
     """A component as a module, with example inputs: (module, args, kwargs), all on `device`.
 
     `what` is a checkpoint, or a family as released. The module's tensors have the names of
     `Checkpoint.component`. The VAE is called with an image and a latent and returns both halves' outputs, so
-    that the latent channels, which the UNet knows, stay in order.
+    that the latent channels, which the UNet knows, stay in order. With `device=None` only parameters have no numbers.
 
     Raises:
         CheckpointError: there is no such component, or the file lacks tensors of it, or has them in other shapes.
@@ -209,11 +212,16 @@ def architecture(what: Checkpoint | str, component: str, device: str = "meta") -
     return built
 
 
-def build(component: str, config: Mapping[str, Any], device: str = "meta") -> Built:
-    """The module of a config, freshly initialised (or without numbers, on "meta"), and example inputs."""
+def build(component: str, config: Mapping[str, Any], device: str | None = "meta") -> Built:
+    """The module of a config, freshly initialised (or without numbers, on "meta"), and example inputs.
+
+    `device=None`: parameters without numbers, to be filled, and everything else on the CPU.
+    """
+    from accelerate import init_empty_weights
+
     from . import modules  # late: diffusers and transformers take seconds to import
 
-    with torch.device(device):
+    with init_empty_weights(include_buffers=False) if device is None else torch.device(device):
         return modules.build(component, dict(config))
 
 

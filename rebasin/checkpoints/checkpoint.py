@@ -148,7 +148,7 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
     key_map = {name: components.key_map(place, raw) for name, place in found.items()}
     try:
         shapes = {name: shapes_of(component_state(raw, own)) for name, own in key_map.items()}
-        family, kind = identify(shapes, found, where)
+        family, kind = identify(shapes, found, where, folders.own_config(where, UNET))
     except IndexError as error:
         raise CheckpointError(
             f"{where} has tensors of shapes that no known model has; {EXPECTED}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from ..errors import CheckpointError
 from .components import TEXT, TEXT_2, UNET, VAE, Found
@@ -33,8 +34,17 @@ def title(family: str, variant: str) -> str:
     return TITLES[family] if variant in ("base", "") else f"{TITLES[family]} ({variant})"
 
 
-def identify(components: Mapping[str, Shapes], found: Mapping[str, Found], where: object) -> tuple[str, str]:
+def identify(
+    components: Mapping[str, Shapes],
+    found: Mapping[str, Found],
+    where: object,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[str, str]:
     """The family and the variant of the components with these shapes, in diffusers' names.
+
+    Args:
+        config: of the UNet, where a diffusers folder brings it. It may then have any size and any number of levels: it
+            is of the family that it is built like.
 
     Raises:
         CheckpointError: they belong to no family that is known here, or to different ones.
@@ -45,24 +55,60 @@ def identify(components: Mapping[str, Shapes], found: Mapping[str, Found], where
         encoder = next(c for c in components if c != VAE)
         return _text_family(components[encoder], found[encoder]), ""
     shapes = components[UNET]
-    family = _unet_family(shapes, where)
+    family = _unet_family(shapes) or (_built_like(components, config) if config else None)
+    if family is None:
+        raise CheckpointError(f"{where} is {_other(shapes)}, but {EXPECTED}.")
     _check_texts(family, components, where)
     channels = shapes["conv_in.weight"][1] if "conv_in.weight" in shapes else 4
     return family, VARIANTS.get(channels, f"{channels} input channels")
 
 
-def _unet_family(shapes: Shapes, where: object) -> str:
-    blocks = [re.match(r"down_blocks\.(\d+)\.", name) for name in shapes]
-    levels = 1 + max((int(f[1]) for f in blocks if f), default=-1)
-    attends = "down_blocks.0.attentions.0.proj_in.weight" in shapes
-    proj_in = next((s for n, s in shapes.items() if n.endswith("attentions.0.proj_in.weight")), ())
-    vector = "add_embedding.linear_1.weight" in shapes
+def _unet_family(shapes: Shapes) -> str | None:
+    """The family that has a UNet with as many levels as this."""
+    levels, attends, vector = _levels(shapes), _attends(shapes), _vector(shapes)
     if vector and not attends and levels in (3, 4):
         return "sdxl" if levels == 3 else "sdxl_refiner"
     if not vector and attends and levels == 4:
-        return "sd2" if len(proj_in) == 2 else "sd1"
-    kind = "Stable Diffusion unCLIP" if vector and attends else f"another UNet, of {levels} levels"
-    raise CheckpointError(f"{where} is {kind}, but {EXPECTED}.")
+        return "sd2" if _linear(shapes) else "sd1"
+    return None
+
+
+def _built_like(components: Mapping[str, Shapes], config: Mapping[str, Any]) -> str | None:
+    """The family whose UNet is called like this one: with text states, and perhaps sizes and a pooled text."""
+    other = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type")
+    kind = config.get("addition_embed_type")
+    if config.get("_class_name") != "UNet2DConditionModel" or any(config.get(key) for key in other):
+        return None
+    shapes = components[UNET]
+    if text_width(shapes) is None or kind not in (None, "text_time"):
+        return None
+    if kind is not None:
+        return "sdxl_refiner" if TEXT_2 in components and TEXT not in components else "sdxl"
+    return "sd2" if _linear(shapes) else "sd1"
+
+
+def _levels(shapes: Shapes) -> int:
+    blocks = [re.match(r"down_blocks\.(\d+)\.", name) for name in shapes]
+    return 1 + max((int(f[1]) for f in blocks if f), default=-1)
+
+
+def _attends(shapes: Shapes) -> bool:
+    return "down_blocks.0.attentions.0.proj_in.weight" in shapes
+
+
+def _vector(shapes: Shapes) -> bool:
+    return "add_embedding.linear_1.weight" in shapes
+
+
+def _linear(shapes: Shapes) -> bool:
+    """Whether matrices, not convolutions, stand before the transformers."""
+    return len(next((s for n, s in shapes.items() if n.endswith("attentions.0.proj_in.weight")), ())) == 2
+
+
+def _other(shapes: Shapes) -> str:
+    if _vector(shapes) and _attends(shapes):
+        return "Stable Diffusion unCLIP"
+    return f"another UNet, of {_levels(shapes)} levels"
 
 
 def _check_texts(family: str, components: Mapping[str, Shapes], where: object) -> None:

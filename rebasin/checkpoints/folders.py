@@ -85,6 +85,19 @@ def _choose(folder: Path, keys: list[tuple[str, str]], variant: str | None) -> t
     )
 
 
+def own_config(where: Path, component: str) -> dict[str, Any] | None:
+    """The config of a component in a diffusers folder, which may be that of a pipeline or the component's own; None if
+    it has none, or is a file.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    if not where.is_dir():
+        return None
+    found = load_config(where / component)
+    return load_config(where) if found is None else found
+
+
 def load_config(folder: Path) -> dict[str, Any] | None:
     """config.json of a component's folder, None if it has none.
 

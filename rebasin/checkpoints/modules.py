@@ -5,6 +5,7 @@ Importing this file imports both libraries, so it is imported late.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -54,6 +55,18 @@ class ProjectedTextEncoder(CLIPTextModelWithProjection):
         return found.last_hidden_state, found.text_embeds
 
 
+def native(module: nn.Module) -> nn.Module:
+    """The library's own class with the same tensors and submodules, as pipelines call it; nothing is copied."""
+    if isinstance(module, TextEncoder):
+        return module.text_model
+    kind = {Autoencoder: AutoencoderKL, ProjectedTextEncoder: CLIPTextModelWithProjection}.get(type(module))
+    if kind is None:
+        return module
+    plain = copy.copy(module)
+    plain.__class__ = kind
+    return plain
+
+
 def build(component: str, config: dict[str, Any]) -> Built:
     """The module of this config and an example call, on torch's present default device."""
     texts = {TEXT: partial(_text, TextEncoder), TEXT_2: partial(_text, ProjectedTextEncoder)}
@@ -89,6 +102,7 @@ def _vae(config: dict[str, Any]) -> Built:
 
 
 def _text(kind: Callable[[CLIPTextConfig], nn.Module], config: dict[str, Any]) -> Built:
-    text = CLIPTextConfig.from_dict({k: v for k, v in config.items() if k != "architectures"})
+    other = ("architectures", "dtype", "torch_dtype")  # types are those of the tensors
+    text = CLIPTextConfig.from_dict({k: v for k, v in config.items() if k not in other})
     module = kind(text)
     return module, (torch.randint(0, text.vocab_size, (1, text.max_position_embeddings)),), {}

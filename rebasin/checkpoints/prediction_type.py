@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +30,14 @@ READ = 100_000
 
 @dataclass(frozen=True)
 class Prediction:
-    """kind: "epsilon", "v_prediction", or None where nothing in or beside the file tells; `reason` says why."""
+    """kind: "epsilon", "v_prediction", or None where nothing in or beside the file tells; `reason` says why.
+
+    `zero_snr`: the noisiest step that it learned is noise alone (a schedule rescaled to end there).
+    """
 
     kind: Literal["epsilon", "v_prediction"] | None
     reason: str
+    zero_snr: bool = False
 
 
 def prediction(
@@ -44,6 +48,12 @@ def prediction(
     Stable Diffusion 2.x has the same tensors whether it predicts noise (512 pixels) or velocity (768 pixels).
     Nothing that a permutation does depends on it; the denoising loss of an evaluation does.
     """
+    found = _kind(path, family, names, metadata)
+    marked = "ztsnr" in names or metadata.get("ss_zero_terminal_snr", "").lower() == "true"
+    return replace(found, zero_snr=marked and found.kind != "epsilon")
+
+
+def _kind(path: Path, family: str, names: Mapping[str, object], metadata: Mapping[str, str]) -> Prediction:
     mark = next((name for name in names if name == "v_pred" or name.startswith("edm_vpred.")), None)
     if mark is not None:
         return Prediction("v_prediction", f"the file has the mark {mark!r}")

@@ -17,6 +17,9 @@ CHANNELS = {variant: channels for channels, variant in VARIANTS.items()}
 REDUCED_WIDTH = {"sd1": 16, "sd2": 20, "sdxl": 20, "sdxl_refiner": 24}
 """Channels of the first level, reduced, for proofs and tests: the fewest that keep every head apart."""
 
+FEW_TOKENS = 64
+"""The vocabulary of a text encoder in a proof."""
+
 
 def reduced_configs(
     family: str,
@@ -63,7 +66,11 @@ def narrow(
     if component == UNET:
         width = min(REDUCED_WIDTH[family], config["block_out_channels"][0])
         return narrow_unet(config, width, reads, pooled)
-    return narrow_vae(config, ratio) if component == VAE else {**narrow_text(config, ratio), "vocab_size": 64}
+    if component == VAE:
+        return narrow_vae(config, ratio)
+    text = {**narrow_text(config, ratio), "vocab_size": FEW_TOKENS}
+    ids = (f"{name}_token_id" for name in ("bos", "eos", "pad"))
+    return text | {key: FEW_TOKENS - 1 for key in ids if (text.get(key) or 0) >= FEW_TOKENS}
 
 
 def narrow_unet(config: Mapping[str, Any], width: int, reads: int, pooled: int) -> Config:
