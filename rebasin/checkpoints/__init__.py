@@ -13,6 +13,7 @@ from .architectures import architecture
 from .checkpoint import Checkpoint, open_checkpoint, require_same_family
 from .output import Saved, save_checkpoint
 from .pickled import PickledState, load_pickled
+from .pipeline import assemble
 from .specs import component_spec
 
 LazyState = SafetensorsState
@@ -27,6 +28,7 @@ __all__ = [
     "SafetensorsState",
     "Saved",
     "architecture",
+    "assemble",
     "atomic_path",
     "component_spec",
     "load_metadata",

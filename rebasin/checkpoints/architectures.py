@@ -108,6 +108,40 @@ def fit(config: Config, component: str, shapes: Shapes) -> Config:
     return config
 
 
+BUILT = {
+    UNET: (
+        "down_block_types", "up_block_types", "layers_per_block", "block_out_channels", "norm_num_groups",
+        "attention_head_dim", "transformer_layers_per_block", "flip_sin_to_cos", "freq_shift", "act_fn",
+    ),
+    VAE: (
+        "down_block_types", "up_block_types", "layers_per_block", "block_out_channels", "norm_num_groups",
+        "scaling_factor", "act_fn",
+    ),
+    TEXT: ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
+    TEXT_2: ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
+}  # fmt: skip
+"""What a module is built by, and what its outputs mean."""
+
+
+def unlike_release(checkpoint: Checkpoint, component: str) -> str | None:
+    """An entry of the config in a folder, and its value, that would be another one if it were taken from the release
+    and the shapes, as it is for a single file; None if all are the same.
+    """
+    own = own_config(checkpoint.path, component)
+    if own is None:
+        return None
+    family, released = release_of(checkpoint.family, component)
+    told = fit(published(family)[released], component, checkpoint.shapes(component))
+    levels = len(told.get("block_out_channels", ()))
+
+    def plain(value: Any) -> Any:  # one number for all levels, or one for each
+        return [value] * levels if isinstance(value, int | float) and levels else value
+
+    both = (key for key in BUILT[component] if key in own and key in told)
+    differs = next((key for key in both if plain(own[key]) != plain(told[key])), None)
+    return None if differs is None else f"{differs} {shown(own[differs])}"
+
+
 def _fit_unet(config: Config, shapes: Shapes) -> None:
     released = config["block_out_channels"]
     config["cross_attention_dim"] = text_width(shapes) or config["cross_attention_dim"]

@@ -19,6 +19,9 @@ from .pickled import load_tensors
 
 PARTS = (UNET, VAE, TEXT, TEXT_2)
 
+INDEX = "model_index.json"
+"""What a pipeline's folder says of its parts."""
+
 WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?"
     r"(?:-(?P<shard>\d{5})-of-(?P<shards>\d{5}))?(?:\.(?P<late>[\w-]+))?\.(?P<suffix>safetensors|bin)"
@@ -98,16 +101,16 @@ def own_config(where: Path, component: str) -> dict[str, Any] | None:
     return load_config(where) if found is None else found
 
 
-def load_config(folder: Path) -> dict[str, Any] | None:
-    """config.json of a component's folder, None if it has none.
+def load_config(folder: Path, name: str = "config.json") -> dict[str, Any] | None:
+    """A folder's configuration of this name, None if it has none.
 
     Raises:
         CheckpointError: it is no JSON object.
     """
-    path = folder / "config.json"
+    path = folder / name
     if not path.is_file():
         return None
     try:
-        return conform(Mapping[str, Any], parse(path.read_bytes()))
+        return dict(conform(Mapping[str, Any], parse(path.read_bytes())))
     except (SchemaError, OSError) as error:
         raise CheckpointError(f"{path} is no readable configuration: {error}.") from error

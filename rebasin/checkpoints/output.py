@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,14 @@ from ..files import PathLike, atomic_folder, atomic_path, write_text
 from ..tensors import save_safetensors
 from ..tensors.writer import convert, require_space, target_dtype
 from ..types import DerivedState, LazyTensor, Progress, State, dtype_of, is_finite, passed, shape_of, tell
-from .architectures import PARTS_OF, component_config, published
+from .architectures import PARTS_OF, component_config, published, unlike_release
 from .components import TEXT, TEXT_2, UNET, VAE
+from .folders import INDEX
 from .key_map import component_state
 from .layouts import single_file
+from .pipeline import pipeline_class, pipeline_index, pipeline_options
+from .schedulers import own_scheduler, released_scheduler
+from .tokenizers import TOKENIZERS, clip_files, clip_merges, padding, vocabulary_of
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -121,8 +126,18 @@ def parts(checkpoint: Checkpoint, state: State) -> dict[str, State]:
 
 
 def _one_file(checkpoint: Checkpoint, state: State) -> State:
-    """A folder's components as one file in the original layout."""
+    """A folder's components as one file in the original layout.
+
+    Raises:
+        CheckpointError: they are built unlike those of the release, which a single file can't tell.
+    """
     own = parts(checkpoint, state)
+    for name in own:
+        if differs := unlike_release(checkpoint, name):
+            raise CheckpointError(
+                f"The {name} of {checkpoint.path} has {differs}, which no single file tells; name a folder for the"
+                " result."
+            )
     if checkpoint.family in PARTS_OF:
         return DerivedState({name: passed(s, name) for s in own.values() for name in s})
     return single_file(checkpoint.family, own)
@@ -181,8 +196,6 @@ CLASSES = {
     TEXT_2: ("transformers", "CLIPTextModelWithProjection"),
 }
 
-TOKENIZERS = {TEXT: "tokenizer", TEXT_2: "tokenizer_2"}
-
 
 def _save_folder(target: Path, checkpoint: Checkpoint, state: State, save: Callable[..., Path]) -> Saved:
     require_space(target, bytes_of(state))
@@ -201,39 +214,58 @@ def _save_folder(target: Path, checkpoint: Checkpoint, state: State, save: Calla
 
 
 def _save_index(folder: Path, checkpoint: Checkpoint, own: Iterable[str], notes: list[str]) -> None:
-    """model_index.json and the scheduler; tokenizers are copied from a folder that has them."""
+    """model_index.json, the scheduler and the tokenizers: those of a folder, or those of the release."""
     if checkpoint.family in PARTS_OF:
         return
-    release = published(checkpoint.family)
-    scheduler = dict(release["scheduler"])
-    if checkpoint.prediction.kind is not None:
-        scheduler["prediction_type"] = checkpoint.prediction.kind
+    family, found = checkpoint.family, checkpoint.prediction
+    scheduler = own_scheduler(checkpoint) or released_scheduler(family, found.kind, found.zero_snr)
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    index: dict[str, Any] = {"_class_name": release["pipeline"]}
+    index: dict[str, Any] = {"_class_name": pipeline_class(checkpoint) or published(family)["pipeline"]}
+    index["_diffusers_version"] = version(
+        "diffusers"
+    )  # which it asks for when it loads an inpainting pipeline
+    for key, value in pipeline_options(checkpoint).items():
+        if key != "add_watermarker":
+            index[key] = [None, None] if value is None else value
     index |= {name: list(CLASSES[name]) for name in own}
-    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    index["scheduler"] = ["diffusers", scheduler.get("_class_name")]
     for name, tokenizer in TOKENIZERS.items():
-        if name in index:
-            copied = _copy(checkpoint.path / tokenizer, folder / tokenizer)
-            index[tokenizer] = ["transformers", "CLIPTokenizer"] if copied else [None, None]
-    if any(index.get(tokenizer) == [None, None] for tokenizer in TOKENIZERS.values()):
-        notes.append(
-            "The folder has no tokenizer, as a single file holds none; add CLIP's to load it as a pipeline."
-        )
-    write_json(folder / "model_index.json", index)
+        if name in index and _save_tokenizer(folder / tokenizer, checkpoint, name):
+            index[tokenizer] = _tokenizer_class(checkpoint, tokenizer)
+        elif name in index:
+            index[tokenizer] = [None, None]
+            notes.append(
+                f"The folder has no {tokenizer}, as its {name} does not read CLIP's tokens and no tokenizer came with"
+                " it; add its own to load it as a pipeline."
+            )
+    write_json(folder / INDEX, index)
+
+
+def _tokenizer_class(checkpoint: Checkpoint, tokenizer: str) -> list[str]:
+    told = pipeline_index(checkpoint).get(tokenizer)
+    return (
+        told if isinstance(told, list) and told[:1] == ["transformers"] else ["transformers", "CLIPTokenizer"]
+    )
+
+
+def _save_tokenizer(target: Path, checkpoint: Checkpoint, component: str) -> bool:
+    """The tokenizer of the checkpoint's folder, else CLIP's if the encoder has as many tokens; False if neither is."""
+    source = checkpoint.path / target.name
+    if source.is_dir():
+        target.mkdir()
+        for file in source.iterdir():
+            if file.is_file() and file.suffix in (".json", ".txt", ".model"):
+                shutil.copyfile(file, target / file.name)
+        return True
+    if component_config(checkpoint, component).get("vocab_size") != len(vocabulary_of(clip_merges())):
+        return False
+    target.mkdir()
+    for name, text in clip_files(padding(component, checkpoint.family)).items():
+        write_text(target / name, text)
+    return True
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a config as diffusers does."""
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _copy(source: Path, target: Path) -> bool:
-    if not source.is_dir():
-        return False
-    target.mkdir()
-    for file in source.iterdir():
-        if file.is_file() and file.suffix in (".json", ".txt"):
-            shutil.copyfile(file, target / file.name)
-    return True

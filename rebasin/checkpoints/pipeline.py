@@ -6,6 +6,7 @@ What a diffusers folder brings comes first; what a single file lacks is that of 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError
-from ..files import PathLike, SchemaError, conform, parse
+from ..files import PathLike
 from .architectures import architecture
 from .components import TEXT, TEXT_2, UNET, VAE
+from .folders import INDEX, load_config
 from .schedulers import new_scheduler, scheduler_config
 from .tokenizers import TOKENIZERS, load_tokenizer
 
@@ -54,6 +56,28 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
 """What the pipelines are told besides their parts; a folder's model_index.json may say otherwise."""
 
 TOLD = ("force_zeros_for_empty_prompt", "requires_aesthetics_score", "is_cosxl_edit")
+
+
+def pipeline_class(checkpoint: Checkpoint) -> str | None:
+    """The name in diffusers of the pipeline for a checkpoint: the one that its folder names if it is one of those for
+    this kind of model; None for parts alone and for variants that have none here.
+    """
+    classes = PIPELINES.get((KINDS.get(checkpoint.family, ""), checkpoint.variant))
+    if classes is None:
+        return None
+    told = pipeline_index(checkpoint).get("_class_name")
+    return told if told in classes else classes[0]
+
+
+def pipeline_options(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What its class is told besides the parts."""
+    index = pipeline_index(checkpoint)
+    return {**OPTIONS[KINDS[checkpoint.family]], **{key: index[key] for key in TOLD if key in index}}
+
+
+def pipeline_index(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """model_index.json of a pipeline's folder, empty where there is none."""
+    return load_config(checkpoint.path, INDEX) or {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,25 +121,18 @@ def plan_pipeline(
             f" {', '.join(checkpoint.components)}, and a whole checkpoint is needed."
         )
     assert kind is not None
-    classes = PIPELINES.get((kind, checkpoint.variant))
-    if classes is None:
+    name = pipeline_class(checkpoint)
+    if name is None:
         raise CheckpointError(
             f"{checkpoint.path} is {checkpoint.title}, which needs further inputs that are not made here, so there"
             " are no pictures of it; without pictures it can be aligned and merged."
         )
-    index = _index(checkpoint)
-    told = str(index.get("_class_name"))
-    for name in needed:
-        architecture(checkpoint, name)
-    tokenizers = {name: load_tokenizer(checkpoint, name, tokenizer) for name in needed if name in TOKENIZERS}
-    options = {**OPTIONS[kind], **{key: index[key] for key in TOLD if key in index}}
-    return Plan(
-        told if told in classes else classes[0],
-        needed,
-        tokenizers,
-        scheduler_config(checkpoint, prediction),
-        options,
-    )
+    # The cheap ones first: a tokenizer, and then modules, take seconds.
+    scheduler = scheduler_config(checkpoint, prediction)
+    tokenizers = {own: load_tokenizer(checkpoint, own, tokenizer) for own in needed if own in TOKENIZERS}
+    for component in needed:
+        architecture(checkpoint, component)
+    return Plan(name, needed, tokenizers, scheduler, pipeline_options(checkpoint))
 
 
 def assemble(
@@ -170,23 +187,12 @@ def load_component(checkpoint: Checkpoint, component: str, dtype: torch.dtype | 
     return native(module.eval())
 
 
-def _index(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """model_index.json of a pipeline's folder, empty where there is none."""
-    path = checkpoint.path / "model_index.json"
-    if not path.is_file():
-        return {}
-    try:
-        return conform(Mapping[str, Any], parse(path.read_bytes()))
-    except (SchemaError, OSError) as error:
-        raise CheckpointError(f"{path} is no readable configuration: {error}.") from error
-
-
 def _pipeline(kind: str, parts: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     with quiet():
         import diffusers
 
         made = getattr(diffusers, kind)
-        known = made.__init__.__code__.co_varnames
+        known = inspect.signature(made.__init__).parameters
         pipeline = made(**parts, **{key: value for key, value in options.items() if key in known})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError, shown
-from ..files import SchemaError, conform, parse
 from .architectures import published
+from .folders import load_config
 from .prediction_type import KINDS
 
 if TYPE_CHECKING:
@@ -25,13 +25,18 @@ def own_scheduler(checkpoint: Checkpoint) -> Config | None:
     Raises:
         CheckpointError: it is no JSON object.
     """
-    path = checkpoint.path / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
-        return None
-    try:
-        return dict(conform(Mapping[str, Any], parse(path.read_bytes())))
-    except (SchemaError, OSError) as error:
-        raise CheckpointError(f"{path} is no readable configuration: {error}.") from error
+    return load_config(checkpoint.path / "scheduler", "scheduler_config.json")
+
+
+def released_scheduler(family: str, kind: str | None, zero_snr: bool = False) -> Config:
+    """The scheduler of a family's release, with what a UNet predicts as far as that is known."""
+    config = {**published(family)["scheduler"], **({} if kind is None else {"prediction_type": kind})}
+    if zero_snr and kind == KINDS["v"]:
+        config |= ZERO_SNR
+        if config["_class_name"] == "PNDMScheduler":  # which can't begin there
+            config.pop("skip_prk_steps")
+            config["_class_name"] = "DDIMScheduler"
+    return config
 
 
 def scheduler_config(checkpoint: Checkpoint, prediction: str | None = None) -> Config:
@@ -62,13 +67,7 @@ def scheduler_config(checkpoint: Checkpoint, prediction: str | None = None) -> C
             f"Nothing tells whether the UNet of {checkpoint.path} predicts noise or velocity ({found.reason}); say"
             " model.prediction=epsilon or model.prediction=v_prediction."
         )
-    config = {**published(checkpoint.family)["scheduler"], "prediction_type": kind}
-    if found.zero_snr and kind == KINDS["v"]:
-        config |= ZERO_SNR
-        if config["_class_name"] == "PNDMScheduler":  # which can't begin there
-            config.pop("skip_prk_steps")
-            config["_class_name"] = "DDIMScheduler"
-    return config
+    return released_scheduler(checkpoint.family, kind, found.zero_snr)
 
 
 def new_scheduler(config: Mapping[str, Any], where: object) -> Any:
@@ -82,7 +81,7 @@ def new_scheduler(config: Mapping[str, Any], where: object) -> Any:
     name = str(config.get("_class_name"))
     kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if kind is None or not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
-        raise CheckpointError(f"The scheduler of {where} is {shown(name)}, which diffusers has not.")
+        raise CheckpointError(f"The scheduler of {where} is {shown(name)}, which diffusers does not have.")
     try:
         return kind.from_config(dict(config))  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as error:  # whatever its numbers lead to

@@ -7,6 +7,7 @@ prompt up with.
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -57,6 +58,24 @@ def clip_merges() -> Merges:
 def clip_tokenizer(padding: str = END) -> Any:
     """CLIP's tokenizer, which fills texts up with this token."""
     return _of_merges(clip_merges(), padding)
+
+
+def clip_files(padding: str = END) -> dict[str, str]:
+    """CLIP's tokenizer as the files of a diffusers folder, name -> text."""
+    special = {"bos_token": START, "eos_token": END, "pad_token": padding, "unk_token": END}
+    config = {
+        **special,
+        "model_max_length": LENGTH,
+        "tokenizer_class": "CLIPTokenizer",
+        "do_lower_case": True,
+    }
+    merges = [f"{a} {b}" for a, b in clip_merges()]
+    return {
+        "vocab.json": json.dumps(vocabulary_of(clip_merges()), ensure_ascii=False) + "\n",
+        "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+    }
 
 
 def load_tokenizer(checkpoint: Checkpoint, component: str, told: PathLike | None = None) -> Any:
