@@ -274,6 +274,10 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(folder):
     # A pipeline's folder is looked into, and CLIP's own file of merges is read.
     small_tokenizer(folder / "pipe" / "tokenizer")
     assert len(load_tokenizer(checkpoint, "text_encoder", folder / "pipe")) == 64
+    # One that serves both of SDXL's encoders fills up with zeros for the second.
+    for name, pad in (("text_encoder", 63), ("text_encoder_2", 0)):
+        tokenizer = load_tokenizer(plain(folder, "sdxl"), name, folder / "pipe")
+        assert tokenizer("a", padding="max_length", truncation=True).input_ids == [62, 28, 63] + [pad] * 74
     wide = made(folder, "sd1", vocabulary=None)
     assert load_tokenizer(wide, "text_encoder", MERGES)("a photo of a cat").input_ids == CAT
 

@@ -93,7 +93,12 @@ def load_tokenizer(checkpoint: Checkpoint, component: str, told: PathLike | None
     own = checkpoint.path / TOKENIZERS[component]
     if told is not None:
         place = Path(told).expanduser()
-        tokenizer = _read(_inside(place, component), component, checkpoint.family)
+        inside = _inside(place, component)
+        tokenizer = _read(inside, component, checkpoint.family)
+        if (
+            component == TEXT_2 and inside.name != TOKENIZERS[TEXT_2]
+        ):  # the first one's, which may fill up otherwise
+            _fill_with_zeros(tokenizer)
     elif checkpoint.path.is_dir() and own.is_dir():
         place = own
         tokenizer = _read(own, component, checkpoint.family)
@@ -117,6 +122,11 @@ def load_tokenizer(checkpoint: Checkpoint, component: str, told: PathLike | None
 def padding(component: str, family: str) -> str:
     """The token with which texts for this encoder are filled up."""
     return END if component == TEXT and family != "sd2" else ZERO
+
+
+def _fill_with_zeros(tokenizer: Any) -> None:
+    if tokenizer.convert_tokens_to_ids(ZERO) == 0:
+        tokenizer.pad_token = ZERO
 
 
 def _knows(known: object) -> str:
