@@ -8,8 +8,8 @@ With x0 the clean latents, e the noise and abar = alphas_cumprod[t]:
 
 [1] Ho et al., 2006.11239. [2] Salimans and Ho, 2202.00512. [3] Liu et al., 2209.03003.
 
-A batch is a mapping with `latents` and `noise` (n, ...), `timesteps` (n,), and `condition`, the text states
-(n, tokens, width) or None. Noise and timesteps are drawn once with a seed, by whoever makes the batches: so
+A batch is a mapping with `latents` and `noise` (n, ...), `timesteps` (n,), and `condition`, what the model is told
+besides (see `Condition`). Noise and timesteps are drawn once with a seed, by whoever makes the batches: so
 two models are comparable to the last digit.
 """
 
@@ -19,15 +19,23 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from ..data.batches import batched
+from ..data.batches import batched, length
 from ..errors import ConfigError, DataError
 from .base import mean_over_batches
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
 
-
 Batch = Mapping[str, Any]
+
+Condition = Tensor | Mapping[str, Any]
+"""What a denoiser is told besides noisy latents and timesteps: text states (n, tokens, width), or further arguments of
+its call by name, nested mappings of tensors with n rows (SDXL's `added_cond_kwargs`, say). The entry CHANNELS is none of
+its arguments, but further channels of the latents that it is given (inpainting's mask and masked image).
+"""
+
+CHANNELS = "further_channels"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +43,8 @@ class Denoising:
     """Mean squared error of what a denoiser predicts, averaged over samples and elements.
 
     The model is called as `model(noisy, timesteps, encoder_hidden_states=condition).sample`, the calling
-    convention of diffusers' conditional UNets (without a condition, `encoder_hidden_states` is left out).
+    convention of diffusers' conditional UNets (without a condition, `encoder_hidden_states` is left out; other
+    conditions, see `Condition`).
 
     Attributes:
         prediction: what the model predicts; the `prediction_type` of its scheduler, or "flow".
@@ -135,7 +144,7 @@ class Denoising:
 def problems(
     problem: Denoising,
     clean: Tensor,
-    condition: Tensor | None = None,
+    condition: Condition | None = None,
     *,
     batch_size: int = 100,
     seed: int = 0,
@@ -148,14 +157,14 @@ def problems(
     Args:
         problem: whose schedule it is.
         clean: [n, ...], as the model was trained on them: images in -1..1, or scaled latents.
-        condition: text states [n, tokens, width].
+        condition: of each sample.
 
     Raises:
         ConfigError: there are no samples, or not as many conditions.
     """
     n = len(clean)
-    if n == 0 or batch_size < 1 or (condition is not None and len(condition) != n):
-        texts = "no" if condition is None else str(len(condition))
+    if n == 0 or batch_size < 1 or (condition is not None and length(condition) != n):
+        texts = "no" if condition is None else str(length(condition))
         raise ConfigError(
             f"Denoising needs samples, with a condition for each or none, but there are {n} samples, {texts}"
             f" conditions and batches of {batch_size}."
@@ -175,10 +184,20 @@ def stratified(problem: Denoising, n: int, generator: torch.Generator) -> Tensor
     return (places * len(problem.alphas_cumprod)).long()
 
 
-def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Tensor | None) -> Tensor:
-    """What the denoiser says of noisy latents [n, ...] at timesteps [n]."""
-    given: dict[str, Any] = {} if condition is None else {"encoder_hidden_states": condition}
-    return model(noisy, timesteps, **given).sample
+def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Condition | None) -> Tensor:
+    """What the denoiser says of noisy latents [n, ...] at timesteps [n], in their type; it computes in its own."""
+    given: dict[str, Any] = dict(condition) if isinstance(condition, Mapping) else {}
+    if isinstance(condition, Tensor):
+        given = {"encoder_hidden_states": condition}
+    further, inputs = given.pop(CHANNELS, None), noisy
+    if further is not None:
+        inputs = torch.cat([noisy, further.to(noisy)], dim=1)
+    dtype = next((p.dtype for p in model.parameters()), noisy.dtype)
+    if dtype != inputs.dtype:
+        inputs, given = pytree.tree_map_only(
+            Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (inputs, given)
+        )
+    return model(inputs, timesteps, **given).sample.to(noisy.dtype)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

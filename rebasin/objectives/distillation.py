@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tensors.modules import eval_mode
-from .denoising import Batch, Denoising, predict, stratified
+from ..data.batches import length, rows
+from ..tensors.modules import device_of, eval_mode, to_device
+from .denoising import Batch, Condition, Denoising, predict, stratified
 from .sampling import sample
 
 
@@ -35,16 +36,16 @@ def teach(
     problem: Denoising,
     model_a: nn.Module,
     model_b: nn.Module,
-    conditions: Sequence[Tensor | int],
+    conditions: Sequence[Condition | int],
     shape: tuple[int, ...],
     *,
-    unconditional: Tensor | None = None,
+    unconditional: Condition | None = None,
     guidance: float = 1.0,
     steps: int = 20,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Batches for `Distillation`, one for each of `conditions`: text states [n, tokens, width], or, for models without
-    a condition, the number of samples n.
+    """Batches for `Distillation`, one for each of `conditions`: what n samples are told, or, for models without a
+    condition, their number n.
 
     The first half of each batch's latents is sampled by A, the rest by B, from noise of its own, with
     `sampling.sample`'s options. Timesteps are stratified: one from each of n equal parts of the schedule, in a random
@@ -56,18 +57,18 @@ def teach(
     """
     options: Any = {"steps": steps, "guidance": guidance}
     generator = torch.Generator().manual_seed(seed)
-    device = next(model_a.parameters()).device
-    unconditional = None if unconditional is None else unconditional.to(device)
+    device = device_of(model_a)
+    unconditional = to_device(unconditional, device)
     batches = []
     with eval_mode(model_a), eval_mode(model_b):
         for item in conditions:
-            condition, n = (None, item) if isinstance(item, int) else (item.to(device), len(item))
+            condition, n = (None, item) if isinstance(item, int) else (to_device(item, device), length(item))
             start, noise = (torch.randn(n, *shape, generator=generator).to(device) for _ in range(2))
             times = stratified(problem, n, generator).to(device)
             made = []
             for model, half in ((model_a, slice(0, n // 2)), (model_b, slice(n // 2, n))):
                 if len(start[half]):
-                    given = None if condition is None else condition[half]
+                    given = None if condition is None else rows(condition, half)
                     made.append(sample(model, problem, start[half], given, unconditional, **options))
             batch = {"latents": torch.cat(made), "noise": noise, "timesteps": times, "condition": condition}
             noisy, _ = problem.noisy_and_target(batch)

@@ -5,8 +5,8 @@
 Only the last `grad_steps` sampling steps are differentiable, as in ReFL (Xu et al., ImageReward, 2304.05977):
 the gradient of a whole trajectory costs as many times the memory, and it is mostly noise.
 
-A batch is a mapping with `noise` (n, ...), `condition` (n, tokens, width), `prompts`, a sequence of n texts,
-and, for guidance, `unconditional` (1 or n, tokens, width). The noise is fixed with a seed by whoever makes the
+A batch is a mapping with `noise` (n, ...), `condition` (see `denoising.Condition`), `prompts`, a sequence of n texts,
+and, for guidance, `unconditional`, of one or n samples. The noise is fixed with a seed by whoever makes the
 batches, so that two models are comparable image by image.
 """
 
@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import batched
+from ..data.batches import batched, first
 from ..errors import ConfigError
 from .base import imported, mean_over_batches
-from .denoising import Denoising
+from .denoising import Condition, Denoising
 from .sampling import sample, timesteps
 
 Scorer = Callable[[Tensor, Sequence[str]], Tensor]
 """(images [n, channels, height, width] in 0..1, n prompts) -> scores [n], higher is better."""
 
-Embed = Callable[[Sequence[str]], Tensor]
-"""n prompts -> text states [n, tokens, width]."""
+Embed = Callable[[Sequence[str]], Condition]
+"""n prompts -> what the model is told of them, text states say."""
 
 Batch = Mapping[str, Any]
 
@@ -132,7 +132,7 @@ def prompt_batches(
     noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(count)])
     texts = [prompts[i % len(prompts)] for i in range(count)]
     states, empty = embed(texts), embed([""])
-    batches = batched(batch_size, noise=noise.to(states.device), condition=states, prompts=texts)
+    batches = batched(batch_size, noise=noise.to(first(states).device), condition=states, prompts=texts)
     return [{**batch, "unconditional": empty} for batch in batches]
 
 

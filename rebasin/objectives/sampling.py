@@ -9,16 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..data.batches import joined, length, repeated
 from ..errors import ConfigError
-from .denoising import Denoising, predict
+from .denoising import Condition, Denoising, predict
 
 
 def sample(
     model: nn.Module,
     problem: Denoising,
     noise: Tensor,
-    condition: Tensor | None = None,
-    unconditional: Tensor | None = None,
+    condition: Condition | None = None,
+    unconditional: Condition | None = None,
     *,
     steps: int = 10,
     guidance: float = 1.0,
@@ -29,8 +30,7 @@ def sample(
     Args:
         model: called like diffusers' conditional UNets, as in `Denoising`.
         problem: what the model predicts, and its noise schedule.
-        condition, unconditional: text states [n, tokens, width]; the second, for `guidance` other than 1, also
-            [1, tokens, width].
+        condition, unconditional: of n samples; the second, for `guidance` other than 1, also of one.
         steps: calls of the model, one after the other.
         guidance: classifier-free guidance (Ho and Salimans, 2207.12598); 1 is none, and half the work.
         grad_steps: so many last steps are differentiable; the others keep no activations.
@@ -43,7 +43,7 @@ def sample(
         raise ConfigError(f"Guidance {guidance} needs the text states of the empty prompt, `unconditional`.")
     latents, states, copies = noise, condition, 1
     if guidance != 1 and condition is not None and unconditional is not None:
-        states, copies = torch.cat([unconditional.expand_as(condition), condition]), 2
+        states, copies = joined([repeated(unconditional, length(condition)), condition]), 2
     for number, (time, following) in enumerate(zip(chosen, [*chosen[1:], None], strict=True)):
         differentiable = torch.is_grad_enabled() and number >= steps - grad_steps
         with torch.set_grad_enabled(differentiable):
