@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..spec import PermutationSpec
 from ..tracing import compose
@@ -81,3 +81,48 @@ def without_prefix(state: State, prefix: str) -> DerivedState:
     """The part of a joint state whose names start with `prefix`, without it."""
     own = (name.removeprefix(prefix) for name in state if name.startswith(prefix))
     return DerivedState({name: passed(state, prefix + name) for name in own})
+
+
+class PromptedUNet(nn.Module):
+    """Text encoders and UNet as one, called like the UNet, but with token ids in the place of text states.
+
+    It computes what the pipeline does: SDXL reads the states before the last layer, and the pooled text.
+    """
+
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.texts = tuple(name for name in TEXTS if name in parts)
+        for name in (*self.texts, "unet"):
+            self.add_module(name, parts[name])
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        ids: Mapping[str, Tensor],
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        """ids: text encoder -> token ids [n, length]; added_cond_kwargs: SDXL's `time_ids`."""
+        hidden, pooled = [], None
+        for name in self.texts:
+            encoder: Any = getattr(self, name)
+            found = encoder.text_model(
+                input_ids=ids[name], output_hidden_states=added_cond_kwargs is not None
+            )
+            hidden.append(found.last_hidden_state if added_cond_kwargs is None else found.hidden_states[-2])
+            pooled = found.pooler_output
+        if added_cond_kwargs is None:
+            return self.unet(sample, timestep, hidden[0])
+        last: Any = getattr(self, self.texts[-1])
+        added = {**added_cond_kwargs, "text_embeds": last.text_projection(pooled)}
+        return self.unet(sample, timestep, torch.cat(hidden, dim=-1), added_cond_kwargs=added)
+
+
+def prompted_unet(built: Mapping[str, Built]) -> Built:
+    """The modules as a `PromptedUNet`, and its example inputs."""
+    model = PromptedUNet({name: one[0] for name, one in built.items()}).eval()
+    _, (sample, timestep, _), kwargs = built["unet"]
+    ids = {name: built[name][1][0] for name in model.texts}
+    added = kwargs.get("added_cond_kwargs")
+    more = {} if added is None else {"added_cond_kwargs": {"time_ids": added["time_ids"]}}
+    return model, (sample, timestep), {"ids": ids, **more}

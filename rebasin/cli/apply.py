@@ -59,10 +59,11 @@ def apply(
     Kinds: LoRA (kohya, diffusers, PEFT), LoCon, LoHa, LoKr, full differences,
     IA3, each with DoRA or without; ControlNet.
     """
-    from ..checkpoints import save_safetensors
+    from ..checkpoints import provenance, save_safetensors
+    from ..checkpoints.provenance import sha256_of
     from ..spec import Permutation
-    from . import provenance, session
-    from .inputs import check_output, kind_of_file, sha256_of
+    from . import session
+    from .inputs import check_output, kind_of_file
     from .permute_file import permuted
 
     console = session.begin()

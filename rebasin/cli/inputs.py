@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,13 +14,9 @@ from ..checkpoints.output import FILES, is_file
 from ..checkpoints.pickled import load_tensors
 from ..errors import CheckpointError, ConfigError, shown
 from ..spec.permutation import is_permutation
-from ..types import DerivedState, Progress, State, passed, tell
+from ..types import DerivedState, State, passed
 
 Kind = Literal["permutation", "adapter", "controlnet", "model"]
-
-BLOCK = 1 << 22
-
-WEIGHT_FILES = (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth")
 
 
 def open_all(
@@ -167,34 +162,3 @@ def check_output(output: Path, inputs: Sequence[Path], overwrite: bool, forms: S
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"{folder} can't be written to: {error.strerror or error}.") from error
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of the weights in a folder."""
-    return sum(file.stat().st_size for file in weight_files(path))
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The file itself, or the weight files of a folder, in the order of their names."""
-    if not path.is_dir():
-        return [path]
-    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in WEIGHT_FILES)
-
-
-def sha256_of(path: Path, progress: Progress | None = None) -> str:
-    """sha256 of a file, as model hubs show it; of a folder, of its weight files' names and hashes."""
-    files = weight_files(path)
-    total, done = max(1, sum(f.stat().st_size for f in files) >> 20), 0
-    hashes = []
-    for file in files:
-        digest = hashlib.sha256()
-        with open(file, "rb", buffering=0) as stream:
-            while block := stream.read(BLOCK):
-                digest.update(block)
-                done += len(block)
-                tell(progress, f"hash {path.name}, MB", done >> 20, total)
-        hashes.append(digest.hexdigest())
-    if not path.is_dir():
-        return hashes[0]
-    listed = [f"{f.relative_to(path).as_posix()} {h}" for f, h in zip(files, hashes, strict=True)]
-    return hashlib.sha256("\n".join(listed).encode()).hexdigest()

@@ -36,8 +36,9 @@ def inspect(
         rebasin inspect merged.permutation.safetensors
         rebasin inspect lora.safetensors --json
     """
+    from ..checkpoints.provenance import sha256_of, size_of
     from . import session
-    from .inputs import kind_of_file, sha256_of, size_of
+    from .inputs import kind_of_file
 
     console = session.begin().console
     kind = kind_of_file(file)
@@ -65,7 +66,7 @@ def inspect(
 
 
 def _model(file: Path, variant: str | None) -> dict[str, Any]:
-    from . import provenance
+    from ..checkpoints import provenance
     from .inputs import open_each
 
     checkpoint = open_each([file], variant)[0]
@@ -122,7 +123,7 @@ def _permutation(file: Path) -> dict[str, Any]:
 
 def _adapter(file: Path) -> dict[str, Any]:
     from ..adapters import describe_adapter
-    from . import provenance
+    from ..checkpoints import provenance
     from .inputs import open_raw
 
     state = open_raw(file)
@@ -140,7 +141,7 @@ def _adapter(file: Path) -> dict[str, Any]:
 
 
 def _controlnet(file: Path) -> dict[str, Any]:
-    from . import provenance
+    from ..checkpoints import provenance
     from .inputs import open_raw
 
     state = open_raw(file)

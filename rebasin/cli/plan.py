@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
-from .inputs import size_of
+from ..checkpoints.provenance import size_of
 from .output import size_of as output_size
 from .session import size, table
 

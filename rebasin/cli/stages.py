@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.union import component_of, prefix_of
-from ..checkpoints import Checkpoint, save_checkpoint
+from ..checkpoints import Checkpoint, provenance, save_checkpoint
 from ..checkpoints.joint import PARTS
 from ..checkpoints.output import require_place
+from ..checkpoints.provenance import sha256_of
 from ..errors import ConfigError, SpecMismatchError, VerificationError, shown
 from ..spec import Permutation
 from ..tensors import writer
 from ..types import State
-from . import output, provenance, session
+from . import output, session
 from .alignment import JOINT, Aligning, Alignment, specs_of
 from .function import TOLERANCE, compare_chains, compare_functions
-from .inputs import open_all, sha256_of
+from .inputs import open_all
 from .request import Request
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ Split = Literal["train", "test"]
 
 ASSET = Path(__file__).parent / "assets" / "digits_28x28.npz"
 SPLITS = ("train", "test")
+SIDE = 32  # pixels of an image with its margin
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 INKS = ("thin", "medium", "bold")
 

@@ -7,8 +7,9 @@ architecture can be run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,32 @@ from ..errors import ConfigError, DataError
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 Points = int | Sequence[float]
 
+Given = Callable[[Batch, Sequence[str]], Batch]
+"""A record of a part, and the texts of its rows (those of an image, and "" for guidance) -> a call of a model."""
+
 DENOISERS = ("unet", "transformer")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """How models stand in a pipeline: called with a model, it gives the pipeline.
+
+    Attributes:
+        make: a model -> the pipeline with it.
+        part: the pipeline's name of what is recorded for it.
+        given: turns a record into a call of the model, where that takes something else; None: they are the same.
+        call: what the pipeline must be called with besides prompts, noise, steps and guidance.
+        denoises: whether the model is a denoiser.
+    """
+
+    make: Callable[[nn.Module], Any]
+    part: str = "unet"
+    given: Given | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
+    denoises: bool = True
+
+    def __call__(self, model: nn.Module) -> Any:
+        return self.make(model)
 
 
 def sampled_batches(
@@ -36,6 +62,7 @@ def sampled_batches(
     batch_size: int = 4,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
+    given: Given | None = None,
 ) -> dict[str, list[Batch]]:
     """Let each of `pipelines` sample from all prompts, and record what their parts are given.
 
@@ -51,6 +78,7 @@ def sampled_batches(
             which, as fractions between 0 (pure noise) and 1.
         guidance: of classifier-free guidance, recorded with its empty prompts; 1 or less: off.
         options: further arguments of the pipelines, such as height and width.
+        given: what makes the batches of the records; None: the records are the batches.
 
     Returns:
         part -> batches. The VAE's are images [n, channels, height, width] in -1..1, the finished samples.
@@ -89,10 +117,10 @@ def sampled_batches(
                     output_type="pt" if "vae" in wanted else "latent",
                     **(options or {}),
                 )
-            for part, batches in calls.items():
-                found[part] += batches
             if "vae" in wanted:
-                found["vae"].append(((output.images.cpu() * 2 - 1,), {}))
+                calls["vae"] = [((output.images.cpu() * 2 - 1,), {})]
+            for part, batches in calls.items():
+                found[part] += batches if given is None else [given(batch, now) for batch in batches]
     return found
 
 
@@ -136,7 +164,7 @@ def encoded_batches(
     with torch.no_grad():
         for start in range(0, len(images), batch_size):
             now = images[start : start + batch_size]
-            pixels = torch.stack([_pixels(path, side, channels) for path, _ in now]).to(vae.device, vae.dtype)
+            pixels = torch.stack([square(path, side, channels) for path, _ in now]).to(vae.device, vae.dtype)
             latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
             drawn = [torch.randn(latents.shape[1:], generator=g) for g in _generators(seed, start, len(now))]
             noise = torch.stack(drawn).to(latents)
@@ -195,15 +223,19 @@ def _recorded(module: nn.Module, chosen: set[int] | None = None) -> Iterator[lis
         handle.remove()
 
 
-def _pixels(path: Path, size: int, channels: int) -> Tensor:
-    """[channels, size, size] in -1..1 from an image file, its middle square."""
+def square(source: Path | np.ndarray, size: int, channels: int) -> Tensor:
+    """[channels, size, size] in -1..1, the middle square of an image file, or of an image uint8 [h, w] or [h, w, c]."""
     from PIL import Image, UnidentifiedImageError
 
+    mode = "L" if channels == 1 else "RGB"
     try:
-        with Image.open(path) as file:
-            image = file.convert("L" if channels == 1 else "RGB")
+        if isinstance(source, np.ndarray):
+            image = Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source).convert(mode)
+        else:
+            with Image.open(source) as file:
+                image = file.convert(mode)
     except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{path} can't be read as an image: replace it or take it out.") from error
+        raise DataError(f"{source} can't be read as an image: replace it or take it out.") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)

@@ -81,7 +81,8 @@ def _work(job: Session, planned: stages.Material) -> Results:
         if cfg.tensors:
             report.save_tensors(job.folder, pair.match.permutation, pair.aligned, merged, job.config)
             if task.export is not None:
-                task.export(job.folder, merged, {"rebasin_command": job.command})
+                made = {"rebasin_command": job.command}
+                task.export(job.folder, merged, made, pair.match.permutation, job.progress)
         pictures = [*snapshots.pictures, *([] if samples is None else ["samples.png"])]
         more: Any = {"lam": cfg.lam, "rewards": rewards, "merge": merge, "pictures": pictures}
         figures = report.figures(task.labels, task.aligned, pair.spec, checks, pair.match, curves, **more)

@@ -30,9 +30,9 @@ Prediction = Literal["epsilon", "v_prediction", "flow"]
 Batch = Mapping[str, Any]
 
 Condition = Tensor | Mapping[str, Any]
-"""What a denoiser is told besides noisy latents and timesteps: text states (n, tokens, width), or further arguments of
-its call by name, nested mappings of tensors with n rows (SDXL's `added_cond_kwargs`, say). The entry CHANNELS is none of
-its arguments, but further channels of the latents that it is given (inpainting's mask and masked image).
+"""What a denoiser is told besides noisy latents and timesteps: text states (n, tokens, width), or arguments of its call
+by name, nested mappings of tensors with n rows (SDXL's `added_cond_kwargs`, say). CHANNELS in it is no argument, but
+further channels beside the latents (inpainting's mask and masked image).
 """
 
 CHANNELS = "further_channels"

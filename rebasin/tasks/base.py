@@ -57,7 +57,8 @@ class Task:
         captions: prompts that the models were made for.
         others: further models of this architecture by name, for a merge that needs a base.
         maker: how the aligned part makes images of prompts, differentiably; None: it makes none.
-        export: the run's folder, the merge and metadata -> a file in the form that the endpoints came in; None: none.
+        export: the run's folder, the merge, metadata and B's permutation -> a file in the form that the endpoints came
+            in; None: none.
         plan: what a dry run tells besides the spec.
         reads: the options at the top of the configuration that it has asked for, see `load_task`.
     """
@@ -73,7 +74,7 @@ class Task:
     captions: Sequence[str] = ()
     maker: ImageMaker | None = None
     others: Mapping[str, Callable[[], State]] = field(default_factory=dict)
-    export: Callable[[Path, State, Mapping[str, str]], Path] | None = None
+    export: Callable[..., Path] | None = None
     plan: Sequence[str] = ()
     reads: frozenset[str] = frozenset()
 

@@ -1,12 +1,12 @@
-"""Two Stable Diffusion checkpoints as people have them: one component of them is aligned, merged and measured.
+"""Stable Diffusion checkpoints as people have them: one component of them is aligned, merged and measured.
 
-The command `rebasin merge` does all components and never holds one as a whole; this task is for looking closely at
-one: every algorithm, curves, figures, report.
+The command `rebasin merge` does all components by their weights and never holds one as a whole; this task is for every
+algorithm and objective, for curves, pictures and a report. The components around the aligned one are A's, for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -14,20 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_method
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..checkpoints import Checkpoint, component_spec, open_checkpoint, require_same_family, save_checkpoint
+from ..checkpoints import Checkpoint, component_spec, open_checkpoint, require_same_family
 from ..checkpoints.architectures import component_config
 from ..checkpoints.checkpoint import require_fitting, require_same_prediction
-from ..checkpoints.joint import joint_module, joint_spec, joint_state, without_prefix
+from ..checkpoints.joint import joint_spec, joint_state, prompted_unet
+from ..checkpoints.pipeline import Plan, assemble, plan_pipeline
+from ..checkpoints.provenance import size_of
 from ..checkpoints.specs import proof
+from ..data import captioned_folder
+from ..data.prompts import read_prompts
+from ..data.sampled import Batch, Placed
 from ..errors import ConfigError
 from ..spec import PermutationSpec
-from ..types import State
+from ..types import State, arguments_of
+from . import whole_checkpoint
 from .agreement import Agreement, outputs_of, with_targets
+from .around import Around, diffusion_task, sampler
 from .base import Part, Task, require
+from .prompted import KINDS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -36,80 +45,192 @@ JOINT = "joint"
 JOINT_TOLERANCE = 1e-9
 """What the proof of a joint spec demands."""
 
+COPIES = {"agreement": 2, "activations": 4, "search": 7}
+"""How many numbers are in memory at the peak for each of the model's: the model and a copy to put it back; model,
+A and B, and the file's; for a straight-through estimator A, B, the midpoint and its gradient besides."""
+
 
 def load(cfg: DictConfig) -> Task:
-    """The component `model.component` of the checkpoints `model.a` and `model.b`.
+    """The component `model.component` of the checkpoints `model.a` and `model.b`, or of `model.files`.
 
     Raises:
-        ConfigError: a file is not given, an option is unknown, or the evaluation needs more memory than there is.
-        CheckpointError: a file is missing, damaged or something else, or the two are of different families, have
-            different tensors or predict different things.
+        ConfigError: a file is not given, an option is unknown or makes no sense, or there is not enough memory.
+        CheckpointError: a file is missing, damaged or something else, or they are of different families, have
+            different tensors, predict different things or make no pictures, where those are wanted.
+        DataError: prompts or images can't be read.
     """
-    require(cfg, "objective", "agreement")
-    a, b = (_open(cfg, name) for name in ("a", "b"))
-    require_same_family(a, b)
-    pair = _Pair(a, b, cfg.model.component, cfg.model.dtype, bool(cfg.model.joint))
-    pair.check()
-    require_fitting(a, b, pair.names)
+    require(cfg, "objective", "agreement", *KINDS)
+    wanted = _wanted(cfg)
+    _check_files(cfg)
+    files = _files(cfg)
+    models = tuple(_open(name, path) for name, path in files.items())
+    for other in models[1:]:
+        require_same_family(models[0], other)
+    pair = Members(models, cfg)
+    pair.check(wanted)
+    for other in models[1:]:
+        require_fitting(models[0], other, pair.names)
     if "unet" in pair.names and not cfg.model.mix_predictions:
-        require_same_prediction((a, b), "model.mix_predictions=true")
-    measuring = not cfg.dry_run and cfg.model.batches > 0
-    batches = pair.batches(cfg.model.batches, cfg.seed) if measuring else {}
-    return Task(
-        parts={pair.name: pair.part(measuring)},
-        aligned=pair.name,
-        labels=(a.path.name, b.path.name),
-        endpoints=lambda progress: (pair.state(a), pair.state(b)),
-        objective=Agreement(),
-        batches=batches,
-        export=pair.export,
-        plan=pair.plan(cfg.model.batches),
+        require_same_prediction(models, "model.mix_predictions=true")
+    plan = (
+        plan_pipeline(models[0], tokenizer=cfg.model.tokenizer, prediction=cfg.model.prediction)
+        if wanted
+        else None
     )
+    pair.require_memory(cfg)
+    common: dict[str, Any] = {
+        "labels": _labels(models),
+        "endpoints": lambda progress: tuple(pair.state(model) for model in models),
+        "export": whole_checkpoint.export(models, pair.names, pair.name, cfg),
+        "plan": pair.plan(cfg, plan),
+    }
+    if cfg.dry_run or not wanted:
+        measuring = not cfg.dry_run and cfg.model.batches > 0
+        batches = pair.batches(cfg.model.batches, cfg.seed) if measuring else {}
+        part = pair.part(filled=measuring)
+        return Task({pair.name: part}, pair.name, objective=Agreement(), batches=batches, **common)
+    part = pair.part(filled=True)
+    around = pair.around(part.model, plan)
+    placed, embed = pair.placed(around), around.prompted if pair.joint else around.states
+    captions = read_prompts(cfg.model.prompts)
+    if cfg.objective.kind != "agreement":
+        data = cfg.data.kind != "none"
+        return diffusion_task(
+            cfg, part, around, placed, embed,
+            name=pair.name, prompts=captions, teachers=pair.teachers(part.model), data=data, **common,
+        )  # fmt: skip
+    batches = pair.batches(cfg.model.batches, cfg.seed) if cfg.model.batches > 0 else {}
+    return Task(
+        {pair.name: part}, pair.name, objective=Agreement(), batches=batches, pipeline=placed, captions=captions,
+        maker=around.maker(embed, captions) if placed.denoises else None,
+        sampler=sampler(cfg, part.model, placed, captions), **common,
+    )  # fmt: skip
 
 
-def _open(cfg: DictConfig, name: str) -> Checkpoint:
-    path = cfg.model[name]
-    if path is None:
-        raise ConfigError(f"model=checkpoint needs model.{name}, a checkpoint's file or a diffusers folder.")
-    return open_checkpoint(Path(str(path)).expanduser())
+def _wanted(cfg: DictConfig) -> dict[str, bool]:
+    """The options that need a whole pipeline: how they are written -> whether they need a denoiser in it."""
+    algo, found = cfg.get("algo") or {}, {}
+    if cfg.objective.kind != "agreement":
+        found[f"objective={cfg.objective.name}"] = True
+    if algo and "pipeline" in arguments_of(get_method(algo["_target_"])):
+        found[f"algo={algo.name}"] = False
+    if algo and "reward" in algo:
+        found[f"algo={algo.name}"] = True
+    if "scorer" in cfg.evaluate:
+        found[f"evaluate={cfg.evaluate.name}"] = True
+    if cfg.model.samples > 0:
+        found[f"model.samples={cfg.model.samples}"] = False
+    return found
+
+
+def _check_files(cfg: DictConfig) -> None:
+    """Look at prompts and images before any model is opened."""
+    for group in (
+        cfg.objective,
+        cfg.evaluate,
+        cfg.model,
+        cfg.get("algo") or {},
+        (cfg.get("algo") or {}).get("reward"),
+    ):
+        given = (group or {}).get("prompts")
+        if isinstance(given, str | Path):
+            read_prompts(given)
+    needed = cfg.objective.kind in ("denoising", "distillation")
+    if needed and cfg.data.kind == "captioned folder":
+        captioned_folder.listed(cfg.data.path)
+    elif needed:
+        require(cfg, "data", "captioned folder", "captioned images", "none")
+        if cfg.objective.kind == "denoising" and cfg.data.kind == "none":
+            raise ConfigError(
+                "objective=denoising needs images with captions: give data=captioned_folder data.path=FOLDER, or choose"
+                " objective=distillation, which needs none."
+            )
+
+
+def _files(cfg: DictConfig) -> dict[str, Path]:
+    """Option -> path of each checkpoint."""
+    if cfg.model.files:
+        if cfg.model.a is not None or cfg.model.b is not None:
+            raise ConfigError("model.files names all checkpoints; leave out model.a and model.b.")
+        found = {f"files[{i}]": path for i, path in enumerate(cfg.model.files)}
+        if len(found) < 2:
+            raise ConfigError("model.files has one checkpoint, but it takes two or more.")
+    else:
+        found = {name: cfg.model[name] for name in ("a", "b")}
+    for name, path in found.items():
+        if path is None:
+            raise ConfigError(
+                f"model=checkpoint needs model.{name}, a checkpoint's file or a diffusers folder."
+            )
+    return {name: Path(str(path)).expanduser() for name, path in found.items()}
+
+
+def _open(name: str, path: Path) -> Checkpoint:
+    return open_checkpoint(path)
+
+
+def _labels(models: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """File names, with their folders where those are the same."""
+    names = [model.path.name for model in models]
+    if len(set(names)) < len(names):
+        names = ["/".join(model.path.resolve().parts[-2:]) for model in models]
+    return tuple(names)
 
 
 @dataclass(frozen=True, eq=False)
-class _Pair:
-    """Two checkpoints and the component of them that is looked at; with `joint` UNet and text encoders together."""
+class Members:
+    """Checkpoints and the component of them that is looked at; with `joint` UNet and text encoders together."""
 
-    a: Checkpoint
-    b: Checkpoint
-    component: str
-    kind: str | None
-    joint: bool
+    models: tuple[Checkpoint, ...]
+    cfg: DictConfig
+
+    @property
+    def a(self) -> Checkpoint:
+        return self.models[0]
+
+    @property
+    def component(self) -> str:
+        return self.cfg.model.component
+
+    @property
+    def joint(self) -> bool:
+        return bool(self.cfg.model.joint)
 
     @property
     def name(self) -> str:
         return JOINT if self.joint else self.component
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The components behind `name`."""
-        both = [name for name in self.a.components if name in self.b.components]
+        both = [name for name in self.a.components if all(name in model.components for model in self.models)]
         return tuple(name for name in both if name != "vae") if self.joint else (self.component,)
 
-    def check(self) -> None:
-        if self.kind not in (None, *DTYPES):
-            raise ConfigError(f"model.dtype is {self.kind!r}; it takes {', '.join(DTYPES)} or null.")
-        for checkpoint in (self.a, self.b):
+    def check(self, wanted: Mapping[str, bool]) -> None:
+        """Refuse options that do not go together."""
+        options = self.cfg.model
+        if options.dtype not in (None, *DTYPES):
+            raise ConfigError(f"model.dtype is {options.dtype!r}; it takes {', '.join(DTYPES)} or null.")
+        for checkpoint in self.models:
             checkpoint.require(self.component)
         if self.joint and (self.component != "unet" or len(self.names) < 2):
             raise ConfigError(
                 "model.joint=true needs model.component=unet and a text encoder in both checkpoints; they have"
                 f" {', '.join(self.names)}."
             )
+        if self.component != "unet" and (
+            told := next((name for name, denoiser in wanted.items() if denoiser), None)
+        ):
+            raise ConfigError(
+                f"{told} looks at a denoiser, which model.component={self.component} is not; choose"
+                " model.component=unet, or leave it out."
+            )  # fmt: skip
 
     @property
     def dtype(self) -> torch.dtype:
         """What is computed in: bf16 where fp32 would take over 6 GB for each copy of the model (SDXL's UNet)."""
-        if self.kind is not None:
-            return DTYPES[self.kind]
+        if self.cfg.model.dtype is not None:
+            return DTYPES[self.cfg.model.dtype]
         return torch.float32 if 4 * sum(self.sizes) < 6e9 else torch.bfloat16
 
     @cached_property
@@ -132,10 +253,10 @@ class _Pair:
         config = component_config(self.a, self.component)
         return proof(self.spec, config, self.a.family, self.component).max_relative_error
 
-    def part(self, measuring: bool) -> Part:
-        """The module: with A's weights where something is measured, else without numbers."""
+    def part(self, filled: bool) -> Part:
+        """The module: with A's weights where something is computed, else without numbers."""
         model, args, kwargs = self.built()
-        if measuring:
+        if filled:
             model = self.filled(model, self.a)
         # A spec that was restricted (structure=within) is a part of the one that is proved.
         return Part(model, args, kwargs, derive=lambda: self.spec, proved=lambda _: self.proved)
@@ -153,15 +274,52 @@ class _Pair:
 
         with init_empty_weights(include_buffers=False):
             parts = {name: modules.build(name, component_config(self.a, name)) for name in self.names}
-        if not self.joint:
-            return parts[self.component]
-        return joint_module(parts)
+        return prompted_unet(parts) if self.joint else parts[self.component]
 
     def filled(self, model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         """A module whose parameters have no numbers, given those of a checkpoint."""
         state = self.state(checkpoint)
         model.load_state_dict({name: self.cast(state[name]) for name in model.state_dict()}, assign=True)
         return model.eval()
+
+    def teachers(self, a: nn.Module) -> Callable[[], tuple[nn.Module, nn.Module]]:
+        """A, which is there, and B."""
+        return lambda: (a, self.filled(self.built()[0], self.models[1]))
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    # Pictures -------------------------------------------------------------------------------------------------------
+
+    def around(self, model: nn.Module, plan: Plan | None) -> Around:
+        """A's pipeline with this model in it."""
+        parts = {name: getattr(model, name) for name in self.names} if self.joint else {self.component: model}
+        return Around(assemble(self.a, modules=parts, plan=plan), self.cfg.model.size)
+
+    def placed(self, around: Around) -> Placed:
+        """How models stand in the pipeline, and what they are given of what is recorded there."""
+        from ..checkpoints.modules import native
+
+        def make(model: nn.Module) -> Any:
+            parts = (
+                {name: getattr(model, name) for name in self.names} if self.joint else {self.component: model}
+            )
+            return around.holding(**{name: native(part) for name, part in parts.items()})
+
+        def picture(batch: Batch, texts: Sequence[str]) -> Batch:
+            (image,), _ = batch
+            return (image, around.encode(image, scale=False)), {}
+
+        def ids(batch: Batch, texts: Sequence[str]) -> Batch:
+            args, kwargs = batch
+            return (args[0] if args else kwargs["input_ids"],), {}
+
+        if self.joint:
+            return Placed(make, "unet", around.given(around.prompted), around.call)
+        given = {"unet": None, "vae": picture}.get(self.component, ids)
+        return Placed(make, self.component, given, around.call, denoises=self.component == "unet")
+
+    # Random inputs --------------------------------------------------------------------------------------------------
 
     def inputs(self, count: int, seed: int) -> list[dict[str, Any]]:
         found = []
@@ -172,51 +330,86 @@ class _Pair:
                 found.append(pytree.tree_map_only(Tensor, self.cast, {"args": args, "kwargs": kwargs}))
         return found
 
-    def cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-
     def batches(self, count: int, seed: int) -> dict[str, Sequence[Any]]:
-        """Random inputs with the mean of A's and B's outputs; one model at a time is in memory.
-
-        Raises:
-            ConfigError: there is not as much memory.
-        """
-        need, free = self.memory(), _available()
-        if free is not None and need > free:
-            raise ConfigError(
-                f"Measuring the {self.name} of {self.a.path.name} takes about {need / 1e9:.0f} GB of memory, but"
-                f" {free / 1e9:.0f} GB are free; model.batches=0 aligns and merges without measuring, and the command"
-                " rebasin merge takes the least."
-            )
+        """Random inputs with the mean of A's and B's outputs; one model at a time is in memory."""
         inputs = {"heldout": self.inputs(count, seed), "train": self.inputs(count, seed + 1)}
         told = []
-        for checkpoint in (self.a, self.b):
+        for checkpoint in self.models[:2]:
             model = self.filled(self.built()[0], checkpoint)
             told.append({split: outputs_of(model, own) for split, own in inputs.items()})
             del model
         return {split: with_targets(own, told[0][split], told[1][split]) for split, own in inputs.items()}
 
-    def memory(self, measuring: bool = True) -> float:
-        """Bytes at the peak: the model, a copy to put it back, one tensor in float32; or only what aligning takes."""
-        each = max(2, 2 * self.dtype.itemsize) if measuring else 2  # bytes for a number
-        return 1e9 + each * sum(self.sizes) + 16 * max(self.sizes)
+    # Memory ---------------------------------------------------------------------------------------------------------
 
-    def plan(self, batches: int) -> list[str]:
-        """What `dry_run=true` tells besides the spec."""
-        sizes = ", ".join(
-            f"{c.path.name} is {c.title}, {_size(c.path) / 1e9:.2f} GB" for c in (self.a, self.b)
+    def memory(self, cfg: DictConfig) -> float:
+        """Bytes at the peak, about."""
+        algo, pictures = cfg.get("algo") or {}, bool(_wanted(cfg))
+        takes = arguments_of(get_method(algo["_target_"])) if algo else {}
+        computing = cfg.model.batches > 0 or pictures
+        copies = COPIES["agreement"]
+        if "model_a" in takes:
+            copies = COPIES[
+                "search"
+                if "objective" in takes and "batches" in takes and "steps" in takes
+                else "activations"
+            ]
+        numbers = sum(self.sizes)
+        need = (
+            1e9 + (max(2, copies * self.dtype.itemsize) if computing else 2) * numbers + 16 * max(self.sizes)
         )
-        numbers = f"{sum(self.sizes):,} numbers of {', '.join(self.names)}"
-        memory = f"about {self.memory(batches > 0) / 1e9:.1f} GB of memory"
-        how = f"computing in {str(self.dtype).removeprefix('torch.')}" if batches else "without measuring"
-        return [f"{sizes};", f"{numbers}; {memory}, {how};"]
+        if not pictures:
+            return need
+        others = [name for name in self.a.components if name not in self.names]
+        need += 4 * sum(prod(shape) for name in others for shape in self.a.shapes(name).values())
+        return need + self.activations(cfg, copies == COPIES["search"])
 
-    def export(self, folder: Path, merged: State, metadata: Mapping[str, str]) -> Path:
-        """The merge as a whole checkpoint: A with this component replaced, in A's names, order and types."""
-        suffix = "" if self.a.path.is_dir() else ".safetensors"
-        parts = {name: without_prefix(merged, f"{name}.") if self.joint else merged for name in self.names}
-        header = {**self.a.metadata, **metadata}
-        return save_checkpoint(folder / f"checkpoint{suffix}", self.a, self.a.restore(parts), header).path
+    def activations(self, cfg: DictConfig, gradient: bool) -> float:
+        """Bytes that pictures take on their way through the UNet and the VAE, with what a gradient keeps of them."""
+        config = component_config(self.a, "unet") if "unet" in self.a.components else {}
+        latent = (cfg.model.size // 8 if cfg.model.size else int(config.get("sample_size") or 64)) ** 2
+        base = (config.get("block_out_channels") or [320])[0]
+        batch = int(
+            (cfg.get("algo") or {}).get("batch_size")
+            or cfg.objective.get("batch_size")
+            or cfg.data.get("batch_size")
+            or 1
+        )
+        unet = self.dtype.itemsize * latent * base * batch * (1500 if gradient else 60)
+        return unet + 4 * 64 * latent * 128 * 8  # the VAE's last level, one picture at a time
+
+    def require_memory(self, cfg: DictConfig) -> None:
+        """Refuse what does not fit; a dry run, too, says so.
+
+        Raises:
+            ConfigError: there is not as much memory.
+        """
+        if not _wanted(cfg) and (cfg.model.batches < 1 or cfg.dry_run):
+            return
+        need, free = self.memory(cfg), _available()
+        if free is not None and need > free:
+            less = (
+                "model.dtype=bf16, a smaller model.size or batch_size, or algo=activation_matching take less"
+                if _wanted(cfg)
+                else "model.batches=0 aligns and merges without measuring, and the command rebasin merge takes the least"
+            )
+            raise ConfigError(
+                f"Measuring the {self.name} of {self.a.path.name} takes about {need / 1e9:.0f} GB of memory, but"
+                f" {free / 1e9:.0f} GB are free; {less}."
+            )
+
+    def plan(self, cfg: DictConfig, plan: Plan | None) -> list[str]:
+        """What `dry_run=true` tells besides the spec."""
+        sizes = ", ".join(f"{c.path.name} is {c.title}, {size_of(c.path) / 1e9:.2f} GB" for c in self.models)
+        numbers = f"{sum(self.sizes):,} numbers of {', '.join(self.names)}"
+        memory = f"about {self.memory(cfg) / 1e9:.1f} GB of memory"
+        computing = cfg.model.batches > 0 or plan is not None
+        how = f"computing in {str(self.dtype).removeprefix('torch.')}" if computing else "without measuring"
+        told = [f"{sizes};", f"{numbers}; {memory}, {how};"]
+        if plan is not None:
+            others = [name for name in plan.components if name not in self.names]
+            told.append(f"pictures by {plan.kind} with {', '.join(others)} of {self.a.path.name};")
+        return told
 
 
 def _available() -> float | None:
@@ -228,8 +421,3 @@ def _available() -> float | None:
     except (OSError, ValueError):
         pass
     return None
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else (path,)
-    return sum(file.stat().st_size for file in files if file.is_file())

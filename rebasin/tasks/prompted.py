@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from ..data.batches import rows
 from ..data.prompts import read_prompts
 from ..errors import ConfigError
 from ..integrations.hydra import made
@@ -75,14 +76,14 @@ class ImageMaker:
 def objective_of(
     cfg: DictConfig,
     maker: ImageMaker,
-    data: Callable[[str], Batches],
+    data: Callable[[str], Batches] | None,
     endpoints: Callable[[], tuple[nn.Module, nn.Module]],
 ) -> tuple[Objective, dict[str, Batches]]:
     """The objective that `cfg.objective` describes, and its batches: split ("train", "heldout") -> batches.
 
     Args:
         maker: see `ImageMaker`.
-        data: split -> batches of the denoising objective, made of real images.
+        data: split -> batches of the denoising objective, made of real images; None: there are none.
         endpoints: models A and B, the teachers of a distillation.
     """
     options, seed = cfg.objective, cfg.seed
@@ -92,7 +93,10 @@ def objective_of(
             "train": maker.prompted(options, options.train, seed + 1),
             "heldout": maker.prompted(options, options.heldout, seed),
         }
-    objective = made(options.object, alphas_cumprod=maker.problem.alphas_cumprod)
+    told = options.object.copy()
+    if told.prediction == "epsilon":  # the default; the scheduler knows
+        told.prediction = maker.problem.prediction
+    objective = made(told, alphas_cumprod=maker.problem.alphas_cumprod)
     if options.kind == "distillation":
         prompts = maker.chosen(options.prompts)
         count, size = options.samples, options.batch_size
@@ -100,17 +104,28 @@ def objective_of(
             raise ConfigError(
                 f"objective.samples is {count} and objective.batch_size {size}, but both must be at least 1."
             )
-        states = maker.embed([prompts[i % len(prompts)] for i in range(count)])
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + 1))
-        train = teach(
-            objective,
-            *endpoints(),
-            states[order].split(size),
-            maker.shape,
-            unconditional=maker.embed([""]),
-            guidance=options.guidance,
-            steps=options.steps,
-            seed=seed + 1,
+        models = endpoints()
+
+        def taught(count: int, seed: int) -> Batches:
+            states = maker.embed([prompts[i % len(prompts)] for i in range(count)])
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+            return teach(
+                objective,
+                *models,
+                [rows(states, part) for part in order.split(size)],
+                maker.shape,
+                unconditional=maker.embed([""]),
+                guidance=options.guidance,
+                steps=options.steps,
+                seed=seed,
+            )
+
+        # Without real images there is more of the same for the report, from noise that no search has seen.
+        heldout = data("heldout") if data is not None else taught(max(1, count // 2), seed + 1_000_003)
+        return objective, {"train": taught(count, seed + 1), "heldout": heldout}
+    if data is None:
+        raise ConfigError(
+            f"objective={options.name} needs images with captions: give data=captioned_folder data.path=FOLDER, or"
+            " choose objective=distillation, which needs none."
         )
-        return objective, {"train": train, "heldout": data("heldout")}
     return objective, {"train": data("train"), "heldout": data("heldout")}

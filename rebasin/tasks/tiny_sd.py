@@ -10,11 +10,13 @@ from torch import nn
 
 from ..data.captioned_digits import load as load_images
 from ..data.captioned_digits import to_pixels
+from ..data.sampled import Placed
 from ..models import tiny_sd
 from ..tensors import load_safetensors
 from ..types import State
+from .around import diffusion_task
 from .base import Part, Task, require
-from .digits_pipeline import TEXTS, DigitsPipeline
+from .digits_pipeline import CAPTIONS, SHOWN, TEXTS, digits_pipeline, example
 from .prompted import KINDS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -32,18 +34,21 @@ def load(cfg: DictConfig) -> Task:
         return a, b
 
     unet, _ = models()  # a missing B is told now, not after minutes
-    common = DigitsPipeline(root)
+    around = digits_pipeline(unet, root)
     images, _ = load_images("test", cfg.data.path)
-    return common.task(
+    pipeline = around.pipeline
+    return diffusion_task(
         cfg,
-        unet,
-        unet.config,  # pyright: ignore[reportArgumentType]
-        common.states,
-        pipeline=lambda unet: tiny_sd.load_pipeline(unet, path=root),
+        Part(unet, example(around, around.states)),
+        around,
+        Placed(lambda unet: around.holding(unet=unet)),
+        around.states,
+        prompts=CAPTIONS,
+        shown=SHOWN,
         teachers=models,
         shared={
-            "vae": Part(common.vae, (to_pixels(images[:2]),)),
-            "text_encoder": Part(common.text_encoder, (common.tokens(TEXTS),)),
+            "vae": Part(pipeline.vae, (to_pixels(images[:2]),)),
+            "text_encoder": Part(pipeline.text_encoder, (around.tokens(TEXTS)["text_encoder"],)),
         },
         labels=names,
         endpoints=lambda progress: tuple(_read(name, root) for name in names),

@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from omegaconf import DictConfig
 from torch import nn
 
+from ..data.sampled import Placed
 from ..errors import ConfigError
 from ..integrations.hydra import resolved
 from ..models import tiny_sd
@@ -17,8 +18,9 @@ from ..spec import Group, PermutationSpec
 from ..tensors.modules import loaded
 from ..tracing import trace
 from ..types import Progress, State
-from .base import Task, require
-from .digits_pipeline import DigitsPipeline
+from .around import diffusion_task
+from .base import Part, Task, require
+from .digits_pipeline import CAPTIONS, SHOWN, digits_pipeline, example
 from .prompted import KINDS
 
 TEXTS = ("shared", "own")
@@ -40,13 +42,15 @@ def load(cfg: DictConfig) -> Task:
         cfg.model.width, recipe(options["recipe"]), recipe(options["text_recipe"]), cfg.data.path, cfg.path.cache,
         cfg.device or "cpu",
     )  # fmt: skip
-    common = DigitsPipeline()
     unet = tiny_sd.new_unet(0, cfg.model.width).eval()
+    around = digits_pipeline(unet)
+    shared = around.pipeline.text_encoder
     whole = cfg.model.text == "own" or cfg.model.joint
     model: nn.Module = PromptedUNet(tiny_sd.load_text_encoder(), unet).eval() if whole else unet
+    embed = (lambda texts: around.tokens(texts)["text_encoder"]) if whole else around.states
 
     def endpoint(seed: int, progress: Progress | None) -> State:
-        own = trainer.text_encoder(seed, progress) if cfg.model.text == "own" else common.text_encoder
+        own = trainer.text_encoder(seed, progress) if cfg.model.text == "own" else shared
         found = trainer.unet(seed, own, progress)
         parts = {"text_encoder": own.state_dict(), "unet": found}
         return {f"{part}.{n}": t for part, s in parts.items() for n, t in s.items()} if whole else found
@@ -58,14 +62,23 @@ def load(cfg: DictConfig) -> Task:
         a, b = (loaded(model, state) for state in endpoints(None))
         return a, b
 
-    return common.task(
+    def pipeline(net: Any) -> Any:
+        return (
+            around.holding(unet=net.unet, text_encoder=net.text_encoder)
+            if whole
+            else around.holding(unet=net)
+        )
+
+    call = example(around, embed)
+    return diffusion_task(
         cfg,
-        model,
-        unet.config,  # pyright: ignore[reportArgumentType]
-        common.tokens if whole else common.states,
-        pipeline=lambda net: common.around(net.unet, net.text_encoder) if whole else common.around(net),
+        Part(model, call, derive=lambda: _spec(model, call, cfg.model.joint)),
+        around,
+        Placed(pipeline, given=around.given(embed) if whole else None),
+        embed,
+        prompts=CAPTIONS,
+        shown=SHOWN,
         teachers=teachers,
-        derive=lambda call: _spec(model, call, cfg.model.joint),
         labels=tuple(f"seed {seed}" for seed in seeds),
         endpoints=endpoints,
     )

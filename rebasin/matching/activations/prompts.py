@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ...data.prompts import captioned_images, read_prompts
-from ...data.sampled import DENOISERS, Points, encoded_batches, sampled_batches
+from ...data.sampled import DENOISERS, Placed, Points, encoded_batches, sampled_batches
 from ...errors import ConfigError
 from ...spec import PermutationSpec
 from ...types import Progress, within
@@ -87,10 +87,11 @@ def prompt_activation_matching(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> MatchResult:
-    """Activation matching of two denoisers on prompts instead of the data of a task.
+    """Activation matching of two denoisers, text encoders or VAEs on prompts instead of the data of a task.
 
     Args:
-        pipeline: puts a denoiser into its pipeline; None: the task has none, which is an error.
+        pipeline: puts a model into its pipeline (a `Placed` says which part it is, a function takes a denoiser); None:
+            the task has none, which is an error.
         captions: the task's own prompts.
         prompts: None takes `captions`, or the list that ships where there are none; else a text file, a folder of
             captioned images, or a list.
@@ -105,21 +106,32 @@ def prompt_activation_matching(
     if pipeline is None:
         raise ConfigError("Prompts need a diffusion model: use algo=activation_matching for this one.")
     pipeline_a, pipeline_b = pipeline(model_a), pipeline(model_b)
+    if not isinstance(pipeline, Placed):
+        part = next(name for name in DENOISERS if getattr(pipeline_a, name, None) is model_a)
+        pipeline = Placed(pipeline, part)
     how: dict[str, Any] = dict(
         steps=steps, points=points, guidance=guidance, batch_size=batch_size, seed=seed
     )
     if encode_images:
         if not isinstance(prompts, str | Path):
             raise ConfigError("To encode images, give their folder as prompts, with a caption for each.")
+        if pipeline.part not in DENOISERS or pipeline.given is not None:
+            raise ConfigError("Only a UNet alone can be run on encoded images: leave out algo.encode_images.")
         batches = encoded_batches(pipeline_a, captioned_images(prompts)[: count or None], **how)
     else:
         if isinstance(prompts, str | Path):
             chosen = read_prompts(prompts)
         else:
             chosen = list(prompts or captions) or read_prompts()
-        part = next(name for name in DENOISERS if getattr(pipeline_a, name, None) is model_a)
-        pipelines = pipeline_a, pipeline_b
-        batches = sampled_batches(pipelines, chosen[: count or None], parts=(part,), **how)[part]
+        pipelines, part = (pipeline_a, pipeline_b), pipeline.part
+        batches = sampled_batches(
+            pipelines,
+            chosen[: count or None],
+            parts=(part,),
+            options=pipeline.call,
+            given=pipeline.given,
+            **how,
+        )[part]
     found = activation_matching(
         spec, model_a, model_b, batches, statistic=statistic, reads=reads, sites=sites, tokens=tokens,
         fallback_to_weights=then_weight, seed=seed, progress=progress,

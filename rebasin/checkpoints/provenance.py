@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..checkpoints import load_metadata
-from .inputs import size_of, weight_files
+from ..tensors import load_metadata
+from ..types import Progress, tell
 
 if TYPE_CHECKING:
-    from ..checkpoints import Checkpoint
+    from .checkpoint import Checkpoint
+
+BLOCK = 1 << 22
+
+WEIGHT_FILES = (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth")
 
 KEY = "rebasin"
 """The entry of a safetensors header that holds ours, in JSON."""
@@ -89,3 +93,34 @@ def legacy_hash(path: Path) -> str | None:
     with open(path, "rb") as file:
         file.seek(0x100000)
         return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the weights in a folder."""
+    return sum(file.stat().st_size for file in weight_files(path))
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The file itself, or the weight files of a folder, in the order of their names."""
+    if not path.is_dir():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in WEIGHT_FILES)
+
+
+def sha256_of(path: Path, progress: Progress | None = None) -> str:
+    """sha256 of a file, as model hubs show it; of a folder, of its weight files' names and hashes."""
+    files = weight_files(path)
+    total, done = max(1, sum(f.stat().st_size for f in files) >> 20), 0
+    hashes = []
+    for file in files:
+        digest = hashlib.sha256()
+        with open(file, "rb", buffering=0) as stream:
+            while block := stream.read(BLOCK):
+                digest.update(block)
+                done += len(block)
+                tell(progress, f"hash {path.name}, MB", done >> 20, total)
+        hashes.append(digest.hexdigest())
+    if not path.is_dir():
+        return hashes[0]
+    listed = [f"{f.relative_to(path).as_posix()} {h}" for f, h in zip(files, hashes, strict=True)]
+    return hashlib.sha256("\n".join(listed).encode()).hexdigest()
