@@ -347,13 +347,8 @@ class Members:
         algo, pictures = cfg.get("algo") or {}, bool(_wanted(cfg))
         takes = arguments_of(get_method(algo["_target_"])) if algo else {}
         computing = cfg.model.batches > 0 or pictures
-        copies = COPIES["agreement"]
-        if "model_a" in takes:
-            copies = COPIES[
-                "search"
-                if "objective" in takes and "batches" in takes and "steps" in takes
-                else "activations"
-            ]
+        searches = {"objective", "batches", "steps"} <= set(takes)
+        copies = COPIES["agreement" if "model_a" not in takes else "search" if searches else "activations"]
         numbers = sum(self.sizes)
         need = (
             1e9 + (max(2, copies * self.dtype.itemsize) if computing else 2) * numbers + 16 * max(self.sizes)
@@ -362,19 +357,15 @@ class Members:
             return need
         others = [name for name in self.a.components if name not in self.names]
         need += 4 * sum(prod(shape) for name in others for shape in self.a.shapes(name).values())
-        return need + self.activations(cfg, copies == COPIES["search"])
+        return need + self.activations(cfg, searches)
 
     def activations(self, cfg: DictConfig, gradient: bool) -> float:
         """Bytes that pictures take on their way through the UNet and the VAE, with what a gradient keeps of them."""
         config = component_config(self.a, "unet") if "unet" in self.a.components else {}
         latent = (cfg.model.size // 8 if cfg.model.size else int(config.get("sample_size") or 64)) ** 2
         base = (config.get("block_out_channels") or [320])[0]
-        batch = int(
-            (cfg.get("algo") or {}).get("batch_size")
-            or cfg.objective.get("batch_size")
-            or cfg.data.get("batch_size")
-            or 1
-        )
+        groups = (cfg.get("algo") or {}, cfg.objective, cfg.data)
+        batch = next((int(group["batch_size"]) for group in groups if group.get("batch_size")), 1)
         unet = self.dtype.itemsize * latent * base * batch * (1500 if gradient else 60)
         return unet + 4 * 64 * latent * 128 * 8  # the VAE's last level, one picture at a time
 
@@ -391,7 +382,8 @@ class Members:
             less = (
                 "model.dtype=bf16, a smaller model.size or batch_size, or algo=activation_matching take less"
                 if _wanted(cfg)
-                else "model.batches=0 aligns and merges without measuring, and the command rebasin merge takes the least"
+                else "model.batches=0 aligns and merges without measuring, and the command rebasin merge takes the"
+                " least"
             )
             raise ConfigError(
                 f"Measuring the {self.name} of {self.a.path.name} takes about {need / 1e9:.0f} GB of memory, but"
