@@ -17,6 +17,7 @@ from ..reporting import run as report
 from ..reporting.console import Console
 from ..reporting.metrics import metrics
 from ..reporting.results import Results, load_results
+from ..reporting.samples import XYZ, save_xyz
 from ..reporting.snapshots import Snapshots
 from . import stages
 from .algorithm import is_many
@@ -72,6 +73,9 @@ def _work(job: Session, planned: stages.Material) -> Results:
         job.say(stages.barriers(curves))
     with job.stage("sample"):
         samples = stages.sample(pair, cfg.seed)
+        seeds = stages.sample_seeds(cfg, pair, samples)
+        if len(seeds) > 1:
+            save_xyz(seeds, job.folder / XYZ)
     rewards = None
     if scoring is not None:
         with job.stage("score"):
@@ -83,7 +87,11 @@ def _work(job: Session, planned: stages.Material) -> Results:
             if task.export is not None:
                 made = {"rebasin_command": job.command}
                 task.export(job.folder, merged, made, pair.match.permutation, job.progress)
-        pictures = [*snapshots.pictures, *([] if samples is None else ["samples.png"])]
+        pictures = [
+            *snapshots.pictures,
+            *([] if samples is None else ["samples.png"]),
+            *([XYZ] if len(seeds) > 1 else []),
+        ]
         more: Any = {"lam": cfg.lam, "rewards": rewards, "merge": merge, "pictures": pictures}
         figures = report.figures(task.labels, task.aligned, pair.spec, checks, pair.match, curves, **more)
         return job.leave(figures, samples)

@@ -215,3 +215,12 @@ def sample(pair: AlignedPair, seed: int) -> Samples | None:
         "aligned midpoint": interpolate(pair.a, pair.aligned, 0.5),
     }
     return pair.task.sampler(states, seed)
+
+
+def sample_seeds(cfg: DictConfig, pair: AlignedPair, first: Samples | None) -> dict[int, Samples]:
+    """Seed -> images, for `model.seeds_shown` seeds from the run's on; `first` are those of the run's."""
+    if first is None:
+        return {}
+    more = range(cfg.seed + 1, cfg.seed + int(cfg.model.get("seeds_shown") or 1))
+    made = {seed: sample(pair, seed) for seed in more}
+    return {cfg.seed: first} | {seed: images for seed, images in made.items() if images is not None}

@@ -26,6 +26,7 @@ FILES = {
     "reliability.png": "accuracy against confidence",
     "methods.png": "every method, naive and aligned",
     "samples.png": "images of A, B and the midpoints",
+    "xyz.png": "the same for several seeds",
     "blocks.png": "the weight of B by block",
     "search.png": "the loss at each step of the search",
     "steps.png": "images of the midpoint while it searched",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from ..evaluation.samples import Samples
 from .style import INK, MUTED, figure, save_png
 
 NAME = "samples.png"
+XYZ = "xyz.png"
 
 
 def draw_samples(samples: Samples) -> Figure:
@@ -31,6 +33,22 @@ def draw_samples(samples: Samples) -> Figure:
             text = "\n".join(textwrap.wrap(prompt, 15)) or "(no prompt)"
             ax.set_title(text, fontsize=7.5, fontweight="normal", color=MUTED, loc="center")
     return fig
+
+
+def draw_xyz(seeds: Mapping[int, Samples]) -> Figure:
+    """Models downwards, prompts to the right, and the seeds of a prompt side by side: the grid that people post."""
+    whole = next(iter(seeds.values()))
+    prompts = [f"{prompt}, seed {seed}" for prompt in whole.prompts for seed in seeds]
+    rows = {
+        label: [made.rows[label][i] for i in range(len(whole.prompts)) for made in seeds.values()]
+        for label in whole.rows
+    }
+    return draw_samples(Samples(prompts, rows))
+
+
+def save_xyz(seeds: Mapping[int, Samples], path: Path) -> Path:
+    """Draw the grid of several seeds into the PNG file `path`."""
+    return save_png(draw_xyz(seeds), path)
 
 
 def save_samples(samples: Samples, path: Path) -> Path:

@@ -1,0 +1,202 @@
+"""Algorithms and objectives on checkpoints: a representative part of `python -m experiments.checkpoint_table`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from experiments import checkpoint_table as table
+from rebasin.adapters.union import component_of, of_component
+from rebasin.checkpoints import load_safetensors, open_checkpoint
+from rebasin.checkpoints.provenance import read
+from rebasin.data import captioned_folder
+from rebasin.errors import CheckpointError, ConfigError, DataError, RebasinError
+from rebasin.models import tiny_sd
+from rebasin.objectives import Denoising
+from rebasin.objectives.denoising import CHANNELS, problems
+from rebasin.objectives.sampling import sample
+from rebasin.spec import Permutation
+from rebasin.tasks.around import Around
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("twins")
+
+
+@pytest.fixture(scope="module")
+def twins(place: Path) -> Callable[[str], table.Twins]:
+    made: dict[str, table.Twins] = {}
+    return lambda family: made.setdefault(family, table.twins(family, place))
+
+
+def results(twins: Any, folder: Path, family: str, *options: str) -> dict[str, Any]:
+    found = table.cell([*twins(family).given("algo=merge_many" in options), *options], folder)
+    assert found is not None
+    return found
+
+
+CELLS = [
+    ("sd1", "activation_matching", "distillation"),
+    ("sd2-v", "ste", "denoising"),
+    ("sdxl", "activation_matching_prompts", "reward"),
+    ("inpainting", "activation_matching", "denoising"),
+]
+
+
+@pytest.mark.parametrize(("family", "algorithm", "objective"), CELLS)
+def test_a_cell_of_the_table(place, twins, tmp_path, family, algorithm, objective):
+    (options,) = table.rows([algorithm], [objective]).values()
+    data = [f"data.path={table.images(place)}"] if objective == "denoising" else []
+    found = results(twins, tmp_path, family, *options, *data)
+    losses = found["curves"]["heldout"]["aligned"]["losses"]
+    assert all(np.isfinite(losses))
+
+
+def test_the_result_is_a_whole_checkpoint_and_says_how_it_was_made(twins, tmp_path):
+    results(twins, tmp_path, "sd1", "algo=weight_matching", "model.batches=0", "tensors=true")
+    merged, a = (load_safetensors(f) for f in (tmp_path / "checkpoint.safetensors", twins("sd1").files[0]))
+    assert list(merged) == list(a)
+    told = read(merged.metadata)
+    assert told is not None and told["recipe"]["algorithm"] == "weight_matching" and len(told["inputs"]) == 2
+    permutation = Permutation.load(tmp_path / "checkpoint.permutation.safetensors")
+    assert set(component_of(permutation.spec)) == {"unet", "vae", "text_encoder"}
+    for component in ("unet", "vae", "text_encoder"):
+        ours, theirs = (open_checkpoint(f).component(component) for f in twins("sd1").files[:2])
+        own = of_component(permutation, component)
+        assert own is not None
+        found, moved = (
+            open_checkpoint(tmp_path / "checkpoint.safetensors").component(component),
+            own.view(theirs),
+        )
+        for name in list(ours)[:20]:
+            torch.testing.assert_close(found[name], (ours[name] + moved[name]) / 2)
+
+
+@pytest.mark.parametrize("row", ["joint, activation_matching_prompts", "vae, activation_matching_prompts"])
+def test_other_components(twins, tmp_path, row):
+    results(twins, tmp_path, "sd1", *table.OTHERS[row])
+
+
+def test_the_tiny_pipeline_as_folders_is_the_tiny_pipeline(place, tmp_path):
+    for name in ("seed0", "seed1"):
+        tiny_sd.load_pipeline(name, dtype=torch.float16).save_pretrained(str(place / name))
+    common = [
+        "objective=denoising",
+        "data=captioned_digits",
+        "data.heldout=20",
+        "data.train=20",
+        "data.batch_size=10",
+    ]
+    common += ["algo=activation_matching", "model.samples=0"]
+    ours = table.cell(
+        [f"model.a={place / 'seed0'}", f"model.b={place / 'seed1'}", *common], tmp_path / "folders"
+    )
+    theirs = table.cell(["model=tiny_sd", *common], tmp_path / "tiny")
+    assert ours is not None and theirs is not None
+    for kind in ("naive", "aligned"):
+        found, wanted = (r["curves"]["heldout"][kind]["losses"] for r in (ours, theirs))
+        assert found == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (["objective=denoising"], ConfigError, "captioned_folder"),
+        (["objective=distillation", "model.component=vae"], ConfigError, "looks at a denoiser"),
+        (["evaluate=reward", "model.component=text_encoder"], ConfigError, "looks at a denoiser"),
+        (["objective=distillation", "objective.prompts=EMPTY"], DataError, "has no prompts"),
+        (["objective=distillation", "model.tokenizer=null"], CheckpointError, "tokens"),
+        (["objective=distillation", "model.size=50"], ConfigError, "multiples"),
+        (["model.files=[A]"], ConfigError, "leave out model.a"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(twins, tmp_path, options, error, words):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("# nothing\n")
+    with pytest.raises(error, match=words) as told:
+        results(twins, tmp_path / "out", "sd1", *(option.replace("EMPTY", str(empty)) for option in options))
+    assert isinstance(told.value, RebasinError) and str(told.value).endswith(".")
+
+
+# Images ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_and_an_archive_of_captioned_images(place, tmp_path):
+    from PIL import Image
+
+    for number in range(4):
+        Image.new("RGB", (30 + number, 20), (60 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"picture {number}")
+    train, texts = captioned_folder.load(tmp_path, "train", side=16, channels=3)
+    heldout, others = captioned_folder.load(tmp_path, "heldout", side=16, channels=3)
+    assert train.shape == (3, 3, 16, 16) and heldout.shape == (1, 3, 16, 16)
+    assert sorted([*texts, *others]) == [f"picture {n}" for n in range(4)]
+    grey, _ = captioned_folder.load(table.images(place), "train", train=1, heldout=2, side=8, channels=1)
+    assert grey.shape == (1, 1, 8, 8) and grey.abs().max() <= 1
+    with pytest.raises(DataError, match="4 images"):
+        captioned_folder.load(tmp_path, "train", train=4, heldout=1, side=16, channels=3)
+    (tmp_path / "5.txt").write_text("nothing to see")
+    with pytest.raises(DataError, match="has no image"):
+        captioned_folder.listed(tmp_path)
+    (tmp_path / "5.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="can't be read"):
+        captioned_folder.load(tmp_path, "train", train=4, heldout=1, side=16, channels=3)
+    np.savez(tmp_path / "half.npz", images=np.zeros((2, 4, 4), np.uint8))
+    with pytest.raises(DataError, match="'captions'"):
+        captioned_folder.listed(tmp_path / "half.npz")
+
+
+# Conditions -----------------------------------------------------------------------------------------------------
+
+
+class Told(torch.nn.Module):
+    """A denoiser that notes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, added: Any = None
+    ) -> Any:
+        self.seen = sample.shape, encoder_hidden_states.shape, added["ids"].shape
+        shift = (
+            encoder_hidden_states.mean((1, 2)) + added["ids"].float().mean(1) + sample[:, 2:].mean((1, 2, 3))
+        )
+        return type("Output", (), {"sample": sample[:, :2] * self.weight + shift[:, None, None, None]})
+
+
+def test_conditions_are_mappings_of_what_a_denoiser_is_told():
+    problem, n = Denoising("epsilon", torch.linspace(0.99, 0.01, 10)), 5
+    told = {
+        "encoder_hidden_states": torch.randn(n, 3, 4),
+        "added": {"ids": torch.arange(n * 2).reshape(n, 2)},
+        CHANNELS: torch.ones(n, 1, 2, 2),
+    }
+    model = Told()
+    batches = problems(problem, torch.randn(n, 2, 2, 2), told, batch_size=2)
+    assert [len(batch["condition"]["added"]["ids"]) for batch in batches] == [2, 2, 1]
+    whole = problem.evaluate(model, problems(problem, torch.cat([b["latents"] for b in batches]), told))
+    assert problem.evaluate(model, batches)["loss"] == pytest.approx(whole["loss"])
+    first = {
+        name: part[:1] if isinstance(part, Tensor) else {"ids": part["ids"][:1]}
+        for name, part in told.items()
+    }
+    made = sample(model, problem, torch.randn(n, 2, 2, 2), told, first, steps=2, guidance=2.0)
+    assert made.shape == (n, 2, 2, 2) and model.seen == ((10, 3, 2, 2), (10, 3, 4), (10, 2))
+
+
+def test_what_a_tiny_unet_is_told():
+    around = Around(tiny_sd.load_pipeline("seed0"))
+    states = around.states(["a handwritten seven"])
+    assert isinstance(states, Tensor) and states.shape == (1, tiny_sd.CONTEXT, tiny_sd.HIDDEN)
+    assert around.shape == (4, 8, 8) and around.channels(2) is None
+    with pytest.raises(ConfigError, match="multiples of 4"):
+        Around(around.pipeline, 30)
