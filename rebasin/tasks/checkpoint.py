@@ -62,6 +62,10 @@ def load(cfg: DictConfig) -> Task:
     require(cfg, "objective", "agreement", *KINDS)
     wanted = _wanted(cfg)
     _check_files(cfg)
+    if cfg.objective.kind == "agreement" and cfg.model.batches < 1 and "batches" in _takes(cfg):
+        raise ConfigError(
+            f"algo={cfg.algo.name} looks at batches, but model.batches is {cfg.model.batches}; it must be at least 1."
+        )
     files = _files(cfg)
     models = tuple(_open(name, path) for name, path in files.items())
     for other in models[1:]:
@@ -121,6 +125,12 @@ def _wanted(cfg: DictConfig) -> dict[str, bool]:
     if cfg.model.samples > 0:
         found[f"model.samples={cfg.model.samples}"] = False
     return found
+
+
+def _takes(cfg: DictConfig) -> dict[str, Any]:
+    """The arguments of the run's algorithm."""
+    algo = cfg.get("algo")
+    return arguments_of(get_method(algo["_target_"])) if algo else {}
 
 
 def _check_files(cfg: DictConfig) -> None:
