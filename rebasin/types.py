@@ -106,7 +106,11 @@ def require_state(state: Any, what: str, names: Iterable[str] | None = None) -> 
         raise CheckpointError(
             f"{what} is of type {type(state).__name__}, but a state is wanted: model.state_dict()."
         )
-    for name in (state if names is None else names) if isinstance(state, dict) else ():
+    if not isinstance(state, dict):
+        return
+    if odd := [name for name in state if not isinstance(name, str)]:
+        raise CheckpointError(f"{odd[0]!r} is no name of a tensor in {what}: names are text.")
+    for name in state if names is None else names:
         if name in state and (fault := _fault(state[name])):
             raise CheckpointError(f"Tensor {name!r} of {what} {fault}.")
 

@@ -8,7 +8,6 @@ the spec.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import VerificationError
-from ..files import SchemaError, cache_folder, conform, parse, write_text
+from ..files import SchemaError, cache_folder, conform, keep, parse, write_text
 from ..spec import PermutationSpec
 from ..tracing import cache, trace, verify
 from .architectures import Built, architecture, build, component_config, release_of
@@ -138,7 +137,4 @@ def _kept(spec: PermutationSpec) -> Proof | None:
 def _keep(spec: PermutationSpec, made: Proof) -> None:
     path = _file(spec)
     if path is not None:
-        # A cache that can't be written costs time, not results.
-        with contextlib.suppress(OSError, ValueError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(asdict(made)))
+        keep(path, lambda path: write_text(path, json.dumps(asdict(made))))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..objectives import Objective
+from ..objectives import LossFunction, Objective, checked
 from ..tensors.modules import eval_mode, with_weights
 from ..types import State
 from .calibration import Calibration, calibration
@@ -49,7 +49,7 @@ class Row:
 
 def compare(
     model: nn.Module,
-    objective: Objective,
+    objective: Objective | LossFunction,
     batches: Sequence[Any],
     members: Sequence[State],
     merges: Mapping[str, State],
@@ -62,6 +62,7 @@ def compare(
     ensemble as well. `model` lends its architecture; its weights are not touched. `weights` are those of the
     members in the ensemble and in the mean of their losses.
     """
+    objective = checked(objective)
     raw = [1.0] * len(members) if weights is None else list(weights)
     shares = [w / fsum(raw) for w in raw]
     if not hasattr(objective, "logits"):

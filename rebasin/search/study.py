@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..errors import CheckpointError, ConfigError, shown
 from ..files import SchemaError, conform
+from .folder import digests
 from .objectives import SearchObjective
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 NAME = "study.db"
 STUDY = "merge"
+FOR = "made_for"
 
 
 def need_optuna() -> Any:
@@ -86,6 +88,28 @@ def open_study(folder: Path, objectives: Sequence[SearchObjective], prune: float
         )
     study.set_metric_names([one.name for one in objectives])
     return study
+
+
+def require_same(folder: Path, config: Mapping[str, Any]) -> None:
+    """Complain if the study in `folder` is of another search: its trials would be taken for this one's.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    if not (folder / NAME).is_file():
+        return
+    optuna = need_optuna()
+    try:
+        attributes = optuna.load_study(study_name=STUDY, storage=f"sqlite:///{folder / NAME}").user_attrs
+        then = conform(Mapping[str, str], attributes.get(FOR, {}), FOR)
+    except Exception:  # opening it in earnest will tell what is wrong
+        return
+    now = digests(config)
+    if differ := [name for name in then if then[name] != now.get(name)]:
+        raise ConfigError(
+            f"The search in {folder} is another one, its {' and '.join(differ)} differed; choose another folder with"
+            " hydra.run.dir=FOLDER, or search anew there with again=true."
+        )
 
 
 class CandidateData(TypedDict):

@@ -15,7 +15,7 @@ from torch import nn
 from ..checkpoints import load_safetensors
 from ..errors import ConfigError
 from ..evaluation.samples import Samples
-from ..objectives import Objective
+from ..objectives import Objective, checked
 from ..spec import PermutationSpec
 from ..tracing import trace
 from ..types import Progress, State
@@ -59,6 +59,7 @@ class Task:
         maker: how the aligned part makes images of prompts, differentiably; None: it makes none.
         export: the run's folder, the merge and metadata -> a file in the form that the endpoints came in; None: none.
         plan: what a dry run tells besides the spec.
+        data: what its data are called, where they are not those of the configuration.
         reads: the options at the top of the configuration that it has asked for, see `load_task`.
     """
 
@@ -75,6 +76,7 @@ class Task:
     others: Mapping[str, Callable[[], State]] = field(default_factory=dict)
     export: Callable[[Path, State, Mapping[str, str]], Path] | None = None
     plan: Sequence[str] = ()
+    data: str = "own"
     reads: frozenset[str] = frozenset()
 
     @property
@@ -115,7 +117,7 @@ def load_task(cfg: DictConfig) -> Task:
     watched = copy.deepcopy(cfg)
     object.__setattr__(watched, "__class__", Watched)  # whose own attributes are the options
     task = get_method(cfg.model.task)(watched)
-    return replace(task, reads=frozenset(read))
+    return replace(task, objective=checked(task.objective), reads=frozenset(read))
 
 
 def require(cfg: DictConfig, group: str, *kinds: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...spec import Group, Permutation, PermutationSpec
+from ...tensors.modules import find_device
 from ...types import State, dtype_of
 from ..schedule import axes_met
 
@@ -80,7 +81,7 @@ class Endpoints:
             CheckpointError: a tensor is not floating point or has NaN or infinite values.
         """
         self.spec = spec
-        self.device = torch.device(device)
+        self.device = find_device(device)
         self.parameters = tuple(name for name in spec.axes if name not in spec.buffers)
         self._a, self._b = state_a, state_b
         self._key_a, self._key_b = keys_of(spec, state_a, "A"), keys_of(spec, state_b, "B")
