@@ -164,6 +164,26 @@ def test_information_that_does_not_fit_is_refused(folder, method):
     assert "no Fisher information" in refused(folder, *MERGE, *given, "b.safetensors")
 
 
+@pytest.mark.parametrize(
+    "file", ["simo.safetensors", "simo.pt", "webui.pt", "embedding.safetensors", "oft.safetensors"]
+)
+def test_what_can_not_be_moved_is_named_with_its_file(folder, file, tmp_path):
+    save_safetensors(
+        folder / "oft.safetensors", {"lora_te_text_model_encoder_layers_0_mlp_fc1.oft_diag": torch.ones(2)}
+    )
+    for arguments in (
+        ("inspect", file),
+        ("apply", "own.permutation.safetensors", file, "-o", "moved.safetensors"),
+    ):
+        assert file in refused(folder, *arguments)
+    sentence = refused(folder, "apply", "own.permutation.safetensors", "lora.safetensors", "-o", "moved.ckpt")
+    assert "moved.ckpt" in sentence and ".safetensors or .sft" in sentence
+    sentence = refused(
+        folder, "apply", "own.permutation.safetensors", "lora.safetensors", "-o", "moved.safetensorz"
+    )
+    assert "moved.safetensorz" in sentence and ".safetensors or .sft" in sentence
+
+
 @pytest.mark.parametrize("suffix", [".safetensorz", ".pt", ".bin", ".pth", ".zip", ".SAFETENSOR"])
 @pytest.mark.parametrize("command", ["merge", "align"])
 def test_endings_that_no_model_is_written_in_are_refused(folder, suffix, command):

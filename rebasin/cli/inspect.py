@@ -123,10 +123,11 @@ def _permutation(file: Path) -> dict[str, Any]:
 def _adapter(file: Path) -> dict[str, Any]:
     from ..adapters import describe_adapter
     from . import provenance
-    from .inputs import open_raw
+    from .inputs import named, open_raw
 
     state = open_raw(file)
-    info = describe_adapter(state)
+    with named(file):
+        info = describe_adapter(state)
     metadata = dict(getattr(state, "metadata", {}))
     return {
         "what": "an adapter: " + ", ".join(f"{n} x {kind}" for kind, n in info.kinds.items()),
