@@ -16,6 +16,7 @@ from ..adapters import of_component, part, union
 from ..checkpoints import component_spec, load_metadata
 from ..checkpoints.joint import PARTS, joint_spec, joint_state
 from ..errors import CheckpointError, ConfigError
+from ..files import remove_leftovers
 from ..jobs.resume import Resume
 from ..matching import weight_matching
 from ..matching.many.methods import match_to_mean
@@ -157,6 +158,9 @@ class Aligning:
         for what in ("matching", "aligned"):  # older ones of the same target, too
             for path in target.parent.glob(f".{glob.escape(target.stem)}-*.{what}.safetensors"):
                 path.unlink(missing_ok=True)
+        remove_leftovers(
+            target.with_name(f".{target.name}")
+        )  # those that a killed run had only begun to write
         return found
 
     @cached_property

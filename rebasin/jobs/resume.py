@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ..errors import CheckpointError
-from ..files import cache_folder, keep
+from ..files import cache_folder, keep, remove_leftovers
 from ..integrations.hydra import fingerprint, resolved
 
 EVERY = 2.0
@@ -81,6 +81,7 @@ class Resume:
     def finish(self) -> None:
         """The matching is done: its state is of no more use."""
         with contextlib.suppress(OSError):  # there is none, or nothing can be written there
+            remove_leftovers(self.path)  # of a run that was killed while it wrote its last state
             self.path.unlink()
         UNFINISHED.discard(self.path)
 

@@ -30,6 +30,7 @@ from ..search.study import (
     require_same,
     seconds_of,
     take_over,
+    writing,
 )
 from ..search.trials import Budget, work
 from ..search.verdict import Finalist, assess, best_trials, finals, references
@@ -45,7 +46,7 @@ BEST = "best.safetensors"
 
 def search(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> Results | None:
     """Search as `cfg` says; goes on with a search that is in `folder`."""
-    with locked(folder):
+    with locked(folder), writing(folder):
         return _search(cfg, folder, console, command)
 
 

@@ -7,7 +7,8 @@ number of finished trials, so a search that was killed and goes on proposes what
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -76,6 +77,8 @@ def open_study(folder: Path, objectives: Sequence[SearchObjective], prune: float
         )
         _require_sound(study, storage.engine)
     except Exception as error:
+        if _is_full(error):
+            raise _unwritable(path, error) from error
         # SQLAlchemy, alembic and Optuna have errors of their own for a file that is no study.
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
@@ -88,6 +91,46 @@ def open_study(folder: Path, objectives: Sequence[SearchObjective], prune: float
         )
     study.set_metric_names([one.name for one in objectives])
     return study
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What is tried within the block is kept in the study's file at each step.
+
+    Raises:
+        CheckpointError: the disk is full, or the file can't be written any more.
+    """
+    optuna = need_optuna()
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+        if not _is_full(error):
+            raise
+        raise _unwritable(folder / NAME, error) from error
+
+
+FULL = ("disk is full", "disk I/O error", "readonly database")
+"""What SQLite says where it can't write."""
+
+
+def _is_full(error: BaseException) -> bool:
+    return _said(error) is not None
+
+
+def _said(error: BaseException | None) -> str | None:
+    while error is not None:
+        if found := next((words for words in FULL if words in str(error)), None):
+            return found
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _unwritable(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"{path} can't be written ({_said(error)}); make room there, and the same command goes on with what was tried."
+    )
 
 
 def require_same(folder: Path, config: Mapping[str, Any]) -> None:
