@@ -29,7 +29,7 @@ from rich.console import Console as RichConsole
 from rebasin import report
 from rebasin.checkpoints import load_metadata
 from rebasin.errors import CheckpointError
-from rebasin.files import MARK, config_dir
+from rebasin.files import MARK, config_dir, keep, prepare_folder
 from rebasin.jobs import resume
 from rebasin.jobs.commands import RUN, SEARCH
 from rebasin.jobs.commands import Command as Configured
@@ -256,3 +256,17 @@ def test_interrupted_while_pages_are_drawn_again(
     monkeypatch.setattr("rebasin.reporting.command.drawn", interrupted)
     assert report.main([str(tmp_path)]) == 130
     assert capsys.readouterr().err.strip().startswith("Interrupted; no file is half-written")
+
+
+def test_a_cache_that_can_not_be_written_is_one_warning_and_a_folder_of_results_one_sentence(
+    tmp_path: Path,
+) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("mine")
+    with pytest.warns(UserWarning, match="REBASIN_CACHE") as told:
+        for name in ("a.txt", "b.txt"):
+            assert not keep(in_the_way / "specs" / name, lambda path: path.write_text("text"))
+    assert len(told) == 1
+    with pytest.raises(CheckpointError, match="choose another folder for the results"):
+        prepare_folder(in_the_way / "run")
+    assert in_the_way.read_text() == "mine"
