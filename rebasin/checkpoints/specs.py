@@ -84,18 +84,21 @@ def proof(spec: PermutationSpec, config: dict[str, Any], family: str, component:
     """
     family, part = release_of(family, component)
 
+    narrowed = narrow(config, part, family)
+
     def reduced() -> Built:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return build(part, narrow(config, part, family), "cpu")
+            return build(part, narrowed, "cpu")
 
-    return prove(spec, reduced, f"The spec of the {component} of {family}")
+    return prove(spec, reduced, f"The spec of the {component} of {family}", twin=narrowed != config)
 
 
-def prove(spec: PermutationSpec, reduced: Callable[[], Built], what: str) -> Proof:
+def prove(spec: PermutationSpec, reduced: Callable[[], Built], what: str, *, twin: bool = True) -> Proof:
     """That the same model at reduced width has the same spec, and that its random permutation changes nothing.
 
-    Computed in float64, and kept: another call with a spec that is equal reads it.
+    Computed in float64, and kept: another call with a spec that is equal reads it. `twin=False`: the model is as narrow
+    as that itself, and its own spec is tried.
 
     Raises:
         VerificationError: its outputs change, or its spec moves other axes together than `spec`.
@@ -104,7 +107,7 @@ def prove(spec: PermutationSpec, reduced: Callable[[], Built], what: str) -> Pro
     if kept is not None:
         return kept
     module, args, kwargs = reduced()
-    small = trace(module, *args, **kwargs)
+    small = trace(module, *args, **kwargs) if twin else spec
     if structure(small) != structure(spec):
         raise VerificationError(f"{what} can't be proved: its narrow twin moves other axes together.")
     report = verify(module, small, *args, dtype=torch.float64, **kwargs).require()
