@@ -490,7 +490,7 @@ def test_resumed_after_anything_it_ends_the_same_to_the_bit(
         state.save(paths[-1])
 
     whole = search(checkpoint=keep)
-    starts = 4 if options.get("init") == "best" else 1
+    starts = len(candidates(options.get("init", "weight_matching")))
     assert len(paths) == starts + len(whole.history) and len({step.moved for step in whole.history}) > 1
     for path in paths:
         state = StraightThroughState.load(path)
