@@ -41,7 +41,7 @@ TRIALS = ["search.trials=9", "search.minutes=0", "search.batch=200", "search.war
 
 # Forking costs no imports, but where torch has a GPU it may have threads, too.
 SAFE = sys.platform == "linux" and not torch.cuda.is_available()
-PROCESSES = multiprocessing.get_context("fork" if SAFE else "spawn")
+PROCESSES: Any = multiprocessing.get_context("fork" if SAFE else "spawn")
 
 
 def merge(a: Path, b: Path, folder: Path) -> None:

@@ -46,6 +46,7 @@ class Net(nn.Module):
         return self.b(torch.relu(self.a(x)))
 
 
+torch.manual_seed(0)
 A, B = Net().eval(), Net().eval()
 BATCHES = [(torch.randn(8, 4), torch.randn(8, 3)) for _ in range(3)]
 SPEC = rebasin.trace(A, torch.randn(2, 4))

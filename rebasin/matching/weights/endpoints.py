@@ -230,7 +230,10 @@ class Endpoints:
             return
         if name not in self._moved:
             self._moved[name] = self.b(name).clone()
-        self._moved[name].index_copy_(changed.axis, changed.places, changed.values)
+        there, values = self._moved[name], changed.values
+        if there.dtype.itemsize == 1:  # torch writes no slices of float8: their bytes are written
+            there, values = there.view(torch.uint8), values.view(torch.uint8)
+        there.index_copy_(changed.axis, changed.places, values)
 
     def _reindex(self, index: Mapping[str, np.ndarray]) -> None:
         for cell, relative in index.items():
