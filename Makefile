@@ -3,7 +3,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
 PY := .venv/bin/python
-# Python compiles what it imports; to compile everything is half of an installation.
+# Python compiles what it imports and keeps it, unless this is set; to compile everything is half of an installation.
+unexport PYTHONDONTWRITEBYTECODE
 PIP = $(PY) -m pip install --quiet --no-compile $(PIP_ARGS)
 
 .DEFAULT_GOAL := help

@@ -35,6 +35,8 @@ from rebasin.errors import TraceError
 from .zoo_random import Network, Plan, describe, draw
 
 TOLERANCE = 1e-8
+NOTHING = 1e-8
+"""Outputs smaller than this are compared with it: the mean of what a norm has centred is zero up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def examine(plan: Plan, members: int = 3) -> Outcome:
         for x, wanted in zip(inputs, expected, strict=True):
             found = run(other, x) if wanted is not None else None
             for k, (a, b) in enumerate(zip(found or [], wanted or [], strict=True)):
-                error = float((a - b).norm() / (b.norm() + 1e-12))
+                error = float((a - b).norm() / max(b.norm(), NOTHING))
                 if not error < TOLERANCE:
                     return Outcome(f"false symmetry: output {k} changes by {error:.1e}", neurons=spec.neurons)
     return Outcome(neurons=spec.neurons, beyond=beyond)

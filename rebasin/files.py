@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, fields, is_dataclass
@@ -68,8 +69,60 @@ def cache_folder(configured: str | os.PathLike[str] | None = None) -> Path | Non
     if chosen == "off":
         return None
     if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rebasin"
+        return Path(os.path.expanduser(chosen))
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rebasin"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def keep(path: PathLike, write: Callable[[Path], object]) -> bool:
+    """Let `write` write a file that saves time later, and say whether it could.
+
+    A cache that can't be written costs time, not results: the first time it is told as a warning.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(target)
+    except (OSError, CheckpointError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
+        if target.parent not in _unwritable:
+            _unwritable.add(target.parent)
+            warnings.warn(
+                f"{target.parent} can't be written ({reason[:120]}), so nothing is kept there and work is done anew the"
+                " next time; name another folder in REBASIN_CACHE (off: none).",
+                stacklevel=3,
+            )
+        return False
+    return True
+
+
+_unwritable: set[Path] = set()
+"""The folders that were told of."""
+
+
+def prepare_folder(folder: PathLike) -> Path:
+    """Make a folder for results, and see that it can be written, before the work that they cost.
+
+    Raises:
+        CheckpointError: it can't be.
+    """
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except OSError as error:
+        raise unwritable(target, error) from error
+    return target
+
+
+def unwritable(folder: PathLike, error: OSError) -> CheckpointError:
+    """The error for a folder of results that can't be written."""
+    return CheckpointError(
+        f"{folder} can't be written ({error.strerror or error}); choose another folder for the results."
+    )
 
 
 def atomic_path(path: PathLike) -> AbstractContextManager[Path]:

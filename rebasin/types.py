@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +107,11 @@ def require_state(state: Any, what: str, names: Iterable[str] | None = None) -> 
         raise CheckpointError(
             f"{what} is of type {type(state).__name__}, but a state is wanted: model.state_dict()."
         )
-    for name in (state if names is None else names) if isinstance(state, dict) else ():
+    if type(state) not in (dict, OrderedDict):  # others may compute, or read, what they are asked for
+        return
+    if odd := [name for name in state if not isinstance(name, str)]:
+        raise CheckpointError(f"{odd[0]!r} is no name of a tensor in {what}: names are text.")
+    for name in state if names is None else names:
         if name in state and (fault := _fault(state[name])):
             raise CheckpointError(f"Tensor {name!r} of {what} {fault}.")
 

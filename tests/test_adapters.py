@@ -12,6 +12,7 @@ from torch import Tensor
 
 import rebasin
 from rebasin.adapters import (
+    component_of,
     describe_adapter,
     extend,
     is_adapter,
@@ -22,6 +23,7 @@ from rebasin.adapters import (
     part,
     union,
 )
+from rebasin.checkpoints import architecture
 from rebasin.errors import AdapterError, SpecMismatchError
 
 torch.set_num_threads(1)
@@ -445,6 +447,23 @@ def test_describe(pipeline: SmallPipeline) -> None:
     info = describe_adapter(make(pipeline, loha, dora="rows"))
     assert info.kinds == {"LoHa with DoRA": len(MODULES)} and info.ranks == (RANK,) and info.naming == "kohya"
     assert info.components == {"unet": len(MODULES) - 2, "text_encoder": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "component"),
+    [
+        ("sd1", "unet"),
+        ("sd1", "vae"),
+        ("sd2", "text_encoder"),
+        ("sdxl", "text_encoder"),
+        ("sdxl", "text_encoder_2"),
+    ],
+)
+def test_a_spec_of_one_component_is_known_by_its_names(family: str, component: str) -> None:
+    shapes = {
+        name: tuple(tensor.shape) for name, tensor in architecture(family, component)[0].state_dict().items()
+    }
+    assert component_of(rebasin.spec.PermutationSpec((), shapes)) == (component,)
 
 
 def test_union_part_and_extend(pipeline: SmallPipeline) -> None:

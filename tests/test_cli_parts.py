@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from cli_files import Files, digest, read, rebasin
+from test_kills import PROCESSES
 from torch import Tensor
 
 from rebasin.adapters import of_component
 from rebasin.checkpoints import load_safetensors, save_safetensors
+from rebasin.reporting.console import Console
 from rebasin.spec import Permutation
+from rebasin.types import ProgressEvent
 
 BIAS = "first_stage_model.decoder.norm_out.bias"
 
@@ -200,19 +202,17 @@ def test_outputs_that_can_not_be(files: Files, tmp_path: Path, monkeypatch: pyte
     assert "needs" in text and "free" in text  # before hours of alignment, not after
 
 
-KILL = """
-import os, signal, sys
-from rebasin.reporting.console import Console
-from rebasin.cli import main
-stage, sys.argv = sys.argv[1], ["rebasin", *sys.argv[2:]]
-told = Console.progress
-def progress(self, event):
-    if event["stage"] == stage and event["step"] > 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    told(self, event)
-Console.progress = progress
-main()
-"""
+def killed_at(stage: str, command: list[str]) -> None:
+    """Be killed in the middle of a stage."""
+    told = Console.progress
+
+    def progress(self: Console, event: ProgressEvent) -> None:
+        if event["stage"] == stage and event["step"] > 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        told(self, event)
+
+    Console.progress = progress  # pyright: ignore[reportAttributeAccessIssue]
+    rebasin(*command)
 
 
 @pytest.mark.parametrize("stage", ["text_encoder", "save"])
@@ -220,8 +220,10 @@ def test_killed_and_resumed(files: Files, tmp_path: Path, stage: str) -> None:
     """Killed while the second component is aligned, or while the file is written: the same command goes on."""
     out = tmp_path / "out.safetensors"
     command = ["merge", str(files.a), str(files.b), "-o", str(out)]
-    done = subprocess.run([sys.executable, "-c", KILL, stage, *command], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = PROCESSES.Process(target=killed_at, args=(stage, command))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not out.exists()
     left = {path.name.split("-")[-1] for path in tmp_path.glob(".out*.aligned.safetensors")}
     assert left == ({"vae.aligned.safetensors"} if stage == "text_encoder" else set())

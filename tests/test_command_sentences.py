@@ -12,13 +12,16 @@ from typing import Any, cast
 import pytest
 import torch
 from cli_files import rebasin
+from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from rebasin.adapters import union
 from rebasin.checkpoints import component_spec, open_checkpoint, save_safetensors
+from rebasin.checkpoints.checkpoint import require_same_prediction
 from rebasin.checkpoints.random_weights import random_checkpoint
+from rebasin.cli.alignment import Aligning
 from rebasin.cli.companions import scored
-from rebasin.errors import ConfigError, listed
+from rebasin.errors import CheckpointError, ConfigError, listed
 from rebasin.files import config_dir
 from rebasin.jobs.configuration import explain
 from rebasin.jobs.resume import Resume
@@ -26,6 +29,7 @@ from rebasin.matching import weight_matching
 from rebasin.merging import METHODS, merge
 from rebasin.merging.inputs import copies
 from rebasin.spec import Permutation
+from rebasin.tasks import load_task
 
 TEXT = "cond_stage_model."
 
@@ -158,6 +162,26 @@ def test_information_that_does_not_fit_is_refused(folder, method):
         sentence = refused(folder, *MERGE, *given, file)
         assert file in sentence and words in sentence
     assert "no Fisher information" in refused(folder, *MERGE, *given, "b.safetensors")
+
+
+@pytest.mark.parametrize(
+    "file", ["simo.safetensors", "simo.pt", "webui.pt", "embedding.safetensors", "oft.safetensors"]
+)
+def test_what_can_not_be_moved_is_named_with_its_file(folder, file, tmp_path):
+    save_safetensors(
+        folder / "oft.safetensors", {"lora_te_text_model_encoder_layers_0_mlp_fc1.oft_diag": torch.ones(2)}
+    )
+    for arguments in (
+        ("inspect", file),
+        ("apply", "own.permutation.safetensors", file, "-o", "moved.safetensors"),
+    ):
+        assert file in refused(folder, *arguments)
+    sentence = refused(folder, "apply", "own.permutation.safetensors", "lora.safetensors", "-o", "moved.ckpt")
+    assert "moved.ckpt" in sentence and ".safetensors or .sft" in sentence
+    sentence = refused(
+        folder, "apply", "own.permutation.safetensors", "lora.safetensors", "-o", "moved.safetensorz"
+    )
+    assert "moved.safetensorz" in sentence and ".safetensors or .sft" in sentence
 
 
 @pytest.mark.parametrize("suffix", [".safetensorz", ".pt", ".bin", ".pth", ".zip", ".SAFETENSOR"])
@@ -367,3 +391,43 @@ def test_long_lists_are_cut():
         and len(listed(names)) < 200
     )
     assert listed(["a", "b"]) == "a, b" and listed([]) == "none"
+
+
+def task_of(a: Path, b: Path, *overrides: str) -> None:
+    """What a run does first with `model=checkpoint`."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose(
+            "config", ["model=checkpoint", f"model.a={a}", f"model.b={b}", "dry_run=true", *overrides]
+        )
+    load_task(cfg)
+
+
+def test_a_run_on_checkpoints_looks_at_both_before_any_work(folder, tmp_path):
+    text = "model.component=text_encoder"
+    task_of(folder / "a.safetensors", folder / "b.safetensors", text)
+    with pytest.raises(CheckpointError, match=r"fewer.safetensors has no tensor"):
+        task_of(folder / "a.safetensors", folder / "fewer.safetensors", text)
+    with pytest.raises(CheckpointError, match=r"lora.safetensors is a LoRA or another adapter"):
+        task_of(folder / "a.safetensors", folder / "lora.safetensors", text)
+    unet = random_checkpoint("sd1", 16, depth=1, vocabulary=64)
+    one = {name: unet[name].clone() for name in unet if name.startswith("model.diffusion_model.")}
+    save_safetensors(tmp_path / "noise.safetensors", one)
+    save_safetensors(tmp_path / "velocity.safetensors", {**one, "v_pred": torch.zeros(0)})
+    pair = tmp_path / "noise.safetensors", tmp_path / "velocity.safetensors"
+    with pytest.raises(CheckpointError, match=r"add model.mix_predictions=true if you know better.$"):
+        task_of(*pair)
+    task_of(*pair, "model.mix_predictions=true")
+    with pytest.raises(CheckpointError, match=r"add --mix-predictions if you know better.$"):
+        require_same_prediction([open_checkpoint(path) for path in pair])
+
+
+def test_a_command_begins_anew_where_what_was_kept_is_damaged(here, monkeypatch):
+    def damaged(self: Aligning, member: str, what: str) -> Path:
+        path = here / f".kept.{what}.safetensors"
+        path.write_bytes(b"damaged")
+        return path
+
+    monkeypatch.setattr(Aligning, "unfinished", damaged)
+    assert "Did anything move? Yes" in rebasin(
+        "merge", "a.safetensors", "b.safetensors", "-o", "out.safetensors"
+    )

@@ -181,7 +181,7 @@ def test_a_damaged_cache_file_is_noticed_and_replaced(damage, small, tmp_path):
 
 def test_a_cache_that_cannot_be_written_does_not_stop_the_training(small, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.warns(UserWarning, match="could not be kept"):
+    with pytest.warns(UserWarning, match="so nothing is kept there"):
         assert not trained("mlp", small, {"width": 4}, SHORT, cache=tmp_path / "file").cached
 
 

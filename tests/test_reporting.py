@@ -16,7 +16,7 @@ from rebasin.evaluation import Curve
 from rebasin.evaluation.samples import Samples
 from rebasin.reporting.answers import answers
 from rebasin.reporting.console import Console
-from rebasin.reporting.kinds import draw
+from rebasin.reporting.kinds import draw, pictures
 from rebasin.reporting.loggers import Logger, both
 from rebasin.reporting.metrics import metrics
 from rebasin.reporting.numbers import number
@@ -133,7 +133,7 @@ def test_what_an_earlier_run_left_in_the_folder_is_not_shown(tmp_path):
         assert text.count("data:image/png;base64,") == shown
         assert "<h2>The search</h2>" not in text and "while it searched" not in text
         console = RichConsole(record=True, file=io.StringIO(), width=200)
-        Console(console).summary(case, tmp_path)
+        Console(console).summary(case, tmp_path, pictures(case))
         told = console.export_text()
         assert "curve.png" in told and ("samples.png" in told) == (shown == 2)
         assert not any(name in told for name in stale if name != "samples.png")

@@ -338,7 +338,10 @@ def test_impossible_settings_are_refused_before_anything_is_loaded(overrides, se
         (["alog=naive"], "There is no option 'alog'; did you mean 'algo'? The options there are seed, lam"),
         (["seed.x=1"], "'seed' has no options of its own."),
         (["+seed=1"], "The option 'seed' exists already; write it without the leading +."),
-        (["model=vgg"], "There is no model 'vgg'; choose one of checkpoint, mlp, resnet18, resnet20,"),
+        (
+            ["model=vgg"],
+            "There is no model 'vgg'; did you mean 'vgg16'? Choose one of checkpoint, mlp, resnet18,",
+        ),
         (["seed=["], "'seed=[' can't be read; write GROUP=CHOICE or OPTION=VALUE"),
         (["model=null"], "A group takes the name of one of its choices"),
     ],

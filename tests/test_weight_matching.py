@@ -370,6 +370,19 @@ def test_states_may_be_lazy_have_further_keys_and_half_precision() -> None:
     assert result.permutation.apply(state)["w0"].dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+@pytest.mark.parametrize("init", ["identity", "forward", "random"])
+def test_states_of_few_bits_are_moved_too(dtype: torch.dtype, init: Any) -> None:
+    """Whole axes and slices of them; torch writes no slices of float8."""
+    spec = mlp()
+    for seed in range(4):
+        a, b = draw(spec, 2 * seed), draw(spec, 2 * seed + 1)
+        low = {name: tensor.to(dtype) for name, tensor in b.items()}
+        wide = {name: tensor.to(b[name]) for name, tensor in low.items()}
+        found = weight_matching(spec, a, low, init=init, seed=seed)
+        assert found.permutation == weight_matching(spec, a, wide, init=init, seed=seed).permutation
+
+
 def test_restarts_keep_the_best_and_tell_the_spread() -> None:
     spec = mlp()
     a, b = draw(spec, 1), draw(spec, 2)

@@ -43,6 +43,40 @@ def test_random_networks_have_no_false_symmetry(first: int, monkeypatch: pytest.
     assert tally.symmetric >= 6 and tally.refused <= 2
 
 
+@pytest.mark.parametrize("number", [2866, 3329])
+def test_what_the_long_attack_has_found(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2866: an output that is zero up to rounding; 3329: the one below, in the clothes of the grammar."""
+    monkeypatch.setenv("REBASIN_CACHE", "off")
+    assert not examine(draw(number)).fault
+
+
+class Products(nn.Module):
+    """All products of a layer's neurons with one another, those in pairs as complex numbers: (i, j) is not (j, i)."""
+
+    def __init__(self, softmax: bool, turned: bool) -> None:
+        super().__init__()
+        self.a, self.head, self.angle = nn.Linear(4, 4), nn.Linear(16, 3), nn.Parameter(torch.randn(2))
+        self.softmax, self.turned = softmax, turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z = (y.mT @ y).softmax(-1) if self.softmax else y.mT @ y.abs()
+        z = torch.view_as_complex(z.unflatten(-1, (-1, 2)).contiguous())
+        z = z * torch.polar(torch.ones(2), self.angle) if self.turned else z
+        return self.head(torch.view_as_real(z).flatten(-2).flatten(1))
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("turned", [True, False])
+def test_sets_that_cross_change_places_with_all_that_they_share(softmax: bool, turned: bool) -> None:
+    """Two sets that both have all members: one's rows are the other's columns, so the products move as one."""
+    model, x = Products(softmax, turned), torch.randn(2, 3, 4)
+    spec = rebasin.trace(model, x)
+    assert rebasin.verify(model, spec, x, dtype=torch.float64).passed
+    members = {tuple(map(tuple, spec.random(seed).index.values())) for seed in range(40)}
+    assert len(members) == 2, "nothing moves, or both pairs change places"
+
+
 def test_a_network_is_a_number() -> None:
     assert draw(7) == draw(7) and describe(draw(7)) == describe(draw(7))
     plan = Plan((2, 5), (Step("linear", (0,), 3), Step("unary", (1,), 4), Step("linear", (2,), 5)))

@@ -70,6 +70,8 @@ def component_of(spec: PermutationSpec) -> tuple[str, ...]:
         return tuple(name for name in COMPONENTS if name in first)
     if {"conv_in", "time_embedding", "down_blocks"} <= first:
         return ("unet",)
+    if "text_projection" in first:  # of the encoders of Stable Diffusion only the second has it
+        return ("text_encoder_2",)
     if "text_model" in first or any(name.startswith("encoder.layers.") for name in spec.shapes):
         return ("text_encoder",)
     return ("vae",) if {"encoder", "decoder"} <= first else ()

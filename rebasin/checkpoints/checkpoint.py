@@ -224,5 +224,5 @@ def require_same_prediction(checkpoints: Sequence[Checkpoint], option: str = "--
         (one, a), (other, b) = list(told.items())[:2]
         raise CheckpointError(
             f"{a.path} predicts {one} ({a.prediction.reason}) and {b.path} {other} ({b.prediction.reason}): their"
-            " merge would make neither; add {option} if you know better."
+            f" merge would make neither; add {option} if you know better."
         )

@@ -32,16 +32,17 @@ def joint_spec(checkpoint: Checkpoint, components: Sequence[str]) -> Permutation
         VerificationError: the proof failed; nothing may be aligned with this spec.
     """
     family = checkpoint.family
-    configs = {n: narrow(component_config(checkpoint, n), n, family) for n in TEXTS if n in components}
+    own = {name: component_config(checkpoint, name) for name in components if name in PARTS}
+    configs = {name: narrow(own[name], name, family) for name in TEXTS if name in own}
     reads = sum(config["hidden_size"] for config in configs.values())
     pooled = list(configs.values())[-1]["projection_dim"]
-    configs["unet"] = narrow(component_config(checkpoint, "unet"), "unet", family, reads, pooled)
+    configs["unet"] = narrow(own["unet"], "unet", family, reads, pooled)
 
     def reduced() -> Built:
         return joint_module({name: build(name, config, "cpu") for name, config in configs.items()})
 
     def proof(spec: PermutationSpec) -> None:
-        prove(spec, reduced, f"The joint spec of {checkpoint.path}")
+        prove(spec, reduced, f"The joint spec of {checkpoint.path}", twin=configs != own)
 
     return proved(joint_module({name: architecture(checkpoint, name) for name in components}), proof)
 

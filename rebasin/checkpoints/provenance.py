@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from .. import __version__
+from ..files import SchemaError, conform, parse
 from ..tensors import load_metadata
 from ..types import Progress, tell
 
@@ -51,10 +52,38 @@ def metadata_of(checkpoint: Checkpoint) -> Mapping[str, str]:
 def read(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """What a header of ours says; None if it is not ours or is damaged."""
     try:
-        told = json.loads(metadata[KEY])
-    except (KeyError, ValueError):
+        return understood(parse(metadata[KEY], nan=True))
+    except (KeyError, SchemaError):
         return None
-    return told if isinstance(told, dict) else None
+
+
+class Component(TypedDict):
+    """What is kept of one component's alignment."""
+
+    spec: NotRequired[str]
+    moved: NotRequired[int]
+    neurons: NotRequired[int]
+    objective: NotRequired[float]
+    distance: NotRequired[float | None]
+    distance_before: NotRequired[float | None]
+    distance_after: NotRequired[float | None]
+
+
+class Made(TypedDict):
+    """What is shown of it."""
+
+    recipe: NotRequired[Mapping[str, Any]]
+    inputs: NotRequired[list[Mapping[str, Any]]]
+    alignment: NotRequired[Mapping[str, Component] | None]
+
+
+def understood(told: Any) -> dict[str, Any] | None:
+    """The same, if it is of the kind that `header` writes; the inputs' own are looked at when they are shown."""
+    try:
+        conform(Made, told)
+    except SchemaError:
+        return None
+    return told
 
 
 def header(

@@ -104,4 +104,6 @@ def narrow_text(config: Mapping[str, Any], ratio: float) -> Config:
         return dict(config)
     heads = config["num_attention_heads"]
     width = heads * max(4, int(config["hidden_size"] // heads * ratio))
+    if width == config["hidden_size"]:  # as narrow as that already
+        return dict(config)
     return {**config, "hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}

@@ -8,7 +8,6 @@ the spec.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import VerificationError
-from ..files import SchemaError, cache_folder, conform, parse, write_text
+from ..files import SchemaError, cache_folder, conform, keep, parse, write_text
 from ..spec import PermutationSpec
 from ..tracing import cache, trace, verify
 from .architectures import Built, architecture, build, component_config, release_of
@@ -85,18 +84,21 @@ def proof(spec: PermutationSpec, config: dict[str, Any], family: str, component:
     """
     family, part = release_of(family, component)
 
+    narrowed = narrow(config, part, family)
+
     def reduced() -> Built:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return build(part, narrow(config, part, family), "cpu")
+            return build(part, narrowed, "cpu")
 
-    return prove(spec, reduced, f"The spec of the {component} of {family}")
+    return prove(spec, reduced, f"The spec of the {component} of {family}", twin=narrowed != config)
 
 
-def prove(spec: PermutationSpec, reduced: Callable[[], Built], what: str) -> Proof:
+def prove(spec: PermutationSpec, reduced: Callable[[], Built], what: str, *, twin: bool = True) -> Proof:
     """That the same model at reduced width has the same spec, and that its random permutation changes nothing.
 
-    Computed in float64, and kept: another call with a spec that is equal reads it.
+    Computed in float64, and kept: another call with a spec that is equal reads it. `twin=False`: the model is as narrow
+    as that itself, and its own spec is tried.
 
     Raises:
         VerificationError: its outputs change, or its spec moves other axes together than `spec`.
@@ -105,7 +107,7 @@ def prove(spec: PermutationSpec, reduced: Callable[[], Built], what: str) -> Pro
     if kept is not None:
         return kept
     module, args, kwargs = reduced()
-    small = trace(module, *args, **kwargs)
+    small = trace(module, *args, **kwargs) if twin else spec
     if structure(small) != structure(spec):
         raise VerificationError(f"{what} can't be proved: its narrow twin moves other axes together.")
     report = verify(module, small, *args, dtype=torch.float64, **kwargs).require()
@@ -138,7 +140,4 @@ def _kept(spec: PermutationSpec) -> Proof | None:
 def _keep(spec: PermutationSpec, made: Proof) -> None:
     path = _file(spec)
     if path is not None:
-        # A cache that can't be written costs time, not results.
-        with contextlib.suppress(OSError, ValueError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(asdict(made)))
+        keep(path, lambda path: write_text(path, json.dumps(asdict(made))))

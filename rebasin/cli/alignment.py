@@ -16,11 +16,13 @@ from ..adapters import of_component, part, union
 from ..checkpoints import component_spec, load_metadata
 from ..checkpoints.joint import PARTS, joint_spec, joint_state
 from ..errors import CheckpointError, ConfigError
+from ..files import SchemaError, conform, parse, remove_leftovers
 from ..jobs.resume import Resume
 from ..matching import weight_matching
 from ..matching.many.methods import match_to_mean
 from ..spec import Permutation, PermutationSpec
 from ..types import Progress, State, within
+from .provenance import Component
 from .request import Request
 
 if TYPE_CHECKING:
@@ -101,8 +103,22 @@ def given_alignment(path: Path, specs: Specs) -> Alignment:
     for name, spec in specs.items():
         if name != JOINT and (own := of_component(permutation, name)) is not None:
             part(own, spec)  # legal for this architecture
-    figures = json.loads(permutation_metadata(path).get("figures", "{}"))
-    return Alignment(permutation, specs, figures, path, reused=True)
+    return Alignment(permutation, specs, figures_of(path), path, reused=True)
+
+
+def figures_of(path: Path) -> dict[str, Any]:
+    """Component -> figures of the alignment that a permutation file is of; nothing if it is of none.
+
+    Raises:
+        CheckpointError: it is no permutation file, or damaged.
+    """
+    try:
+        found = parse(permutation_metadata(path).get("figures", "{}"), nan=True)
+        return dict(conform(Mapping[str, Component], found))
+    except SchemaError as error:
+        raise CheckpointError(
+            f"{path} is damaged: the figures of its alignment are none ({error})."
+        ) from error
 
 
 def permutation_metadata(path: Path) -> dict[str, Any]:
@@ -113,8 +129,8 @@ def permutation_metadata(path: Path) -> dict[str, Any]:
     """
     header = load_metadata(path)
     try:
-        return json.loads(header["spec"]).get("metadata", {})
-    except (KeyError, ValueError, AttributeError) as error:
+        return dict(conform(Mapping[str, Any], parse(header["spec"])).get("metadata", {}))
+    except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} holds no permutation: its header has no spec.") from error
 
 
@@ -157,6 +173,9 @@ class Aligning:
         for what in ("matching", "aligned"):  # older ones of the same target, too
             for path in target.parent.glob(f".{glob.escape(target.stem)}-*.{what}.safetensors"):
                 path.unlink(missing_ok=True)
+        remove_leftovers(
+            target.with_name(f".{target.name}")
+        )  # those that a killed run had only begun to write
         return found
 
     @cached_property
@@ -233,9 +252,8 @@ class Aligning:
         found = []
         for file in filter(Path.exists, files):
             try:
-                told = permutation_metadata(file)
-                if told.get("key") == self.key:
-                    figures = json.loads(told["figures"])
+                if permutation_metadata(file).get("key") == self.key:
+                    figures = figures_of(file)
                     found.append(Alignment(Permutation.load(file), specs, figures, file, reused=True))
             except CheckpointError as error:
                 raise CheckpointError(

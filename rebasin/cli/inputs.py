@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ from ..checkpoints.checkpoint import require_fitting
 from ..checkpoints.folders import load_config, load_weights, variants
 from ..checkpoints.output import FILES, is_file
 from ..checkpoints.pickled import load_tensors
-from ..errors import CheckpointError, ConfigError, shown
+from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..spec.permutation import is_permutation
 from ..types import DerivedState, State, passed
 
@@ -117,6 +118,17 @@ def open_raw(path: Path) -> State:
     return load_weights(path) if path.is_dir() else load_tensors(path)
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Sentences about an adapter's tensors begin with its file, unless they have its name."""
+    try:
+        yield
+    except AdapterError as error:
+        if path.name in str(error):
+            raise
+        raise AdapterError(f"{path.name}: {error}") from error
+
+
 def common(checkpoints: Sequence[Checkpoint], only: Sequence[str]) -> tuple[str, ...]:
     """The components that all of them have, or those of `only`.
 
@@ -143,7 +155,7 @@ def check_output(output: Path, inputs: Sequence[Path], overwrite: bool, forms: S
     Raises:
         ConfigError: it is an input, or exists, or its folder does not, or its name is none for what is written.
     """
-    if (not is_file(output) and forms != FILES) or (is_file(output) and output.suffix.lower() not in forms):
+    if output.suffix.lower() not in forms and (forms != FILES or is_file(output)):
         raise ConfigError(
             f"{output} would be a safetensors file, so its name must end in {' or '.join(forms)}."
         )

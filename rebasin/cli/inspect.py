@@ -99,11 +99,11 @@ def _component(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 def _permutation(file: Path) -> dict[str, Any]:
     from ..adapters.union import component_of, prefix_of
     from ..spec import Permutation, displaced
-    from .alignment import permutation_metadata
+    from .alignment import figures_of
 
     permutation = Permutation.load(file)
     spec = permutation.spec
-    figures = json.loads(permutation_metadata(file).get("figures", "{}"))
+    figures = figures_of(file)
     rows = []
     for name in component_of(spec) or ("",):
         prefix = prefix_of(spec, name)
@@ -124,10 +124,11 @@ def _permutation(file: Path) -> dict[str, Any]:
 def _adapter(file: Path) -> dict[str, Any]:
     from ..adapters import describe_adapter
     from ..checkpoints import provenance
-    from .inputs import open_raw
+    from .inputs import named, open_raw
 
     state = open_raw(file)
-    info = describe_adapter(state)
+    with named(file):
+        info = describe_adapter(state)
     metadata = dict(getattr(state, "metadata", {}))
     return {
         "what": "an adapter: " + ", ".join(f"{n} x {kind}" for kind, n in info.kinds.items()),
@@ -173,6 +174,8 @@ def _text(value: Any) -> str:
 
 def _lineage(made: dict[str, Any], indent: str) -> list[str]:
     """The recipe and its inputs, and theirs, indented."""
+    from .provenance import understood
+
     recipe = {k: v for k, v in made.get("recipe", {}).items() if v not in (None, False, [], {}, "")}
     lines = [indent + ", ".join(f"{key} {_text(value)}" for key, value in recipe.items())]
     for name, figures in (made.get("alignment") or {}).items():
@@ -184,6 +187,6 @@ def _lineage(made: dict[str, Any], indent: str) -> list[str]:
         lines.append(f"{indent}{name}: {moved}{apart}{objective}, spec {spec}")
     for one in made.get("inputs", []):
         lines.append(f"{indent}from {one.get('name')}  sha256 {one.get('sha256')}")
-        if one.get("made"):
-            lines += _lineage(one["made"], indent + "    ")
+        if (before := understood(one.get("made"))) is not None:
+            lines += _lineage(before, indent + "    ")
     return lines

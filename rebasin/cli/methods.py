@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..types import REQUIRED
 from .merge_weights import FUNCTIONS
 
 if TYPE_CHECKING:
@@ -73,6 +72,8 @@ def _base(method: Method) -> str:
 
 
 def _option(name: str, default: Any) -> str:
+    from ..types import REQUIRED  # late: torch
+
     if name in FUNCTIONS:
         return f"{name}=package.module:function (needed; takes the merged model's tensors, gives a number)"
     return f"{name} (needed)" if default is REQUIRED else f"{name}={default}"

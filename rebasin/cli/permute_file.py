@@ -22,7 +22,7 @@ from ..spec import Permutation, PermutationSpec
 from ..tensors.codes import decoded
 from ..types import State
 from . import output
-from .inputs import Kind, open_each, open_raw
+from .inputs import Kind, named, open_each, open_raw
 
 
 def permuted(
@@ -53,7 +53,8 @@ def permuted(
     state = open_raw(file)
     metadata = dict(getattr(state, "metadata", {}))
     if kind == "adapter":
-        return move_adapter(permutation, state, unfold=unfold, what=file.name), metadata
+        with named(file):
+            return move_adapter(permutation, state, unfold=unfold, what=file.name), metadata
     state = decoded(state, file)
     return move_controlnet(permutation, state, controlnet_spec(permutation.spec), what=file.name), metadata
 

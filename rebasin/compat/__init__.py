@@ -34,6 +34,7 @@ from ..merging import merge
 from ..merging.repair import reset_statistics
 from ..spec import PermutationSpec
 from ..tensors.memory import duplicate
+from ..tensors.modules import find_device
 from ..tracing import trace
 from ..types import State
 
@@ -290,7 +291,7 @@ def _trace(model: nn.Module, inputs: Any) -> PermutationSpec:
 
 
 def _moved(model: nn.Module, device: Device) -> nn.Module:
-    return model if device is None else model.to(device)
+    return model if device is None else model.to(find_device(device))
 
 
 @torch.no_grad()

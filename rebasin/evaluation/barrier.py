@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ConfigError
 from ..merging.inputs import check_names, with_ties
 from ..merging.interpolate import interpolate_tensor
+from ..objectives.base import figures_of
 from ..tensors.modules import restored
 from ..types import Progress, State, tell
 
@@ -135,7 +136,7 @@ def barrier(
                             f"{tuple(slots[name].shape)} in the model: give their own architecture."
                         )
                     slots[name].copy_(merged)
-            figures = _figures(evaluate(model))
+            figures = figures_of(evaluate(model), "evaluate")
             if step and figures.keys() != {"loss", *columns}:
                 raise ConfigError(
                     "evaluate must return the same figures every time, but their names changed."
@@ -167,16 +168,6 @@ def _line(values: Sequence[float], lam: float) -> float:
 def _argmax(values: Sequence[float]) -> int:
     """Where the first one is that is not a number, else the largest."""
     return max(range(len(values)), key=lambda i: (math.isnan(values[i]), values[i]))
-
-
-def _figures(result: float | Mapping[str, float]) -> dict[str, float]:
-    if not isinstance(result, Mapping):
-        return {"loss": float(result)}
-    if "loss" not in result:
-        raise ConfigError(
-            f"evaluate must return a number or a mapping with 'loss', but got {sorted(result)}."
-        )
-    return {name: float(value) for name, value in result.items()}
 
 
 def _check_slots(slots: Mapping[str, Tensor], state: State) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..objectives import Objective
+from ..objectives import LossFunction, Objective, checked
 from ..tensors.modules import eval_mode, with_weights
 from ..types import State
 from .calibration import Calibration, calibration
@@ -49,7 +49,7 @@ class Row:
 
 def compare(
     model: nn.Module,
-    objective: Objective,
+    objective: Objective | LossFunction,
     batches: Sequence[Any],
     members: Sequence[State],
     merges: Mapping[str, State],
@@ -62,18 +62,19 @@ def compare(
     ensemble as well. `model` lends its architecture; its weights are not touched. `weights` are those of the
     members in the ensemble and in the mean of their losses.
     """
+    own: Objective = checked(objective)
     raw = [1.0] * len(members) if weights is None else list(weights)
     shares = [w / fsum(raw) for w in raw]
-    if not hasattr(objective, "logits"):
-        losses = [_loss(model, objective, batches, state) for state in members]
+    if not hasattr(own, "logits"):
+        losses = [_loss(model, own, batches, state) for state in members]
         mean = fsum(share * loss for share, loss in zip(shares, losses, strict=True))
-        found = {name: _loss(model, objective, batches, state) for name, state in merges.items()}
+        found = {name: _loss(model, own, batches, state) for name, state in merges.items()}
         return [Row(MEMBERS, mean, 0.0), *(Row(name, loss, loss - mean) for name, loss in found.items())]
     singles: list[Row] = []
     probabilities: list[Tensor] = []
     total, labels = torch.zeros(()), torch.zeros(0)
     for share, state in zip(shares, members, strict=True):
-        logits, labels = _answers(model, objective, batches, state)
+        logits, labels = _answers(model, own, batches, state)
         singles.append(_row(MEMBERS, logits, labels, 0.0))
         probabilities.append(logits.softmax(dim=1))
         total = total + share * logits
@@ -82,7 +83,7 @@ def compare(
     accuracy = fsum(share * (row.accuracy or 0.0) for share, row in zip(shares, singles, strict=True))
     rows = [Row(MEMBERS, mean, 0.0, accuracy, pooled), _row(ENSEMBLE, total, labels, mean)]
     for name, state in merges.items():
-        logits, labels = _answers(model, objective, batches, state)
+        logits, labels = _answers(model, own, batches, state)
         rows.append(_row(name, logits, labels, mean))
     return rows
 

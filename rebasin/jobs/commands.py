@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from ..search import folder as _  # noqa: F401 - the configs name what it registers
-from .configuration import launch
+from .configuration import ANEW, launch
 
 if TYPE_CHECKING:
     from ..reporting.console import Console
@@ -28,6 +28,7 @@ class Command:
         name: `python -m NAME`.
         module: has the job, a function (cfg, folder, console, command) of the name's last part.
         config: the configuration that Hydra begins with.
+        kept: what Ctrl-C leaves, in words.
         each: another function of the module, for Hydra, which calls it once for each run of a sweep.
     """
 
@@ -35,6 +36,7 @@ class Command:
     module: str
     config: str = "config"
     each: str = ""
+    kept: str = ANEW
 
     def __call__(self, cfg: DictConfig, folder: Path, console: Console, command: str = "") -> Results | None:
         """Do the job that `cfg` describes and leave everything in `folder`; returns the content of results.json.
@@ -61,7 +63,7 @@ class Command:
 
     def main(self) -> None:
         """The command line."""
-        launch(self.job, self.config)
+        launch(self.job, self.config, self.kept)
 
     def _work(self, function: str) -> Any:
         # Late: torch, diffusers and matplotlib take seconds to import, and --help and --cfg need none of them.
@@ -69,5 +71,8 @@ class Command:
 
 
 RUN = Command("rebasin.run", "rebasin.jobs.run", each="run_once")
-SEARCH = Command("rebasin.search", "rebasin.jobs.search", "search")
+SEARCH = Command(
+    "rebasin.search", "rebasin.jobs.search", "search",
+    kept="what was aligned and tried is kept, and the same command goes on with it",
+)  # fmt: skip
 COMPARE_METHODS = Command("rebasin.compare_methods", "rebasin.jobs.compare_methods", "compare_methods")

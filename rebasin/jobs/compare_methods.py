@@ -17,7 +17,7 @@ from ..search.folder import base_name
 from ..search.objectives import SearchObjective, load_objectives
 from ..tasks import Task, load_task
 from .materials import align_all, check, load_inputs
-from .refusals import refuse
+from .refusals import brought, refuse
 from .skeleton import Job, Session
 
 
@@ -40,6 +40,7 @@ def _prepare(job: Session) -> Prepared:
     with job.stage("load"):
         task = load_task(cfg)
         refuse(job, task)
+        job.own = brought(job.cfg, task)
         inputs = load_inputs(cfg, task, job.progress)
         objectives = load_objectives(cfg, task, options)
         gradients = hasattr(task.objective, "loss")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import ConfigError, RebasinError, unknown
-from ..files import config_dir, print_anything
+from ..files import config_dir, print_anything, unwritable
 from ..integrations.signatures import CONFIG, VERSION_BASE, composed
 from . import option_help  # noqa: F401 - the configs' help templates name what it registers
 from .experiments import GROUP as EXPERIMENT
@@ -35,8 +37,15 @@ INTERNAL = ("name", "kind", "task", "architecture", "_target_", "object", "many"
 """Fields of configs that are not for the command line."""
 
 
-def launch(job: Callable[[DictConfig], Any], config: str = CONFIG) -> None:
+UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EROFS)
+
+ANEW = "no file is half-written, and the same command begins this run anew; what was finished before it stays"
+
+
+def launch(job: Callable[[DictConfig], Any], config: str = CONFIG, kept: str = ANEW) -> None:
     """Run `job` as a Hydra application over the package's configs, of which `config` is the one it begins with.
+
+    Ctrl-C ends it with exit code 130 and what is `kept` of its work, in words.
 
     What the user got wrong ends in one sentence on stderr and exit code 2; HYDRA_FULL_ERROR=1 shows the
     traceback. Errors that are no `RebasinError` are bugs and keep theirs.
@@ -63,13 +72,12 @@ def launch(job: Callable[[DictConfig], Any], config: str = CONFIG) -> None:
         sys.argv[1:] = expand(sys.argv[1:])
         application(checked)()
     except KeyboardInterrupt:
-        if UNFINISHED:
-            print(
-                "\nInterrupted; the same command with resume=true goes on where it stopped.", file=sys.stderr
-            )
+        told = "the same command with resume=true goes on where it stopped" if UNFINISHED else kept
+        print(f"\nInterrupted; {told}.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if full or started:
+        # A disk that is full, or can't be written, is met anywhere.
+        if full or (started and not (isinstance(error, OSError) and error.errno in UNWRITABLE)):
             raise
         _stop(error, config)  # the command line does not make a configuration
     finally:
@@ -95,6 +103,8 @@ def explain(error: Exception, arguments: Iterable[str] = (), config: str = CONFI
             " value with brackets, commas, spaces or an equals sign."
         )
     message = str(error)
+    if isinstance(error, OSError):  # Hydra makes the folder of a run
+        return str(unwritable(error.filename or "The folder of the results", error))
     if isinstance(error, RebasinError):
         return message
     if message.startswith("Config group override must be"):
@@ -156,10 +166,8 @@ FURTHER = {"algo.repair": ListConfig, "algo.points": ListConfig, "algo.pivot": s
 
 def _no_option(name: str, arguments: Iterable[str], config: str) -> str:
     """The sentence for an option that does not exist: the nearest one, and those that do."""
-    # With the arguments that choose a valid config of a group that there is here.
     groups = composed([], config)
-    chosen = [told.lstrip("+").partition("=")[::2] for told in arguments]
-    cfg = composed([f"{g}={choice}" for g, choice in chosen if g in groups and exists(g, choice)], config)
+    cfg = _chosen(list(arguments), config, groups)
     if name not in groups and (config_dir() / name).is_dir():
         commands = [command for other, command in COMMANDS.items() if name in composed([], other)]
         return f"The group {name!r} has no effect here: it is for {' and '.join(commands)}; leave it out."
@@ -171,9 +179,43 @@ def _no_option(name: str, arguments: Iterable[str], config: str) -> str:
         return f"{parent!r} has no options of its own."
     prefix = f"{parent}." if parent else ""
     known = [prefix + str(k) for k in node if k not in INTERNAL]
+    if isinstance(node.get("object"), DictConfig):
+        known += [f"{prefix}object.{k}" for k in node.object if k not in INTERNAL]
     return str(unknown(f"There is no option {name!r}", name, known, "the options there are"))
 
 
-def exists(group: object, choice: object) -> bool:
-    """Whether the package has this config."""
-    return (config_dir() / str(group) / f"{choice}.yaml").is_file()
+def _chosen(arguments: list[str], config: str, groups: DictConfig) -> DictConfig:
+    """The configuration with the arguments that choose a config of a group, one of the user's own included."""
+    folders = own_folders(arguments)
+    search = [told for told in arguments if told.startswith("hydra.searchpath=")]
+    if folders and not search:
+        quoted = (str(folder).replace("\\", "\\\\").replace("'", "\\'") for folder in folders)
+        search = ["hydra.searchpath=[" + ",".join(f"'{folder}'" for folder in quoted) + "]"]
+    ours, own = list[str](), list[str]()
+    for argument in arguments:
+        group, _, choice = argument.lstrip("+").partition("=")
+        if group in groups and exists(group, choice):
+            ours.append(argument)
+        elif group in groups and any(exists(group, choice, folder) for folder in folders):
+            own.append(argument)
+    try:
+        return composed([*search, *ours, *own], config)
+    except (HydraException, OmegaConfBaseException):  # the user's config is at fault, too
+        return composed(ours, config)
+
+
+def own_folders(arguments: Sequence[str]) -> list[Path]:
+    """The folders of configs that the command line adds to the package's."""
+    found = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            found.append(value if equals else following)
+        elif flag == "hydra.searchpath":
+            found += re.findall(r"[^\[\],'\"]+", value)
+    return [Path(folder.removeprefix("file://")).absolute() for folder in found]
+
+
+def exists(group: object, choice: object, folder: Path | None = None) -> bool:
+    """Whether the package, or another folder, has this config."""
+    return ((folder or config_dir()) / str(group) / f"{choice}.yaml").is_file()

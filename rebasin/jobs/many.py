@@ -63,11 +63,14 @@ def _work(job: Session, planned: stages.Material) -> Results:
     with job.stage("report"):
         if cfg.tensors:
             about = {"model": cfg.model.name, "algorithm": name, "spec_hash": spec.hash}
-            save_permutations(job.folder / "permutations.safetensors", result.permutations, about)
+            path = job.folder / "permutations.safetensors"
+            save_permutations(path, result.permutations, about)
+            job.wrote(path)
             chosen = name if combination.is_mean else combination.method.name
             for file, kind in ((report.MERGED, chosen), (report.REPAIRED, f"{chosen}, REPAIR")):
                 if kind in merges:
-                    save_safetensors(job.folder / file, merges[kind], {**about, "content": kind})
+                    about = {**about, "content": kind}
+                    job.wrote(save_safetensors(job.folder / file, merges[kind], about))
         return job.leave(report.figures(task.labels, task.aligned, spec, checks, result, rows))
 
 

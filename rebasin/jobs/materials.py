@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from ..errors import CheckpointError, ConfigError
+from ..files import SchemaError, parse
 from ..integrations.hydra import resolved
 from ..search.evaluator import Evaluator, Inputs, Setup
-from ..search.folder import base_name
+from ..search.folder import alignment_key, base_name
 from ..search.objectives import load_objectives
 from ..search.space import read_space
+from ..search.study import FOR
 from ..spec import Permutation
 from ..tasks import Task
+from ..tensors import load_metadata
 from ..types import Progress
 from . import stages
 from .algorithm import load_algorithm
@@ -49,15 +53,17 @@ def align_all(job: Session, task: Task, inputs: Inputs) -> dict[str, Permutation
         return found
     algorithm = load_algorithm(job.cfg.algo)
     spec = stages.spec_of(job.cfg, task, task.aligned)
-    if not read_permutations(job.folder, inputs):
+    kept, key = read_permutations(job.folder, inputs, job.config), alignment_key(job.config)
+    if not kept:
         stages.verify_all(job, task, {task.aligned: spec})
     with job.stage("align"):
         for label, state in list(inputs.named.items())[1:]:
-            path = permutation_file(job.folder, label)
-            if not path.is_file():
+            if label not in kept:
                 result = algorithm(task, spec, inputs.states[0], state, **job.given, progress=job.progress)
-                result.permutation.save(path, {"content": f"brings {label} to {inputs.labels[0]}"})
-            found[label] = Permutation.load(path)
+                about = {"content": f"brings {label} to {inputs.labels[0]}", FOR: key}
+                result.permutation.save(permutation_file(job.folder, label), about)
+                kept[label] = result.permutation
+            found[label] = kept[label]
         moved = ", ".join(f"{label} {permutation.moved():,}" for label, permutation in found.items())
         job.say(f"{name}: neurons moved: {moved} of {spec.neurons:,}")
     return found
@@ -69,10 +75,19 @@ def permutation_file(folder: Path, label: str) -> Path:
     return folder / f"permutation-{plain}.safetensors"
 
 
-def read_permutations(folder: Path, inputs: Inputs) -> dict[str, Permutation]:
-    """What `align_all` has left."""
+def read_permutations(folder: Path, inputs: Inputs, config: Mapping[str, Any]) -> dict[str, Permutation]:
+    """What `align_all` has left there for this configuration; what a job with another one has left is none of it."""
     files = {label: permutation_file(folder, label) for label in inputs.named}
-    return {label: Permutation.load(path) for label, path in files.items() if path.is_file()}
+    key = alignment_key(config)
+    mine = {label: path for label, path in files.items() if path.is_file() and _made_for(path) == key}
+    return {label: Permutation.load(path) for label, path in mine.items()}
+
+
+def _made_for(path: Path) -> str | None:
+    try:
+        return parse(load_metadata(path)["spec"])["metadata"].get(FOR)
+    except (CheckpointError, SchemaError, KeyError, TypeError, AttributeError):
+        return None  # damaged, or of an earlier version
 
 
 def prepare(cfg: DictConfig, task: Task, inputs: Inputs) -> Setup:

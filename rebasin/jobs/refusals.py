@@ -139,6 +139,18 @@ def refuse(job: Session, task: Task | None = None, algorithm: Algorithm | None =
             raise ConfigError(f"{told} has no effect here: {reason}; leave it out.")
 
 
+def brought(cfg: DictConfig, task: Task) -> dict[str, str]:
+    """Group -> what the model has in its place, where it does not read the group and no config of the user's own says
+    what it is.
+    """
+    own = {"data": task.data, "objective": "own"}
+    return {
+        group: name
+        for group, name in own.items()
+        if group not in task.reads and exists(group, cfg[group].name)
+    }
+
+
 def _set(case: Case, option: str, value: Any) -> str | None:
     """OPTION=VALUE, if it differs from its default, which may come with the model; of a model of the user's own, and
     within an experiment, only the command line tells of a group.

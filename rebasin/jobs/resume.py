@@ -8,6 +8,7 @@ finished sweep (batch, model), and `resume_from`, such a state. The states are f
 from __future__ import annotations
 
 import contextlib
+import os
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ..errors import CheckpointError
-from ..files import cache_folder
+from ..files import cache_folder, keep, remove_leftovers
 from ..integrations.hydra import fingerprint, resolved
 
 EVERY = 2.0
@@ -62,15 +63,12 @@ class Resume:
         def checkpoint(state: Any) -> None:
             nonlocal due
             if (began := monotonic()) >= due:
-                # Where nothing can be written, the matching goes on without.
-                with contextlib.suppress(OSError, CheckpointError):
-                    self.path.parent.mkdir(parents=True, exist_ok=True)
-                    state.save(self.path)
+                if keep(self.path, state.save):
                     UNFINISHED.add(self.path)
                 due = monotonic() + max(EVERY, (monotonic() - began) / SHARE)
 
         found = None
-        if self.wanted and self.path.exists():
+        if self.wanted and os.path.exists(self.path):
             try:
                 found = kind.load(self.path)
             except CheckpointError as error:
@@ -83,6 +81,7 @@ class Resume:
     def finish(self) -> None:
         """The matching is done: its state is of no more use."""
         with contextlib.suppress(OSError):  # there is none, or nothing can be written there
+            remove_leftovers(self.path)  # of a run that was killed while it wrote its last state
             self.path.unlink()
         UNFINISHED.discard(self.path)
 

@@ -16,7 +16,7 @@ from ..matching.weights.estimate import about, matching_seconds
 from ..reporting import run as report
 from ..reporting.console import Console
 from ..reporting.metrics import metrics
-from ..reporting.results import Results, load_results
+from ..reporting.results import Results, effective, load_results
 from ..reporting.samples import XYZ, save_xyz
 from ..reporting.snapshots import Snapshots
 from . import stages
@@ -63,6 +63,7 @@ def _work(job: Session, planned: stages.Material) -> Results:
     a, b = stages.endpoints(job, task)
     snapshots = Snapshots(task.sampler, a, b, cfg.sample_every, cfg.seed, job.folder, job.logger.picture)
     pair = stages.align(job, planned, a, b, snapshots)
+    job.wrote(*(job.folder / name for name in snapshots.pictures))
     with job.stage("merge"):
         merged = combination(task, [a, pair.aligned], **job.given, progress=job.progress)
         merged = dict(merged) if isinstance(b, dict) else merged
@@ -76,6 +77,7 @@ def _work(job: Session, planned: stages.Material) -> Results:
         seeds = stages.sample_seeds(cfg, pair, samples)
         if len(seeds) > 1:
             save_xyz(seeds, job.folder / XYZ)
+            job.wrote(job.folder / XYZ)
     rewards = None
     if scoring is not None:
         with job.stage("score"):
@@ -83,10 +85,12 @@ def _work(job: Session, planned: stages.Material) -> Results:
             job.say(in_words(rewards))
     with job.stage("report"):
         if cfg.tensors:
-            report.save_tensors(job.folder, pair.match.permutation, pair.aligned, merged, job.config)
+            job.wrote(
+                *report.save_tensors(job.folder, pair.match.permutation, pair.aligned, merged, job.config)
+            )
             if task.export is not None:
                 made = {"rebasin_command": job.command}
-                task.export(job.folder, merged, made, pair.match.permutation, job.progress)
+                job.wrote(*task.export(job.folder, merged, made, pair.match.permutation, job.progress))
         pictures = [
             *snapshots.pictures,
             *([] if samples is None else ["samples.png"]),
@@ -99,7 +103,12 @@ def _work(job: Session, planned: stages.Material) -> Results:
 
 def _plan(job: Session, planned: stages.Material) -> str:
     """What would be done, and the specs: the one that is aligned in full, the others in a line."""
-    config, task, spec, combination = job.config, planned.task, planned.spec, planned.combination
+    config, task, spec, combination = (
+        effective(job.config, job.own),
+        planned.task,
+        planned.spec,
+        planned.combination,
+    )
     blocks = combination.blocks
     (a, b), estimate = task.labels, []
     if config["algo"]["name"] == "weight_matching":

@@ -16,25 +16,28 @@ from ..reporting.console import Console
 from ..reporting.results import Results
 from ..reporting.search_page import KIND
 from ..search.evaluator import Setup
-from ..search.folder import base_name, locked
+from ..search.folder import base_name, digests, locked
 from ..search.record import figures
 from ..search.space import warm_starts
 from ..search.study import (
+    FOR,
     NAME,
     enqueue,
     finished,
     make_sampler,
     need_optuna,
     open_study,
+    require_same,
     seconds_of,
     take_over,
+    writing,
 )
 from ..search.trials import Budget, work
 from ..search.verdict import Finalist, assess, best_trials, finals, references
 from ..tasks import load_task
 from ..tensors import save_safetensors
 from .materials import align_all, check, load_inputs, prepare
-from .refusals import refuse
+from .refusals import brought, refuse
 from .skeleton import Job, Session
 from .worker import workers
 
@@ -43,7 +46,7 @@ BEST = "best.safetensors"
 
 def search(cfg: DictConfig, folder: Path, console: Console, command: str = "") -> Results | None:
     """Search as `cfg` says; goes on with a search that is in `folder`."""
-    with locked(folder):
+    with locked(folder), writing(folder):
         return _search(cfg, folder, console, command)
 
 
@@ -60,9 +63,11 @@ def _prepare(job: Session) -> Setup:
     if cfg.again:
         for path in job.folder.glob(f"{Path(NAME).stem}.*"):
             path.unlink()
+    require_same(job.folder, job.config)
     with job.stage("load"):
         task = load_task(cfg)
         refuse(job, task)
+        job.own = brought(job.cfg, task)
         inputs = load_inputs(cfg, task, job.progress)
         job.say(", ".join(f"{'ABCDEFGH'[i % 8]}: {label}" for i, label in enumerate(inputs.labels)))
     inputs = inputs.moved(align_all(job, task, inputs))
@@ -76,7 +81,9 @@ def _work(job: Session, setup: Setup) -> Results:
     cfg, options, evaluator = job.cfg, job.cfg.search, setup.evaluator
     known = references(setup.inputs.labels, setup.inputs.base is not None)
     with job.stage("search"):
+        job.wrote(job.folder / NAME)
         study = open_study(job.folder, evaluator.objectives, options.prune)
+        study.set_user_attr(FOR, digests(job.config))
         lost, before = take_over(study), len(finished(study))
         # The known merges on the data of the search, measured once and kept in the study.
         measured = study.user_attrs.get("baseline")
@@ -138,7 +145,7 @@ def _save(
     }
     if judged:
         about["heldout"] = json.dumps({one["name"]: one["models"]["winner"] for one in judged})
-    save_safetensors(job.folder / name, setup.evaluator.merged(finalist.candidate), about)
+    job.wrote(save_safetensors(job.folder / name, setup.evaluator.merged(finalist.candidate), about))
 
 
 def _starts(options: DictConfig, setup: Setup) -> list[tuple[str, dict[str, Any]]]:

@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ..errors import ConfigError
 from ..evaluation.samples import Samples
+from ..files import prepare_folder
 from ..integrations.hydra import resolved
 from ..matching.options import check_range
 from ..reporting.console import Console
 from ..reporting.kinds import leave
 from ..reporting.loggers import Logger, both, open_logger
-from ..reporting.results import Results, collect
+from ..reporting.results import Results, collect, effective
+from ..tensors.modules import find_device
 from ..types import Progress
 
 SPLITS = ("train", "heldout")
@@ -38,6 +40,8 @@ class Session:
     Attributes:
         kind: of the results, see `reporting.kinds`.
         command: that does it again.
+        own: group of the configuration -> what the model has in its place (see `refusals.brought`).
+        files: the names of what it has written into its folder.
     """
 
     cfg: DictConfig
@@ -46,6 +50,8 @@ class Session:
     command: str = ""
     kind: str | None = None
     logger: Logger = field(default_factory=Logger)
+    own: dict[str, str] = field(default_factory=dict)
+    files: set[str] = field(default_factory=set)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -75,11 +81,15 @@ class Session:
         """What algorithms and merges take of the configuration: seed and device."""
         return {"seed": self.cfg.seed, "device": self.cfg.device}
 
+    def wrote(self, *paths: Path) -> None:
+        """These are files of this job: others in its folder may be of an earlier one."""
+        self.files.update(path.name for path in paths)
+
     def leave(self, figures: dict[str, Any], samples: Samples | None = None) -> Results:
         """Write and log what was measured."""
-        results = collect(self.config, figures, self.console.seconds, self.command, self.kind)
-        leave(results, self.folder, samples)
-        self.logger.results(results, self.folder)
+        results = collect(self.config, figures, self.console.seconds, self.command, self.kind, self.own)
+        self.wrote(*leave(results, self.folder, samples))
+        self.logger.results(results, self.folder, self.files)
         return results
 
 
@@ -95,15 +105,17 @@ class Job(Generic[Prepared]):
     def __call__(self, cfg: DictConfig, folder: Path, console: Console, command: str = "") -> Results | None:
         """See `commands.Command`, through which people call it."""
         settle(cfg)
-        folder.mkdir(parents=True, exist_ok=True)
+        prepare_folder(folder)
         session = Session(cfg, console, folder, command, self.kind)
         prepared = self.prepare(session)
         if cfg.dry_run:
             console.console.print(self.plan(session, prepared), markup=False)
             return None
-        with open_logger(cfg.logger, session.config, folder) as session.logger:
+        with open_logger(cfg.logger, effective(session.config, session.own), folder) as session.logger:
             results = self.work(session, prepared)
-        console.summary(results, folder)
+        if cfg.logger.name != "none":
+            session.wrote(folder / "wandb")
+        console.summary(results, folder, session.files)
         return results
 
 
@@ -123,12 +135,9 @@ def settle(cfg: DictConfig) -> None:
             f"evaluate.points is {cfg.evaluate.points}, but a line has at least 2 points, its ends."
         )
     check_range(0, seed=cfg.seed, threads=cfg.threads)
-    try:
-        torch.empty(1, device=cfg.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device is {cfg.device!r}, but torch finds no such device; leave it out."
-        ) from error
+    for option in ("device", "algo.device"):
+        if (device := OmegaConf.select(cfg, option)) is not None:
+            find_device(device, option)
     torch.manual_seed(cfg.seed)
     if cfg.threads > 0:
         torch.set_num_threads(cfg.threads)

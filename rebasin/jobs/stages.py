@@ -26,7 +26,7 @@ from ..tracing import verify
 from ..types import Progress, ProgressEvent, State, within
 from .algorithm import Algorithm, load_algorithm
 from .combination import Combination, load_combination
-from .refusals import refuse
+from .refusals import brought, refuse
 from .resume import load_resume
 from .skeleton import Session
 
@@ -71,6 +71,7 @@ def load(job: Session, several: bool = False) -> Material:
         algorithm = load_algorithm(job.cfg.algo, several)
         task = load_task(job.cfg)
         refuse(job, task, algorithm)
+        job.own = brought(job.cfg, task)
     with job.stage("spec"):
         specs = {name: spec_of(job.cfg, task, name) for name in task.parts}
         spec = specs[task.aligned]
@@ -78,6 +79,7 @@ def load(job: Session, several: bool = False) -> Material:
     combination = load_combination(job.cfg, task)
     if combination.blocks is not None:
         save_block_figure(combination.blocks, job.folder / "blocks.png")
+        job.wrote(job.folder / "blocks.png")
     if remark := combination.remark:
         job.console.console.print(remark, markup=False)
     return Material(task, algorithm, specs, combination)

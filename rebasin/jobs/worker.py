@@ -41,6 +41,7 @@ def main() -> None:
         raise ConfigError("The worker is called as python -m rebasin.search.worker FOLDER NUMBER.")
     folder, number = Path(sys.argv[1]), int(sys.argv[2])
     parent = os.getppid()
+    from ..integrations.hydra import resolved
     from ..search.study import open_study
     from ..search.trials import work
     from ..tasks import load_task
@@ -52,6 +53,6 @@ def main() -> None:
     settle(cfg)
     task = load_task(cfg)
     inputs = load_inputs(cfg, task)
-    setup = prepare(cfg, task, inputs.moved(read_permutations(folder, inputs)))
+    setup = prepare(cfg, task, inputs.moved(read_permutations(folder, inputs, resolved(cfg))))
     study = open_study(folder, setup.evaluator.objectives, cfg.search.prune)
     work(study, setup, cfg.search, seed=cfg.seed, worker=number, alive=lambda: os.getppid() == parent)

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import DataError
-from ..objectives import Objective
+from ..objectives import LossFunction, Objective, checked
 from ..tensors.modules import eval_mode
 from ..types import Progress, is_finite, tell
 
 
 def diagonal_fisher(
     model: nn.Module,
-    objective: Objective,
+    objective: Objective | LossFunction,
     batches: Iterable[Any],
     *,
     per_sample: bool = True,
@@ -48,7 +48,7 @@ def diagonal_fisher(
     named = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     parameters = list({id(p): p for p in named.values()}.values())
     sums: dict[int, Tensor] = {}  # of those that the loss reaches
-    count = 0
+    count, objective = 0, checked(objective, "loss")
     with eval_mode(model), torch.enable_grad():
         for batch in batches:
             for sample in _samples(batch) if per_sample else [batch]:

@@ -129,12 +129,16 @@ def _memory(tensor: object) -> object:
 
 
 def check_companion(state: State, companion: State, label: str) -> None:
+    require_state(companion, f"the companion of {label}")
     names = set(companion)
     missing = [name for name in state if name not in names and is_number(dtype_of(state, name))]
     if missing:
         raise CheckpointError(
             f"Tensor '{missing[0]}' is in {label} but not in its companion: compute it for the whole."
         )
+    for name in state:
+        if name in names and (shape := shape_of(state, name)) != (other := shape_of(companion, name)):
+            raise wrong_shape(name, label, shape, f"the companion of {label}", other)
 
 
 def wrong_shape(

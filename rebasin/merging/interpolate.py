@@ -45,7 +45,7 @@ def interpolate_tensor(name: str, a: Tensor, b: Tensor, lam: float) -> Tensor:
     if a.shape != b.shape:
         raise wrong_shape(name, "A", tuple(a.shape), "B", tuple(b.shape))
     a, b = a.detach(), b.detach()
-    if is_number(a.dtype) != is_number(b.dtype):
+    if is_number(a.dtype) != is_number(b.dtype) or a.is_complex() != b.is_complex():
         raise CheckpointError(
             f"Tensor '{name}' is {a.dtype} in A and {b.dtype} in B: these cannot be interpolated."
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, RebasinError, shown
+from ..tensors.modules import find_device
 from ..types import Progress, State
 from .inputs import check_companion, check_names, with_ties
 from .lazy import MergedState
@@ -64,6 +65,7 @@ def merge(
     filled = chosen.check_options(options)
     try_options(chosen, filled, len(states))
 
+    device = None if device is None else find_device(device)
     states, companions = tuple(with_ties(states)), tuple(companions or ())
     others = [*zip(labels[1:], states[1:], strict=True), *([] if base is None else [("the base", base)])]
     for label, state in others:

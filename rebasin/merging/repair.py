@@ -31,8 +31,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import ConfigError, DataError
 from ..spec import PermutationSpec
 from ..tensors.memory import duplicate
-from ..tensors.modules import Forward, call_model, device_of, eval_mode, hooked, to_device
-from ..types import State, is_finite
+from ..tensors.modules import (
+    Forward,
+    call_model,
+    device_of,
+    eval_mode,
+    find_device,
+    give_weights,
+    hooked,
+    to_device,
+)
+from ..types import State, is_finite, require_state
 from .methods.linear import average
 
 CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
@@ -334,10 +343,11 @@ def working_copy(
     model: nn.Module, state: State, device: torch.device | str | None
 ) -> tuple[nn.Module, torch.device]:
     """A copy of `model` with the weights of `state`, in at least float32; and where it is."""
-    where = device_of(model) if device is None else torch.device(device)
+    where = device_of(model) if device is None else find_device(device)
     work = duplicate(model)
+    require_state(state, "the merge")
     tensors = dict(state)
     half = any(t.is_floating_point() and t.dtype.itemsize < 4 for t in tensors.values())
     work = work.float() if half else work
-    work.load_state_dict(tensors)
+    give_weights(work, tensors, "the merge")
     return work.to(where).eval(), where

@@ -40,7 +40,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import DataError
 from ..spec import PermutationSpec
-from ..tensors.modules import Forward, call_model, eval_mode, hooked, to_device
+from ..tensors.modules import Forward, call_model, eval_mode, give_weights, hooked, to_device
 from ..types import State
 from .methods.linear import average
 from .repair import (
@@ -96,7 +96,7 @@ def repair_closed_form(
         for batch in batches:
             seen = True
             for number, state in enumerate(members):
-                member.load_state_dict(dict(state))
+                give_weights(member, state, "a member")
                 watched.begin(number, raw[number] / fsum(raw[: number + 1]))
                 (forward or call_model)(member, to_device(batch, where))
             watched.end_batch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from ..data.classification import Dataset
 from ..errors import CheckpointError, ConfigError
-from ..files import cache_folder
+from ..files import cache_folder, keep
 from ..tensors import load_safetensors, save_safetensors
-from ..tensors.modules import loaded
+from ..tensors.modules import find_device, loaded
 from ..types import Progress, ProgressEvent, State
 from . import build, fitting_options
 from .train import RECIPES, Recipe, train
@@ -79,6 +80,7 @@ def trained(
     Raises:
         ConfigError: unknown model or option, or the training diverged.
     """
+    find_device(device)
     options = fitting_options(name, dataset, options)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -145,7 +147,7 @@ class Place:
         """The weights that `write` left for a model like this one, and the file's metadata; None if there are none, or
         none that can be used, which is told as a warning.
         """
-        if self.path is None or not self.path.exists():
+        if self.path is None or not os.path.exists(self.path):  # which needs no permission
             return None
         try:
             file = load_safetensors(self.path)
@@ -170,13 +172,7 @@ class Place:
             "history": json.dumps(history),
             "seconds": repr(seconds),
         }
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_safetensors(self.path, state, plain)
-        except (OSError, CheckpointError) as error:
-            warnings.warn(
-                f"the trained model could not be kept in {self.path.parent} ({error}).", stacklevel=3
-            )
+        keep(self.path, lambda path: save_safetensors(path, state, plain))
 
 
 def on_cpu(model: nn.Module) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from ..data import captioned_digits as digits
 from ..data import classification
 from ..errors import ConfigError
 from ..files import cache_folder
+from ..tensors.modules import find_device
 from ..types import Progress, State, within
 from . import tiny_sd
 from . import tiny_sd_training as training
@@ -61,6 +62,9 @@ class Trainer:
     data: str | None = None
     cache: str | None = None
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        find_device(self.device)
 
     def unet(self, seed: int, text_encoder: CLIPTextModel, progress: Progress | None = None) -> State:
         """The UNet of this seed, trained on the states of this text encoder."""

@@ -23,6 +23,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ..data import captioned_digits as digits
+from ..files import keep
 from ..tensors import load_safetensors, save_safetensors
 from ..types import Progress, tell
 from . import tiny_sd
@@ -115,8 +116,8 @@ def _save(path: Path, named, averaged, optimizer, losses: list[float], seconds: 
     tensors |= {f"average/{name}": value for name, value in averaged.items()}
     for name, p in named.items():
         tensors |= {f"{key}/{name}": optimizer.state[p][key] for key in MOMENTS}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_safetensors(path, tensors, {"losses": json.dumps(losses), "seconds": repr(seconds)})
+    about = {"losses": json.dumps(losses), "seconds": repr(seconds)}
+    keep(path, lambda path: save_safetensors(path, tensors, about))
 
 
 def _resume(path: Path, named, averaged, optimizer) -> tuple[list[float], float]:

@@ -1,9 +1,18 @@
 """What "good" means: losses with one interface, used for matching, evaluation and search alike."""
 
-from .base import Objective
+from .base import LossFunction, Objective, checked
 from .cross_entropy import CrossEntropy
 from .denoising import Denoising
 from .distillation import Distillation, teach
 from .reward import Reward
 
-__all__ = ["CrossEntropy", "Denoising", "Distillation", "Objective", "Reward", "teach"]
+__all__ = [
+    "CrossEntropy",
+    "Denoising",
+    "Distillation",
+    "LossFunction",
+    "Objective",
+    "Reward",
+    "checked",
+    "teach",
+]

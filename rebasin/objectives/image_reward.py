@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
+from ..tensors.modules import find_device
 from .image_reward_library import library
 
 WHERE = "https://huggingface.co/THUDM/ImageReward/resolve/main/ImageReward.pt"
@@ -94,7 +95,7 @@ def image_reward(
     Raises:
         CheckpointError, ConfigError: as `load`; no weights are named.
     """
-    device = "cpu" if device is None else device
+    device = find_device("cpu" if device is None else device)
     if weights is None:
         raise ConfigError(
             f"ImageReward needs its weights: download {WHERE} (1.8 GB) and give the file's path as weights"
@@ -130,7 +131,7 @@ def load(
     """
     from accelerate import init_empty_weights
 
-    state = _read(Path(weights))
+    where, state = find_device(device), _read(Path(weights))
     with init_empty_weights(include_buffers=False):
         model = build(vocabulary)
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in BUFFERS}
@@ -153,7 +154,7 @@ def load(
         )
     # Not strict: it was checked above, and the buffers are made by the model itself.
     model.load_state_dict({name: state[name].to(dtype) for name in expected}, strict=False, assign=True)
-    return ImageReward(model.to(device))
+    return ImageReward(model.to(where))
 
 
 def build(vocabulary: str | Path | None = None) -> nn.Module:

@@ -12,7 +12,7 @@ from ..files import print_anything
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 after one sentence about what is missing."""
+    """The exit code: 0, 2 after one sentence about what is missing, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m rebasin.report",
         description="Draw figures, tables and report.html again: of a run from its results.json, of a sweep from those"
@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RebasinError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted; no file is half-written, and the same command draws them all.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,11 @@ class Console:
             return None
         return (time.perf_counter() - self._first[2]) / done * (total - step)
 
-    def summary(self, results: Results, folder: Path) -> None:
-        """What the figures say, and where the files are."""
+    def summary(self, results: Results, folder: Path, files: Container[str]) -> None:
+        """What the figures say, and where the files are: those of these names."""
         # Late: matplotlib takes a second, and commands that only show progress do without.
-        from .kinds import kind_of, pictures
+        from .kinds import kind_of
 
-        own = pictures(results)
         self.console.print()
         for part in kind_of(results).told(results):
             if isinstance(part, Table):
@@ -137,5 +136,5 @@ class Console:
         shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         self.console.print(f"\nIn {shown}:", markup=False)
         for name, meaning in FILES.items():
-            if (folder / name).exists() and (name in own or not name.endswith(".png")):
+            if name in files and (folder / name).exists():
                 self.console.print(f"  {name:<24}  [dim]{meaning}[/dim]")

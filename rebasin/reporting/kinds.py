@@ -54,12 +54,11 @@ def kind_of(results: Results) -> Kind:
 
 
 def leave(results: Results, folder: Path, samples: Samples | None = None) -> list[Path]:
-    """Write results.json, config.yaml, samples.png if there are any, the pictures of this kind, and its pages."""
-    save_results(folder, results)
-    write_text(folder / "config.yaml", yaml(results["config"]))
+    """Write results.json, config.yaml, samples.png if there are any, pictures and pages of this kind; their paths."""
+    written = [save_results(folder, results), write_text(folder / "config.yaml", yaml(results["config"]))]
     if samples is not None:
-        save_samples(samples, folder / SAMPLES)
-    return draw(results, folder)
+        written.append(save_samples(samples, folder / SAMPLES))
+    return [*written, *draw(results, folder)]
 
 
 def draw(results: Results, folder: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ class Logger:
     def picture(self, name: str, path: Path) -> None:
         """A picture that was made while the run goes on."""
 
-    def results(self, results: Results, folder: Path) -> None:
-        """The run's results and the pictures in its folder, at the end."""
+    def results(self, results: Results, folder: Path, files: Container[str]) -> None:
+        """The run's results and the pictures in its folder, at the end; `files`: names of its own."""
 
 
 @contextmanager
@@ -103,7 +103,7 @@ class WandbLogger(Logger):
         self._followed.add(path.name)
         self._run.log({name: self._wandb.Image(str(path))})
 
-    def results(self, results: Results, folder: Path) -> None:
+    def results(self, results: Results, folder: Path, files: Container[str]) -> None:
         kind = kind_of(results)
         logged: dict[str, Any] = {
             name: self._wandb.Table(columns=list[Any](columns), data=rows)
@@ -114,12 +114,12 @@ class WandbLogger(Logger):
                 logged[path.stem] = self._wandb.Image(str(path))
         self._run.log(logged)
         self._run.summary.update(kind.summary(results))
-        self._artifacts(results, folder)
+        self._artifacts(results, folder, files)
 
-    def _artifacts(self, results: Results, folder: Path) -> None:
+    def _artifacts(self, results: Results, folder: Path, own: Container[str]) -> None:
         """Log the files of the kinds that `logger.artifacts` names, each kind as one artifact."""
         for kind in self._kinds:
-            files = [folder / name for name in ARTIFACTS[kind] if (folder / name).is_file()]
+            files = [folder / name for name in ARTIFACTS[kind] if name in own]
             if files:
                 name = f"{results['data']}-{results['model']}-{results['algorithm']}-{kind}"
                 about = {"seed": results["seed"], "command": results.get("command")}

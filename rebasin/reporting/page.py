@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from ..files import write_text
 from .numbers import number
-from .results import Results
+from .results import Results, effective
 
 NAME = "report.html"
 
@@ -43,7 +43,7 @@ def save_page(
     inside = {path.stem: data_uri(path) for path in paths if path.is_file()}
     machine = dict(results["environment"])
     machine |= machine.pop("versions")
-    config = yaml(results["config"])
+    config = yaml(effective(results["config"], results.get("own")))
     text = render(template, r=results, pictures=inside, config=config, machine=machine, **values)
     return write_text(folder / NAME, text)
 

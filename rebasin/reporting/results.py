@@ -36,12 +36,18 @@ class Common(TypedDict):
     """What all results have, whatever their kind."""
 
     kind: NotRequired[Literal["many", "study", "search", "methods"]]
+    own: NotRequired[Mapping[str, str]]
     name: str
     algorithm: str
     seconds: Mapping[str, float]
     environment: Environment
     config: Mapping[str, Any]
     command: str
+
+
+def effective(config: Mapping[str, Any], own: Mapping[str, str] | None) -> dict[str, Any]:
+    """A configuration with what the model has in the place of groups that it does not read."""
+    return {**config, **{group: {"name": name} for group, name in (own or {}).items()}}
 
 
 PACKAGES = ("git-rebasin", "torch", "diffusers", "transformers", "safetensors", "numpy", "scipy")
@@ -53,6 +59,7 @@ def collect(
     seconds: Mapping[str, float],
     command: str = "",
     kind: str | None = None,
+    own: Mapping[str, str] | None = None,
 ) -> Results:
     """Everything about a job as plain data, with the keys of results.json; null is what is not finite.
 
@@ -61,6 +68,7 @@ def collect(
         figures: what a job of this kind measured.
         seconds: of its stages.
         kind: None for a run on two models, or a kind of `kinds`.
+        own: group of the configuration -> what the model has in its place.
     """
     of = kind if kind in ("search", "methods") else config["algo"]["name"]
     return plain(
@@ -69,7 +77,8 @@ def collect(
             **({} if kind is None else {"kind": kind}),
             "name": f"{config['model']['name']}-{of}",
             "model": config["model"]["name"],
-            "data": config["data"]["name"],
+            "data": effective(config, own)["data"]["name"],
+            **({"own": own} if own else {}),
             "algorithm": config["algo"]["name"],
             "seed": config["seed"],
             **figures,

@@ -238,7 +238,7 @@ def tables(results: Results) -> Tables:
 
 def save_tensors(
     folder: Path, permutation: Permutation, aligned: State, merged: State, config: Mapping[str, Any]
-) -> None:
+) -> list[Path]:
     """Write the permutation, B aligned, and the merge; the headers say what they are."""
     about = {
         "model": config["model"]["name"],
@@ -247,7 +247,9 @@ def save_tensors(
         "spec_hash": permutation.spec.hash,
     }
     content = "the permutation that brings B to A, and its spec"
-    permutation.save(folder / "permutation.safetensors", {**about, "content": content})
+    written = [folder / "permutation.safetensors"]
+    permutation.save(written[0], {**about, "content": content})
     merge = f"merge by {config['merge']['method']}"
     for name, state, content in (("aligned", aligned, "B, permuted"), ("merged", merged, merge)):
-        save_safetensors(folder / f"{name}.safetensors", state, {**about, "content": content})
+        written.append(save_safetensors(folder / f"{name}.safetensors", state, {**about, "content": content}))
+    return written

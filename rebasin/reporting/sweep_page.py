@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from ..files import prepare_folder, write_text
 from .kinds import pictures
 from .page import data_uri, render
 from .results import NAME as RESULTS
@@ -27,7 +27,7 @@ MANY = 24
 
 def leave(sweep: Sweep, folder: Path, runs: Path | None = None) -> list[Path]:
     """Write all of it into `folder`; `runs` is the sweep's own folder, whose runs' pictures are shown too."""
-    folder.mkdir(parents=True, exist_ok=True)
+    prepare_folder(folder)
     written = [save(sweep, folder / NAME), write_text(folder / "sweep.csv", csv_text(sweep))]
     found = table(sweep)
     if found is not None:
@@ -78,7 +78,7 @@ def into_docs(sweep: Sweep, document: Path, place: Path) -> list[Path]:
 
     A section lies between `<!-- experiment: NAME -->` and `<!-- /experiment -->`.
     """
-    place.mkdir(parents=True, exist_ok=True)
+    prepare_folder(place)
     stored = save(sweep, place / f"{sweep.name}.json")
     written = [path.replace(place / f"{sweep.name}-{path.name}") for path in draw(sweep, place)]
     begin, end = f"<!-- experiment: {sweep.name} -->", "<!-- /experiment -->"

@@ -14,6 +14,7 @@ from ..merging import MergedState
 from ..merging.inputs import same
 from ..spec import Permutation
 from ..tensors.memory import duplicate
+from ..tensors.modules import find_device
 from ..types import State
 from .candidate import Candidate
 from .groups import Groups
@@ -77,7 +78,7 @@ class Evaluator:
         """
         self.model = duplicate(model).eval().requires_grad_(False)
         if device is not None:
-            self.model.to(device)
+            self.model.to(find_device(device))
         self.states, self.base, self.groups, self.seed = tuple(states), base, groups, seed
         self.objectives = tuple(objectives)
         inputs = [*self.states, *([base] if base is not None else [])]

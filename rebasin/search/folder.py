@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..errors import ConfigError
+from ..files import prepare_folder
 from ..integrations.hydra import fingerprint, unresolved
 
 try:
@@ -28,10 +29,24 @@ BUDGET = ("trials", "minutes", "workers", "finalists", "unit", "keep_front")
 
 def key(config: Mapping[str, Any]) -> str:
     """Eight digits that stand for all that the trials depend on."""
+    return fingerprint(_told(config), 8)
+
+
+def _told(config: Mapping[str, Any]) -> dict[str, Any]:
     told = {name: config[name] for name in RELEVANT if name in config}
     told["base"] = base_name(config)
     told["search"] = {name: value for name, value in told.get("search", {}).items() if name not in BUDGET}
-    return fingerprint(told, 8)
+    return told
+
+
+def digests(config: Mapping[str, Any]) -> dict[str, str]:
+    """What trials depend on -> digits that stand for it."""
+    return {name: fingerprint({name: value}, 8) for name, value in _told(config).items()}
+
+
+def alignment_key(config: Mapping[str, Any]) -> str:
+    """Digits that stand for all that an alignment depends on."""
+    return fingerprint({n: v for n, v in digests(config).items() if n not in ("space", "search")}, 16)
 
 
 def base_name(config: Mapping[str, Any]) -> str | None:
@@ -52,7 +67,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another search is at work there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    prepare_folder(folder)
     with open(folder / LOCK, "w") as file:
         if fcntl is not None:
             try:

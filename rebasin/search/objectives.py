@@ -16,8 +16,8 @@ from ..data.prompts import read_prompts
 from ..errors import ConfigError, DataError
 from ..files import config_dir
 from ..integrations.signatures import composed
-from ..objectives import Reward
-from ..objectives.base import imported, mean_over_batches
+from ..objectives import Reward, checked
+from ..objectives.base import imported
 from ..tasks import Task, load_task
 from ..types import check_options
 from .assessment import units_of
@@ -128,7 +128,8 @@ def _named(cfg: DictConfig, task: Task, options: DictConfig, entry: Any) -> Sear
             raise ConfigError("An entry of the objectives has no name; write {name: reward, scorer: ...}.")
         return _other(cfg, options, str(name), own)
     if entry == RUN or str(entry).startswith(f"{RUN}."):
-        return _of_task(cfg, task, options, cfg.objective.name, str(entry).partition(".")[2] or "loss")
+        name = cfg.objective.name if "objective" in task.reads else "loss"  # else it is the model's own
+        return _of_task(cfg, task, options, name, str(entry).partition(".")[2] or "loss")
     if ":" in str(entry):
         return _of_path(task, options, str(entry))
     return _other(cfg, options, str(entry), {})
@@ -172,13 +173,10 @@ def _of_task(cfg: DictConfig, task: Task, options: DictConfig, name: str, figure
 
 
 def _of_path(task: Task, options: DictConfig, path: str) -> SearchObjective:
-    function, name = imported("objective", path), path.rpartition(":")[2]
-
-    def figures(model: nn.Module, batch: Any) -> tuple[dict[str, Tensor], int]:
-        return {"loss": torch.as_tensor(function(model, batch))}, samples_in(batch)
+    objective, name = checked(imported("objective", path)), path.rpartition(":")[2]
 
     def measure(model: nn.Module, batch: Any) -> float:
-        return mean_over_batches(model, [batch], figures)["loss"]
+        return objective.evaluate(model, [batch])["loss"]
 
     return SearchObjective(name, measure, *_splits(options, task.batches, options.unit))
 

@@ -7,13 +7,15 @@ number of finished trials, so a search that was killed and goes on proposes what
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..errors import CheckpointError, ConfigError, shown
 from ..files import SchemaError, conform
+from .folder import digests
 from .objectives import SearchObjective
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 NAME = "study.db"
 STUDY = "merge"
+FOR = "made_for"
 
 
 def need_optuna() -> Any:
@@ -74,6 +77,8 @@ def open_study(folder: Path, objectives: Sequence[SearchObjective], prune: float
         )
         _require_sound(study, storage.engine)
     except Exception as error:
+        if _is_full(error):
+            raise _unwritable(path, error) from error
         # SQLAlchemy, alembic and Optuna have errors of their own for a file that is no study.
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
@@ -86,6 +91,68 @@ def open_study(folder: Path, objectives: Sequence[SearchObjective], prune: float
         )
     study.set_metric_names([one.name for one in objectives])
     return study
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What is tried within the block is kept in the study's file at each step.
+
+    Raises:
+        CheckpointError: the disk is full, or the file can't be written any more.
+    """
+    optuna = need_optuna()
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+        if not _is_full(error):
+            raise
+        raise _unwritable(folder / NAME, error) from error
+
+
+FULL = ("disk is full", "disk I/O error", "readonly database")
+"""What SQLite says where it can't write."""
+
+
+def _is_full(error: BaseException) -> bool:
+    return _said(error) is not None
+
+
+def _said(error: BaseException | None) -> str | None:
+    while error is not None:
+        if found := next((words for words in FULL if words in str(error)), None):
+            return found
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _unwritable(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"{path} can't be written ({_said(error)}); make room there, and the same command goes on with what was tried."
+    )
+
+
+def require_same(folder: Path, config: Mapping[str, Any]) -> None:
+    """Complain if the study in `folder` is of another search: its trials would be taken for this one's.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    if not (folder / NAME).is_file():
+        return
+    optuna = need_optuna()
+    try:
+        attributes = optuna.load_study(study_name=STUDY, storage=f"sqlite:///{folder / NAME}").user_attrs
+        then = conform(Mapping[str, str], attributes.get(FOR, {}), FOR)
+    except Exception:  # opening it in earnest will tell what is wrong
+        return
+    now = digests(config)
+    if differ := [name for name in then if then[name] != now.get(name)]:
+        raise ConfigError(
+            f"The search in {folder} is another one, its {' and '.join(differ)} differed; choose another folder with"
+            " hydra.run.dir=FOLDER, or search anew there with again=true."
+        )
 
 
 class CandidateData(TypedDict):

@@ -15,7 +15,7 @@ from torch import nn
 from ..checkpoints import load_safetensors
 from ..errors import ConfigError
 from ..evaluation.samples import Samples
-from ..objectives import Objective
+from ..objectives import Objective, checked
 from ..spec import PermutationSpec
 from ..tracing import trace
 from ..types import Progress, State
@@ -57,9 +57,10 @@ class Task:
         captions: prompts that the models were made for.
         others: further models of this architecture by name, for a merge that needs a base.
         maker: how the aligned part makes images of prompts, differentiably; None: it makes none.
-        export: the run's folder, the merge, metadata and B's permutation -> a file in the form that the endpoints came
+        export: the run's folder, the merge, metadata and B's permutation -> files in the form that the endpoints came
             in; None: none.
         plan: what a dry run tells besides the spec.
+        data: what its data are called, where they are not those of the configuration.
         reads: the options at the top of the configuration that it has asked for, see `load_task`.
     """
 
@@ -74,8 +75,9 @@ class Task:
     captions: Sequence[str] = ()
     maker: ImageMaker | None = None
     others: Mapping[str, Callable[[], State]] = field(default_factory=dict)
-    export: Callable[..., Path] | None = None
+    export: Callable[..., Sequence[Path]] | None = None
     plan: Sequence[str] = ()
+    data: str = "own"
     reads: frozenset[str] = frozenset()
 
     @property
@@ -116,7 +118,7 @@ def load_task(cfg: DictConfig) -> Task:
     watched = copy.deepcopy(cfg)
     object.__setattr__(watched, "__class__", Watched)  # whose own attributes are the options
     task = get_method(cfg.model.task)(watched)
-    return replace(task, reads=frozenset(read))
+    return replace(task, objective=checked(task.objective), reads=frozenset(read))
 
 
 def require(cfg: DictConfig, group: str, *kinds: str) -> None:

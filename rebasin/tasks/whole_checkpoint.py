@@ -22,7 +22,7 @@ from ..merging import merge
 from ..spec import Permutation
 from ..types import DerivedState, Progress, State, passed, within
 
-Export = Callable[..., Path]
+Export = Callable[..., tuple[Path, ...]]
 
 FILE, PERMUTATION = "checkpoint", "checkpoint.permutation.safetensors"
 
@@ -43,7 +43,7 @@ def export(models: Sequence[Checkpoint], names: Sequence[str], aligned: str, cfg
         metadata: Mapping[str, str],
         permutation: Permutation,
         progress: Progress | None = None,
-    ) -> Path:
+    ) -> tuple[Path, ...]:
         """The merge in A's names, order and types."""
         parts: dict[str, State] = {n: without_prefix(merged, f"{n}.") if joint else merged for n in names}
         moved = {"" if joint else aligned: permutation}
@@ -68,7 +68,7 @@ def export(models: Sequence[Checkpoint], names: Sequence[str], aligned: str, cfg
         alignment = {n or aligned: {"spec": p.spec.hash, "moved": p.moved()} for n, p in moved.items()}
         header = {**provenance.header(provenance.metadata_of(a), inputs, recipe, alignment), **metadata}
         target = folder / (FILE if a.path.is_dir() else f"{FILE}.safetensors")
-        return save_checkpoint(target, a, state, header, progress=progress).path
+        return save_checkpoint(target, a, state, header, progress=progress).path, folder / PERMUTATION
 
     return leave
 

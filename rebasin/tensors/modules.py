@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
-from ..errors import DataError
-from ..types import State
+from ..errors import CheckpointError, ConfigError, DataError
+from ..types import State, require_state, wrapped
 from .memory import duplicate
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -23,6 +24,20 @@ Forward = Callable[[nn.Module, Any], Any]
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's parameters are; the CPU for a model without any."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def find_device(device: torch.device | str | int, option: str = "device") -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ConfigError: torch finds none here; names the option.
+    """
+    try:
+        return torch.empty(0, device=device).device if str(device) != "meta" else torch.device("meta")
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"{option} is {str(device)!r}, but torch finds no such device; leave it out."
+        ) from error
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
@@ -39,9 +54,35 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
 
 def loaded(model: nn.Module, state: State) -> nn.Module:
     """A copy of `model` with the weights of `state`."""
-    made = duplicate(model)
-    made.load_state_dict(dict(state))
-    return made
+    return give_weights(duplicate(model), state)
+
+
+def give_weights(model: nn.Module, state: State, what: str = "the state") -> nn.Module:
+    """The model itself, with the weights of `state`; extra state that is no tensor stays the model's own.
+
+    Raises:
+        CheckpointError: a tensor is missing, of another shape, unknown to the model, or has no plain values; names it.
+    """
+    require_state(state, what)
+    own = model.state_dict()
+    wanted = {name: tensor for name, tensor in own.items() if isinstance(tensor, Tensor)}
+    names = dict.fromkeys(state)
+    unknown = [name for name in names if name not in own]
+    missing = [name for name in wanted if name not in names]
+    if unknown or missing:
+        raise CheckpointError(
+            f"Tensor {(missing or unknown)[0]!r} of {'the model' if missing else what} is not in"
+            f" {what if missing else 'the model'}{wrapped(state)}: give the states of one architecture."
+        )
+    tensors = {name: state[name] for name in names}
+    for name, tensor in wanted.items():
+        if tensor.shape != tensors[name].shape and not isinstance(tensor, UninitializedParameter):
+            raise CheckpointError(
+                f"Tensor {name!r} has shape {tuple(tensors[name].shape)} in {what} and {tuple(tensor.shape)} in the"
+                " model: give the states of one architecture."
+            )
+    model.load_state_dict(tensors, strict=False)
+    return model
 
 
 @contextmanager
@@ -64,7 +105,7 @@ def restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 def with_weights(model: nn.Module, state: State) -> Iterator[None]:
     """The model has the weights of `state` inside the block, and its own again afterwards."""
     with restored(model):
-        model.load_state_dict(dict(state))
+        give_weights(model, state)
         yield
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import PathLike, atomic_path
-from ..types import Progress, State, dtype_of, is_finite, shape_of, tell
+from ..types import Progress, State, dtype_of, is_finite, require_state, shape_of, tell
 from .header import CODES, METADATA
 
 SPARE = 64 * 2**20
@@ -63,6 +63,7 @@ def save_safetensors(
             the disk has too little room, or the file can't be written; the message names tensor and file.
     """
     target = Path(path)
+    require_state(state, f"the state for {target.name}")
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name in state:
         own = dtype_of(state, name)

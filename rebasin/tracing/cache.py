@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, SpecMismatchError
-from ..files import cache_folder, write_text
+from ..errors import SpecMismatchError
+from ..files import cache_folder, keep, write_text
 from ..spec import PermutationSpec
 from ..tensors.memory import sharing, tensors_of
 
@@ -60,9 +60,7 @@ def store(key: str | None, spec: PermutationSpec) -> None:
     file = _file(key)
     if file is None:
         return
-    with contextlib.suppress(OSError, CheckpointError):  # not written: it costs time, not results
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, spec.to_json())
+    keep(file, lambda path: write_text(path, spec.to_json()))
 
 
 def fingerprint(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -226,6 +226,7 @@ def _solve_connected(classes: np.ndarray, colour: Hash, edges: Edges) -> Part:
     from_base = ~is_block[edges.member]
     members = np.bincount(edges.block[from_base], minlength=n)
     spanning = is_block & (members == np.count_nonzero(~is_block)) & (members > 0)
+    spanning[spanning] = _interchangeable(spanning, colour, edges)
     if spanning.any():
         return _without(classes, _surroundings(colour, edges, _SPAN), edges, spanning)
     refined = _refine(colour, edges)
@@ -234,6 +235,19 @@ def _solve_connected(classes: np.ndarray, colour: Hash, edges: Edges) -> Part:
     if alone.any():
         return _without(classes, refined, edges, alone)
     return _automorphisms(classes, refined, edges, is_block) or _hold_one_family(classes, refined, edges)
+
+
+def _interchangeable(sets: np.ndarray, colour: Hash, edges: Edges) -> np.ndarray:
+    """Which of these sets have each member in the same way as all others of their colour have it.
+
+    Only such may be taken away at once: of two sets that cross (rows and columns of one product), one member may be
+    the first's row and the second's column, and then moves only when the two change places.
+    """
+    held = np.zeros(colour.size, dtype=np.uint64)
+    np.add.at(held, edges.block, mix(_ROOT, edges.code, edges.member))
+    kinds, kind = np.unique(colour[sets], return_inverse=True)
+    ways = np.unique(np.stack([kind.astype(np.uint64), held[sets]]), axis=1)[0]
+    return np.bincount(ways.astype(np.int64), minlength=kinds.size)[kind] == 1
 
 
 def _without(classes: np.ndarray, colour: Hash, edges: Edges, fixed: np.ndarray) -> Part:

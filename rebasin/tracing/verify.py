@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..errors import TraceError, VerificationError
+from ..errors import ConfigError, TraceError, VerificationError
 from ..spec import Permutation, PermutationSpec
 from ..tensors.memory import on_copies, place, sharing
 from ..tensors.modules import device_of
@@ -89,6 +89,7 @@ def verify(
     nothing, and fail.
 
     Raises:
+        ConfigError: `dtype` is neither of the two.
         TraceError: an output can't be looked into.
         VerificationError: the model has no numbers, or can't be computed on these inputs.
     """
@@ -100,7 +101,9 @@ def verify(
             "A model on the meta device has no numbers to verify; build a small configuration of it, or real weights."
         )
     types = {t.dtype.to_real() for t in own if t.is_floating_point() or t.is_complex()}
-    if dtype not in (torch.float32, torch.float64):
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ConfigError(f"dtype is {dtype}, but verify computes in torch.float32 or torch.float64.")
+    if dtype is None:
         dtype = torch.float64 if torch.float64 in types else torch.float32
     least = min(types & set(TOLERANCE), key=lambda t: t.itemsize, default=torch.float32)
     failure: Exception | None = None

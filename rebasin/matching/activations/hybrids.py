@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError
-from ...objectives import Objective
+from ...objectives import LossFunction, Objective
 from ...spec import PermutationSpec
 from ...tensors.modules import Forward
 from ...types import Progress, tell
@@ -42,7 +42,7 @@ def activation_then_weight(
     reads: Reads = "inputs",
     sites: Sites = None,
     tokens: int | None = TOKENS,
-    objective: Objective | None = None,
+    objective: Objective | LossFunction | None = None,
     forward: Forward | None = None,
     order: Order = "random",
     max_sweeps: int = 100,
@@ -82,7 +82,7 @@ def activation_and_weight(
     reads: Reads = "inputs",
     sites: Sites = None,
     tokens: int | None = TOKENS,
-    objective: Objective | None = None,
+    objective: Objective | LossFunction | None = None,
     forward: Forward | None = None,
     order: Order = "random",
     max_sweeps: int = 100,

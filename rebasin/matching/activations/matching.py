@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...objectives import Objective
+from ...objectives import LossFunction, Objective
 from ...spec import Permutation, PermutationSpec, displaced
 from ...tensors.modules import Forward
 from ...types import Progress, State, tell
@@ -88,7 +88,7 @@ def activation_matching(
     reads: Reads = "inputs",
     sites: Sites = None,
     tokens: int | None = TOKENS,
-    objective: Objective | None = None,
+    objective: Objective | LossFunction | None = None,
     forward: Forward | None = None,
     fallback_to_weights: bool = False,
     seed: int = 0,

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import ConfigError, DataError, SpecMismatchError
-from ...objectives import Objective
+from ...objectives import LossFunction, Objective, checked
 from ...spec import Group, Leaf, Node, PermutationSpec
 from ...tensors.memory import duplicate
-from ...tensors.modules import Forward, call_model, device_of, hooked, to_device
+from ...tensors.modules import Forward, call_model, device_of, find_device, hooked, to_device
 from ...tracing.export import evaluation_mode
 from ...types import Progress, tell
 from ..assignment.blocks import leaves
@@ -112,7 +112,7 @@ def activation_statistics(
     model_b: nn.Module,
     batches: Iterable[Any],
     *,
-    objective: Objective | None = None,
+    objective: Objective | LossFunction | None = None,
     forward: Forward | None = None,
     reads: Reads = "inputs",
     sites: Sites = None,
@@ -139,7 +139,7 @@ def activation_statistics(
         spec.check(model.state_dict(), what)
     if device is not None:
         model_a, model_b = _moved(model_a, device), _moved(model_b, device)
-    call = forward or (objective.loss if objective is not None else call_model)
+    call = forward or (call_model if objective is None else checked(objective, "loss").loss)
     stream = iter(batches)
     first = list(islice(stream, 1))
     if not first:
@@ -328,6 +328,5 @@ def _head(batch: Any) -> Any:
 
 def _moved(model: nn.Module, device: torch.device | str) -> nn.Module:
     """The model itself if it is there already, else a copy that is."""
-    if device_of(model) == torch.device(device):
-        return model
-    return duplicate(model).to(device)
+    where = find_device(device)
+    return model if device_of(model) == where else duplicate(model).to(where)

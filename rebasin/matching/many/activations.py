@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...objectives import Objective
+from ...objectives import LossFunction, Objective
 from ...spec import Permutation, PermutationSpec
 from ...tensors.modules import Forward, loaded
 from ...types import Progress, tell
@@ -52,7 +52,7 @@ def match_many_activations(
     reads: Reads = "inputs",
     sites: Sites = None,
     tokens: int | None = TOKENS,
-    objective: Objective | None = None,
+    objective: Objective | LossFunction | None = None,
     forward: Forward | None = None,
     order: Order = "random",
     anchor: int | None = 0,

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import DataError
-from ...objectives import Objective
+from ...objectives import LossFunction, Objective
 from ...spec import Permutation, PermutationSpec
-from ...tensors.modules import loaded
+from ...tensors.modules import device_of, find_device, loaded
 from ...types import Progress, tell
 from ..options import check_choices, check_range
 from ..result import moved_between
@@ -51,7 +51,7 @@ def straight_through_many(
     spec: PermutationSpec,
     states: Sequence[Source],
     model: nn.Module,
-    objective: Objective,
+    objective: Objective | LossFunction,
     batches: Sequence[Any],
     *,
     heldout: Sequence[Any] | None = None,
@@ -101,7 +101,7 @@ def straight_through_many(
     models = Models(spec, states, weights)
     n = len(models)
     batches, heldout = split(batches, heldout)
-    where = torch.device(next(model.parameters()).device if device is None else device)
+    where = device_of(model) if device is None else find_device(device)
     permutations = list(start_of(init, models, seed, {"pivot": match_to_pivot, "mean": match_to_mean}))
     history = [Pass(0, first_distance(models))]
     first = loaded(model, models.open(0))
@@ -151,13 +151,18 @@ def straight_through_many(
     return conclude("straight_through", models, best, history, converged=converged, details=details)
 
 
+def _computable(tensor: Tensor) -> Tensor:
+    """In the eight-bit floats nothing is computed."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
+
+
 class _Search:
     """The models on the device, and the auxiliary weights of all but the first."""
 
     def __init__(self, models: Models, ends: Ends, alike: bool, lr: float, momentum: float) -> None:
         self.models, self.ends = models, ends
         self.tensors = [
-            {name: models.open(i)[name].detach().to(ends.device) for name in ends.b}
+            {name: _computable(models.open(i)[name].detach()).to(ends.device) for name in ends.b}
             for i in range(len(models))
         ]
         count = 1 if alike else max(1, len(models) - 1)

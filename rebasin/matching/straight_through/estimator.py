@@ -23,8 +23,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ...objectives import Objective
+from ...objectives import LossFunction, Objective
 from ...spec import PermutationSpec
+from ...tensors.modules import device_of, find_device
 from ...types import Progress
 from ..options import check_choices, check_range
 from ..result import moved_between
@@ -46,7 +47,7 @@ def straight_through(
     spec: PermutationSpec,
     model_a: nn.Module,
     model_b: nn.Module,
-    objective: Objective,
+    objective: Objective | LossFunction,
     batches: Sequence[Any],
     *,
     heldout: Sequence[Any] | None = None,
@@ -81,7 +82,7 @@ def straight_through(
     Args:
         spec: the architecture's symmetries.
         model_a, model_b: the endpoints, of one architecture.
-        objective: what good means; see `rebasin.objectives`.
+        objective: what good means; see `rebasin.objectives`. A function (model, batch) -> loss will do.
         batches: of the objective; they are gone through in a random order, again and again.
         heldout: more of them, by which the best permutation is chosen. Default: the last fifth of `batches`,
             which then gives no gradients (a single batch has to do for both). Data that results are reported
@@ -132,7 +133,7 @@ def straight_through(
     check_range(0, lr=lr, clip=clip, refine=refine)
     check_range(0, 0.9999, momentum=momentum)
     learn, select = split(batches, heldout)
-    where = torch.device(next(model_a.parameters()).device if device is None else device)
+    where = device_of(model_a) if device is None else find_device(device)
     ends = Ends(spec, model_a, model_b, objective, where, autocast)
     share = 0.5 if represents == "b_endpoint" else 1.0  # of the midpoint's gradient that belongs to w
     nearest = represents == "midpoint" and projection == "l2"

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ...errors import CheckpointError
 from ...merging.inputs import check_names
 from ...merging.interpolate import interpolate_tensor
-from ...objectives import Objective
+from ...objectives import LossFunction, Objective, checked
 from ...spec import Permutation, PermutationSpec
 from ...tensors.modules import eval_mode, to_device
 
@@ -42,12 +42,12 @@ class Ends:
         spec: PermutationSpec,
         model_a: nn.Module,
         model_b: nn.Module,
-        objective: Objective,
+        objective: Objective | LossFunction,
         device: torch.device,
         autocast: Autocast | None = None,
     ) -> None:
         self.spec = spec
-        self._inside, self._objective = _Inside(model_a), objective
+        self._inside, self._objective = _Inside(model_a), checked(objective, "loss")
         self._autocast = autocast
         self.device = device
         self.a, self.b = _tensors(model_a, device), _tensors(model_b, device)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError, SpecMismatchError
-from ...objectives import Objective
+from ...objectives import LossFunction, Objective
 from ...spec import Permutation, PermutationSpec
 from ..activations.hybrids import activation_and_weight, activation_then_weight
 from ..weights.matching import weight_matching
@@ -28,7 +28,7 @@ def start_from(
     spec: PermutationSpec,
     model_a: nn.Module,
     model_b: nn.Module,
-    objective: Objective,
+    objective: Objective | LossFunction,
     batches: Sequence[Any],
     seed: int,
     device: torch.device,

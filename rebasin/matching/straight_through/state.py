@@ -55,11 +55,12 @@ def fingerprint(ends: Ends, objective: Any, batches: Any, given: Mapping[str, An
     """What a continued search must have in common with the interrupted one: all that was `given` but where it is
     computed and who is told, and what is looked at more closely here.
     """
+    own = getattr(objective, "given", objective)
     pair = Endpoints(ends.spec, ends.a, ends.b, device=ends.device)
     return {
         "architecture": ends.spec.hash,
         "weights": repr((pair.objective, pair.distance)),
-        "objective": type(objective).__qualname__,
+        "objective": getattr(own, "__qualname__", type(own).__qualname__),
         "batches": digest_of(batches),
         **{name: told(value) for name, value in given.items() if name not in ELSEWHERE},
     }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...spec import Group, Permutation, PermutationSpec
+from ...tensors.modules import find_device
 from ...types import State, dtype_of
 from ..schedule import axes_met
 
@@ -80,7 +81,7 @@ class Endpoints:
             CheckpointError: a tensor is not floating point or has NaN or infinite values.
         """
         self.spec = spec
-        self.device = torch.device(device)
+        self.device = find_device(device)
         self.parameters = tuple(name for name in spec.axes if name not in spec.buffers)
         self._a, self._b = state_a, state_b
         self._key_a, self._key_b = keys_of(spec, state_a, "A"), keys_of(spec, state_b, "B")
@@ -229,7 +230,10 @@ class Endpoints:
             return
         if name not in self._moved:
             self._moved[name] = self.b(name).clone()
-        self._moved[name].index_copy_(changed.axis, changed.places, changed.values)
+        there, values = self._moved[name], changed.values
+        if there.dtype.itemsize == 1:  # torch writes no slices of float8: their bytes are written
+            there, values = there.view(torch.uint8), values.view(torch.uint8)
+        there.index_copy_(changed.axis, changed.places, values)
 
     def _reindex(self, index: Mapping[str, np.ndarray]) -> None:
         for cell, relative in index.items():

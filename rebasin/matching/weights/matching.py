@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ...spec import Group, Indices, Node, PermutationSpec, displaced
+from ...tensors.modules import find_device
 from ...types import Progress, State, tell
 from ..assignment.blocks import Costs, assign, independent, leaves
 from ..assignment.linear_assignment import TOLERANCE
@@ -105,7 +106,7 @@ def weight_matching(
     check_range(1, max_sweeps=max_sweeps, restarts=restarts)
     check_choices(normalize=(normalize, Normalize))
     if workers is None:
-        workers = 1 if torch.device(device).type == "cpu" else min(16, os.cpu_count() or 1)
+        workers = 1 if find_device(device).type == "cpu" else min(16, os.cpu_count() or 1)
     keep_freed_memory()
     pair = Endpoints(spec, state_a, state_b, normalize=normalize, device=device)
     initial_objective, distance_before = pair.objective, pair.distance
