@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters import of_component, part, union
 from ..checkpoints import component_spec, load_metadata
 from ..checkpoints.joint import PARTS, joint_spec, joint_state
+from ..checkpoints.provenance import Component
 from ..errors import CheckpointError, ConfigError
 from ..files import SchemaError, conform, parse, remove_leftovers
 from ..jobs.resume import Resume
@@ -22,7 +23,6 @@ from ..matching import weight_matching
 from ..matching.many.methods import match_to_mean
 from ..spec import Permutation, PermutationSpec
 from ..types import Progress, State, within
-from .provenance import Component
 from .request import Request
 
 if TYPE_CHECKING:

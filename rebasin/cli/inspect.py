@@ -174,7 +174,7 @@ def _text(value: Any) -> str:
 
 def _lineage(made: dict[str, Any], indent: str) -> list[str]:
     """The recipe and its inputs, and theirs, indented."""
-    from .provenance import understood
+    from ..checkpoints.provenance import understood
 
     recipe = {k: v for k, v in made.get("recipe", {}).items() if v not in (None, False, [], {}, "")}
     lines = [indent + ", ".join(f"{key} {_text(value)}" for key, value in recipe.items())]
