@@ -2,9 +2,11 @@
 
     python -m experiments.checkpoint_table
     python -m experiments.checkpoint_table --families sd1 sdxl --algorithms ste_quick --objectives denoising
+    python -m experiments.checkpoint_table --pairs     # a fifth of it, in which each two of the three meet
 
 A cell is a whole run of `model=checkpoint` with two steps of everything, and the seconds that it took, or a refusal in
-one sentence, which is printed below. What is measured is that it runs, not how well: the weights are noise.
+one sentence, which is printed below. What is measured is that it runs, not how well: the weights are noise. ImageReward
+(the extra `reward`) is the library's own with a layer each for pictures and texts. All of it takes two hours on a core.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import argparse
 import io
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,15 +25,18 @@ from typing import Any
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from rich.console import Console as RichConsole
 from torch import Tensor
 
 from rebasin.checkpoints import save_safetensors
 from rebasin.checkpoints.random_weights import random_checkpoint
-from rebasin.errors import RebasinError
+from rebasin.errors import ConfigError, RebasinError
 from rebasin.files import config_dir
 from rebasin.jobs.run import run
 from rebasin.models import tiny_sd
+from rebasin.objectives import image_reward
+from rebasin.objectives.image_reward_library import library
 from rebasin.reporting.console import Console
 
 WIDTHS = {"sd1": 16, "sd2": 20, "sdxl": 20, "sdxl_refiner": 24}
@@ -50,12 +56,19 @@ ALGORITHMS: Mapping[str, Sequence[str]] = {
     "activation_and_weight": [],
     "activation_matching_prompts": ["algo.steps=2", "algo.points=2", "algo.count=2", "algo.batch_size=2"],
     "ste": STE,
+    "ste_quick": [*STE[:2], "algo.init=activation_then_weight"],
     "ste_reward": [
         *STE, "algo.reward.steps=2", "algo.reward.train=2", "algo.reward.batch_size=1",
         f"algo.reward.scorer={__name__}:brightness",
     ],
     "merge_many": [],
+    "merge_many_activations": [],
+    "merge_many_pivot": [],
+    "merge_many_tree": [],
+    "merge_many_cycle_consistent": ["algo.max_steps=2"],
+    "merge_many_ste": ["algo.steps=2"],
 }  # fmt: skip
+"""With the options that make them quick."""
 
 OBJECTIVES: Mapping[str, Sequence[str]] = {
     "agreement": ["model.batches=2"],
@@ -73,7 +86,8 @@ OBJECTIVES: Mapping[str, Sequence[str]] = {
 
 OTHERS: Mapping[str, Sequence[str]] = {
     "whole checkpoint left": ["tensors=true"],
-    "joint, ste": [
+    "naive, of three": ["algo=naive", "model.files"],
+    "joint, ste, distillation": [
         "model.joint=true", "algo=ste", *ALGORITHMS["ste"], "objective=distillation", *OBJECTIVES["distillation"],
     ],
     "joint, activation_matching_prompts": [
@@ -82,12 +96,22 @@ OTHERS: Mapping[str, Sequence[str]] = {
     "vae, activation_matching_prompts": [
         "model.component=vae", "algo=activation_matching_prompts", *ALGORITHMS["activation_matching_prompts"],
     ],
-    "text encoder, activation_matching_prompts": [
+    "vae, ste, agreement": ["model.component=vae", "algo=ste", *ALGORITHMS["ste"]],
+    "text_encoder, activation_matching_prompts": [
         "model.component=text_encoder", "algo=activation_matching_prompts", *ALGORITHMS["activation_matching_prompts"],
     ],
+    "text_encoder_2, activation_matching_prompts": [
+        "model.component=text_encoder_2", "algo=activation_matching_prompts",
+        *ALGORITHMS["activation_matching_prompts"],
+    ],
+    "vae, distillation": ["model.component=vae", "objective=distillation"],
     "evaluate=reward, samples": [
         "evaluate=reward", f"evaluate.scorer={__name__}:brightness", "evaluate.seeds=2", "evaluate.steps=2",
-        "evaluate.batch_size=1", "model.samples=2", "model.steps=2", "model.seeds_shown=2",
+        "evaluate.batch_size=1", "model.samples=2", "model.steps=2",
+    ],
+    "evaluate=image_reward, xyz.png of 96 pixels": [
+        "evaluate=image_reward", "evaluate.weights=random", "evaluate.seeds=2", "evaluate.steps=2",
+        "evaluate.batch_size=1", "model.samples=2", "model.steps=3", "model.seeds_shown=2", "model.size=96",
     ],
 }  # fmt: skip
 """Rows with what else there is besides the UNet's table."""
@@ -141,6 +165,31 @@ def twins(family: str, folder: Path, count: int = 3) -> Twins:
     return Twins(files, [*common, f"model.tokenizer={folder / 'tokenizer'}"])
 
 
+@contextmanager
+def small_image_reward() -> Iterator[None]:
+    """Inside the block the library's ImageReward has one layer for pictures and one for texts."""
+    try:
+        _, pretrain = library()
+    except ConfigError:  # it is not installed, which its cells will say
+        yield
+        return
+    vision = pretrain.create_vit.__globals__["VisionTransformer"]
+
+    def create_vit(vit: str, image_size: int, *_: Any, **__: Any) -> tuple[Any, int]:
+        return vision(img_size=image_size, patch_size=16, embed_dim=64, depth=1, num_heads=4), 64
+
+    before = pretrain.create_vit
+    pretrain.create_vit = create_vit
+    image_reward.BERT["num_hidden_layers"] = 1
+    image_reward.image_reward.cache_clear()
+    try:
+        yield
+    finally:
+        pretrain.create_vit = before
+        del image_reward.BERT["num_hidden_layers"]
+        image_reward.image_reward.cache_clear()
+
+
 def images(folder: Path) -> Path:
     """Three pictures with captions."""
     drawn = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), dtype=np.uint8)
@@ -149,29 +198,37 @@ def images(folder: Path) -> Path:
     return file
 
 
-def cell(options: Iterable[str], folder: Path, cache: Path | None = None) -> dict[str, Any] | None:
-    """One run, in process; its results."""
+def configured(options: Iterable[str]) -> DictConfig:
+    """The configuration of a run on checkpoints."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        cfg = compose(
+        return compose(
             "config",
-            overrides=[
-                "model=checkpoint", "logger=none", "evaluate.points=2", "tensors=false",
-                *([f"path.cache={cache}"] if cache else []), *options,
-            ],
-        )  # fmt: skip
-    return run(cfg, folder, Console(RichConsole(file=io.StringIO())))  # pyright: ignore[reportReturnType]
+            overrides=["model=checkpoint", "logger=none", "evaluate.points=2", "tensors=false", *options],
+        )
+
+
+def cell(options: Iterable[str], folder: Path) -> dict[str, Any] | None:
+    """One run, in process; its results."""
+    silent = Console(RichConsole(file=io.StringIO()))
+    return run(configured(options), folder, silent)  # pyright: ignore[reportReturnType]
 
 
 def rows(algorithms: Sequence[str], objectives: Sequence[str]) -> dict[str, list[str]]:
     """Name -> options of each row."""
-    found = {
+    return {
         f"{algorithm}, {objective}": [
             f"algo={algorithm}", *ALGORITHMS[algorithm], f"objective={objective}", *OBJECTIVES[objective],
         ]
         for algorithm in algorithms
         for objective in objectives
     }  # fmt: skip
-    return found
+
+
+def asked(options: Sequence[str], pair: Twins, data: Path) -> list[str]:
+    """The options of a row with the files that it looks at."""
+    many = "model.files" in options or any(option.startswith("algo=merge_many") for option in options)
+    own = [option for option in options if option != "model.files"]
+    return [*pair.given(many), *own, *([f"data.path={data}"] if "data=captioned_folder" in own else [])]
 
 
 def main() -> None:
@@ -181,42 +238,59 @@ def main() -> None:
     )
     parser.add_argument("--families", nargs="*", default=FAMILIES, choices=FAMILIES)
     parser.add_argument("--algorithms", nargs="*", default=list(ALGORITHMS), choices=list(ALGORITHMS))
-    plain = [name for name in OBJECTIVES if name != "image_reward"]
+    parser.add_argument("--objectives", nargs="*", default=list(OBJECTIVES), choices=list(OBJECTIVES))
     parser.add_argument(
-        "--objectives", nargs="*", default=plain, choices=list(OBJECTIVES),
-        help="image_reward takes 4 GB and a minute for each cell, so it must be asked for",
-    )  # fmt: skip
-    parser.add_argument("--no-others", action="store_true", help="leave out joint, VAE, texts and scores")
+        "--others", nargs="*", default=list(OTHERS), choices=list(OTHERS), help="further rows"
+    )
+    parser.add_argument(
+        "--pairs", action="store_true", help="one objective in turn for each algorithm and family"
+    )
     parser.add_argument("--json", type=Path, help="keep the figures here")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    lines = rows(given.algorithms, given.objectives) | (dict(OTHERS) if not given.no_others else {})
+    lines = rows(given.algorithms, given.objectives) | {name: OTHERS[name] for name in given.others}
     told: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
     print(f"| | {' | '.join(given.families)} |\n|---|{'---|' * len(given.families)}", flush=True)
-    with TemporaryDirectory() as place:
+    with TemporaryDirectory() as place, small_image_reward():
         folder = Path(place)
         data = images(folder)
         pairs = {family: twins(family, folder) for family in given.families}
         for name, options in lines.items():
             told[name] = {}
             for family, pair in pairs.items():
-                own = [*options, *([f"data.path={data}"] if "data=captioned_folder" in options else [])]
+                if given.pairs and not _in_turn(name, family):
+                    told[name][family] = ""
+                    continue
                 began = time.perf_counter()
                 try:
-                    cell([*pair.given("merge_many" in name), *own], folder / "run" / name / family)
+                    cell(asked(options, pair, data), folder / "run" / name / family)
                     told[name][family] = round(time.perf_counter() - began, 1)
-                except RebasinError as error:
-                    told[name][family] = f"refused ({len(notes) + 1})"
-                    notes.append(f"({len(notes) + 1}) {name}, {family}: {error}")
-                except Exception as error:  # a hole of the table, which is to be seen
-                    told[name][family] = f"FAILED ({len(notes) + 1})"
-                    notes.append(f"({len(notes) + 1}) {name}, {family}: {type(error).__name__}: {error}")
+                except Exception as error:  # a hole of the table, unless it is a refusal, is to be seen
+                    told[name][family] = _noted(name, family, error, notes)
             shown = (f"{x:.1f} s" if isinstance(x, float) else x for x in told[name].values())
             print(f"| {name} | {' | '.join(shown)} |", flush=True)
-    print("\n".join(["", *notes]))
-    if given.json:
-        given.json.write_text(json.dumps({"cells": told, "notes": notes}, indent=1))
+            if given.json:
+                given.json.write_text(json.dumps({"cells": told, "notes": notes}, indent=1))
+    print("\n".join(["", *(f"({number}) {note}" for number, note in enumerate(notes, 1))]))
+
+
+def _in_turn(row: str, family: str) -> bool:
+    """Whether this cell is one of those in which every algorithm and every objective meet every family once."""
+    algorithm, _, objective = row.partition(", ")
+    if row in OTHERS:
+        return True
+    place = list(ALGORITHMS).index(algorithm) + FAMILIES.index(family)
+    return list(OBJECTIVES)[place % len(OBJECTIVES)] == objective
+
+
+def _noted(name: str, family: str, error: Exception, notes: list[str]) -> str:
+    """What stands in the cell of a run that ended with this error; the same sentence is noted once."""
+    refused = isinstance(error, RebasinError)
+    note = str(error) if refused else f"{name}, {family}: {type(error).__name__}: {error}"
+    if note not in notes:
+        notes.append(note)
+    return f"{'refused' if refused else 'FAILED'} ({notes.index(note) + 1})"
 
 
 if __name__ == "__main__":

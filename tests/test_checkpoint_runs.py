@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from aside import ROOT, environment
 from torch import Tensor
 
 from experiments import checkpoint_table as table
@@ -17,12 +22,15 @@ from rebasin.checkpoints import load_safetensors, open_checkpoint
 from rebasin.checkpoints.provenance import read
 from rebasin.data import captioned_folder
 from rebasin.errors import CheckpointError, ConfigError, DataError, RebasinError
+from rebasin.jobs.algorithm import load_algorithm
 from rebasin.models import tiny_sd
 from rebasin.objectives import Denoising
 from rebasin.objectives.denoising import CHANNELS, problems
 from rebasin.objectives.sampling import sample
 from rebasin.spec import Permutation
+from rebasin.tasks import Task, load_task
 from rebasin.tasks.around import Around
+from rebasin.tensors.modules import loaded
 
 
 @pytest.fixture(scope="module")
@@ -32,35 +40,94 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def twins(place: Path) -> Callable[[str], table.Twins]:
-    made: dict[str, table.Twins] = {}
-    return lambda family: made.setdefault(family, table.twins(family, place))
+    return cache(lambda family: table.twins(family, place))
 
 
-def results(twins: Any, folder: Path, family: str, *options: str) -> dict[str, Any]:
-    found = table.cell([*twins(family).given("algo=merge_many" in options), *options], folder)
-    assert found is not None
-    return found
+@pytest.fixture(scope="module")
+def asked(place: Path, twins: Callable[[str], table.Twins]) -> Callable[..., list[str]]:
+    data = table.images(place)
+    return lambda family, *options: table.asked(options, twins(family), data)
 
+
+# The table ------------------------------------------------------------------------------------------------------
 
 CELLS = [
     ("sd1", "activation_matching", "distillation"),
     ("sd2-v", "ste", "denoising"),
     ("sdxl", "activation_matching_prompts", "reward"),
-    ("inpainting", "activation_matching", "denoising"),
 ]
 
 
 @pytest.mark.parametrize(("family", "algorithm", "objective"), CELLS)
-def test_a_cell_of_the_table(place, twins, tmp_path, family, algorithm, objective):
+def test_a_cell_of_the_table(asked, tmp_path, family, algorithm, objective):
     (options,) = table.rows([algorithm], [objective]).values()
-    data = [f"data.path={table.images(place)}"] if objective == "denoising" else []
-    found = results(twins, tmp_path, family, *options, *data)
-    losses = found["curves"]["heldout"]["aligned"]["losses"]
-    assert all(np.isfinite(losses))
+    found = table.cell(asked(family, *options), tmp_path)
+    assert found is not None
+    assert all(np.isfinite(found["curves"]["heldout"]["aligned"]["losses"]))
 
 
-def test_the_result_is_a_whole_checkpoint_and_says_how_it_was_made(twins, tmp_path):
-    results(twins, tmp_path, "sd1", "algo=weight_matching", "model.batches=0", "tensors=true")
+@pytest.fixture(scope="module")
+def tasks(asked: Any) -> Callable[[str], tuple[Task, Any]]:
+    """Objective -> the task of three folders, and their states."""
+
+    @cache
+    def load(objective: str) -> tuple[Task, Any]:
+        options = asked("folder", f"objective={objective}", *table.OBJECTIVES[objective], "model.files")
+        task = load_task(table.configured(options))
+        return task, task.endpoints(None)
+
+    return load
+
+
+REST = [name for name in table.ALGORITHMS if name not in {algorithm for _, algorithm, _ in CELLS}]
+IN_TURN = ("agreement", "denoising", "distillation", "reward")
+
+
+@pytest.mark.parametrize("name", REST)
+def test_every_algorithm(tasks, name):
+    task, states = tasks(IN_TURN[REST.index(name) % len(IN_TURN)])
+    algorithm = load_algorithm(table.configured([f"algo={name}", *table.ALGORITHMS[name]]).algo)
+    spec = task.parts["unet"].spec()
+    result = algorithm(task, spec, *(states if "states" in algorithm.takes else states[:2]))
+    found = result.permutations[1] if "states" in algorithm.takes else result.permutation
+    assert found.is_identity == (name == "naive")
+    batches = task.batches["heldout"]
+    before, after = (
+        task.objective.evaluate(loaded(task.model, state), batches)["loss"]
+        for state in (states[1], found.apply(states[1]))
+    )
+    assert after == pytest.approx(before, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "objective"),
+    [("inpainting", "denoising"), ("refiner", "distillation"), ("inpainting", "reward")],
+)
+def test_what_other_families_are_told(asked, family, objective):
+    options = asked(family, f"objective={objective}", *table.OBJECTIVES[objective])
+    task = load_task(table.configured(options))
+    for split, batches in task.batches.items():
+        assert np.isfinite(task.objective.evaluate(task.model, batches)["loss"]), split
+
+
+def test_image_reward_and_the_command_that_prints_the_table() -> None:
+    there = environment("reward", "vision", needs="ImageReward")
+    if there is None:
+        pytest.skip("no image-reward: make .venv/.installed-dev puts it into .venv/reward")
+    command = "-m experiments.checkpoint_table --families folder --algorithms weight_matching --others"
+    run = subprocess.run(
+        [sys.executable, *command.split(), "vae, distillation", "--objectives", "image_reward"],
+        cwd=ROOT, env=there, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert re.search(r"weight_matching, image_reward \| [\d.]+ s \|", run.stdout)
+    assert (
+        "vae, distillation | refused (1)" in run.stdout and "(1) objective=distillation looks" in run.stdout
+    )
+
+
+def test_the_result_is_a_whole_checkpoint_and_says_how_it_was_made(asked, twins, tmp_path):
+    table.cell(asked("sd1", "algo=weight_matching", "model.batches=0", "tensors=true"), tmp_path)
     merged, a = (load_safetensors(f) for f in (tmp_path / "checkpoint.safetensors", twins("sd1").files[0]))
     assert list(merged) == list(a)
     told = read(merged.metadata)
@@ -80,8 +147,8 @@ def test_the_result_is_a_whole_checkpoint_and_says_how_it_was_made(twins, tmp_pa
 
 
 @pytest.mark.parametrize("row", ["joint, activation_matching_prompts", "vae, activation_matching_prompts"])
-def test_other_components(twins, tmp_path, row):
-    results(twins, tmp_path, "sd1", *table.OTHERS[row])
+def test_other_components(asked, tmp_path, row):
+    table.cell(asked("folder", *table.OTHERS[row]), tmp_path)
 
 
 def test_the_tiny_pipeline_as_folders_is_the_tiny_pipeline(place, tmp_path):
@@ -114,14 +181,16 @@ def test_the_tiny_pipeline_as_folders_is_the_tiny_pipeline(place, tmp_path):
         (["objective=distillation", "objective.prompts=EMPTY"], DataError, "has no prompts"),
         (["objective=distillation", "model.tokenizer=null"], CheckpointError, "tokens"),
         (["objective=distillation", "model.size=50"], ConfigError, "multiples"),
-        (["model.files=[A]"], ConfigError, "leave out model.a"),
+        (["model.files=[A,B,C]", "algo=merge_many", "model.a=A"], ConfigError, "leave out model.a"),
+        (["model.files=[A]", "model.a=null", "model.b=null"], ConfigError, "one checkpoint"),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(twins, tmp_path, options, error, words):
+def test_what_makes_no_sense_is_one_sentence(asked, tmp_path, options, error, words):
     empty = tmp_path / "empty.txt"
     empty.write_text("# nothing\n")
+    given = asked("sd1", *(option.replace("EMPTY", str(empty)) for option in options))
     with pytest.raises(error, match=words) as told:
-        results(twins, tmp_path / "out", "sd1", *(option.replace("EMPTY", str(empty)) for option in options))
+        load_task(table.configured(given))
     assert isinstance(told.value, RebasinError) and str(told.value).endswith(".")
 
 
