@@ -22,7 +22,7 @@ from rebasin.reporting.metrics import metrics
 from rebasin.reporting.numbers import number
 from rebasin.reporting.page import render
 from rebasin.reporting.results import environment, plain
-from rebasin.reporting.samples import save_samples
+from rebasin.reporting.samples import draw_samples, draw_xyz, save_samples
 from rebasin.reporting.table import Table
 from rebasin.types import ProgressEvent
 
@@ -117,6 +117,32 @@ def test_samples_are_on_the_page_when_they_are_in_the_folder(tmp_path):
     save_samples(Samples(["a seven", ""], {"A": [tile, tile], "B": [tile, tile]}), tmp_path / "samples.png")
     _, page = draw(results(1.0, 0.5), tmp_path)
     assert page.read_text().count("data:image/png;base64,") == 2
+
+
+def test_long_prompts_names_and_large_images_leave_the_grid_as_it_is() -> None:
+    prompt, name = "masterpiece, best quality, " * 20, "A: " + "my_own_mix_" * 6
+    small, large = (
+        draw_samples(Samples([prompt, ""], {name: [tile] * 2, "B": [tile] * 2}))
+        for tile in (Image.new("L", (8, 8)), Image.new("RGB", (512, 512)))
+    )
+    for fig in (small, large):
+        width, height = fig.get_size_inches()
+        boxes = [ax.get_position() for ax in fig.axes]
+        assert all(0 < box.x0 < box.x1 < 1 and 0 < box.y0 < box.y1 < 1 for box in boxes)
+        assert all(box.width * width == pytest.approx(box.height * height) for box in boxes)
+        renderer = fig.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
+        texts = [text.get_window_extent(renderer) for text in fig.texts]
+        for text in texts:
+            assert 0 <= text.x0 < text.x1 <= fig.bbox.x1 and 0 <= text.y0 < text.y1 <= fig.bbox.y1
+    assert large.get_size_inches()[0] > small.get_size_inches()[0]
+    seeds = {
+        seed: Samples(["a", "b"], {"A": [Image.new("L", (8, 8), 50 * seed + i) for i in (0, 1)]})
+        for seed in (0, 1)
+    }
+    fig = draw_xyz(seeds)
+    assert [text.get_text() for text in fig.texts] == ["seed 0", "seed 1", "a", "seed 0", "seed 1", "b", "A"]
+    shown = [ax.images[0].get_array() for ax in fig.axes]
+    assert [int(np.asarray(image)[0, 0, 0]) for image in shown] == [0, 50, 1, 51]
 
 
 def test_what_an_earlier_run_left_in_the_folder_is_not_shown(tmp_path):
