@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -69,7 +70,7 @@ def _draw(rows: Mapping[str, Sequence[Image]], columns: Columns) -> Figure:
     with figure(width, height, **{"axes.grid": False}) as fig:
         fig.set_layout_engine("none")
 
-        def write(x: float, y: float, text: str, color: str, size: float, **where: str) -> None:
+        def write(x: float, y: float, text: str, color: str, size: float, **where: Any) -> None:
             fig.text(x / width, 1 - y / height, text, color=color, fontsize=size, **where)
 
         place = 0
