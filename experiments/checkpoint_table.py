@@ -6,7 +6,8 @@
 
 A cell is a whole run of `model=checkpoint` with two steps of everything, and the seconds that it took, or a refusal in
 one sentence, which is printed below. What is measured is that it runs, not how well: the weights are noise. ImageReward
-(the extra `reward`) is the library's own with a layer each for pictures and texts. A cell takes about 8 seconds of a core.
+(the extra `reward`) is the library's own with a layer each for pictures and texts. A cell takes
+about 8 seconds of a core.
 """
 
 from __future__ import annotations
