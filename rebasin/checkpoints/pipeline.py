@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +142,7 @@ def assemble(
     tokenizer: PathLike | None = None,
     prediction: str | None = None,
     modules: Mapping[str, nn.Module] | None = None,
+    without: Collection[str] = (),
     plan: Plan | None = None,
 ) -> Any:
     """The diffusers pipeline of a checkpoint, in eval mode, without safety checker and without a progress bar.
@@ -151,6 +152,7 @@ def assemble(
         tokenizer, prediction: see `plan_pipeline`.
         modules: component -> a module that takes its place, as `architecture` or the library makes it; its tensors are
             shared, and the checkpoint's are then not read.
+        without: components whose place stays empty (None).
         plan: what `plan_pipeline` found, if it was called before.
 
     Raises:
@@ -165,7 +167,10 @@ def assemble(
     from .modules import native  # late: diffusers and transformers take seconds to import
 
     for name in plan.components:
-        parts[name] = native(given[name]) if name in given else load_component(checkpoint, name, dtype)
+        if name in without:
+            parts[name] = None
+        else:
+            parts[name] = native(given[name]) if name in given else load_component(checkpoint, name, dtype)
     return _pipeline(plan.kind, parts, plan.options)
 
 

@@ -5,9 +5,10 @@ one way in which a task is made of it, whoever trained it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from omegaconf import DictConfig
@@ -37,10 +38,20 @@ class Around:
     Args:
         pipeline: diffusers'.
         side: of its pictures in pixels; None: the UNet's own.
+        absent: its text encoders that are not in it: they are there only while they are used.
+        load: loads one of them.
     """
 
-    def __init__(self, pipeline: Any, side: int | None = None):
+    def __init__(
+        self,
+        pipeline: Any,
+        side: int | None = None,
+        absent: Collection[str] = (),
+        load: Callable[[str], nn.Module] | None = None,
+    ):
         self.pipeline = pipeline
+        self._absent, self._load = frozenset(absent), load
+        self._loaded: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
         self.config: Any = pipeline.unet.config
         self.factor = pipeline.vae_scale_factor
         self.side = side or self.config.sample_size * self.factor
@@ -52,8 +63,18 @@ class Around:
         self.tokenizers = {
             name: getattr(pipeline, own)
             for name, own in TOKENIZERS.items()
-            if getattr(pipeline, name, None) is not None
+            if getattr(pipeline, own, None) is not None
         }
+
+    def encoder(self, name: str) -> Any:
+        """A text encoder of the pipeline; one that is absent goes again with the last who holds it."""
+        if name not in self._absent:
+            return getattr(self.pipeline, name)
+        assert self._load is not None
+        found = self._loaded.get(name)
+        if found is None:
+            found = self._loaded[name] = self._load(name)
+        return found
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -86,7 +107,7 @@ class Around:
     def holding(self, **modules: Any) -> Any:
         """The pipeline with these modules in the places of its own."""
         whole = copy.copy(self.pipeline)
-        for name, module in modules.items():
+        for name, module in ({name: self.encoder(name) for name in self._absent - modules.keys()} | modules).items():
             setattr(whole, name, module)
         return whole
 
@@ -109,7 +130,7 @@ class Around:
         """What the UNet is told of these texts."""
         found = []
         for name, ids in self.tokens(texts).items():
-            encoder: Any = getattr(self.pipeline, name)
+            encoder = self.encoder(name)
             ids = ids.to(next(encoder.parameters()).device)
             found.append(encoder(ids, output_hidden_states=True) if self.pooled else encoder(ids))
         if not self.pooled:
@@ -125,11 +146,8 @@ class Around:
 
     def sizes(self, count: int) -> Tensor:
         """The numbers that SDXL is told about sizes and crops, [count, 6], or about beauty, [count, 5]."""
-        config = self.config
-        width = self.pipeline.text_encoder_2.config.projection_dim
-        numbers = (config.projection_class_embeddings_input_dim - width) // config.addition_time_embed_dim
-        side = float(self.side)
-        told = [side, side, 0.0, 0.0, *((AESTHETIC,) if numbers == 5 else (side, side))]
+        side, about_beauty = float(self.side), self.pipeline.config.get("requires_aesthetics_score", False)
+        told = [side, side, 0.0, 0.0, *((AESTHETIC,) if about_beauty else (side, side))]
         return torch.tensor([told]).repeat(count, 1)
 
     def _with_channels(self, given: dict[str, Any], count: int) -> Condition:
@@ -217,7 +235,7 @@ class Around:
                 " use data=captioned_folder data.path=FOLDER."
             )
         return captioned_digits.denoising_batches(
-            self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.tokenizer, self.pipeline.scheduler,
+            self.pipeline.vae, self.encoder("text_encoder"), self.pipeline.tokenizer, self.pipeline.scheduler,
             split="train" if train else "test", n=data.train if train else data.heldout,
             batch_size=data.batch_size, seed=seed, path=data.path, embed=embed,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..checkpoints import Checkpoint, component_spec, open_checkpoint, require_s
 from ..checkpoints.architectures import component_config
 from ..checkpoints.checkpoint import require_fitting, require_same_prediction
 from ..checkpoints.joint import joint_spec, joint_state, prompted_unet
-from ..checkpoints.pipeline import Plan, assemble, plan_pipeline
+from ..checkpoints.pipeline import Plan, assemble, load_component, plan_pipeline
 from ..checkpoints.provenance import size_of
 from ..checkpoints.specs import proof
 from ..data import captioned_folder
@@ -88,7 +88,7 @@ def load(cfg: DictConfig) -> Task:
         "export": whole_checkpoint.export(models, pair.names, pair.name, cfg),
         "plan": pair.plan(cfg, plan),
     }
-    if cfg.dry_run or not wanted:
+    if cfg.dry_run or plan is None:
         measuring = not cfg.dry_run and cfg.model.batches > 0
         batches = pair.batches(cfg.model.batches, cfg.seed) if measuring else {}
         part = pair.part(filled=measuring)
@@ -301,10 +301,12 @@ class Members:
 
     # Pictures -------------------------------------------------------------------------------------------------------
 
-    def around(self, model: nn.Module, plan: Plan | None) -> Around:
-        """A's pipeline with this model in it."""
+    def around(self, model: nn.Module, plan: Plan) -> Around:
+        """A's pipeline with this model in it; text encoders that are not aligned are loaded while they are used."""
         parts = {name: getattr(model, name) for name in self.names} if self.joint else {self.component: model}
-        return Around(assemble(self.a, modules=parts, plan=plan), self.cfg.model.size)
+        absent = [name for name in plan.tokenizers if name not in parts]
+        pipeline = assemble(self.a, modules=parts, plan=plan, without=absent)
+        return Around(pipeline, self.cfg.model.size, absent, partial(load_component, self.a))
 
     def placed(self, around: Around) -> Placed:
         """How models stand in the pipeline, and what they are given of what is recorded there."""
