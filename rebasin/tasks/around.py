@@ -107,7 +107,9 @@ class Around:
     def holding(self, **modules: Any) -> Any:
         """The pipeline with these modules in the places of its own."""
         whole = copy.copy(self.pipeline)
-        for name, module in ({name: self.encoder(name) for name in self._absent - modules.keys()} | modules).items():
+        for name, module in (
+            {name: self.encoder(name) for name in self._absent - modules.keys()} | modules
+        ).items():
             setattr(whole, name, module)
         return whole
 

@@ -30,24 +30,22 @@ from ..data import captioned_folder
 from ..data.prompts import read_prompts
 from ..data.sampled import Batch, Placed
 from ..errors import ConfigError
+from ..matching.weights.estimate import about
 from ..spec import PermutationSpec
 from ..types import State, arguments_of
 from . import whole_checkpoint
 from .agreement import Agreement, outputs_of, with_targets
 from .around import Around, diffusion_task, sampler
 from .base import Part, Task, require
+from .checkpoint_costs import Run, forward_pass
 from .prompted import KINDS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 JOINT = "joint"
 
 JOINT_TOLERANCE = 1e-9
 """What the proof of a joint spec demands."""
-
-COPIES = {"agreement": 2, "activations": 4, "search": 7}
-"""How many numbers are in memory at the peak for each of the model's: the model and a copy to put it back; model,
-A and B, and the file's; for a straight-through estimator A, B, the midpoint and its gradient besides."""
 
 
 def load(cfg: DictConfig) -> Task:
@@ -81,12 +79,12 @@ def load(cfg: DictConfig) -> Task:
         if wanted
         else None
     )
-    pair.require_memory(cfg)
+    pair.require_memory(plan is not None)
     common: dict[str, Any] = {
         "labels": _labels(models),
         "endpoints": lambda progress: tuple(pair.state(model) for model in models),
         "export": whole_checkpoint.export(models, pair.names, pair.name, cfg),
-        "plan": pair.plan(cfg, plan),
+        "plan": pair.plan(plan) if cfg.dry_run else (),
     }
     if cfg.dry_run or plan is None:
         measuring = not cfg.dry_run and cfg.model.batches > 0
@@ -352,48 +350,43 @@ class Members:
             del model
         return {split: with_targets(own, told[0][split], told[1][split]) for split, own in inputs.items()}
 
-    # Memory ---------------------------------------------------------------------------------------------------------
+    # Memory and time ------------------------------------------------------------------------------------------------
 
-    def memory(self, cfg: DictConfig) -> float:
-        """Bytes at the peak, about."""
-        algo, pictures = cfg.get("algo") or {}, bool(_wanted(cfg))
-        takes = arguments_of(get_method(algo["_target_"])) if algo else {}
-        computing = cfg.model.batches > 0 or pictures
-        searches = {"objective", "batches", "steps"} <= set(takes)
-        copies = COPIES["agreement" if "model_a" not in takes else "search" if searches else "activations"]
-        numbers = sum(self.sizes)
-        need = (
-            1e9 + (max(2, copies * self.dtype.itemsize) if computing else 2) * numbers + 16 * max(self.sizes)
-        )
-        if not pictures:
-            return need
-        others = [name for name in self.a.components if name not in self.names]
-        need += 4 * sum(prod(shape) for name in others for shape in self.a.shapes(name).values())
-        return need + self.activations(cfg, searches)
-
-    def activations(self, cfg: DictConfig, gradient: bool) -> float:
-        """Bytes that pictures take on their way through the UNet and the VAE, with what a gradient keeps of them."""
+    def costs(self, wanted: bool, spec: bool) -> Run:
+        """What the run takes; without `spec`, which takes a moment to derive, only what files and shapes tell."""
+        cfg, takes = self.cfg, _takes(self.cfg)
+        computing = wanted or cfg.model.batches > 0
         config = component_config(self.a, "unet") if "unet" in self.a.components else {}
-        latent = (cfg.model.size // 8 if cfg.model.size else int(config.get("sample_size") or 64)) ** 2
-        base = (config.get("block_out_channels") or [320])[0]
-        groups = (cfg.get("algo") or {}, cfg.objective, cfg.data)
-        batch = next((int(group["batch_size"]) for group in groups if group.get("batch_size")), 1)
-        unet = self.dtype.itemsize * latent * base * batch * (1500 if gradient else 60)
-        return unet + 4 * 64 * latent * 128 * 8  # the VAE's last level, one picture at a time
+        levels = (
+            component_config(self.a, "vae")["block_out_channels"] if "vae" in self.a.components else [0] * 4
+        )
+        factor = 2 ** (len(levels) - 1)
+        side = cfg.model.size or factor * int(config.get("sample_size") or 64)
+        latent = side // factor if wanted and self.component == "unet" and not self.joint else None
+        once = forward_pass(*self.built(), latent, self.dtype) if computing else None
+        text, rest = 0.0, 0.0
+        for name in self.a.components if wanted else ():
+            size = 4.0 * sum(prod(shape) for shape in self.a.shapes(name).values()) * (name not in self.names)
+            text, rest = (text + size, rest) if name.startswith("text") else (text, rest + size)
+        return Run(
+            cfg, takes, self.spec if spec else None, sum(self.sizes), max(self.sizes), self.dtype, (text, rest), once,
+            side, wanted,
+        )  # fmt: skip
 
-    def require_memory(self, cfg: DictConfig) -> None:
+    def require_memory(self, wanted: bool) -> None:
         """Refuse what does not fit; a dry run, too, says so.
 
         Raises:
             ConfigError: there is not as much memory.
         """
-        if not _wanted(cfg) and (cfg.model.batches < 1 or cfg.dry_run):
+        if not wanted and (self.cfg.model.batches < 1 or self.cfg.dry_run):
             return
-        need, free = self.memory(cfg), _available()
+        need, free = self.costs(wanted, spec=False).memory(), _available()
         if free is not None and need > free:
             less = (
-                "model.dtype=bf16, a smaller model.size or batch_size, or algo=activation_matching take less"
-                if _wanted(cfg)
+                "model.dtype=bf16, a smaller model.size or batch_size, algo.checkpointing=true, algo.optimizer=sgd or"
+                " algo=activation_matching take less"
+                if wanted
                 else "model.batches=0 aligns and merges without measuring, and the command rebasin merge takes the"
                 " least"
             )
@@ -402,14 +395,16 @@ class Members:
                 f" {free / 1e9:.0f} GB are free; {less}."
             )
 
-    def plan(self, cfg: DictConfig, plan: Plan | None) -> list[str]:
+    def plan(self, plan: Plan | None) -> list[str]:
         """What `dry_run=true` tells besides the spec."""
         sizes = ", ".join(f"{c.path.name} is {c.title}, {size_of(c.path) / 1e9:.2f} GB" for c in self.models)
         numbers = f"{sum(self.sizes):,} numbers of {', '.join(self.names)}"
-        memory = f"about {self.memory(cfg) / 1e9:.1f} GB of memory"
-        computing = cfg.model.batches > 0 or plan is not None
-        how = f"computing in {str(self.dtype).removeprefix('torch.')}" if computing else "without measuring"
-        told = [f"{sizes};", f"{numbers}; {memory}, {how};"]
+        costs = self.costs(plan is not None, spec=True)
+        how = "without measuring"
+        if costs.once is not None:
+            how = f"computing in {str(self.dtype).removeprefix('torch.')}"
+        takes = f"about {costs.memory() / 1e9:.1f} GB of memory and {about(costs.seconds())} on this machine's CPU"
+        told = [f"{sizes};", f"{numbers}; {takes}, {how};"]
         if plan is not None:
             others = [name for name in plan.components if name not in self.names]
             told.append(f"pictures by {plan.kind} with {', '.join(others)} of {self.a.path.name};")
