@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..integrations.hydra import resolved
 from ..spec import PermutationSpec
 from ..tasks import Task
-from ..tensors.modules import loaded
+from ..tensors.modules import lent, loaded
 from ..types import Maker, Progress, State, arguments_of, check_options, supply
 from .resume import Resume, state_type
 
@@ -76,7 +76,7 @@ class Algorithm:
             "state_a": a,
             "state_b": b,
             "model": task.model,
-            "model_a": Maker(lambda: loaded(task.model, a)),
+            "model_a": Maker(lambda: lent(task.model, a, b)),  # its own weights do not matter
             "model_b": Maker(lambda: loaded(task.model, b)),
             **self._aim(task, seed),
             "pipeline": task.pipeline,

@@ -57,6 +57,15 @@ def loaded(model: nn.Module, state: State) -> nn.Module:
     return give_weights(duplicate(model), state)
 
 
+def lent(model: nn.Module, state: State, *others: State) -> nn.Module:
+    """The model itself with the weights of `state`, which takes no memory; a copy, if one of `others` is its own."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    here = (other for other in others if isinstance(other, dict))  # a lazy mapping makes its tensors anew
+    if any(tensor.untyped_storage().data_ptr() in own for other in here for tensor in other.values()):
+        return loaded(model, state)
+    return give_weights(model, state)
+
+
 def give_weights(model: nn.Module, state: State, what: str = "the state") -> nn.Module:
     """The model itself, with the weights of `state`; extra state that is no tensor stays the model's own.
 
