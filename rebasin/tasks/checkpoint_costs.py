@@ -48,7 +48,7 @@ class Pass:
 
 
 def forward_pass(model: nn.Module, args: Any, kwargs: Any, latent: int | None, dtype: torch.dtype) -> Pass:
-    """Of a model whose parameters are on the meta device.
+    """Of a model that is only wanted for this: it is moved to the meta device.
 
     Args:
         args, kwargs: an example call of one sample.
@@ -65,13 +65,16 @@ def forward_pass(model: nn.Module, args: Any, kwargs: Any, latent: int | None, d
                 for s in states
             ),
         )
-    kept: dict[int, tuple[Tensor, int]] = {}  # with the tensor, or its number would be given to another one
-    own = {id(p) for p in model.parameters()}
+    model, kept = model.to("meta"), dict[int, tuple[Tensor, int]]()
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
-        if id(tensor) not in own and not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = tensor, storage.nbytes()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:  # weights, and views of them, are there anyway
+            kept[storage._cdata] = (
+                tensor,
+                storage.nbytes(),
+            )  # with the tensor, or its number went to another one
         return tensor
 
     attention = _FusedAttention()
@@ -81,7 +84,7 @@ def forward_pass(model: nn.Module, args: Any, kwargs: Any, latent: int | None, d
         saved_tensors_hooks(keep, lambda t: t),
         attention,
     ):
-        model.to("meta")(*args, **kwargs)
+        model(*args, **kwargs)
     sizes = [size * dtype.itemsize / 4 for _, size in kept.values()]  # the meta pass is one in float32
     return Pass(counter.get_total_flops() + attention.flops, sum(sizes), max(sizes, default=0.0))
 
