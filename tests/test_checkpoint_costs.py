@@ -24,7 +24,7 @@ from rebasin.types import arguments_of
 
 def test_a_pass_on_the_meta_device_counts_what_a_real_one_does() -> None:
     unet, args = tiny_sd.load_unet("seed0").float(), (torch.randn(1, 4, 8, 8), torch.tensor([7]))
-    states = torch.randn(1, 77, unet.config.cross_attention_dim)
+    states = torch.randn(1, 77, unet.config["cross_attention_dim"])
     own, kept = {p.untyped_storage().data_ptr() for p in unet.parameters()}, {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -143,7 +143,7 @@ def denoising_batches(
     seed: int = 0,
     digits: tuple[int, ...] | None = None,
     path: str | Path | None = None,
-    embed: Callable[[list[str]], torch.Tensor] | None = None,
+    embed: Callable[[list[str]], Any] | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Fixed noise prediction problems, the same for every model that is compared, deterministic in `seed`.
 

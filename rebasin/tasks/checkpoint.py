@@ -115,9 +115,9 @@ def _wanted(cfg: DictConfig) -> dict[str, bool]:
     if cfg.objective.kind != "agreement":
         found[f"objective={cfg.objective.name}"] = True
     if algo and "pipeline" in arguments_of(get_method(algo["_target_"])):
-        found[f"algo={algo.name}"] = False
+        found[f"algo={cfg.algo.name}"] = False
     if algo and "reward" in algo:
-        found[f"algo={algo.name}"] = True
+        found[f"algo={cfg.algo.name}"] = True
     if "scorer" in cfg.evaluate:
         found[f"evaluate={cfg.evaluate.name}"] = True
     if cfg.model.samples > 0:
