@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import CheckpointError, SpecMismatchError, shown
 from ..files import PathLike, SchemaError, conform, parse
 from ..tensors import SafetensorsState, load_safetensors, save_safetensors
-from ..types import LazyState, State, require_state, shape_of, wrapped
+from ..types import LazyState, State, origin_of, require_state, shape_of, wrapped
 from .checks import require_sound
 from .serialisation import SpecData, group_from, group_to
 from .structure import Cell, Group, Site, admits, draw, to_array
@@ -375,6 +375,9 @@ class PermutedState(LazyState):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.permutation.apply_to(name, self.known[name])
+
+    def origin(self, name: str) -> str | None:
+        return origin_of(self.known, name)
 
 
 def displaced(indices: Iterable[np.ndarray]) -> int:
