@@ -155,7 +155,7 @@ def _typed(node: Any) -> Any:
         signed = options(target) if "_target_" in found else {}
     made = {}
     for name, value in found.items():
-        value = signed.get(name, value)
+        value = signed.get(str(name), value)
         loose = isinstance(value, int) and not isinstance(value, bool)
         if isinstance(value, dict):
             made[name] = _typed(OmegaConf.create(value))
