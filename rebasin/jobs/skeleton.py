@@ -16,11 +16,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ..arguments import check_range
 from ..errors import ConfigError
 from ..evaluation.samples import Samples
 from ..files import LARGEST_SEED, MOST_THREADS, prepare_folder
 from ..integrations.hydra import resolved
-from ..matching.options import check_range
 from ..reporting.console import Console
 from ..reporting.kinds import leave
 from ..reporting.loggers import Logger, both, open_logger

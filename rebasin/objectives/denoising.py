@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..arguments import typed
 from ..data.batches import batched
 from ..errors import ConfigError, DataError
 from .base import mean_over_batches
@@ -30,6 +31,7 @@ Prediction = Literal["epsilon", "v_prediction", "flow"]
 Batch = Mapping[str, Any]
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class Denoising:
     """Mean squared error of what a denoiser predicts, averaged over samples and elements.

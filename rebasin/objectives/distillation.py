@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import typed
 from ..tensors.modules import eval_mode
 from .denoising import Batch, Denoising, predict, stratified
 from .sampling import sample
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class Distillation(Denoising):
     """`Denoising`, but batches may bring their own `target` (n, ...), shaped like the latents; see `teach`.
@@ -30,6 +32,7 @@ class Distillation(Denoising):
         return noisy, batch.get("target", target)
 
 
+@typed
 @torch.no_grad()
 def teach(
     problem: Denoising,

@@ -128,7 +128,7 @@ class Endpoints:
     @property
     def permutation(self) -> Permutation:
         """A copy of pi."""
-        return Permutation(self.spec, {name: index.copy() for name, index in self.index.items()})
+        return Permutation.trusted(self.spec, {name: index.copy() for name, index in self.index.items()})
 
     @property
     def dots(self) -> Mapping[str, float]:
@@ -208,7 +208,7 @@ class Endpoints:
     ) -> Iterator[tuple[str, Slices, Tensor]]:
         """(name, what changes, tensor as it is) for each tensor that is not the same afterwards."""
         own = {cell.name: index[cell.name] for cell in group.cells}
-        relative = Permutation(self.spec, {**self.spec.identity().index, **own})
+        relative = Permutation.trusted(self.spec, {**self.spec.identity().index, **own})
         for name in touched(group, self.spec):
             moves = relative.axes_of(name)
             if not moves:
