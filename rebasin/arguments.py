@@ -81,7 +81,7 @@ def typed(function: F) -> F:
     made: Any = function
     if isinstance(made, type):
         made.__init__ = _guarded(made.__init__, made)
-        return made
+        return cast(F, made)
     return cast(F, _guarded(function, function))
 
 
