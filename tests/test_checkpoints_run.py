@@ -31,7 +31,7 @@ from rebasin.tasks.agreement import Agreement, outputs_of, with_targets
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A narrow SD1 with a short text encoder, and the same model with its text encoder reordered."""
     folder = tmp_path_factory.mktemp("pair")
-    state = dict(random_checkpoint("sd1", 16, depth=1, vocabulary=40, dtype=torch.float32))
+    state = dict(random_checkpoint("sd1", 16, depth=1, vocabulary=64, dtype=torch.float32))
     a = save_safetensors(folder / "a.safetensors", state, {"format": "pt"})
     found = open_checkpoint(a)
     planted = component_spec(found, "text_encoder").random(4)
