@@ -66,4 +66,6 @@ def shown(value: object) -> str:
     if isinstance(value, str) and len(value) > 100:  # longer than any name of a tensor
         value = f"{value[:30]}...{value[-10:]}"
     text = _short.repr(value)
+    if not isinstance(value, str):
+        text = " ".join(text.split())  # tensors and models are several lines
     return text if isinstance(value, str) or len(text) <= 72 else f"{text[:48]}...{text[-20:]}"

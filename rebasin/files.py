@@ -250,6 +250,9 @@ def _sync_folder(folder: Path) -> None:
 LARGEST = 1 << 63
 """Whole numbers are below this: what numpy and torch can hold."""
 
+LARGEST_SEED, MOST_THREADS = 2**32 - 1, 4096
+"""What random generators of all kinds take, multiples included, and what a system may be asked for."""
+
 Leaf = Callable[[Any, Any, str], Any]
 """Makes a value of a type that the caller knows, (type, data, where) -> value; NotImplemented for all others."""
 

@@ -47,14 +47,19 @@ class LazyState(Mapping[str, Tensor]):
     def dtype_of(self, name: str) -> torch.dtype:
         return dtype_of(self.known, name)
 
+    def origin(self, name: str) -> str | None:
+        """Its name in the file that it is from, and the file, for a sentence; None if it is from none."""
+        return None
+
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a derived state: its shape and type, which are known, and how it is made."""
+    """A tensor of a derived state: its shape and type, which are known, how it is made, and its `origin`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor]
+    origin: str | None = None
 
 
 class DerivedState(LazyState):
@@ -66,10 +71,15 @@ class DerivedState(LazyState):
     def __getitem__(self, name: str) -> Tensor:
         return self.known[name].make()
 
+    def origin(self, name: str) -> str | None:
+        return self.known[name].origin
+
 
 def passed(state: State, name: str) -> LazyTensor:
     """Tensor `name` of `state`, as it is: for a derived state that has it, maybe under another name."""
-    return LazyTensor(shape_of(state, name), dtype_of(state, name), lambda: state[name])
+    return LazyTensor(
+        shape_of(state, name), dtype_of(state, name), lambda: state[name], origin_of(state, name)
+    )
 
 
 def shape_of(state: Mapping[str, Any], name: str) -> tuple[int, ...]:
@@ -78,14 +88,27 @@ def shape_of(state: Mapping[str, Any], name: str) -> tuple[int, ...]:
     return tuple(state[name].shape) if known is None else tuple(known(name))
 
 
+def origin_of(state: Mapping[str, Any], name: str) -> str | None:
+    """See `LazyState.origin`."""
+    return state.origin(name) if isinstance(state, LazyState) else None
+
+
+def place_of(state: Mapping[str, Any], name: str, what: str) -> str:
+    """A tensor for a sentence: its name in its file, and the file, if the state knows these, else name and `what`."""
+    return origin_of(state, name) or f"{name!r} of {what}"
+
+
 def dtype_of(state: Mapping[str, Any], name: str) -> torch.dtype:
     """The type of a tensor, without reading it where the state is lazy."""
     known = getattr(state, "dtype_of", None)
     return state[name].dtype if known is None else known(name)
 
 
-WRAPPER = re.compile(r"(?:^|(?<=[./]))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What torch.compile, DataParallel and their like put into names."""
+WRAPPER = re.compile(
+    r"(?:^|(?<=[./]))(?:_orig_mod|module|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module|state_dict"
+    r"|model_state_dict)\."
+)
+"""What torch.compile, DataParallel and their like, and what flattens a trainer's file, put into names."""
 
 
 def wrapped(state: Mapping[str, Any]) -> str:

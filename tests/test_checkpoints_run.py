@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_files import rebasin
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -30,7 +31,7 @@ from rebasin.tasks.agreement import Agreement, outputs_of, with_targets
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A narrow SD1 with a short text encoder, and the same model with its text encoder reordered."""
     folder = tmp_path_factory.mktemp("pair")
-    state = dict(random_checkpoint("sd1", 16, depth=1, vocabulary=40, dtype=torch.float32))
+    state = dict(random_checkpoint("sd1", 16, depth=1, vocabulary=64, dtype=torch.float32))
     a = save_safetensors(folder / "a.safetensors", state, {"format": "pt"})
     found = open_checkpoint(a)
     planted = component_spec(found, "text_encoder").random(4)
@@ -75,6 +76,29 @@ def test_without_measuring_nothing_is_computed_and_the_files_are_there(pair, tmp
     assert run(cfg, tmp_path / "out", Console()) is not None
     for name in ("checkpoint.safetensors", "permutation.safetensors", "results.json", "report.html"):
         assert (tmp_path / "out" / name).is_file(), name
+
+
+def test_the_information_that_a_run_leaves_is_what_the_command_takes(pair, tmp_path):
+    """Of the same models in the same order both make the same merge, which is not the plain one."""
+    a, b = pair
+    found = open_checkpoint(b)
+    other = {name: t + 0.02 * torch.randn_like(t) for name, t in found.component("text_encoder").items()}
+    b = save_checkpoint(tmp_path / "c.safetensors", found, found.restore({"text_encoder": other})).path
+    given = (f"model.a={a}", f"model.b={b}", "model.component=text_encoder", "model.batches=1")
+    out = tmp_path / "out"
+    assert run(configuration(tmp_path / "cache", *given, "merge=fisher"), out, Console()) is not None
+    fisher = [word for name in "ab" for word in ("--fisher", out / f"fisher_{name}.safetensors")]
+    command = ("merge", a, b, "--only", "text_encoder", "-o", tmp_path / "merged.safetensors")
+    rebasin(*command, "--method", "fisher", *fisher)
+    own, theirs, plain = (
+        dict(open_checkpoint(path).component("text_encoder"))
+        for path in (out / "checkpoint.safetensors", tmp_path / "merged.safetensors", a)
+    )
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(own[name], tensor)
+    assert any(not torch.allclose(own[name], plain[name], atol=1e-3) for name in own)
+    informed = load_safetensors(out / "fisher_b.safetensors")
+    assert "Fisher information of B" in informed.metadata["content"] and set(informed) == set(theirs)
 
 
 def test_a_dry_run_tells_the_plan_and_loads_nothing(pair, tmp_path, capsys):

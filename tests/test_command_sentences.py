@@ -5,6 +5,7 @@ nothing written; what is legal and maybe not meant gets a line.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -75,8 +76,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-def refused(folder: Path, *arguments: object) -> str:
-    """The sentence with which a command ends; it leaves nothing."""
+def refused(folder: Path, *arguments: object, keeps: str = "nothing") -> str:
+    """The sentence with which a command ends; it leaves nothing, or an alignment that it `keeps`."""
     before = sorted(folder.iterdir())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -84,6 +85,7 @@ def refused(folder: Path, *arguments: object) -> str:
     sentence = told.strip().splitlines()[-1]
     assert "Traceback" not in told and sentence.startswith("Error: ") and sentence.endswith(".")
     assert len(sentence) <= 300
+    (folder / keeps).unlink(missing_ok=True)
     assert sorted(folder.iterdir()) == before
     return sentence
 
@@ -153,6 +155,26 @@ MERGE = ("merge", "a.safetensors", "b.safetensors", "-o", "out.safetensors", "--
 )  # fmt: skip
 def test_options_that_do_not_fit_are_refused_before_any_work(folder, arguments, words):
     assert words in refused(folder, *MERGE, *arguments)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e300])
+def test_a_value_that_is_no_number_is_told_with_its_file_and_its_name_there(folder, value, tmp_path):
+    shutil.copytree(folder, tmp_path / "here")
+    layers = f"{TEXT}transformer.text_model.encoder.layers.0."
+    out = ("-o", "out.safetensors")
+    moved, fixed = f"{layers}mlp.fc1.weight", f"{layers}layer_norm1.bias"
+    for name, commands in (
+        (moved, (("merge", *out), ("merge", "b.safetensors", *out), ("merge", "--no-align", *out))),
+        (fixed, (("compare",), ("align", *out), ("verify",))),
+    ):
+        damaged = {n: t.double() if t.is_floating_point() else t for n, t in state(1).items()}
+        damaged[name].view(-1)[1] = value
+        save_safetensors(tmp_path / "here" / "bad.safetensors", damaged)
+        for command, *rest in commands:
+            given = (command, "a.safetensors", "bad.safetensors", *rest)
+            sentence = refused(tmp_path / "here", *given, keeps="out.permutation.safetensors")
+            assert f"{name!r} of bad.safetensors" in sentence or ("--no-align" in rest and value == 1e300)
+            assert not re.search("NaN|no numbers" if value == 1e300 else "as large as", sentence), sentence
 
 
 @pytest.mark.parametrize("method", ["fisher"])

@@ -53,9 +53,8 @@ def test_legal_with_its_own_weights(name: str) -> None:
     model, args = default(name)
     spec = rebasin.trace(model, *args)
     assert spec.coverage().one > (0.9 if name != "text_encoder" else 0.6)
-    for randomise in (True, False):
-        rebasin.verify(model, spec, *args, randomise=randomise).require()
-        rebasin.verify(model, spec, *args, randomise=randomise, dtype=torch.float64).require()
+    rebasin.verify(model, spec, *args).require()
+    rebasin.verify(model, spec, *args, randomise=False, dtype=torch.float64).require()
     group = next((g for g in spec if g.structure != f"S{g.neurons}"), None)
     if group is None:  # every permutation of these cells is legal; forget one place where a cell acts
         group = spec.groups[0]

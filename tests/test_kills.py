@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,13 +26,15 @@ from cli_files import rebasin as command_line
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from rich.console import Console as RichConsole
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from rebasin import report
 from rebasin.checkpoints import load_metadata
 from rebasin.errors import CheckpointError
 from rebasin.files import MARK, config_dir, keep, prepare_folder
 from rebasin.jobs import resume
-from rebasin.jobs.commands import RUN, SEARCH
+from rebasin.jobs.commands import COMPARE_METHODS, RUN, SEARCH
 from rebasin.jobs.commands import Command as Configured
 from rebasin.reporting.console import Console
 
@@ -226,6 +229,97 @@ def test_a_merge_on_a_full_disk_leaves_the_old_file(files: Files, tmp_path: Path
         text = command_line("merge", files.a, files.b, "-o", out, "--overwrite", "--alpha", 0.3, expect=2)
     assert "merged.safetensors can't be written: File too large." in text and "Traceback" not in text
     assert left(tmp_path) == before
+
+
+# What is interrupted, at which event of which stage, what is kept then, and what is said.
+CTRL_C: dict[str, tuple[Configured, list[str], str, int, str, str]] = {
+    "straight_through": (RUN, STE[:-1], "straight-through", 5, "unfinished/*.safetensors", "with resume=true goes on"),
+    "merge_many": (
+        RUN, [*TINY, "algo=merge_many", "model.seeds=[0,1,2]", "algo.repair=false"], "merge many", 5,
+        "unfinished/*.safetensors", "with resume=true goes on",
+    ),
+    "search": (SEARCH, [*TINY, *TRIALS], "trial", 4, "study.db", "was aligned and tried is kept, and the same command"),
+    "compare_methods": (
+        COMPARE_METHODS, [*TINY, "methods.names=[slerp]"], "weight matching", 1, "mlp-digits-*.safetensors",
+        "begins this run anew",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CTRL_C)
+def test_ctrl_c_keeps_what_was_done_and_ends_with_130(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, overrides, stage, number, kept, words = CTRL_C[kind]
+    monkeypatch.setenv("REBASIN_CACHE", str(tmp_path))
+    shown, events, stops = Console.progress, [], True
+
+    def progress(self: Console, event: Any) -> None:
+        shown(self, event)
+        events.append(event["stage"])
+        if stops and events.count(stage) == number:
+            raise KeyboardInterrupt
+
+    def given(*more: str) -> None:
+        events.clear()
+        told = ["rebasin", *overrides, "logger=none", f"hydra.run.dir={tmp_path / 'run'}", *more]
+        monkeypatch.setattr(sys, "argv", told)
+        command.main()
+
+    monkeypatch.setattr(Console, "progress", progress)
+    with pytest.raises(SystemExit) as stop:
+        given()
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 130 and told.startswith("Interrupted; ") and words in told and told[-1] == "."
+    assert [*tmp_path.glob(kept), *(tmp_path / "run").glob(kept)]
+    assert not list(tmp_path.rglob(f"*{MARK}*")) and not (tmp_path / "run" / "results.json").exists()
+    if kind == "compare_methods":
+        return
+    stops = False
+    given(*(["resume=true"] if "resume" in words else []))
+    assert (tmp_path / "run" / "results.json").is_file() and not list(tmp_path.glob("unfinished/*"))
+    assert 0 < events.count(stage) <= {"straight_through": 3, "merge_many": 9, "search": 6}[kind]
+
+
+def test_a_search_whose_disk_is_full_when_a_trial_is_kept_ends_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = partial(OperationalError, "COMMIT", {}, sqlite3.OperationalError("database or disk is full"))
+    commit, commits = Session.commit, 0
+
+    def committed(self: Session) -> None:
+        nonlocal commits
+        commits += 1
+        if commits == 60:
+            raise full()
+        commit(self)
+
+    monkeypatch.setattr(Session, "commit", committed)
+    monkeypatch.setattr(sys, "argv", ["rebasin", *TINY, *TRIALS, "logger=none", f"hydra.run.dir={tmp_path}"])
+    with pytest.raises(SystemExit) as stop:
+        SEARCH.main()
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in told and commits >= 60
+    sentence = told.strip().splitlines()[-1]
+    assert sentence.startswith(
+        f"Error: {tmp_path / 'study.db'} can't be written (disk is full); make room there"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*can't be written")
+@pytest.mark.parametrize("kind", ["run", "merge"])
+def test_a_whole_job_where_no_home_can_be_written(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.write_text("a file: nothing can be written below it, even by root")
+    for name in ("REBASIN_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    (tmp_path / "out").mkdir()
+    job_of(kind, request)(tmp_path / "out")
+    assert (tmp_path / "out" / ("merged.safetensors" if kind == "merge" else "results.json")).is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "out"] and home.is_file()
 
 
 @pytest.mark.filterwarnings("ignore:.*can't be written")

@@ -167,15 +167,22 @@ def test_prices_are_taken_if_they_spread_the_rows(monkeypatch: pytest.MonkeyPatc
     assert not starts[2].any()
 
 
-def test_numba_is_loaded_only_where_it_is_needed() -> None:
+def test_numba_is_loaded_only_where_it_is_needed_and_threads_may_be_the_first_to_solve() -> None:
     in_a_new_process(
         "import sys, torch",
+        "from concurrent.futures import ThreadPoolExecutor",
+        "from scipy.optimize import linear_sum_assignment",
         "from rebasin.matching.assignment.linear_assignment import linear_assignment",
         "linear_assignment(torch.eye(300))",
         "linear_assignment(torch.rand(20, 20))",
         "assert 'numba' not in sys.modules",
-        "linear_assignment(torch.rand(200, 200))",
+        "torch.manual_seed(0)",
+        "costs = [torch.rand(150, 150) for _ in range(12)]",
+        "with ThreadPoolExecutor(4) as pool:",
+        "    found = list(pool.map(linear_assignment, costs))",
         "assert 'numba' in sys.modules",
+        "for c, (column, _, _) in zip(costs, found, strict=True):",
+        "    assert column.tolist() == linear_sum_assignment(c.numpy(), maximize=True)[1].tolist()",
     )
 
 
@@ -186,21 +193,6 @@ def test_without_a_place_for_the_machine_code_every_process_compiles_its_own() -
         "CacheImpl._locator_classes = []",
         "from rebasin.matching.assignment.jonker_volgenant import solve",
         "assert solve(np.eye(5)[::-1])[0].tolist() == [4, 3, 2, 1, 0]",
-    )
-
-
-def test_threads_may_solve_at_once_even_for_the_first_time() -> None:
-    in_a_new_process(
-        "import torch",
-        "from concurrent.futures import ThreadPoolExecutor",
-        "from scipy.optimize import linear_sum_assignment",
-        "from rebasin.matching.assignment.linear_assignment import linear_assignment",
-        "torch.manual_seed(0)",
-        "costs = [torch.rand(150, 150) for _ in range(12)]",
-        "with ThreadPoolExecutor(4) as pool:",
-        "    found = list(pool.map(linear_assignment, costs))",
-        "for c, (column, _, _) in zip(costs, found, strict=True):",
-        "    assert column.tolist() == linear_sum_assignment(c.numpy(), maximize=True)[1].tolist()",
     )
 
 
@@ -227,17 +219,31 @@ assert not learned
 """
 
 
-@pytest.mark.parametrize(
-    ("hide", "reason"),
-    [
-        ("sys.modules['numba'] = None", "ModuleNotFoundError: "),
-        (
-            "import numba; numba.njit = lambda **_: lambda f: open('/nowhere/machine code')",
-            "FileNotFoundError: ",
-        ),
-        ("import numba; numba.njit = lambda **_: lambda f: lambda *a: 1 / 0", "ZeroDivisionError: "),
-    ],
-    ids=["not installed", "does not load", "does not run"],
-)
-def test_without_numba_scipy_solves_all_after_one_warning(hide: str, reason: str) -> None:
-    in_a_new_process(NO_NUMBA.replace("{hide}", hide).replace("{reason}", reason))
+HIDDEN = {
+    "ModuleNotFoundError: ": "sys.modules['numba'] = None",
+    "FileNotFoundError: ": "import numba; numba.njit = lambda **_: lambda f: open('/nowhere/machine code')",
+    "ZeroDivisionError: ": "import numba; numba.njit = lambda **_: lambda f: lambda *a: 1 / 0",
+}
+"""Not installed, does not load, does not run."""
+
+EACH = """
+import os, sys, traceback
+import numpy, scipy.optimize, torch
+for script in {scripts!r}:  # in a process of its own, with what takes long imported
+    child = os.fork()
+    if child == 0:
+        try:
+            exec(script, {{}})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, script
+"""
+
+
+def test_without_numba_scipy_solves_all_after_one_warning() -> None:
+    scripts = [
+        NO_NUMBA.replace("{hide}", hide).replace("{reason}", reason) for reason, hide in HIDDEN.items()
+    ]
+    in_a_new_process(EACH.format(scripts=scripts))

@@ -318,7 +318,7 @@ def test_integers_must_agree() -> None:
     other = state(2) | {"positions": torch.arange(4) + 1}
     with pytest.raises(CheckpointError, match="Integer tensor 'positions' differs between A and B"):
         dict(merge("slerp", [state(1), other]))
-    with pytest.raises(CheckpointError, match="'scale' is torch.int64 in B"):
+    with pytest.raises(CheckpointError, match="'scale' of B is torch.int64"):
         dict(merge("slerp", [state(1), state(2) | {"scale": torch.tensor(1)}]))
 
 

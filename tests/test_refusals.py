@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_files import rebasin
 from omegaconf import OmegaConf
 from test_run import TINY, configured, execute
 from test_search import configured as searched
@@ -13,6 +15,7 @@ from test_search import configured as searched
 from rebasin.compare_methods import compare_methods
 from rebasin.errors import ConfigError
 from rebasin.files import config_dir
+from rebasin.jobs.commands import RUN
 from rebasin.jobs.refusals import ALWAYS, RULES
 from rebasin.jobs.search import search
 from rebasin.jobs.studies import run_study
@@ -73,6 +76,32 @@ def test_what_has_no_effect_on_a_search_is_refused(overrides: list[str], words: 
 def own_task(cfg: Any) -> Task:
     """A task that brings data and objective of its own, and does not look where to compute."""
     return load_task(configured(*TINY, f"seed={cfg.seed}"))
+
+
+def test_a_group_that_is_appended_where_it_has_no_effect_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["rebasin", *TINY, "+space=blocks", "dry_run=true", f"hydra.run.dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as stop:
+        RUN.main()
+    told = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and told.startswith("Error: The group 'space' has no effect here")
+
+
+@pytest.mark.parametrize("name", ["threads", "seed"])
+def test_numbers_that_torch_can_not_take_are_refused_alike_by_runs_and_commands(
+    name: str, tmp_path: Path
+) -> None:
+    for value in (-1, 99999999999, 10**30):
+        with pytest.raises(
+            ConfigError, match=rf"^{name} is {value}, but it must be at least 0 and at most \d+\.$"
+        ):
+            execute(tmp_path, *TINY, f"{name}={value}", "dry_run=true")
+        for command in ("merge", "align", "compare", "verify"):
+            told = rebasin(command, "a.safetensors", "b.safetensors", f"--{name}", value, expect=2)
+            assert f"Invalid value for '--{name}'" in told and "Traceback" not in told
+    execute(tmp_path, *TINY, f"{name}=0", "dry_run=true")
 
 
 @pytest.mark.parametrize("override", ["objective=distillation", "data=mnist", "device=meta"])

@@ -313,6 +313,47 @@ def test_values_are_checked_against_the_type_of_their_default(override, sentence
         assert str(error.value).startswith(sentence)
 
 
+MINE = {
+    "algo/fast.yaml": "defaults: [ste, _self_]\nname: fast\nsteps: many\n",
+    "algo/good.yaml": "defaults: [ste, _self_]\nname: good\nlr: 1\nanchor: 3\n",
+    "algo/other.yaml": "name: other\n_target_: own_functions.align\ntimes: 3\nhow: [a]\nfree: ???\nlam: ${lam}\n",
+    "objective/loud.yaml": "defaults: [denoising, _self_]\nname: loud\nobject: {min_snr_gamma: 5, prediction: 7}\n",
+    "model/narrow.yaml": "defaults: [mlp, _self_]\nname: narrow\nwidth: 16\nown: {rate: 1}\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["algo=fast"], "algo.steps of algo=fast is 'many', but it takes a whole number."),
+        (["algo=good", "algo.lr=0.5", "objective=loud", "objective.object.prediction=v"], None),
+        (["algo=good", "objective=loud"], "objective.object.prediction of objective=loud is 7, but it takes text."),
+        (["algo=other"], "algo.how of algo=other is ['a'], but it takes text."),
+        (["algo=other", "algo.how=x", "algo.times=2.5", "algo.free=4", "model=narrow", "model.own.rate=0.5"], None),
+        (["algo=other", "algo.how=x", "algo.times=no"], "algo.times of algo=other is 'no', but it takes a number."),
+        (["model=narrow", "model.own.rate=x"], "model.own.rate of model=narrow is 'x', but it takes a number."),
+    ],
+)  # fmt: skip
+def test_configs_of_ones_own_are_checked_by_the_functions_that_they_name(
+    overrides, sentence, tmp_path, monkeypatch
+):
+    for name, text in MINE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "own_functions.py").write_text("def align(spec, *, times=2, how='x', free, lam=0.5): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        given = [f"hydra.searchpath=['{tmp_path}']", *overrides]
+        cfg = compose("config", overrides=given, return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    try:
+        check_types(cfg)
+        told = None
+    except ConfigError as error:
+        told = str(error)
+    assert (told or "").startswith(sentence or "") and bool(told) == bool(sentence), told
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import rebasin
 from experiments.zoo import ZOO
@@ -277,6 +278,39 @@ def test_data_dependent_control_flow_is_one_clear_sentence() -> None:
         rebasin.trace(Net(), torch.randn(2, 3))
     with pytest.raises(TraceError, match="torch.nn.Module"):
         rebasin.trace(lambda x: x, torch.randn(2, 3))  # type: ignore[arg-type]
+
+
+def test_what_torch_says_of_a_failure_is_cut_and_nothing_is_printed(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    class Net(nn.Module):
+        def __init__(self, fault: Any) -> None:
+            super().__init__()
+            self.a, self.fault = nn.Linear(3, 3), fault
+
+        def forward(self, x):
+            return self.fault(
+                self.a(x)
+            )  # a long line, as there are in the code of models, which is cut in sentences
+
+    def complains(x: Tensor) -> Tensor:
+        raise ValueError("it goes on and " * 50)
+
+    faults = [
+        complains,
+        lambda x: x[: int(x.sum())],
+        lambda x: x @ torch.ones(5, 5),
+        lambda x: x.numpy(),
+        lambda x: x if x.sum() > 0 else -x,
+    ]
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    for fault in faults:
+        with pytest.raises(TraceError) as caught:
+            rebasin.trace(Net(fault), torch.randn(2, 3))
+        told = str(caught.value)
+        assert len(told) <= 300 and told.count(".py:") == 1 and "\n" not in told, told
+        assert told.endswith("trace a part of it, or a function of modules (rebasin.compose).")
+    assert capfd.readouterr() == ("", "") and not logger.disabled
 
 
 def test_applying_to_another_architecture_names_the_tensor() -> None:

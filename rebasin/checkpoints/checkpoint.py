@@ -139,7 +139,7 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
     where = Path(path)
     raw = folders.load_folder(where, variant) if where.is_dir() else load_tensors(where)
     metadata = dict(getattr(raw, "metadata", {}))
-    raw = decoded(unwrapped(raw), where)
+    raw = decoded(unwrapped(raw, where), where)
     names = dict.fromkeys(raw)
     other = "a permutation that rebasin wrote" if is_permutation(raw, metadata) else foreign(names)
     found = components.locate(names)
@@ -162,10 +162,21 @@ MARKED = ("", "edm_vpred")
 """Where loaders look for marks of what a model predicts."""
 
 
-def unwrapped(state: State) -> State:
-    """`state` without what torch.compile, DataParallel and their like put into its names."""
-    names = {WRAPPER.sub("", name): name for name in state}
-    if len(names) < len(state) or all(own == name for own, name in names.items()):
+def unwrapped(state: State, where: object) -> State:
+    """`state` without what torch.compile, DataParallel and their like put into its names.
+
+    Raises:
+        CheckpointError: the file, `where`, has a tensor with and without that.
+    """
+    names: dict[str, str] = {}
+    for name in state:
+        own = WRAPPER.sub("", name)
+        if (other := names.setdefault(own, name)) != name:
+            raise CheckpointError(
+                f"{where} has both {shown(other)} and {shown(name)}, so it holds two models in one; save the one that"
+                " is meant alone."
+            )
+    if all(own == name for own, name in names.items()):
         return state
     return DerivedState({own: passed(state, name) for own, name in names.items()})
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tensors.writer import convert
-from ..types import DerivedState, LazyTensor, State, dtype_of, passed, shape_of
+from ..types import DerivedState, LazyTensor, State, dtype_of, origin_of, passed, shape_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def component_state(raw: State, keys: Iterable[KeyMapping]) -> DerivedState:
 
     def lazy(key: KeyMapping) -> LazyTensor:
         shape = key.shape(shape_of(raw, key.source))
-        return LazyTensor(shape, dtype_of(raw, key.source), lambda: key.read(raw[key.source]))
+        origin = origin_of(raw, key.source)
+        return LazyTensor(shape, dtype_of(raw, key.source), lambda: key.read(raw[key.source]), origin)
 
     return DerivedState({key.name: lazy(key) for key in keys})
 
@@ -107,6 +108,7 @@ def replaced(
                 write(own, [t.to(tensors[0].dtype) for t in tensors], shape), dtype, name, "the result"
             )
 
-        return LazyTensor(shape, dtype, make)
+        from_file = next((origin_of(state, x.name) for x in own if x.name in state), None)
+        return LazyTensor(shape, dtype, make, from_file)
 
     return DerivedState({name: lazy(name) for name in raw})

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..types import DerivedState, LazyTensor, State, dtype_of, shape_of
+from ..types import DerivedState, LazyTensor, State, dtype_of, origin_of, shape_of
 from . import keys_text, keys_unet, keys_vae
 from .components import TEXT, TEXT_2, UNET, VAE, vae_levels
 from .key_map import KeyMapping, write
@@ -87,4 +87,4 @@ def _joined(state: State, keys: list[KeyMapping]) -> LazyTensor:
     def make() -> Tensor:
         return write(keys, [state[key.name] for key in keys], shape)
 
-    return LazyTensor(shape, dtype_of(state, first.name), make)
+    return LazyTensor(shape, dtype_of(state, first.name), make, origin_of(state, first.name))

@@ -18,7 +18,18 @@ from ..errors import CheckpointError, ConfigError
 from ..files import PathLike, atomic_folder, atomic_path, write_text
 from ..tensors import save_safetensors
 from ..tensors.writer import convert, require_space, target_dtype
-from ..types import DerivedState, LazyTensor, Progress, State, dtype_of, is_finite, passed, shape_of, tell
+from ..types import (
+    DerivedState,
+    LazyTensor,
+    Progress,
+    State,
+    dtype_of,
+    is_finite,
+    origin_of,
+    passed,
+    shape_of,
+    tell,
+)
 from .architectures import PARTS_OF, component_config, published, unlike_release
 from .components import TEXT, TEXT_2, UNET, VAE
 from .folders import INDEX
@@ -157,7 +168,10 @@ def cast(state: State, dtype: Types, where: object) -> State:
 
     def lazy(name: str) -> LazyTensor:
         stored = target_dtype(name, dtype_of(state, name), dtype)
-        return LazyTensor(shape_of(state, name), stored, lambda: convert(state[name], stored, name, where))
+        origin = origin_of(state, name)
+        return LazyTensor(
+            shape_of(state, name), stored, lambda: convert(state[name], stored, name, where), origin
+        )
 
     return DerivedState({name: lazy(name) for name in state})
 
@@ -170,7 +184,8 @@ def _save_pickle(target: Path, state: State, progress: Progress | None) -> None:
         tensors[name] = state[name].detach().cpu().contiguous()
         if not is_finite(tensors[name]):
             raise CheckpointError(
-                f"Tensor {name!r} has values that are infinite or no numbers, so {target} was not written."
+                f"Tensor {origin_of(state, name) or repr(name)} has values that are infinite or no numbers, so"
+                f" {target} was not written."
             )
         tell(progress, "save", step, len(state), name=name)
     with atomic_path(target) as temporary:

@@ -128,6 +128,9 @@ class PickledState(LazyState):
         data = self._raw.read(place.start, place.length * place.dtype.itemsize, f"tensor {name!r}")
         return data.view(place.dtype).as_strided(place.shape, place.stride).contiguous()
 
+    def origin(self, name: str) -> str:
+        return f"{shown(name)} of {self.path}"
+
 
 def load_pickled(path: PathLike) -> PickledState:
     """The tensors of a .ckpt, .pt or .bin file, lazily; nothing that is in it is run.

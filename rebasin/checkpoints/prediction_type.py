@@ -18,6 +18,7 @@ KINDS: dict[str, Literal["epsilon", "v_prediction"]] = {
 
 TOLD = {
     "modelspec.prediction_type": KINDS,
+    "modelspec.predict_key": KINDS,
     "prediction_type": KINDS,
     "ss_v_parameterization": {"true": KINDS["v"]},
     "v_parameterization": {"true": KINDS["v"]},

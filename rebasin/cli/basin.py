@@ -13,7 +13,8 @@ import numpy as np
 
 from ..files import atomic_path
 from ..spec import displaced
-from ..types import Progress, tell
+from ..types import Progress, dtype_of, tell
+from .inputs import numbers
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
@@ -65,10 +66,9 @@ def by_block(
                 stay[block] += cell.size - displaced([own.index[cell.name]])
         sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
         for step, name in enumerate(one):
-            left, right = one[name], other[name]
-            if not left.is_floating_point():
+            if not dtype_of(one, name).is_floating_point:
                 continue
-            left, right = left.float(), right.float()
+            left, right = numbers(one, name, a.path), numbers(other, name, b.path)
             aligned = right if own is None else own.apply_to(name, right)
             before = float((left - right).square().sum())
             after = before if aligned is right else float((left - aligned).square().sum())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import Checkpoint, require_same_family
+from ..checkpoints.architectures import PARTS_OF
 from ..checkpoints.checkpoint import require_fitting
 from ..errors import ConfigError
 from ..types import DerivedState, State, passed
@@ -35,11 +36,12 @@ def fisher_files(
     if len(paths) != len(models):
         raise ConfigError(
             f"--method {method.name} needs --fisher FILE once for each of the {len(models)} models, in their order, but"
-            f" got {len(paths)}; rebasin.merging.diagonal_fisher computes what is in such a file."
+            f" got {len(paths)}; python -m rebasin.run merge=fisher leaves such files."
         )
     found = open_each(paths)
     for model, information in zip(models, found, strict=True):
-        require_same_family(model, information)
+        if information.family not in PARTS_OF:  # of a component alone nothing more is known
+            require_same_family(model, information)
         for name in components:
             information.require(name)
         require_fitting(model, information, components)

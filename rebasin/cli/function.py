@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..types import State
+from ..types import DerivedState, LazyTensor, State, dtype_of, passed, shape_of
+from .inputs import numbers
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
@@ -67,7 +68,6 @@ def compute(
     from accelerate import cpu_offload
 
     from ..checkpoints import architecture
-    from ..checkpoints.output import cast
     from ..tracing.export import named_outputs
 
     module, args, kwargs = architecture(checkpoint, component)
@@ -83,10 +83,16 @@ def compute(
     if inputs is not None:
         args, kwargs = inputs(args, kwargs)
     _fill_constants(module)
-    wide: Any = cast(state, torch.float32, checkpoint.path)
+    wide: Any = DerivedState({name: _computable(state, name, checkpoint) for name in state})
     cpu_offload(module, execution_device=torch.device("cpu"), state_dict=wide)
     with torch.no_grad():
         return named_outputs(module(*args, **kwargs))
+
+
+def _computable(state: State, name: str, checkpoint: Checkpoint) -> LazyTensor:
+    if not dtype_of(state, name).is_floating_point:
+        return passed(state, name)
+    return LazyTensor(shape_of(state, name), torch.float32, lambda: numbers(state, name, checkpoint.path))
 
 
 def _fill_constants(module: nn.Module) -> None:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from ..adapters import is_adapter, is_controlnet
 from ..checkpoints import Checkpoint, open_checkpoint, require_same_family
 from ..checkpoints.checkpoint import require_fitting
@@ -15,7 +17,7 @@ from ..checkpoints.output import FILES, is_file
 from ..checkpoints.pickled import load_tensors
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..spec.permutation import is_permutation
-from ..types import DerivedState, State, passed
+from ..types import DerivedState, State, is_finite, passed, place_of
 
 Kind = Literal["permutation", "adapter", "controlnet", "model"]
 
@@ -91,6 +93,24 @@ def joined(states: Mapping[str, State]) -> State:
     """Components as one state; `component.` stands before each name."""
     return DerivedState(
         {f"{part}.{name}": passed(state, name) for part, state in states.items() for name in state}
+    )
+
+
+def numbers(state: State, name: str, where: object) -> Tensor:
+    """A tensor in float32, to be computed with.
+
+    Raises:
+        CheckpointError: it has values that are none there; `where` is the file of a state that does not know its own.
+    """
+    tensor = state[name]
+    if is_finite(tensor) and is_finite(wide := tensor.float()):
+        return wide
+    fault = "NaN or infinite values"
+    if is_finite(tensor):
+        fault = f"values as large as {float(tensor.abs().max()):.1g}, which float32 can't hold"
+    raise CheckpointError(
+        f"Tensor {place_of(state, name, str(where))} has {fault}, so nothing can be computed with it: the file is"
+        " damaged or its training diverged."
     )
 
 

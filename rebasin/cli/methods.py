@@ -56,7 +56,8 @@ def methods(
     }
     if "companions" in method.takes:
         told["Fisher"] = (
-            "--fisher FILE for each model: what rebasin.merging.diagonal_fisher gives, under the model's tensor names"
+            "--fisher FILE for each model: what python -m rebasin.run merge=fisher leaves, or, under the model's"
+            " tensor names, what rebasin.merging.diagonal_fisher gives"
         )
     console.print(method.name, style="bold")
     for key, value in told.items():

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from ..files import LARGEST_SEED, MOST_THREADS
+
 A = Annotated[Path, typer.Argument(metavar="A", help="The model that stays as it is.")]
 B = Annotated[Path, typer.Argument(metavar="B", help="The model that is brought to A.")]
 
@@ -128,12 +130,13 @@ class Request:
         Literal["forward", "identity"],
         typer.Option(help="Where matching starts: a first guess from input to output, or B as it is."),
     ] = "forward"
-    seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0, max=LARGEST_SEED)] = 0
     device: Annotated[str, typer.Option(help="Where matrices are multiplied: cpu, cuda, cuda:1, mps.")] = (
         "cpu"
     )
     threads: Annotated[
-        int, typer.Option(help="CPU threads; 0 leaves it to torch.", min=0, show_default=False)
+        int,
+        typer.Option(help="CPU threads; 0 leaves it to torch.", min=0, max=MOST_THREADS, show_default=False),
     ] = 0
     check: Annotated[
         bool,

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ..arguments import typed
 from ..errors import CheckpointError, ConfigError
 from ..merging.inputs import check_names, with_ties
 from ..merging.interpolate import interpolate_tensor
@@ -88,6 +89,7 @@ class Curve:
         return values[min(range(len(self.lambdas)), key=lambda i: abs(self.lambdas[i] - lam))]
 
 
+@typed
 def barrier(
     model: nn.Module,
     state_a: State,

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import typed
+from ..merging.repair import member_weights
 from ..objectives import LossFunction, Objective, checked
 from ..tensors.modules import eval_mode, with_weights
 from ..types import State
@@ -47,6 +49,7 @@ class Row:
         return vars(self) | {"ece": self.ece, "calibration": reliability}
 
 
+@typed
 def compare(
     model: nn.Module,
     objective: Objective | LossFunction,
@@ -63,7 +66,7 @@ def compare(
     members in the ensemble and in the mean of their losses.
     """
     own: Objective = checked(objective)
-    raw = [1.0] * len(members) if weights is None else list(weights)
+    raw = member_weights(members, weights)
     shares = [w / fsum(raw) for w in raw]
     if not hasattr(own, "logits"):
         losses = [_loss(model, own, batches, state) for state in members]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import ConfigError, RebasinError, unknown
 from ..files import config_dir, print_anything, unwritable
-from ..integrations.signatures import CONFIG, VERSION_BASE, composed
+from ..integrations.signatures import CONFIG, VERSION_BASE, composed, options
 from . import option_help  # noqa: F401 - the configs' help templates name what it registers
 from .experiments import GROUP as EXPERIMENT
 from .experiments import expand
@@ -60,7 +61,7 @@ def launch(job: Callable[[DictConfig], Any], config: str = CONFIG, kept: str = A
         try:
             check_types(cfg, config)
             return job(cfg)
-        except (RebasinError, OmegaConfBaseException) as error:
+        except (RebasinError, OmegaConfBaseException, HydraException) as error:
             if full:
                 raise
             _stop(error, config)
@@ -119,37 +120,67 @@ def explain(error: Exception, arguments: Iterable[str] = (), config: str = CONFI
 def check_types(cfg: DictConfig, config: str = CONFIG) -> None:
     """Compare the values in `cfg` with the types of their defaults.
 
-    A default of null accepts anything.
+    A default of null accepts anything. Where a config of the user's own (--config-dir) is chosen, the defaults of the
+    functions that it names count, and for its other options what stands in it.
 
     Raises:
         ConfigError: names the option, its value, and what it takes.
     """
-    choices = {g: c for g, c in HydraConfig.get().runtime.choices.items() if (config_dir() / g).is_dir()}
-    ours = [
-        f"{group}={choice}"
-        for group, choice in choices.items()
-        if group not in ("hydra", EXPERIMENT) and exists(group, choice)
-    ]
-    defaults = composed(ours, config)
+    runtime = HydraConfig.get().runtime
+    choices = {g: c for g, c in runtime.choices.items() if (config_dir() / g).is_dir()}
+    named = {group: f"{group}={choice}" for group, choice in choices.items() if choice is not None}
+    mine = {g: told for g, told in named.items() if g != "hydra" and not exists(g, choices[g])}
+    ours = [told for g, told in named.items() if g not in ("hydra", EXPERIMENT, *mine)]
+    folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
+    chosen = [told for g, told in mine.items() if g != EXPERIMENT]
+    defaults = composed([*_searched(folders), *ours, *chosen] if chosen else ours, config)
     for key in defaults:
-        # A choice from a folder of the user's own (--config-dir) has no defaults here.
-        if key not in choices or exists(key, choices[key]):
-            _compare(defaults[key], cfg[key], str(key))
+        group = str(key)
+        own = _typed(defaults[key]) if group in mine and group in cfg else defaults[key]
+        _compare(own, cfg[key], group, f" of {mine[group]}" if group in mine else "")
 
 
-def _compare(default: Any, value: Any, path: str) -> None:
+def _typed(node: Any) -> Any:
+    """A config of the user's own, with the defaults of the functions that it names in place of their options' values.
+
+    Whole numbers become fractions where nothing of ours says that they must be whole; null is where anything goes.
+    """
+    if not isinstance(node, DictConfig):
+        return node
+    found = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(found, dict)
+    target = str(found.get("_target_"))
+    signed = dict[str, Any]()
+    with contextlib.suppress(ConfigError):  # a source that can't be read, or with defaults that can't
+        signed = options(target) if "_target_" in found else {}
+    made = {}
+    for name, value in found.items():
+        value = signed.get(str(name), value)
+        loose = isinstance(value, int) and not isinstance(value, bool)
+        if isinstance(value, dict):
+            made[name] = _typed(OmegaConf.create(value))
+        elif isinstance(value, str) and ("${" in value or value == "???"):
+            made[name] = None
+        else:
+            ours = name in signed and target.startswith("rebasin.")
+            made[name] = float(value) if loose and not ours else value
+    return OmegaConf.create(made)
+
+
+def _compare(default: Any, value: Any, path: str, of: str = "") -> None:
     if isinstance(default, DictConfig):
         if not isinstance(value, DictConfig):
             raise ConfigError(
-                f"{path} is {value!r}, but it has options of its own: {', '.join(map(str, default))}."
+                f"{path}{of} is {value!r}, but it has options of its own: {', '.join(map(str, default))}."
             )
         for key in default:
-            _compare(default[key], value.get(key), f"{path}.{key}" if path else str(key))
+            _compare(default[key], value.get(key), f"{path}.{key}" if path else str(key), of)
     elif default is not None and not isinstance(value, FURTHER.get(path, ())):
         kind, takes = next((kind, takes) for kind, takes in KINDS if isinstance(default, kind))
         # Python's True is an int, too.
         if not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool):
-            raise ConfigError(f"{path} is {'null' if value is None else repr(value)}, but it takes {takes}.")
+            told = "null" if value is None else repr(value)
+            raise ConfigError(f"{path}{of} is {told}, but it takes {takes}.")
 
 
 KINDS: tuple[tuple[Any, str], ...] = (
@@ -187,10 +218,7 @@ def _no_option(name: str, arguments: Iterable[str], config: str) -> str:
 def _chosen(arguments: list[str], config: str, groups: DictConfig) -> DictConfig:
     """The configuration with the arguments that choose a config of a group, one of the user's own included."""
     folders = own_folders(arguments)
-    search = [told for told in arguments if told.startswith("hydra.searchpath=")]
-    if folders and not search:
-        quoted = (str(folder).replace("\\", "\\\\").replace("'", "\\'") for folder in folders)
-        search = ["hydra.searchpath=[" + ",".join(f"'{folder}'" for folder in quoted) + "]"]
+    search = [told for told in arguments if told.startswith("hydra.searchpath=")] or _searched(folders)
     ours, own = list[str](), list[str]()
     for argument in arguments:
         group, _, choice = argument.lstrip("+").partition("=")
@@ -202,6 +230,12 @@ def _chosen(arguments: list[str], config: str, groups: DictConfig) -> DictConfig
         return composed([*search, *ours, *own], config)
     except (HydraException, OmegaConfBaseException):  # the user's config is at fault, too
         return composed(ours, config)
+
+
+def _searched(folders: Sequence[Path]) -> list[str]:
+    """The argument with which Hydra looks into these folders, too."""
+    quoted = (str(folder).replace("\\", "\\\\").replace("'", "\\'") for folder in folders)
+    return ["hydra.searchpath=[" + ",".join(f"'{folder}'" for folder in quoted) + "]"] if folders else []
 
 
 def own_folders(arguments: Sequence[str]) -> list[Path]:

@@ -66,6 +66,7 @@ def _work(job: Session, planned: stages.Material) -> Results:
     job.wrote(*(job.folder / name for name in snapshots.pictures))
     with job.stage("merge"):
         merged = combination(task, [a, pair.aligned], **job.given, progress=job.progress)
+        information = merged.companions
         merged = dict(merged) if isinstance(b, dict) else merged
         job.say(combination.words)
     with job.stage("evaluate"):
@@ -86,7 +87,9 @@ def _work(job: Session, planned: stages.Material) -> Results:
     with job.stage("report"):
         if cfg.tensors:
             job.wrote(
-                *report.save_tensors(job.folder, pair.match.permutation, pair.aligned, merged, job.config)
+                *report.save_tensors(
+                    job.folder, pair.match.permutation, pair.aligned, merged, information, job.config
+                )
             )
             if task.export is not None:
                 made = {"rebasin_command": job.command}

@@ -16,11 +16,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ..arguments import check_range
 from ..errors import ConfigError
 from ..evaluation.samples import Samples
-from ..files import prepare_folder
+from ..files import LARGEST_SEED, MOST_THREADS, prepare_folder
 from ..integrations.hydra import resolved
-from ..matching.options import check_range
 from ..reporting.console import Console
 from ..reporting.kinds import leave
 from ..reporting.loggers import Logger, both, open_logger
@@ -134,7 +134,8 @@ def settle(cfg: DictConfig) -> None:
         raise ConfigError(
             f"evaluate.points is {cfg.evaluate.points}, but a line has at least 2 points, its ends."
         )
-    check_range(0, seed=cfg.seed, threads=cfg.threads)
+    check_range(0, LARGEST_SEED, seed=cfg.seed)
+    check_range(0, MOST_THREADS, threads=cfg.threads)
     for option in ("device", "algo.device"):
         if (device := OmegaConf.select(cfg, option)) is not None:
             find_device(device, option)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from ..arguments import typed
 from ..spec import PermutationSpec
 from ..types import State
 from .result import MatchResult
 from .weights.endpoints import Endpoints
 
 
+@typed
 def naive(spec: PermutationSpec, state_a: State, state_b: State) -> MatchResult:
     """No alignment: the identity, with the figures that other methods are compared with."""
     pair = Endpoints(spec, state_a, state_b)

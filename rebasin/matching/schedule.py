@@ -4,9 +4,9 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,7 +24,8 @@ def order_of(order: Order, groups: int, seed: int, restart: int, sweep: int) -> 
     from the input to the output, "backward" its reverse.
     """
     if callable(order):
-        chosen = [int(g) for g in order(sweep, groups)]
+        given: Any = order(sweep, groups)
+        chosen = [int(g) for g in given] if isinstance(given, Iterable) else []
         if sorted(chosen) != list(range(groups)):
             raise ConfigError(
                 f"The order of sweep {sweep} must have each of the numbers 0 to {groups - 1} once."

@@ -38,7 +38,7 @@ def parse(setting: Any) -> list[tuple[str, Any]]:
             f"Block weights are {setting!r}, but they are a number, a list, a preset's name or entries."
         )
     if isinstance(setting, int | float):
-        return [("default", float(setting))]
+        return [("default", _number("default", setting))]
     if isinstance(setting, Mapping):
         # Wherever the preset stands, it is first.
         entries = sorted(setting.items(), key=lambda entry: entry[0] != "preset")
@@ -131,11 +131,11 @@ def _number(selector: Any, value: Any) -> Value:
         many = isinstance(value, list | tuple | np.ndarray)
         result: Value = tuple(float(v) for v in value) if many else float(value)
         finite = not isinstance(value, bool) and np.isfinite(result).all() and np.size(result) > 0
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         finite, result = False, 0.0
     if not finite:
         raise ConfigError(
-            f"The block weight of '{selector}' is {value!r}, but it is a number or a list of numbers."
+            f"The block weight of {shown(str(selector))} is {shown(value)}, but it is a number or a list of numbers."
         )
     return result
 

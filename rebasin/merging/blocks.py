@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..arguments import typed
+from ..errors import ConfigError, shown
 from .block_names import SD1, Blocks, find_blocks
 from .block_settings import Value, listed, parse, preset, select
 
@@ -86,6 +87,7 @@ class BlockWeights:
         return "\n".join([*lines, *self.notes])
 
 
+@typed
 def block_weights(setting: Any, names: Iterable[str], default: float | None = None) -> BlockWeights:
     """The weights that `setting` gives the tensors of these names.
 
@@ -99,6 +101,10 @@ def block_weights(setting: Any, names: Iterable[str], default: float | None = No
         ConfigError: a selector, preset or number is not understood, or selects nothing; says what there is.
     """
     names = list(names)
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise ConfigError(
+            f"{shown(odd[0])} is no name of a tensor: block weights are for names, as a state has them."
+        )
     blocks = find_blocks(names)
     notes: list[str] = []
     found: dict[str, tuple[float, str]] = {}  # tensor name -> weight and rule

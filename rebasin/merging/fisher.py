@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..arguments import typed
 from ..errors import DataError
 from ..objectives import LossFunction, Objective, checked
 from ..tensors.modules import eval_mode
 from ..types import Progress, is_finite, tell
 
 
+@typed
 def diagonal_fisher(
     model: nn.Module,
     objective: Objective | LossFunction,

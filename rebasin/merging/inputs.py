@@ -12,20 +12,18 @@ from ..tensors.codes import require_numbers
 from ..types import State, common_dtype, dtype_of, is_finite, is_number, require_state, shape_of, wrapped
 
 
-def check_finite(name: str, label: str, tensor: Tensor, first: torch.dtype) -> None:
-    """Every value must be a number.
+def check_finite(place: str, tensor: Tensor, first: torch.dtype) -> None:
+    """Every value must be a number; `place` is where the tensor stands (see `types.place_of`).
 
     Raises:
         CheckpointError: it has NaN or infinity, or it is an integer tensor where the first model's is not.
     """
     if not is_number(tensor.dtype):
-        raise CheckpointError(
-            f"Tensor '{name}' is {tensor.dtype} in {label}, but {first} in the first model."
-        )
+        raise CheckpointError(f"Tensor {place} is {tensor.dtype}, but {first} in the first model.")
     if not is_finite(tensor):
         wrong = "NaN" if bool(tensor.isnan().any()) else "infinity"
         raise CheckpointError(
-            f"Tensor '{name}' of {label} has a value that is {wrong}: the file is damaged or its training diverged."
+            f"Tensor {place} has a value that is {wrong}: the file is damaged or its training diverged."
         )
 
 

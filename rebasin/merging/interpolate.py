@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..arguments import typed
 from ..errors import CheckpointError, ConfigError
 from ..types import State, common_dtype, is_number
 from .inputs import check_names, integers_differ, with_ties, wrong_shape
@@ -18,6 +19,7 @@ from .inputs import check_names, integers_differ, with_ties, wrong_shape
 COUNTERS = ("num_batches_tracked",)
 
 
+@typed
 def interpolate(state_a: State, state_b: State, lam: float) -> dict[str, Tensor]:
     """Return the state at `lam` on the line from A (`lam` = 0) to B (`lam` = 1).
 

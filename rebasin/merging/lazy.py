@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from ..types import LazyState, Progress, State, common_dtype, dtype_of, is_finite, is_number, tell
+from ..types import (
+    LazyState,
+    Progress,
+    State,
+    common_dtype,
+    dtype_of,
+    is_finite,
+    is_number,
+    origin_of,
+    place_of,
+    tell,
+)
 from .inputs import check_finite, integers_differ, same, wrong_shape
 from .interpolate import COUNTERS
 from .registry import Method, Weights
@@ -73,8 +84,8 @@ class MergedState(LazyState):
         # Equal tensors need no method. They may even hold infinities: masks are such constants.
         if tensors[0].numel() == 0 or all(same(tensors[0], other) for other in tensors[1:]):
             return tensors[0].to(self.dtype_of(name), copy=True)
-        for (label, _), tensor in zip(self._sources, tensors, strict=True):
-            check_finite(name, label, tensor, first)
+        for (label, state), tensor in zip(self._sources, tensors, strict=True):
+            check_finite(place_of(state, name, label), tensor, first)
         return self._stored(name, self._computed(name, weight, tensors))
 
     def _computed(self, name: str, weight: float | list[float] | None, tensors: list[Tensor]) -> Tensor:
@@ -84,11 +95,11 @@ class MergedState(LazyState):
             self._read(name, f"the companion of {label}", state)
             for label, state in zip(self.labels, self.companions, strict=False)
         ]
-        for label, tensor in zip(self.labels, companions, strict=False):
+        for label, state, tensor in zip(self.labels, self.companions, companions, strict=False):
             if tensor.numel() and not (is_finite(tensor) and bool(tensor.min() >= 0)):
                 raise CheckpointError(
-                    f"Tensor '{name}' of the companion of {label} has values below 0 or without end, so it is no Fisher"
-                    " information."
+                    f"Tensor {place_of(state, name, f'the companion of {label}')} has values below 0 or without end, so"
+                    " it is no Fisher information."
                 )
         wide = common_dtype(*(tensor.dtype for tensor in tensors))
         for group in (tensors, companions):
@@ -158,8 +169,9 @@ class MergedState(LazyState):
         dtype = self.dtype_of(name)
         result = tensor.to(dtype, copy=copy)
         if not is_finite(result):
+            place = origin_of(self.states[0], name) or repr(name)
             raise CheckpointError(
-                f"Merging tensor '{name}' with '{self.method.name}' gave values that {dtype} can't hold: use smaller"
+                f"Merging tensor {place} with '{self.method.name}' gave values that {dtype} can't hold: use smaller"
                 " weights, or a wider dtype."
             )
         return result

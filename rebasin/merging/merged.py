@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import typed
 from ..errors import ConfigError, RebasinError, shown
 from ..tensors.modules import find_device
 from ..types import Progress, State
@@ -16,6 +17,7 @@ from .lazy import MergedState
 from .registry import METHODS, Method, Weights, plan_options
 
 
+@typed
 def merge(
     method: str | Method,
     states: Sequence[State],

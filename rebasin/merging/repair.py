@@ -19,6 +19,7 @@ network, and are collected anew.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..arguments import typed
 from ..errors import ConfigError, DataError
 from ..spec import PermutationSpec
 from ..tensors.memory import duplicate
@@ -70,6 +72,7 @@ class Repaired:
     seconds: float
 
 
+@typed
 def reset_statistics(
     model: nn.Module,
     state: State,
@@ -119,6 +122,7 @@ def reset_statistics(
     return replaced(state, fresh)
 
 
+@typed
 def repair(
     spec: PermutationSpec,
     model: nn.Module,
@@ -180,7 +184,7 @@ def member_weights(members: Sequence[State], weights: Sequence[float] | None) ->
         ConfigError: they do not fit, or there are no members.
     """
     raw = [1.0] * len(members) if weights is None else [float(w) for w in weights]
-    if not members or len(raw) != len(members) or not all(w > 0 for w in raw):
+    if not members or len(raw) != len(members) or not all(0 < w < math.inf for w in raw):
         raise ConfigError(f"{len(members)} members need as many weights, all positive, not {tuple(raw)}.")
     return raw
 

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..arguments import typed
 from ..errors import DataError
 from ..spec import PermutationSpec
 from ..tensors.modules import Forward, call_model, eval_mode, give_weights, hooked, to_device
@@ -59,6 +60,7 @@ from .repair import (
 NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 
 
+@typed
 def repair_closed_form(
     spec: PermutationSpec,
     model: nn.Module,

@@ -102,7 +102,9 @@ def checked(objective: Any, *needs: str) -> Any:
     """
     if isinstance(objective, Checked):
         found = objective
-    elif any(t is not Objective and t.__module__.startswith("rebasin.") for t in type(objective).__mro__):
+    elif hasattr(objective, "loss") and any(
+        t is not Objective and t.__module__.startswith("rebasin.") for t in type(objective).__mro__
+    ):
         return objective
     else:
         found = Checked(objective)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import typed
 from .base import mean_over_batches
 
 Batch = tuple[Tensor, Tensor]
 
 
+@typed
 @dataclass(frozen=True)
 class CrossEntropy:
     """Mean cross entropy in nats. A batch is (x, y): inputs (n, ...) and class numbers (n,), int64.

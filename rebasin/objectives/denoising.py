@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..arguments import typed
 from ..data.batches import batched, length
 from ..errors import ConfigError, DataError
 from .base import mean_over_batches
@@ -38,6 +39,7 @@ further channels beside the latents (inpainting's mask and masked image).
 CHANNELS = "further_channels"
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class Denoising:
     """Mean squared error of what a denoiser predicts, averaged over samples and elements.

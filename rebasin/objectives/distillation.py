@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import typed
 from ..data.batches import length, rows
 from ..tensors.modules import device_of, eval_mode, to_device
 from .denoising import Batch, Condition, Denoising, predict, stratified
 from .sampling import sample
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class Distillation(Denoising):
     """`Denoising`, but batches may bring their own `target` (n, ...), shaped like the latents; see `teach`.
@@ -31,6 +33,7 @@ class Distillation(Denoising):
         return noisy, batch.get("target", target)
 
 
+@typed
 @torch.no_grad()
 def teach(
     problem: Denoising,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import typed
 from ..data.batches import batched, first
 from ..errors import ConfigError
 from .base import imported, mean_over_batches
@@ -34,6 +35,7 @@ Embed = Callable[[Sequence[str]], Condition]
 Batch = Mapping[str, Any]
 
 
+@typed
 @dataclass(frozen=True, eq=False)
 class Reward:
     """Minus the mean score of the images that a model makes.

@@ -35,6 +35,8 @@ FILES = {
     "permutations.safetensors": "the permutations found, with their spec",
     "aligned.safetensors": "B brought to A",
     "merged.safetensors": "the merge",
+    "fisher_a.safetensors": "how much A's loss depends on each weight (rebasin merge --fisher)",
+    "fisher_b.safetensors": "the same of B, in B's own order",
     "repaired.safetensors": "the merge after REPAIR",
     "best.safetensors": "the winner, with its recipe in the header",
     "checkpoint.safetensors": "A with this component merged, a whole checkpoint",

@@ -237,9 +237,16 @@ def tables(results: Results) -> Tables:
 
 
 def save_tensors(
-    folder: Path, permutation: Permutation, aligned: State, merged: State, config: Mapping[str, Any]
+    folder: Path,
+    permutation: Permutation,
+    aligned: State,
+    merged: State,
+    information: Sequence[State],
+    config: Mapping[str, Any],
 ) -> list[Path]:
-    """Write the permutation, B aligned, and the merge; the headers say what they are."""
+    """Write the permutation, B aligned, the merge, and the Fisher `information` of A and of aligned B if the merge took
+    any, B's in B's own order, as the command `rebasin merge` takes it; the headers say what they are.
+    """
     about = {
         "model": config["model"]["name"],
         "algorithm": config["algo"]["name"],
@@ -250,6 +257,10 @@ def save_tensors(
     written = [folder / "permutation.safetensors"]
     permutation.save(written[0], {**about, "content": content})
     merge = f"merge by {config['merge']['method']}"
-    for name, state, content in (("aligned", aligned, "B, permuted"), ("merged", merged, merge)):
+    states = [("aligned", aligned, "B, permuted"), ("merged", merged, merge)]
+    for name, own, back in zip("ab", information, (None, permutation.invert()), strict=False):
+        state = own if back is None else back.view(own)
+        states.append((f"fisher_{name}", state, f"the diagonal Fisher information of {name.upper()}"))
+    for name, state, content in states:
         written.append(save_safetensors(folder / f"{name}.safetensors", state, {**about, "content": content}))
     return written

@@ -8,16 +8,17 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, SpecMismatchError, shown
+from ..arguments import check_range, typed
+from ..errors import CheckpointError, RebasinError, SpecMismatchError, shown
 from ..files import PathLike, SchemaError, conform, parse
 from ..tensors import SafetensorsState, load_safetensors, save_safetensors
-from ..types import LazyState, State, require_state, shape_of, wrapped
+from ..types import LazyState, State, origin_of, require_state, shape_of, wrapped
 from .checks import require_sound
 from .serialisation import SpecData, group_from, group_to
 from .structure import Cell, Group, Site, admits, draw, to_array
@@ -52,6 +53,8 @@ class PermutationSpec:
     `shapes` has every floating point parameter and persistent buffer, `buffers` those that are moved but are no
     parameters (running statistics), `aliases` other names of the same tensor (tied weights), `pins` what stays.
     """
+
+    _mistake: ClassVar[type[RebasinError]] = SpecMismatchError  # of who gives something else (arguments.py)
 
     groups: tuple[Group, ...]
     shapes: Mapping[str, tuple[int, ...]]
@@ -100,16 +103,19 @@ class PermutationSpec:
         return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
     def identity(self) -> Permutation:
-        return Permutation(self, {name: np.arange(cell.size) for name, cell in self.cells.items()})
+        return Permutation.trusted(self, {name: np.arange(cell.size) for name, cell in self.cells.items()})
 
+    @typed
     def random(self, seed: int = 0) -> Permutation:
         """A uniformly drawn member of the group."""
+        check_range(0, seed=seed)
         rng = np.random.default_rng(seed)
         index = {name: np.arange(cell.size) for name, cell in self.cells.items()}
         for group in self.groups:
             draw(group, group.tree, group.tree, index, rng)
-        return Permutation(self, index)
+        return Permutation.trusted(self, index)
 
+    @typed
     def contains(self, permutation: Permutation) -> bool:
         """Whether `permutation` is legal: a member of the group that the trees describe."""
         return permutation.spec == self and all(admits(group, permutation.index) for group in self.groups)
@@ -131,6 +137,7 @@ class PermutationSpec:
                 both += numel * share[0] * share[1]
         return Coverage(one / total if total else 0.0, both / matrices if matrices else 0.0)
 
+    @typed
     def summary(self, max_rows: int | None = None) -> str:
         """The table a person reads: groups, sizes, structure, where they act, what is pinned and by what."""
         coverage = self.coverage()
@@ -160,6 +167,7 @@ class PermutationSpec:
         return json.dumps({"format": FORMAT, "hash": self.hash, **self._payload()})
 
     @classmethod
+    @typed
     def from_json(cls, text: str) -> PermutationSpec:
         """Read what `to_json` wrote.
 
@@ -238,10 +246,47 @@ class PermutationSpec:
 
 @dataclass(frozen=True, eq=False)
 class Permutation:
-    """One member of a spec's symmetry group: cell name -> int64 [size], `new[i] = old[index[i]]`."""
+    """One member of a spec's symmetry group: cell name -> int64 [size], `new[i] = old[index[i]]`.
+
+    Whether the trees of the spec allow it, `spec.contains` says.
+
+    Raises:
+        SpecMismatchError: an index is missing, or is no permutation of its cell's neurons.
+    """
+
+    _mistake: ClassVar[type[RebasinError]] = SpecMismatchError  # of who gives something else (arguments.py)
 
     spec: PermutationSpec
     index: Mapping[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.spec, PermutationSpec) or not isinstance(self.index, Mapping):
+            raise SpecMismatchError("A permutation is made of its spec and of a mapping, cell name -> index.")
+        cells = self.spec.cells
+        if self.index.keys() != cells.keys():
+            odd = sorted(map(shown, self.index.keys() ^ cells.keys()))[0]
+            raise SpecMismatchError(
+                f"A permutation of this spec has an index for each of its {len(cells)} cells and no other, but {odd} is"
+                " only in one of the two."
+            )
+        converted = {}
+        for name, given in self.index.items():
+            index = given if isinstance(given, np.ndarray) else _as_array(given)
+            if not _is_permutation(index, cells[name].size):
+                raise SpecMismatchError(
+                    f"The index of cell {shown(name)} is no permutation of the numbers 0 to {cells[name].size - 1}."
+                )
+            if index is not given or index.dtype != np.int64:
+                converted[name] = index.astype(np.int64)
+        if converted:
+            object.__setattr__(self, "index", {**self.index, **converted})
+
+    @classmethod
+    def trusted(cls, spec: PermutationSpec, index: Mapping[str, np.ndarray]) -> Permutation:
+        """The same without a look at the index: for loops, in which it is known to be a permutation."""
+        made = object.__new__(cls)
+        vars(made).update(spec=spec, index=index)
+        return made
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -304,13 +349,14 @@ class Permutation:
         return moves
 
     def invert(self) -> Permutation:
-        return Permutation(self.spec, {name: np.argsort(p) for name, p in self.index.items()})
+        return Permutation.trusted(self.spec, {name: np.argsort(p) for name, p in self.index.items()})
 
+    @typed
     def compose(self, other: Permutation) -> Permutation:
         """The permutation that applies `other` first: `p.compose(q).apply(s) == p.apply(q.apply(s))`."""
         if self.spec != other.spec:
             raise SpecMismatchError("Permutations of two different specs can't be composed.")
-        return Permutation(self.spec, {name: other.index[name][p] for name, p in self.index.items()})
+        return Permutation.trusted(self.spec, {name: other.index[name][p] for name, p in self.index.items()})
 
     @property
     def is_identity(self) -> bool:
@@ -351,7 +397,7 @@ class Permutation:
             key = prefix + name
             known = key in file and file.shape_of(key) == (cell.size,) and file.dtype_of(key) in INDEX_TYPES
             index[name] = file[key].numpy().astype(np.int64) if known else np.empty(0)
-            if not np.array_equal(np.sort(index[name]), np.arange(cell.size)):
+            if not _is_permutation(index[name], cell.size):
                 raise CheckpointError(
                     f"{file.path} is damaged: its tensor {shown(key)} is no permutation of {cell.size} neurons."
                 )
@@ -376,10 +422,32 @@ class PermutedState(LazyState):
     def __getitem__(self, name: str) -> Tensor:
         return self.permutation.apply_to(name, self.known[name])
 
+    def origin(self, name: str) -> str | None:
+        return origin_of(self.known, name)
+
 
 def displaced(indices: Iterable[np.ndarray]) -> int:
     """How many neurons are not where they were, under indices [size] of any number of cells."""
     return sum(int(np.count_nonzero(index != np.arange(index.size))) for index in indices)
+
+
+def _as_array(given: Any) -> np.ndarray:
+    """Whole numbers of any type as an array; something that is no index if they are none."""
+    try:
+        return np.asarray(given)
+    except (TypeError, ValueError, RuntimeError):  # ragged lists; tensors on another device
+        return np.empty(0)
+
+
+def _is_permutation(index: np.ndarray, size: int) -> bool:
+    """Whether it has each of the whole numbers below `size` once."""
+    if index.dtype.kind not in "iu" or index.shape != (size,):
+        return False
+    if size and (index.min() < 0 or index.max() >= size):
+        return False
+    seen = np.zeros(size, dtype=bool)
+    seen[index] = True
+    return bool(seen.all())
 
 
 def _is_identity(perm: np.ndarray) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, shown
-from ..types import DerivedState, LazyTensor, State, dtype_of, passed, shape_of
+from ..types import DerivedState, LazyTensor, State, dtype_of, origin_of, passed, shape_of
 
 TYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
@@ -61,7 +61,7 @@ def decoded(state: State, where: object) -> State:
         def make() -> Tensor:
             return state[name].to(torch.float32) * state[scale].to(torch.float32).reshape(by)
 
-        return LazyTensor(shape, torch.float32, make)
+        return LazyTensor(shape, torch.float32, make, origin_of(state, name))
 
     kept = [name for name in state if name not in marks and name not in scales.values()]
     made = DecodedState({n: lazy(n, scales[n]) if n in scales else passed(state, n) for n in kept})

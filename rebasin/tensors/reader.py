@@ -7,6 +7,7 @@ would make two SDXL files 14 GB of it. A tensor that was read is freed as soon a
 from __future__ import annotations
 
 import os
+import re
 import threading
 import weakref
 from collections.abc import Sequence
@@ -15,14 +16,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..files import PathLike
 from ..types import DerivedState, LazyState, State, passed
 from .header import read_header
 
+STARTS = (
+    (rb"version https://git-lfs\.", "a pointer of Git LFS, not the file itself; fetch that (git lfs pull)"),
+    (rb"\s*<(?:!doctype|html|head|body|\?xml)", "a web page, so a download has failed; download it again"),
+    (rb"[\x20-\x7e\s]{1,200}\Z", "a line of text, so a download has failed; download it again"),
+)
+"""How what is taken for a file of tensors begins, as people have it, and what it is."""
+
 
 class RawFile:
-    """An open file from which bytes are read at given positions; safe to share between threads and forks."""
+    """An open file from which bytes are read at given positions; safe to share between threads and forks.
+
+    Raises:
+        CheckpointError: there is no file, or it is nothing that could hold a tensor.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -35,6 +47,13 @@ class RawFile:
         self.size = os.fstat(self.file.fileno()).st_size
         self._lock = threading.Lock()
         weakref.finalize(self, self.file.close)
+        start = self.file.read(201).removeprefix(b"\xef\xbb\xbf")
+        self.file.seek(0)
+        if not self.size:
+            raise CheckpointError(f"{path} is empty; download or copy it again.")
+        what = next((what for pattern, what in STARTS if re.match(pattern, start, re.IGNORECASE)), None)
+        if what is not None:
+            raise CheckpointError(f"{path} is {what}.")
 
     def read(self, start: int, count: int, what: str) -> Tensor:
         """`count` bytes from `start` as a new uint8 tensor [count].
@@ -85,6 +104,9 @@ class SafetensorsState(LazyState):
         entry = self.known[name]
         data = self._raw.read(entry.start, entry.end - entry.start, f"tensor {name!r}")
         return data.view(entry.dtype).reshape(entry.shape)
+
+    def origin(self, name: str) -> str:
+        return f"{shown(name)} of {self.path}"
 
     def __repr__(self) -> str:
         return f"SafetensorsState({str(self.path)!r}, {len(self)} tensors)"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import PathLike, atomic_path
-from ..types import Progress, State, dtype_of, is_finite, require_state, shape_of, tell
+from ..types import Progress, State, dtype_of, is_finite, origin_of, require_state, shape_of, tell
 from .header import CODES, METADATA
 
 SPARE = 64 * 2**20
@@ -89,7 +89,8 @@ def save_safetensors(
             tensor = convert(tensor, stored, name, target)
             if finite and tensor.is_floating_point() and not is_finite(tensor):
                 raise CheckpointError(
-                    f"Tensor {name!r} has values that are infinite or no numbers, so {target} was not written."
+                    f"Tensor {origin_of(state, name) or repr(name)} has values that are infinite or no numbers, so"
+                    f" {target} was not written."
                 )
             file.write(as_bytes(tensor))
             tell(progress, "save", step, len(names), name=name, bytes=prod(shape) * stored.itemsize)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
+import logging
+import os
 import re
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import OutputKind
 from torch.utils._pytree import tree_map_only
 
+from ..arguments import typed
 from ..errors import TraceError
 from ..tensors.modules import eval_mode
 
@@ -104,6 +109,7 @@ class Composed(nn.Module):
         return self._function(*(getattr(self, name) for name in self._names), *args, **kwargs)
 
 
+@typed
 def compose(function: Callable[..., Any], **modules: nn.Module) -> nn.Module:
     """One module out of several, to trace what they compute together (a joint spec).
 
@@ -152,7 +158,7 @@ def export(
         args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     record = _Names()
     flat = _Flat(model, record)
-    with warnings.catch_warnings(), evaluation_mode(model), torch.no_grad():
+    with warnings.catch_warnings(), _quiet(), evaluation_mode(model), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(flat, args, kwargs, strict=False)
@@ -221,16 +227,42 @@ def source_line(node: torch.fx.Node) -> str:
     return ", ".join(part for part in (path, line) if part) or "the model's forward"
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, limit: int = 300) -> str:
+    """The innermost line of the model's own code, the first sentence of what torch says, and what to do."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
-    own = [f for f in frames if "/rebasin/tracing/" not in f.filename]
-    where = f" at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""
-    if not where:
+    own = [(f.filename, f.lineno, f.line) for f in frames if "/rebasin/tracing/" not in f.filename]
+    if not own:
         lines = re.findall(r'File "([^"]+)", line (\d+)', str(error))
-        lines = [(f, n) for f, n in lines if "/torch/" not in f and "/rebasin/tracing/" not in f]
-        where = f" at {lines[-1][0]}:{lines[-1][1]}" if lines else ""
+        own = [(f, n, "") for f, n in lines if "/torch/" not in f and "/rebasin/tracing/" not in f]
+    where = ""
+    if own:
+        file, number, code = own[-1]
+        code = f" ({_cut(code, 48)})" if code else ""
+        where = f" at {'/'.join(Path(file).parts[-2:])[-48:]}:{number}{code}"
+    head = f"The model can't be exported{where}: "
+    advice = "; if its control flow depends on data, trace a part of it, or a function of modules (rebasin.compose)."
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return (
-        f"The model can't be exported{where}: {first[:300]}; if its control flow depends on data, trace the submodule"
-        f" that does the computing, or a function of modules (rebasin.compose) that avoids it."
+    sentence = re.split(r"(?<=[^.].[.!?])\s", first)[0].rstrip(".")
+    return head + _cut(sentence, limit - len(head) - len(advice)) + advice
+
+
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: room - 3].rstrip()}..."
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch logs and prints while an export fails is left out, unless TORCH_LOGS asks for it."""
+    known = logging.root.manager.loggerDict
+    names = (
+        [] if os.environ.get("TORCH_LOGS") else [n for n in known if n == "torch" or n.startswith("torch.")]
     )
+    loggers = [logger for name in names if not (logger := logging.getLogger(name)).disabled]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) if names else contextlib.nullcontext():
+            yield
+    finally:
+        for logger in loggers:
+            logger.disabled = False

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..arguments import typed
 from ..errors import ConfigError, TraceError, VerificationError
 from ..spec import Permutation, PermutationSpec
 from ..tensors.memory import on_copies, place, sharing
@@ -67,6 +68,7 @@ class VerificationReport:
         return self
 
 
+@typed
 def verify(
     model: nn.Module,
     spec: PermutationSpec,
@@ -87,6 +89,9 @@ def verify(
     statistics first, so that ones and zeros of fresh norms hide nothing. The tolerance is 1e-5 in fp32 and 1e-9 in
     fp64. On failure the guilty groups are found by bisection. Outputs that are not finite, or nothing but zero, prove
     nothing, and fail.
+
+    The error is one L2 norm for each output, so what is harmed must be large enough to count in it: a part of an output
+    that is 1e-12 as large as the rest may change freely. Return such a part as an output of its own to have it proved.
 
     Raises:
         ConfigError: `dtype` is neither of the two.

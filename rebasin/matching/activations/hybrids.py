@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...arguments import check_choices, typed
 from ...errors import ConfigError
 from ...objectives import LossFunction, Objective
 from ...spec import PermutationSpec
 from ...tensors.modules import Forward
 from ...types import Progress, tell
-from ..options import check_choices
 from ..result import MatchResult, Sweep
 from ..schedule import Order
 from ..weights.endpoints import Endpoints, Normalize
@@ -32,6 +32,7 @@ from .moments import Statistic
 from .statistics import TOKENS, Reads, Sites, activation_statistics
 
 
+@typed
 def activation_then_weight(
     spec: PermutationSpec,
     model_a: nn.Module,
@@ -71,6 +72,7 @@ def activation_then_weight(
     return replace(second, seconds=first.seconds + second.seconds)
 
 
+@typed
 def activation_and_weight(
     spec: PermutationSpec,
     model_a: nn.Module,

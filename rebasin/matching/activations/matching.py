@@ -28,13 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...arguments import check_choices, typed
 from ...errors import ConfigError
 from ...objectives import LossFunction, Objective
 from ...spec import Permutation, PermutationSpec, displaced
 from ...tensors.modules import Forward
 from ...types import Progress, State, tell
 from ..assignment.blocks import Assignment, assign
-from ..options import check_choices
 from ..result import MatchResult, Sweep, Update
 from ..weights.endpoints import Endpoints
 from .joint import Joint
@@ -78,6 +78,7 @@ class ActivationResult(MatchResult):
     statistics_bytes: int = 0
 
 
+@typed
 def activation_matching(
     spec: PermutationSpec,
     model_a: nn.Module,
@@ -147,6 +148,7 @@ def activation_matching(
     return found
 
 
+@typed
 def match_statistics(
     statistics: ActivationStatistics, state_a: State, state_b: State, *, statistic: Statistic = "pearson"
 ) -> ActivationResult:

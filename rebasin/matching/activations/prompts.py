@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ...arguments import typed
 from ...data.prompts import captioned_images, read_prompts
 from ...data.sampled import DENOISERS, Placed, Points, encoded_batches, sampled_batches
 from ...errors import ConfigError
@@ -20,6 +21,7 @@ from .moments import Statistic
 from .statistics import TOKENS, Reads, Sites
 
 
+@typed
 def match_pipelines(
     specs: Mapping[str, PermutationSpec],
     pipeline_a: Any,
@@ -65,6 +67,7 @@ def match_pipelines(
     return found
 
 
+@typed
 def prompt_activation_matching(
     spec: PermutationSpec,
     model_a: nn.Module,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ...arguments import check_choices, check_range, typed
 from ...errors import ConfigError, DataError, SpecMismatchError
 from ...objectives import LossFunction, Objective, checked
 from ...spec import Group, Leaf, Node, PermutationSpec
@@ -24,7 +25,6 @@ from ...tensors.modules import Forward, call_model, device_of, find_device, hook
 from ...tracing.export import evaluation_mode
 from ...types import Progress, tell
 from ..assignment.blocks import leaves
-from ..options import check_choices, check_range
 from ..resume_state import ResumeState, digest_of
 from .hook_sites import HookSite, find_hook_sites, sample_rows, tensor_at
 from .moments import Moments, Statistic
@@ -106,6 +106,7 @@ class ActivationState(ResumeState):
     seconds: float = 0.0
 
 
+@typed
 def activation_statistics(
     spec: PermutationSpec,
     model_a: nn.Module,
@@ -132,7 +133,7 @@ def activation_statistics(
         ConfigError: an option, a module name, or the state to continue from, does not fit.
     """
     began = perf_counter() - (resume_from.seconds if resume_from is not None else 0.0)
-    check_range(0, tokens=tokens)
+    check_range(0, tokens=tokens, seed=seed)
     tokens = tokens or None
     check_choices(reads=(reads, Reads), precision=(precision, Precision))
     for model, what in ((model_a, "A"), (model_b, "B")):

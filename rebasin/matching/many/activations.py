@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...arguments import check_choices, check_range, typed
 from ...objectives import LossFunction, Objective
 from ...spec import Permutation, PermutationSpec
 from ...tensors.modules import Forward, loaded
@@ -30,7 +31,6 @@ from ..activations.moments import Statistic
 from ..activations.statistics import TOKENS, Reads, Sites, activation_statistics
 from ..assignment.blocks import assign_all
 from ..descent import coordinate_descent
-from ..options import check_choices, check_range
 from ..result import moved_between
 from ..schedule import Order, order_of
 from .ends import conclude, first_distance
@@ -41,6 +41,7 @@ Pairs = Mapping[tuple[int, int], Mapping[str, Tensor]]
 """(i, j), i < j -> cell name -> how alike neuron [a] of model i and neuron [b] of model j are."""
 
 
+@typed
 def match_many_activations(
     spec: PermutationSpec,
     states: Sequence[Source],
@@ -80,6 +81,7 @@ def match_many_activations(
     """
     check_choices(statistic=(statistic, Statistic))
     check_range(1, max_passes=max_passes)
+    check_range(0, seed=seed)
     models = Models(spec, states, weights)
     models.check_anchor(anchor)
     n, before = len(models), first_distance(models)

@@ -37,10 +37,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...arguments import check_range, typed
 from ...spec import Permutation, PermutationSpec, Site, to_array
 from ...types import Progress, State, tell, widened
 from ..assignment.blocks import assign_all
-from ..options import check_range
 from ..weights.endpoints import inner
 from .ends import conclude, start_of
 from .mean import match_to_mean
@@ -57,6 +57,7 @@ PATIENCE = 5
 """Steps in a row that may gain next to nothing before the search ends (as in the authors' code)."""
 
 
+@typed
 def match_cycle_consistently(
     spec: PermutationSpec,
     states: Sequence[Source],
@@ -84,7 +85,7 @@ def match_cycle_consistently(
         seed: of the matchings of "pivot" and `polish`; the method itself has no chance in it.
     """
     check_range(1, max_steps=max_steps)
-    check_range(0, tolerance=tolerance)
+    check_range(0, tolerance=tolerance, seed=seed)
     models = Models(spec, states, weights)
     n = len(models)
     mean = RunningMean(models)

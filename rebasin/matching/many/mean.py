@@ -25,11 +25,11 @@ from dataclasses import InitVar, dataclass
 from time import perf_counter
 from typing import Any, Literal
 
+from ...arguments import check_choices, check_range, typed
 from ...errors import ConfigError
 from ...spec import Permutation, PermutationSpec
 from ...types import Progress, check_options, tell
 from ..descent import coordinate_descent
-from ..options import check_choices, check_range
 from ..result import MatchResult, moved_between
 from ..resume_state import told
 from ..schedule import Order, order_of
@@ -49,6 +49,7 @@ OPTIONS = ("init", "order", "max_sweeps", "restarts", "device", "workers")
 """What `match` may give to weight matching. Normalised, it would not be the distance that falls."""
 
 
+@typed
 def match_to_mean(
     spec: PermutationSpec,
     states: Sequence[Source],
@@ -99,6 +100,7 @@ def match_to_mean(
         ConfigError: an option, or the state to continue from, does not fit.
     """
     check_range(1, max_passes=max_passes)
+    check_range(0, seed=seed)
     models = Models(spec, states, weights)
     models.check_anchor(anchor)
     run = _Run(models, init, keep, order, seed, match, scratch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ...arguments import typed
 from ...errors import ConfigError
 from ...spec import PermutationSpec
 from ...types import Progress, supply
@@ -28,6 +29,7 @@ METHODS: Mapping[str, Callable[..., ManyResult]] = {
 """Name -> function of (spec, states) and its options. "mean" is the paper's MergeMany."""
 
 
+@typed
 def merge_many(
     spec: PermutationSpec,
     states: Sequence[Source],

@@ -15,8 +15,8 @@ from ...merging.interpolate import COUNTERS
 from ...spec import Permutation, PermutationSpec
 from ...tensors import load_safetensors
 from ...tensors.codes import decoded
-from ...types import LazyState, State, dtype_of, is_number, require_state, shape_of, widened
-from ..weights.endpoints import keys_of, squared
+from ...types import LazyState, State, dtype_of, is_number, place_of, require_state, shape_of, widened
+from ..weights.endpoints import keys_of, require_finite, squared
 
 Visit = Callable[[int, str, Tensor], None]
 Source = State | str | os.PathLike[str]
@@ -134,13 +134,13 @@ class Models:
                     )
                 continue
             square = squared(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
-            if not isfinite(square) and not bool(torch.isfinite(tensor.to(widened(tensor.dtype))).all()):
-                raise CheckpointError(
-                    f"Tensor {name!r} of {self.name(i)} has NaN or infinite values: the checkpoint is damaged or"
-                    f" its training diverged, so it can't be merged."
-                )
+            counts = name in names and names[name] not in self.spec.buffers
+            kind = torch.float32 if counts and tensor.dtype.itemsize < 8 else torch.float64
+            require_finite(
+                square, tensor, kind, lambda name=name: place_of(state, name, self.name(i)), "merged"
+            )
             if name in names:
-                if names[name] not in self.spec.buffers:
+                if counts:
                     squares.append(square)
                 if visit is not None:
                     visit(i, names[name], tensor)

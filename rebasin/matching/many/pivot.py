@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ...arguments import check_range, typed
 from ...errors import ConfigError
 from ...spec import Permutation, PermutationSpec
 from ...types import Progress, tell
@@ -21,6 +22,7 @@ from .models import Models, Source
 from .result import ManyResult, Pass, Step
 
 
+@typed
 def match_to_pivot(
     spec: PermutationSpec,
     states: Sequence[Source],
@@ -58,6 +60,7 @@ def match_to_pivot(
     return run.result("pivot", permutations, pivot=chosen)
 
 
+@typed
 def match_by_tree(
     spec: PermutationSpec,
     states: Sequence[Source],
@@ -93,6 +96,7 @@ def match_by_tree(
     return run.result("tree", current)
 
 
+@typed
 def naive_mean(
     spec: PermutationSpec, states: Sequence[Source], *, weights: Sequence[float] | None = None
 ) -> ManyResult:
@@ -117,6 +121,7 @@ class _Run:
     converged: bool = True
 
     def __post_init__(self, match: Mapping[str, Any]) -> None:
+        check_range(0, seed=self.seed)
         self.options = match_options(match)
         self.models = Models(self.spec, self.states, self.weights)
 

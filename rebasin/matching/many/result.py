@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError
+from ...arguments import typed
+from ...errors import CheckpointError, ConfigError
 from ...spec import Permutation, PermutationSpec
 from ...tensors import load_safetensors, save_safetensors
 from ..result import plain
@@ -99,6 +100,7 @@ def anchored(permutations: Sequence[Permutation], anchor: int | None) -> tuple[P
     return tuple(back.compose(p) for p in permutations)
 
 
+@typed
 def save_permutations(
     path: str | os.PathLike[str],
     permutations: Sequence[Permutation],
@@ -107,6 +109,8 @@ def save_permutations(
     """One safetensors file of int32 indices, "MODEL/CELL", with the spec in its header; what a further model needs
     to join the merge later.
     """
+    if not permutations:
+        raise ConfigError("There is nothing to save: the list of permutations is empty.")
     tensors = {
         f"{i}/{cell}": torch.from_numpy(index.astype(np.int32))
         for i, p in enumerate(permutations)
@@ -116,6 +120,7 @@ def save_permutations(
     save_safetensors(path, tensors, {**(metadata or {}), **header})
 
 
+@typed
 def load_permutations(path: str | os.PathLike[str]) -> list[Permutation]:
     """Read what `save_permutations` wrote.
 

@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...arguments import check_choices, check_range, typed
 from ...errors import DataError
 from ...objectives import LossFunction, Objective
 from ...spec import Permutation, PermutationSpec
 from ...tensors.modules import device_of, find_device, loaded
 from ...types import Progress, tell
-from ..options import check_choices, check_range
 from ..result import moved_between
 from ..straight_through.auxiliary import Auxiliary, Schedule, rate_of
 from ..straight_through.best_seen import SETTLED
@@ -47,6 +47,7 @@ Init = Literal["identity", "pivot", "mean"] | Sequence[Permutation]
 Lambdas = Literal["random", "fixed"]
 
 
+@typed
 def straight_through_many(
     spec: PermutationSpec,
     states: Sequence[Source],
@@ -95,7 +96,7 @@ def straight_through_many(
     """
     check_range(1, steps=steps, project_every=project_every, projection_sweeps=projection_sweeps)
     check_range(1, evaluate_every=evaluate_every)
-    check_range(0, lr=lr)
+    check_range(0, lr=lr, seed=seed)
     check_range(0, 0.9999, momentum=momentum)
     check_choices(lambdas=(lambdas, Lambdas), schedule=(schedule, Schedule), autocast=(autocast, Autocast))
     models = Models(spec, states, weights)

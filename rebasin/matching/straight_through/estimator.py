@@ -23,11 +23,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ...arguments import check_choices, check_range, typed
 from ...objectives import LossFunction, Objective
 from ...spec import PermutationSpec
 from ...tensors.modules import device_of, find_device
 from ...types import Progress
-from ..options import check_choices, check_range
 from ..result import moved_between
 from ..weights.endpoints import Endpoints
 from .auxiliary import Auxiliary, Optimizer, Schedule, rate_of
@@ -43,6 +43,7 @@ Represents = Literal["b_endpoint", "midpoint"]
 Projection = Literal["inner_product", "l2"]
 
 
+@typed
 def straight_through(
     spec: PermutationSpec,
     model_a: nn.Module,
@@ -130,7 +131,7 @@ def straight_through(
     check_choices(represents=(represents, Represents), projection=(projection, Projection))
     check_range(1, steps=steps, project_every=project_every, projection_sweeps=projection_sweeps)
     check_range(1, accumulate=accumulate, evaluate_every=evaluate_every)
-    check_range(0, lr=lr, clip=clip, refine=refine)
+    check_range(0, lr=lr, clip=clip, refine=refine, seed=seed)
     check_range(0, 0.9999, momentum=momentum)
     learn, select = split(batches, heldout)
     where = device_of(model_a) if device is None else find_device(device)

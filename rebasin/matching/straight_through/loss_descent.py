@@ -144,7 +144,7 @@ class _Descent:
 
     def made(self, number: int, fruitless: int) -> Pass:
         """The pass that is over."""
-        old, self.permutation = self.permutation, Permutation(self.ends.spec, self.index)
+        old, self.permutation = self.permutation, Permutation.trusted(self.ends.spec, self.index)
         return Pass(
             number,
             self.permutation,

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ...arguments import typed
 from ...spec import Permutation, PermutationSpec
 from ...types import State
 from ..assignment.blocks import leaves
@@ -15,6 +16,7 @@ from .costs import WeightCosts
 from .endpoints import Endpoints, Normalize
 
 
+@typed
 def exchange_losses(
     spec: PermutationSpec,
     state_a: State,

@@ -8,7 +8,7 @@ memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...spec import Group, Permutation, PermutationSpec
 from ...tensors.modules import find_device
-from ...types import State, dtype_of
+from ...types import State, dtype_of, is_finite, place_of
 from ..schedule import axes_met
 
 Normalize = Literal["tensor"]
@@ -88,23 +88,22 @@ class Endpoints:
         self._kept: dict[tuple[str, str], Tensor] = {}
         self._moved: dict[str, Tensor] = {}
         self.index = {name: np.arange(cell.size) for name, cell in spec.cells.items()}
-        narrow = False
+        wide = all(
+            torch.float64 in (dtype_of(state_a, self._key_a[name]), dtype_of(state_b, self._key_b[name]))
+            for name in spec.axes
+        )
+        self.dtype = torch.float64 if wide else torch.float32
         self.squares: dict[str, tuple[float, float]] = {}
         self._naive_dots: dict[str, float] = {}
         for name in spec.axes:
             a, b = self.a(name), self.b(name)
-            narrow |= torch.float64 not in (a.dtype, b.dtype)
             aa, bb, ab = _moments(a, b)
-            for square, what, key in ((aa, "A", self._key_a[name]), (bb, "B", self._key_b[name])):
-                if not math.isfinite(square):
-                    raise CheckpointError(
-                        f"Tensor {key!r} of {what} has NaN or infinite values: the checkpoint is damaged or"
-                        f" its training diverged, so it can't be aligned."
-                    )
+            kind = torch.float64 if name in spec.buffers else self.dtype  # these are in no cost
+            require_finite(aa, a, kind, lambda name=name: place_of(state_a, self._key_a[name], "A"))
+            require_finite(bb, b, kind, lambda name=name: place_of(state_b, self._key_b[name], "B"))
             if name not in spec.buffers:
                 self.squares[name], self._naive_dots[name] = (aa, bb), ab
         self._dots = dict(self._naive_dots)
-        self.dtype = torch.float32 if narrow else torch.float64
         self.weight = {
             name: 1.0 if normalize is None or aa * bb == 0 else 1 / math.sqrt(aa * bb)
             for name, (aa, bb) in self.squares.items()
@@ -129,7 +128,7 @@ class Endpoints:
     @property
     def permutation(self) -> Permutation:
         """A copy of pi."""
-        return Permutation(self.spec, {name: index.copy() for name, index in self.index.items()})
+        return Permutation.trusted(self.spec, {name: index.copy() for name, index in self.index.items()})
 
     @property
     def dots(self) -> Mapping[str, float]:
@@ -209,7 +208,7 @@ class Endpoints:
     ) -> Iterator[tuple[str, Slices, Tensor]]:
         """(name, what changes, tensor as it is) for each tensor that is not the same afterwards."""
         own = {cell.name: index[cell.name] for cell in group.cells}
-        relative = Permutation(self.spec, {**self.spec.identity().index, **own})
+        relative = Permutation.trusted(self.spec, {**self.spec.identity().index, **own})
         for name in touched(group, self.spec):
             moves = relative.axes_of(name)
             if not moves:
@@ -253,6 +252,30 @@ def inner(a: Tensor, b: Tensor) -> float:
 def squared(a: Tensor) -> float:
     """|a|^2, float64."""
     return _summed([x.dot(x) for (x,) in _chunks(a)])
+
+
+def require_finite(
+    square: float, tensor: Tensor, dtype: torch.dtype, place: Callable[[], str], done: str = "aligned"
+) -> None:
+    """Look at |tensor|^2, as `squared` has it, of the tensor at a `place` (see `types.place_of`): whether costs can be
+    computed of it in `dtype`.
+
+    Raises:
+        CheckpointError: a value is no number, or too large.
+    """
+    if square < torch.finfo(dtype).max * MARGIN:
+        return
+    fault = "NaN or infinite values"
+    if is_finite(tensor):
+        kind = str(dtype).removeprefix("torch.")
+        fault = f"values as large as {float(tensor.abs().max()):.1g}, too large for sums of squares in {kind}"
+    raise CheckpointError(
+        f"Tensor {place()} has {fault}: the checkpoint is damaged or its training diverged, so it can't be {done}."
+    )
+
+
+MARGIN = 1e-3
+"""Of the largest number: as many products of two tensors are summed for a cost, at the least."""
 
 
 def _moments(a: Tensor, b: Tensor) -> tuple[float, float, float]:
@@ -315,7 +338,7 @@ def keys_of(spec: PermutationSpec, state: State, what: str) -> dict[str, str]:
         dtype = dtype_of(state, key)
         if not dtype.is_floating_point:
             raise CheckpointError(
-                f"Tensor {key!r} of {what} is {str(dtype).removeprefix('torch.')}, not floating point:"
+                f"Tensor {place_of(state, key, what)} is {str(dtype).removeprefix('torch.')}, not floating point:"
                 f" convert a quantised checkpoint to floating point first."
             )
     return keys

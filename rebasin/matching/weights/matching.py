@@ -28,13 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...arguments import check_choices, check_range, typed
 from ...spec import Group, Indices, Node, PermutationSpec, displaced
 from ...tensors.modules import find_device
 from ...types import Progress, State, tell
 from ..assignment.blocks import Costs, assign, independent, leaves
 from ..assignment.linear_assignment import TOLERANCE
 from ..descent import coordinate_descent
-from ..options import check_choices, check_range
 from ..result import Attempt, MatchResult, MatchState, Sweep, Update
 from ..resume_state import told
 from ..schedule import Order, axes_met, neighbours, order_of, run_in_order, sharing
@@ -48,6 +48,7 @@ NOISE = 1e-3
 """Rounding makes no predicted gain wrong by this share of the largest objective its tensors could have."""
 
 
+@typed
 def weight_matching(
     spec: PermutationSpec,
     state_a: State,
@@ -103,7 +104,8 @@ def weight_matching(
         ConfigError: an option, or the state to continue from, does not fit.
     """
     began = perf_counter()
-    check_range(1, max_sweeps=max_sweeps, restarts=restarts)
+    check_range(1, max_sweeps=max_sweeps, restarts=restarts, workers=workers)
+    check_range(0, seed=seed)
     check_choices(normalize=(normalize, Normalize))
     if workers is None:
         workers = 1 if find_device(device).type == "cpu" else min(16, os.cpu_count() or 1)
