@@ -391,11 +391,17 @@ def test_peft_magnitudes_and_text_encoder(pipeline: SmallPipeline) -> None:
     rows = dict(pipeline.permutation.axes_of(f"text_encoder.{module}.weight"))[0]
     vector = torch.arange(32.0)
     for prefix in ("text_encoder.text_model.", "text_encoder."):
+        pair = {
+            f"{prefix}{module}.lora_A.weight": rand(1, WIDTH),
+            f"{prefix}{module}.lora_B.weight": rand(32, 1),
+        }
         key = f"{prefix}{module}.lora_magnitude_vector"
-        assert torch.equal(move_adapter(pipeline.permutation, {key: vector})[key], vector[rows])
-    conv = "unet.down_blocks.1.resnets.0.conv2.lora_magnitude_vector.weight"
+        assert torch.equal(move_adapter(pipeline.permutation, {**pair, key: vector})[key], vector[rows])
+    start = "unet.down_blocks.1.resnets.0.conv2"
+    pair = {f"{start}.lora_A.weight": rand(1, 32, 3, 3), f"{start}.lora_B.weight": rand(32, 1, 1, 1)}
+    conv = f"{start}.lora_magnitude_vector.weight"
     rows = dict(pipeline.permutation.axes_of("unet.down_blocks.1.resnets.0.conv2.weight"))[0]
-    moved = move_adapter(pipeline.permutation, {conv: vector.reshape(1, 32, 1, 1)})[conv]
+    moved = move_adapter(pipeline.permutation, {**pair, conv: vector.reshape(1, 32, 1, 1)})[conv]
     assert torch.equal(moved.reshape(-1), vector[rows])
 
 
@@ -432,7 +438,7 @@ def test_refusals(pipeline: SmallPipeline) -> None:
     with pytest.raises(AdapterError, match="OFT"):
         move_adapter(pipeline.permutation, {"lora_unet_time_embed_0.oft_blocks": rand(2, 4, 4)})
     with pytest.raises(AdapterError, match=r"shape \(3, 5\).*16 neurons"):
-        move_adapter(pipeline.permutation, {"lora_unet_time_embed_0.lora_down.weight": rand(RANK, 5)})
+        move_adapter(pipeline.permutation, pair_of("lora_unet_time_embed_0", 64, 5))
     with pytest.raises(AdapterError, match="nothing to move"):
         move_adapter(
             part(pipeline.permutation, pipeline.specs["unet"], "unet."),
@@ -441,6 +447,91 @@ def test_refusals(pipeline: SmallPipeline) -> None:
     with pytest.raises(AdapterError, match=r"'first_stage_model.x.bias'.*no part of a LoRA"):
         move_adapter(pipeline.permutation, {"first_stage_model.x.bias": weight})
     assert not is_adapter(pipeline.state) and not is_adapter([])
+
+
+def pair_of(module: str, out: int, inp: int) -> dict[str, Tensor]:
+    return {f"{module}.lora_up.weight": rand(out, RANK), f"{module}.lora_down.weight": rand(RANK, inp)}
+
+
+LINEAR, CONV = "lora_unet_time_embed_0", "lora_unet_input_blocks_4_0_out_layers_3"
+"""Of shapes (64, 16) and (32, 32, 3, 3)."""
+
+HALVES: dict[str, tuple[dict[str, Tensor], str]] = {
+    "no up": ({"lora_down.weight": rand(3, 16)}, "no lora_up"),
+    "no down": ({"lora_up.weight": rand(64, 3), "alpha": torch.tensor(1.0)}, "no lora_down"),
+    "alpha alone": ({"alpha": torch.tensor(1.0)}, "has alpha, but nothing"),
+    "DoRA norm alone": ({"dora_scale": rand(64, 1)}, "has dora_scale, but nothing"),
+    "LoHa without a factor": (
+        {"hada_w1_a": rand(64, 2), "hada_w1_b": rand(2, 16), "hada_w2_a": rand(64, 2)},
+        "no hada_w2_b",
+    ),
+    "LoKr without w2": ({"lokr_w1": rand(4, 4)}, "no lokr_w2"),
+    "LoKr with half a w1": ({"lokr_w1_a": rand(4, 2), "lokr_w2": rand(16, 4)}, "no lokr_w1_b"),
+    "LoKr with two w2": (
+        {"lokr_w1": rand(4, 4), "lokr_w2": rand(16, 4), "lokr_w2_a": rand(16, 1), "lokr_w2_b": rand(1, 4)},
+        "lokr_w2_a",
+    ),
+    "LoKr too large": ({"lokr_w1": rand(4, 4), "lokr_w2": rand(64, 16)}, "does not make up a LoKr"),
+    "IA3 of inputs or outputs": ({"weight": rand(64)}, "no on_input"),
+    "two kinds": (
+        {"lora_up.weight": rand(64, 3), "lora_down.weight": rand(3, 16), "hada_w1_a": rand(64, 3)},
+        "two kinds, LoRA and LoHa",
+    ),
+    "other ranks": ({"lora_up.weight": rand(64, 5), "lora_down.weight": rand(2, 16)}, "ranks do not fit"),
+    "long alpha": (
+        {"lora_up.weight": rand(64, 2), "lora_down.weight": rand(2, 16), "alpha": rand(7)},
+        "one number",
+    ),
+    "core of a linear layer": (
+        {"lora_up.weight": rand(64, 2), "lora_down.weight": rand(2, 16), "lora_mid.weight": rand(2, 2, 3, 3)},
+        "does not make up a LoRA",
+    ),
+    "core of another rank": (
+        {"lora_up.weight": rand(64, 2), "lora_down.weight": rand(2, 16), "lora_mid.weight": rand(2, 3, 1, 1)},
+        "ranks do not fit",
+    ),
+    "norm of another kind": ({"diff": rand(64, 16), "dora_scale": rand(64, 1)}, "does not belong"),
+    "long difference": ({"diff": rand(64, 16, 3)}, "does not make up a full difference"),
+    "two adapters": (
+        {f"lora_{x}.{name}.weight": rand(2, 2) for x in "AB" for name in ("one", "two")},
+        "the same factor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HALVES)
+def test_modules_that_are_not_whole(pipeline: SmallPipeline, case: str) -> None:
+    """Refused wherever they are, also in a component that was not aligned."""
+    factors, sentence = HALVES[case]
+    module = {f"{LINEAR}.{factor}": tensor for factor, tensor in factors.items()}
+    whole = pair_of("lora_te_text_model_encoder_layers_1_mlp_fc1", 32, WIDTH)
+    with pytest.raises(AdapterError, match=sentence) as found:
+        move_adapter(pipeline.permutation, {**whole, **module}, unfold=True, what="w" * 60)
+    assert "time_embed_0" in str(found.value) and len(str(found.value)) <= 300
+    if "make up" not in sentence:  # what weight that is, is known in aligned components alone
+        with pytest.raises(AdapterError, match=sentence):
+            text = part(pipeline.permutation, pipeline.specs["text_encoder"], "text_encoder.")
+            move_adapter(text, {**whole, **module})
+
+
+def test_a_module_under_two_names(pipeline: SmallPipeline) -> None:
+    other = pair_of("unet.time_embedding.linear_1", 64, 16)
+    with pytest.raises(AdapterError, match=f"twice, as '{LINEAR}' and as 'unet.time_embedding.linear_1'"):
+        move_adapter(pipeline.permutation, pair_of(LINEAR, 64, 16) | other)
+
+
+def test_a_second_text_encoder_that_the_model_has_not(pipeline: SmallPipeline) -> None:
+    """It is known from the UNet alone; the first one is left as it is where only the UNet was aligned."""
+    own = pair_of(LINEAR, 64, 16)
+    unet = part(pipeline.permutation, pipeline.specs["unet"], "unet.")
+    for permutation in (pipeline.permutation, unet):
+        with pytest.raises(AdapterError, match="lora_te2_.*no second text encoder"):
+            move_adapter(
+                permutation, own | pair_of("lora_te2_text_model_encoder_layers_0_mlp_fc1", 32, WIDTH)
+            )
+    first = pair_of("lora_te_text_model_encoder_layers_0_mlp_fc1", 32, WIDTH)
+    moved = move_adapter(unet, own | first)
+    assert all(moved[key] is first[key] for key in first)
 
 
 def test_describe(pipeline: SmallPipeline) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError
+from ..errors import AdapterError, shown
 from ..types import State
 
 
@@ -80,10 +80,11 @@ def _acts(
     if factor == "magnitude":
         side = ROWS
     elif factor == "ia3":
-        on_input = bool(state["on_input"].item()) if "on_input" in state else tensor.numel() != weight[0]
-        side = COLUMNS if on_input else ROWS
+        side = COLUMNS if bool(state["on_input"].item()) else ROWS
     else:
-        raise AdapterError(f"The adapter's module {module!r} has a factor {factor!r} that is not known here.")
+        raise AdapterError(
+            f"The adapter's module {shown(module)} has a factor {factor!r} that is not known here."
+        )
     return [(shape.index(weight[side]) if weight[side] in shape else 0, side)]
 
 
@@ -94,7 +95,7 @@ def take(
     length = tensor.shape[axis] if axis < tensor.ndim else 0
     if length not in (size, size * kernel):
         raise AdapterError(
-            f"The adapter's {factor!r} of {module!r} has shape {tuple(tensor.shape)}, but the model has {size}"
+            f"The adapter's {factor!r} of {shown(module)} has shape {tuple(tensor.shape)}, but the model has {size}"
             f" neurons there: it was trained on another architecture."
         )
     if index is None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..errors import AdapterError
+from ..errors import AdapterError, shown
 
 FACTORS = {
     r"\.lora_down\.weight|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight": "down",
@@ -60,13 +60,13 @@ def split_key(key: str) -> tuple[str, str] | None:
     """
     if NUMBERED.fullmatch(key):
         raise AdapterError(
-            f"Tensor {key!r} is of a LoRA in cloneofsimo's layout, whose modules have numbers, not names; convert it to"
-            " kohya's or diffusers' layout first."
+            f"Tensor {shown(key)} is of a LoRA in cloneofsimo's layout, whose modules have numbers, not names;"
+            " convert it to kohya's or diffusers' layout first."
         )
     if found := _REFUSED.search(key):
         method = list(REFUSED.values())[int(str(found.lastgroup)[1:])]
         raise AdapterError(
-            f"Tensor {key!r} is part of a {method} adapter, whose factors a permutation can't act on; merge the"
+            f"Tensor {shown(key)} is part of a {method} adapter, whose factors a permutation can't act on; merge the"
             " adapter into its model before aligning."
         )
     found = _FACTOR.search(key)

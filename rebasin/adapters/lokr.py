@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError
+from ..errors import AdapterError, shown
 from ..types import State
 from .factors import Moves, move_factor
 
@@ -30,7 +30,7 @@ def move_lokr(module: str, state: State, moves: Moves, unfold: bool = False) -> 
     outs, ins = w1.shape
     if moves.shape[0] % outs or moves.shape[1] % ins:
         raise AdapterError(
-            f"The Kronecker factors of {module!r} do not divide the model's {moves.shape[0]} x {moves.shape[1]}"
+            f"The Kronecker factors of {shown(module)} do not divide the model's {moves.shape[0]} x {moves.shape[1]}"
             " neurons: the adapter was trained on another architecture."
         )
     rows, columns = _product(moves.rows, moves.shape[0], outs), _product(moves.columns, moves.shape[1], ins)
@@ -43,7 +43,7 @@ def move_lokr(module: str, state: State, moves: Moves, unfold: bool = False) -> 
         return {f: move_factor(module, f, t, parts.get(f[:7], moves), state) for f, t in state.items()}
     if not unfold:
         raise AdapterError(
-            f"The LoKr factors of {module!r} can't carry this permutation, which does not respect their"
+            f"The LoKr factors of {shown(module)} can't carry this permutation, which does not respect their"
             " Kronecker structure; convert such modules with --unfold (in Python, unfold=True)."
         )
     others = {name: t for name, t in state.items() if not name.startswith("lokr") and name != "constant"}
@@ -77,7 +77,7 @@ def unfolded(module: str, state: State, shape: tuple[int, ...]) -> dict[str, Ten
                 "constant": torch.tensor(float(rank), dtype=dtype),
             }
     if needs_factors:
-        raise AdapterError(f"The LoKr factors of {module!r} can't be unfolded beside their DoRA norm.")
+        raise AdapterError(f"The LoKr factors of {shown(module)} can't be unfolded beside their DoRA norm.")
     w1 = w1.reshape(*w1.shape, *(1 for _ in kernel))
     w2 = _large(state, (out // w1.shape[0], inp // w1.shape[1], *kernel))
     return {"diff": (torch.kron(w1, w2.contiguous()) * scale).to(dtype)}

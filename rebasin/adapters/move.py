@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from ..errors import AdapterError, shown
 from ..spec import Permutation, PermutationSpec
 from ..types import State, shape_of
 from . import names
+from .complete import require_complete, require_size
 from .factors import Moves, move_factor
 from .keys import EXTRA, AdapterInfo, kind_of, split_key
 from .lokr import move_lokr
@@ -20,6 +21,8 @@ from .union import component_of, prefix_of
 FIRST_OF = {"down": ".lora_down.weight", "up": ".lora_up.weight", "constant": ".alpha"}
 """What factors that were none before are called: only kohya's and LyCORIS's files can need new ones."""
 
+
+TEXT_2 = "text_encoder_2"
 
 TOKENS = "text_model.embeddings.token_embedding.weight"
 
@@ -49,7 +52,13 @@ def modules_of(state: State) -> list[Module]:
             raise AdapterError(
                 f"Tensor {shown(key)} is no part of a LoRA or LyCORIS adapter; give a file that has nothing else."
             )
-        keys.setdefault(found[0], {})[found[1]] = key
+        own = keys.setdefault(found[0], {})
+        if found[1] in own:
+            raise AdapterError(
+                f"Tensors {shown(own[found[1]])} and {shown(key)} are the same factor of one module; give a file with"
+                " one adapter."
+            )
+        own[found[1]] = key
     return [Module(name, *names.split_prefix(name), own) for name, own in keys.items()]
 
 
@@ -91,16 +100,16 @@ def move_adapter(
     Raises:
         AdapterError: it belongs to another model, or a factor can't carry the permutation; the module is named.
     """
-    tables = {name: _table(permutation.spec, name) for name in component_of(permutation.spec)}
-    moved: dict[str, Tensor] = {}
-    concerned = 0
     modules = modules_of(adapter)
-    for module in modules:
-        parameter = _parameter(module, tables, what)
+    parameters = _parameters(permutation.spec, modules, what)
+    moved: dict[str, Tensor] = {}
+    for module, parameter in zip(modules, parameters, strict=True):
+        where = f"The module {shown(module.name)} of {what}"
+        shapes = {factor: tuple(shape_of(adapter, key)) for factor, key in module.keys.items()}
+        kind = require_complete(where, shapes)
         if parameter is None:
             moved |= {key: adapter[key] for key in module.keys.values()}
             continue
-        concerned += 1
         shape = permutation.spec.shapes[parameter]
         index = dict(permutation.axes_of(parameter))
         for axis in index.keys() - {0, 1}:
@@ -108,10 +117,12 @@ def move_adapter(
         moves = Moves(tuple(shape), index.get(0), index.get(1))
         factors = {factor: adapter[key] for factor, key in module.keys.items()}
         try:
-            if any(factor.startswith("lokr") for factor in factors):
+            if kind == "LoKr":
+                require_size(where, kind, shapes, moves.shape)
                 result = move_lokr(module.name, factors, moves, unfold)
             else:
                 result = {f: move_factor(module.name, f, t, moves, factors) for f, t in factors.items()}
+                require_size(where, kind, shapes, moves.shape)
         except AdapterError:
             raise
         except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
@@ -122,18 +133,47 @@ def move_adapter(
             key = module.keys.get(factor, module.name + FIRST_OF.get(factor, f".{factor}"))
             moved[key] = tensor
     extras = {key: adapter[key] for key in adapter if EXTRA.match(key)}
-    embeddings = (f"{prefix_of(permutation.spec, name)}{TOKENS}" for name in tables)
+    components = component_of(permutation.spec)
+    embeddings = (f"{prefix_of(permutation.spec, name)}{TOKENS}" for name in components)
     if extras and any(dict(permutation.axes_of(e)).get(1) is not None for e in embeddings):
         raise AdapterError(
             f"{what} has embeddings ({shown(next(iter(extras)))}), which can't follow an alignment with --joint."
         )
-    moved |= extras
-    if not concerned:
+    return moved | extras
+
+
+def changed_by(spec: PermutationSpec, adapter: State, what: str = "the adapter") -> list[str]:
+    """The weights of the aligned components that an adapter changes, as the spec names them.
+
+    Raises:
+        AdapterError: it is no adapter, or of another architecture, or changes none.
+    """
+    return [name for name in _parameters(spec, modules_of(adapter), what) if name is not None]
+
+
+def _parameters(spec: PermutationSpec, modules: Sequence[Module], what: str) -> list[str | None]:
+    """The weight that each module changes; None if its component was not aligned.
+
+    Raises:
+        AdapterError: the component was aligned, but has no such module; or two modules are one, or none is aligned.
+    """
+    tables = {name: _table(spec, name) for name in component_of(spec)}
+    found = [_parameter(module, tables, what) for module in modules]
+    if not any(found):
         raise AdapterError(
             f"{what} changes none of the components that were aligned ({', '.join(tables) or 'unknown'}), so there is"
             " nothing to move."
         )
-    return moved
+    known: dict[object, str] = {}
+    for module, parameter in zip(modules, found, strict=True):
+        own = parameter or (module.component, names.flat(module.path))
+        if own in known:
+            raise AdapterError(
+                f"{what} changes one module twice, as {shown(known[own])} and as {shown(module.name)}; leave one of the"
+                " two."
+            )
+        known[own] = module.name
+    return found
 
 
 def _table(spec: PermutationSpec, component: str) -> dict[str, str]:
@@ -149,12 +189,18 @@ def _parameter(module: Module, tables: Mapping[str, Mapping[str, str]], what: st
         AdapterError: the component was, but has no such module.
     """
     if module.component is not None and module.component not in tables:
+        # Of the UNets only those that read two text encoders embed more than the time.
+        if module.component == TEXT_2 and "unet" in tables and "add_embedding_linear_1" not in tables["unet"]:
+            raise AdapterError(
+                f"{what} changes a module {shown(module.name)}, but the aligned model has no second text encoder: it"
+                " was trained on another architecture."
+            )
         return None
     flat = names.flat(module.path)
     for component, table in tables.items():
         if module.component in (None, component) and flat in table:
             return f"{table[flat]}.weight"
     raise AdapterError(
-        f"{what} changes a module {module.name!r}, which the aligned {module.component or ' and '.join(tables)} does"
-        " not have: it was trained on another architecture."
+        f"{what} changes a module {shown(module.name)}, which the aligned {module.component or ' and '.join(tables)}"
+        " does not have: it was trained on another architecture."
     )
