@@ -263,9 +263,23 @@ def test_folders_with_variants_and_shards(files, tmp_path):
             unet / f"diffusion_pytorch_model-0000{number}-of-00002.safetensors", {n: state[n] for n in part}
         )
     # An index that points elsewhere is not followed.
-    (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {names[0]: "../../secret.safetensors"}})
-    )
+    index = unet / "diffusion_pytorch_model.safetensors.index.json"
+    shard = "diffusion_pytorch_model-00001-of-00002.safetensors"
+    for told, message in (
+        (
+            {names[0]: "../../secret.safetensors"},
+            r"unet is incomplete: .* names the shard '../../secret.*not there",
+        ),
+        (
+            {"ghost": shard},
+            r"unet is incomplete: .* names the tensor 'ghost', which is in none of its shards",
+        ),
+        ([1], "is no index of shards: its weight_map is damaged"),
+    ):
+        index.write_text(json.dumps({"weight_map": told}))
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(tmp_path / "m")
+    index.write_text(json.dumps({"weight_map": {names[0]: shard}}))
     checkpoint = open_checkpoint(tmp_path / "m")
     assert all(torch.equal(checkpoint.component("unet")[n], state[n]) for n in names)
     (unet / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
@@ -274,7 +288,10 @@ def test_folders_with_variants_and_shards(files, tmp_path):
     for variant in ("fp16", "ema"):
         save_safetensors(unet / f"diffusion_pytorch_model.{variant}.safetensors", state)
     (unet / "diffusion_pytorch_model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="has the variants ema, fp16; say which one"):
+    with pytest.raises(
+        CheckpointError,
+        match="has the variants ema, fp16; choose with --variant, in a run",
+    ):
         open_checkpoint(tmp_path / "m")
     with pytest.raises(CheckpointError, match="no variant 'bf16'; it has ema, fp16"):
         open_checkpoint(unet, "bf16")

@@ -15,6 +15,7 @@ from ..types import WRAPPER, DerivedState, State, passed
 from . import components, folders
 from .components import UNET, Found
 from .families import EXPECTED, TITLES, Shapes, foreign, identify, no_model, title
+from .folder_checks import require_sound
 from .key_map import KeyMapping, component_state, replaced, shapes_of
 from .pickled import load_tensors
 from .prediction_type import Prediction, prediction
@@ -153,9 +154,28 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
         raise CheckpointError(
             f"{where} has tensors of shapes that no known model has; {EXPECTED}."
         ) from error
+    if where.is_dir():
+        require_sound(where, family, shapes)
+        prediction(where, family, raw, metadata)
     diffusers = any(place.layout == "diffusers" or "/" in place.prefix for place in found.values())
     layout = "diffusers" if diffusers or where.is_dir() else "ldm"
     return Checkpoint(where, family, kind, layout, raw, metadata, found, key_map)
+
+
+def open_each(
+    paths: Sequence[Path], variant: str | None = None, option: str = "--variant"
+) -> list[Checkpoint]:
+    """The checkpoints of these paths, of diffusers folders the variant, if they have it; `option` asked for it.
+
+    Raises:
+        CheckpointError: one is missing, damaged or something else, or none has the variant.
+    """
+    has = {path: path.is_dir() and variant in folders.variants(path) for path in paths}
+    if variant is not None and not any(has.values()):
+        raise CheckpointError(
+            f"None of the inputs is a diffusers folder with the variant {shown(variant)} ({option})."
+        )
+    return [open_checkpoint(path, variant if has[path] else None) for path in paths]
 
 
 MARKED = ("", "edm_vpred")
@@ -185,11 +205,25 @@ def require_same_family(a: Checkpoint, b: Checkpoint) -> None:
     """Raise `CheckpointError`, in one sentence, unless two checkpoints can be aligned and merged."""
     if a.family == b.family and a.variant == b.variant:
         return
+    if (UNET in a.components) != (UNET in b.components):
+        raise _parts_alone(*((a, b) if UNET in a.components else (b, a)))
     if a.family in TITLES and b.family in TITLES and a.family != b.family:
         reason = "they have different architectures"
     else:
         reason = "their UNets have different inputs"
     raise CheckpointError(f"{a.path} is {a.title} and {b.path} is {b.title}; {reason} and can't be merged.")
+
+
+def _parts_alone(whole: Checkpoint, part: Checkpoint) -> CheckpointError:
+    """The error for two of which one has no UNet."""
+    shared = [n for n in whole.components if n in part.components and whole.shapes(n) == part.shapes(n)]
+    lacking = ", ".join(name for name in whole.components if name not in part.components)
+    instead = "so there is nothing to merge"
+    if shared:
+        instead = (
+            f"so merge only what both have: rebasin merge with {' '.join(f'--only {n}' for n in shared)}"
+        )
+    return CheckpointError(f"{part.path} has no {lacking}, which {whole.path} has, {instead}.")
 
 
 def require_fitting(a: Checkpoint, b: Checkpoint, components: Sequence[str]) -> None:

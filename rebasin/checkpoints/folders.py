@@ -1,6 +1,7 @@
 """Diffusers folders: which files in them are the weights, variants and shards included.
 
-File names are looked up in the folder; names that stand in an index or a config are never opened.
+File names are looked up in the folder; names that stand in an index or a config are never opened, but those of an
+index are compared with what is there.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..files import SchemaError, conform, parse
 from ..tensors import JoinedState
 from ..types import DerivedState, State, passed
@@ -28,6 +29,14 @@ WEIGHTS = re.compile(
 )
 
 
+SHARD_INDEX = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?"
+    r"\.(?P<suffix>safetensors|bin)\.index(?:\.(?P<late>[\w-]+))?\.json"
+)
+
+CHOOSE = "choose with --variant, in a run with model.variant"
+
+
 def load_folder(folder: Path, variant: str | None = None) -> State:
     """The tensors of a diffusers folder, lazily, named `component/tensor`; of a component's own folder, `tensor`.
 
@@ -41,7 +50,9 @@ def load_folder(folder: Path, variant: str | None = None) -> State:
                 f"{folder} is no diffusers folder: it has neither a config.json nor one of {', '.join(PARTS)}."
             )
         return load_weights(folder, variant)
-    states = {name: load_weights(folder / name, variant) for name in parts}
+    # One that lacks the variant, as VAEs often do, is taken as it is, unless all lack it.
+    has = [name for name in parts if variant in variants(folder / name)] or parts
+    states = {name: load_weights(folder / name, variant if name in has else None) for name in parts}
     return DerivedState({f"{part}/{n}": passed(s, n) for part, s in states.items() for n in s})
 
 
@@ -50,13 +61,7 @@ def load_weights(folder: Path, variant: str | None = None) -> State:
 
     `variant` is the word in file names such as model.fp16.safetensors; None: the file without one, or the only one.
     """
-    sets: dict[tuple[str, str], dict[int, Path]] = {}
-    shards: dict[tuple[str, str], int] = {}
-    for path in sorted(folder.iterdir()):
-        if found := WEIGHTS.fullmatch(path.name):
-            key = (found["suffix"], found["variant"] or found["late"] or "")
-            sets.setdefault(key, {})[int(found["shard"] or 0)] = path
-            shards[key] = int(found["shards"] or 0)
+    sets, shards = _sets(folder)
     if not sets:
         raise CheckpointError(
             f"{folder} has no weights: no file such as diffusion_pytorch_model.safetensors."
@@ -67,7 +72,75 @@ def load_weights(folder: Path, variant: str | None = None) -> State:
     if missing:
         raise CheckpointError(f"{folder} is incomplete: part {missing[0]} of {count} is missing.")
     states = [load_tensors(files[n]) for n in sorted(files)]
-    return states[0] if len(states) == 1 else JoinedState(states)
+    state = states[0] if len(states) == 1 else JoinedState(states)
+    if count:
+        _check_index(folder, suffix, chosen, [file.name for file in files.values()], state)
+    return state
+
+
+Key = tuple[str, str]
+"""Suffix and variant of weights."""
+
+
+def _sets(folder: Path) -> tuple[dict[Key, dict[int, Path]], dict[Key, int]]:
+    """The files of each set of weights by their number, 0 for one that is whole, and how many there should be."""
+    sets: dict[Key, dict[int, Path]] = {}
+    shards: dict[Key, int] = {}
+    for path in sorted(folder.iterdir()):
+        if found := WEIGHTS.fullmatch(path.name):
+            key = (found["suffix"], found["variant"] or found["late"] or "")
+            sets.setdefault(key, {})[int(found["shard"] or 0)] = path
+            shards[key] = int(found["shards"] or 0)
+    return sets, shards
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name is, or belongs to, weights of a component, in any form."""
+    return bool(WEIGHTS.fullmatch(name) or SHARD_INDEX.fullmatch(name)) or name.endswith(
+        (".msgpack", ".onnx")
+    )
+
+
+def _check_index(folder: Path, suffix: str, variant: str, files: list[str], state: State) -> None:
+    """Compare the index of these shards, if there is one, with what they are.
+
+    Raises:
+        CheckpointError: it is damaged, or names a file or a tensor that is not there.
+    """
+    for path in sorted(folder.iterdir()):
+        found = SHARD_INDEX.fullmatch(path.name)
+        if found is None or (found["suffix"], found["variant"] or found["late"] or "") != (suffix, variant):
+            continue
+        told = load_config(folder, path.name) or {}
+        try:
+            places = conform(Mapping[str, str], told.get("weight_map"))
+        except SchemaError as error:
+            raise CheckpointError(
+                f"{path} is no index of shards: its weight_map is damaged ({error}); get it again."
+            ) from error
+        if lost := next((file for file in places.values() if file not in files), None):
+            raise CheckpointError(
+                f"{folder} is incomplete: {path.name} names the shard {shown(lost)}, which is not there."
+            )
+        if lost := next((name for name in places if name not in state), None):
+            raise CheckpointError(
+                f"{folder} is incomplete: {path.name} names the tensor {shown(lost)}, which is in none of its shards."
+            )
+
+
+def taken(folder: Path, variant: str | None = None) -> str | None:
+    """A sentence about which weights of a diffusers folder are taken, where it has several and none was asked for."""
+    parts = [folder / name for name in PARTS if (folder / name).is_dir()] or [folder]
+    told: dict[str, list[str]] = {}
+    for part in parts if variant is None else ():
+        sets, _ = _sets(part)
+        if len({one for _, one in sets}) > 1:
+            others = sorted({one for _, one in sets if one})
+            told.setdefault(", ".join(others), []).append(part.name)
+    if not told:
+        return None
+    which = "; ".join(f"{', '.join(parts)}: not {others}" for others, parts in told.items())
+    return f"Of several variants in {folder.name} the one without a name is taken ({which}); {CHOOSE}."
 
 
 def variants(folder: Path) -> set[str]:
@@ -76,13 +149,16 @@ def variants(folder: Path) -> set[str]:
     return {one["variant"] or one["late"] for one in found if one and (one["variant"] or one["late"])}
 
 
-def _choose(folder: Path, keys: list[tuple[str, str]], variant: str | None) -> tuple[str, str]:
+def _choose(folder: Path, keys: list[Key], variant: str | None) -> Key:
     names = sorted({v for _, v in keys if v})
-    fits = [k for k in keys if (k[1] == variant if variant is not None else not k[1] or len(names) == 1)]
+    wanted = variant
+    if variant is None:
+        wanted = names[0] if len(names) == 1 and all(v for _, v in keys) else ""
+    fits = [k for k in keys if k[1] == wanted]
     if fits:
         return next((k for k in fits if k[0] == "safetensors"), fits[0])
     if variant is None:
-        raise CheckpointError(f"{folder} has the variants {', '.join(names)}; say which one.")
+        raise CheckpointError(f"{folder} has the variants {', '.join(names)}; {CHOOSE}.")
     raise CheckpointError(
         f"{folder} has no variant {variant!r}; it has {', '.join(names) or 'only the one without a name'}."
     )
@@ -95,10 +171,13 @@ def own_config(where: Path, component: str) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it is no JSON object.
     """
-    if not where.is_dir():
-        return None
-    found = load_config(where / component)
-    return load_config(where) if found is None else found
+    return load_config(config_file(where, component).parent) if where.is_dir() else None
+
+
+def config_file(where: Path, component: str, name: str = "config.json") -> Path:
+    """Where the config of a component is or would be: in the folder of a pipeline, or of the component itself."""
+    pipeline = any((where / part).is_dir() for part in PARTS)
+    return (where / component if pipeline else where) / name
 
 
 def load_config(folder: Path, name: str = "config.json") -> dict[str, Any] | None:
@@ -108,9 +187,10 @@ def load_config(folder: Path, name: str = "config.json") -> dict[str, Any] | Non
         CheckpointError: it is no JSON object.
     """
     path = folder / name
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         return None
     try:
         return dict(conform(Mapping[str, Any], parse(path.read_bytes())))
     except (SchemaError, OSError) as error:
-        raise CheckpointError(f"{path} is no readable configuration: {error}.") from error
+        fault = (error.strerror or error) if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path} is no readable configuration: {fault}; get it again.") from error

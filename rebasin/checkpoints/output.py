@@ -31,6 +31,7 @@ from ..types import (
     tell,
 )
 from .architectures import PARTS_OF, component_config, published, unlike_release
+from .belongings import Belongings, belongings, copy_into
 from .components import TEXT, TEXT_2, UNET, VAE
 from .folders import INDEX
 from .key_map import component_state
@@ -216,6 +217,9 @@ def _save_folder(target: Path, checkpoint: Checkpoint, state: State, save: Calla
     require_space(target, bytes_of(state))
     own = parts(checkpoint, state)
     notes = _without_place(checkpoint, state, "a diffusers folder")
+    # Looked for before anything is written, as the result may lie in the folder.
+    beside = belongings(checkpoint.path) if checkpoint.path.is_dir() else Belongings({})
+    notes += beside.notes
     with atomic_folder(target) as temporary:
         for name, part in own.items():
             (temporary / name).mkdir()
@@ -223,12 +227,15 @@ def _save_folder(target: Path, checkpoint: Checkpoint, state: State, save: Calla
             config.pop("quantization_config", None)  # numbers are written, not codes
             write_json(temporary / name / "config.json", config)
             save(temporary / name / f"{WEIGHTS[name]}.safetensors", part)
-        _save_index(temporary, checkpoint, own, notes)
+        _save_index(temporary, checkpoint, own, beside, notes)
+        copy_into(temporary, beside)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     return Saved(target, size, tuple(notes))
 
 
-def _save_index(folder: Path, checkpoint: Checkpoint, own: Iterable[str], notes: list[str]) -> None:
+def _save_index(
+    folder: Path, checkpoint: Checkpoint, own: Iterable[str], beside: Belongings, notes: list[str]
+) -> None:
     """model_index.json, the scheduler and the tokenizers: those of a folder, or those of the release."""
     if checkpoint.family in PARTS_OF:
         return
@@ -243,7 +250,9 @@ def _save_index(folder: Path, checkpoint: Checkpoint, own: Iterable[str], notes:
     for key, value in pipeline_options(checkpoint).items():
         if key != "add_watermarker":
             index[key] = [None, None] if value is None else value
-    index |= {name: list(CLASSES[name]) for name in own}
+    index |= {name: list(CLASSES[name]) for name in own} | _classes(checkpoint, beside)
+    if index.get("safety_checker", [None])[0] is not None:
+        index["requires_safety_checker"] = True
     index["scheduler"] = ["diffusers", scheduler.get("_class_name")]
     for name, tokenizer in TOKENIZERS.items():
         if name in index and _save_tokenizer(folder / tokenizer, checkpoint, name):
@@ -255,6 +264,18 @@ def _save_index(folder: Path, checkpoint: Checkpoint, own: Iterable[str], notes:
                 " it; add its own to load it as a pipeline."
             )
     write_json(folder / INDEX, index)
+
+
+def _classes(checkpoint: Checkpoint, beside: Belongings) -> dict[str, list[str]]:
+    """The parts of a pipeline whose folders are copied as they are, and their classes."""
+    copied = {place.partition("/")[0] for place in beside.files if "/" in place}
+    known = {"scheduler", *CLASSES, *TOKENIZERS.values()}
+    renamed = {"CLIPFeatureExtractor": "CLIPImageProcessor"}  # the libraries have dropped the old name
+    return {
+        name: [renamed.get(str(one), str(one)) for one in told]
+        for name, told in pipeline_index(checkpoint).items()
+        if name in copied - known and isinstance(told, list) and len(told) == 2 and None not in told
+    }
 
 
 def _tokenizer_class(checkpoint: Checkpoint, tokenizer: str) -> list[str]:

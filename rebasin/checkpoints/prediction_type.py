@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ..files import SchemaError, conform, parse
+from ..errors import CheckpointError, shown
+from .folders import load_config
 
 KINDS: dict[str, Literal["epsilon", "v_prediction"]] = {
     **dict.fromkeys(("v", "v_prediction", "v-prediction", "velocity"), "v_prediction"),
@@ -24,6 +25,9 @@ TOLD = {
     "v_parameterization": {"true": KINDS["v"]},
 }
 """Entries of a header, and what their values mean."""
+
+SCHEDULER = Path("scheduler", "scheduler_config.json")
+"""Where a diffusers folder has the configuration of its noise schedule."""
 
 READ = 100_000
 """Characters of a neighbouring config that are looked at."""
@@ -73,14 +77,21 @@ def _kind(path: Path, family: str, names: Mapping[str, object], metadata: Mappin
 
 
 def _scheduler(path: Path) -> Prediction | None:
-    """The scheduler's config in a diffusers folder."""
-    config = path / "scheduler" / "scheduler_config.json"
-    try:
-        told = conform(Mapping[str, Any], parse(config.read_bytes()))
-    except (OSError, SchemaError):
+    """What the scheduler's config in a diffusers folder says.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    told = (load_config(path / SCHEDULER.parent, SCHEDULER.name) or {}).get("prediction_type")
+    if told is None:
         return None
-    kind = KINDS.get(str(told.get("prediction_type")))
-    return None if kind is None else Prediction(kind, "scheduler_config.json says so")
+    if not isinstance(told, str):
+        raise CheckpointError(
+            f"{path / SCHEDULER} says prediction_type {shown(told)}, but that is a word such as epsilon or"
+            " v_prediction; get the folder again."
+        )
+    kind = KINDS.get(told)
+    return Prediction(kind, "scheduler_config.json says so" if kind else f"scheduler_config.json says {told}")
 
 
 def _neighbour(path: Path) -> Prediction | None:

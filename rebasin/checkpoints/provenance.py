@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from .. import __version__
+from ..errors import CheckpointError
 from ..files import SchemaError, conform, parse
 from ..tensors import load_metadata
 from ..types import Progress, tell
@@ -42,11 +44,17 @@ def record(path: Path, sha256: str, metadata: Mapping[str, str]) -> dict[str, An
 
 
 def metadata_of(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """The header of a checkpoint's file; of a folder, that of its first safetensors file: all have the same."""
+    """The header of a checkpoint's file; of a folder, that of its components' first safetensors file that can be read:
+    all have the same.
+    """
     if checkpoint.metadata or not checkpoint.path.is_dir():
         return checkpoint.metadata
-    files = [file for file in weight_files(checkpoint.path) if file.suffix == ".safetensors"]
-    return load_metadata(files[0]) if files else {}
+    own = (checkpoint.path, *(checkpoint.path / name for name in checkpoint.components))
+    for file in weight_files(checkpoint.path):
+        if file.suffix == ".safetensors" and file.parent in own:
+            with contextlib.suppress(CheckpointError):  # of a variant that is not used
+                return load_metadata(file)
+    return {}
 
 
 def read(metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, ConfigError, shown
 from .architectures import published
 from .folders import load_config
-from .prediction_type import KINDS
+from .prediction_type import KINDS, SCHEDULER
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -25,7 +25,7 @@ def own_scheduler(checkpoint: Checkpoint) -> Config | None:
     Raises:
         CheckpointError: it is no JSON object.
     """
-    return load_config(checkpoint.path / "scheduler", "scheduler_config.json")
+    return load_config(checkpoint.path / SCHEDULER.parent, SCHEDULER.name)
 
 
 def released_scheduler(family: str, kind: str | None, zero_snr: bool = False) -> Config:

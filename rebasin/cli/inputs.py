@@ -10,9 +10,9 @@ from typing import Literal
 from torch import Tensor
 
 from ..adapters import is_adapter, is_controlnet
-from ..checkpoints import Checkpoint, open_checkpoint, require_same_family
-from ..checkpoints.checkpoint import require_fitting
-from ..checkpoints.folders import load_config, load_weights, variants
+from ..checkpoints import Checkpoint, require_same_family
+from ..checkpoints.checkpoint import open_each, require_fitting
+from ..checkpoints.folders import load_config, load_weights, taken, variants
 from ..checkpoints.output import FILES, is_file
 from ..checkpoints.pickled import load_tensors
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
@@ -37,25 +37,13 @@ def open_all(
     """
     found = open_each(paths, variant)
     for other in found[1:]:
-        require_same_family(found[0], other)
+        whole = all("unet" in one.components for one in (found[0], other))
+        if whole or not only or "unet" in only:  # of parts the tensors are compared
+            require_same_family(found[0], other)
     components = tuple(name for name in common(found, only) if name != without)
     for other in found[1:]:
         require_fitting(found[0], other, components)
     return found, components
-
-
-def open_each(paths: Sequence[Path], variant: str | None = None) -> list[Checkpoint]:
-    """The checkpoints of these paths, of diffusers folders the variant, if they have it.
-
-    Raises:
-        CheckpointError: one is missing, damaged or something else, or none has the variant.
-    """
-    has = {path: path.is_dir() and variant in variants(path) for path in paths}
-    if variant is not None and not any(has.values()):
-        raise CheckpointError(
-            f"None of the inputs is a diffusers folder with the variant {variant!r} (--variant)."
-        )
-    return [open_checkpoint(path, variant if has[path] else None) for path in paths]
 
 
 def left_out(models: Sequence[Checkpoint]) -> list[str]:
@@ -72,6 +60,13 @@ def left_out(models: Sequence[Checkpoint]) -> list[str]:
                 f"Left out of {model.path.name}, as {models[0].path.name} has none: {', '.join(parts)}."
             )
     return told
+
+
+def several_variants(models: Sequence[Checkpoint], variant: str | None) -> list[str]:
+    """A sentence about each diffusers folder that has weights in several variants, of which one was taken unasked."""
+    folders = [model.path for model in models if model.path.is_dir()]
+    told = [taken(path, variant if variant in variants(path) else None) for path in folders]
+    return [sentence for sentence in told if sentence]
 
 
 def parts(model: Checkpoint, components: Sequence[str]) -> dict[str, State]:

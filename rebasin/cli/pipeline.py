@@ -10,7 +10,7 @@ from ..types import State
 from . import output, session, stages
 from .alignment import Aligning, Alignment
 from .companions import fisher_files, scored
-from .inputs import check_output, copies, left_out, open_all, open_each, parts
+from .inputs import check_output, copies, left_out, open_all, open_each, parts, several_variants
 from .merge_weights import merge_weights, method_options
 from .plan import show_plan
 from .request import Request
@@ -76,7 +76,10 @@ def merge(console: Console, request: Request) -> None:
         information = fisher_files(method, request.fisher, models, components)
         stages.require_permutation(request, models[0], components)
         console.say(f"{len(models)} x {models[0].title}: {', '.join(components)}")
-    stages.remark(console, [*left_out(models), *weights.remarks(method), *copies(models, components, base)])
+    unasked = several_variants([*opened, *([vae] if vae else [])], request.variant)
+    stages.remark(
+        console, [*unasked, *left_out(models), *weights.remarks(method), *copies(models, components, base)]
+    )
     stages.require_space(request, models[0])
     if request.dry_run:
         return show_plan(console, request, models, components, weights.blocks)

@@ -18,7 +18,7 @@ from ..types import State
 from . import output, session
 from .alignment import JOINT, Aligning, Alignment, specs_of
 from .function import TOLERANCE, compare_chains, compare_functions
-from .inputs import open_all
+from .inputs import open_all, several_variants
 from .request import Request
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def read(console: Console, request: Request) -> tuple[list[Checkpoint], tuple[st
     with console.stage("read"):
         models, components = open_all(request.inputs, request.components, request.variant)
         console.say(f"{models[0].title}: {', '.join(components)}")
+    remark(console, several_variants(models, request.variant))
     return models, components
 
 

@@ -19,9 +19,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..checkpoints import Checkpoint, component_spec, open_checkpoint, require_same_family
+from ..checkpoints import Checkpoint, component_spec, require_same_family
 from ..checkpoints.architectures import component_config
-from ..checkpoints.checkpoint import require_fitting, require_same_prediction
+from ..checkpoints.checkpoint import open_each, require_fitting, require_same_prediction
 from ..checkpoints.joint import joint_spec, joint_state, prompted_unet
 from ..checkpoints.pipeline import Plan, assemble, load_component, plan_pipeline
 from ..checkpoints.provenance import size_of
@@ -65,7 +65,7 @@ def load(cfg: DictConfig) -> Task:
             f"algo={cfg.algo.name} looks at batches, but model.batches is {cfg.model.batches}; it must be at least 1."
         )
     files = _files(cfg)
-    models = tuple(_open(name, path) for name, path in files.items())
+    models = tuple(open_each(list(files.values()), cfg.model.variant, "model.variant"))
     for other in models[1:]:
         require_same_family(models[0], other)
     pair = Members(models, cfg)
@@ -171,10 +171,6 @@ def _files(cfg: DictConfig) -> dict[str, Path]:
                 f"model=checkpoint needs model.{name}, a checkpoint's file or a diffusers folder."
             )
     return {name: Path(str(path)).expanduser() for name, path in found.items()}
-
-
-def _open(name: str, path: Path) -> Checkpoint:
-    return open_checkpoint(path)
 
 
 def _labels(models: Sequence[Checkpoint]) -> tuple[str, ...]:
