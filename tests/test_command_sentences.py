@@ -20,8 +20,9 @@ from rebasin.adapters import union
 from rebasin.checkpoints import component_spec, open_checkpoint, save_safetensors
 from rebasin.checkpoints.checkpoint import require_same_prediction
 from rebasin.checkpoints.random_weights import random_checkpoint
-from rebasin.cli.alignment import Aligning
+from rebasin.cli.alignment import Aligning, Alignment
 from rebasin.cli.companions import scored
+from rebasin.cli.session import say_alignment
 from rebasin.errors import CheckpointError, ConfigError, listed
 from rebasin.files import config_dir
 from rebasin.jobs.configuration import explain
@@ -29,7 +30,8 @@ from rebasin.jobs.resume import Resume
 from rebasin.matching import weight_matching
 from rebasin.merging import METHODS, merge
 from rebasin.merging.inputs import copies
-from rebasin.spec import Permutation
+from rebasin.reporting.console import Console
+from rebasin.spec import Permutation, PermutationSpec
 from rebasin.tasks import load_task
 
 TEXT = "cond_stage_model."
@@ -395,6 +397,15 @@ def test_a_damaged_state_that_was_asked_for_is_told_and_one_that_was_not_begins_
             Resume(path, wanted=True).arguments(weight_matching)
         assert str(path) in str(caught.value) and len(str(caught.value)) <= 300 + len(str(path))
         assert Resume(path, wanted=True, asked=False).arguments(weight_matching)["resume_from"] is None
+
+
+def test_where_nothing_moved_only_a_merge_is_called_one(capsys):
+    spec = PermutationSpec((), {})
+    found = [Alignment(spec.identity(), {"unet": spec}, {"unet": {"neurons": 24}})]
+    for merged, words in ((False, "so nothing needs aligning."), (True, "so this is the plain merge.")):
+        say_alignment(Console(), found, None, merged)
+        told = " ".join(capsys.readouterr().out.split())
+        assert f"All 24 neurons of B are in A's order already, {words}" in told
 
 
 def test_groups_of_other_commands_are_named():

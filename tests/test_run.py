@@ -270,7 +270,11 @@ def test_a_run_into_the_folder_of_another_algorithms_run(finished, tmp_path):
 
 
 def own_algorithm(spec, batches, model_b, *, strength: int, seed: int = 0) -> Any:
-    return spec, batches, model_b, strength, seed
+    GIVEN[:] = spec, batches, model_b, strength, seed
+    return spec.identity()
+
+
+GIVEN: list[Any] = []
 
 
 def test_an_algorithm_is_one_function_and_one_config():
@@ -278,11 +282,12 @@ def test_an_algorithm_is_one_function_and_one_config():
     task = load_task(configured(*TINY))
     spec = _spec(task)
     state_a, state_b = task.endpoints(None)
-    got: Any = load_algorithm(algo)(task, spec, state_a, state_b, seed=5)
-    assert got[0] is spec
+    found = load_algorithm(algo)(task, spec, state_a, state_b, seed=5)
+    got = GIVEN
+    assert found.moved == 0 and got[0] is spec
     assert got[1] is task.batches["train"]
     assert torch.equal(got[2].state_dict()["layers.0.weight"], state_b["layers.0.weight"])
-    assert got[3:] == (3, 5)
+    assert got[3:] == [3, 5]
     with pytest.raises(ConfigError, match="algo=own has no option 'strenth'; did you mean 'strength'"):
         load_algorithm(OmegaConf.create({**algo, "strenth": 3}))
     with pytest.raises(ConfigError, match="needs the option 'strength'"):

@@ -263,6 +263,16 @@ def test_pins_name_the_operator() -> None:
     assert "fft" in spec.summary() and len(spec) == 0
 
 
+def test_causal_masks_are_traced_if_they_are_said_to_be_causal() -> None:
+    x, mask = torch.randn(2, 5, 8), nn.Transformer.generate_square_subsequent_mask(5)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    with pytest.raises(TraceError, match="mask's values .* is_causal=True and a causal mask") as caught:
+        rebasin.trace(encoder, x, mask=mask)
+    assert "<string>" not in str(caught.value) and "data-dependent" not in str(caught.value)
+    spec = rebasin.trace(encoder, x, mask=mask, is_causal=True)
+    assert rebasin.verify(encoder, spec, x, mask=mask, is_causal=True).require() and spec.neurons == 32
+
+
 def test_data_dependent_control_flow_is_one_clear_sentence() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -276,6 +286,18 @@ def test_data_dependent_control_flow_is_one_clear_sentence() -> None:
 
     with pytest.raises(TraceError, match=r"test_tracing.py:\d+.*rebasin.compose"):
         rebasin.trace(Net(), torch.randn(2, 3))
+    linear = nn.Linear(4, 4)
+    for use in (
+        lambda x: linear(x * x.max().item()),
+        lambda x: linear(x) if x.max().item() > 0 else x,
+        lambda x: linear(torch.cat(x.split([int(n) for n in x[0].tolist()]))),
+        lambda x: linear(x) if bool((x > 0).all()) else x,
+    ):
+        with pytest.raises(
+            TraceError, match=r"it depends on values of tensors .* leave that out, trace"
+        ) as told:
+            rebasin.trace(rebasin.compose(lambda m, x, use=use: use(x), linear=linear), torch.randn(4, 4))
+        assert len(str(told.value)) <= 300 and "data-dependent" not in str(told.value)
     with pytest.raises(TraceError, match="torch.nn.Module"):
         rebasin.trace(lambda x: x, torch.randn(2, 3))  # type: ignore[arg-type]
 

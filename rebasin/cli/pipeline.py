@@ -144,6 +144,6 @@ def merge(console: Console, request: Request) -> None:
         )
         session.answer(console, "Did anything move?", "No", "yellow", "This is the plain merge.")
         return session.say_where(console, request.output)
-    session.say_alignment(console, found, checks)
+    session.say_alignment(console, found, checks, merged=True)
     files = [one.file for one in found] if len(found) > 1 else [f"permutation in {found[0].file}"]
     session.say_where(console, request.output, *files)

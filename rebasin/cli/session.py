@@ -71,8 +71,10 @@ def answer(console: Console, question: str, short: str, tone: str, text: str) ->
     console.console.print(f"{question} [bold {tone}]{short}.[/] {escape(text)}")
 
 
-def say_alignment(console: Console, found: Sequence[Alignment], checks: Mapping[str, float] | None) -> None:
-    """Whether the alignments preserved what the models compute, and whether anything moved."""
+def say_alignment(
+    console: Console, found: Sequence[Alignment], checks: Mapping[str, float] | None, merged: bool = False
+) -> None:
+    """Whether the alignments preserved what the models compute, and whether anything moved; were they merged then?"""
     moved, figures = sum(one.moved for one in found), found[0].figures.values()
     many = len(found) > 1
     if many:
@@ -90,7 +92,7 @@ def say_alignment(console: Console, found: Sequence[Alignment], checks: Mapping[
         who = (
             f"{len(found) + 1} models agree" if many else f"{neurons:,} neurons of B are in A's order already"
         )
-        text = f"All {who}, so this is the plain merge."
+        text = f"All {who}, so {'this is the plain merge' if merged else 'nothing needs aligning'}."
         return answer(console, "Did anything move?", "No", "yellow", text)
     before, after = (
         sum(f.get(key, 0.0) ** 2 for f in figures) ** 0.5

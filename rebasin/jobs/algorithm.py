@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from hydra.utils import get_method
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ..errors import ConfigError
-from ..integrations.hydra import resolved
-from ..spec import PermutationSpec
+from ..errors import ConfigError, SpecMismatchError
+from ..integrations.hydra import function_of, resolved
+from ..matching.many.result import ManyResult
+from ..matching.naive import measured
+from ..matching.result import Found
+from ..spec import Permutation, PermutationSpec
 from ..tasks import Task
 from ..tensors.modules import lent, loaded
 from ..types import Maker, Progress, State, arguments_of, check_options, supply
@@ -89,7 +91,33 @@ class Algorithm:
         result = self.function(**supply(self.function, offered, self.options, what=f"algo={self.name}"))
         if resume is not None:
             resume.finish()
-        return result
+        return self._checked(result, spec, states)
+
+    def _checked(self, result: Any, spec: PermutationSpec, states: Sequence[State]) -> Any:
+        """What the function returned; a permutation alone gets the figures that go with it.
+
+        Raises:
+            ConfigError: it is nothing that a job can use.
+            SpecMismatchError: it is of another spec.
+        """
+        many, told = _of_many(self.function), f"{_path(self.function)} of algo={self.name} returned"
+        if not isinstance(result, ManyResult if many else (Found, Permutation)):
+            wanted = (
+                "a ManyResult (rebasin.matching)"
+                if many
+                else "a Permutation or a MatchResult (rebasin.matching)"
+            )
+            raise ConfigError(f"{told} a value of type {type(result).__name__}, but it must return {wanted}.")
+        if isinstance(result, ManyResult):
+            found = result.permutations
+        else:
+            found = (result if isinstance(result, Permutation) else result.permutation,)
+        if not all(map(spec.contains, found)):
+            raise SpecMismatchError(
+                f"{told} a permutation that is none of this run's spec: it was made for another architecture, or breaks"
+                " a block structure; make it of the spec that the function gets."
+            )
+        return measured(result, states[0], states[-1]) if isinstance(result, Permutation) else result
 
     def _aim(self, task: Task, seed: int) -> dict[str, Any]:
         """What it looks at: the run's objective and its training batches, or those of the reward."""
@@ -114,11 +142,16 @@ def load_algorithm(algo: DictConfig, several: bool = False) -> Algorithm:
     many models, and `reward`, an objective of its own (see configs/algo/ste_reward.yaml).
 
     Raises:
-        ConfigError: an option that the function does not have, or an argument that a job can't supply.
+        ConfigError: there is no such function; an option that it does not have, or an argument that a job can't supply.
     """
-    function = get_method(algo["_target_"])
+    function = _function(algo)
     if several and not _of_many(function):
-        function = get_method(algo.many)
+        function = _function(algo, "many")
+    if not arguments_of(function).keys() & set(SUPPLY):
+        raise ConfigError(
+            f"{_path(function)} of algo={algo.name} takes nothing that a run has, so it can't align; it must take some"
+            f" of {', '.join(SUPPLY)}."
+        )
     own = (*OWN, "repair") if _of_many(function) else OWN
     options = {name: value for name, value in resolved(algo).items() if name not in own}
     known = arguments_of(function, SUPPLY)
@@ -132,11 +165,16 @@ def is_many(cfg: DictConfig) -> bool:
     """Whether the chosen algorithm is to merge more than two models, or is one for any number.
 
     Raises:
-        ConfigError: there are other than two models, but the algorithm aligns two.
+        ConfigError: there are other than two models, but the algorithm aligns two, or there is one.
     """
     chosen = next((cfg.model.get(field) for field in ("files", "seeds") if cfg.model.get(field)), None)
     several = isinstance(chosen, ListConfig) and len(chosen) != 2
-    if _of_many(get_method(cfg.algo["_target_"])):
+    if isinstance(chosen, ListConfig) and len(chosen) == 1:
+        field = "files" if cfg.model.get("files") else "seeds"
+        raise ConfigError(
+            f"model.{field} is {list(chosen)}, one network alone; give two to align, or more to merge them all."
+        )
+    if _of_many(_function(cfg.algo)):
         return True
     if several and not cfg.algo.get("many"):
         raise ConfigError(
@@ -144,6 +182,22 @@ def is_many(cfg: DictConfig) -> bool:
             f" algo=merge_many, or algo=naive for their plain mean."
         )
     return several
+
+
+def _function(algo: DictConfig, field: str = "_target_") -> Callable[..., Any]:
+    """The function that a field of the algorithm's config names."""
+    function = function_of(algo, f"algo.{field}", f"algo={algo.name}")
+    try:
+        arguments_of(function)
+    except (TypeError, ValueError) as error:  # one of C
+        raise ConfigError(
+            f"{_path(function)} of algo={algo.name} has no signature to tell its arguments; name a function of Python."
+        ) from error
+    return function
+
+
+def _path(function: Any) -> str:
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def _of_many(function: Callable[..., Any]) -> bool:

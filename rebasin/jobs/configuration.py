@@ -6,18 +6,26 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    OmegaConfBaseException,
+)
 
-from ..errors import ConfigError, RebasinError, unknown
+from ..errors import ConfigError, RebasinError, shown, unknown
 from ..files import config_dir, print_anything, unwritable
 from ..integrations.signatures import CONFIG, VERSION_BASE, composed, options
 from . import option_help  # noqa: F401 - the configs' help templates name what it registers
@@ -33,6 +41,9 @@ COMMANDS = {
     "compare_methods": "rebasin compare-methods",
 }
 """Configuration -> the command that begins with it."""
+
+UNNAMED = ("hydra", "path", EXPERIMENT)
+"""Groups whose configs need no name."""
 
 INTERNAL = ("name", "kind", "task", "architecture", "_target_", "object", "many")
 """Fields of configs that are not for the command line."""
@@ -64,6 +75,7 @@ def launch(job: Callable[[DictConfig], Any], config: str = CONFIG, kept: str = A
         except (RebasinError, OmegaConfBaseException, HydraException) as error:
             if full:
                 raise
+            _leave_nothing()
             _stop(error, config)
 
     application = hydra.main(config_path=str(config_dir()), config_name=config, version_base=VERSION_BASE)
@@ -86,6 +98,24 @@ def launch(job: Callable[[DictConfig], Any], config: str = CONFIG, kept: str = A
             os.environ.pop(FULL_ERROR, None)
 
 
+def _leave_nothing() -> None:
+    """Remove the folder that Hydra made for a run which was refused before any work, unless it has anything else, or
+    was chosen by the user.
+    """
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.RUN or any(
+        str(given).startswith("hydra.run.dir") for given in hydra.overrides.hydra
+    ):
+        return
+    folder = Path(hydra.runtime.output_dir)
+    own = folder / str(hydra.output_subdir)
+    with contextlib.suppress(OSError):
+        if list(folder.iterdir()) == [own]:
+            shutil.rmtree(own)
+            folder.rmdir()
+            folder.parent.rmdir()  # that of its model and algorithm, if nothing else is there
+
+
 def _stop(error: Exception, config: str) -> NoReturn:
     print(f"Error: {explain(error, sys.argv[1:], config)}", file=sys.stderr)
     # Not an Exception, so that Hydra adds nothing to the sentence.
@@ -103,11 +133,21 @@ def explain(error: Exception, arguments: Iterable[str] = (), config: str = CONFI
             f"{error.override!r} can't be read; write GROUP=CHOICE or OPTION=VALUE, and put quotes around a"
             " value with brackets, commas, spaces or an equals sign."
         )
-    message = str(error)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, RebasinError):  # that of a resolver
+        cause = cause.__cause__ or cause.__context__
+    message = str(cause or error)
+    if cause is not None:
+        return message
+    if isinstance(error, yaml.YAMLError):
+        return _no_yaml(error)
+    key = str(getattr(error, "full_key", None) or "")
+    if key and isinstance(error, InterpolationKeyError):
+        return str(_refers(f"{key}{_of(key, arguments)}", error))
+    if key and isinstance(error, ConfigAttributeError | ConfigKeyError):
+        return f"There is no {key}{_of(key, arguments)}, but it is needed; add it there."
     if isinstance(error, OSError):  # Hydra makes the folder of a run
         return str(unwritable(error.filename or "The folder of the results", error))
-    if isinstance(error, RebasinError):
-        return message
     if message.startswith("Config group override must be"):
         return "A group takes the name of one of its choices, GROUP=CHOICE; --help lists them."
     if found := re.match(r"Could not override '([^']+)'", message):
@@ -115,6 +155,75 @@ def explain(error: Exception, arguments: Iterable[str] = (), config: str = CONFI
     if found := re.match(r"Could not append to config. An item is already at '([^']+)'", message):
         return f"The option {found[1]!r} exists already; write it without the leading +."
     return message.splitlines()[0].rstrip(".") + "." if message else f"{type(error).__name__}."
+
+
+def _no_yaml(error: yaml.YAMLError) -> str:
+    """The sentence for a file that Hydra could not read."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    place = f"{mark.name}, line {mark.line + 1}," if mark is not None else "A config"
+    told = getattr(error, "problem", None) or getattr(error, "context", None) or str(error).splitlines()[0]
+    return f"{place} can't be read as YAML ({told}); mend the file."
+
+
+def _of(key: str, arguments: Iterable[str]) -> str:
+    """Of which config of the user's own an option is, " of GROUP=CHOICE (FILE)"; "" of another."""
+    group, given = key.partition(".")[0], list(arguments)
+    chosen = [c for g, _, c in (told.lstrip("+").partition("=") for told in given) if g == group]
+    told = config_told(group, chosen[-1], own_folders(given)) if chosen else ""
+    return f" of {told}" if told.endswith(")") else ""
+
+
+def config_told(group: str, choice: object, folders: Iterable[Path]) -> str:
+    """A config as sentences name it: GROUP=CHOICE, and the file of one that is not the package's."""
+    files = [folder / group / f"{choice}.yaml" for folder in folders if exists(group, choice, folder)]
+    return f"{group}={choice} ({files[0]})" if files and not exists(group, choice) else f"{group}={choice}"
+
+
+NEEDED = {"algo": "_target_: package.module.function", "model": "task: package.module.function"}
+"""The line without which a config of this group says nothing."""
+
+
+def name_of(cfg: Any, group: str, runtime: Any) -> str:
+    """The name of the chosen config of a group, which is a part of the names of folders.
+
+    Args:
+        runtime: Hydra's account of what was chosen where.
+
+    Raises:
+        ConfigError: the config is no mapping, or has none, or one that can't be in a file's name.
+    """
+    choice, node = runtime.choices.get(group), cast(Any, OmegaConf.select(cfg, group))
+    told = config_told(group, choice, _folders(runtime))
+    if node is not None and not isinstance(node, DictConfig):
+        kind = "a list" if isinstance(node, ListConfig) else shown(node)
+        raise ConfigError(f"{told} is {kind}, but a config is a mapping, lines of OPTION: VALUE.")
+    lines = [f"name: {choice}", *([NEEDED[group]] if group in NEEDED else [])]
+    missing = [line for line in lines if (node or {}).get(line.partition(":")[0]) is None]
+    if missing:
+        fields = " and no ".join(line.partition(":")[0] for line in missing)
+        raise ConfigError(
+            f"{told} has no {fields}; add the line{'s' * (len(missing) > 1)} {' and '.join(map(repr, missing))}."
+        )
+    name = node.name
+    if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
+        given = OmegaConf.to_container(name) if OmegaConf.is_config(name) else name
+        raise ConfigError(
+            f"{group}.name of {told} is {shown(given)}, but it takes text that can be a part of a folder's name, such"
+            f" as {choice}."
+        )
+    return name
+
+
+PLAIN_NAME = re.compile(r"""(?!\.)[^\x00-\x1f/\\:*?"<>|]{1,100}""")
+
+OmegaConf.register_new_resolver(
+    "name_of", lambda group, _root_: name_of(_root_, group, _root_.hydra.runtime), replace=True
+)
+
+
+def _folders(runtime: Any) -> list[Path]:
+    """Those in which Hydra looked for configs."""
+    return [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
 
 
 def check_types(cfg: DictConfig, config: str = CONFIG) -> None:
@@ -131,13 +240,36 @@ def check_types(cfg: DictConfig, config: str = CONFIG) -> None:
     named = {group: f"{group}={choice}" for group, choice in choices.items() if choice is not None}
     mine = {g: told for g, told in named.items() if g != "hydra" and not exists(g, choices[g])}
     ours = [told for g, told in named.items() if g not in ("hydra", EXPERIMENT, *mine)]
-    folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
+    folders = _folders(runtime)
+    for group in mine:
+        if group not in UNNAMED:
+            name_of(cfg, group, runtime)
+            _require_references(cfg[group], group, config_told(group, choices[group], folders))
     chosen = [told for g, told in mine.items() if g != EXPERIMENT]
     defaults = composed([*_searched(folders), *ours, *chosen] if chosen else ours, config)
     for key in defaults:
         group = str(key)
         own = _typed(defaults[key]) if group in mine and group in cfg else defaults[key]
         _compare(own, cfg[key], group, f" of {mine[group]}" if group in mine else "")
+
+
+def _require_references(node: DictConfig, path: str, told: str) -> None:
+    """Raise `ConfigError` where an option of the config refers to one that there is not."""
+    for key in node:
+        try:
+            value = node.get(key)
+        except InterpolationKeyError as error:
+            raise _refers(f"{path}.{key} of {told}", error) from error
+        if isinstance(value, DictConfig):
+            _require_references(value, f"{path}.{key}", told)
+
+
+def _refers(told: str, error: InterpolationKeyError) -> ConfigError:
+    found = re.match(r"Interpolation key '([^']+)'", str(error))
+    return ConfigError(
+        f"{told} refers to {found[1] if found else 'another'!r}, but there is no such option; give a value, or name one"
+        " that there is."
+    )
 
 
 def _typed(node: Any) -> Any:

@@ -1,6 +1,5 @@
 """The interface of every objective, and how its figures are averaged over batches."""
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, DataError
+from ..integrations.functions import located
 from ..tensors.modules import eval_mode
 
 Measure = Callable[[nn.Module, Any], tuple[Mapping[str, Tensor], int]]
@@ -203,10 +203,9 @@ def imported(what: str, path: str) -> Any:
     Raises:
         ConfigError: there is none, or it can't be called.
     """
-    module, _, name = path.replace(":", ".").rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = located(path)
+    except ImportError as error:
         raise ConfigError(
             f"The {what} {path!r} can't be imported ({error}); write it as package.module:function."
         ) from error

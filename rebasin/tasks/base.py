@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_method
 from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoints import load_safetensors
 from ..errors import ConfigError
 from ..evaluation.samples import Samples
+from ..integrations.hydra import function_of
 from ..objectives import Objective, checked
 from ..spec import PermutationSpec
 from ..tracing import trace
@@ -117,7 +117,7 @@ def load_task(cfg: DictConfig) -> Task:
 
     watched = copy.deepcopy(cfg)
     object.__setattr__(watched, "__class__", Watched)  # whose own attributes are the options
-    task = get_method(cfg.model.task)(watched)
+    task = function_of(cfg.model, "model.task", f"model={cfg.model.name}")(watched)
     return replace(task, objective=checked(task.objective), reads=frozenset(read))
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_method
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -30,6 +29,7 @@ from ..data import captioned_folder
 from ..data.prompts import read_prompts
 from ..data.sampled import Batch, Placed
 from ..errors import ConfigError
+from ..integrations.hydra import function_of
 from ..matching.weights.estimate import about
 from ..spec import PermutationSpec
 from ..types import State, arguments_of
@@ -114,7 +114,7 @@ def _wanted(cfg: DictConfig) -> dict[str, bool]:
     algo, found = cfg.get("algo") or {}, {}
     if cfg.objective.kind != "agreement":
         found[f"objective={cfg.objective.name}"] = True
-    if algo and "pipeline" in arguments_of(get_method(algo["_target_"])):
+    if "pipeline" in _takes(cfg):
         found[f"algo={cfg.algo.name}"] = False
     if algo and "reward" in algo:
         found[f"algo={cfg.algo.name}"] = True
@@ -128,7 +128,7 @@ def _wanted(cfg: DictConfig) -> dict[str, bool]:
 def _takes(cfg: DictConfig) -> dict[str, Any]:
     """The arguments of the run's algorithm."""
     algo = cfg.get("algo")
-    return arguments_of(get_method(algo["_target_"])) if algo else {}
+    return arguments_of(function_of(algo, "algo._target_", f"algo={algo.name}")) if algo else {}
 
 
 def _check_files(cfg: DictConfig) -> None:

@@ -15,7 +15,7 @@ from ..checkpoints import load_safetensors
 from ..data import classification
 from ..data.parts import half, split
 from ..errors import CheckpointError, ConfigError
-from ..integrations.hydra import resolved
+from ..integrations.hydra import function_of, resolved
 from ..models import build, fitting_options
 from ..models.cache import trained
 from ..models.train import Recipe
@@ -60,6 +60,7 @@ def load(cfg: DictConfig) -> Task:
         raise ConfigError(
             f"model.files is {files}, but it takes files, model.files=[a.safetensors,b.safetensors]."
         )
+    function_of(cfg.objective.object, "objective.object._target_", f"objective={cfg.objective.name}")
     size = cfg.data.batch_size
     batches = {
         name: [(x.to(device), y.to(device)) for x, y in own]

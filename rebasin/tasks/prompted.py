@@ -65,7 +65,10 @@ class ImageMaker:
                 f"{name}.scorer is not set: give a differentiable function (images, prompts) -> scores by its path,"
                 " such as my_package.scores:brightness."
             )
-        scorer, last = chosen if isinstance(chosen, str) else made(chosen), group.get("grad_steps", 1)
+        scorer, last = (
+            chosen if isinstance(chosen, str) else made(chosen, f"{name}.scorer"),
+            group.get("grad_steps", 1),
+        )
         return Reward(scorer, self.decode, self.problem, group.steps, last, group.guidance)
 
     def prompted(self, group: DictConfig, count: int, seed: int) -> list[dict[str, Any]]:
@@ -96,7 +99,7 @@ def objective_of(
     told = options.object.copy()
     if told.prediction == "epsilon":  # the default; the scheduler knows
         told.prediction = maker.problem.prediction
-    objective = made(told, alphas_cumprod=maker.problem.alphas_cumprod)
+    objective = made(told, "objective.object", alphas_cumprod=maker.problem.alphas_cumprod)
     if options.kind == "distillation":
         prompts = maker.chosen(options.prompts)
         count, size = options.samples, options.batch_size

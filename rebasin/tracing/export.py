@@ -229,21 +229,43 @@ def source_line(node: torch.fx.Node) -> str:
 
 def _explain(error: Exception, limit: int = 300) -> str:
     """The innermost line of the model's own code, the first sentence of what torch says, and what to do."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
-    own = [(f.filename, f.lineno, f.line) for f in frames if "/rebasin/tracing/" not in f.filename]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [(f.filename, f.lineno, f.line) for f in frames if _is_own(f.filename)]
     if not own:
         lines = re.findall(r'File "([^"]+)", line (\d+)', str(error))
-        own = [(f, n, "") for f, n in lines if "/torch/" not in f and "/rebasin/tracing/" not in f]
+        own = [(f, n, "") for f, n in lines if _is_own(f)]
     where = ""
     if own:
         file, number, code = own[-1]
         code = f" ({_cut(code, 48)})" if code else ""
         where = f" at {'/'.join(Path(file).parts[-2:])[-48:]}:{number}{code}"
     head = f"The model can't be exported{where}: "
+    if DATA_DEPENDENT.search(f"{type(error).__name__} {error}"):
+        return head + (MASK if any(f.name == "_detect_is_causal_mask" for f in frames) else CHOICE)
     advice = "; if its control flow depends on data, trace a part of it, or a function of modules (rebasin.compose)."
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     sentence = re.split(r"(?<=[^.].[.!?])\s", first)[0].rstrip(".")
     return head + _cut(sentence, limit - len(head) - len(advice)) + advice
+
+
+DATA_DEPENDENT = re.compile(
+    r"data.?dependent|DynamicOutputShape|Cannot cast FakeTensor|unbacked", re.IGNORECASE
+)
+"""What torch says where a model looks at values, which are not there when it is exported."""
+
+CHOICE = (
+    "it depends on values of tensors (an if, item(), tolist()), unknown here; leave that out, trace a part of it, or a"
+    " function of modules (rebasin.compose)."
+)
+MASK = (
+    "torch looks into the mask's values for a causal one; call it with is_causal=True and a causal mask, or with"
+    " is_causal=False (decoders: tgt_is_causal)."
+)
+
+
+def _is_own(file: str) -> bool:
+    """Whether a file has code of the model itself; "<string>" is code that torch makes."""
+    return not file.startswith("<") and "/torch/" not in file and "/rebasin/tracing/" not in file
 
 
 def _cut(text: str, room: int) -> str:

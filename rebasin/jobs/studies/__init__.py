@@ -10,9 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from hydra.utils import get_method
-
 from ...errors import ConfigError
+from ...integrations.hydra import function_of
 from ...reporting import study as report
 from ...types import supply
 from ..refusals import refuse
@@ -29,7 +28,9 @@ def _prepare(job: Session) -> Callable[[], list[dict[str, Any]]]:
         )
     options = dict(options)
     # Configurations of people's own may still name studies where they were.
-    function = get_method(options.pop("_target_").replace("rebasin.studies.", "rebasin.jobs.studies."))
+    path = str(options["_target_"]).replace("rebasin.studies.", "rebasin.jobs.studies.")
+    function = function_of({**options, "_target_": path}, "study._target_")
+    options.pop("_target_")
     offered = {"cfg": job.cfg, "console": job.console}
     return partial(function, **supply(function, offered, options, what="The study"))
 
