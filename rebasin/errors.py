@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable, Sequence
 
+LONGEST = 300 - len("Error: ")
+"""Characters of a sentence, as commands print it."""
+
 
 class RebasinError(ValueError):
-    """Base of all errors that bad input causes; anything else is a bug of ours."""
+    """Base of all errors that bad input causes; anything else is a bug of ours.
+
+    Paths lose their beginning where the sentence would be too long otherwise.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_fitting(one) if isinstance(one, str) else one for one in args[:1]), *args[1:])
 
 
 class SpecMismatchError(RebasinError):
@@ -56,14 +66,28 @@ def listed(names: Sequence[str], room: int = 160) -> str:
     return f"{', '.join(names[:count])} and {more} more"
 
 
+def _fitting(sentence: str) -> str:
+    """`sentence` with its longest paths cut from the left, until it has LONGEST characters or no path is long."""
+    while (over := len(sentence) - LONGEST) > 0:
+        path = max(re.findall(r"[^\s'\"(]*[/\\][^\s'\")]*", sentence), key=len, default="")
+        if len(path) <= 40:
+            return sentence
+        sentence = sentence.replace(path, "..." + path[-max(37, len(path) - over - 3) :], 1)
+    return sentence
+
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 110
 _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxtuple = 3, 6, 3, 6
 
 
-def shown(value: object) -> str:
-    """A value out of a file as a sentence can hold it: as Python writes it, shortened, whatever it is."""
-    if isinstance(value, str) and len(value) > 100:  # longer than any name of a tensor
+def shown(value: object, room: int = 100) -> str:
+    """A value out of a file as a sentence can hold it: as Python writes it, shortened, whatever it is.
+
+    Args:
+        room: characters that a text may have; the default is more than any name of a tensor has.
+    """
+    if isinstance(value, str) and len(value) > room:
         value = f"{value[:30]}...{value[-10:]}"
     text = _short.repr(value)
     if not isinstance(value, str):

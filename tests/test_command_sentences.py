@@ -4,20 +4,24 @@ nothing written; what is legal and maybe not meant gets a line.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from cli_files import rebasin
 from hydra import compose, initialize_config_dir
 from torch import Tensor
+from torch.nn import Linear
 
+from rebasin import trace
 from rebasin.adapters import union
-from rebasin.checkpoints import component_spec, open_checkpoint, save_safetensors
+from rebasin.checkpoints import component_spec, load_safetensors, open_checkpoint, save_safetensors
 from rebasin.checkpoints.checkpoint import require_same_prediction
 from rebasin.checkpoints.random_weights import random_checkpoint
 from rebasin.cli.alignment import Aligning, Alignment
@@ -27,7 +31,7 @@ from rebasin.errors import CheckpointError, ConfigError, listed
 from rebasin.files import config_dir
 from rebasin.jobs.configuration import explain
 from rebasin.jobs.resume import Resume
-from rebasin.matching import weight_matching
+from rebasin.matching import load_permutations, save_permutations, weight_matching
 from rebasin.merging import METHODS, merge
 from rebasin.merging.inputs import copies
 from rebasin.reporting.console import Console
@@ -206,6 +210,106 @@ def test_what_can_not_be_moved_is_named_with_its_file(folder, file, tmp_path):
         folder, "apply", "own.permutation.safetensors", "lora.safetensors", "-o", "moved.safetensorz"
     )
     assert "moved.safetensorz" in sentence and ".safetensors or .sft" in sentence
+
+
+FC1 = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+
+NOTHING_TO_MOVE: dict[str, tuple[dict[str, Tensor], str]] = {
+    "ia3.safetensors": ({f"{FC1}.weight": torch.ones(192)}, "no on_input"),
+    "embedding.safetensors": (
+        {"emb_params": torch.ones(2, 48)},
+        "no permutation moves: it fits an aligned model",
+    ),
+    "empty.safetensors": ({}, "has no tensors, so there is nothing to move; give a model, a LoRA"),
+    "other.safetensors": (
+        {"layer.weight": torch.ones(2, 2)},
+        "nothing that is known here; give a model, a LoRA",
+    ),
+    "flux.safetensors": ({"double_blocks.0.x": torch.ones(2)}, "is Flux; give a model, a LoRA"),
+}
+
+
+@pytest.mark.parametrize("file", NOTHING_TO_MOVE)
+def test_what_has_nothing_to_move_is_told_what_it_is_or_lacks(folder, file):
+    tensors, words = NOTHING_TO_MOVE[file]
+    save_safetensors(folder / file, tensors)
+    for dry in ((), ("--dry-run",)):
+        sentence = refused(folder, "apply", "own.permutation.safetensors", file, "-o", "m.safetensors", *dry)
+        assert file in sentence and words in sentence and "rebasin apply" not in sentence
+
+
+def test_only_the_neurons_that_a_file_has_are_counted(folder, tmp_path):
+    own = planted(folder)
+    mlp = torch.nn.Sequential(Linear(4, 9), torch.nn.ReLU(), Linear(9, 2))
+    both = union({"text_encoder": own, "unet": trace(mlp, torch.ones(1, 4)).random(1)})
+    both.save(tmp_path / "p.safetensors")
+    assert both.moved() > own.moved()
+    given = (tmp_path / "p.safetensors", folder / "a.safetensors", "-o", tmp_path / "out.safetensors")
+    assert f" {own.moved():,} neurons" in rebasin("apply", *given)
+    assert f" {own.moved():,} neurons" in rebasin("apply", *given, "--dry-run")
+    given = (tmp_path / "p.safetensors", folder / "lora.safetensors", "-o", tmp_path / "lora.safetensors")
+    fc1 = own.axes_of("text_model.encoder.layers.0.mlp.fc1.weight")
+    moved = sum(int((index != np.arange(len(index))).sum()) for _, index in fc1)
+    assert f"2 tensors follow {moved:,} neurons" in rebasin("apply", *given)
+
+
+def test_a_given_permutation_speaks_for_itself_alone(folder, tmp_path):
+    """Whether B is in A's order, only an alignment knows; and for which files one was found, its header does."""
+    union({"text_encoder": planted(folder).spec.identity()}).save(tmp_path / "still.safetensors")
+    given = ("merge", folder / "a.safetensors", folder / "b.safetensors", "--permutation")
+    told = rebasin(*given, tmp_path / "still.safetensors", "-o", tmp_path / "o.safetensors", "--no-check")
+    assert "The given permutation moves nothing; whether B is in A's order was not looked at." in told
+    assert "already" not in told and "was found for" not in told
+    a, b, kept = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "m.permutation.safetensors"))
+    for path in (a, b):
+        shutil.copy(folder / "a.safetensors", path)
+    told = rebasin("merge", a, b, "-o", tmp_path / "m.safetensors", "--no-check")
+    assert "order already" in told
+    told = rebasin(*given[:-1], "-o", tmp_path / "n.safetensors", "--no-check", "--permutation", kept)
+    assert (
+        "m.permutation.safetensors was found for 'a.safetensors' and 'b.safetensors', but b.safetensors is not that"
+        " 'b.safetensors' (by sha256)." in " ".join(told.split())
+    )
+    told = rebasin("merge", a, b, "-o", tmp_path / "o2.safetensors", "--no-check", "--permutation", kept)
+    assert "was found for" not in told
+
+
+def test_exchanged_entries_of_a_permutation_are_seen(folder, tmp_path):
+    path, both = tmp_path / "p.safetensors", tmp_path / "many.safetensors"
+    planted(folder).save(path)
+    save_permutations(both, [planted(folder), planted(folder)])
+    for file, load in ((path, Permutation.load), (both, load_permutations)):
+        state = load_safetensors(file)
+        tensors = {name: state[name].clone() for name in state}
+        header = dict(state.metadata)
+        name = next(name for name in tensors if "mlp" in name)
+        tensors[name][[0, 1]] = tensors[name][[1, 0]]
+        save_safetensors(file, tensors, header)
+        with pytest.raises(CheckpointError, match="damaged: its indices are not those that were saved"):
+            load(file)
+        del header["digest"]  # as older versions wrote it
+        save_safetensors(file, tensors, header)
+        load(file)
+
+
+def test_sentences_about_damaged_permutations_are_short_where_paths_are_long(folder, tmp_path):
+    deep = tmp_path / "/".join(["a_folder_with_a_long_name"] * 8)
+    deep.mkdir(parents=True)
+    path = deep / "p.safetensors"
+    name = "unet.up_blocks.3.attentions.1.transformer_blocks.0.attn2.to_q"
+    model = torch.nn.Sequential(Linear(4, 9), torch.nn.ReLU(), Linear(9, 2))
+    text = trace(model, torch.ones(1, 4)).to_json()
+    cell = json.loads(text)["groups"][0]["cells"][0]
+    told = json.loads(text)
+    told["groups"][0]["cells"] = [
+        [name, cell[1], [[f"{name}.{i}.weight", *s[1:]] for i, s in enumerate(cell[2])]]
+    ]
+    save_safetensors(path, {"x": torch.ones(2)}, {"spec": json.dumps(told)})
+    with pytest.raises(CheckpointError, match="no such places") as found:
+        Permutation.load(path)
+    assert len(f"Error: {found.value}") <= 300 and "name/p.safetensors holds" in str(found.value)
+    whole = f"/{'x' * 200}/m.safetensors is one."
+    assert str(CheckpointError(whole)) == whole  # a sentence that is short enough stays as it is
 
 
 @pytest.mark.parametrize("suffix", [".safetensorz", ".pt", ".bin", ".pth", ".zip", ".SAFETENSOR"])

@@ -139,8 +139,10 @@ def _text_family(shapes: Shapes, found: Found) -> str:
     return "clip_h" if width == 1024 or found.layout == "openclip" else "clip_l"
 
 
+ADAPTER = "a LoRA or another adapter"
+
 FOREIGN = {
-    "a LoRA or another adapter": r"\.lora_(down|up|A|B|mid)\b|\.lora[_.](linear|unet|te)|^lora_"
+    ADAPTER: r"\.lora_(down|up|A|B|mid)\b|\.lora[_.](linear|unet|te)|^lora_"
     r"|\.(hada_w|lokr_w|oft_|diff_b)|^(unet|text_encoder):\d+:(up|down)$|\.on_input$|\.(diff|dora_scale)$"
     r"|^bundle_emb\.",
     "a ControlNet": r"input_hint_block\.|controlnet_cond_embedding\.|^control_model\.",
@@ -158,7 +160,7 @@ FOREIGN = {
 """What people mistake for a model, by the names of its tensors."""
 
 INSTEAD = {
-    "a LoRA or another adapter": "rebasin apply PERMUTATION FILE moves it along with its model",
+    ADAPTER: "rebasin apply PERMUTATION FILE moves it along with its model",
     "a ControlNet": "rebasin apply PERMUTATION FILE moves it along with its model",
     "a textual inversion embedding": "it fits an aligned model as it is, unless that was aligned with --joint",
     "a permutation that rebasin wrote": "--permutation FILE and rebasin apply take it",

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..adapters import of_component, part, union
 from ..checkpoints import component_spec, load_metadata
 from ..checkpoints.joint import PARTS, joint_spec, joint_state
 from ..checkpoints.provenance import Component
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, shown
 from ..files import SchemaError, conform, parse, remove_leftovers
 from ..jobs.resume import Resume
 from ..matching import weight_matching
@@ -48,7 +48,8 @@ class Alignment:
         permutation: of all aligned components, in one (see `rebasin.adapters.union`).
         specs: component (or "joint") -> its spec, in its own names.
         figures: component -> FIGURES and OF_TWO or OF_MANY, with "neurons".
-        file: where it is kept; `reused` if it was found there.
+        file: where it is kept; `reused` if it was found there, `given` if the user named it.
+        remarks: sentences about what is legal and maybe not meant.
     """
 
     permutation: Permutation
@@ -56,6 +57,8 @@ class Alignment:
     figures: Figures
     file: Path | None = None
     reused: bool = False
+    given: bool = False
+    remarks: tuple[str, ...] = ()
 
     @property
     def moved(self) -> int:
@@ -93,8 +96,15 @@ def state_of(checkpoint: Checkpoint, name: str, spec: PermutationSpec) -> State:
     return joint_state(checkpoint, dict.fromkeys(name.split(".")[0] for name in spec.shapes))
 
 
-def given_alignment(path: Path, specs: Specs) -> Alignment:
-    """The alignment of a file that the user names.
+class File(TypedDict):
+    """A model that a permutation was found for."""
+
+    name: str
+    sha256: str
+
+
+def given_alignment(path: Path, specs: Specs, files: Sequence[File] = ()) -> Alignment:
+    """The alignment of a file that the user names; `files` are the two models at hand.
 
     Raises:
         CheckpointError, SpecMismatchError: it is none, or is one of another architecture.
@@ -103,7 +113,31 @@ def given_alignment(path: Path, specs: Specs) -> Alignment:
     for name, spec in specs.items():
         if name != JOINT and (own := of_component(permutation, name)) is not None:
             part(own, spec)  # legal for this architecture
-    return Alignment(permutation, specs, figures_of(path), path, reused=True)
+    remarks = others(path, files)
+    return Alignment(permutation, specs, figures_of(path), path, reused=True, given=True, remarks=remarks)
+
+
+def others(path: Path, files: Sequence[File]) -> tuple[str, ...]:
+    """A sentence if a permutation file tells that it was found for other models than these two; older ones do not.
+
+    Raises:
+        CheckpointError: it is no permutation file, or damaged.
+    """
+    try:
+        known = conform(list[File], parse(permutation_metadata(path).get("files", "[]")))
+    except SchemaError as error:
+        raise CheckpointError(
+            f"{path} is damaged: the files that it was found for are none ({error})."
+        ) from error
+    if len(known) != len(files):
+        return ()
+    wrong = [
+        f"{now['name']} is not that {shown(then['name'])}"
+        for then, now in zip(known, files, strict=True)
+        if then["sha256"] != now["sha256"]
+    ]
+    names = " and ".join(shown(then["name"]) for then in known)
+    return (f"{path.name} was found for {names}, but {' and '.join(wrong)} (by sha256).",) if wrong else ()
 
 
 def figures_of(path: Path) -> dict[str, Any]:
@@ -159,7 +193,7 @@ class Aligning:
             RebasinError: it does not fit, or its place is taken.
         """
         if (given := self.request.permutation) is not None:
-            return [given_alignment(given, self.specs)]
+            return [given_alignment(given, self.specs, self.named(1) if len(self.models) == 2 else ())]
         if found := self.reuse(self.files, self.specs):
             return found
         matched = {name: self.component(name) for name in self.specs}
@@ -188,6 +222,10 @@ class Aligning:
             **{name: getattr(self.request, name) for name in ("start", "seed", "joint", "max_sweeps")},
         }
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def named(self, i: int) -> list[File]:
+        """The first model and model `i`."""
+        return [{"name": self.models[n].path.name, "sha256": self.hashes[n]} for n in (0, i)]
 
     @property
     def files(self) -> list[Path]:
@@ -239,8 +277,9 @@ class Aligning:
         self, permutations: Sequence[Permutation], files: Sequence[Path], specs: Specs, figures: Figures
     ) -> list[Alignment]:
         """The alignments by these permutations, written into `files`."""
-        for own, file in zip(permutations, files, strict=True):
-            own.save(file, {"key": self.key, "figures": json.dumps(figures)})
+        told = {"key": self.key, "figures": json.dumps(figures)}
+        for i, (own, file) in enumerate(zip(permutations, files, strict=True), 1):
+            own.save(file, {**told, "files": json.dumps(self.named(i))})
         return [Alignment(own, specs, figures, file) for own, file in zip(permutations, files, strict=True)]
 
     def reuse(self, files: Sequence[Path], specs: Specs) -> list[Alignment]:

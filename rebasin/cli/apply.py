@@ -74,15 +74,14 @@ def apply(
     if inverse:
         found = found.invert()
     if dry_run:
-        text = (
-            f"Would move the {kind} {file} by {found.moved():,} neurons and write {output}. Nothing was done."
-        )
+        neurons = permuted(kind, file, found, unfold, variant).neurons
+        text = f"Would move the {kind} {file} by {neurons:,} neurons and write {output}. Nothing was done."
         console.console.print(text, markup=False)
         return
     with console.stage("move"):
-        state, metadata = permuted(kind, file, found, unfold, variant)
+        state, metadata, neurons = permuted(kind, file, found, unfold, variant)
         followers = "" if kind == "model" else f"{len(state):,} tensors follow "
-        console.say(f"{kind}: {followers}{found.moved():,} neurons")
+        console.say(f"{kind}: {followers}{neurons:,} neurons")
     with console.stage("write"):
         recipe = {"command": "apply", "permutation": permutation.name, "inverse": inverse}
         recipe["permutation_sha256"] = sha256_of(permutation)

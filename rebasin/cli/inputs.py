@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapters import is_adapter, is_controlnet
 from ..checkpoints import Checkpoint, require_same_family
 from ..checkpoints.checkpoint import open_each, require_fitting
+from ..checkpoints.families import ADAPTER, foreign
 from ..checkpoints.folders import load_config, load_weights, taken, variants
 from ..checkpoints.output import FILES, is_file
 from ..checkpoints.pickled import load_tensors
@@ -125,7 +126,8 @@ def kind_of_file(path: Path) -> Kind:
         return "permutation"
     if is_controlnet(state):
         return "controlnet"
-    return "adapter" if is_adapter(state) else "model"
+    # The names may tell of an adapter that is not whole; then its own sentence says what it lacks.
+    return "adapter" if is_adapter(state) or foreign(dict.fromkeys(state)) == ADAPTER else "model"
 
 
 def open_raw(path: Path) -> State:

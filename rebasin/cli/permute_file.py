@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ..adapters import (
     component_of,
+    extend,
     is_joint,
     joint_controlnet,
     move_adapter,
@@ -13,22 +16,36 @@ from ..adapters import (
     of_component,
     part,
 )
+from ..adapters.move import changed_by
 from ..adapters.union import prefix_of
 from ..checkpoints import component_spec
 from ..checkpoints.architectures import build, fit, published
-from ..checkpoints.families import identify
+from ..checkpoints.checkpoint import unwrapped
+from ..checkpoints.components import locate
+from ..checkpoints.families import foreign, identify
 from ..errors import CheckpointError, SpecMismatchError
 from ..spec import Permutation, PermutationSpec
+from ..spec.permutation import displaced
 from ..tensors.codes import decoded
 from ..types import State
 from . import output
 from .inputs import Kind, named, open_each, open_raw
 
+MOVABLE = "a model, a LoRA or another adapter, or a ControlNet"
+
+
+class Permuted(NamedTuple):
+    """A file's tensors in their new order, the metadata of its header, and how many of its neurons moved."""
+
+    state: State
+    metadata: dict[str, str]
+    neurons: int
+
 
 def permuted(
     kind: Kind, file: Path, permutation: Permutation, unfold: bool, variant: str | None = None
-) -> tuple[State, dict[str, str]]:
-    """The file's tensors in their new order, and the metadata of its header.
+) -> Permuted:
+    """What becomes of a file.
 
     Raises:
         RebasinError: the file and the permutation do not belong together.
@@ -36,6 +53,8 @@ def permuted(
     if kind == "permutation":
         raise CheckpointError(f"{file} is a permutation itself; give a checkpoint, a LoRA or a ControlNet.")
     if kind == "model":
+        if not file.is_dir():
+            require_known(file)
         checkpoint = open_each([file], variant)[0]
         states: dict[str, State] = {}
         for name in checkpoint.components:
@@ -49,14 +68,44 @@ def permuted(
                 f"{file} has {', '.join(checkpoint.components)}, but the permutation moves"
                 f" {', '.join(component_of(permutation.spec)) or 'something else'}."
             )
-        return output.finished(checkpoint, states), dict(checkpoint.metadata)
+        own = [f"{prefix_of(permutation.spec, n)}{t}" for n in states for t in checkpoint.shapes(n)]
+        whole = output.finished(checkpoint, states)
+        return Permuted(whole, dict(checkpoint.metadata), moved_of(permutation, own))
     state = open_raw(file)
     metadata = dict(getattr(state, "metadata", {}))
     if kind == "adapter":
         with named(file):
-            return move_adapter(permutation, state, unfold=unfold, what=file.name), metadata
+            moved = move_adapter(permutation, state, unfold=unfold, what=file.name)
+            own = changed_by(permutation.spec, state, file.name)
+        return Permuted(moved, metadata, moved_of(permutation, own))
     state = decoded(state, file)
-    return move_controlnet(permutation, state, controlnet_spec(permutation.spec), what=file.name), metadata
+    joint = controlnet_spec(permutation.spec)
+    moved = move_controlnet(permutation, state, joint, what=file.name)
+    own = [name for name in joint.shapes if name.startswith("controlnet.")]
+    return Permuted(moved, metadata, moved_of(extend(permutation, joint), own))
+
+
+def moved_of(permutation: Permutation, parameters: Sequence[str]) -> int:
+    """How many of the neurons that these parameters have do not stay where they are."""
+    spec = permutation.spec
+    known = {spec.aliases.get(name, name) for name in parameters}
+    cells = {cell for name in known for sites in spec.axes.get(name, {}).values() for cell, _ in sites}
+    return displaced(permutation.index[cell] for cell in cells)
+
+
+def require_known(file: Path) -> None:
+    """Raise `CheckpointError` if a file is none of those that can be moved; it says what it is."""
+    state = open_raw(file)
+    if not len(state):
+        raise CheckpointError(f"{file} has no tensors, so there is nothing to move; give {MOVABLE}.")
+    what = foreign(dict.fromkeys(state))
+    if what == "a textual inversion embedding":
+        raise CheckpointError(
+            f"{file} is {what}, which no permutation moves: it fits an aligned model as it is, unless that was aligned"
+            " with --joint."
+        )
+    if what is not None or not locate(dict.fromkeys(unwrapped(state, file))):
+        raise CheckpointError(f"{file} is {what or 'nothing that is known here'}; give {MOVABLE}.")
 
 
 def controlnet_spec(spec: PermutationSpec) -> PermutationSpec:

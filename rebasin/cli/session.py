@@ -80,7 +80,7 @@ def say_alignment(
     if many:
         text = "The symmetries are proved, so each model computes what it did."
     elif not moved:
-        text = "No neuron had to move, so B is what it was."
+        text = f"No neuron {'moves' if found[0].given else 'had to move'}, so B is what it was."
     elif checks is None:
         text = "The symmetries are proved (not checked on these weights: --no-check)."
     else:
@@ -93,6 +93,8 @@ def say_alignment(
             f"{len(found) + 1} models agree" if many else f"{neurons:,} neurons of B are in A's order already"
         )
         text = f"All {who}, so {'this is the plain merge' if merged else 'nothing needs aligning'}."
+        if found[0].given:
+            text = "The given permutation moves nothing; whether B is in A's order was not looked at."
         return answer(console, "Did anything move?", "No", "yellow", text)
     before, after = (
         sum(f.get(key, 0.0) ** 2 for f in figures) ** 0.5

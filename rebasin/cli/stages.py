@@ -113,6 +113,7 @@ def aligned(console: Console, wanted: Aligning) -> list[Alignment]:
             moved = ", ".join(f"{n} {f['moved']:,} of {f['neurons']:,}" for n, f in figures)
             told = f"moved {moved or found[0].moved}"
         console.say(("as found before: " if found[0].reused else "") + told)
+    remark(console, [sentence for one in found for sentence in one.remarks])
     return found
 
 

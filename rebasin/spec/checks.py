@@ -10,6 +10,9 @@ from ..errors import shown
 from ..files import SchemaError
 from .structure import Branch, Group, Indices, Leaf, Node, to_array
 
+SHORT = 60
+"""Characters of a name where a sentence has two."""
+
 LARGEST = 1 << 25
 """Positions of a whole spec; SDXL has two million. More would be a file that wants memory, not a model."""
 
@@ -26,7 +29,7 @@ def require_sound(groups: Iterable[Group], shapes: Mapping[str, tuple[int, ...]]
     for group in groups:
         for cell in group.cells:
             if cell.name in names or cell.size < 1:
-                raise SchemaError(f"its cell {shown(cell.name)} is there twice or empty")
+                raise SchemaError(f"its cell {shown(cell.name, SHORT)} is there twice or empty")
             names.add(cell.name)
             total += cell.size * max(1, len(cell.sites))
             if total > LARGEST:
@@ -37,8 +40,8 @@ def require_sound(groups: Iterable[Group], shapes: Mapping[str, tuple[int, ...]]
                 # Ends first: a range of any length costs nothing.
                 if len(site.positions) != cell.size or not _within(site.positions, size):
                     raise SchemaError(
-                        f"its cell {shown(cell.name)} of {cell.size:,} neurons has no such places in"
-                        f" {shown(site.parameter)}"
+                        f"its cell {shown(cell.name, SHORT)} of {cell.size:,} neurons has no such places in"
+                        f" {shown(site.parameter, SHORT)}"
                     )
                 taken.setdefault((site.parameter, site.axis), []).append(site.positions)
         _require_tree(group)

@@ -370,7 +370,7 @@ class Permutation:
         """A safetensors file with one int32 tensor a cell; its header has the spec, so the file stands alone."""
         tensors = {name: torch.from_numpy(p.astype(np.int32)) for name, p in self.index.items()}
         told = {**json.loads(self.spec.to_json()), "metadata": dict(metadata or {})}
-        save_safetensors(path, tensors, {"spec": json.dumps(told)})
+        save_safetensors(path, tensors, {"spec": json.dumps(told), "digest": digest(self.index)})
 
     @classmethod
     def load(cls, path: PathLike) -> Permutation:
@@ -383,7 +383,9 @@ class Permutation:
         spec = PermutationSpec.of_file(file)
         if set(file) != set(spec.cells):
             raise CheckpointError(f"{path} is damaged: its tensors are not the cells of its spec.")
-        return cls.read(file, spec)
+        permutation = cls.read(file, spec)
+        require_digest(file, permutation.index)
+        return permutation
 
     @classmethod
     def read(cls, file: SafetensorsState, spec: PermutationSpec, prefix: str = "") -> Permutation:
@@ -424,6 +426,23 @@ class PermutedState(LazyState):
 
     def origin(self, name: str) -> str | None:
         return origin_of(self.known, name)
+
+
+def digest(indices: Mapping[str, np.ndarray]) -> str:
+    """sha256 of indices [size] and their names; kept in the header of their file."""
+    sha = hashlib.sha256()
+    for name in sorted(indices):
+        sha.update(f"{name} {indices[name].size} ".encode())
+        sha.update(indices[name].astype("<i4").tobytes())
+    return sha.hexdigest()
+
+
+def require_digest(file: SafetensorsState, indices: Mapping[str, np.ndarray]) -> None:
+    """Raise `CheckpointError` if the header of `file` tells of other indices; older files tell of none."""
+    if file.metadata.get("digest") not in (None, digest(indices)):
+        raise CheckpointError(
+            f"{file.path} is damaged: its indices are not those that were saved, as their digest differs; align again."
+        )
 
 
 def displaced(indices: Iterable[np.ndarray]) -> int:

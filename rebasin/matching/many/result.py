@@ -16,6 +16,7 @@ from torch import Tensor
 from ...arguments import typed
 from ...errors import CheckpointError, ConfigError
 from ...spec import Permutation, PermutationSpec
+from ...spec.permutation import digest, require_digest
 from ...tensors import load_safetensors, save_safetensors
 from ..result import plain
 from ..resume_state import ResumeState
@@ -112,11 +113,10 @@ def save_permutations(
     if not permutations:
         raise ConfigError("There is nothing to save: the list of permutations is empty.")
     tensors = {
-        f"{i}/{cell}": torch.from_numpy(index.astype(np.int32))
-        for i, p in enumerate(permutations)
-        for cell, index in p.index.items()
+        name: torch.from_numpy(index.astype(np.int32)) for name, index in _together(permutations).items()
     }
     header = {"permutations": str(len(permutations)), "spec": permutations[0].spec.to_json()}
+    header["digest"] = digest(_together(permutations))
     save_safetensors(path, tensors, {**(metadata or {}), **header})
 
 
@@ -135,7 +135,14 @@ def load_permutations(path: str | os.PathLike[str]) -> list[Permutation]:
     prefixes = [f"{i}/" for i in range(int(told))]
     if len(file) != len(prefixes) * len(spec.cells):
         raise CheckpointError(f"{path} is damaged: its tensors are not the cells of its spec.")
-    return [Permutation.read(file, spec, prefix) for prefix in prefixes]
+    permutations = [Permutation.read(file, spec, prefix) for prefix in prefixes]
+    require_digest(file, _together(permutations))
+    return permutations
+
+
+def _together(permutations: Sequence[Permutation]) -> dict[str, np.ndarray]:
+    """The indices of all, named "MODEL/CELL"."""
+    return {f"{i}/{cell}": index for i, p in enumerate(permutations) for cell, index in p.index.items()}
 
 
 @dataclass(frozen=True)
