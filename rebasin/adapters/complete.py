@@ -90,7 +90,7 @@ def require_complete(where: str, shapes: Shapes) -> str:
     for one, other, fits in _ranks(kind, shapes):
         if not fits:
             raise AdapterError(
-                f"{where} has {_called(one)} of shape {shapes[one]} and {_called(other)} of shape {shapes[other]}, "
+                f"{where} has {_called(one)} of shape {shapes[one]} and {_called(other)} of shape {shapes[other]},"
                 " whose ranks do not fit; the file is damaged."
             )
     return kind
