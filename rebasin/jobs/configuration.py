@@ -199,7 +199,7 @@ def name_of(cfg: Any, group: str, runtime: Any) -> str:
         raise ConfigError(f"{told} is {kind}, but a config is a mapping, lines of OPTION: VALUE.")
     lines = [f"name: {choice}", *([NEEDED[group]] if group in NEEDED else [])]
     missing = [line for line in lines if (node or {}).get(line.partition(":")[0]) is None]
-    if missing:
+    if missing or node is None:
         fields = " and no ".join(line.partition(":")[0] for line in missing)
         raise ConfigError(
             f"{told} has no {fields}; add the line{'s' * (len(missing) > 1)} {' and '.join(map(repr, missing))}."
