@@ -414,7 +414,6 @@ def shell(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess
             ["seeed=1"],
             "Error: There is no option 'seeed'; did you mean 'seed'? The options there are seed, lam,",
         ),
-        (["model=mlp", "data=mnist", "data.path=/nope"], "Error: There is no file or folder /nope."),
     ],
 )
 def test_a_mistake_costs_one_sentence_and_exit_code_2(arguments, sentence, tmp_path):

@@ -15,7 +15,7 @@ import ast
 import contextlib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -47,15 +47,25 @@ NO_OPTIONS = frozenset((
 """Arguments that a run supplies, or that only Python can: of matching algorithms, merge methods and objectives."""
 
 
-def composed(overrides: list[str], config: str = CONFIG) -> DictConfig:
-    """The configuration of these choices; a Hydra application that is running is left as it is."""
+def composed(overrides: Sequence[str], config: str = CONFIG) -> DictConfig:
+    """The configuration of these choices, read-only; a Hydra application that is running is left as it is."""
+    own = any(
+        choice.startswith("hydra.searchpath") for choice in overrides
+    )  # files that change while it runs
+    return (_composed.__wrapped__ if own else _composed)(tuple(overrides), config)
+
+
+@cache
+def _composed(overrides: tuple[str, ...], config: str) -> DictConfig:
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
-            return compose(config, overrides=overrides)
+            found = compose(config, overrides=list(overrides))
     finally:
         GlobalHydra.instance().hydra = running
+    OmegaConf.set_readonly(found, True)  # the same for all who ask
+    return found
 
 
 @cache
