@@ -20,6 +20,7 @@ from rebasin.checkpoints.provenance import read
 from rebasin.data import captioned_folder
 from rebasin.errors import CheckpointError, ConfigError, DataError, RebasinError
 from rebasin.jobs.algorithm import load_algorithm
+from rebasin.merging import interpolate
 from rebasin.models import tiny_sd
 from rebasin.objectives import Denoising
 from rebasin.objectives.denoising import CHANNELS, problems
@@ -106,7 +107,7 @@ def test_every_algorithm(tasks, name):
 
 @pytest.mark.parametrize(
     ("family", "objective"),
-    [("sd2-v", "denoising"), ("sdxl", "reward"), ("inpainting", "denoising"), ("refiner", "distillation")],
+    [("sd2-v", "denoising"), ("sdxl", "reward"), ("inpainting", "distillation")],
 )
 def test_what_other_families_are_told(asked, family, objective):
     """Objectives look at their models; what a run does besides is the same for all."""
@@ -158,31 +159,35 @@ def test_texts_and_unet_as_one(asked, tasks):
     assert result.permutation.moved() > 10
 
 
-def test_the_vae_and_its_pictures(asked, tmp_path):
+def test_the_vae_and_its_pictures(asked):
     options = [*table.OTHERS["vae, activation_matching_prompts"], "model.samples=2", "model.steps=1"]
-    table.cell(asked("folder", *options), tmp_path)
-    assert (tmp_path / "samples.png").is_file() and not (tmp_path / "xyz.png").exists()
+    task = load_task(table.configured(asked("folder", *options)))
+    a, b = task.endpoints(None)
+    assert task.sampler is not None and task.pipeline is not None and task.aligned == "vae"
+    made = task.sampler({"A": a, "B": b}, 0)
+    assert list(made.rows) == ["A", "B"] and all(len(images) == 2 for images in made.rows.values())
 
 
-def test_the_tiny_pipeline_as_folders_is_the_tiny_pipeline(place, tmp_path):
+def test_the_tiny_pipeline_as_folders_is_the_tiny_pipeline(place):
     for name in ("seed0", "seed1"):
         tiny_sd.load_pipeline(name, dtype=torch.float16).save_pretrained(str(place / name))
-    common = [
-        "objective=denoising",
-        "data=captioned_digits",
-        "data.heldout=20",
-        "data.train=20",
-        "data.batch_size=10",
-    ]
-    common += ["algo=activation_matching", "model.samples=0"]
-    ours = table.cell(
-        [f"model.a={place / 'seed0'}", f"model.b={place / 'seed1'}", *common], tmp_path / "folders"
+    images = ["data=captioned_digits", "data.heldout=20", "data.train=20", "data.batch_size=10"]
+    folders = [f"model.{end}={place / name}" for end, name in (("a", "seed0"), ("b", "seed1"))]
+    ours, theirs = (
+        load_task(table.configured([*model, "objective=denoising", "model.samples=0", *images]))
+        for model in (["model=checkpoint", *folders], ["model=tiny_sd"])
     )
-    theirs = table.cell(["model=tiny_sd", *common], tmp_path / "tiny")
-    assert ours is not None and theirs is not None
-    for kind in ("naive", "aligned"):
-        found, wanted = (r["curves"]["heldout"][kind]["losses"] for r in (ours, theirs))
-        assert found == pytest.approx(wanted, rel=1e-6)
+    for (a, b), (other_a, other_b) in [(ours.endpoints(None), theirs.endpoints(None))]:
+        for lam in (0.0, 0.5, 1.0):
+            found, wanted = (
+                task.objective.evaluate(loaded(task.model, interpolate(*ends, lam)), task.batches[split])[
+                    "loss"
+                ]
+                for split in ("heldout",)
+                for task, ends in ((ours, (a, b)), (theirs, (other_a, other_b)))
+            )
+            assert found == pytest.approx(wanted, rel=1e-6)
+    assert len(ours.batches["train"]) == len(theirs.batches["train"])
 
 
 @pytest.mark.parametrize(

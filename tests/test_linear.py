@@ -186,16 +186,6 @@ def test_numba_is_loaded_only_where_it_is_needed_and_threads_may_be_the_first_to
     )
 
 
-def test_without_a_place_for_the_machine_code_every_process_compiles_its_own() -> None:
-    in_a_new_process(
-        "import numpy as np",
-        "from numba.core.caching import CacheImpl",
-        "CacheImpl._locator_classes = []",
-        "from rebasin.matching.assignment.jonker_volgenant import solve",
-        "assert solve(np.eye(5)[::-1])[0].tolist() == [4, 3, 2, 1, 0]",
-    )
-
-
 NO_NUMBA = """
 import sys, warnings
 import numpy as np, torch
@@ -240,6 +230,19 @@ for script in {scripts!r}:  # in a process of its own, with what takes long impo
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0, script
 """
+
+
+NOWHERE = """
+from numba.core.caching import CacheImpl
+CacheImpl._locator_classes = []
+from rebasin.matching.assignment import jonker_volgenant
+assert type(jonker_volgenant._solve._cache).__name__ == "NullCache"
+"""
+
+
+def test_without_a_place_for_the_machine_code_none_is_kept() -> None:
+    assert type(jonker_volgenant._solve._cache).__name__ == "FunctionCache"
+    in_a_new_process(EACH.format(scripts=[NOWHERE]))
 
 
 def test_without_numba_scipy_solves_all_after_one_warning() -> None:
