@@ -19,7 +19,7 @@ PARTS = ("unet", "text_encoder", "text_encoder_2")
 def test_planted_permutation_is_undone_and_the_lora_follows(tmp_path: Path) -> None:
     files = Files(tmp_path, (*PARTS, "vae"), family="sdxl")
     spec = files.planted["unet"].spec
-    assert spec.coverage().one > 0.999 and spec.coverage().both > 0.95
+    assert spec.coverage().one > 0.999 and spec.coverage().both > 0.9
     aligned, kept = tmp_path / "aligned.safetensors", tmp_path / "aligned.permutation.safetensors"
     text = rebasin("align", files.a, files.b, "-o", aligned)
     assert "Stable Diffusion XL" in text and "Is it legal? Yes" in text and "Did anything move? Yes" in text
