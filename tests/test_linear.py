@@ -240,13 +240,9 @@ assert type(jonker_volgenant._solve._cache).__name__ == "NullCache"
 """
 
 
-def test_without_a_place_for_the_machine_code_none_is_kept() -> None:
+def test_without_numba_scipy_solves_all_after_one_warning_and_machine_code_is_kept_where_it_can_be() -> None:
     assert type(jonker_volgenant._solve._cache).__name__ == "FunctionCache"
-    in_a_new_process(EACH.format(scripts=[NOWHERE]))
-
-
-def test_without_numba_scipy_solves_all_after_one_warning() -> None:
     scripts = [
         NO_NUMBA.replace("{hide}", hide).replace("{reason}", reason) for reason, hide in HIDDEN.items()
     ]
-    in_a_new_process(EACH.format(scripts=scripts))
+    in_a_new_process(EACH.format(scripts=[NOWHERE, *scripts]))
