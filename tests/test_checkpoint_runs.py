@@ -107,7 +107,7 @@ def test_every_algorithm(tasks, name):
 
 @pytest.mark.parametrize(
     ("family", "objective"),
-    [("sd2-v", "denoising"), ("sdxl", "reward"), ("inpainting", "distillation")],
+    [("sdxl", "reward"), ("inpainting", "denoising")],
 )
 def test_what_other_families_are_told(asked, family, objective):
     """Objectives look at their models; what a run does besides is the same for all."""

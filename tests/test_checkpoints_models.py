@@ -233,7 +233,7 @@ def test_parts_alone(files, tmp_path, family, prefix, strip, component, known):
     assert all(torch.equal(mine[name], like[name]) for name in mine)
     module, _, _ = architecture(checkpoint, component)
     assert set(module.state_dict()) <= set(mine)
-    with pytest.raises(CheckpointError, match="different architectures"):
+    with pytest.raises(CheckpointError, match="different architectures|has no unet"):
         require_same_family(checkpoint, open_checkpoint(files["sd2" if known == "sd1" else "sd1"]))
 
 

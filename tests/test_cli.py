@@ -48,6 +48,8 @@ def test_help_is_quick_and_has_examples() -> None:
 
 def test_planted_permutation_is_undone_by_merge(files: Files, tmp_path: Path) -> None:
     """B is A with its neurons in another order, so the aligned midpoint is A; the naive one is not."""
+    coverage = files.planted["unet"].spec.coverage()
+    assert coverage.one > 0.999 and coverage.both > 0.9
     out = tmp_path / "merged.safetensors"
     text = rebasin("merge", files.a, files.b, "-o", out, "--alpha", 0.5)
     assert (

@@ -273,12 +273,12 @@ def test_ctrl_c_keeps_what_was_done_and_ends_with_130(
     assert stop.value.code == 130 and told.startswith("Interrupted; ") and words in told and told[-1] == "."
     assert [*tmp_path.glob(kept), *(tmp_path / "run").glob(kept)]
     assert not list(tmp_path.rglob(f"*{MARK}*")) and not (tmp_path / "run" / "results.json").exists()
-    if kind == "compare_methods":
+    if kind in ("compare_methods", "search"):  # how a search goes on, see above
         return
     stops = False
     given(*(["resume=true"] if "resume" in words else []))
     assert (tmp_path / "run" / "results.json").is_file() and not list(tmp_path.glob("unfinished/*"))
-    assert 0 < events.count(stage) <= {"straight_through": 3, "merge_many": 9, "search": 6}[kind]
+    assert 0 < events.count(stage) <= {"straight_through": 3, "merge_many": 9}[kind]
 
 
 def test_a_search_whose_disk_is_full_when_a_trial_is_kept_ends_with_a_sentence(

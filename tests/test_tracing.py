@@ -48,7 +48,7 @@ def test_transformer_is_sound(name: str) -> None:
     assert report.passed and report.moved > 100
 
 
-@pytest.mark.parametrize("name", ["sd15_unet", "autoencoder_kl", "unet2d"])
+@pytest.mark.parametrize("name", ["autoencoder_kl", "unet2d"])
 def test_diffusion_model_is_sound_and_covered(name: str) -> None:
     model, args, kwargs, spec = traced("diffusers", name)
     rebasin.verify(model, spec, *args, **kwargs).require()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class PromptedUNet(nn.Module):
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """ids: text encoder -> token ids [n, length]; added_cond_kwargs: SDXL's `time_ids`."""
-        hidden, pooled = [], None
+        hidden, pooled, unet = [], None, cast(Any, self.unet)
         for name in self.texts:
             encoder: Any = getattr(self, name)
             found = encoder.text_model(
@@ -113,10 +113,10 @@ class PromptedUNet(nn.Module):
             hidden.append(found.last_hidden_state if added_cond_kwargs is None else found.hidden_states[-2])
             pooled = found.pooler_output
         if added_cond_kwargs is None:
-            return self.unet(sample, timestep, hidden[0])
+            return unet(sample, timestep, hidden[0])
         last: Any = getattr(self, self.texts[-1])
         added = {**added_cond_kwargs, "text_embeds": last.text_projection(pooled)}
-        return self.unet(sample, timestep, torch.cat(hidden, dim=-1), added_cond_kwargs=added)
+        return unet(sample, timestep, torch.cat(hidden, dim=-1), added_cond_kwargs=added)
 
 
 def prompted_unet(built: Mapping[str, Built]) -> Built:
