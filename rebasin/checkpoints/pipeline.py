@@ -5,10 +5,8 @@ What a diffusers folder brings comes first; what a single file lacks is that of 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..files import PathLike
+from ..integrations.huggingface import quiet
 from .architectures import architecture
 from .components import TEXT, TEXT_2, UNET, VAE
 from .folders import INDEX, load_config
@@ -201,23 +200,3 @@ def _pipeline(kind: str, parts: Mapping[str, Any], options: Mapping[str, Any]) -
         pipeline = made(**parts, **{key: value for key, value in options.items() if key in known})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and advice from diffusers and transformers."""
-    from transformers.utils import logging as transformers_logging
-
-    bars = transformers_logging.is_progress_bar_enabled()
-    loggers = [logging.getLogger("transformers"), logging.getLogger("diffusers")]
-    levels = [logger.level for logger in loggers]
-    transformers_logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

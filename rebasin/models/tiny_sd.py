@@ -13,9 +13,6 @@ good they are.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,9 +20,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from ..errors import CheckpointError, ConfigError
+from ..integrations.huggingface import quiet
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -102,7 +99,7 @@ def build_pipeline(
     scheduler: DDIMScheduler,
 ) -> StableDiffusionPipeline:
     """The pipeline of these parts, without safety checker and without a progress bar."""
-    with _quiet():
+    with quiet():
         # Imported here: it loads half of diffusers, and complains at length where torchvision is missing.
         from diffusers import StableDiffusionPipeline
 
@@ -125,31 +122,13 @@ def _load(kind: type[T], part: str, path: str | Path | None, **options: Any) -> 
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}: give one that scripts/train_tiny_sd.py made.")
     try:
-        with _quiet():
+        with quiet():
             return kind.from_pretrained(str(folder), local_files_only=True, **options)  # pyright: ignore
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{folder} is damaged or incomplete ({reason}): restore it or train it anew."
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and advice from the libraries while our own small files are read."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    loggers = [logging.getLogger("transformers"), logging.getLogger("diffusers")]
-    levels = [logger.level for logger in loggers]
-    transformers_logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 # Architecture -----------------------------------------------------------------------------------------------
