@@ -44,6 +44,8 @@ clean: ## remove .venv, outputs and caches
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than Python 3.11; name another one: make PYTHON=python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+	@# An old pip takes twice as long to find out what fits together.
+	$(PIP) 'pip>=25'
 
 # Stamps: once installed, a call costs nothing until pyproject.toml changes.
 .venv/.installed: pyproject.toml | .venv/bin/python

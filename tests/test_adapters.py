@@ -572,30 +572,42 @@ def test_union_part_and_extend(pipeline: SmallPipeline) -> None:
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "ldm"])
-def test_controlnet(pipeline: SmallPipeline, layout: str) -> None:
-    from diffusers import ControlNetModel
+def test_controlnet(layout: str) -> None:
+    """On a UNet of two levels; that of Stable Diffusion 1 is in test_cli.py."""
+    from diffusers import ControlNetModel, UNet2DConditionModel
 
     torch.manual_seed(4)
-    control = ControlNetModel.from_unet(pipeline.unet, load_weights_from_unet=False).double()
+    model = UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=WIDTH,
+        norm_num_groups=4,
+    ).double()
+    control = ControlNetModel.from_unet(model, load_weights_from_unet=False).double()
     for tensor in control.parameters():  # its last layers begin at zero
         tensor.data += 0.05 * torch.randn_like(tensor)
     state = control.state_dict()
-    hint = torch.randn(1, 3, 64, 64).double()
-    hidden = pipeline.text(pipeline.ids)[0]
-    joint = joint_controlnet(pipeline.unet, pipeline.latents, pipeline.time, hidden)
+    latents, time, hint = torch.randn(1, 4, 8, 8).double(), torch.tensor([7]), rand(1, 3, 64, 64)
+    hidden = rand(1, 5, WIDTH)
+    joint = joint_controlnet(model, latents, time, hidden)
+    own = rebasin.trace(model, latents, time, hidden).random(3)
+    permutation = union({"unet": own})
 
     def run(unet: dict[str, Tensor], controlnet: dict[str, Tensor]) -> Tensor:
         control.load_state_dict(controlnet)
-        pipeline.unet.load_state_dict(unet)
+        model.load_state_dict(unet)
         with torch.no_grad():
-            down, middle = control(pipeline.latents, pipeline.time, hidden, hint, return_dict=False)
+            down, middle = control(latents, time, hidden, hint, return_dict=False)
             added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-            return pipeline.unet(pipeline.latents, pipeline.time, hidden, **added).sample
+            return model(latents, time, hidden, **added).sample
 
     def renamed(state: dict[str, Tensor], back: bool = False) -> dict[str, Tensor]:
         if layout == "diffusers":
             return state
-        pairs = [(f"controlnet_down_blocks.{i}.", f"control_model.zero_convs.{i}.0.") for i in range(12)]
+        pairs = [(f"controlnet_down_blocks.{i}.", f"control_model.zero_convs.{i}.0.") for i in range(4)]
         pairs.append(("controlnet_mid_block.", "control_model.middle_block_out.0."))
         result = {}
         for name, tensor in state.items():
@@ -606,22 +618,22 @@ def test_controlnet(pipeline: SmallPipeline, layout: str) -> None:
             result[name] = tensor
         return result
 
-    unet = {n.removeprefix("unet."): t for n, t in pipeline.state.items() if n.startswith("unet.")}
+    unet = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = {name: tensor.clone() for name, tensor in state.items()}
     expected = run(unet, state)
     file = renamed(state)
     assert is_controlnet(file) and not is_controlnet(unet)
-    moved = move_controlnet(pipeline.permutation, file, joint)
+    moved = move_controlnet(permutation, file, joint)
     assert list(moved) == list(file)
-    aligned = part(pipeline.permutation, pipeline.specs["unet"], "unet.").apply(unet)
+    aligned = own.apply(unet)
     torch.testing.assert_close(run(aligned, renamed(moved, back=True)), expected, rtol=0, atol=1e-9)
     assert (run(aligned, state) - expected).norm() > 1e-3 * expected.norm()
     with pytest.raises(AdapterError, match="zero_convs|controlnet_down_blocks"):
         move_controlnet(
-            pipeline.permutation,
+            permutation,
             {n: t for n, t in file.items() if "down_blocks.3." not in n and "zero_convs.3." not in n},
             joint,
         )
     with pytest.raises(AdapterError, match="another architecture"):
         name = next(n for n in file if "mid_block.weight" in n or "block_out.0.weight" in n)
-        move_controlnet(pipeline.permutation, file | {name: rand(8, 8, 1, 1)}, joint)
+        move_controlnet(permutation, file | {name: rand(8, 8, 1, 1)}, joint)

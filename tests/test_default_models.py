@@ -94,7 +94,8 @@ def test_aligning_helps_mlps_and_width_helps_aligning() -> None:
     objective = CrossEntropy()
     aligned = {}
     for width in (32, 128):
-        nets = [trained("mlp", digits, {"width": width}, RECIPES["mlp"], seed=s) for s in (0, 1)]
+        recipe = Recipe(epochs=25)
+        nets = [trained("mlp", digits, {"width": width}, recipe, seed=s) for s in (0, 1)]
         model = nets[0].model()
         spec = rebasin.trace(model, digits.test_x[:1])
         a, b = nets[0].state, nets[1].state

@@ -26,6 +26,9 @@ SHORT = [
     "model.recipe.batch_size=4", "model.text_recipe.batch_size=4", "data.train=8", "data.heldout=8",
     "evaluate.points=3", "model.samples=1", "model.steps=2",
 ]  # fmt: skip
+SEARCHED = ["algo=ste_reward_quick", "algo.steps=1", "algo.refine=0", "algo.init=identity", "algo.reward.train=5",
+            "algo.reward.batch_size=2", "algo.reward.steps=2",
+            "algo.reward.scorer=test_tiny_sd_trained:ink"]  # fmt: skip
 
 
 def ink(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -63,7 +66,7 @@ def test_a_training_is_kept_and_its_seed_and_recipe_matter(cache: Path) -> None:
 
 def test_with_text_encoders_of_their_own_the_joint_spec_moves_what_passes_between(tmp_path: Path) -> None:
     joint, _ = execute(tmp_path / "joint", *SHORT, "model.text=own", "model.joint=true")
-    apart, _ = execute(tmp_path / "apart", *SHORT, "model.text=own", "model.samples=0")
+    apart, _ = execute(tmp_path / "apart", *SHORT, "model.text=own", "model.samples=0", *SEARCHED)
     assert joint["spec"]["neurons"] - apart["spec"]["neurons"] == tiny_sd.HIDDEN
     assert joint["verify"]["unet"]["passed"] and joint["endpoints"] == {"a": "seed 0", "b": "seed 1"}
     assert joint["curves"]["heldout"]["naive"]["losses"] == apart["curves"]["heldout"]["naive"]["losses"]
@@ -74,18 +77,15 @@ def test_with_text_encoders_of_their_own_the_joint_spec_moves_what_passes_betwee
     name = "text_encoder.final_layer_norm.weight"
     middle = (a[name] + permutation.apply(b)[name]) / 2
     torch.testing.assert_close(load_safetensors(tmp_path / "joint" / "merged.safetensors")[name], middle)
+    # A search by reward leaves the curves to the objective.
+    assert apart["match"]["search"]["naive"] < 0 < apart["curves"]["heldout"]["naive"]["losses"][1]
 
 
-def test_a_search_by_reward_leaves_the_curves_to_the_objective(tmp_path: Path) -> None:
-    small = ["algo=ste_reward_quick", "algo.steps=1", "algo.refine=0", "algo.init=identity", "algo.reward.train=5",
-             "algo.reward.batch_size=2", "algo.reward.steps=2",
-             "algo.reward.scorer=test_tiny_sd_trained:ink"]  # fmt: skip
-    results, _ = execute(tmp_path, *SHORT, *small, "model.samples=0")
-    assert results["match"]["search"]["naive"] < 0 < results["curves"]["heldout"]["naive"]["losses"][1]
+def test_a_search_by_reward_needs_prompts() -> None:
     task = load_task(configured("model=mlp", "model.width=4"))
     state = task.model.state_dict()
     with pytest.raises(ConfigError, match="makes no images of prompts"):
-        load_algorithm(configured(*small).algo)(task, PermutationSpec((), {}), state, state)
+        load_algorithm(configured(*SEARCHED).algo)(task, PermutationSpec((), {}), state, state)
 
 
 def test_where_both_share_a_text_encoder_joint_changes_nothing() -> None:

@@ -22,7 +22,7 @@ def vision() -> dict[str, str]:
     return found
 
 
-SAMPLE = ("mobilenet_v3_small", "squeezenet1_1", "alexnet")
+SAMPLE = ("mobilenet_v3_small",)
 
 NETWORKS = f"""
 import torch

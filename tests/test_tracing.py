@@ -225,8 +225,8 @@ def test_geglu_halves_untied_fails() -> None:
 
 def test_meta_model_gives_the_same_spec() -> None:
     with torch.device("meta"):
-        meta = ZOO["diffusers"]["sd15_unet"](False)[0]
-    _, args, kwargs, spec = traced("diffusers", "sd15_unet")
+        meta = ZOO["diffusers"]["unet2d"](False)[0]
+    _, args, kwargs, spec = traced("diffusers", "unet2d")
     assert rebasin.trace(meta, *args, **kwargs) == spec
 
 

@@ -6,7 +6,6 @@ Importing this file imports both libraries, so it is imported late.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -101,7 +100,7 @@ def _vae(config: dict[str, Any]) -> Built:
     return model, (image, latent), {}
 
 
-def _text(kind: Callable[[CLIPTextConfig], nn.Module], config: dict[str, Any]) -> Built:
+def _text(kind: Any, config: dict[str, Any]) -> Built:
     other = ("architectures", "dtype", "torch_dtype")  # types are those of the tensors
     text = CLIPTextConfig.from_dict({k: v for k, v in config.items() if k not in other})
     module = kind(text)

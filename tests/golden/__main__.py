@@ -1,4 +1,4 @@
-"""`python -m tests.golden`: --write writes the files of this folder anew, --files prints what tiny jobs leave."""
+"""`python -m tests.golden`: --write writes the files of this folder anew."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ FOLDER = Path(__file__).parent
 def main(arguments: list[str]) -> None:
     from . import public, sentences
 
-    if arguments == ["--files"]:
-        found = public.files()
-        print("\n".join(found))
-    elif arguments == ["--write"]:
+    if arguments == ["--write"]:
         write(FOLDER / "public.txt", [*public.lines(), *public.files()])
         write(FOLDER / "error_sentences.txt", [str(sentence) for sentence in sentences.sentences()])
     else:

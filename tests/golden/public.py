@@ -40,7 +40,7 @@ RUNS = {
 
 
 def lines() -> list[str]:
-    """All but files, which take a process of their own."""
+    """All but files, for which jobs are run."""
     return [*sorted(_names()), *sorted(_parameters()), *sorted(_commands()), *sorted(_configs())]
 
 
