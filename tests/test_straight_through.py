@@ -20,6 +20,7 @@ from rebasin.matching.straight_through.estimator import straight_through
 from rebasin.matching.straight_through.loss_descent import descend
 from rebasin.matching.straight_through.midpoint import Ends
 from rebasin.matching.straight_through.result import StraightThroughResult
+from rebasin.matching.straight_through.starts import candidates
 from rebasin.matching.straight_through.state import StraightThroughState
 from rebasin.models import MLP
 from rebasin.models.train import Recipe, train
@@ -310,9 +311,9 @@ def test_a_given_start_is_taken_and_not_changed(small: Pair):
 
 
 def test_the_best_start_is_no_worse_than_any(digits: Pair):
-    starts = [digits.search(steps=1, init=init).start_objective for init in ("identity", "weight_matching")]
-    starts.append(digits.search(steps=1, init="activation_then_weight").start_objective)
-    assert digits.search(steps=1, init="best").start_objective == min(starts)
+    starts = {init: digits.search(steps=1, init=init).start_objective for init in candidates("best")}
+    assert {"identity", "weight_matching", "activation_matching"} < set(starts)
+    assert digits.search(steps=1, init="best").start_objective == min(starts.values())
 
 
 def test_the_last_fifth_of_the_batches_selects(small: Pair):
@@ -489,7 +490,7 @@ def test_resumed_after_anything_it_ends_the_same_to_the_bit(
         state.save(paths[-1])
 
     whole = search(checkpoint=keep)
-    starts = 4 if options.get("init") == "best" else 1
+    starts = len(candidates(options.get("init", "weight_matching")))
     assert len(paths) == starts + len(whole.history) and len({step.moved for step in whole.history}) > 1
     for path in paths:
         state = StraightThroughState.load(path)

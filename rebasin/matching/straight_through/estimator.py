@@ -88,9 +88,9 @@ def straight_through(
         heldout: more of them, by which the best permutation is chosen. Default: the last fifth of `batches`,
             which then gives no gradients (a single batch has to do for both). Data that results are reported
             on belongs in neither.
-        init: where the search starts: "identity", "weight_matching", "activation_then_weight" (by the
-            activations on `batches`, then by the weights), "activation_and_weight" (by both at once), "best" (the
-            best of these on the held-out batches), or a permutation.
+        init: where the search starts: "identity", "weight_matching", "activation_matching" (by the activations on
+            `batches`), "activation_then_weight" (then by the weights), "activation_and_weight" (by both at once),
+            "best" (the best of these on the held-out batches), or a permutation.
         steps: gradient steps. The paper makes 12,500 and more.
         optimizer: of the auxiliary weights, "adam" or "sgd" (the paper: lr 1e-2, momentum 0.9).
         lr: its learning rate.

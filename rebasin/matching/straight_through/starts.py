@@ -12,9 +12,17 @@ from ...errors import ConfigError, SpecMismatchError
 from ...objectives import LossFunction, Objective
 from ...spec import Permutation, PermutationSpec
 from ..activations.hybrids import activation_and_weight, activation_then_weight
+from ..activations.matching import activation_matching
 from ..weights.matching import weight_matching
 
-Named = Literal["identity", "weight_matching", "activation_then_weight", "activation_and_weight", "best"]
+Named = Literal[
+    "identity",
+    "weight_matching",
+    "activation_matching",
+    "activation_then_weight",
+    "activation_and_weight",
+    "best",
+]
 Start = Named | Permutation
 
 
@@ -52,6 +60,8 @@ def start_from(
         return weight_matching(spec, state_a, state_b, init="identity", seed=seed, device=device).permutation
     given = spec, model_a, model_b, batches
     options: dict[str, Any] = {"objective": objective, "seed": seed, "device": device}
+    if start == "activation_matching":
+        return activation_matching(*given, **options, tokens=None, fallback_to_weights=True).permutation
     if start == "activation_then_weight":
         return activation_then_weight(*given, **options, tokens=None).permutation
     if start == "activation_and_weight":
