@@ -234,7 +234,8 @@ class Run:
         )
         starts = (
             statistics
-            if algo.get("init") in ("best", "activation_then_weight", "activation_and_weight")
+            if algo.get("init")
+            in ("best", "activation_matching", "activation_then_weight", "activation_and_weight")
             else 0.0
         )
         return 2 * model + max(descent, starts)
