@@ -23,7 +23,11 @@ from rebasin.adapters import (
     part,
     union,
 )
+from rebasin.adapters.move import LACKING, Module, _parameter
+from rebasin.adapters.names import table
 from rebasin.checkpoints import architecture
+from rebasin.checkpoints.architectures import build
+from rebasin.checkpoints.reduced_width import REDUCED_WIDTH, reduced_configs
 from rebasin.errors import AdapterError, SpecMismatchError
 
 torch.set_num_threads(1)
@@ -471,6 +475,19 @@ HALVES: dict[str, tuple[dict[str, Tensor], str]] = {
         {"lokr_w1": rand(4, 4), "lokr_w2": rand(16, 4), "lokr_w2_a": rand(16, 1), "lokr_w2_b": rand(1, 4)},
         "lokr_w2_a",
     ),
+    "LoKr with a whole w2 and a core": (
+        {"lokr_w1": rand(4, 4), "lokr_w2": rand(16, 4), "lokr_t2": rand(2, 2, 1, 1)},
+        "lokr_t2, which does not belong",
+    ),
+    "LoKr with a core of w1": (
+        {
+            "lokr_w1_a": rand(4, 2),
+            "lokr_w1_b": rand(2, 4),
+            "lokr_t1": rand(2, 2, 1, 1),
+            "lokr_w2": rand(16, 4),
+        },
+        "lokr_t1, which does not belong",
+    ),
     "LoKr too large": ({"lokr_w1": rand(4, 4), "lokr_w2": rand(64, 16)}, "does not make up a LoKr"),
     "IA3 of inputs or outputs": ({"weight": rand(64)}, "no on_input"),
     "two kinds": (
@@ -637,3 +654,18 @@ def test_controlnet(layout: str) -> None:
     with pytest.raises(AdapterError, match="another architecture"):
         name = next(n for n in file if "mid_block.weight" in n or "block_out.0.weight" in n)
         move_controlnet(permutation, file | {name: rand(8, 8, 1, 1)}, joint)
+
+
+def test_what_text_encoders_a_model_lacks_is_told_by_its_unet() -> None:
+    lacks = {}
+    for family in ("sd1", "sdxl", "sdxl_refiner"):
+        config = reduced_configs(family, REDUCED_WIDTH[family], depth=1, vocabulary=64)["unet"]
+        unet = table(build("unet", config, "meta")[0].state_dict())
+        lacks[family] = [name for name, lacking in LACKING.items() if lacking(unet)]
+        module = Module(name := "lora_te1_text_model_encoder_layers_0_mlp_fc1", "text_encoder", name, {})
+        if family == "sdxl_refiner":
+            with pytest.raises(AdapterError, match="the aligned model has no first text encoder"):
+                _parameter(module, {"unet": unet}, "x")
+        else:
+            assert _parameter(module, {"unet": unet}, "x") is None
+    assert lacks == {"sd1": ["text_encoder_2"], "sdxl": [], "sdxl_refiner": ["text_encoder"]}

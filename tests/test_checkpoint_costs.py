@@ -74,6 +74,16 @@ def test_memory_is_counted_by_copies_of_the_model() -> None:
     assert own.memory() - replace(own, dtype=torch.bfloat16).memory() == pytest.approx(8e9)
 
 
+def test_memory_of_information_is_counted_for_every_model() -> None:
+    plain, fisher = (
+        told("algo=weight_matching", merge, searches=False).memory()
+        for merge in ("merge=weighted_sum", "merge=fisher")
+    )
+    three = told("algo=naive", "merge=fisher", "+model.files=[a,b,c]", searches=False).memory()
+    assert fisher - plain > 8e9  # a float32 for each weight of both models, at least
+    assert three - fisher == pytest.approx(4e9)
+
+
 def test_time_is_counted_by_passes() -> None:
     plain, rate = (
         told("algo=weight_matching", "evaluate.points=3", "objective.samples=4", searches=False),

@@ -15,6 +15,7 @@ from cli_files import rebasin
 from hydra import compose, initialize_config_dir
 
 from rebasin.checkpoints import belongings, open_checkpoint, save_checkpoint, save_safetensors
+from rebasin.checkpoints.folders import load_weights
 from rebasin.checkpoints.random_weights import random_checkpoint
 from rebasin.errors import CheckpointError
 from rebasin.files import config_dir
@@ -124,12 +125,14 @@ def test_of_several_variants_it_is_told_which_one_is_taken(pair):
     assert line in told(a, b, expect=0)
     assert "Of several variants" not in told(a, b, "--variant", "fp16", expect=0)
     # In a run, too: it has the option that the sentence names.
+    overrides = ["model=checkpoint", f"model.a={a}", f"model.b={b}", "model.batches=0"]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        assert str(*load_task(compose("config", overrides)).remarks).startswith(line)
     (b / UNET).rename((b / UNET).with_suffix(".non_ema.safetensors"))
     assert (
         "B/unet has the variants fp16, non_ema; choose with --variant, in a run with model.variant"
         in told(a, b)
     )
-    overrides = ["model=checkpoint", f"model.a={a}", f"model.b={b}", "model.batches=0", "dry_run=true"]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("config", [*overrides, "model.variant=fp16"])
         load_task(cfg)
@@ -202,3 +205,22 @@ def test_what_is_no_weights_is_copied(pair, monkeypatch):
     assert (saved.path / "safety_checker/model.safetensors").is_file()
     written = json.loads((saved.path / "model_index.json").read_text())
     assert written["safety_checker"] == classes["safety_checker"] and written["requires_safety_checker"]
+
+
+def test_an_index_of_shards_tells_where_each_tensor_is(tmp_path: Path) -> None:
+    name = "diffusion_pytorch_model-0000{}-of-00002.safetensors"
+    files = {name.format(n): {f"{x}.weight": torch.ones(2)} for n, x in ((1, "a"), (2, "b"))}
+    for file, tensors in files.items():
+        save_safetensors(tmp_path / file, tensors)
+    places = {tensor: file for file, tensors in files.items() for tensor in tensors}
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    assert list(load_weights(tmp_path)) == ["a.weight", "b.weight"]
+    index.write_text(json.dumps({"weight_map": {**places, "b.weight": name.format(1)}}))
+    with pytest.raises(
+        CheckpointError, match=f"'b.weight' is in {name.format(1)}, but it is in {name.format(2)}"
+    ):
+        load_weights(tmp_path)
+    index.write_text(json.dumps({"weight_map": {**places, "c.weight": name.format(1)}}))
+    with pytest.raises(CheckpointError, match="names the tensor 'c.weight', which is in none"):
+        load_weights(tmp_path)

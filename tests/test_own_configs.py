@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 from test_run import TINY, configured
 
 from rebasin import trace
-from rebasin.errors import ConfigError, SpecMismatchError
+from rebasin.errors import ConfigError, DataError, SpecMismatchError
 from rebasin.integrations.functions import located
+from rebasin.jobs import stages
 from rebasin.jobs.algorithm import Algorithm, is_many, load_algorithm
 from rebasin.jobs.commands import RUN
 from rebasin.matching import MatchResult, naive, weight_matching
@@ -151,6 +152,14 @@ CONFIGS = {
         "algo.name of algo=away ({}) is '../../x', but it takes text that can be a part of a folder's name, such",
     ),
     "listed": ("_target_: rebasin.matching.naive\nname: [1, 2]\n", "algo.name of algo=listed ({}) is [1, 2], but it"),
+    "stray": (
+        "defaults: [/function/x.y@_here_]\nname: stray\n",
+        "{} has a fault in its defaults: there is no function 'x.y' whose source can be read; give package.module.",
+    ),
+    "heir": (
+        "defaults:\n  - /logger@own: nix\nname: heir\n",
+        "{} has a fault in its defaults: there is no logger 'nix'; choose one of none, ",
+    ),
     "wrong": ("_target_: no_package.f\nname: wrong\n", "algo._target_ of algo=wrong is 'no_package.f', which can't"),
 }  # fmt: skip
 
@@ -163,22 +172,43 @@ def test_faults_of_a_config_are_one_sentence_and_leave_no_folder(
     file = tmp_path / "conf" / "algo" / f"{name}.yaml"
     file.parent.mkdir(parents=True)
     file.write_text(text)
-    monkeypatch.setenv("REBASIN_OUTPUTS", str(tmp_path / "a" / "b" / "outputs"))
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["rebasin.run", "--config-dir", str(tmp_path / "conf"), f"algo={name}", "model=mlp", "logger=none"],
-    )
-    monkeypatch.chdir(tmp_path)
-    GlobalHydra.instance().clear()
-    try:
-        with pytest.raises(SystemExit) as caught:
-            RUN.main()
-    finally:
-        GlobalHydra.instance().clear()
-        HydraConfig.instance().cfg = None
+    with pytest.raises(SystemExit) as caught:
+        launched(tmp_path, monkeypatch, "--config-dir", str(tmp_path / "conf"), f"algo={name}")
     told = capsys.readouterr().err
     assert caught.value.code == 2
     assert told.startswith(f"Error: {words.format(file)}") and told.count("\n") == 1
-    left = {path.name for path in tmp_path.rglob("*") if path.is_dir()}
-    assert left <= {"conf", "algo", "a", "b", "outputs"}
+    assert folders(tmp_path) <= {"conf", "algo", "a", "b", "outputs"}
+
+
+def launched(place: Path, patch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """The command in this process, its outputs in `place`."""
+    patch.setenv("REBASIN_OUTPUTS", str(place / "a" / "b" / "outputs"))
+    patch.setattr(sys, "argv", ["rebasin.run", *arguments, "model=mlp", "logger=none"])
+    patch.chdir(place)
+    GlobalHydra.instance().clear()
+    try:
+        RUN.main()
+    finally:
+        GlobalHydra.instance().clear()
+        HydraConfig.instance().cfg = None
+
+
+def folders(place: Path) -> set[str]:
+    return {path.name for path in place.rglob("*") if path.is_dir()}
+
+
+def test_a_dry_run_leaves_no_folder_and_a_refused_one_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched(tmp_path, monkeypatch, "model.width=8", "dry_run=true")
+    assert "and leave the result in" in capsys.readouterr().out
+    monkeypatch.setattr(stages, "verify_all", lambda *_: {})
+
+    def lost(*_: Any) -> None:
+        raise DataError("The file x is not there.")
+
+    monkeypatch.setattr(stages, "endpoints", lost)
+    with pytest.raises(SystemExit):
+        launched(tmp_path, monkeypatch, "model.width=8", "merge.blocks=[0,1]")
+    assert capsys.readouterr().err == "Error: The file x is not there.\n"
+    assert folders(tmp_path) <= {"a", "b", "outputs"}

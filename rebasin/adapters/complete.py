@@ -72,9 +72,9 @@ def require_complete(where: str, shapes: Shapes) -> str:
     strange = [
         f for f in shapes if f not in (*PARTS.get(kind, ()), *BESIDE.get(kind, ()), "constant", "diff_b")
     ]
-    strange += [
-        f"lokr_w{i}_{x}" for i in (1, 2) if f"lokr_w{i}" in shapes for x in "ab" if f"lokr_w{i}_{x}" in shapes
-    ]
+    # A factor that is whole needs no halves, and only the large one, w2, can have a core between its halves.
+    spare = [f"lokr_{x}" for i in (1, 2) if f"lokr_w{i}" in shapes for x in (f"w{i}_a", f"w{i}_b", f"t{i}")]
+    strange += [factor for factor in (*spare, "lokr_t1") if factor in shapes]
     if strange:
         raise AdapterError(
             f"{where} has {_called(strange[0])}, which does not belong to a {kind or 'bias'} like this; take it out of"

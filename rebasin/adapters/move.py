@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,7 +22,14 @@ FIRST_OF = {"down": ".lora_down.weight", "up": ".lora_up.weight", "constant": ".
 """What factors that were none before are called: only kohya's and LyCORIS's files can need new ones."""
 
 
-TEXT_2 = "text_encoder_2"
+TEXT, TEXT_2 = "text_encoder", "text_encoder_2"
+
+# Of the UNets only those of SDXL embed more than the time, and only its refiner has four levels then.
+LACKING: Mapping[str | None, Callable[[Collection[str]], bool]] = {
+    TEXT_2: lambda unet: bool(unet) and "add_embedding_linear_1" not in unet,
+    TEXT: lambda unet: {"add_embedding_linear_1", "down_blocks_3_resnets_0_conv1"} <= set(unet),
+}
+"""Text encoder -> whether a model with this UNet, by the flat names of its modules, has none."""
 
 TOKENS = "text_model.embeddings.token_embedding.weight"
 
@@ -189,10 +196,10 @@ def _parameter(module: Module, tables: Mapping[str, Mapping[str, str]], what: st
         AdapterError: the component was, but has no such module.
     """
     if module.component is not None and module.component not in tables:
-        # Of the UNets only those that read two text encoders embed more than the time.
-        if module.component == TEXT_2 and "unet" in tables and "add_embedding_linear_1" not in tables["unet"]:
+        if module.component in LACKING and LACKING[module.component](tables.get("unet", {})):
+            which = "second" if module.component == TEXT_2 else "first"
             raise AdapterError(
-                f"{what} changes a module {shown(module.name)}, but the aligned model has no second text encoder: it"
+                f"{what} changes a module {shown(module.name)}, but the aligned model has no {which} text encoder: it"
                 " was trained on another architecture."
             )
         return None

@@ -178,6 +178,13 @@ def open_each(
     return [open_checkpoint(path, variant if has[path] else None) for path in paths]
 
 
+def several_variants(models: Sequence[Checkpoint], variant: str | None) -> list[str]:
+    """A sentence about each diffusers folder that has weights in several variants, of which one was taken unasked."""
+    where = [model.path for model in models if model.path.is_dir()]
+    told = [folders.taken(path, variant if variant in folders.variants(path) else None) for path in where]
+    return [sentence for sentence in told if sentence]
+
+
 MARKED = ("", "edm_vpred")
 """Where loaders look for marks of what a model predicts."""
 

@@ -74,7 +74,8 @@ def load_weights(folder: Path, variant: str | None = None) -> State:
     states = [load_tensors(files[n]) for n in sorted(files)]
     state = states[0] if len(states) == 1 else JoinedState(states)
     if count:
-        _check_index(folder, suffix, chosen, [file.name for file in files.values()], state)
+        shard_of = {files[n].name: own for n, own in zip(sorted(files), states, strict=True)}
+        _check_index(folder, suffix, chosen, shard_of)
     return state
 
 
@@ -101,8 +102,8 @@ def is_weights(name: str) -> bool:
     )
 
 
-def _check_index(folder: Path, suffix: str, variant: str, files: list[str], state: State) -> None:
-    """Compare the index of these shards, if there is one, with what they are.
+def _check_index(folder: Path, suffix: str, variant: str, shards: Mapping[str, State]) -> None:
+    """Compare the index of these shards (file -> tensors), if there is one, with what they are.
 
     Raises:
         CheckpointError: it is damaged, or names a file or a tensor that is not there.
@@ -118,13 +119,20 @@ def _check_index(folder: Path, suffix: str, variant: str, files: list[str], stat
             raise CheckpointError(
                 f"{path} is no index of shards: its weight_map is damaged ({error}); get it again."
             ) from error
-        if lost := next((file for file in places.values() if file not in files), None):
+        if lost := next((file for file in places.values() if file not in shards), None):
             raise CheckpointError(
                 f"{folder} is incomplete: {path.name} names the shard {shown(lost)}, which is not there."
             )
-        if lost := next((name for name in places if name not in state), None):
+        for name, file in places.items():
+            if name in shards[file]:
+                continue
+            if other := next((one for one, state in shards.items() if name in state), None):
+                raise CheckpointError(
+                    f"{path} says that the tensor {shown(name)} is in {file}, but it is in {other}; get the folder"
+                    " again."
+                )
             raise CheckpointError(
-                f"{folder} is incomplete: {path.name} names the tensor {shown(lost)}, which is in none of its shards."
+                f"{folder} is incomplete: {path.name} names the tensor {shown(name)}, which is in none of its shards."
             )
 
 

@@ -13,7 +13,7 @@ from ..adapters import is_adapter, is_controlnet
 from ..checkpoints import Checkpoint, require_same_family
 from ..checkpoints.checkpoint import open_each, require_fitting
 from ..checkpoints.families import ADAPTER, foreign
-from ..checkpoints.folders import load_config, load_weights, taken, variants
+from ..checkpoints.folders import load_config, load_weights
 from ..checkpoints.output import FILES, is_file
 from ..checkpoints.pickled import load_tensors
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
@@ -61,13 +61,6 @@ def left_out(models: Sequence[Checkpoint]) -> list[str]:
                 f"Left out of {model.path.name}, as {models[0].path.name} has none: {', '.join(parts)}."
             )
     return told
-
-
-def several_variants(models: Sequence[Checkpoint], variant: str | None) -> list[str]:
-    """A sentence about each diffusers folder that has weights in several variants, of which one was taken unasked."""
-    folders = [model.path for model in models if model.path.is_dir()]
-    told = [taken(path, variant if variant in variants(path) else None) for path in folders]
-    return [sentence for sentence in told if sentence]
 
 
 def parts(model: Checkpoint, components: Sequence[str]) -> dict[str, State]:

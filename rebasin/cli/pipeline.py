@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..checkpoints.checkpoint import require_same_prediction
+from ..checkpoints.checkpoint import require_same_prediction, several_variants
 from ..errors import ConfigError
 from ..types import State
 from . import output, session, stages
 from .alignment import Aligning, Alignment
 from .companions import fisher_files, scored
-from .inputs import check_output, copies, left_out, open_all, open_each, parts, several_variants
+from .inputs import check_output, copies, left_out, open_all, open_each, parts
 from .merge_weights import merge_weights, method_options
 from .plan import show_plan
 from .request import Request

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.union import component_of, prefix_of
 from ..checkpoints import Checkpoint, provenance, save_checkpoint
+from ..checkpoints.checkpoint import several_variants
 from ..checkpoints.joint import PARTS
 from ..checkpoints.output import require_place
 from ..checkpoints.provenance import sha256_of
@@ -18,7 +19,7 @@ from ..types import State
 from . import output, session
 from .alignment import JOINT, Aligning, Alignment, specs_of
 from .function import TOLERANCE, compare_chains, compare_functions
-from .inputs import open_all, several_variants
+from .inputs import open_all
 from .request import Request
 
 if TYPE_CHECKING:

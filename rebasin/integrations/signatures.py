@@ -115,7 +115,9 @@ def _found(path: str) -> tuple[str, ast.AST]:
     try:
         return _look_up(*path.rpartition(".")[::2])
     except (LookupError, ImportError, ValueError) as error:
-        raise ConfigError(f"There is no function {path!r} whose source can be read.") from error
+        raise ConfigError(
+            f"There is no function {path!r} whose source can be read; give package.module.function of another one."
+        ) from error
 
 
 @cache

@@ -41,6 +41,7 @@ def _prepare(job: Session) -> Prepared:
         task = load_task(cfg)
         refuse(job, task)
         job.own = brought(job.cfg, task)
+        job.remark(task.remarks)
         inputs = load_inputs(cfg, task, job.progress)
         objectives = load_objectives(cfg, task, options)
         gradients = hasattr(task.objective, "loss")

@@ -71,12 +71,15 @@ def launch(job: Callable[[DictConfig], Any], config: str = CONFIG, kept: str = A
         started = True
         try:
             check_types(cfg, config)
-            return job(cfg)
+            found = job(cfg)
         except (RebasinError, OmegaConfBaseException, HydraException) as error:
             if full:
                 raise
             _leave_nothing()
             _stop(error, config)
+        if cfg.get("dry_run"):
+            _leave_nothing()
+        return found
 
     application = hydra.main(config_path=str(config_dir()), config_name=config, version_base=VERSION_BASE)
     # With this variable Hydra passes exceptions on instead of printing them itself.
@@ -99,8 +102,8 @@ def launch(job: Callable[[DictConfig], Any], config: str = CONFIG, kept: str = A
 
 
 def _leave_nothing() -> None:
-    """Remove the folder that Hydra made for a run which was refused before any work, unless it has anything else, or
-    was chosen by the user.
+    """Remove the folder that Hydra made for a run which was refused before any work, or for a dry one, unless it has
+    anything else, or was chosen by the user.
     """
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.RUN or any(
@@ -126,8 +129,12 @@ def explain(error: Exception, arguments: Iterable[str] = (), config: str = CONFI
     """What is wrong with the command line, and what would be valid, in one sentence."""
     if isinstance(error, MissingConfigException):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        choices = [one for one in error.options or () if not one.startswith("_")]
-        return str(unknown(f"There is no {group} {choice!r}", choice, choices, "choose one of"))
+        folders = own_folders(arguments := list(arguments))
+        choices = sorted({*(error.options or ()), *_names(group, [config_dir(), *folders])})
+        choices = [one for one in choices if not one.startswith("_")]
+        fault = f"There is no {group} {choice!r}"
+        told = _faulty(fault, _naming(rf"{re.escape(choice)}\b", arguments)) if _inner(error) else fault
+        return str(unknown(told, choice, choices, "choose one of"))
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override!r} can't be read; write GROUP=CHOICE or OPTION=VALUE, and put quotes around a"
@@ -138,7 +145,8 @@ def explain(error: Exception, arguments: Iterable[str] = (), config: str = CONFI
         cause = cause.__cause__ or cause.__context__
     message = str(cause or error)
     if cause is not None:
-        return message
+        named = [path for path in re.findall(r"[\w.]+\.\w+", message) if "whose source" in message]
+        return _faulty(message, _naming(rf"/{re.escape(named[0])}@", arguments)) if named else message
     if isinstance(error, yaml.YAMLError):
         return _no_yaml(error)
     key = str(getattr(error, "full_key", None) or "")
@@ -155,6 +163,34 @@ def explain(error: Exception, arguments: Iterable[str] = (), config: str = CONFI
     if found := re.match(r"Could not append to config. An item is already at '([^']+)'", message):
         return f"The option {found[1]!r} exists already; write it without the leading +."
     return message.splitlines()[0].rstrip(".") + "." if message else f"{type(error).__name__}."
+
+
+def _inner(error: MissingConfigException) -> bool:
+    """Whether the config that there is not stands in the defaults of another one, not on the command line."""
+    return re.match(r"In '(?!config'|search'|compare_methods')", str(error)) is not None
+
+
+def _names(group: str, folders: Iterable[Path]) -> list[str]:
+    return [file.stem for folder in folders for file in folder.glob(f"{group}/*.yaml")]
+
+
+def _naming(pattern: str, arguments: Iterable[str]) -> Path | None:
+    """The config of the user's own that has this in its defaults, of several the one that was chosen."""
+    given = list(arguments)
+    files = sorted(file for folder in own_folders(given) for file in folder.rglob("*.yaml"))
+    chosen = {told.rpartition("=")[2] for told in given}
+    for file in sorted(files, key=lambda file: file.stem not in chosen):
+        with contextlib.suppress(OSError, ValueError):
+            if re.search(rf"^defaults:(?:.*|(?:\n\s*-.*)*){pattern}", file.read_text("utf-8"), re.MULTILINE):
+                return file
+    return None
+
+
+def _faulty(message: str, file: Path | None) -> str:
+    """The sentence for a fault in the defaults of a config of the user's own."""
+    return (
+        message if file is None else f"{file} has a fault in its defaults: {message[0].lower()}{message[1:]}"
+    )
 
 
 def _no_yaml(error: yaml.YAMLError) -> str:

@@ -41,6 +41,7 @@ def _work(job: Session, planned: stages.Material) -> Results:
     name = planned.algorithm.name
     checks = stages.verify_all(job, task, planned.specs)
     states = stages.endpoints(job, task)
+    stages.draw_blocks(job, combination)
     with job.stage("align"):
         kept = load_resume(cfg)
         result: ManyResult = planned.algorithm(

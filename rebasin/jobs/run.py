@@ -61,6 +61,7 @@ def _work(job: Session, planned: stages.Material) -> Results:
     scoring = load_scoring(cfg, task)
     checks = stages.verify_all(job, task, planned.specs)
     a, b = stages.endpoints(job, task)
+    stages.draw_blocks(job, combination)
     snapshots = Snapshots(task.sampler, a, b, cfg.sample_every, cfg.seed, job.folder, job.logger.picture)
     pair = stages.align(job, planned, a, b, snapshots)
     job.wrote(*(job.folder / name for name in snapshots.pictures))
@@ -113,6 +114,7 @@ def _plan(job: Session, planned: stages.Material) -> str:
         planned.combination,
     )
     blocks = combination.blocks
+    stages.draw_blocks(job, combination)
     (a, b), estimate = task.labels, []
     if config["algo"]["name"] == "weight_matching":
         seconds = about(matching_seconds(spec))

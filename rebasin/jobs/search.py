@@ -68,6 +68,7 @@ def _prepare(job: Session) -> Setup:
         task = load_task(cfg)
         refuse(job, task)
         job.own = brought(job.cfg, task)
+        job.remark(task.remarks)
         inputs = load_inputs(cfg, task, job.progress)
         job.say(", ".join(f"{'ABCDEFGH'[i % 8]}: {label}" for i, label in enumerate(inputs.labels)))
     inputs = inputs.moved(align_all(job, task, inputs))

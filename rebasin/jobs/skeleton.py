@@ -6,7 +6,7 @@ A job is three functions: `prepare` looks at everything that could be wrong and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -65,6 +65,11 @@ class Session:
     def say(self, text: str) -> None:
         """What the stage has found."""
         self.console.say(text)
+
+    def remark(self, sentences: Iterable[str]) -> None:
+        """What a user should know, on lines of their own."""
+        for sentence in sentences:
+            self.console.console.print(sentence, markup=False)
 
     @property
     def progress(self) -> Progress:

@@ -66,22 +66,19 @@ class AlignedPair:
 
 
 def load(job: Session, several: bool = False) -> Material:
-    """Task, algorithm (one for `several` models), specs and merge, before any endpoint is loaded; leaves blocks.png."""
+    """Task, algorithm (one for `several` models), specs and merge, before any endpoint is loaded."""
     with job.stage("load"):
         algorithm = load_algorithm(job.cfg.algo, several)
         task = load_task(job.cfg)
         refuse(job, task, algorithm)
         job.own = brought(job.cfg, task)
+        job.remark(task.remarks)
     with job.stage("spec"):
         specs = {name: spec_of(job.cfg, task, name) for name in task.parts}
         spec = specs[task.aligned]
         job.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
     combination = load_combination(job.cfg, task)
-    if combination.blocks is not None:
-        save_block_figure(combination.blocks, job.folder / "blocks.png")
-        job.wrote(job.folder / "blocks.png")
-    if remark := combination.remark:
-        job.console.console.print(remark, markup=False)
+    job.remark([combination.remark] if combination.remark else [])
     return Material(task, algorithm, specs, combination)
 
 
@@ -124,9 +121,15 @@ def endpoints(job: Session, task: Task) -> tuple[State, ...]:
     with job.stage("endpoints"):
         states = task.endpoints(job.progress)
         job.say(", ".join(f"{'ABCDEFGH'[i % 8]}: {label}" for i, label in enumerate(task.labels)))
-    for sentence in copies(states, task.labels):
-        job.console.console.print(sentence, markup=False)
+    job.remark(copies(states, task.labels))
     return states
+
+
+def draw_blocks(job: Session, combination: Combination) -> None:
+    """blocks.png, of weights by block."""
+    if combination.blocks is not None:
+        save_block_figure(combination.blocks, job.folder / "blocks.png")
+        job.wrote(job.folder / "blocks.png")
 
 
 def align(

@@ -60,6 +60,7 @@ class Task:
         export: the run's folder, the merge, metadata and B's permutation -> files in the form that the endpoints came
             in; None: none.
         plan: what a dry run tells besides the spec.
+        remarks: what was chosen unasked, a sentence each.
         data: what its data are called, where they are not those of the configuration.
         reads: the options at the top of the configuration that it has asked for, see `load_task`.
     """
@@ -77,6 +78,7 @@ class Task:
     others: Mapping[str, Callable[[], State]] = field(default_factory=dict)
     export: Callable[..., Sequence[Path]] | None = None
     plan: Sequence[str] = ()
+    remarks: Sequence[str] = ()
     data: str = "own"
     reads: frozenset[str] = frozenset()
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ..checkpoints import Checkpoint, component_spec, require_same_family
 from ..checkpoints.architectures import component_config
-from ..checkpoints.checkpoint import open_each, require_fitting, require_same_prediction
+from ..checkpoints.checkpoint import open_each, require_fitting, require_same_prediction, several_variants
 from ..checkpoints.joint import joint_spec, joint_state, prompted_unet
 from ..checkpoints.pipeline import Plan, assemble, load_component, plan_pipeline
 from ..checkpoints.provenance import size_of
@@ -84,6 +84,7 @@ def load(cfg: DictConfig) -> Task:
         "labels": _labels(models),
         "endpoints": lambda progress: tuple(pair.state(model) for model in models),
         "export": whole_checkpoint.export(models, pair.names, pair.name, cfg),
+        "remarks": several_variants(models, cfg.model.variant),
         "plan": pair.plan(plan) if cfg.dry_run else (),
     }
     if cfg.dry_run or plan is None:

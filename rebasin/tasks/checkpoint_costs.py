@@ -8,6 +8,7 @@ has meanwhile.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data import captioned_folder
+from ..errors import ConfigError
 from ..matching.weights.estimate import matching_seconds, matmul_rate
+from ..merging.merged import find_method
 from ..spec import PermutationSpec
 
 LIBRARIES = 1e9
@@ -209,8 +212,19 @@ class Run:
                 match + 4 * 256 * 4 * self.side**2,
                 measure + encoders + 4 * 256 * 4 * self.side**2,
             )
+        combine = self._information(model)
         scorer = SCORER if "image_reward" in str([self.cfg.objective, self.cfg.evaluate, self.algo]) else 0.0
-        return LIBRARIES + rest + scorer + files + max(load, match, measure)
+        return LIBRARIES + rest + scorer + files + max(load, match, measure, combine)
+
+    def _information(self, model: float) -> float:
+        """Of a merge that looks at gradients, those of every model in float32, and a sample's activations."""
+        merge, takes = self.cfg.get("merge"), ()
+        with suppress(ConfigError):  # a method that there is not is refused elsewhere
+            takes = find_method(str(merge["method"])).takes if merge else ()
+        if "companions" not in takes or self.once is None:
+            return 0.0
+        models = len(self.cfg.model.files or "ab")
+        return 2 * model + 4.0 * (models + 2) * self.numbers + self.once.kept
 
     def _matching(self, model: float) -> float:
         if "model_a" not in self.takes:
