@@ -113,7 +113,7 @@ def merge(console: Console, request: Request) -> None:
                 companions=[view[name] for view in companions] or None,
                 seed=request.seed,
                 labels=labels if len(set(labels)) == len(labels) else None,
-                device=None if request.device == "cpu" else request.device,
+                device=request.device,
                 dtype=None if dtype is None else torch.float32,
                 **own,
             )

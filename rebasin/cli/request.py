@@ -131,9 +131,12 @@ class Request:
         typer.Option(help="Where matching starts: a first guess from input to output, or B as it is."),
     ] = "forward"
     seed: Annotated[int, typer.Option(help="Of everything random.", min=0, max=LARGEST_SEED)] = 0
-    device: Annotated[str, typer.Option(help="Where matrices are multiplied: cpu, cuda, cuda:1, mps.")] = (
-        "cpu"
-    )
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where matrices are multiplied: cpu, cuda, cuda:1, mps; auto: cuda, if there is one."
+        ),
+    ] = "auto"
     threads: Annotated[
         int,
         typer.Option(help="CPU threads; 0 leaves it to torch.", min=0, max=MOST_THREADS, show_default=False),

@@ -8,7 +8,7 @@ architecture can be run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, DataError
+from ..tensors.modules import device_of, visiting
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 Points = int | Sequence[float]
@@ -70,7 +71,7 @@ def sampled_batches(
     in all of them, so they are recorded from the first one only.
 
     Args:
-        pipelines: diffusers' text-to-image pipelines of one kind. They run where they are.
+        pipelines: diffusers' text-to-image pipelines of one kind. They run where their denoisers are.
         prompts: one image each.
         parts: names of components; by default every neural network of the first pipeline that can be recorded.
         steps: of the sampler.
@@ -106,6 +107,7 @@ def sampled_batches(
             now = list(prompts[start : start + batch_size])
             noise = _generators(seed, start, len(now))
             with ExitStack() as stack:
+                stack.enter_context(_together(pipeline))
                 calls = {p: stack.enter_context(_recorded(getattr(pipeline, p))) for p in texts}
                 calls |= {p: stack.enter_context(_recorded(getattr(pipeline, p), chosen)) for p in denoisers}
                 stack.enter_context(torch.no_grad())
@@ -161,10 +163,10 @@ def encoded_batches(
     times = pipeline.scheduler.timesteps[chosen_steps(points, steps)]
     device, dtype = unet.device, unet.dtype
     found: list[Batch] = []
-    with torch.no_grad():
+    with torch.no_grad(), _together(pipeline):
         for start in range(0, len(images), batch_size):
             now = images[start : start + batch_size]
-            pixels = torch.stack([square(path, side, channels) for path, _ in now]).to(vae.device, vae.dtype)
+            pixels = torch.stack([square(path, side, channels) for path, _ in now]).to(device, vae.dtype)
             latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
             drawn = [torch.randn(latents.shape[1:], generator=g) for g in _generators(seed, start, len(now))]
             noise = torch.stack(drawn).to(latents)
@@ -174,6 +176,13 @@ def encoded_batches(
                 for states in (text, empty) if guidance > 1 else (text,):
                     found.append(((noisy.to(dtype), time), {"encoder_hidden_states": states}))
     return pytree.tree_map_only(Tensor, lambda t: t.cpu(), found)
+
+
+def _together(pipeline: Any) -> AbstractContextManager[None]:
+    """All parts of a pipeline are where its denoiser is, inside the block."""
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    leading = next((modules[name] for name in DENOISERS if name in modules), None)
+    return nullcontext() if leading is None else visiting(device_of(leading), *modules.values())
 
 
 def _generators(seed: int, start: int, count: int) -> list[torch.Generator]:

@@ -131,7 +131,7 @@ def barrier(
         for step, lam in enumerate(lambdas):
             with torch.no_grad():
                 for name in state_a:
-                    merged = interpolate_tensor(name, end_a[name], end_b[name], lam)
+                    merged = interpolate_tensor(name, end_a[name].to(slots[name].device), end_b[name], lam)
                     if merged.shape != slots[name].shape:  # copy_ would broadcast it without a word
                         raise CheckpointError(
                             f"Tensor '{name}' has shape {tuple(merged.shape)} in the endpoints and "

@@ -83,7 +83,7 @@ def collect(
             "seed": config["seed"],
             **figures,
             "seconds": {**seconds, "total": sum(seconds.values())},
-            "environment": environment(),
+            "environment": environment(config.get("device", "cpu")),
             "config": dict(config),
             "command": command,
         }
@@ -114,15 +114,21 @@ def command_line(overrides: Sequence[str]) -> str:
     return " ".join(["python -m rebasin.run", *map(shlex.quote, overrides)])
 
 
-def environment() -> dict[str, Any]:
-    """What the figures may depend on: versions, machine, threads."""
+def environment(device: str | None = "cpu") -> dict[str, Any]:
+    """What the figures may depend on: versions, machine, the device's own name, threads."""
     import torch
+
+    from ..tensors.modules import find_device
+
+    found = find_device(device)
+    cuda = found.type == "cuda"
 
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(found) if cuda else str(found).replace("cpu", "CPU"),
         "versions": {name: _version(name) for name in PACKAGES},
     }
 

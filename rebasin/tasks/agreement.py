@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..objectives.base import mean_over_batches
+from ..tensors.modules import device_of, to_device
 from ..tracing.export import named_outputs
 
 Batch = Mapping[str, Any]
@@ -44,9 +45,10 @@ class Agreement:
 @torch.no_grad()
 def outputs_of(model: nn.Module, inputs: Sequence[Batch]) -> list[dict[str, Tensor]]:
     """What a model computes on each batch's `args` and `kwargs`, in float32, by output name."""
+    device = device_of(model)
     return [
-        {name: t.float() for name, t in named_outputs(model(*batch["args"], **batch["kwargs"])).items()}
-        for batch in inputs
+        {name: t.float().cpu() for name, t in named_outputs(model(*one["args"], **one["kwargs"])).items()}
+        for one in (to_device(batch, device) for batch in inputs)
     ]
 
 

@@ -21,7 +21,7 @@ from ..evaluation.samples import Samples
 from ..objectives import Denoising
 from ..objectives.denoising import CHANNELS, Condition, problems
 from ..objectives.reward import Embed, decoder
-from ..tensors.modules import with_weights
+from ..tensors.modules import device_of, visiting, with_weights
 from ..types import State
 from .base import Part, Task
 from .prompted import ImageMaker, objective_of
@@ -40,6 +40,7 @@ class Around:
         side: of its pictures in pixels; None: the UNet's own.
         absent: its text encoders that are not in it: they are there only while they are used.
         load: loads one of them.
+        device: where it computes; its VAE and text encoders are there only while they are used. None: the CPU.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class Around:
         side: int | None = None,
         absent: Collection[str] = (),
         load: Callable[[str], nn.Module] | None = None,
+        device: torch.device | None = None,
     ):
         self.pipeline = pipeline
+        self.device = torch.device("cpu") if device is None else device
         self._absent, self._load = frozenset(absent), load
         self._loaded: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
         self.config: Any = pipeline.unet.config
@@ -90,18 +93,18 @@ class Around:
 
     @cached_property
     def decode(self) -> Callable[[Tensor], Tensor]:
-        """Clean latents -> images in 0..1, differentiable."""
-        return decoder(self.pipeline.vae)
+        """Clean latents -> images in 0..1, differentiable. A reward decodes at every step: the VAE stays there."""
+        return decoder(nn.Module.to(self.pipeline.vae, self.device))
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, scale: bool = True) -> Tensor:
         """Images [n, channels, side, side] in -1..1 -> latents in float32: the posterior's mode, scaled."""
         vae: Any = self.pipeline.vae
         weight = next(vae.parameters())
-        parts = pixels.to(weight.device, weight.dtype).split(1 if self.side > 128 else 250)
-        latents = torch.cat(
-            [vae.encode(part).latent_dist.mode().float().cpu() for part in parts]
-        ).contiguous()
+        parts = pixels.to(self.device, weight.dtype).split(1 if self.side > 128 else 250)
+        with visiting(self.device, vae):
+            latents = torch.cat([vae.encode(part).latent_dist.mode().float().cpu() for part in parts])
+        latents = latents.contiguous()
         return latents * vae.config.scaling_factor if scale else latents
 
     def holding(self, **modules: Any) -> Any:
@@ -133,8 +136,9 @@ class Around:
         found = []
         for name, ids in self.tokens(texts).items():
             encoder = self.encoder(name)
-            ids = ids.to(next(encoder.parameters()).device)
-            found.append(encoder(ids, output_hidden_states=True) if self.pooled else encoder(ids))
+            with visiting(self.device, encoder):
+                ids = ids.to(self.device)
+                found.append(encoder(ids, output_hidden_states=True) if self.pooled else encoder(ids))
         if not self.pooled:
             return self._with_channels({"encoder_hidden_states": found[0][0].float().cpu()}, len(texts))
         states = torch.cat([one.hidden_states[-2] for one in found], dim=-1).float().cpu()
@@ -286,6 +290,7 @@ def diffusion_task(
         shared: the parts that both endpoints share.
         more: labels, endpoints and what else a `Task` has.
     """
+    part = part.on(around.device)
     maker = around.maker(embed, prompts)
     objective, batches = objective_of(
         cfg, maker, (lambda split: around.batches(cfg, split, embed)) if data else None, teachers
@@ -314,12 +319,13 @@ def sampler(
     def sample(states: Mapping[str, State], seed: int) -> Samples:
         """Image i starts from the same noise in every row."""
         whole = placed(model)
+        parts = [part for part in whole.components.values() if isinstance(part, nn.Module)]
         texts = [prompts[i % len(prompts)] for i in range(own.samples)]
         options = {"num_inference_steps": own.steps, "guidance_scale": own.guidance, **placed.call}
         rows = {}
         for label, state in states.items():
             noise = [torch.Generator().manual_seed(1000 * seed + i) for i in range(own.samples)]
-            with with_weights(model, state):
+            with with_weights(model, state), visiting(device_of(model), *parts):
                 rows[label] = whole(texts, generator=noise, **options).images
         return Samples(texts, rows)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
 
@@ -17,6 +18,7 @@ from ..evaluation.samples import Samples
 from ..integrations.hydra import function_of
 from ..objectives import Objective, checked
 from ..spec import PermutationSpec
+from ..tensors.modules import OnDevice, device_of, find_device, to_device
 from ..tracing import trace
 from ..types import Progress, State
 from .prompted import ImageMaker
@@ -35,6 +37,13 @@ class Part:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     derive: Callable[[], PermutationSpec] | None = None
     proved: Callable[[PermutationSpec], float] | None = None
+
+    def on(self, device: torch.device) -> Part:
+        """The same module, moved to `device`, with its example call there; one without numbers stays without."""
+        if device_of(self.model).type == "meta":
+            return self
+        nn.Module.to(self.model, device)
+        return replace(self, args=to_device(self.args, device), kwargs=to_device(dict(self.kwargs), device))
 
     def spec(self) -> PermutationSpec:
         """The symmetries of the module."""
@@ -120,7 +129,14 @@ def load_task(cfg: DictConfig) -> Task:
     watched = copy.deepcopy(cfg)
     object.__setattr__(watched, "__class__", Watched)  # whose own attributes are the options
     task = function_of(cfg.model, "model.task", f"model={cfg.model.name}")(watched)
-    return replace(task, objective=checked(task.objective), reads=frozenset(read))
+    device = find_device(cfg.device)
+    return replace(
+        task,
+        parts={name: part.on(device) for name, part in task.parts.items()},
+        objective=checked(task.objective),
+        batches={split: OnDevice(batches, device) for split, batches in task.batches.items()},
+        reads=frozenset(read),
+    )
 
 
 def require(cfg: DictConfig, group: str, *kinds: str) -> None:

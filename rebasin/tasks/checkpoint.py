@@ -32,6 +32,7 @@ from ..errors import ConfigError
 from ..integrations.hydra import function_of
 from ..matching.weights.estimate import about
 from ..spec import PermutationSpec
+from ..tensors.modules import device_of, find_device
 from ..types import State, arguments_of
 from . import whole_checkpoint
 from .agreement import Agreement, outputs_of, with_targets
@@ -92,7 +93,7 @@ def load(cfg: DictConfig) -> Task:
         batches = pair.batches(cfg.model.batches, cfg.seed) if measuring else {}
         part = pair.part(filled=measuring)
         return Task({pair.name: part}, pair.name, objective=Agreement(), batches=batches, **common)
-    part = pair.part(filled=True)
+    part = pair.part(filled=True).on(find_device(cfg.device))
     around = pair.around(part.model, plan)
     placed, embed = pair.placed(around), around.prompted if pair.joint else around.states
     captions = read_prompts(cfg.model.prompts)
@@ -289,7 +290,7 @@ class Members:
 
     def teachers(self, a: nn.Module) -> Callable[[], tuple[nn.Module, nn.Module]]:
         """A, which is there, and B."""
-        return lambda: (a, self.filled(self.built()[0], self.models[1]))
+        return lambda: (a, nn.Module.to(self.filled(self.built()[0], self.models[1]), device_of(a)))
 
     def cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
@@ -301,7 +302,13 @@ class Members:
         parts = {name: getattr(model, name) for name in self.names} if self.joint else {self.component: model}
         absent = [name for name in plan.tokenizers if name not in parts]
         pipeline = assemble(self.a, modules=parts, plan=plan, without=absent)
-        return Around(pipeline, self.cfg.model.size, absent, partial(load_component, self.a))
+        return Around(
+            pipeline,
+            self.cfg.model.size,
+            absent,
+            partial(load_component, self.a),
+            find_device(self.cfg.device),
+        )
 
     def placed(self, around: Around) -> Placed:
         """How models stand in the pipeline, and what they are given of what is recorded there."""
@@ -342,7 +349,7 @@ class Members:
         inputs = {"heldout": self.inputs(count, seed), "train": self.inputs(count, seed + 1)}
         told = []
         for checkpoint in self.models[:2]:
-            model = self.filled(self.built()[0], checkpoint)
+            model = nn.Module.to(self.filled(self.built()[0], checkpoint), find_device(self.cfg.device))
             told.append({split: outputs_of(model, own) for split, own in inputs.items()})
             del model
         return {split: with_targets(own, told[0][split], told[1][split]) for split, own in inputs.items()}
@@ -378,7 +385,7 @@ class Members:
         """
         if not wanted and (self.cfg.model.batches < 1 or self.cfg.dry_run):
             return
-        need, free = self.costs(wanted, spec=False).memory(), _available()
+        need, free = self.costs(wanted, spec=False).memory(), _available(find_device(self.cfg.device))
         if free is not None and need > free:
             less = (
                 "model.dtype=bf16, a smaller model.size or batch_size, algo.checkpointing=true, algo.optimizer=sgd or"
@@ -408,8 +415,10 @@ class Members:
         return told
 
 
-def _available() -> float | None:
+def _available(device: torch.device) -> float | None:
     """Bytes of memory that are free for the asking; None where the system does not tell."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -19,6 +19,7 @@ from ..integrations.hydra import function_of, resolved
 from ..models import build, fitting_options
 from ..models.cache import trained
 from ..models.train import Recipe
+from ..tensors.modules import find_device
 from ..types import Progress, State
 from .base import Part, Task, require
 
@@ -36,7 +37,7 @@ def load(cfg: DictConfig) -> Task:
     model = resolved(cfg.model)
     own = {name: value for name, value in model.items() if name not in OWN}
     options, recipe = fitting_options(model["architecture"], data, own), Recipe(**model["recipe"])
-    device = cfg.device or "cpu"
+    device = find_device(cfg.device)
     network = build(model["architecture"], **options).eval().to(device)
     seeds = _seeds(model["seeds"], cfg.seed)
     if cfg.data.split == "random":
@@ -49,8 +50,8 @@ def load(cfg: DictConfig) -> Task:
             return tuple(_read(file, network) for file in files)
         return tuple(
             trained(
-                model["architecture"], parts[k % len(parts)], options, recipe, seed, cfg.path.cache, progress, device,
-                model["epoch"], model["kept"],
+                model["architecture"], parts[k % len(parts)], options, recipe, seed, cfg.path.cache, progress,
+                str(device), model["epoch"], model["kept"],
             ).state
             for k, seed in enumerate(seeds)
         )  # fmt: skip

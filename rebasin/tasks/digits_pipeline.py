@@ -23,9 +23,9 @@ SHOWN = [f"a handwritten {word}" for word in WORDS]
 """The prompts of the samples, digit by digit."""
 
 
-def digits_pipeline(unet: Any, root: Path | None = None) -> Around:
+def digits_pipeline(unet: Any, root: Path | None = None, device: torch.device | None = None) -> Around:
     """The other parts of the pipeline, from the package or the folder `root`, around a UNet; all UNets share them."""
-    return Around(tiny_sd.load_pipeline(unet, path=root))
+    return Around(tiny_sd.load_pipeline(unet, path=root), device=device)
 
 
 def example(around: Around, embed: Embed) -> tuple[Tensor, Tensor, Any]:

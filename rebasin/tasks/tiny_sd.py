@@ -13,6 +13,7 @@ from ..data.captioned_digits import to_pixels
 from ..data.sampled import Placed
 from ..models import tiny_sd
 from ..tensors import load_safetensors
+from ..tensors.modules import find_device
 from ..types import State
 from .around import diffusion_task
 from .base import Part, Task, require
@@ -27,14 +28,14 @@ def load(cfg: DictConfig) -> Task:
     require(cfg, "data", "captioned images")
     require(cfg, "objective", *KINDS)
     root = Path(cfg.model.path).expanduser() if cfg.model.path else None
-    names = cfg.model.a, cfg.model.b
+    names, device = (cfg.model.a, cfg.model.b), find_device(cfg.device)
 
     def models() -> tuple[nn.Module, nn.Module]:
-        a, b = (tiny_sd.load_unet(name, path=root) for name in names)
+        a, b = (tiny_sd.load_unet(name, path=root).to(device) for name in names)
         return a, b
 
     unet, _ = models()  # a missing B is told now, not after minutes
-    around = digits_pipeline(unet, root)
+    around = digits_pipeline(unet, root, device)
     images, _ = load_images("test", cfg.data.path)
     pipeline = around.pipeline
     return diffusion_task(

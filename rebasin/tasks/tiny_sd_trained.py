@@ -15,7 +15,7 @@ from ..integrations.hydra import resolved
 from ..models import tiny_sd
 from ..models.tiny_sd_trained import PromptedUNet, Trainer, recipe
 from ..spec import Group, PermutationSpec
-from ..tensors.modules import loaded
+from ..tensors.modules import find_device, loaded
 from ..tracing import trace
 from ..types import Progress, State
 from .around import diffusion_task
@@ -40,10 +40,10 @@ def load(cfg: DictConfig) -> Task:
     options = resolved(cfg.model)
     trainer = Trainer(
         cfg.model.width, recipe(options["recipe"]), recipe(options["text_recipe"]), cfg.data.path, cfg.path.cache,
-        cfg.device or "cpu",
+        str(find_device(cfg.device)),
     )  # fmt: skip
     unet = tiny_sd.new_unet(0, cfg.model.width).eval()
-    around = digits_pipeline(unet)
+    around = digits_pipeline(unet, device=find_device(cfg.device))
     shared = around.pipeline.text_encoder
     whole = cfg.model.text == "own" or cfg.model.joint
     model: nn.Module = PromptedUNet(tiny_sd.load_text_encoder(), unet).eval() if whole else unet

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,12 +26,16 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def find_device(device: torch.device | str | int, option: str = "device") -> torch.device:
-    """The device of this name.
+def find_device(device: torch.device | str | int | None, option: str = "device") -> torch.device:
+    """The device of this name, with its number; "auto" and None are CUDA's first, or the CPU where there is none.
+
+    Every option `device` of a configuration is read here, so that all that a job computes is in one place.
 
     Raises:
         ConfigError: torch finds none here; names the option.
     """
+    if device in (None, "auto"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=device).device if str(device) != "meta" else torch.device("meta")
     except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
@@ -50,6 +54,34 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
         return {k: to_device(v, device) for k, v in leaf.items()} if isinstance(leaf, Mapping) else leaf
 
     return pytree.tree_map(moved, batch)
+
+
+@contextmanager
+def visiting(device: torch.device, *modules: nn.Module) -> Iterator[None]:
+    """The modules are on `device` inside the block, and back where they were afterwards."""
+    away = [
+        (module, own) for module in modules if (own := device_of(module)) != device and own.type != "meta"
+    ]
+    try:
+        for module, _ in away:
+            nn.Module.to(module, device)  # diffusers' own `to` warns of half precision
+        yield
+    finally:
+        for module, own in away:
+            nn.Module.to(module, own)
+
+
+class OnDevice(Sequence[Any]):
+    """Batches that are moved to a device when they are asked for."""
+
+    def __init__(self, batches: Sequence[Any], device: torch.device):
+        self._batches, self._device = batches, device
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return to_device(self._batches[index], self._device)
 
 
 def loaded(model: nn.Module, state: State) -> nn.Module:
