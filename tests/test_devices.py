@@ -10,7 +10,9 @@ import torch
 from test_run import configured, execute
 from torch import Tensor, nn
 
+import rebasin
 from rebasin.errors import ConfigError
+from rebasin.matching.weights import estimate
 from rebasin.tasks import load_task
 from rebasin.tensors.modules import OnDevice, device_of, find_device, loaded, visiting
 
@@ -80,15 +82,31 @@ def losses(results: Any) -> list[float]:
     ],
 )
 def test_a_run_computes_on_its_device_what_it_computes_on_the_cpu(
-    pretend: Any, tmp_path: Path, options: list[str]
+    pretend: Any, tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training, tracing, verification, matching, STE, activations, merging and evaluation."""
+    monkeypatch.setattr(estimate, "matmul_rate", lambda *_: 1.0)  # else these groups belong on the CPU
     with pretend.Watch() as watch:
         ours, _ = execute(tmp_path / "there", *MLP, *options, f"device={pretend.DEVICE}")
     theirs, _ = execute(tmp_path / "here", *MLP, *options)
     assert not watch.beside, "products and convolutions beside the device"
     assert watch.on_device["addmm"] > 10
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-6)
+
+
+@pytest.mark.parametrize(("width", "there"), [(8, False), (2048, True)])
+def test_small_groups_are_matched_on_the_cpu(pretend: Any, width: int, there: bool) -> None:
+    model = nn.Sequential(
+        nn.Linear(4, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2)
+    )
+    spec = rebasin.trace(model, torch.ones(1, 4))
+    found = estimate.where_quicker(spec, pretend.DEVICE)
+    assert found.type == (pretend.NAME if there else "cpu")
+    if not there:
+        b = spec.random(0).apply(model.state_dict())
+        moved = {name: tensor.to(pretend.DEVICE) for name, tensor in b.items()}  # B is there, A is not
+        match = rebasin.weight_matching(spec, model.state_dict(), moved, device=pretend.DEVICE)
+        assert match.permutation.apply(b)["0.weight"].equal(model.state_dict()["0.weight"])
 
 
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:

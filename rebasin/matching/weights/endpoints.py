@@ -119,11 +119,13 @@ class Endpoints:
         return self._read("b", name, self._b, self._key_b) if moved is None else moved
 
     def _read(self, side: str, name: str, state: State, keys: Mapping[str, str]) -> Tensor:
-        if self.device.type == "cpu":
-            return state[keys[name]].detach().cpu()
-        if (side, name) not in self._kept:  # over the bus once
-            self._kept[side, name] = state[keys[name]].detach().to(self.device)
-        return self._kept[side, name]
+        kept = self._kept.get((side, name))
+        if kept is not None:
+            return kept
+        tensor = state[keys[name]].detach()
+        if tensor.device == self.device:
+            return tensor
+        return self._kept.setdefault((side, name), tensor.to(self.device))  # over the bus once
 
     @property
     def permutation(self) -> Permutation:

@@ -41,6 +41,7 @@ from ..schedule import Order, axes_met, neighbours, order_of, run_in_order, shar
 from .accelerator import Accelerator
 from .costs import WeightCosts, tensor_cores
 from .endpoints import Endpoints, Move, Normalize, keep_freed_memory, touched
+from .estimate import where_quicker
 from .initial import Init, Visits, start
 from .nearness import arrangement
 
@@ -86,7 +87,8 @@ def weight_matching(
             differ); the best is returned.
         normalize: None, or "tensor": each parameter counts as if its norm were 1 in A and in B, so that large
             tensors do not outweigh small ones.
-        device: where cost matrices are computed; assignments are solved on the CPU.
+        device: where cost matrices are computed, unless they are so small that the CPU is quicker (`where_quicker`);
+            assignments are solved on the CPU.
         workers: groups that share no tensor are updated by that many threads; the result is that of one.
             Default: 1 on a CPU, where the products are parallel themselves, else one a core up to 16, so
             that the device computes costs while assignments are solved.
@@ -107,8 +109,9 @@ def weight_matching(
     check_range(1, max_sweeps=max_sweeps, restarts=restarts, workers=workers)
     check_range(0, seed=seed)
     check_choices(normalize=(normalize, Normalize))
+    device = where_quicker(spec, find_device(device))
     if workers is None:
-        workers = 1 if find_device(device).type == "cpu" else min(16, os.cpu_count() or 1)
+        workers = 1 if device.type == "cpu" else min(16, os.cpu_count() or 1)
     keep_freed_memory()
     pair = Endpoints(spec, state_a, state_b, normalize=normalize, device=device)
     initial_objective, distance_before = pair.objective, pair.distance
