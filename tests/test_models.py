@@ -1,5 +1,6 @@
 """The classifiers, their training, and the cache of trained ones."""
 
+import math
 import warnings
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from rebasin.models import build, fitting_options
 from rebasin.models.augment import AUGMENTATIONS
 from rebasin.models.cache import Trained, trained
 from rebasin.models.norms import ChannelLayerNorm
-from rebasin.models.train import RECIPES, Recipe, train
+from rebasin.models.train import RECIPES, Recipe, guessing, train
 from rebasin.objectives import CrossEntropy
 
 SHORT = Recipe(epochs=2, batch_size=48)
@@ -131,6 +132,30 @@ def test_divergence_is_told(small):
     recipe = Recipe(epochs=50, optimizer="sgd", learning_rate=1e6)
     with pytest.raises(ConfigError, match="lower the learning rate"):
         train(build("mlp"), small.train_x, small.train_y, recipe)
+
+
+def test_a_training_that_stays_at_guessing_is_no_endpoint(small):
+    """Dead from the start: no gradient passes."""
+    model = build("mlp", width=4)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    with pytest.raises(
+        ConfigError, match=r"after 5 epochs the loss is 2\.\d+; lower the learning rate, or clip"
+    ):
+        train(model, small.train_x, small.train_y, Recipe(epochs=5, learning_rate=1e-9))
+    assert guessing(torch.tensor([0, 0, 1, 1])) == pytest.approx(math.log(2))
+
+
+def test_the_gradient_is_clipped(small):
+    """With plain SGD no step is longer than learning rate times clip."""
+    model = build("mlp", width=4)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    recipe = Recipe(
+        epochs=1, batch_size=len(small.train_y), optimizer="sgd", momentum=0.0, learning_rate=0.5, clip=0.01
+    )
+    train(model, small.train_x, small.train_y, recipe)
+    moved = [(one.detach() - two).square().sum() for one, two in zip(model.parameters(), before, strict=True)]
+    assert float(sum(moved)) ** 0.5 == pytest.approx(0.5 * 0.01, rel=1e-3)
 
 
 def test_the_cache_is_used(small, tmp_path):

@@ -28,6 +28,10 @@ from .train import RECIPES, Recipe, train
 VERSION = 1
 
 
+LATER = {"augment": "none", "clip": 0.0}
+"""Fields of the recipe that came later: a training without them is the one that was cached before."""
+
+
 @dataclass(frozen=True, eq=False)
 class Trained:
     """A trained classifier.
@@ -92,7 +96,7 @@ def trained(
         "version": VERSION,
         "model": name,
         "options": options,
-        "recipe": {k: v for k, v in asdict(recipe).items() if (k, v) != ("augment", "none")},
+        "recipe": {k: v for k, v in asdict(recipe).items() if v != LATER.get(k)},
         "seed": seed,
         "data": dataset.fingerprint,
     }

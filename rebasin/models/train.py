@@ -36,6 +36,7 @@ class Recipe:
     schedule: Schedule = "constant"
     warmup_epochs: float = 0.0
     augment: str = "none"
+    clip: float = 0.0  # of the gradient's norm; 0: it stays as it is
 
     def __post_init__(self) -> None:
         if self.optimizer not in get_args(Optimizer) or self.schedule not in get_args(Schedule):
@@ -47,9 +48,11 @@ class Recipe:
             raise ConfigError(
                 f"Unknown augmentation '{self.augment}': choose none, {', '.join(AUGMENTATIONS)}."
             )
-        if self.epochs < 0 or self.batch_size < 1 or not self.learning_rate > 0 or self.warmup_epochs < 0:
+        least = min(self.epochs, self.batch_size - 1, self.warmup_epochs, self.clip)
+        if least < 0 or not self.learning_rate > 0:
             raise ConfigError(
-                f"A recipe needs epochs >= 0, batch_size >= 1, learning_rate > 0, but got {self}."
+                "A recipe needs epochs, warmup_epochs and clip >= 0, batch_size >= 1 and learning_rate > 0, but got"
+                f" {self}."
             )
 
 
@@ -76,11 +79,12 @@ def train(
     Images `x` (n, ...) and labels `y` (n,) are on the model's device. `seed` fixes the order of the samples;
     together with the start weights it fixes the result to the bit (on one CPU with one number of threads).
     Leaves the model in eval mode. A last batch of a single sample is left out, BatchNorm having nothing to
-    average there. `progress` gets, after each epoch, stage, step, total, loss, seconds; `after` is called with the
-    number of each epoch that is done, 0 before the first.
+    average there. On CUDA it computes in bfloat16, with channels last. `progress` gets, after each epoch, stage, step,
+    total, loss, seconds; `after` is called with the number of each epoch that is done, 0 before the first.
 
     Raises:
-        ConfigError: the loss is no longer a finite number.
+        ConfigError: the loss is no longer a finite number, or that of guessing, or above, through the later half of
+            five epochs or more without falling: such a network is no endpoint.
     """
     started = time.perf_counter()
     order = torch.Generator().manual_seed(seed)
@@ -92,6 +96,10 @@ def train(
     # Of its own, so that the order of the samples does not depend on the augmentation.
     random = torch.Generator().manual_seed(seed + 1_000_003)
     history: list[float] = []
+    cuda = x.device.type == "cuda"
+    if cuda and x.dim() == 4:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        x = x.contiguous(memory_format=torch.channels_last)
     model.train()
     after = after or (lambda done: None)
     after(0)
@@ -101,8 +109,12 @@ def train(
         for batch in shuffled.split(recipe.batch_size)[:steps_per_epoch]:
             optimizer.zero_grad(set_to_none=True)
             images = x[batch] if change is None else change(x[batch], random)
-            loss = F.cross_entropy(model(images), y[batch])
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=cuda):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), y[batch])
             loss.backward()
+            if recipe.clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
             schedule.step()
             total += loss.detach() * len(batch)
@@ -115,8 +127,22 @@ def train(
         after(epoch)
         seconds = time.perf_counter() - started
         tell(progress, "train", epoch, recipe.epochs, loss=history[-1], seconds=seconds)
+    late = history[len(history) // 2 :]
+    if len(history) >= 5 and min(late) > guessing(y) - 1e-3 and late[-1] > late[0] - 1e-3:
+        raise ConfigError(
+            f"Training stayed where guessing is: after {recipe.epochs} epochs the loss is {history[-1]:.3f}; lower the"
+            " learning rate, or clip the gradient (model.recipe.clip=1)."
+        )
     model.eval()
+    if cuda:
+        model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     return tuple(history)
+
+
+def guessing(y: Tensor) -> float:
+    """The cross entropy of always answering with the shares of the labels y [n]."""
+    shares = torch.unique(y, return_counts=True)[1].double() / len(y)
+    return float(-(shares * shares.log()).sum())
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
