@@ -132,6 +132,9 @@ def test_the_result_is_a_whole_checkpoint_and_says_how_it_was_made(whole, twins)
     )
     permutation = Permutation.load(folder / "checkpoint.permutation.safetensors")
     assert set(component_of(permutation.spec)) == {"unet", "vae", "text_encoder"}
+    kept = told["alignment"].values()
+    assert sum(own["neurons"] for own in kept) == permutation.spec.neurons
+    assert sum(own["moved"] for own in kept) == permutation.moved()
     for component in ("unet", "vae", "text_encoder"):
         ours, theirs = (open_checkpoint(f).component(component) for f in twins("sd1").files[:2])
         own = of_component(permutation, component)

@@ -2,8 +2,10 @@
 
 import gzip
 import hashlib
+import json
 import os
 import pickle
+import re
 import struct
 import tarfile
 from pathlib import Path
@@ -11,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from rebasin.data import captioned_digits, load
+from rebasin.data import captioned_digits, captioned_folder, load
 from rebasin.data.cifar import LAYOUTS
 from rebasin.data.classification import PARTS, fetch
 from rebasin.data.idx import read_idx
 from rebasin.data.parts import half, split
+from rebasin.data.prompts import read_prompts
 from rebasin.errors import DataError
 
 KERAS = {"train_x": "x_train", "train_y": "y_train", "test_x": "x_test", "test_y": "y_test"}
@@ -294,3 +298,78 @@ def test_splits_are_disjoint_and_by_class():
     assert not rows[0] & rows[1]
     assert first.test_x is data.test_x and first.fingerprint != second.fingerprint
     assert not torch.equal(half(data, 0).train_x, half(data, 1).train_x)
+
+
+def _npz(path, **arrays):
+    np.savez(path / "images.npz", **arrays)
+    return path / "images.npz"
+
+
+def _folder(path, rows=None, **texts):
+    """Three images with captions beside them, or in a table of these rows."""
+    for number in range(3):
+        Image.fromarray(PIXELS[number]).save(path / f"{number}.png")
+        if rows is None:
+            (path / f"{number}.txt").write_text("a digit")
+    if rows is not None:
+        (path / "metadata.jsonl").write_text("\n".join(rows))
+    for name, content in texts.items():
+        (path / f"1.{name}").write_bytes(content)
+    return path
+
+
+def _row(number, text="a digit", name="{}.png"):
+    return json.dumps({"file_name": name.format(number), "text": text})
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
+ROWS = [_row(number) for number in range(3)]
+
+BAD_IMAGES = {
+    "captions that are one text": (lambda p: _npz(p, images=PIXELS, captions=np.array("one")), "they must be texts"),
+    "captions of bytes": (lambda p: _npz(p, images=PIXELS, captions=np.array([b"a"] * 3)), "they must be texts"),
+    "pickled": (lambda p: _npz(p, images=PIXELS, captions=np.array(["a", None, "b"], object)), "can't be read"),
+    "no images": (lambda p: _npz(p, images=PIXELS[:0], captions=np.array([], "U1")), "has 0 images"),
+    "one image": (lambda p: _npz(p, images=PIXELS[:1], captions=np.array(["a"])), "has 1 images"),
+    "images without rows": (lambda p: _npz(p, images=PIXELS[:, :0], captions=np.array(["a"] * 3)), "must be uint8"),
+    "an archive that is cut off": (lambda p: _cut(_npz(p, images=PIXELS)), "can't be read"),
+    "an array, no archive": (lambda p: _array(p / "images.npz"), "can't be read"),
+    "no image": (lambda p: _folder(p, png=b"none"), "1.png can't be read as an image"),
+    "an image that is cut off": (lambda p: _cut(_folder(p) / "1.png").parent, "1.png can't be read as an image"),
+    "16 bits": (lambda p: _deep(_folder(p)), "more than 8 bits"),
+    "a caption that is no UTF-8": (lambda p: _folder(p, txt=b"\xe9"), "1.txt can't be read as UTF-8"),
+    "a number for a caption": (lambda p: _folder(p, [*ROWS[:2], _row(2, 3)]), "line 3: 'text' is 3, not text"),
+    "two captions of one": (lambda p: _folder(p, [*ROWS, _row(1, "b")]), "two captions of '1.png'"),
+    "a caption of no image": (lambda p: _folder(p, [*ROWS, _row(7)]), "has a caption of '7.png', but"),
+    "a table that is too deep": (lambda p: _folder(p, ["[" * 100000]), "line 1: it is no JSON"),
+}  # fmt: skip
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-60])
+    return path
+
+
+def _array(path):
+    with open(path, "wb") as file:
+        np.save(file, PIXELS)
+    return path
+
+
+def _deep(path):
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(path / "1.png")
+    return path
+
+
+@pytest.mark.parametrize(("make", "said"), BAD_IMAGES.values(), ids=BAD_IMAGES)
+def test_what_is_wrong_with_images_and_captions_is_told_before_they_are_needed(make, said, tmp_path):
+    with pytest.raises(DataError, match=re.escape(said)):
+        captioned_folder.check(make(tmp_path))
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_a_text(tmp_path):
+    folder = _folder(tmp_path, [_row(n, name="./{}.png") for n in range(3)])
+    (folder / "prompts.txt").write_text("\ufeff# none\na dog\n", encoding="utf-8")
+    assert read_prompts(folder / "prompts.txt") == ["a dog"]
+    (folder / "prompts.txt").unlink()
+    captioned_folder.check(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError
 from .prompts import IMAGES, captioned_images
-from .sampled import square
+from .sampled import look, square
 
 SHARE = 3
 """One image of so many is held out, unless the configuration says how many."""
@@ -46,17 +48,36 @@ def load(
             there are fewer images than were asked for.
     """
     rows = listed(path)
-    held = max(1, len(rows) // SHARE) if heldout is None else heldout
-    first = len(rows) - held if train is None else train
-    if held < 1 or first < 1 or held + first > len(rows):
-        raise DataError(
-            f"{path} has {len(rows)} images with captions, but data.heldout={held} and data.train={first} are to be at"
-            " least 1 and together no more than that."
-        )
+    held, first = _shares(path, len(rows), train, heldout)
     order = np.random.default_rng(SEED).permutation(len(rows))
     chosen = order[:held] if split == "heldout" else order[held : held + first]
     pixels = [square(rows[i][0], side, channels) for i in chosen]
     return torch.stack(pixels), [rows[i][1] for i in chosen]
+
+
+def check(path: str | Path | None, *, train: int | None = None, heldout: int | None = None) -> None:
+    """Complain of what `load` would complain of, before anything expensive; images are opened, but not decoded.
+
+    Raises:
+        ConfigError, DataError: see `load`.
+    """
+    rows = listed(path)
+    _shares(path, len(rows), train, heldout)
+    for source, _ in rows:
+        if isinstance(source, Path):
+            look(source)
+
+
+def _shares(path: object, count: int, train: int | None, heldout: int | None) -> tuple[int, int]:
+    """How many of so many images are held out, and how many are there to learn from."""
+    held = max(1, count // SHARE) if heldout is None else heldout
+    first = count - held if train is None else train
+    if held < 1 or first < 1 or held + first > count:
+        raise DataError(
+            f"{path} has {count} images with captions, but data.heldout={held} and data.train={first} are to be at"
+            " least 1 and together no more than that."
+        )
+    return held, first
 
 
 def listed(path: str | Path | None) -> Sequence[tuple[Source, str]]:
@@ -79,12 +100,14 @@ def listed(path: str | Path | None) -> Sequence[tuple[Source, str]]:
 
 
 def _archive(place: Path) -> list[tuple[Source, str]]:
+    if not place.exists():
+        raise DataError(f"There is no file {place}: give an .npz with images and captions.")
     try:
+        with zipfile.ZipFile(place):  # which numpy takes other kinds of files for
+            pass
         with np.load(place, allow_pickle=False) as file:
             found: dict[str, Any] = {name: file[name] for name in file.files}
-    except FileNotFoundError as error:
-        raise DataError(f"There is no file {place}: give an .npz with images and captions.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{place} can't be read as an .npz file: give one with images and captions."
         ) from error
@@ -97,12 +120,18 @@ def _archive(place: Path) -> list[tuple[Source, str]]:
         images.dtype != np.uint8
         or images.ndim not in (3, 4)
         or (images.ndim == 4 and images.shape[3] not in (1, 3))
+        or 0 in images.shape[1:3]
     ):
         raise DataError(
             f"{place} has images of type {images.dtype} and shape {images.shape}; they must be uint8 [n, h, w] or"
             " [n, h, w, 3]."
         )  # fmt: skip
-    if len(captions) != len(images) or captions.ndim != 1:
+    if captions.ndim != 1 or captions.dtype.kind not in "Uiu":
+        raise DataError(
+            f"{place} has captions of type {captions.dtype} and shape {captions.shape}; they must be texts [n], or"
+            " whole numbers."
+        )
+    if len(captions) != len(images):
         raise DataError(
             f"{place} has {len(images)} images and {len(captions)} captions; each image needs one."
         )

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import TypedDict
 
-from ..errors import DataError
+from ..errors import DataError, shown
+from ..files import SchemaError, conform, parse
 
 SHIPPED = Path(__file__).parent / "prompts.txt"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Row(TypedDict):
+    """A line of metadata.jsonl, as far as it is read."""
+
+    file_name: str
+    text: str
 
 
 def read_prompts(path: str | Path | None = None) -> list[str]:
@@ -23,16 +31,9 @@ def read_prompts(path: str | Path | None = None) -> list[str]:
     file = Path(path).expanduser() if path is not None else SHIPPED
     if file.is_dir():
         return [caption for _, caption in captioned_images(file)]
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise DataError(
-            f"There is no file or folder {file}: give a text file with one prompt a line."
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{file} can't be read as UTF-8 text: give a text file with one prompt a line."
-        ) from error
+    if not file.exists():
+        raise DataError(f"There is no file or folder {file}: give a text file with one prompt a line.")
+    lines = _text(file, "give a text file with one prompt a line").splitlines()
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
         raise DataError(f"{file} has no prompts: write one a line.")
@@ -46,27 +47,55 @@ def captioned_images(folder: str | Path) -> list[tuple[Path, str]]:
     layout of the datasets library).
 
     Raises:
-        DataError: there is no such folder or it has no images, or one has no caption.
+        DataError: there is no such folder or it has no images, one has no caption, or a row of the table no image.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise DataError(f"There is no folder {root}: give one with images and their captions.")
     table = root / "metadata.jsonl"
-    captions: dict[str, str] = {}
-    if table.is_file():
-        try:
-            lines = table.read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines if line.strip()]
-            captions = {row["file_name"]: row["text"] for row in rows}
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise DataError(f"{table} is damaged: each line must have a 'file_name' and a 'text'.") from error
+    captions = _captions(table) if table.is_file() else {}
+    images = sorted(p for p in root.iterdir() if p.suffix.lower() in IMAGES and p.is_file())
+    if missing := sorted(captions.keys() - {image.name for image in images}):
+        raise DataError(
+            f"{table} has a caption of {shown(missing[0])}, but {root} itself has no such image ({', '.join(IMAGES)}):"
+            " put it there, or take the line out."
+        )
     found = []
-    for image in sorted(p for p in root.iterdir() if p.suffix.lower() in IMAGES):
+    for image in images:
         text = image.with_suffix(".txt")
-        if image.name not in captions and not text.is_file():
+        if image.name in captions:
+            found.append((image, captions[image.name]))
+        elif text.is_file():
+            found.append((image, _text(text, "write the caption anew").strip()))
+        else:
             raise DataError(f"The image {image} has no caption: write one to {text.name} beside it.")
-        caption = captions.get(image.name) or text.read_text(encoding="utf-8").strip()
-        found.append((image, caption))
     if not found:
         raise DataError(f"{root} has no images ({', '.join(IMAGES)}).")
     return found
+
+
+def _captions(table: Path) -> dict[str, str]:
+    """File name -> caption, of a metadata.jsonl."""
+    captions: dict[str, str] = {}
+    for number, line in enumerate(_text(table, "write one object a line").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = conform(Row, parse(line))
+        except SchemaError as error:
+            raise DataError(
+                f"{table} is damaged in line {number}: {error}; each line must have a 'file_name' and a 'text'."
+            ) from error
+        name = PurePosixPath(row["file_name"]).as_posix()  # without ./
+        if name in captions:
+            raise DataError(f"{table} has two captions of {shown(name)}: take one of the lines out.")
+        captions[name] = row["text"]
+    return captions
+
+
+def _text(file: Path, advice: str) -> str:
+    """Of a file that exists; a mark of the byte order, as some editors write it, is no part of it."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} can't be read as UTF-8 text: {advice}.") from error

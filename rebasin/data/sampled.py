@@ -233,20 +233,49 @@ def _recorded(module: nn.Module, chosen: set[int] | None = None) -> Iterator[lis
 
 
 def square(source: Path | np.ndarray, size: int, channels: int) -> Tensor:
-    """[channels, size, size] in -1..1, the middle square of an image file, or of an image uint8 [h, w] or [h, w, c]."""
-    from PIL import Image, UnidentifiedImageError
+    """[channels, size, size] in -1..1, the middle square of an image file, or of an image uint8 [h, w] or [h, w, c].
 
-    mode = "L" if channels == 1 else "RGB"
-    try:
-        if isinstance(source, np.ndarray):
-            image = Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source).convert(mode)
-        else:
-            with Image.open(source) as file:
-                image = file.convert(mode)
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{source} can't be read as an image: replace it or take it out.") from error
+    Raises:
+        DataError: the file can't be read as an image.
+    """
+    from PIL import Image
+
+    if isinstance(source, np.ndarray):
+        image = Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source)
+    else:
+        with _opened(source) as image:
+            image.load()
+    image = image.convert("L" if channels == 1 else "RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
     values = torch.from_numpy(np.asarray(image, dtype=np.float32).reshape(size, size, -1).copy())
     return values.permute(2, 0, 1) / 127.5 - 1
+
+
+def look(source: Path) -> None:
+    """Open an image file and check what can be checked without its pixels.
+
+    Raises:
+        DataError: it can't be read as an image.
+    """
+    with _opened(source) as image:
+        image.verify()
+
+
+@contextmanager
+def _opened(source: Path) -> Iterator[Any]:
+    """An image file; whatever goes wrong inside the block is its fault."""
+    from PIL import Image
+
+    try:
+        with Image.open(source) as file:
+            if file.mode.startswith(("I", "F")):  # what is more would be cut off
+                raise DataError(
+                    f"{source} has pixels of more than 8 bits: save it with 8 bits, or take it out."
+                )
+            yield file
+    except DataError:
+        raise
+    except Exception as error:  # libraries of many formats, each with its own
+        raise DataError(f"{source} can't be read as an image: replace it or take it out.") from error

@@ -39,7 +39,9 @@ FILES = {
     "fisher_b.safetensors": "the same of B, in B's own order",
     "repaired.safetensors": "the merge after REPAIR",
     "best.safetensors": "the winner, with its recipe in the header",
-    "checkpoint.safetensors": "A with this component merged, a whole checkpoint",
+    "checkpoint.safetensors": "the merge as a whole checkpoint in A's layout",
+    "checkpoint": "the merge as a whole checkpoint, a folder as A is one",
+    "checkpoint.permutation.safetensors": "for LoRAs of B (rebasin apply)",
     "results.json": "every figure",
     "study.db": "all trials; the same command goes on with them",
     "config.yaml": "the resolved configuration",
@@ -137,6 +139,7 @@ class Console:
                 self.console.print(part, markup=False)
         shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         self.console.print(f"\nIn {shown}:", markup=False)
-        for name, meaning in FILES.items():
-            if name in files and (folder / name).exists():
-                self.console.print(f"  {name:<24}  [dim]{meaning}[/dim]")
+        there = {n: meaning for n, meaning in FILES.items() if n in files and (folder / n).exists()}
+        width = max((24, *map(len, there)))
+        for name, meaning in there.items():
+            self.console.print(f"  {name:<{width}}  [dim]{meaning}[/dim]")

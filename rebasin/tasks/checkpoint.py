@@ -147,7 +147,7 @@ def _check_files(cfg: DictConfig) -> None:
             read_prompts(given)
     needed = cfg.objective.kind in ("denoising", "distillation")
     if needed and cfg.data.kind == "captioned folder":
-        captioned_folder.listed(cfg.data.path)
+        captioned_folder.check(cfg.data.path, train=cfg.data.train, heldout=cfg.data.heldout)
     elif needed:
         require(cfg, "data", "captioned folder", "captioned images", "none")
         if cfg.objective.kind == "denoising" and cfg.data.kind == "none":

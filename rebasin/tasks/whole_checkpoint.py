@@ -65,7 +65,10 @@ def export(models: Sequence[Checkpoint], names: Sequence[str], aligned: str, cfg
             "lam": cfg.lam, "component": aligned, "seed": cfg.seed, "rest": cfg.model.rest,
         }  # fmt: skip
         inputs = [(m.path, sha256_of(m.path, progress), provenance.metadata_of(m)) for m in (a, b)]
-        alignment = {n or aligned: {"spec": p.spec.hash, "moved": p.moved()} for n, p in moved.items()}
+        alignment = {
+            n or aligned: {"spec": p.spec.hash, "moved": p.moved(), "neurons": p.spec.neurons}
+            for n, p in moved.items()
+        }
         header = {**provenance.header(provenance.metadata_of(a), inputs, recipe, alignment), **metadata}
         target = folder / (FILE if a.path.is_dir() else f"{FILE}.safetensors")
         return save_checkpoint(target, a, state, header, progress=progress).path, folder / PERMUTATION
