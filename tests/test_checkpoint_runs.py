@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -27,6 +28,7 @@ from rebasin.objectives.denoising import CHANNELS, problems
 from rebasin.objectives.sampling import sample
 from rebasin.spec import Permutation, PermutationSpec
 from rebasin.tasks import Task, load_task
+from rebasin.tasks import checkpoint as checkpoint_task
 from rebasin.tasks.around import Around
 from rebasin.tensors.modules import loaded
 
@@ -202,16 +204,38 @@ def test_the_tiny_pipeline_as_folders_is_the_tiny_pipeline(place):
         (["objective=distillation", "objective.prompts=EMPTY"], DataError, "has no prompts"),
         (["objective=distillation", "model.tokenizer=null"], CheckpointError, "tokens"),
         (["objective=distillation", "model.size=50"], ConfigError, "multiples"),
+        (["objective=reward"], ConfigError, "objective.scorer is not set"),
+        (["evaluate=reward", "evaluate.scorer=nowhere:one"], ConfigError, "'nowhere:one' can't be imported"),
+        (["evaluate=image_reward", "evaluate.weights=nowhere.pt"], CheckpointError, "nowhere.pt"),
+        (["model.samples=2", "model.steps=0"], ConfigError, "model.steps is 0"),
+        (["model.samples=2", "model.guidance=.nan"], ConfigError, "model.guidance"),
+        (["model.samples=-1"], ConfigError, "model.samples is -1"),
+        (["model.size=0"], ConfigError, "model.size is 0"),
+        (["model.size=big"], ConfigError, "model.size is 'big'"),
+        (["algo=activation_matching_prompts", "algo.points=0"], ConfigError, "algo.points is 0"),
+        (["algo=activation_matching_prompts", "algo.steps=0"], ConfigError, "algo.steps is 0"),
+        (["algo=activation_matching_prompts", "algo.batch_size=0"], ConfigError, "algo.batch_size is 0"),
+        (["algo=activation_matching_prompts", "algo.count=-2"], ConfigError, "algo.count is -2"),
+        (["algo=activation_matching_prompts", "algo.points=few"], ConfigError, "algo.points"),
+        (["objective=distillation", "objective.steps=0"], ConfigError, "objective.steps is 0"),
+        (
+            ["objective=denoising", "data=captioned_folder", "data.heldout=some"],
+            ConfigError,
+            "data.heldout is 'some'",
+        ),
         (["model.files=[A,B,C]", "algo=merge_many", "model.a=A"], ConfigError, "leave out model.a"),
         (["model.files=[A]", "model.a=null", "model.b=null"], ConfigError, "one checkpoint"),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(asked, tmp_path, options, error, words):
+def test_what_makes_no_sense_is_one_sentence(asked, tmp_path, monkeypatch, options, error, words):
     empty = tmp_path / "empty.txt"
     empty.write_text("# nothing\n")
     given = asked("sd1", *(option.replace("EMPTY", str(empty)) for option in options))
-    with pytest.raises(error, match=words) as told:
-        load_task(table.configured(given))
+    monkeypatch.setattr(checkpoint_task, "assemble", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(error, match=re.escape(words)) as told:
+        cfg = table.configured(given)
+        load_algorithm(cfg.algo, len(cfg.model.files or ()) > 2)
+        load_task(cfg)
     assert isinstance(told.value, RebasinError) and str(told.value).endswith(".")
 
 

@@ -98,7 +98,7 @@ def sampled_batches(
                 f"The pipeline has no part {part!r} whose inputs can be recorded: it has"
                 f" {', '.join(recordable(first))}."
             )
-    chosen = set(chosen_steps(points, steps))
+    chosen = check_sampling(points, steps, batch_size)
     found: dict[str, list[Batch]] = {part: [] for part in wanted}
     for number, pipeline in enumerate(pipelines):
         texts = [p for p in wanted if p not in DENOISERS and p != "vae" and number == 0]
@@ -157,6 +157,7 @@ def encoded_batches(
         )
     if not images:
         raise DataError("There are no images to encode: give at least one.")
+    check_sampling(points, steps, batch_size)
     side = unet.config.sample_size * pipeline.vae_scale_factor
     channels = vae.config.in_channels
     pipeline.scheduler.set_timesteps(steps)
@@ -196,21 +197,35 @@ def recordable(pipeline: Any) -> tuple[str, ...]:
     return tuple(n for n in modules if n.startswith("text_encoder") or n in DENOISERS or n == "vae")
 
 
-def chosen_steps(points: Points, steps: int) -> list[int]:
+def chosen_steps(points: Points, steps: int, prefix: str = "") -> list[int]:
     """Numbers of the sampler's steps, from 0 (pure noise) to steps - 1.
 
     Raises:
         ConfigError: fewer than one point, or one outside 0..1.
     """
     if steps < 1:
-        raise ConfigError(f"steps is {steps}, but a sampler makes at least one.")
+        raise ConfigError(f"{prefix}steps is {steps}, but a sampler makes at least one.")
     fractions = np.linspace(0, 1, points) if isinstance(points, int) and points > 0 else points
     if isinstance(fractions, int) or not len(fractions) or min(fractions) < 0 or max(fractions) > 1:
         raise ConfigError(
-            f"points is {points}, but it is a number of the schedule's points, at least 1, or a list of fractions"
-            " between 0 and 1."
+            f"{prefix}points is {points}, but it is a number of the schedule's points, at least 1, or a list of"
+            " fractions between 0 and 1."
         )
     return sorted({round(float(fraction) * (steps - 1)) for fraction in fractions})
+
+
+def check_sampling(points: Points, steps: int, batch_size: int, prefix: str = "") -> set[int]:
+    """The steps that are recorded.
+
+    Args:
+        prefix: of the options' names, in sentences.
+
+    Raises:
+        ConfigError: there are none, or no batches.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"{prefix}batch_size is {batch_size}, but it must be at least 1.")
+    return set(chosen_steps(points, steps, prefix))
 
 
 @contextmanager

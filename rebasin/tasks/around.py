@@ -32,6 +32,21 @@ AESTHETIC = 6.0
 """The score that SDXL's refiner is told that its pictures have; diffusers' default."""
 
 
+def check_side(side: int, factor: int) -> None:
+    """Refuse a side of pictures that no latents have.
+
+    Args:
+        factor: pixels of a latent's side.
+
+    Raises:
+        ConfigError: it is no multiple.
+    """
+    if side % factor:
+        raise ConfigError(
+            f"model.size is {side}, but this model makes pictures whose sides are multiples of {factor} pixels."
+        )
+
+
 class Around:
     """The parts of a pipeline of the Stable Diffusion kind, and what its UNet is told of prompts.
 
@@ -58,11 +73,7 @@ class Around:
         self.config: Any = pipeline.unet.config
         self.factor = pipeline.vae_scale_factor
         self.side = side or self.config.sample_size * self.factor
-        if self.side % self.factor:
-            raise ConfigError(
-                f"model.size is {self.side}, but this model makes pictures whose sides are multiples of"
-                f" {self.factor} pixels."
-            )
+        check_side(self.side, self.factor)
         self.tokenizers = {
             name: getattr(pipeline, own)
             for name, own in TOKENIZERS.items()

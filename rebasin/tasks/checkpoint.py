@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -27,8 +27,8 @@ from ..checkpoints.provenance import size_of
 from ..checkpoints.specs import proof
 from ..data import captioned_folder
 from ..data.prompts import read_prompts
-from ..data.sampled import Batch, Placed
-from ..errors import ConfigError
+from ..data.sampled import Batch, Placed, check_sampling
+from ..errors import ConfigError, shown
 from ..integrations.hydra import function_of
 from ..matching.weights.estimate import about
 from ..spec import PermutationSpec
@@ -36,10 +36,10 @@ from ..tensors.modules import device_of, find_device
 from ..types import State, arguments_of
 from . import whole_checkpoint
 from .agreement import Agreement, outputs_of, with_targets
-from .around import Around, diffusion_task, sampler
+from .around import Around, check_side, diffusion_task, sampler
 from .base import Part, Task, require
 from .checkpoint_costs import Run, forward_pass
-from .prompted import KINDS
+from .prompted import KINDS, check_scorer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -60,6 +60,7 @@ def load(cfg: DictConfig) -> Task:
     """
     require(cfg, "objective", "agreement", *KINDS)
     wanted = _wanted(cfg)
+    _check_numbers(cfg)
     _check_files(cfg)
     if cfg.objective.kind == "agreement" and cfg.model.batches < 1 and "batches" in _takes(cfg):
         raise ConfigError(
@@ -80,7 +81,13 @@ def load(cfg: DictConfig) -> Task:
         if wanted
         else None
     )
+    if plan is not None and cfg.model.size is not None:
+        levels = component_config(models[0], "vae").get("block_out_channels", ())
+        check_side(cfg.model.size, 2 ** max(0, len(levels) - 1))
     pair.require_memory(plan is not None)
+    if plan is not None:  # ImageReward takes a while and is kept for the run, so this comes last
+        for name, group in _groups(cfg).items():
+            check_scorer(group, name)
     common: dict[str, Any] = {
         "labels": _labels(models),
         "endpoints": lambda progress: tuple(pair.state(model) for model in models),
@@ -133,16 +140,47 @@ def _takes(cfg: DictConfig) -> dict[str, Any]:
     return arguments_of(function_of(algo, "algo._target_", f"algo={algo.name}")) if algo else {}
 
 
+def _groups(cfg: DictConfig) -> dict[str, Any]:
+    """The groups of options that may have prompts or a scorer, as users name them."""
+    found = {name: cfg.get(name) or {} for name in ("objective", "evaluate", "model", "algo")}
+    return {**found, "algo.reward": found["algo"].get("reward") or {}}
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    """Look at the options that make pictures, whose faults the sampler would find long after the alignment."""
+    whole = {
+        f"model.{n}": least for n, least in (("batches", 0), ("samples", 0), ("steps", 1), ("seeds_shown", 1))
+    }
+    whole |= dict.fromkeys(
+        ("objective.batch_size", "objective.steps", "objective.samples", "evaluate.seeds"), 1
+    )
+    whole |= dict.fromkeys(("evaluate.batch_size", "evaluate.steps", "data.batch_size"), 1)
+    whole |= {
+        n: 1 for n in ("model.size", "data.train", "data.heldout") if OmegaConf.select(cfg, n) is not None
+    }
+    for name, least in whole.items():
+        group, _, field = name.partition(".")
+        if field not in cfg[group]:
+            continue
+        value = cfg[group][field]
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name} is {shown(value)}, but it must be a whole number from {least} on.")
+    if not isinstance(cfg.model.guidance, int | float) or not isfinite(cfg.model.guidance):
+        raise ConfigError(f"model.guidance is {shown(cfg.model.guidance)}, but it must be a finite number.")
+    takes = _takes(cfg)
+    if "pipeline" in takes:
+        algo = {**takes, **(cfg.get("algo") or {})}
+        check_sampling(algo["points"], algo["steps"], algo["batch_size"], "algo.")
+        if algo["count"] is not None and algo["count"] < 0:
+            raise ConfigError(
+                f"algo.count is {algo['count']}, but it must be at least 1, or null for all prompts."
+            )
+
+
 def _check_files(cfg: DictConfig) -> None:
     """Look at prompts and images before any model is opened."""
-    for group in (
-        cfg.objective,
-        cfg.evaluate,
-        cfg.model,
-        cfg.get("algo") or {},
-        (cfg.get("algo") or {}).get("reward"),
-    ):
-        given = (group or {}).get("prompts")
+    for group in _groups(cfg).values():
+        given = group.get("prompts")
         if isinstance(given, str | Path):
             read_prompts(given)
     needed = cfg.objective.kind in ("denoising", "distillation")

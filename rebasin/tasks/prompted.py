@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..data.prompts import read_prompts
 from ..errors import ConfigError
 from ..integrations.hydra import made
 from ..objectives import Denoising, Objective, Reward, teach
+from ..objectives.base import imported
 from ..objectives.reward import Embed, prompt_batches
 
 KINDS = ("denoising", "distillation", "reward")
@@ -59,12 +60,7 @@ class ImageMaker:
         Raises:
             ConfigError: there is no scorer, or it can't be made.
         """
-        chosen = group.get("scorer")
-        if chosen is None:
-            raise ConfigError(
-                f"{name}.scorer is not set: give a differentiable function (images, prompts) -> scores by its path,"
-                " such as my_package.scores:brightness."
-            )
+        chosen = scorer_of(group, name)
         scorer, last = (
             chosen if isinstance(chosen, str) else made(chosen, f"{name}.scorer"),
             group.get("grad_steps", 1),
@@ -74,6 +70,36 @@ class ImageMaker:
     def prompted(self, group: DictConfig, count: int, seed: int) -> list[dict[str, Any]]:
         """Batches of its prompts."""
         return self.batches(self.chosen(group.prompts), count=count, batch_size=group.batch_size, seed=seed)
+
+
+def scorer_of(group: Mapping[str, Any], name: str) -> Any:
+    """What the config group `name` says of its scorer: a path, or a mapping with `_target_`.
+
+    Raises:
+        ConfigError: nothing.
+    """
+    chosen = group.get("scorer")
+    if chosen is None:
+        raise ConfigError(
+            f"{name}.scorer is not set: give a differentiable function (images, prompts) -> scores by its path,"
+            " such as my_package.scores:brightness."
+        )
+    return chosen
+
+
+def check_scorer(group: Mapping[str, Any], name: str) -> None:
+    """Make the scorer of a config group that has one, to see whether that can be done.
+
+    Raises:
+        ConfigError, CheckpointError: it can't.
+    """
+    if "scorer" not in group:
+        return
+    chosen = scorer_of(group, name)
+    if isinstance(chosen, str):
+        imported("scorer", chosen)
+    else:
+        made(chosen, f"{name}.scorer")
 
 
 def objective_of(
