@@ -595,10 +595,23 @@ def test_methods_are_compared_on_held_out_data(tmp_path):
 def test_a_comparison_says_why_a_method_does_not_fit(tmp_path):
     from rebasin.compare_methods import compare_methods
 
+    def compare(*overrides: str) -> None:
+        compare_methods(configured(*TINY, *overrides, config="compare_methods"), tmp_path, Console())
+
     with pytest.raises(ConfigError, match="needs a base"):
-        compare_methods(
-            configured(*TINY, "methods.names=[ties_sum]", config="compare_methods"), tmp_path, Console()
-        )
+        compare("methods.names=[ties_sum]")
+    for override, words in (
+        ("methods.shares=[a]", "methods.shares has 'a', but it takes numbers."),
+        ("methods.strengths=[nan]", "methods.strengths has nan, but"),
+        ("methods.names=[1]", "named by text, not by 1"),
+        ("+methods.options.nix.a=1", "There is no merge method 'nix'"),
+        ("+methods.options.slerp=1", "methods.options.slerp is 1, but"),
+        ("+methods.options.fisher.nix=1", "The merge method 'fisher' has no"),
+        ("algo=merge_many", "algo=merge_many merges all models by itself"),
+        ("model.seeds=[0]", "one network alone"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            compare(override)
 
 
 def test_every_method_of_the_registry_is_compared_or_left_out_for_a_reason():

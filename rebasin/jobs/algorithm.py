@@ -174,13 +174,8 @@ def is_many(cfg: DictConfig) -> bool:
     Raises:
         ConfigError: there are other than two models, but the algorithm aligns two, or there is one.
     """
-    chosen = next((cfg.model.get(field) for field in ("files", "seeds") if cfg.model.get(field)), None)
+    chosen = _networks(cfg)
     several = isinstance(chosen, ListConfig) and len(chosen) != 2
-    if isinstance(chosen, ListConfig) and len(chosen) == 1:
-        field = "files" if cfg.model.get("files") else "seeds"
-        raise ConfigError(
-            f"model.{field} is {list(chosen)}, one network alone; give two to align, or more to merge them all."
-        )
     if _of_many(_function(cfg.algo)):
         return True
     if several and not cfg.algo.get("many"):
@@ -189,6 +184,33 @@ def is_many(cfg: DictConfig) -> bool:
             f" algo=merge_many, or algo=naive for their plain mean."
         )
     return several
+
+
+def load_pairwise(cfg: DictConfig) -> Algorithm:
+    """The algorithm with which a job brings one model after another to the first.
+
+    Raises:
+        ConfigError: it is one for any number of models, or there is one network; else what `load_algorithm` raises.
+    """
+    _networks(cfg)
+    algorithm = load_algorithm(cfg.algo)
+    if _of_many(algorithm.function):
+        raise ConfigError(
+            f"algo={cfg.algo.name} merges all models by itself, but here each of them is aligned to the first; choose"
+            " an algorithm that aligns two, such as algo=weight_matching."
+        )
+    return algorithm
+
+
+def _networks(cfg: DictConfig) -> Any:
+    """The networks that the configuration lists, None if it lists none."""
+    chosen = next((cfg.model.get(field) for field in ("files", "seeds") if cfg.model.get(field)), None)
+    if isinstance(chosen, ListConfig) and len(chosen) == 1:
+        field = "files" if cfg.model.get("files") else "seeds"
+        raise ConfigError(
+            f"model.{field} is {list(chosen)}, one network alone; give two to align, or more to merge them all."
+        )
+    return chosen
 
 
 def _function(algo: DictConfig, field: str = "_target_") -> Callable[..., Any]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..integrations.hydra import resolved
 from ..merging import Method
+from ..merging.inputs import copies
+from ..merging.merged import find_method
+from ..merging.registry import plan_options
 from ..reporting.methods import ALIGNED, KIND, NAIVE
 from ..reporting.results import Results
 from ..search.comparison import compare, figures, fitting
 from ..search.evaluator import Evaluator, Inputs
 from ..search.folder import base_name
 from ..search.objectives import SearchObjective, load_objectives
+from ..search.space import ALL
 from ..tasks import Task, load_task
 from .materials import align_all, check, load_inputs
 from .refusals import brought, refuse
@@ -33,10 +38,21 @@ class Prepared:
 
 def _prepare(job: Session) -> Prepared:
     cfg, options = job.cfg, job.cfg.methods
-    check(options, "methods", "batch", "unit", "samples")
+    check(cfg, "methods", "batch", "unit", "samples")
     for name in ("names", "shares", "strengths"):
         if not options[name]:
             raise ConfigError(f"methods.{name} is empty; it takes at least one.")
+        for value in options[name] if name != "names" else ():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ConfigError(f"methods.{name} has {shown(value)}, but it takes numbers.")
+    for name in options.names if list(options.names) != [ALL] else ():
+        find_method(name)
+    for name, given in resolved(options.options).items():
+        method = find_method(name)
+        if not isinstance(given, dict):
+            raise ConfigError(f"methods.options.{name} is {shown(given)}, but it takes OPTION: VALUE.")
+        asked = {"score": None} if "score" in plan_options(method.plan) else {}  # what the job gives
+        method.check_options({**asked, **given})
     with job.stage("load"):
         task = load_task(cfg)
         refuse(job, task)
@@ -47,6 +63,7 @@ def _prepare(job: Session) -> Prepared:
         gradients = hasattr(task.objective, "loss")
         methods = fitting(list(options.names), len(inputs.states), inputs.base is not None, gradients)
         job.say(f"{', '.join(inputs.labels)}; {len(methods)} methods")
+    job.remark(copies(inputs.states, inputs.labels))
     return Prepared(task, inputs, objectives, methods)
 
 

@@ -21,7 +21,7 @@ from ..tasks import Task
 from ..tensors import load_metadata
 from ..types import Progress
 from . import stages
-from .algorithm import load_algorithm
+from .algorithm import load_pairwise
 from .skeleton import Session
 
 
@@ -46,12 +46,11 @@ def align_all(job: Session, task: Task, inputs: Inputs) -> dict[str, Permutation
 
     Each permutation is kept in the job's folder as permutation-LABEL.safetensors; none with algo=naive.
     """
-    name, found = job.cfg.algo.name, {}
+    name, found, algorithm = job.cfg.algo.name, {}, load_pairwise(job.cfg)
     if name == "naive":
         with job.stage("align"):
             job.say("not aligned")
         return found
-    algorithm = load_algorithm(job.cfg.algo)
     spec = stages.spec_of(job.cfg, task, task.aligned)
     kept, key = read_permutations(job.folder, inputs, job.config), alignment_key(job.config)
     if not kept:
@@ -103,12 +102,14 @@ def prepare(cfg: DictConfig, task: Task, inputs: Inputs) -> Setup:
     return Setup(inputs, space, Evaluator(task.model, inputs.states, objectives, **more))
 
 
-def check(options: DictConfig, name: str, *counts: str) -> None:
+def check(cfg: DictConfig, name: str, *counts: str) -> None:
     """What the config groups `search` and `methods` have in common; `counts` are at least 1.
 
     Raises:
         ConfigError: names the option and what it takes.
     """
+    load_pairwise(cfg)
+    options = cfg[name]
     for count in counts:
         if options[count] < 1:
             raise ConfigError(f"{name}.{count} is {options[count]}, but it must be at least 1.")

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..errors import ConfigError
 from ..files import write_text
 from ..integrations.hydra import resolved
+from ..merging.inputs import copies
 from ..reporting.console import Console
 from ..reporting.results import Results
 from ..reporting.search_page import KIND
@@ -58,7 +59,7 @@ def _prepare(job: Session) -> Setup:
             f"search.trials is {options.trials} and search.minutes {options.minutes}; at least one must be above 0, so"
             " that the search ends."
         )
-    check(options, "search", "workers", "batch", "unit", "finalists", "warm")
+    check(cfg, "search", "workers", "batch", "unit", "finalists", "warm")
     make_sampler(options.sampler, 0, 1)
     if cfg.again:
         for path in job.folder.glob(f"{Path(NAME).stem}.*"):
@@ -71,6 +72,7 @@ def _prepare(job: Session) -> Setup:
         job.remark(task.remarks)
         inputs = load_inputs(cfg, task, job.progress)
         job.say(", ".join(f"{'ABCDEFGH'[i % 8]}: {label}" for i, label in enumerate(inputs.labels)))
+    job.remark(copies(inputs.states, inputs.labels))
     inputs = inputs.moved(align_all(job, task, inputs))
     with job.stage("space"):
         setup = prepare(cfg, task, inputs)

@@ -152,6 +152,10 @@ def find_method(method: str | Method) -> Method:
     """
     if isinstance(method, Method):
         return method
+    if not isinstance(method, str):  # of a configuration
+        raise ConfigError(
+            f"A merge method is named by text, not by {shown(method)}; `rebasin methods` lists them."
+        )
     if method.startswith("mecha:"):
         from .mecha import mecha_method
 
