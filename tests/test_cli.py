@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -224,6 +225,33 @@ def test_controlnet_follows_its_unet(files: Files, tmp_path: Path) -> None:
         name = "controlnet_down_blocks.0.weight"
         assert torch.equal(moved[name], state[name][rows]) and not torch.equal(moved[name], state[name])
         assert torch.equal(moved["conv_in.weight"], state["conv_in.weight"])  # its own neurons stay
+    ldm = {}
+    for name, tensor in state.items():
+        theirs = re.sub(r"^(controlnet_down_blocks\.\d+|controlnet_mid_block)\.", r"\1.0.", name)
+        theirs = theirs.replace("controlnet_down_blocks", "zero_convs")
+        ldm[theirs.replace("controlnet_mid_block", "middle_block_out")] = tensor
+    files_of = {
+        "plain": ldm,  # without LDM's control_model.
+        "wrapped": {f"module.control_model.{n}": t for n, t in ldm.items()},
+        "more": {**state, "controlnet_down_blocks.99.weight": torch.ones(4, 4, 1, 1)},
+        "whole": {**{f"control_model.{n}": t for n, t in ldm.items()}, **load_safetensors(files.b)},
+    }
+    for kind, tensors in files_of.items():
+        out = tmp_path / f"moved_{kind}.safetensors"
+        given = save_safetensors(tmp_path / f"{kind}.safetensors", tensors)
+        told = rebasin("apply", kept, given, "-o", out, expect=2 * (kind in ("more", "whole")))
+        if kind == "more":
+            assert "adds to a place that the aligned UNet has not" in told and not out.exists()
+        elif kind == "whole":
+            assert "holds a model besides a ControlNet" in told and not out.exists()
+        else:
+            name = next(n for n in read(out) if n.endswith("zero_convs.0.0.weight"))
+            assert torch.equal(read(out)[name], state["controlnet_down_blocks.0.weight"][rows])
+    for option, words in (
+        (("--variant", "fp16"), "it has no variants"),
+        (("--unfold",), "--unfold is for the LoKr"),
+    ):
+        assert words in rebasin("apply", kept, file, "-o", tmp_path / "n.safetensors", *option, expect=2)
 
 
 def test_interrupt_says_how_to_go_on_and_leaves_nothing(

@@ -20,15 +20,20 @@ if TYPE_CHECKING:
 
 
 LDM = (
-    (r"^control_model\.zero_convs\.(\d+)\.0\.", r"controlnet_down_blocks.\1."),
-    (r"^control_model\.middle_block_out\.0\.", "controlnet_mid_block."),
+    (r"^(?:control_model\.)?zero_convs\.(\d+)\.0\.", r"controlnet_down_blocks.\1."),
+    (r"^(?:control_model\.)?middle_block_out\.0\.", "controlnet_mid_block."),
 )
 """LDM's names for the layers between a ControlNet and its UNet, and diffusers'; no other layer moves."""
 
 
+ADDS = ("controlnet.controlnet_down_blocks.", "controlnet.controlnet_mid_block.")
+"""What the names of these layers begin with beside a UNet."""
+
+
 def is_controlnet(names: Iterable[str]) -> bool:
     """Whether a file with tensors of these names is a ControlNet, in diffusers' layout or LDM's."""
-    return any(name.startswith("controlnet_mid_block.") or ".middle_block_out.0." in name for name in names)
+    begins = ("controlnet_mid_block.", "middle_block_out.0.")
+    return any(name.startswith(begins) or ".middle_block_out.0." in name for name in names)
 
 
 def joint_controlnet(unet: UNet2DConditionModel, *args: Any, **kwargs: Any) -> PermutationSpec:
@@ -96,6 +101,11 @@ def move_controlnet(
         there.add(inner)
         tensor = controlnet[name]
         shape = joint.shapes.get(inner)
+        if shape is None and inner.startswith(ADDS):
+            raise AdapterError(
+                f"Tensor {name!r} of {what} adds to a place that the aligned UNet has not: it was trained for another"
+                " architecture."
+            )
         if shape is not None and tuple(tensor.shape) != tuple(shape):
             raise AdapterError(
                 f"Tensor {name!r} of {what} has shape {tuple(tensor.shape)}, but the aligned UNet needs"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adapters import is_adapter, is_controlnet
 from ..checkpoints import Checkpoint, require_same_family
-from ..checkpoints.checkpoint import open_each, require_fitting
+from ..checkpoints.checkpoint import open_each, require_fitting, unwrapped
 from ..checkpoints.families import ADAPTER, foreign
 from ..checkpoints.folders import load_config, load_weights
 from ..checkpoints.output import FILES, is_file
@@ -117,15 +117,21 @@ def kind_of_file(path: Path) -> Kind:
     state = load_tensors(path)
     if is_permutation(state, state.metadata):
         return "permutation"
-    if is_controlnet(state):
+    if is_controlnet(unwrapped(state, path)):
         return "controlnet"
     # The names may tell of an adapter that is not whole; then its own sentence says what it lacks.
     return "adapter" if is_adapter(state) or foreign(dict.fromkeys(state)) == ADAPTER else "model"
 
 
-def open_raw(path: Path) -> State:
-    """The tensors of an adapter or ControlNet under their own names, lazily; of a folder those of its weights."""
-    return load_weights(path) if path.is_dir() else load_tensors(path)
+def open_raw(path: Path, variant: str | None = None) -> State:
+    """The tensors of an adapter or ControlNet under their own names, lazily; of a folder those of its weights.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or has no such variant.
+    """
+    if variant is not None and not path.is_dir():
+        raise CheckpointError(f"{path} is no diffusers folder, so it has no variants; leave out --variant.")
+    return load_weights(path, variant) if path.is_dir() else load_tensors(path)
 
 
 @contextmanager

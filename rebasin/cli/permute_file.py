@@ -23,13 +23,16 @@ from ..checkpoints.architectures import build, fit, published
 from ..checkpoints.checkpoint import unwrapped
 from ..checkpoints.components import locate
 from ..checkpoints.families import foreign, identify
-from ..errors import CheckpointError, SpecMismatchError
+from ..errors import CheckpointError, ConfigError, SpecMismatchError
 from ..spec import Permutation, PermutationSpec
 from ..spec.permutation import displaced
 from ..tensors.codes import decoded
 from ..types import State
 from . import output
 from .inputs import Kind, named, open_each, open_raw
+
+BESIDE = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "up_blocks.")
+"""What names begin with that no ControlNet has, but the model that some files hold beside one."""
 
 MOVABLE = "a model, a LoRA or another adapter, or a ControlNet"
 
@@ -71,14 +74,23 @@ def permuted(
         own = [f"{prefix_of(permutation.spec, n)}{t}" for n in states for t in checkpoint.shapes(n)]
         whole = output.finished(checkpoint, states)
         return Permuted(whole, dict(checkpoint.metadata), moved_of(permutation, own))
-    state = open_raw(file)
+    state = open_raw(file, variant)
     metadata = dict(getattr(state, "metadata", {}))
+    if unfold and kind != "adapter":
+        raise ConfigError(
+            f"--unfold is for the LoKr modules of adapters, but {file} is a ControlNet; leave it out."
+        )
     if kind == "adapter":
         with named(file):
             moved = move_adapter(permutation, state, unfold=unfold, what=file.name)
             own = changed_by(permutation.spec, state, file.name)
         return Permuted(moved, metadata, moved_of(permutation, own))
-    state = decoded(state, file)
+    state = unwrapped(decoded(state, file), file)
+    if any(name.startswith(BESIDE) for name in state):
+        raise CheckpointError(
+            f"{file} holds a model besides a ControlNet, and only one of the two can be moved; save the ControlNet"
+            " alone (in LDM's names the tensors that begin with control_model.)."
+        )
     joint = controlnet_spec(permutation.spec)
     moved = move_controlnet(permutation, state, joint, what=file.name)
     own = [name for name in joint.shapes if name.startswith("controlnet.")]
