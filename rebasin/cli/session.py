@@ -37,7 +37,8 @@ def begin(device: str = "cpu", threads: int = 0) -> Console:
     if threads:
         torch.set_num_threads(threads)
     try:
-        torch.empty(1, device=device)
+        if device != "auto":  # which is what there is
+            torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         why = " (torch was built without CUDA)" if "not compiled with CUDA" in str(error) else ""
         raise ConfigError(
