@@ -30,6 +30,7 @@ from rebasin.spec import Permutation, PermutationSpec
 from rebasin.tasks import Task, load_task
 from rebasin.tasks import checkpoint as checkpoint_task
 from rebasin.tasks.around import Around
+from rebasin.tasks.tiny_sd import WEIGHTS
 from rebasin.tensors.modules import loaded
 
 
@@ -147,6 +148,26 @@ def test_the_result_is_a_whole_checkpoint_and_says_how_it_was_made(whole, twins)
         )
         for name in list(ours)[:20]:
             torch.testing.assert_close(found[name], (ours[name] + moved[name]) / 2)
+
+
+def test_many_models_leave_a_whole_checkpoint_and_a_permutation_each(asked, twins, place):
+    table.cell(asked("folder", "algo=merge_many", "tensors=true", "model.batches=0"), place / "many")
+    files, merged = twins("folder").files, open_checkpoint(place / "many" / "checkpoint")
+    moved = 0
+    for component in merged.components:
+        states: list[Any] = [open_checkpoint(file).component(component) for file in files]
+        for number in range(len(files)):
+            path = place / "many" / f"checkpoint.permutation_{number + 1}.safetensors"
+            own = of_component(Permutation.load(path), component) if path.exists() else None
+            if own is not None:
+                states[number], moved = own.view(states[number]), moved + own.moved()
+        found = merged.component(component)
+        for name in list(found)[:20]:
+            mean = sum(state[name].float() for state in states) / len(states)
+            torch.testing.assert_close(found[name].float(), mean, rtol=2e-3, atol=1e-4)
+    assert moved > 100
+    told = read(load_safetensors(place / "many" / "checkpoint" / "unet" / WEIGHTS).metadata)
+    assert told is not None and len(told["inputs"]) == len(files) == len(told["recipe"]["weights"])
 
 
 def test_texts_and_unet_as_one(asked, tasks):

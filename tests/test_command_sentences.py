@@ -154,8 +154,8 @@ MERGE = ("merge", "a.safetensors", "b.safetensors", "-o", "out.safetensors", "--
         (("--permutation", "a.safetensors"), "a.safetensors holds no permutation"),
         (("--permutation", "none.safetensors", "--dry-run"), "no file none.safetensors"),
         (("--permutation", "webui.pt", "--dry-run"), "webui.pt"),
-        (("--device", "gpu"), "'gpu' can't be used here"),
-        (("--device", "meta:x"), "'meta:x' can't be used here"),
+        (("--device", "gpu"), "--device is 'gpu', but torch finds no such device"),
+        (("--device", "meta:x"), "--device is 'meta:x', but torch finds no such device"),
         (("--variant", "fp16"), "variant 'fp16'"),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ import re
 import struct
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -318,7 +319,7 @@ def _folder(path, rows=None, **texts):
     return path
 
 
-def _row(number, text="a digit", name="{}.png"):
+def _row(number: int, text: Any = "a digit", name="{}.png"):
     return json.dumps({"file_name": name.format(number), "text": text})
 
 

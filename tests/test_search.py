@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import sqlite3
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,7 @@ from rebasin.search.folder import key, locked
 from rebasin.search.groups import group_tensors, interpolated
 from rebasin.search.objectives import cut, deal, load_objectives
 from rebasin.search.space import read_space, warm_starts
+from rebasin.search.study import open_study
 from rebasin.search.verdict import Finalist, references
 from rebasin.tasks import load_task
 from rebasin.tasks.prompted import ImageMaker
@@ -523,6 +527,24 @@ def test_a_damaged_study_is_named(tmp_path):
     (tmp_path / "study.db").write_bytes(b"no database " * 100)
     with pytest.raises(CheckpointError, match=r"study\.db"):
         execute(tmp_path, *TINY, *QUICK, "search.trials=3")
+
+
+def test_a_study_that_draws_from_other_numbers_is_named(tmp_path):
+    """A value of the database that is whole, but not what the search wrote."""
+    pytest.importorskip("optuna")
+    objectives: Any = [SimpleNamespace(name="loss")]
+    study = open_study(tmp_path, objectives, 0.0)
+    for number in range(2):
+        trial = study.ask()
+        trial.suggest_float("weight", 0.1, 1)
+        trial.set_user_attr("candidate", {"method": "weighted_sum", "weight": 0.5, "options": {}})
+        study.tell(trial, float(number))
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as database:
+        change = "UPDATE trial_params SET distribution_json = replace(distribution_json, 'false', 'true')"
+        database.execute(f"{change} WHERE trial_id = 2")
+        database.commit()
+    with pytest.raises(CheckpointError, match=r"study\.db can't be opened as an Optuna study"):
+        open_study(tmp_path, objectives, 0.0)
 
 
 def test_two_searches_do_not_share_a_folder(tmp_path):

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ..errors import ConfigError
 from ..tensors.writer import in_bytes as size
 
 __all__ = ["answer", "begin", "say_alignment", "say_where", "size", "table"]
 
 if TYPE_CHECKING:
     from ..reporting.console import Console
+    from ..tensors.modules import find_device
     from .alignment import Alignment
 
 
@@ -36,15 +36,7 @@ def begin(device: str = "cpu", threads: int = 0) -> Console:
 
     if threads:
         torch.set_num_threads(threads)
-    try:
-        if device != "auto":  # which is what there is
-            torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = " (torch was built without CUDA)" if "not compiled with CUDA" in str(error) else ""
-        raise ConfigError(
-            f"The device {device!r} can't be used here{why}; --device takes cpu, cuda, cuda:1 or mps, as far as there"
-            " are such."
-        ) from error
+    find_device(device, "--device")
     return Console()
 
 

@@ -72,6 +72,13 @@ def _work(job: Session, planned: stages.Material) -> Results:
                 if kind in merges:
                     about = {**about, "content": kind}
                     job.wrote(save_safetensors(job.folder / file, merges[kind], about))
+            if task.export is not None:
+                made = {"rebasin_command": job.command}
+                job.wrote(
+                    *task.export(
+                        job.folder, merges[chosen], made, result.permutations, result.weights, job.progress
+                    )
+                )
         return job.leave(report.figures(task.labels, task.aligned, spec, checks, result, rows))
 
 

@@ -93,8 +93,8 @@ def _work(job: Session, planned: stages.Material) -> Results:
                 )
             )
             if task.export is not None:
-                made = {"rebasin_command": job.command}
-                job.wrote(*task.export(job.folder, merged, made, pair.match.permutation, job.progress))
+                made, both = {"rebasin_command": job.command}, (pair.spec.identity(), pair.match.permutation)
+                job.wrote(*task.export(job.folder, merged, made, both, (1 - cfg.lam, cfg.lam), job.progress))
         pictures = [
             *snapshots.pictures,
             *([] if samples is None else ["samples.png"]),

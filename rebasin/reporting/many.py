@@ -51,10 +51,10 @@ def figures(
 
 
 def drawings(results: Results) -> Drawings:
-    split = "heldout" if "heldout" in results["rows"] else next(iter(results["rows"]))
+    split = "heldout" if "heldout" in results["rows"] else next(iter(results["rows"]), "nothing")
     curves = {
         row["name"]: Calibration(**{k: v for k, v in row["calibration"].items() if k != "ece"})
-        for row in results["rows"][split]
+        for row in results["rows"].get(split, ())
         if row["calibration"]
     }
     title = f"{len(results['models'])} models, {split}"
@@ -86,6 +86,8 @@ def table(results: Results) -> Table:
 
 def verdict(results: Results) -> str:
     """What the figures say about merging, in a sentence: the best merge against the members."""
+    if not results["rows"]:
+        return "Nothing was measured: there are no batches."
     split, rows = next(iter(results["rows"].items()))
     merges = [row for row in rows if row["name"] not in ("members", "ensemble") and row["loss"] is not None]
     if not merges:

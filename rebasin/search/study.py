@@ -180,8 +180,13 @@ def _require_sound(study: optuna.Study, engine: Any) -> None:
     if told != "ok":
         raise SchemaError(f"the database is damaged: {told}")
     conform(Mapping[str, list[float]], study.user_attrs.get("baseline", {}), "baseline")
+    from optuna.distributions import check_distribution_compatibility
+
+    known: dict[str, Any] = {}
     for trial in study.get_trials(deepcopy=False):
         at = f"trial {trial.number}"
+        for name, distribution in trial.distributions.items():
+            check_distribution_compatibility(known.setdefault(name, distribution), distribution)
         conform(Notes, trial.user_attrs, at)
         if trial.state.name == "COMPLETE" and "candidate" not in trial.user_attrs:
             raise SchemaError(f"{at} has no merge")

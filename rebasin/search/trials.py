@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from ..errors import RebasinError
+from ..errors import CheckpointError, RebasinError
 from ..types import Progress, tell
 from .candidate import Candidate
 from .evaluator import Setup
@@ -88,6 +88,21 @@ def work(
         study.optimize(once, n_trials=1, callbacks=[told])
 
 
+def _suggested(trial: optuna.Trial, setup: Setup) -> Candidate:
+    """What to try.
+
+    Raises:
+        CheckpointError: the study's own record of what it draws from is of other kinds of numbers.
+    """
+    try:
+        return setup.space.suggest(trial)
+    except ValueError as error:
+        raise CheckpointError(
+            f"The study of this search can't be continued ({str(error).rstrip('.')}); move its study.db and search"
+            " anew."
+        ) from error
+
+
 def _measured(trial: optuna.Trial, setup: Setup, deadline: float) -> Any:
     """The losses of one trial; None if time ran out, which Optuna takes for a failure.
 
@@ -96,9 +111,8 @@ def _measured(trial: optuna.Trial, setup: Setup, deadline: float) -> Any:
     """
     from optuna import TrialPruned
 
-    objectives = setup.evaluator.objectives
+    objectives, candidate = setup.evaluator.objectives, _suggested(trial, setup)
     try:
-        candidate = setup.space.suggest(trial)
         trial.set_user_attr("candidate", candidate.to_dict())
         twin = _twin(trial.study, candidate)
         if twin is not None:

@@ -66,8 +66,8 @@ class Task:
         captions: prompts that the models were made for.
         others: further models of this architecture by name, for a merge that needs a base.
         maker: how the aligned part makes images of prompts, differentiably; None: it makes none.
-        export: the run's folder, the merge, metadata and B's permutation -> files in the form that the endpoints came
-            in; None: none.
+        export: the run's folder, the merge, metadata, all models' permutations and weights -> files in the form that
+            the endpoints came in; None: none.
         plan: what a dry run tells besides the spec.
         remarks: what was chosen unasked, a sentence each.
         data: what its data are called, where they are not those of the configuration.

@@ -31,7 +31,7 @@ def load(cfg: DictConfig) -> Task:
     names, device = (cfg.model.a, cfg.model.b), find_device(cfg.device)
 
     def models() -> tuple[nn.Module, nn.Module]:
-        a, b = (tiny_sd.load_unet(name, path=root).to(device) for name in names)
+        a, b = (nn.Module.to(tiny_sd.load_unet(name, path=root), device) for name in names)
         return a, b
 
     unet, _ = models()  # a missing B is told now, not after minutes

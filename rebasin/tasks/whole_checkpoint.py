@@ -24,39 +24,50 @@ from ..types import DerivedState, Progress, State, passed, within
 
 Export = Callable[..., tuple[Path, ...]]
 
-FILE, PERMUTATION = "checkpoint", "checkpoint.permutation.safetensors"
+FILE, PERMUTATION, PERMUTATION_OF = (
+    "checkpoint",
+    "checkpoint.permutation.safetensors",
+    "checkpoint.permutation_{}.safetensors",
+)
+"""What is left; of more than two models a permutation each, by its number."""
 
 
 def export(models: Sequence[Checkpoint], names: Sequence[str], aligned: str, cfg: DictConfig) -> Export:
     """See `Task.export`.
 
     Args:
-        models: A and B.
+        models: A and those that are merged with it.
         names: the components that are aligned in the run, as one under the name `aligned` where they are several.
     """
-    a, b = models[0], models[1]
+    a, *others = models
     joint = aligned not in names
 
     def leave(
         folder: Path,
         merged: State,
         metadata: Mapping[str, str],
-        permutation: Permutation,
+        permutations: Sequence[Permutation],
+        weights: Sequence[float],
         progress: Progress | None = None,
     ) -> tuple[Path, ...]:
-        """The merge in A's names, order and types."""
+        """The merge in A's names, order and types; `permutations` and `weights` are those of all models."""
         parts: dict[str, State] = {n: without_prefix(merged, f"{n}.") if joint else merged for n in names}
-        moved = {"" if joint else aligned: permutation}
+        moved = [{"" if joint else aligned: permutation} for permutation in permutations]
         for name in a.components:
-            if name in parts or name not in b.components or cfg.model.rest != "merge":
+            if name in parts or cfg.model.rest != "merge" or any(name not in m.components for m in others):
                 continue
-            ours, theirs = a.component(name), b.component(name)
-            if _equal(ours, theirs):
+            states: list[State] = [model.component(name) for model in models]
+            if all(_equal(states[0], state) for state in states[1:]):
                 continue
-            found = _aligned(name, a, ours, theirs, cfg, progress)
-            moved[name] = found
-            parts[name] = merge("weighted_sum", [ours, found.view(theirs)], weights=float(cfg.lam))
-        union(moved).save(folder / PERMUTATION, {"content": f"brings {b.path.name} to {a.path.name}"})
+            for number in range(1, len(models)):
+                found = _aligned(name, a, states[0], states[number], cfg, progress)
+                moved[number][name], states[number] = found, found.view(states[number])
+            parts[name] = merge("weighted_sum", states, weights=[float(weight) for weight in weights])
+        written = []
+        for number, (model, own) in enumerate(zip(models, moved, strict=True), 1):
+            if number > 1 or not all(permutation.is_identity for permutation in own.values()):
+                written.append(folder / (PERMUTATION if len(models) == 2 else PERMUTATION_OF.format(number)))
+                union(own).save(written[-1], {"content": f"brings {model.path.name} to {a.path.name}"})
         whole = a.restore(parts)
         averages = set(a.extras.get("ema", ()))  # which are not those of a merge
         state = DerivedState({name: passed(whole, name) for name in whole if name not in averages})
@@ -64,14 +75,20 @@ def export(models: Sequence[Checkpoint], names: Sequence[str], aligned: str, cfg
             "command": "run", "algorithm": cfg.algo.name, "objective": cfg.objective.name, "method": cfg.merge.method,
             "lam": cfg.lam, "component": aligned, "seed": cfg.seed, "rest": cfg.model.rest,
         }  # fmt: skip
-        inputs = [(m.path, sha256_of(m.path, progress), provenance.metadata_of(m)) for m in (a, b)]
+        if others[1:]:
+            recipe = {**recipe, "lam": None, "weights": [round(float(weight), 6) for weight in weights]}
+        inputs = [(m.path, sha256_of(m.path, progress), provenance.metadata_of(m)) for m in models]
         alignment = {
-            n or aligned: {"spec": p.spec.hash, "moved": p.moved(), "neurons": p.spec.neurons}
-            for n, p in moved.items()
-        }
+            (n or aligned) + (f" of {model.path.name}" if others[1:] else ""): {
+                "spec": p.spec.hash, "moved": p.moved(), "neurons": p.spec.neurons,
+            }
+            for model, own in zip(models, moved, strict=True)
+            for n, p in own.items()
+            if model is not a or not p.is_identity
+        }  # fmt: skip
         header = {**provenance.header(provenance.metadata_of(a), inputs, recipe, alignment), **metadata}
         target = folder / (FILE if a.path.is_dir() else f"{FILE}.safetensors")
-        return save_checkpoint(target, a, state, header, progress=progress).path, folder / PERMUTATION
+        return save_checkpoint(target, a, state, header, progress=progress).path, *written
 
     return leave
 
