@@ -15,7 +15,6 @@ __all__ = ["answer", "begin", "say_alignment", "say_where", "size", "table"]
 
 if TYPE_CHECKING:
     from ..reporting.console import Console
-    from ..tensors.modules import find_device
     from .alignment import Alignment
 
 
@@ -33,6 +32,7 @@ def begin(device: str = "cpu", threads: int = 0) -> Console:
     import torch
 
     from ..reporting.console import Console
+    from ..tensors.modules import find_device
 
     if threads:
         torch.set_num_threads(threads)
