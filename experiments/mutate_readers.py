@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import safetensors.torch
 import torch
 import typer
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ from rebasin.matching.activations.statistics import ActivationState
 from rebasin.matching.many.methods import match_to_mean
 from rebasin.matching.many.result import ManyState, load_permutations, save_permutations
 from rebasin.matching.result import MatchState
+from rebasin.matching.resume_state import digest_of_state
 from rebasin.matching.straight_through.estimator import straight_through
 from rebasin.matching.straight_through.state import StraightThroughState
 from rebasin.objectives import CrossEntropy
@@ -301,8 +303,8 @@ class Packed:
         self.data = data
 
 
-def text_of(data: Any, fit: bool) -> str:
-    """Data as JSON; with `fit` hashes in it are made to fit what they are of."""
+def text_of(data: Any, fit: bool, tensors: State | None = None) -> str:
+    """Data as JSON; with `fit` hashes in it are made to fit what they are of, and the `tensors` of the file."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Packed):
@@ -314,7 +316,8 @@ def text_of(data: Any, fit: bool) -> str:
                 text = json.dumps({k: done[k] for k in known if k in done}, sort_keys=True)
                 done["hash"] = hashlib.sha256(text.encode()).hexdigest()
             if fit and isinstance(done.get("state"), str) and "digest" in done:
-                done["digest"] = hashlib.sha256(done["state"].encode("utf-8", "replace")).hexdigest()
+                with contextlib.suppress(UnicodeEncodeError):
+                    done["digest"] = digest_of_state(done["state"], tensors or {})
             return done
         return [plain(inner) for inner in value] if isinstance(value, list) else value
 
@@ -365,8 +368,17 @@ def safetensors_mutated(raw: bytes, draw: random.Random) -> bytes:
             body = flipped(body, draw)[: len(body)].ljust(len(body), b"\0")
     else:
         header = mutated(header, draw)
-    text = text_of(header, draw.random() < 0.7).encode("utf-8", "surrogatepass")
+    text = text_of(header, draw.random() < 0.7, tensors_of(header, body)).encode("utf-8", "surrogatepass")
     return struct.pack("<Q", len(text)) + text + body
+
+
+def tensors_of(header: dict[str, Any], body: bytes) -> State:
+    """The tensors of a file, as another reader than ours finds them; none where it finds the file wrong."""
+    with contextlib.suppress(Exception):
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        text = json.dumps(entries).encode()
+        return safetensors.torch.load(struct.pack("<Q", len(text)) + text + body)
+    return {}
 
 
 def pickle_mutated(raw: bytes, draw: random.Random) -> bytes:

@@ -110,6 +110,24 @@ def test_damage_is_told_in_one_sentence(tmp_path: Path) -> None:
             MatchState.load(path)
 
 
+def test_tensors_that_could_be_right_but_are_not_those_saved_are_damage(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    whole().save(path)
+    good = load_safetensors(path)
+    tensors, header = dict(good), dict(good.metadata)
+    place = next(name for name, tensor in tensors.items() if tensor.dtype == torch.int32)
+    moved = tensors[place].flip(0)  # a permutation of the same neurons
+    weights = tensors["/tensors/layer.0/w"].clone()
+    weights[0, 0] += 1e-6
+    extra = {**tensors, "extra": torch.zeros(1)}
+    for made in ({**tensors, place: moved}, {**tensors, "/tensors/layer.0/w": weights}, extra):
+        save_safetensors(path, made, header)
+        with pytest.raises(CheckpointError, match="is damaged: it is no complete rehearsal"):
+            Whole.load(path)
+    save_safetensors(path, dict(reversed(tensors.items())), header, keep_order=True)
+    assert Whole.load(path).present[1] == SPEC.random(1)
+
+
 def test_words_and_digests_of_options() -> None:
     one, other = SPEC.random(1), SPEC.random(2)
     assert told("identity") == "identity" and told(None) == "None" and told(len) == "a function"

@@ -27,7 +27,7 @@ from ..spec import Permutation, PermutationSpec
 from ..tensors import SafetensorsState, load_safetensors, save_safetensors
 from ..types import DerivedState, passed
 
-FORMAT = "3"
+FORMAT = "4"
 
 DIGESTS = ("architecture", "weights", "models", "batches", "sites")
 """Options whose values tell a reader nothing."""
@@ -54,7 +54,12 @@ class ResumeState:
         specs: list[PermutationSpec] = []
         plain = _plain(self, "", tensors, specs)
         text = json.dumps(plain)
-        header = {"search": type(self).__name__, "format": FORMAT, "state": text, "digest": _digest(text)}
+        header = {
+            "search": type(self).__name__,
+            "format": FORMAT,
+            "state": text,
+            "digest": digest_of_state(text, tensors),
+        }
         if specs:
             header["spec"] = specs[0].to_json()
         save_safetensors(path, tensors, header)
@@ -76,7 +81,7 @@ class ResumeState:
             # Losses that were no numbers are told as they were.
             text = file.metadata.get("state", "")
             state = conform(cls, parse(text, nan=True), "", _leaf(file, spec))
-            if file.metadata.get("digest") != _digest(text):
+            if file.metadata.get("digest") != digest_of_state(text, file):
                 raise damaged
             return state
         except (SchemaError, SpecMismatchError, RecursionError) as error:
@@ -94,8 +99,12 @@ class ResumeState:
                 )
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def digest_of_state(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of all that a state's file holds, read one tensor at a time; the order of the tensors is nothing."""
+    sha = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        sha.update(f"{name} {digest_of(tensors[name])} ".encode())
+    return sha.hexdigest()
 
 
 def told(option: Any) -> str:
