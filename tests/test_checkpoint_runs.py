@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_files import read as read_file
+from cli_files import rebasin
 from torch import Tensor
 
 from experiments import checkpoint_table as table
 from rebasin.adapters.union import component_of, of_component, union
-from rebasin.checkpoints import load_safetensors, open_checkpoint
+from rebasin.checkpoints import load_safetensors, open_checkpoint, save_safetensors
+from rebasin.checkpoints.pipeline import assemble
 from rebasin.checkpoints.provenance import read
+from rebasin.checkpoints.tokenizers import cut
 from rebasin.data import captioned_folder
 from rebasin.errors import CheckpointError, ConfigError, DataError, RebasinError
 from rebasin.jobs.algorithm import load_algorithm
@@ -53,14 +57,22 @@ def asked(place: Path, twins: Callable[[str], table.Twins]) -> Callable[..., lis
 # The table ------------------------------------------------------------------------------------------------------
 
 
+SHARE = 1.25
+"""Of B, in the whole checkpoint that is left: beyond it, to see that all components are merged by the same."""
+
+
 @pytest.fixture(scope="module")
 def whole(asked: Any, place: Path) -> tuple[Path, dict[str, Any]]:
     """A cell of the table that leaves its files: their folder, and results.json."""
     name, objective = "activation_matching_prompts", "distillation"
     (options,) = table.rows([name], [objective]).values()
-    found = table.cell(asked("sd1", *options, "tensors=true"), place / "whole")
+    found = table.cell(asked("sd1", *options, "tensors=true", f"merge.weights={SHARE}"), place / "whole")
     assert found is not None
     return place / "whole", found
+
+
+LORA = tuple(f"{name}.weight" for name in ("to_q", "to_out.0", "conv1", "net.2", "proj_in", "v_proj", "fc1"))
+"""Modules that the LoRA has."""
 
 
 def test_a_cell_of_the_table(whole):
@@ -147,7 +159,52 @@ def test_the_result_is_a_whole_checkpoint_and_says_how_it_was_made(whole, twins)
             own.view(theirs),
         )
         for name in list(ours)[:20]:
-            torch.testing.assert_close(found[name], (ours[name] + moved[name]) / 2)
+            torch.testing.assert_close(found[name], torch.lerp(ours[name], moved[name], SHARE))
+    assert told["recipe"]["lam"] == SHARE
+
+
+def test_a_lora_moved_by_the_permutation_does_to_aligned_b_what_it_does_to_b(whole, twins, tmp_path):
+    """As people do it, by the command; its modules are in the UNet and in the text encoder, in kohya's names."""
+    folder, b = whole[0] / "checkpoint.permutation.safetensors", twins("sd1").files[1]
+
+    def assembled(file: Path) -> Any:
+        return assemble(open_checkpoint(file), tokenizer=b.parent / "tokenizer", without=["vae"])
+
+    pipeline = assembled(b)
+    factors, places = {}, {}
+    for component, prefix in (("unet", "lora_unet_"), ("text_encoder", "lora_te_")):
+        for name, weight in getattr(pipeline, component).named_parameters():
+            if not name.endswith(LORA):
+                continue
+            key = name.removesuffix(".weight").replace(".", "_")
+            key = key if component == "unet" or key.startswith("text_model") else f"text_model_{key}"
+            ones, places[prefix + key] = [1] * (weight.ndim - 2), (component, name)
+            down = torch.randn(2, *weight.shape[1:]) / weight[0].numel() ** 0.5
+            factors[f"{prefix}{key}.lora_down.weight"] = down
+            factors[f"{prefix}{key}.lora_up.weight"] = torch.randn(len(weight), 2, *ones)
+            factors[f"{prefix}{key}.alpha"] = torch.tensor(1.0)
+    lora = save_safetensors(tmp_path / "lora.safetensors", factors)
+    rebasin("apply", folder, lora, "-o", tmp_path / "moved.safetensors")
+    rebasin("apply", folder, b, "-o", tmp_path / "aligned.safetensors")
+
+    def outputs(file: Path, adapter: Path | None) -> Tensor:
+        pipeline = assembled(file)
+        own = {} if adapter is None else read_file(adapter)
+        for key, (component, name) in places.items() if own else ():
+            up, down = (own[f"{key}.lora_{part}.weight"].flatten(1) for part in ("up", "down"))
+            weight = dict(getattr(pipeline, component).named_parameters())[name]
+            weight.data += (up @ down).reshape(weight.shape) * own[f"{key}.alpha"] / 2
+        with torch.no_grad():
+            ids = pipeline.tokenizer(["a handwritten seven"], return_tensors="pt").input_ids
+            noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+            return pipeline.unet(noise, 400, pipeline.text_encoder(ids)[0]).sample
+
+    wanted = outputs(b, lora)
+    torch.testing.assert_close(
+        outputs(tmp_path / "aligned.safetensors", tmp_path / "moved.safetensors"), wanted, rtol=0, atol=1e-5
+    )
+    assert (outputs(b, None) - wanted).abs().max() > 0.01
+    assert (outputs(tmp_path / "aligned.safetensors", lora) - wanted).abs().max() > 0.01
 
 
 def test_many_models_leave_a_whole_checkpoint_and_a_permutation_each(asked, twins, place):
@@ -258,6 +315,26 @@ def test_what_makes_no_sense_is_one_sentence(asked, tmp_path, monkeypatch, optio
         load_algorithm(cfg.algo, len(cfg.model.files or ()) > 2)
         load_task(cfg)
     assert isinstance(told.value, RebasinError) and str(told.value).endswith(".")
+
+
+def test_prompts_that_are_cut_are_told_once(asked, tmp_path, monkeypatch):
+    for slow in ("plan", "require_memory"):
+        monkeypatch.setattr(checkpoint_task.Members, slow, lambda *_: [])
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"a seven\n{'a handwritten seven ' * 40}\n{'the number two ' * 40}\n")
+    images = [
+        "objective=denoising",
+        *table.OBJECTIVES["denoising"],
+        f"model.prompts={prompts}",
+        "dry_run=true",
+    ]
+    task = load_task(table.configured(asked("sd1", *images)))
+    assert list(
+        task.remarks
+    ) == [  # of three prompts and the captions of three images; the tokenizer is a small one
+        "2 of 6 prompts are longer than the 16 tokens that a text encoder reads, and cut there."
+    ]
+    assert cut(["a seven"] * 9, [tiny_sd.load_tokenizer()]) is None
 
 
 # Images ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from rebasin.tasks import Task, load_task
 
 STUDY = ["+study._target_=rebasin.jobs.studies.counterexample.study"]
 MANY = ["algo=merge_many", "model.seeds=[0,1,2]"]
+NO_PICTURES = ["model=checkpoint", "model.a=nowhere", "model.b=nowhere"]  # which are not looked at
 FILES = ["+model.files=[a.safetensors,b.safetensors]"]
 
 
@@ -40,13 +41,17 @@ FILES = ["+model.files=[a.safetensors,b.safetensors]"]
         (["size=small"], "size=small has no effect here: there is no experiment"),
         (["merge.samples=5"], "merge.samples=5 has no effect here: merge.method=weighted_sum looks at no data"),
         (["data.share=0.6"], "data.share=0.6 has no effect here: data.split is not classes"),
+        (["model.steps=3", *NO_PICTURES], "model.steps=3 has no effect here: without model.samples there are no pict"),
+        (["model.guidance=3", *NO_PICTURES], "model.guidance=3 has no effect here"),
+        (["model.seeds_shown=2", *NO_PICTURES], "model.seeds_shown=2 has no effect here"),
+        (["model.samples=2", "algo=merge_many", *NO_PICTURES], "model.samples=2 has .*: a run on many models"),
         (["model.seeds=[0,1]", *FILES], "model.seeds=.* model.files are trained already"),
         (["model.recipe.epochs=3", *FILES], "model.recipe.epochs=3 .*model.files are trained already"),
         (["model.epoch=2", *FILES], "model.recipe.epochs=8 .*model.files are trained already"),
     ],
 )  # fmt: skip
 def test_what_has_no_effect_on_a_run_is_refused(overrides: list[str], words: str, tmp_path: Path) -> None:
-    tiny = [] if "model=tiny_sd" in overrides else TINY
+    tiny = [] if {"model=tiny_sd", "model=checkpoint"} & set(overrides) else TINY
     with pytest.raises(ConfigError, match=words) as caught:
         execute(tmp_path, *tiny, *overrides, "dry_run=true")
     assert str(caught.value).endswith("; leave it out.")

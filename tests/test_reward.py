@@ -29,7 +29,7 @@ from experiments.image_reward_reference import PROMPTS, checksum, images, weight
 from rebasin.data.prompts import read_prompts
 from rebasin.errors import CheckpointError, ConfigError, DataError
 from rebasin.models import tiny_sd
-from rebasin.objectives import Denoising, Reward
+from rebasin.objectives import Denoising, Reward, image_reward_library
 from rebasin.objectives import image_reward as ir
 from rebasin.objectives.base import imported
 from rebasin.objectives.reward import decoder, prompt_batches
@@ -227,6 +227,26 @@ def test_image_reward_says_where_the_weights_are_to_be_had(tmp_path: Path):
 needs_image_reward = pytest.mark.image_reward
 
 UNUSED = "ImageReward does not use"
+
+
+def test_a_package_that_image_reward_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    inside = tmp_path / "ImageReward" / "models" / "BLIP"
+    inside.mkdir(parents=True)
+    for folder in (inside.parents[1], inside.parents[0], inside):
+        (folder / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    for name in [name for name in sys.modules if name.split(".")[0] == "ImageReward"]:
+        monkeypatch.delitem(sys.modules, name)
+    (inside / "med.py").write_text("import torch_nowhere.transforms\n")
+    with pytest.raises(
+        ConfigError, match="^ImageReward needs the package torch_nowhere, which is not installed: pip"
+    ):
+        image_reward_library.library.__wrapped__()
+    (inside / "med.py").write_text("from json import nothing\n")
+    with pytest.raises(
+        ConfigError, match="image-reward can't be imported .cannot import name 'nothing'.*: install"
+    ):
+        image_reward_library.library.__wrapped__()
 
 
 def test_image_reward_in_a_process_that_sees_its_packages() -> None:

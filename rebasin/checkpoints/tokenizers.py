@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, shown
 from ..files import PathLike, SchemaError, conform, parse
+from ..integrations.huggingface import quiet
 from .architectures import component_config
 from .components import TEXT, TEXT_2
 
@@ -117,6 +118,25 @@ def load_tokenizer(checkpoint: Checkpoint, component: str, told: PathLike | None
         tokenizer.model_max_length, int(config.get("max_position_embeddings", LENGTH))
     )
     return tokenizer
+
+
+def cut(texts: Iterable[str], tokenizers: Iterable[Any]) -> str | None:
+    """A sentence about texts of which a text encoder does not see the end; None if there are none.
+
+    Args:
+        tokenizers: those of a pipeline's text encoders.
+    """
+    own, chosen = list(dict.fromkeys(texts)), list(tokenizers)
+    with quiet():  # which tell of each
+        tokens = [(made(own).input_ids, made.model_max_length) for made in chosen] if own else []
+    long = sum(any(len(ids[i]) > most for ids, most in tokens) for i in range(len(own)))
+    if not long:
+        return None
+    most = min(most for _, most in tokens)
+    return (
+        f"{long} of {len(own)} prompts {'is' if long == 1 else 'are'} longer than the {most} tokens that a text encoder"
+        " reads, and cut there."
+    )
 
 
 def padding(component: str, family: str) -> str:

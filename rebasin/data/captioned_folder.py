@@ -55,8 +55,11 @@ def load(
     return torch.stack(pixels), [rows[i][1] for i in chosen]
 
 
-def check(path: str | Path | None, *, train: int | None = None, heldout: int | None = None) -> None:
+def check(path: str | Path | None, *, train: int | None = None, heldout: int | None = None) -> list[str]:
     """Complain of what `load` would complain of, before anything expensive; images are opened, but not decoded.
+
+    Returns:
+        All captions.
 
     Raises:
         ConfigError, DataError: see `load`.
@@ -66,6 +69,7 @@ def check(path: str | Path | None, *, train: int | None = None, heldout: int | N
     for source, _ in rows:
         if isinstance(source, Path):
             look(source)
+    return [caption for _, caption in rows]
 
 
 def _shares(path: object, count: int, train: int | None, heldout: int | None) -> tuple[int, int]:

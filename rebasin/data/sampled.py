@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, DataError
+from ..integrations.huggingface import quiet
 from ..tensors.modules import device_of, visiting
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -111,6 +112,7 @@ def sampled_batches(
                 calls = {p: stack.enter_context(_recorded(getattr(pipeline, p))) for p in texts}
                 calls |= {p: stack.enter_context(_recorded(getattr(pipeline, p), chosen)) for p in denoisers}
                 stack.enter_context(torch.no_grad())
+                stack.enter_context(quiet())
                 output = pipeline(
                     now,
                     num_inference_steps=steps,
@@ -164,7 +166,7 @@ def encoded_batches(
     times = pipeline.scheduler.timesteps[chosen_steps(points, steps)]
     device, dtype = unet.device, unet.dtype
     found: list[Batch] = []
-    with torch.no_grad(), _together(pipeline):
+    with torch.no_grad(), _together(pipeline), quiet():
         for start in range(0, len(images), batch_size):
             now = images[start : start + batch_size]
             pixels = torch.stack([square(path, side, channels) for path, _ in now]).to(device, vae.dtype)

@@ -71,6 +71,14 @@ class Combination:
         return plain and self.method.name in ("weighted_sum", "uniform_soup")
 
     @property
+    def share(self) -> float:
+        """B's share of two models where numbers for all tensors say it, else a half: for what is merged beside."""
+        if isinstance(self.weights, list):
+            found = self.method.fit_weights(self.weights, 2) if self.method.weight == "weights" else None
+            return found[1] if isinstance(found, list) else 0.5
+        return 0.5 if self.weights is None or self.method.one != "b" else float(self.weights)
+
+    @property
     def remark(self) -> str | None:
         """What is legal about the weights and maybe not meant."""
         given = self.weights if isinstance(self.weights, list) else [self.weights]

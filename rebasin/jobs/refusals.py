@@ -94,6 +94,13 @@ def _samples(case: Case) -> str | None:
     return None if "companions" in method.takes else f"merge.method={method.name} looks at no data"
 
 
+def _grid(case: Case) -> str | None:
+    """Of options of the pictures that a run makes at its end; those of an experiment come with all of its runs."""
+    if case.cfg.get("experiment"):
+        return None
+    return case.is_no(RUN) if case.cfg.model.get("samples") else "without model.samples there are no pictures"
+
+
 def _with_files(case: Case) -> str | None:
     return "model.files are trained already" if case.cfg.model.get("files") else None
 
@@ -114,6 +121,8 @@ RULES: Mapping[str, Callable[[Case], str | None]] = {
     "evaluate": lambda case: case.is_no(RUN, STUDY, *([] if "scorer" in case.cfg.evaluate else [MANY])),
     "merge.samples": _samples,
     "data.share": lambda c: None if c.cfg.data.get("split") == "classes" else "data.split is not classes",
+    "model.samples": lambda case: _grid(case) if case.cfg.model.samples else None,
+    **dict.fromkeys(("model.steps", "model.guidance", "model.seeds_shown"), _grid),
     **dict.fromkeys(("model.seeds", "model.recipe", "model.epoch", "model.kept"), _with_files),
 }
 """Option -> why it has no effect, None where it has one."""

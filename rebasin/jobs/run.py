@@ -94,7 +94,8 @@ def _work(job: Session, planned: stages.Material) -> Results:
             )
             if task.export is not None:
                 made, both = {"rebasin_command": job.command}, (pair.spec.identity(), pair.match.permutation)
-                job.wrote(*task.export(job.folder, merged, made, both, (1 - cfg.lam, cfg.lam), job.progress))
+                share = combination.share
+                job.wrote(*task.export(job.folder, merged, made, both, (1 - share, share), job.progress))
         pictures = [
             *snapshots.pictures,
             *([] if samples is None else ["samples.png"]),

@@ -68,6 +68,7 @@ class AlignedPair:
 def load(job: Session, several: bool = False) -> Material:
     """Task, algorithm (one for `several` models), specs and merge, before any endpoint is loaded."""
     with job.stage("load"):
+        refuse(job)  # what the options alone tell, before anything is read
         algorithm = load_algorithm(job.cfg.algo, several)
         task = load_task(job.cfg)
         refuse(job, task, algorithm)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
+from ..integrations.huggingface import quiet
 from ..tensors.modules import find_device
 from .image_reward_library import library
 
@@ -59,7 +60,8 @@ class ImageReward:
             list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
         ).to(weight.device)
         seen = preprocess(images.to(weight.device)).to(weight.dtype)
-        scores = model.score_gard(tokens.input_ids, tokens.attention_mask, seen)
+        with quiet():  # of arguments that the library still gives
+            scores = model.score_gard(tokens.input_ids, tokens.attention_mask, seen)
         return scores[:, 0].float().to(images.device)
 
 

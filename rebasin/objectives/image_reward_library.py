@@ -41,8 +41,16 @@ def library() -> tuple[Any, Any]:
             pretrain = importlib.import_module("ImageReward.models.BLIP.blip_pretrain")
             main = importlib.import_module("ImageReward.ImageReward")
     except ImportError as error:
+        missing = (
+            error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
+        )
+        if missing is not None and missing != "ImageReward" and find_spec(missing) is None:
+            raise ConfigError(
+                f"ImageReward needs the package {missing}, which is not installed: pip install 'git-rebasin[reward]'."
+            ) from error
         raise ConfigError(
-            f"The package image-reward can't be imported ({error}): pip install 'git-rebasin[reward]'."
+            f"The package image-reward can't be imported ({error}): install the versions that go together by pip"
+            " install 'git-rebasin[reward]'."
         ) from error
     base = med.BertPreTrainedModel
     if not hasattr(base, "invert_attention_mask"):

@@ -189,7 +189,7 @@ def score_table(results: Results) -> Table:
         for label, found in rewards[kind].items()
     )
     seeds = results["config"]["evaluate"]["seeds"] if lines else 0
-    interval = f"95 % interval over {seeds} seeds of noise"
+    interval = f"95 % interval ({seeds} seeds)"
     return Table(("model", "mean score", interval), lines, strong="mean score")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rich.cells import cell_len
 from rich.table import Table as RichTable
 
 
@@ -47,4 +48,7 @@ class Table:
             shown.add_column(title, justify="right" if self.numeric(i) else "left", no_wrap=True)
         for line in self.lines:
             shown.add_row(*line)
+        # Its own width, however narrow the terminal: figures are never cut, lines go on in the next there.
+        cells = zip(self.head, *self.lines, strict=True)
+        shown.width = sum(max(map(cell_len, column)) for column in cells) + 2 * (len(self.head) - 1)
         return shown

@@ -18,6 +18,7 @@ from ..data import captioned_digits, captioned_folder
 from ..data.sampled import Batch, Given, Placed
 from ..errors import ConfigError
 from ..evaluation.samples import Samples
+from ..integrations.huggingface import quiet
 from ..objectives import Denoising
 from ..objectives.denoising import CHANNELS, Condition, problems
 from ..objectives.reward import Embed, decoder
@@ -336,7 +337,7 @@ def sampler(
         rows = {}
         for label, state in states.items():
             noise = [torch.Generator().manual_seed(1000 * seed + i) for i in range(own.samples)]
-            with with_weights(model, state), visiting(device_of(model), *parts):
+            with with_weights(model, state), visiting(device_of(model), *parts), quiet():
                 rows[label] = whole(texts, generator=noise, **options).images
         return Samples(texts, rows)
 

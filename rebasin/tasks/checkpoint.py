@@ -25,6 +25,7 @@ from ..checkpoints.joint import joint_spec, joint_state, prompted_unet
 from ..checkpoints.pipeline import Plan, assemble, load_component, plan_pipeline
 from ..checkpoints.provenance import size_of
 from ..checkpoints.specs import proof
+from ..checkpoints.tokenizers import cut
 from ..data import captioned_folder
 from ..data.prompts import read_prompts
 from ..data.sampled import Batch, Placed, check_sampling
@@ -61,7 +62,7 @@ def load(cfg: DictConfig) -> Task:
     require(cfg, "objective", "agreement", *KINDS)
     wanted = _wanted(cfg)
     _check_numbers(cfg)
-    _check_files(cfg)
+    texts = _check_files(cfg)
     if cfg.objective.kind == "agreement" and cfg.model.batches < 1 and "batches" in _takes(cfg):
         raise ConfigError(
             f"algo={cfg.algo.name} looks at batches, but model.batches is {cfg.model.batches}; it must be at least 1."
@@ -92,7 +93,7 @@ def load(cfg: DictConfig) -> Task:
         "labels": _labels(models),
         "endpoints": lambda progress: tuple(pair.state(model) for model in models),
         "export": whole_checkpoint.export(models, pair.names, pair.name, cfg),
-        "remarks": several_variants(models, cfg.model.variant),
+        "remarks": [*several_variants(models, cfg.model.variant), *_cut(cfg, plan, texts)],
         "plan": pair.plan(plan) if cfg.dry_run else (),
     }
     if cfg.dry_run or plan is None:
@@ -177,15 +178,16 @@ def _check_numbers(cfg: DictConfig) -> None:
             )
 
 
-def _check_files(cfg: DictConfig) -> None:
-    """Look at prompts and images before any model is opened."""
+def _check_files(cfg: DictConfig) -> list[str]:
+    """Look at prompts and images before any model is opened; the texts that models are told."""
+    texts = []
     for group in _groups(cfg).values():
         given = group.get("prompts")
         if isinstance(given, str | Path):
-            read_prompts(given)
+            texts += read_prompts(given)
     needed = cfg.objective.kind in ("denoising", "distillation")
     if needed and cfg.data.kind == "captioned folder":
-        captioned_folder.check(cfg.data.path, train=cfg.data.train, heldout=cfg.data.heldout)
+        texts += captioned_folder.check(cfg.data.path, train=cfg.data.train, heldout=cfg.data.heldout)
     elif needed:
         require(cfg, "data", "captioned folder", "captioned images", "none")
         if cfg.objective.kind == "denoising" and cfg.data.kind == "none":
@@ -193,6 +195,15 @@ def _check_files(cfg: DictConfig) -> None:
                 "objective=denoising needs images with captions: give data=captioned_folder data.path=FOLDER, or choose"
                 " objective=distillation, which needs none."
             )
+    return texts
+
+
+def _cut(cfg: DictConfig, plan: Plan | None, texts: Sequence[str]) -> list[str]:
+    """What is to be said of prompts that are too long; those that ship are only looked at where none are given."""
+    if plan is None:
+        return []
+    told = cut(texts or read_prompts(cfg.model.prompts), plan.tokenizers.values())
+    return [told] if told else []
 
 
 def _files(cfg: DictConfig) -> dict[str, Path]:

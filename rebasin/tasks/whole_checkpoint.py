@@ -62,7 +62,9 @@ def export(models: Sequence[Checkpoint], names: Sequence[str], aligned: str, cfg
             for number in range(1, len(models)):
                 found = _aligned(name, a, states[0], states[number], cfg, progress)
                 moved[number][name], states[number] = found, found.view(states[number])
-            parts[name] = merge("weighted_sum", states, weights=[float(weight) for weight in weights])
+            # Shares are not negative, but the one number of two models may lie beyond both.
+            shares = [float(weight) for weight in weights] if others[1:] else float(weights[1])
+            parts[name] = merge("weighted_sum", states, weights=shares)
         written = []
         for number, (model, own) in enumerate(zip(models, moved, strict=True), 1):
             if number > 1 or not all(permutation.is_identity for permutation in own.values()):
@@ -73,7 +75,7 @@ def export(models: Sequence[Checkpoint], names: Sequence[str], aligned: str, cfg
         state = DerivedState({name: passed(whole, name) for name in whole if name not in averages})
         recipe = {
             "command": "run", "algorithm": cfg.algo.name, "objective": cfg.objective.name, "method": cfg.merge.method,
-            "lam": cfg.lam, "component": aligned, "seed": cfg.seed, "rest": cfg.model.rest,
+            "lam": round(float(weights[1]), 6), "component": aligned, "seed": cfg.seed, "rest": cfg.model.rest,
         }  # fmt: skip
         if others[1:]:
             recipe = {**recipe, "lam": None, "weights": [round(float(weight), 6) for weight in weights]}
