@@ -454,6 +454,48 @@ def test_convolutions_on_cuda_are_proved_with_tf32_on() -> None:
     assert torch.backends.cudnn.allow_tf32
 
 
+# ------------------------------------------------------------------------------------------ odd tensors
+
+
+ODD_OUTPUTS = {
+    "sparse": Tensor.to_sparse,
+    "rows": Tensor.to_sparse_csr,
+    "quantised": lambda y: torch.quantize_per_tensor(y, 0.1, 0, torch.qint8),
+    "eight bits": lambda y: y.to(torch.float8_e4m3fn),
+}
+ODD_INPUTS = {
+    "sparse": torch.randn(2, 5).to_sparse(),
+    "eight bits": torch.randn(2, 5).to(torch.float8_e4m3fn),
+    "unsigned": torch.arange(10).view(2, 5).to(torch.uint16),
+    "all numbers": torch.tensor([[-(2**63), 2**63 - 1, 0, 1, 2]]),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_OUTPUTS)
+def test_outputs_of_any_layout_are_compared(kind: str) -> None:
+    model, x = Apply(lambda m, x: ODD_OUTPUTS[kind](m.o(torch.relu(m.a(x)))), **hidden()), torch.randn(2, 5)
+    spec = rebasin.trace(model, x)
+    assert spec.neurons == 6 and rebasin.verify(model, spec, x).passed
+    wrong = free(("a.weight", 0), shapes=shapes_of(model))
+    assert not rebasin.verify(model, wrong, x).passed
+
+
+@pytest.mark.parametrize("kind", ODD_INPUTS)
+def test_inputs_in_which_torch_can_not_draw_are_taken_as_they_are(kind: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.o(torch.relu(m.a(x.to_dense() if x.is_sparse else x.float())))
+
+    model, x = Apply(forward, **hidden()), ODD_INPUTS[kind]
+    spec = rebasin.trace(model, x)
+    assert spec.neurons == 6 and rebasin.verify(model, spec, x).passed
+
+
+def test_a_nested_input_is_refused_in_a_sentence() -> None:
+    x = torch.nested.nested_tensor([torch.randn(2, 5), torch.randn(3, 5)])
+    with pytest.raises(TraceError, match="can't be exported"):
+        rebasin.trace(Apply(lambda m, x: m.o(torch.relu(m.a(x.to_padded_tensor(0.0)))), **hidden()), x)
+
+
 # ------------------------------------------------------------------------------------------ copies
 
 

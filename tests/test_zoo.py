@@ -189,6 +189,12 @@ def native_norm(h: Tensor) -> tuple[Tensor, ...]:
     return torch.native_layer_norm(h, [6], None, None, 1e-5)
 
 
+def part_set(x: Tensor, values: Tensor, where: slice | int) -> Tensor:
+    x = x.clone()
+    x[:, where] = values
+    return x
+
+
 TOKENS = (2, 4, 5)
 FOUND = {
     # name: (model, shape of the input, neurons)
@@ -221,6 +227,10 @@ FOUND = {
     "padded with two values": (lambda: mlp(lambda h: F.pad(F.pad(h, (0, 2)), (0, 2), value=1.0), out=10), (2, 5), 10),
     "zeros beside": (lambda: mlp(lambda h: torch.cat([h, h.new_zeros(h.shape[0], 3)], -1), out=9), (2, 5), 9),
     "constants beside": (lambda: mlp(lambda h: torch.cat([h, torch.arange(3.0).expand(2, 3)], -1), out=9), (2, 5), 6),
+    "written into zeros": (lambda: mlp(lambda h: part_set(h.new_zeros(len(h), 9), h, slice(2, 8)), out=9), (2, 5), 9),
+    "with a step": (lambda: mlp(lambda h: part_set(h.new_zeros(len(h), 12), h, slice(0, 12, 2)), out=12), (2, 5), 12),
+    "written over": (lambda: mlp(lambda h: part_set(h, 2 * h[:, 4:], slice(0, 2))), (2, 5), 4),
+    "one written": (lambda: mlp(lambda h: part_set(h, h.sum(-1), 3)), (2, 5), 5),
     "weight norm over all": (
         lambda: Apply(lambda m, x: m.o(torch.relu(F.linear(x, torch._weight_norm(m.v, m.g, -1)))),
         {"v": torch.randn(6, 5), "g": torch.rand(1)}, o=nn.Linear(6, 3)), (2, 5), 6),

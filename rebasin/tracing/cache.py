@@ -69,7 +69,7 @@ def fingerprint(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         return None
     try:
         description = [_engine(), _Description(values=False).of([args, kwargs]), _Description().model(model)]
-    except (_Unknown, RecursionError):
+    except Exception:  # whatever can't be described is traced anew
         return None
     return hashlib.sha256(repr(description).encode()).hexdigest()
 
@@ -156,7 +156,7 @@ class _Description:
         return ["object", *(self.of(part) for part in listed)]
 
     def tensor(self, value: Tensor) -> list[Any]:
-        told: list[Any] = ["tensor", list(value.shape), str(value.dtype), value.is_meta]
+        told: list[Any] = ["tensor", list(value.shape), str(value.dtype), str(value.layout), value.is_meta]
         if self.values and not value.is_meta and value.numel() <= _NUMBERS:
             try:
                 data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

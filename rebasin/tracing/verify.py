@@ -191,9 +191,10 @@ class _Probe:
     def cases(self, expected: dict[str, Tensor], large: bool) -> list[tuple[Inputs, dict[str, Tensor]]]:
         """The given inputs and those of our own making that the model takes and gives numbers for, with its outputs."""
         found = [(self.inputs, expected)]
-        for made in (_rebatched(self.inputs, self.seed), _varied(self.inputs, self.seed + 1)):
+        for make, seed in ((_rebatched, self.seed), (_varied, self.seed + 1)):
             if len(found) < (2 if large else 3):
                 with contextlib.suppress(Exception):
+                    made = make(self.inputs, seed)
                     outputs = self.outputs(made)
                     found += [] if _no_proof(outputs) else [(made, outputs)]
         return found
@@ -241,6 +242,11 @@ class _Probe:
 
 
 def _wide(tensor: Tensor) -> Tensor:
+    """All that a tensor holds as plain numbers, whatever its layout, in double precision."""
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    elif tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
     if tensor.is_complex():
         return tensor.to(torch.complex128)
     return tensor.double() if tensor.is_floating_point() else tensor
@@ -273,12 +279,20 @@ def _no_proof(outputs: Mapping[str, Tensor]) -> str:
 
 
 def _varied(inputs: Inputs, seed: int) -> Inputs:
-    """Other numbers of the same scale; whole numbers stay between the smallest and the largest, masks as they are."""
+    """Other numbers of the same scale; whole numbers stay between the smallest and the largest, masks as they are, and
+    so do the types and layouts in which torch can't draw.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def vary(t: Tensor) -> Tensor:
         if not t.numel() or t.dtype == torch.bool:
             return t
+        try:
+            return drawn(t)
+        except (NotImplementedError, RuntimeError, ValueError):
+            return t
+
+    def drawn(t: Tensor) -> Tensor:
         if t.is_floating_point() or t.is_complex():
             noise = torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device)
             return t + noise * (t.std(correction=0) or 1.0)

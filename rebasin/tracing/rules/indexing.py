@@ -7,6 +7,7 @@ import torch
 
 from ..labels import Label, combine, fix, take
 from .registry import Call, Result, Traced, Unsupported, rule
+from .shapes import concatenate
 
 
 @rule("embedding", takes="weight", index="indices")
@@ -56,18 +57,28 @@ def index(call: Call) -> Result:
 
 
 @rule(
-    "index_put scatter scatter_add scatter_reduce index_add index_copy masked_scatter select_scatter"
-    " slice_scatter",
+    "index_put scatter scatter_add scatter_reduce index_add index_copy masked_scatter",
     takes="self src dim index",
     refuses="indices values source mask value reduce accumulate",
 )
 def write(call: Call) -> Result:
-    """Writing into part of a tensor: with neurons on other dimensions only, it is elementwise there; else fixed."""
-    if call.name not in ("select_scatter", "slice_scatter"):
-        raise Unsupported("is written by index")
-    c, x, source = call.constraints, call.tensor("self"), call.tensor("src")
+    raise Unsupported("is written by index")
+
+
+@rule("slice_scatter select_scatter", takes="self src dim start end step index")
+def write_part(call: Call) -> Result:
+    """Writing into part of a tensor: what is left of it and the part are joined, and put in their order."""
+    c, x, label = call.constraints, call.tensor("self"), call.tensor("src").label
     dim = call.args["dim"] % x.ndim
-    label = fix(c, x.label, [dim], "is written into in part")
-    piece = source.label.expand_rank([dim]) if call.name == "select_scatter" else source.label
-    piece = fix(c, piece, [dim], "is written into a part")
-    return combine(c, [label.sized({dim: 1}), piece.sized({dim: 1})]).sized({dim: call.shape[dim]})
+    size = x.shape[dim]
+    if call.name == "select_scatter":
+        label, part = label.expand_rank([dim]), np.array([call.args["index"] % size])
+    else:
+        bounds = slice(call.args.get("start"), call.args.get("end"), call.args.get("step", 1))
+        part = np.arange(size)[bounds]
+    if len(part) == size:
+        return label
+    rest = np.setdiff1d(np.arange(size), part)
+    sizes = [(*x.shape[:dim], len(index), *x.shape[dim + 1 :]) for index in (rest, part)]
+    joined = concatenate(c, [take(c, x.label, dim, rest, 0), label], sizes, dim)
+    return take(c, joined, dim, np.argsort(np.concatenate([rest, part])), None)
