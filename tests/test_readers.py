@@ -292,6 +292,14 @@ def test_what_is_left_out_is_told(tmp_path):
     ]
     (told,) = left_out(open_all(paths)[0])
     assert all(word in told for word in ("b.safetensors", "text_encoder", "ztsnr", "model_ema.decay"))
+    averages = {
+        "state_dict": model(),
+        "state_dict_ema": model(1),
+        "optimizer": {"state": {0: {"m": torch.ones(2)}}},
+    }
+    torch.save(averages, tmp_path / "c.ckpt")
+    (told,) = left_out(open_all([tmp_path / "c.ckpt", paths[0]])[0])
+    assert told == "Not read from c.ckpt: the state 'state_dict_ema' beside the one that is merged."
 
 
 @pytest.mark.parametrize(

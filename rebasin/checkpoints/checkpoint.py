@@ -33,6 +33,7 @@ class Checkpoint:
         raw: its tensors under their own names, in their own order and types, lazily.
         metadata: of the file's header.
         found: component -> where it lies.
+        others: names of further states in the same file, which are not read.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Checkpoint:
     metadata: Mapping[str, str]
     found: Mapping[str, Found] = field(repr=False)
     key_map: Mapping[str, Sequence[KeyMapping]] = field(repr=False)
+    others: tuple[str, ...] = ()
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -139,7 +141,7 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
     """
     where = Path(path)
     raw = folders.load_folder(where, variant) if where.is_dir() else load_tensors(where)
-    metadata = dict(getattr(raw, "metadata", {}))
+    metadata, others = dict(getattr(raw, "metadata", {})), getattr(raw, "others", ())
     raw = decoded(unwrapped(raw, where), where)
     names = dict.fromkeys(raw)
     other = "a permutation that rebasin wrote" if is_permutation(raw, metadata) else foreign(names)
@@ -159,7 +161,7 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
         prediction(where, family, raw, metadata)
     diffusers = any(place.layout == "diffusers" or "/" in place.prefix for place in found.values())
     layout = "diffusers" if diffusers or where.is_dir() else "ldm"
-    return Checkpoint(where, family, kind, layout, raw, metadata, found, key_map)
+    return Checkpoint(where, family, kind, layout, raw, metadata, found, key_map, others)
 
 
 def open_each(

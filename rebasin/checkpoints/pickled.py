@@ -72,7 +72,8 @@ class _Place:
 class PickledState(LazyState):
     """The tensors of a .ckpt, .pt or .bin file, each read when it is asked for.
 
-    A "state_dict" inside the pickle is unwrapped; what else the pickle holds (steps, optimisers) is in `left_out`.
+    A "state_dict" inside the pickle is unwrapped; what else the pickle holds (steps, optimisers) is in `left_out`,
+    and those of it that are states, too (moving averages), in `others`.
 
     Raises:
         CheckpointError: the file is damaged, is no pickle of tensors, or would run code if it were loaded.
@@ -85,6 +86,7 @@ class PickledState(LazyState):
         try:
             content, starts = _read(self.path, self._raw)
             tensors, self.left_out = _named(content)
+            self.others = tuple(name for name in self.left_out if _is_state(content, name))
             if not tensors:
                 why = "no model"
                 if isinstance(content, list):
@@ -173,6 +175,11 @@ def _named(content: Any) -> tuple[dict[str, _Tensor], tuple[str, ...]]:
         else:
             left.append(_told(key))
     return found, tuple(left)
+
+
+def _is_state(content: Any, name: str) -> bool:
+    inner = content.get(name)
+    return isinstance(inner, dict) and any(isinstance(value, _Tensor) for value in inner.values())
 
 
 def _told(key: Any) -> str:

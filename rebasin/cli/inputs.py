@@ -48,8 +48,14 @@ def open_all(
 
 
 def left_out(models: Sequence[Checkpoint]) -> list[str]:
-    """A sentence about what of each further model is not in the result, as the first has no place for it."""
-    told = []
+    """A sentence about what of each model is not in the result: other states in its file, and, of each further one,
+    what the first has no place for.
+    """
+    told = [
+        f"Not read from {model.path.name}: the state {shown(model.others[0])} beside the one that is merged."
+        for model in models
+        if model.others
+    ]
     for model in models[1:]:
         parts = [name for name in model.components if name not in models[0].components]
         for kind, names in model.extras.items():
