@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import resource
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rebasin.files import config_dir
+from rebasin.jobs.configuration import explain
 from rebasin.matching.straight_through import straight_through
 from rebasin.models import tiny_sd
 from rebasin.tasks.around import Around
 from rebasin.tasks.checkpoint_costs import Pass, Run, forward_pass
+from rebasin.tensors.free_memory import free_memory
 from rebasin.types import arguments_of
 
 
@@ -113,3 +117,41 @@ def test_text_encoders_go_when_nobody_uses_them() -> None:
     first, second = around.holding(), around.holding(unet=None)
     assert len(made) == 2 and first.text_encoder is second.text_encoder is made[1]()
     assert pipeline.text_encoder is None and second.unet is None
+
+
+def test_free_memory_is_what_the_limits_of_the_process_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    cpu = torch.device("cpu")
+    assert free_memory(cpu, tmp_path) is None
+    write("proc/meminfo", "MemTotal: 9 kB\nMemAvailable:   8000000 kB\n")
+    assert free_memory(cpu, tmp_path) == 8192e6
+    write("proc/self/cgroup", "4:cpu,memory:/a/b\n0::/job/step\n")
+    assert free_memory(cpu, tmp_path) == 8192e6
+    write("sys/fs/cgroup/job/step/memory.max", "max\n")  # the step has no limit of its own, the job has one
+    write("sys/fs/cgroup/job/memory.max", "7000000000\n")
+    write("sys/fs/cgroup/job/memory.current", "3000000000\n")
+    write("sys/fs/cgroup/job/memory.stat", "file 9\ninactive_file 1000000000\n")
+    assert free_memory(cpu, tmp_path) == 5e9
+    write(
+        "sys/fs/cgroup/memory/memory.limit_in_bytes", "4000000000\n"
+    )  # of a container, whose path is another
+    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "6000000\n")
+    write("sys/fs/cgroup/memory/memory.stat", "total_inactive_file 0\n")
+    assert free_memory(cpu, tmp_path) == 3994e6
+    write("proc/self/statm", "1000 1 1\n")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (3_000_000_000, -1))
+    assert free_memory(cpu, tmp_path) == 3e9 - 1000 * resource.getpagesize()
+
+
+def test_the_end_of_the_memory_is_one_sentence() -> None:
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("can't allocate memory: 1"),
+    ):
+        assert explain(error).startswith("The memory did not suffice; a smaller batch_size")

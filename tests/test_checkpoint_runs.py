@@ -317,24 +317,19 @@ def test_what_makes_no_sense_is_one_sentence(asked, tmp_path, monkeypatch, optio
     assert isinstance(told.value, RebasinError) and str(told.value).endswith(".")
 
 
-def test_prompts_that_are_cut_are_told_once(asked, tmp_path, monkeypatch):
+def test_prompts_that_are_cut_and_the_room_for_files_are_told_at_once(asked, twins, tmp_path, monkeypatch):
     for slow in ("plan", "require_memory"):
         monkeypatch.setattr(checkpoint_task.Members, slow, lambda *_: [])
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"a seven\n{'a handwritten seven ' * 40}\n{'the number two ' * 40}\n")
-    images = [
-        "objective=denoising",
-        *table.OBJECTIVES["denoising"],
-        f"model.prompts={prompts}",
-        "dry_run=true",
-    ]
-    task = load_task(table.configured(asked("sd1", *images)))
-    assert list(
-        task.remarks
-    ) == [  # of three prompts and the captions of three images; the tokenizer is a small one
-        "2 of 6 prompts are longer than the 16 tokens that a text encoder reads, and cut there."
-    ]
+    own = ["objective=denoising", *table.OBJECTIVES["denoising"], f"model.prompts={prompts}"]
+    task, a = load_task(table.configured(asked("sd1", *own, "dry_run=true"))), twins("sd1").files[0]
+    # Of three prompts and the captions of three images; the tokenizer is a small one.
+    told = "2 of 6 prompts are longer than the 16 tokens that a text encoder reads, and cut there."
+    assert list(task.remarks) == [told]
     assert cut(["a seven"] * 9, [tiny_sd.load_tokenizer()]) is None
+    merged = open_checkpoint(a).component("unet")
+    assert task.room == a.stat().st_size + 2 * sum(merged[name].nbytes for name in merged)
 
 
 # Images ---------------------------------------------------------------------------------------------------------

@@ -276,7 +276,9 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert os.listdir(tmp_path) == []
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**6}))
-    with pytest.raises(CheckpointError, match=r"needs 1\.6 MB, but its disk has 1\.0 MB free"):
+    with pytest.raises(
+        CheckpointError, match=r"needs 1\.6 MB and 67\.1 MB to spare, but its disk has 1\.0 MB free"
+    ):
         save_safetensors(target, state)
     assert os.listdir(tmp_path) == []
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +25,11 @@ from rebasin.files import config_dir
 from rebasin.jobs import stages
 from rebasin.jobs.algorithm import load_algorithm
 from rebasin.jobs.configuration import check_types, explain
+from rebasin.jobs.paths import quoted
 from rebasin.jobs.resume import UNFINISHED, Resume, load_resume
 from rebasin.jobs.skeleton import settle
 from rebasin.reporting.console import Console
+from rebasin.reporting.experiments import parsed
 from rebasin.reporting.kinds import kind_of
 from rebasin.reporting.results import load_results
 from rebasin.run import run
@@ -374,6 +377,42 @@ def test_impossible_settings_are_refused_before_anything_is_loaded(overrides, se
     assert str(error.value).startswith(sentence)
 
 
+def test_files_that_there_is_no_room_for_are_told_before_the_work(tmp_path, monkeypatch):
+    stages.require_space(tmp_path / "new" / "folder", 0)
+    monkeypatch.setattr(stages.shutil, "disk_usage", lambda _: SimpleNamespace(free=2_000_000))
+    with pytest.raises(
+        ConfigError, match=r"new take about 3\.0 GB, but the disk has 2\.0 MB free; make room"
+    ):
+        stages.require_space(tmp_path / "new", 3e9)
+
+
+def test_paths_that_there_are_need_no_quotes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["a [1].pt", "a,b", "a=b", "quo'te", "zwölf", "(1)", 'dq"q', "{x}", "\\'", "[x", "end)\\"]
+    for name in (*names, "7", "plain.pt", "ste"):
+        (tmp_path / name).touch()
+    told = [
+        f"{start}={place}{name}"
+        for name in names
+        for start in ("model.a", "+model.b")
+        for place in ("", f"{tmp_path}/")
+    ]
+    for given, made in zip(told, quoted(told), strict=True):
+        override = parsed(made)
+        assert override is not None and override.value() == given.partition("=")[2], (given, made)
+    for plain in (
+        "seed=7",
+        "algo=ste",
+        "model.a=plain.pt",
+        "model.a=nowhere,",
+        "--multirun",
+        "model.width=1,2",
+        "a=~b/c",
+    ):
+        assert quoted([plain]) == [plain]
+    assert quoted(["a=" + "b" * 5000]) == ["a=" + "b" * 5000]
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
@@ -389,6 +428,10 @@ def test_impossible_settings_are_refused_before_anything_is_loaded(overrides, se
             "There is no model 'vgg'; did you mean 'vgg16'? Choose one of checkpoint, mlp, resnet18,",
         ),
         (["seed=["], "'seed=[' can't be read; write GROUP=CHOICE or OPTION=VALUE"),
+        (
+            ["model.a=a,b"],
+            "The value of 'model.a=a,b' has a comma: write a list in brackets and text in quotes that",
+        ),
         (["model=null"], "A group takes the name of one of its choices"),
     ],
 )

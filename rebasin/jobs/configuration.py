@@ -31,6 +31,7 @@ from ..integrations.signatures import CONFIG, VERSION_BASE, composed, options
 from . import option_help  # noqa: F401 - the configs' help templates name what it registers
 from .experiments import GROUP as EXPERIMENT
 from .experiments import expand
+from .paths import quoted
 from .resume import UNFINISHED
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -48,6 +49,8 @@ UNNAMED = ("hydra", "path", EXPERIMENT)
 INTERNAL = ("name", "kind", "task", "architecture", "_target_", "object", "many")
 """Fields of configs that are not for the command line."""
 
+
+QUOTED = """in quotes that the shell leaves, as in 'model.a="A, [1].safetensors"'"""
 
 UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EROFS)
 
@@ -85,20 +88,27 @@ def launch(job: Callable[[DictConfig], Any], config: str = CONFIG, kept: str = A
     # With this variable Hydra passes exceptions on instead of printing them itself.
     os.environ[FULL_ERROR] = "1"
     try:
-        sys.argv[1:] = expand(sys.argv[1:])
+        sys.argv[1:] = expand(quoted(sys.argv[1:]))
         application(checked)()
     except KeyboardInterrupt:
         told = "the same command with resume=true goes on where it stopped" if UNFINISHED else kept
         print(f"\nInterrupted; {told}.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        # A disk that is full, or can't be written, is met anywhere.
-        if full or (started and not (isinstance(error, OSError) and error.errno in UNWRITABLE)):
+        # A disk that is full, or can't be written, and the end of the memory are met anywhere.
+        expected = _is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in UNWRITABLE)
+        if full or (started and not expected):
             raise
         _stop(error, config)  # the command line does not make a configuration
     finally:
         if not full:
             os.environ.pop(FULL_ERROR, None)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's own error, those of torch's devices, and what torch says on the CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def _leave_nothing() -> None:
@@ -135,10 +145,15 @@ def explain(error: Exception, arguments: Iterable[str] = (), config: str = CONFI
         fault = f"There is no {group} {choice!r}"
         told = _faulty(fault, _naming(rf"{re.escape(choice)}\b", arguments)) if _inner(error) else fault
         return str(unknown(told, choice, choices, "choose one of"))
+    if _is_out_of_memory(error):
+        return (
+            "The memory did not suffice; a smaller batch_size, smaller pictures (model.size) or algo.checkpointing=true"
+            " take less, and dry_run=true tells how much a run on checkpoints takes."
+        )
     if isinstance(error, OverrideParseException):
         return (
-            f"{error.override!r} can't be read; write GROUP=CHOICE or OPTION=VALUE, and put quotes around a"
-            " value with brackets, commas, spaces or an equals sign."
+            f"{error.override!r} can't be read; write GROUP=CHOICE or OPTION=VALUE, and text with brackets, commas, an"
+            f" equals sign or letters of other alphabets {QUOTED}."
         )
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, RebasinError):  # that of a resolver
@@ -156,6 +171,11 @@ def explain(error: Exception, arguments: Iterable[str] = (), config: str = CONFI
         return f"There is no {key}{_of(key, arguments)}, but it is needed; add it there."
     if isinstance(error, OSError):  # Hydra makes the folder of a run
         return str(unwritable(error.filename or "The folder of the results", error))
+    if found := re.match(r"Ambiguous value for argument (.+)", message):
+        return (
+            f"The value of {found[1]} has a comma: write a list in brackets and text {QUOTED}, or add --multirun to try"
+            " one value after another."
+        )
     if message.startswith("Config group override must be"):
         return "A group takes the name of one of its choices, GROUP=CHOICE; --help lists them."
     if found := re.match(r"Could not override '([^']+)'", message):

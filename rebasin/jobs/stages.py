@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from omegaconf import DictConfig
 from torch import nn
 
-from ..errors import VerificationError
+from ..errors import ConfigError, VerificationError
 from ..evaluation import Curve, barrier
 from ..evaluation.samples import Samples
 from ..matching import MatchResult
@@ -22,6 +24,7 @@ from ..spec import PermutationSpec
 from ..spec.restrict import restrict
 from ..tasks import Task, load_task
 from ..tensors.modules import loaded
+from ..tensors.writer import in_bytes
 from ..tracing import verify
 from ..types import Progress, ProgressEvent, State, within
 from .algorithm import Algorithm, load_algorithm
@@ -73,6 +76,8 @@ def load(job: Session, several: bool = False) -> Material:
         task = load_task(job.cfg)
         refuse(job, task, algorithm)
         job.own = brought(job.cfg, task)
+        if job.cfg.tensors:
+            require_space(job.folder, task.room)
         job.remark(task.remarks)
     with job.stage("spec"):
         specs = {name: spec_of(job.cfg, task, name) for name in task.parts}
@@ -81,6 +86,24 @@ def load(job: Session, several: bool = False) -> Material:
     combination = load_combination(job.cfg, task)
     job.remark([combination.remark] if combination.remark else [])
     return Material(task, algorithm, specs, combination)
+
+
+def require_space(folder: Path, size: float) -> None:
+    """Complain of files that there is no room for, before they are computed for hours.
+
+    Raises:
+        ConfigError: the disk of `folder`, which need not be there yet, has less than `size` bytes free.
+    """
+    place = next((one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir()), folder)
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError:
+        return  # which is told where something is written
+    if size > free:
+        raise ConfigError(
+            f"The files that this run leaves in {folder} take about {in_bytes(size)}, but the disk has {in_bytes(free)}"
+            " free; make room, choose another folder (hydra.run.dir), or leave figures only (tensors=false)."
+        )
 
 
 def spec_of(cfg: DictConfig, task: Task, part: str) -> PermutationSpec:

@@ -68,6 +68,7 @@ class Task:
         maker: how the aligned part makes images of prompts, differentiably; None: it makes none.
         export: the run's folder, the merge, metadata, all models' permutations and weights -> files in the form that
             the endpoints came in; None: none.
+        room: bytes of the files that a run leaves, where that is much, about.
         plan: what a dry run tells besides the spec.
         remarks: what was chosen unasked, a sentence each.
         data: what its data are called, where they are not those of the configuration.
@@ -86,6 +87,7 @@ class Task:
     maker: ImageMaker | None = None
     others: Mapping[str, Callable[[], State]] = field(default_factory=dict)
     export: Callable[..., Sequence[Path]] | None = None
+    room: float = 0.0
     plan: Sequence[str] = ()
     remarks: Sequence[str] = ()
     data: str = "own"

@@ -22,6 +22,7 @@ from ..checkpoints import Checkpoint, component_spec, require_same_family
 from ..checkpoints.architectures import component_config
 from ..checkpoints.checkpoint import open_each, require_fitting, require_same_prediction, several_variants
 from ..checkpoints.joint import joint_spec, joint_state, prompted_unet
+from ..checkpoints.output import bytes_of
 from ..checkpoints.pipeline import Plan, assemble, load_component, plan_pipeline
 from ..checkpoints.provenance import size_of
 from ..checkpoints.specs import proof
@@ -33,6 +34,7 @@ from ..errors import ConfigError, shown
 from ..integrations.hydra import function_of
 from ..matching.weights.estimate import about
 from ..spec import PermutationSpec
+from ..tensors.free_memory import free_memory
 from ..tensors.modules import device_of, find_device
 from ..types import State, arguments_of
 from . import whole_checkpoint
@@ -94,6 +96,8 @@ def load(cfg: DictConfig) -> Task:
         "endpoints": lambda progress: tuple(pair.state(model) for model in models),
         "export": whole_checkpoint.export(models, pair.names, pair.name, cfg),
         "remarks": [*several_variants(models, cfg.model.variant), *_cut(cfg, plan, texts)],
+        # A whole checkpoint, and of the component both B aligned and the merge.
+        "room": size_of(models[0].path) + 2.0 * bytes_of(pair.state(models[0])),
         "plan": pair.plan(plan) if cfg.dry_run else (),
     }
     if cfg.dry_run or plan is None:
@@ -434,7 +438,7 @@ class Members:
         """
         if not wanted and (self.cfg.model.batches < 1 or self.cfg.dry_run):
             return
-        need, free = self.costs(wanted, spec=False).memory(), _available(find_device(self.cfg.device))
+        need, free = self.costs(wanted, spec=False).memory(), free_memory(find_device(self.cfg.device))
         if free is not None and need > free:
             less = (
                 "model.dtype=bf16, a smaller model.size or batch_size, algo.checkpointing=true, algo.optimizer=sgd or"
@@ -444,8 +448,8 @@ class Members:
                 " least"
             )
             raise ConfigError(
-                f"Measuring the {self.name} of {self.a.path.name} takes about {need / 1e9:.0f} GB of memory, but"
-                f" {free / 1e9:.0f} GB are free; {less}."
+                f"Measuring the {self.name} of {self.a.path.name} takes about {need / 1e9:.1f} GB of memory, but"
+                f" {free / 1e9:.1f} GB are free; {less}."
             )
 
     def plan(self, plan: Plan | None) -> list[str]:
@@ -462,16 +466,3 @@ class Members:
             others = [name for name in plan.components if name not in self.names]
             told.append(f"pictures by {plan.kind} with {', '.join(others)} of {self.a.path.name};")
         return told
-
-
-def _available(device: torch.device) -> float | None:
-    """Bytes of memory that are free for the asking; None where the system does not tell."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024.0 * int(line.split()[1])
-    except (OSError, ValueError):
-        pass
-    return None

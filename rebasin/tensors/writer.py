@@ -148,8 +148,8 @@ def require_space(target: Path, size: int) -> None:
     # A file of the same name is replaced only at the end, so its room can't be counted.
     if size + SPARE > free:
         raise CheckpointError(
-            f"{target} needs {in_bytes(size)}, but its disk has {in_bytes(free)} free; make room, choose another"
-            " folder, or a smaller type such as fp16."
+            f"{target} needs {in_bytes(size)} and {in_bytes(SPARE)} to spare, but its disk has {in_bytes(free)} free;"
+            " make room, choose another folder, or a smaller type such as fp16."
         )
 
 
