@@ -295,7 +295,7 @@ def conform(kind: Any, data: Any, at: str = "", leaf: Leaf | None = None) -> Any
     """
     if leaf is not None and (made := leaf(kind, data, at)) is not NotImplemented:
         return made
-    if kind is Any:
+    if kind is Any or (kind is str and type(data) is str):
         return data
     origin, kinds = get_origin(kind) or kind, get_args(kind)
     if origin in (Union, UnionType):

@@ -26,11 +26,11 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One for all workers, who share the folder above their own: specs are derived once."""
+    """One for all workers, who share the folder above their own, and for tests that tests start in a process of
+    theirs: specs are derived once."""
     base = tmp_path_factory.getbasetemp()
-    os.environ["REBASIN_CACHE"] = str(
-        (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
-    )
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    os.environ["REBASIN_CACHE"] = os.environ.setdefault("REBASIN_TESTS_CACHE", str(shared))
 
 
 def pytest_collection_finish() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import re
 import subprocess
 import sys
 import warnings
@@ -24,7 +23,6 @@ import torch
 from aside import ROOT, environment
 from torch import Tensor, nn
 
-from experiments import checkpoint_table
 from experiments.image_reward_reference import PROMPTS, checksum, images, weights
 from rebasin.data.prompts import read_prompts
 from rebasin.errors import CheckpointError, ConfigError, DataError
@@ -409,17 +407,3 @@ def test_the_library_leaves_others_as_they_were(scorer: ir.ImageReward):
 
     assert "ImageReward" not in sys.modules, "import ImageReward still means the real one"
     assert not hasattr(modeling_utils, "find_pruneable_heads_and_indices")
-
-
-@needs_image_reward
-def test_a_cell_of_the_table_of_checkpoints(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    """A search by the gradient, here because the library lives in this process; a layer each for pictures and texts."""
-    command = "table --families folder --algorithms ste --objectives image_reward --others"
-    monkeypatch.setattr(sys, "argv", [*command.split(), "vae, distillation"])
-    checkpoint_table.main()
-    told = capsys.readouterr().out
-    assert re.search(r"ste, image_reward \| [\d.]+ s \|", told)
-    assert "vae, distillation | refused (1)" in told and "(1) objective=distillation looks" in told
-    assert "num_hidden_layers" not in ir.BERT

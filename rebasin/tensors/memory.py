@@ -155,6 +155,10 @@ def _view(small: Place, name: str, large: Place, base: str) -> View | None:
     return View(name, base, tuple(cuts), tuple(dims)) if inside else None
 
 
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+"""What most attributes of modules are."""
+
+
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """All tensors that a model holds by a path: parameters, buffers, attributes and what is in their containers."""
     found: dict[str, Tensor] = {}
@@ -172,7 +176,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             inner = key in ("_parameters", "_buffers")
-            if inner or key != "_modules":
+            if key != "_modules" and type(value) not in _PLAIN:
                 gather(name if inner else f"{name}.{key}", value, 4)
     return found
 

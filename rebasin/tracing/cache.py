@@ -80,6 +80,8 @@ class _Unknown(Exception):
 
 _BOOKKEEPING = ("_commit_hash", "_use_default_values", "_name_or_path", "name_or_path")
 """Entries of configurations that tell where a model is from; the second is a list in the order of a set."""
+_EVERY = frozenset(vars(nn.Module()))
+"""The attributes that every module has."""
 _NUMBERS = 1 << 24
 """Larger constants are traced without their values."""
 
@@ -107,7 +109,7 @@ class _Description:
         hooks = ("_forward_hooks", "_forward_pre_hooks")
         if any(module.__dict__.get(name) for name in hooks) or "forward" in module.__dict__:
             raise _Unknown
-        own = {k: v for k, v in vars(module).items() if k not in nn.Module().__dict__}
+        own = {k: v for k, v in vars(module).items() if k not in _EVERY}
         own |= {n: module._buffers[n] for n in sorted(module._non_persistent_buffers_set)}
         return [[k, self.of(v)] for k, v in sorted(own.items())]
 
