@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import rebasin
+from rebasin import tracing
 from rebasin.adapters import (
     component_of,
     describe_adapter,
@@ -589,7 +590,7 @@ def test_union_part_and_extend(pipeline: SmallPipeline) -> None:
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "ldm"])
-def test_controlnet(layout: str) -> None:
+def test_controlnet(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a UNet of two levels; that of Stable Diffusion 1 is in test_cli.py."""
     from diffusers import ControlNetModel, UNet2DConditionModel
 
@@ -609,7 +610,15 @@ def test_controlnet(layout: str) -> None:
     state = control.state_dict()
     latents, time, hint = torch.randn(1, 4, 8, 8).double(), torch.tensor([7]), rand(1, 3, 64, 64)
     hidden = rand(1, 5, WIDTH)
+    trace, seen = tracing.trace, []
+    monkeypatch.setattr(tracing, "trace", lambda *given: seen.append(given) or trace(*given))
     joint = joint_controlnet(model, latents, time, hidden)
+    monkeypatch.undo()
+    both = [{s.parameter.split(".")[0] for c in g.cells for s in c.sites} for g in joint]
+    assert {"controlnet", "unet"} in both and joint.coverage().one > 0.999
+    if layout == "diffusers":
+        (module, *args), *_ = seen
+        rebasin.verify(module, joint, *args, dtype=torch.float64).require()
     own = rebasin.trace(model, latents, time, hidden).random(3)
     permutation = union({"unet": own})
 

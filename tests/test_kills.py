@@ -167,7 +167,7 @@ def job_of(kind: str, request: pytest.FixtureRequest) -> Callable[[Path], None]:
 
 
 # How often: killed at a random time, and before a random one of its changes on the disk, which are over in no time.
-KILLS = {"merge": (3, 5), "run": (2, 3), "search": (1, 1)}
+KILLS = {"merge": (2, 3), "run": (1, 2), "search": (1, 1)}
 
 
 @pytest.mark.parametrize("kind", KILLS)

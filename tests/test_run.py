@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 import wandb_records
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -32,7 +33,7 @@ from rebasin.reporting.console import Console
 from rebasin.reporting.experiments import parsed
 from rebasin.reporting.kinds import kind_of
 from rebasin.reporting.results import load_results
-from rebasin.run import run
+from rebasin.run import main, run
 from rebasin.spec import Permutation
 from rebasin.tasks import load_task
 
@@ -482,13 +483,16 @@ def test_help_and_cfg_work_from_any_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_sweeps_and_keeps_an_offline_wandb_run_in_each_folder(tmp_path):
-    """One process for two things, because starting one takes seconds."""
+def test_the_command_sweeps_and_keeps_an_offline_wandb_run_in_each_folder(tmp_path, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
     kept = ["logger=none,wandb", "++logger.artifacts=[permutation,results]", "++logger.group=mine"]
-    done = shell("--multirun", *TINY, *kept, cwd=tmp_path, HOME=str(home))
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["rebasin.run", "--multirun", *TINY, *kept])
+    wandb.teardown()  # what it read about this user
+    main()
+    wandb.teardown()
     plain, logged = (p.parent for p in sorted(tmp_path.glob("outputs/sweeps/*/*/results.json")))
     assert _timeless(load_results(plain)["curves"]) == _timeless(load_results(logged)["curves"])
     assert not (plain / "wandb").exists()

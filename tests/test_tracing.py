@@ -399,26 +399,6 @@ def test_joint_text_encoder_and_unet() -> None:
     rebasin.verify(joint, spec, *args, dtype=torch.float64).require()
 
 
-def test_joint_unet_and_controlnet() -> None:
-    from diffusers import ControlNetModel
-
-    unet = _small_unet()
-    control = ControlNetModel.from_unet(unet, conditioning_channels=3)
-
-    def both(cn, un, x, t, h, hint):
-        down, middle = cn(x, t, h, hint, return_dict=False)
-        return un(x, t, h, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
-
-    joint = rebasin.compose(both, controlnet=control, unet=unet)
-    args = (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 3, 32), torch.randn(1, 3, 64, 64))
-    spec = rebasin.trace(joint, *args)
-    assert any(
-        {s.parameter.split(".")[0] for c in g.cells for s in c.sites} == {"controlnet", "unet"} for g in spec
-    )
-    assert spec.coverage().one > 0.999
-    rebasin.verify(joint, spec, *args, dtype=torch.float64).require()
-
-
 def test_spec_cache(tmp_path, monkeypatch) -> None:
     """Models of installed packages are cached; another shape or input is another key; own code is never cached."""
     monkeypatch.setenv("REBASIN_CACHE", str(tmp_path))

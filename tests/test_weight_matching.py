@@ -221,7 +221,7 @@ def test_planted_permutations_of_real_networks_are_recovered() -> None:
 
     for name, (model, args, kwargs) in networks().items():
         spec = rebasin.trace(model, *args, **kwargs)
-        for noise in (0.0, 0.1, 0.3, 1.0):
+        for noise in (0.0, 0.3, 1.0):
             a, b, back = planted(spec, noise)
             for init in ("identity", "forward") if noise < 1 else ("forward",):
                 result = weight_matching(spec, a, b, init=init)

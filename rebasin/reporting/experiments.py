@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -31,14 +33,15 @@ def declaration(name: str) -> dict[str, Any]:
     file = config_dir() / GROUP / f"{name}.yaml"
     if name.startswith("_") or not file.is_file():
         raise unknown(f"There is no experiment {name!r}", name, names(), "there are")
-    found: Any = OmegaConf.to_container(_block(name))
+    found: Any = OmegaConf.to_container(_block(file))
     return {str(key): value for key, value in found.items()}
 
 
-def _block(name: str) -> Any:
+@cache
+def _block(path: Path) -> Any:
     """The block `experiment` of a file of the group, over those of the files that it inherits from."""
-    file: Any = OmegaConf.load(config_dir() / GROUP / f"{name}.yaml")
-    bases = [base for base in file.get("defaults", ()) if isinstance(base, str)]
+    file: Any = OmegaConf.load(path)
+    bases = [path.parent / f"{base}.yaml" for base in file.get("defaults", ()) if isinstance(base, str)]
     return OmegaConf.merge(*map(_block, bases), file.get(GROUP, {}))
 
 

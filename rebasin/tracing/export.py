@@ -12,7 +12,9 @@ import io
 import logging
 import os
 import re
+import sys
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -158,7 +160,7 @@ def export(
         args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     record = _Names()
     flat = _Flat(model, record)
-    with warnings.catch_warnings(), _quiet(), evaluation_mode(model), torch.no_grad():
+    with warnings.catch_warnings(), _quiet(), _short_stacks(), evaluation_mode(model), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(flat, args, kwargs, strict=False)
@@ -222,9 +224,49 @@ def source_line(node: torch.fx.Node) -> str:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = stack[-1][0].removeprefix("model").removeprefix(".") if stack else ""
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    lines = [(f, n) for f, n in lines if "/torch/" not in f and not f.endswith("tracing/export.py")]
+    lines = [(f, n) for f, n in lines if _is_told(f)]
     line = f"{'/'.join(lines[-1][0].split('/')[-2:])}:{lines[-1][1]}" if lines else ""
     return ", ".join(part for part in (path, line) if part) or "the model's forward"
+
+
+def _is_told(file: str) -> bool:
+    return "/torch/" not in file and not file.endswith("tracing/export.py")
+
+
+class _Innermost:
+    """In the place of torch's captured stack: of all its frames the one that `source_line` tells."""
+
+    def __init__(self, frame: types.FrameType | None):
+        self._frame = frame
+
+    @staticmethod
+    def extract(**_: Any) -> _Innermost:
+        return _Innermost(sys._getframe(1))
+
+    def summary(self) -> traceback.StackSummary:
+        frame = self._frame
+        while frame is not None:
+            code = frame.f_code
+            if code.co_name == "forward" and _is_told(code.co_filename):
+                told = traceback.FrameSummary(code.co_filename, frame.f_lineno, "forward", line="")
+                return traceback.StackSummary.from_list([told])
+            frame = frame.f_back
+        return traceback.StackSummary()
+
+
+@contextlib.contextmanager
+def _short_stacks() -> Iterator[None]:
+    """torch formats a hundred frames for each node, a sixth of the time of an export; one is wanted here."""
+    place, name = torch.fx.proxy, "CapturedTraceback"
+    before = getattr(place, name, None)
+    if before is None:  # another release: slower, no less
+        yield
+        return
+    setattr(place, name, _Innermost)
+    try:
+        yield
+    finally:
+        setattr(place, name, before)
 
 
 def _explain(error: Exception, limit: int = 300) -> str:
