@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-import yaml
+from compose_once import compose_once
 from no_skips import pytest_addoption, pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 - hooks
 
 from rebasin.integrations import signatures  # noqa: F401 - configurations composed by Hydra itself read signatures
@@ -29,26 +27,9 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _configs_are_parsed_once() -> Iterator[None]:
-    """Hundreds of configurations are composed of the same files, and to parse YAML is a fifth of that."""
-    known: dict[str, Any] = {}
-
-    class Once:
-        """`yaml` for OmegaConf.load."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(yaml, name)
-
-        def load(self, stream: Any, Loader: Any) -> Any:
-            text = stream if isinstance(stream, str) else stream.read()
-            if text not in known:
-                if not isinstance(stream, str):
-                    stream.seek(0)  # what is wrong in it is told with its name
-                known[text] = yaml.load(stream, Loader=Loader)
-            return copy.deepcopy(known[text])
-
+def _composed_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("omegaconf.omegaconf.yaml", Once())
+        compose_once(patch)
         yield
 
 

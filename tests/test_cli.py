@@ -204,9 +204,7 @@ def test_dry_run_tells_and_does_nothing(files: Files, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_controlnet_follows_its_unet(
-    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_controlnet_follows_its_unet(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a ControlNet adds to the first skip connection arrives where that connection's neurons went."""
     from diffusers import ControlNetModel
 
