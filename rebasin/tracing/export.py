@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.fx.proxy
 from torch import Tensor, nn
 from torch.export.graph_signature import OutputKind
 from torch.utils._pytree import tree_map_only
