@@ -35,7 +35,7 @@ from rebasin.errors import TraceError
 from .zoo_random import Network, Plan, describe, draw
 
 TOLERANCE = 1e-8
-NOTHING = 1e-8
+NOTHING = 1e-6
 """Outputs smaller than this are compared with it: the mean of what a norm has centred is zero up to rounding."""
 
 

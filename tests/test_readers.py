@@ -218,6 +218,16 @@ def test_wrappers_of_a_model_are_taken_off(tmp_path, word):
         assert {name.removeprefix(UNET) for name in found.raw} == set(plain)
 
 
+@pytest.mark.parametrize("word", ["net.", "model._orig_mod.", "pipe.model."])
+def test_words_before_all_names_are_taken_off_where_a_model_is_left(tmp_path, word):
+    state = model()
+    path = save_safetensors(tmp_path / "w.safetensors", {word + name: t for name, t in state.items()})
+    assert set(open_checkpoint(path).raw) == set(state)
+    other = save_safetensors(tmp_path / "o.safetensors", {f"{word}encoder.block.0.weight": torch.ones(2)})
+    with pytest.raises(CheckpointError, match="no model that is known here"):
+        open_checkpoint(other)
+
+
 @pytest.mark.parametrize("word", ["module.", "state_dict."])
 def test_a_tensor_with_and_without_a_wrapper_is_refused(tmp_path, word):
     state = model()

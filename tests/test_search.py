@@ -550,6 +550,10 @@ def test_a_study_that_draws_from_other_numbers_is_named(tmp_path):
 def test_two_searches_do_not_share_a_folder(tmp_path):
     with locked(tmp_path), pytest.raises(ConfigError, match="Another search"), locked(tmp_path):
         pass
+    assert not [*tmp_path.iterdir()], "the lock's file goes with the lock"
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path):
+        raise KeyboardInterrupt
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_folder_follows_from_what_is_searched():

@@ -143,6 +143,7 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
     raw = folders.load_folder(where, variant) if where.is_dir() else load_tensors(where)
     metadata, others = dict(getattr(raw, "metadata", {})), getattr(raw, "others", ())
     raw = decoded(unwrapped(raw, where), where)
+    raw = raw if where.is_dir() else without_prefix(raw)
     names = dict.fromkeys(raw)
     other = "a permutation that rebasin wrote" if is_permutation(raw, metadata) else foreign(names)
     found = components.locate(names)
@@ -208,6 +209,20 @@ def unwrapped(state: State, where: object) -> State:
     if all(own == name for own, name in names.items()):
         return state
     return DerivedState({own: passed(state, name) for own, name in names.items()})
+
+
+def without_prefix(state: State) -> State:
+    """`state` without words that stand before all of its names ("net.", "model."), if a model is known by the rest."""
+    found = state
+    for _ in range(3):
+        first, dot, _ = next(iter(found), "").partition(".")
+        prefix = first + dot
+        if components.locate(dict.fromkeys(found)):
+            return found
+        if not dot or not all(name.startswith(prefix) for name in found):
+            return state
+        found = DerivedState({name.removeprefix(prefix): passed(found, name) for name in found})
+    return found if components.locate(dict.fromkeys(found)) else state
 
 
 def require_same_family(a: Checkpoint, b: Checkpoint) -> None:

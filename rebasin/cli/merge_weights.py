@@ -92,7 +92,7 @@ def merge_weights(
     Raises:
         ConfigError: they can't be read, or do not fit the method, the models or their blocks.
     """
-    from ..merging.block_names import SD1
+    from ..merging.block_names import SD1, find_blocks
     from ..merging.blocks import block_weights
 
     if (method.weight is None or method.plan is not None) and (request.alpha, request.weights) != (
@@ -116,13 +116,13 @@ def merge_weights(
     if method.bounded and request.alpha is not None:
         method.fit_weights(request.alpha, models)
     names = [f"{component}.{name}" for component in components for name in checkpoint.shapes(component)]
-    found = block_weights(request.weights, names, request.alpha)
-    blocks = found.blocks
+    blocks = find_blocks(names)
     if numbers is not None and len(numbers) not in (len(SD1), len(blocks.order), len(blocks.depth)):
         raise ConfigError(
             f"--weights has {len(numbers)} numbers, but there are {models} models and {len(blocks.order)} blocks: give"
             f" one for each, or '*=[{request.weights}]' for numbers that are spread over the depth."
         )
+    found = block_weights(request.weights, names, request.alpha)
     for weight in set(found.weights.values()):
         method.fit_weights(weight, models)
     return MergeWeights(blocks=found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ OmegaConf.register_new_resolver(
 )
 
 
+def _is_at(file: int, path: Path) -> bool:
+    """Whether this open file is the one that has the name now."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """The folder for this process alone; the lock ends with the process, however it ends.
@@ -68,12 +77,22 @@ def locked(folder: Path) -> Iterator[None]:
         ConfigError: another search is at work there.
     """
     prepare_folder(folder)
-    with open(folder / LOCK, "w") as file:
-        if fcntl is not None:
+    path = folder / LOCK
+    while True:
+        with open(path, "w") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise ConfigError(
+                        f"Another search is at work in {folder}; wait for it, or choose a folder with"
+                        " hydra.run.dir=FOLDER."
+                    ) from error
+                if not _is_at(file.fileno(), path):
+                    continue  # the search that held it has just ended, and its file with it
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConfigError(
-                    f"Another search is at work in {folder}; wait for it, or choose a folder with hydra.run.dir=FOLDER."
-                ) from error
-        yield
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            return
