@@ -347,3 +347,11 @@ def test_what_teachers_make(scheduler):
     plain = {name: value for name, value in made.items() if name != "target"}
     loss = Denoising("epsilon", scheduler.alphas_cumprod).evaluate(a, [plain])
     assert objective.evaluate(a, [plain]) == loss
+
+
+def test_labels_that_are_no_class_numbers_are_told() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(2, 4)
+    for labels in (torch.rand(2), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int32)):
+        with pytest.raises(DataError, match="CrossEntropy takes class numbers"):
+            CrossEntropy().loss(model, (x, labels))
+    assert CrossEntropy().loss(model, (x, torch.tensor([0, 2]))) > 0
