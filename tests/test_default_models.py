@@ -94,7 +94,7 @@ def test_aligning_helps_mlps_and_width_helps_aligning() -> None:
     objective = CrossEntropy()
     aligned = {}
     for width in (32, 128):
-        recipe = Recipe(epochs=25)
+        recipe = Recipe(epochs=12)
         nets = [trained("mlp", digits, {"width": width}, recipe, seed=s) for s in (0, 1)]
         model = nets[0].model()
         spec = rebasin.trace(model, digits.test_x[:1])

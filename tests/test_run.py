@@ -59,8 +59,11 @@ def execute(folder: Path, *overrides: str) -> tuple[dict, str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """Trained networks are kept for this module only."""
+    """Trained networks are kept for this module only, specs for all."""
     folder = tmp_path_factory.mktemp("cache")
+    specs = Path(os.environ["REBASIN_CACHE"]) / "specs"
+    specs.mkdir(parents=True, exist_ok=True)
+    (folder / "specs").symlink_to(specs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REBASIN_CACHE", str(folder))
         yield folder

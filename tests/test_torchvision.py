@@ -40,7 +40,7 @@ for library in ("torchvision", "timm"):
         if name == "resnet18":
             verify(model, spec, x).require()
         print(library, name, len(spec), model(x).shape[1])
-        if name == "resnet18":
+        if library == "torchvision" and name == "resnet18":
             b = spec.random(seed=1).apply(model.state_dict())
             found = weight_matching(spec, model.state_dict(), b).permutation.apply(b)
             assert all(torch.equal(found[key], tensor) for key, tensor in model.state_dict().items())

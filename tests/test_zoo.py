@@ -399,14 +399,14 @@ def test_fingerprints_tell_constants_and_shared_memory_apart() -> None:
 
 SCRIPT = """
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from rebasin.tracing.cache import fingerprint
 with torch.device("meta"):
     unet = UNet2DConditionModel(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, cross_attention_dim=8,
         down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), attention_head_dim=4)
-    vae = AutoencoderKL(norm_num_groups=4, block_out_channels=(8,))
-vae.kinds = {"b", "a", "c", "d"}
-print(fingerprint(unet, (torch.randn(1),), {}), fingerprint(vae, (torch.randn(1),), {}))
+first = fingerprint(unet, (torch.randn(1),), {})
+unet.kinds = {"b", "a", "c", "d"}
+print(first, fingerprint(unet, (torch.randn(1),), {}))
 """
 
 
