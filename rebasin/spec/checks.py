@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import shown
 from ..files import SchemaError
+from .continuous import DIAGONAL, ContinuousGroup
 from .structure import Branch, Group, Indices, Leaf, Node, to_array
 
 SHORT = 60
@@ -48,6 +49,37 @@ def require_sound(groups: Iterable[Group], shapes: Mapping[str, tuple[int, ...]]
     for (parameter, _), positions in taken.items():
         if not _distinct(positions):
             raise SchemaError(f"two neurons share a place in {shown(parameter)}")
+
+
+def require_sound_maps(groups: Iterable[ContinuousGroup], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Continuous groups have names of their own and places that exist, each of them once at a site.
+
+    Raises:
+        SchemaError: names what does not.
+    """
+    names: set[str] = set()
+    total = 0
+    for group in groups:
+        if group.name in names or min(group.count, group.size) < 1 or not group.sites:
+            raise SchemaError(f"its continuous group {shown(group.name, SHORT)} is there twice or empty")
+        names.add(group.name)
+        total += group.count * group.size * len(group.sites)
+        if total > LARGEST:
+            raise SchemaError(f"its continuous groups have more than {LARGEST:,} places")
+        for site in group.sites:
+            places = [(site.parameter, site.axis, site.positions)]
+            if site.gain is not None:
+                places.append((site.gain.parameter, 0, site.gain.positions))
+            power_fits = site.power and (group.kind in DIAGONAL or abs(site.power) == 1)
+            for parameter, axis, positions in places:
+                shape = shapes.get(parameter, ())
+                size = shape[axis] if 0 <= axis < len(shape) else 0
+                fits = len(positions) == group.neurons and _within(positions, size) and _distinct([positions])
+                if not (fits and power_fits):
+                    raise SchemaError(
+                        f"its continuous group {shown(group.name, SHORT)} of {group.neurons:,} neurons has no such places"
+                        f" in {shown(parameter, SHORT)}"
+                    )
 
 
 def _within(positions: Indices, size: int) -> bool:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,11 +19,17 @@ from ..errors import CheckpointError, RebasinError, SpecMismatchError, shown
 from ..files import PathLike, SchemaError, conform, parse
 from ..tensors import SafetensorsState, load_safetensors, save_safetensors
 from ..types import LazyState, State, origin_of, require_state, shape_of, wrapped
-from .checks import require_sound
-from .serialisation import SpecData, group_from, group_to
+from .checks import require_sound, require_sound_maps
+from .continuous import ContinuousGroup
+from .serialisation import SpecData, continuous_from, continuous_to, group_from, group_to
 from .structure import Cell, Group, Site, admits, draw, to_array
 
-FORMAT = 1
+if TYPE_CHECKING:
+    from .alignment import Alignment
+
+FORMAT = 2
+READ = (1, 2)
+"""Formats that are read; the first knew of no continuous groups."""
 
 INDEX_TYPES = (torch.int32, torch.int64)
 
@@ -52,6 +58,8 @@ class PermutationSpec:
 
     `shapes` has every floating point parameter and persistent buffer, `buffers` those that are moved but are no
     parameters (running statistics), `aliases` other names of the same tensor (tied weights), `pins` what stays.
+    `continuous` are the linear maps that leave the function as it is, see `rebasin.spec.continuous`. Two specs are equal if
+    they permit the same permutations.
     """
 
     _mistake: ClassVar[type[RebasinError]] = SpecMismatchError  # of who gives something else (arguments.py)
@@ -61,6 +69,7 @@ class PermutationSpec:
     buffers: frozenset[str] = frozenset()
     aliases: Mapping[str, str] = field(default_factory=dict)
     pins: tuple[Pin, ...] = ()
+    continuous: tuple[ContinuousGroup, ...] = ()
 
     def __repr__(self) -> str:
         return f"PermutationSpec({self.neurons:,} neurons in {len(self.groups)} groups, {self.hash[:12]})"
@@ -99,7 +108,7 @@ class PermutationSpec:
     def hash(self) -> str:
         """sha256 of what the spec permits (names, shapes, groups; not the prose of its pins)."""
         payload = self._payload()
-        payload.pop("pins")
+        del payload["pins"], payload["continuous"]
         return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
     def identity(self) -> Permutation:
@@ -114,6 +123,19 @@ class PermutationSpec:
         for group in self.groups:
             draw(group, group.tree, group.tree, index, rng)
         return Permutation.trusted(self, index)
+
+    @typed
+    def random_alignment(self, seed: int = 0) -> Alignment:
+        """A random member of the whole group: a permutation, and a matrix for each continuous group."""
+        from .alignment import Alignment
+
+        check_range(0, seed=seed)
+        return Alignment.random(self, seed)
+
+    @cached_property
+    def maps_hash(self) -> str:
+        """sha256 of the continuous groups and their sites."""
+        return hashlib.sha256(json.dumps(self._payload()["continuous"], sort_keys=True).encode()).hexdigest()
 
     @typed
     def contains(self, permutation: Permutation) -> bool:
@@ -161,7 +183,26 @@ class PermutationSpec:
                 lines.append(f"{pin.parameter + f'[{pin.axis}]':56}  {pin.count:>8,}  {pin.reason}")
             if max_rows is not None and len(self.pins) > max_rows:
                 lines.append(f"... and {len(self.pins) - max_rows} more pinned axes")
+        lines += self._summary_of_maps(max_rows)
         return "\n".join(lines)
+
+    def _summary_of_maps(self, max_rows: int | None) -> list[str]:
+        if not self.continuous:
+            return []
+        total = sum(group.dimension for group in self.continuous)
+        lines = [
+            "",
+            f"{total:,} free dimensions in {len(self.continuous)} continuous groups",
+            "",
+            f"{'continuous group':44}  {'neurons':>8}  {'structure':16}  {'dimension':>9}  {'sites':>5}  limited by",
+        ]
+        for g in self.continuous[:max_rows]:
+            lines.append(
+                f"{g.name:44}  {g.neurons:>8,}  {g.structure:16}  {g.dimension:>9,}  {len(g.sites):>5}  {g.limit}".rstrip()
+            )
+        if max_rows is not None and len(self.continuous) > max_rows:
+            lines.append(f"... and {len(self.continuous) - max_rows} more continuous groups")
+        return lines
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "hash": self.hash, **self._payload()})
@@ -179,20 +220,22 @@ class PermutationSpec:
             version = data.get("format") if isinstance(data, dict) else None
             if version is None:
                 raise SpecMismatchError("This text is no permutation spec: it is no JSON with a 'format'.")
-            if version != FORMAT:
+            if version not in READ:
                 raise SpecMismatchError(
-                    f"The permutation spec has format {shown(version)}, but this version reads {FORMAT}; trace the"
-                    " model again."
+                    f"The permutation spec has format {shown(version)}, but this version reads {READ[0]} to {READ[-1]};"
+                    " trace the model again."
                 )
-            data = conform(SpecData, data)
+            data = conform(SpecData, data if version > 1 else {"continuous": [], **data})
             spec = cls(
                 groups=tuple(group_from(g) for g in data["groups"]),
                 shapes=data["shapes"],
                 buffers=frozenset(data["buffers"]),
                 aliases=data["aliases"],
                 pins=tuple(Pin(*pin) for pin in data["pins"]),
+                continuous=tuple(map(continuous_from, data["continuous"])),
             )
             require_sound(spec.groups, spec.shapes)
+            require_sound_maps(spec.continuous, spec.shapes)
         except (SchemaError, RecursionError) as error:
             raise SpecMismatchError(
                 f"The permutation spec is damaged ({error}); trace the model again."
@@ -226,6 +269,7 @@ class PermutationSpec:
             "buffers": sorted(self.buffers),
             "aliases": dict(self.aliases),
             "pins": [[p.parameter, p.axis, p.count, p.reason] for p in self.pins],
+            "continuous": [continuous_to(g) for g in self.continuous],
         }
 
     def check(self, state: State, what: str = "the state") -> None:
@@ -429,11 +473,11 @@ class PermutedState(LazyState):
 
 
 def digest(indices: Mapping[str, np.ndarray]) -> str:
-    """sha256 of indices [size] and their names; kept in the header of their file."""
+    """sha256 of indices [size] (or matrices, float64) and their names; kept in the header of their file."""
     sha = hashlib.sha256()
     for name in sorted(indices):
         sha.update(f"{name} {indices[name].size} ".encode())
-        sha.update(indices[name].astype("<i4").tobytes())
+        sha.update(indices[name].astype("<f8" if indices[name].dtype.kind == "f" else "<i4").tobytes())
     return sha.hexdigest()
 
 

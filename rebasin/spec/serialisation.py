@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 
 from ..errors import shown
 from ..files import SchemaError, conform
+from .continuous import KINDS, ContinuousGroup, GainSite, Kind, MapSite
 from .structure import Branch, Cell, Group, Indices, Leaf, Node, Site
 
 
@@ -18,6 +19,18 @@ class GroupData(TypedDict):
     name: str
     cells: list[tuple[str, int, list[tuple[str, int, list[Any]]]]]
     tree: list[Any]
+
+
+class ContinuousData(TypedDict):
+    """A continuous group; sites as [parameter, axis, positions, power, gain or None], gains as [parameter, positions,
+    offset, power]."""
+
+    name: str
+    kind: str
+    count: int
+    size: int
+    limit: str
+    sites: list[tuple[str, int, list[Any], int, tuple[str, list[Any], float, int] | None]]
 
 
 class SpecData(TypedDict):
@@ -30,6 +43,7 @@ class SpecData(TypedDict):
     buffers: list[str]
     aliases: Mapping[str, str]
     pins: list[tuple[str, int, int, str]]
+    continuous: list[ContinuousData]
 
 
 def group_to(group: Group) -> dict[str, Any]:
@@ -51,6 +65,43 @@ def group_from(data: GroupData) -> Group:
         for name, size, sites in data["cells"]
     )
     return Group(data["name"], cells, _node_from(data["tree"]))
+
+
+def continuous_to(group: ContinuousGroup) -> dict[str, Any]:
+    sites = [
+        [
+            s.parameter,
+            s.axis,
+            _pack(s.positions),
+            s.power,
+            s.gain and [s.gain.parameter, _pack(s.gain.positions), s.gain.offset, s.gain.power],
+        ]
+        for s in group.sites
+    ]
+    told = {"name": group.name, "kind": group.kind, "count": group.count, "size": group.size}
+    return {**told, "limit": group.limit, "sites": sites}
+
+
+def continuous_from(data: ContinuousData) -> ContinuousGroup:
+    """What `continuous_to` wrote; `checks.require_sound_maps` says whether it makes sense.
+
+    Raises:
+        SchemaError: a kind or positions are none.
+    """
+    if data["kind"] not in KINDS:
+        raise SchemaError(f"{shown(data['kind'])} is no kind of linear maps")
+    sites = tuple(
+        MapSite(
+            parameter,
+            axis,
+            _unpack(positions),
+            power,
+            None if gain is None else GainSite(gain[0], _unpack(gain[1]), gain[2], gain[3]),
+        )
+        for parameter, axis, positions, power, gain in data["sites"]
+    )
+    kind = cast(Kind, data["kind"])
+    return ContinuousGroup(data["name"], kind, data["count"], data["size"], sites, data["limit"])
 
 
 def _pack(values: Indices) -> list[Any]:

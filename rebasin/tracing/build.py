@@ -8,6 +8,7 @@ import numpy as np
 
 from ..spec import Branch, Cell, Group, Leaf, Node, PermutationSpec, Pin, Site, indices
 from .constraints import Constraints
+from .maps import solve_maps
 from .solve import Part, Solution
 
 
@@ -140,7 +141,8 @@ def build(
 ) -> PermutationSpec:
     groups = tuple(_Builder(constraints, solution).groups(solution.parts))
     spec = PermutationSpec(groups, dict(shapes), buffers, dict(aliases))
-    return PermutationSpec(groups, spec.shapes, buffers, spec.aliases, _pins(constraints, solution, spec))
+    pins = _pins(constraints, solution, spec)
+    return PermutationSpec(groups, spec.shapes, buffers, spec.aliases, pins, solve_maps(constraints))
 
 
 def _pins(constraints: Constraints, solution: Solution, spec: PermutationSpec) -> tuple[Pin, ...]:

@@ -9,12 +9,21 @@ Every index of every parameter axis is an **element**; a few more are made on th
 
 A permutation of the elements is legal if it carries each of these relations into itself. Each record has its own
 number, so that two neurons with the same parameters but another treatment in between are told apart.
+
+For linear maps M of whole axes (`maps`) it records besides
+
+    link(a, b)         what acts on a_i acts on b_i: M_a = M_b, its inverse transpose (dual: a sum over the products of
+                       both), or a scaled or conjugated one (a product with a vector)
+    limit(e, what)     elements that only some maps may touch: those that keep inner products, or none at all
+
+An element that no link joins to others and no limit holds is free; what a rule does not declare is limited to nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import IntFlag
 
 import numpy as np
 
@@ -40,6 +49,38 @@ class HelperElements:
     roles: np.ndarray
 
 
+class Limit(IntFlag):
+    """What an operator asks of the maps of an axis that it is given; together they hold all at once."""
+
+    APART = 1  # no neuron is mixed with another: scales only
+    ISOMETRY = 2  # inner products stay: rotations and reflections
+    ONES = 4  # the vector of ones stays
+    POSITIVE = 8  # no sign changes
+    FIXED = 16  # nothing moves
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The vector `parameter + offset`, by which something is multiplied element by element."""
+
+    parameter: str
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """M_a = S G M_b G^-1, or with M_b^-T for M_b where `dual`: element by element along flat arrays.
+
+    S = diag(the scales that act on the elements `scale`), G = diag(`gain`); both 1 where they are None.
+    """
+
+    a: Elements
+    b: Elements
+    dual: bool = False
+    scale: Elements | None = None
+    gain: Gain | None = None
+
+
 @dataclass
 class Constraints:
     """The growing record of one walk. `reason` is set by the walker to say which operator is speaking."""
@@ -51,6 +92,8 @@ class Constraints:
     members: list[tuple[Elements, Elements]] = field(default_factory=list)
     marks: list[tuple[Elements, np.ndarray, str | None]] = field(default_factory=list)
     used: list[Elements] = field(default_factory=list)
+    links: list[Link] = field(default_factory=list)
+    limits: list[tuple[Elements, Limit, str | None]] = field(default_factory=list)
     reason: str = ""
     _sets: dict[tuple[object, ...], Elements] = field(default_factory=dict)
 
@@ -65,12 +108,32 @@ class Constraints:
         return self._take(roles.size).reshape(roles.shape)
 
     def helpers_of(self, shape: Sequence[int]) -> Elements:
-        """Helper elements in a shape, all of one role."""
-        return self.fresh(np.zeros(shape, dtype=np.int64))
+        """Helper elements in a shape, all of one role. They stand for sets: no map acts on them."""
+        made = self.fresh(np.zeros(shape, dtype=np.int64))
+        self.limit(made, Limit.FIXED, None)
+        return made
 
-    def tie(self, a: Elements, b: Elements) -> None:
+    def tie(self, a: Elements, b: Elements, linked: bool = True) -> None:
+        """`linked`: the same maps act on both, too; else a `link` says which."""
         if a is not b and not np.array_equal(a, b):
             self.ties.append((a.ravel(), b.ravel()))
+            if linked:
+                self.link(a, b)
+
+    def link(
+        self,
+        a: Elements,
+        b: Elements,
+        dual: bool = False,
+        scale: Elements | None = None,
+        gain: Gain | None = None,
+    ) -> None:
+        self.links.append(Link(a.ravel(), b.ravel(), dual, None if scale is None else scale.ravel(), gain))
+
+    def limit(self, elements: Elements, what: Limit, why: str | None) -> None:
+        """Only maps of the kind `what` may act on these elements; `why` goes into the report, None keeps it out."""
+        reason = None if why is None else f"{self.reason}: {why}" if self.reason else why
+        self.limits.append((elements.ravel(), what, reason))
 
     def member(self, elements: Elements, blocks: Elements) -> None:
         """`elements` belong to the sets `blocks` (broadcast to their shape)."""

@@ -11,19 +11,27 @@ Under a legal permutation g the tensor at a position moves to where every factor
     combine   elementwise operators: broadcast, tie what meets, mark what meets a plain dimension
     contract  sums over a dimension: what remains of a factor are the sets of elements summed together
     reshape   moves the labels exactly as the data moves
+
+A linear map M of an axis moves a tensor's values along the factor that the axis is: what `combine` and `contract`
+require of M depends on what is computed, which their callers say (`How`). The label of a vector or of squares says so
+itself (`gain`, `squares`); moves that do not know what becomes of it forget it, and then less is free.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
-from .constraints import Constraints
+from .constraints import Constraints, Gain, Limit
 
 Factor = np.ndarray
+
+How = Literal["function", "sum", "join", "product"]
+"""What an elementwise operator is to linear maps: any function, a sum, pieces side by side, or a product of two."""
 
 
 def covered(factor: Factor) -> tuple[int, ...]:
@@ -33,10 +41,16 @@ def covered(factor: Factor) -> tuple[int, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Label:
-    """`shape` is the tensor's, except that a uniform dimension counts 1."""
+    """`shape` is the tensor's, except that a uniform dimension counts 1.
+
+    `gain`: the values are those of a parameter with one axis. `squares`: they are the squares of values that the
+    factors' maps act on; only their sum over all of a factor is something to linear maps.
+    """
 
     shape: tuple[int, ...]
     factors: tuple[Factor, ...] = ()
+    gain: Gain | None = None
+    squares: bool = False
 
     @property
     def ndim(self) -> int:
@@ -59,7 +73,11 @@ class Label:
         return next((f for f in self.factors if f.shape[dim] > 1), None)
 
     def permute(self, order: Sequence[int]) -> Label:
-        return Label(tuple(self.shape[d] for d in order), tuple(f.transpose(order) for f in self.factors))
+        return replace(
+            self,
+            shape=tuple(self.shape[d] for d in order),
+            factors=tuple(f.transpose(order) for f in self.factors),
+        )
 
     def expand_rank(self, positions: Iterable[int]) -> Label:
         """Insert dimensions of size 1 at `positions` (of the result, ascending)."""
@@ -67,26 +85,27 @@ class Label:
         for p in positions:
             shape.insert(p, 1)
             factors = [np.expand_dims(f, p) for f in factors]
-        return Label(tuple(shape), tuple(factors))
+        return replace(self, shape=tuple(shape), factors=tuple(factors))
 
     def drop(self, dims: Iterable[int]) -> Label:
         """Remove dimensions of which no factor covers any; the caller has dealt with them."""
         gone = set(dims)
         kept = [d for d in range(self.ndim) if d not in gone]
-        return Label(
-            tuple(self.shape[d] for d in kept),
-            tuple(f.reshape([f.shape[d] for d in kept]) for f in self.factors),
+        return replace(
+            self,
+            shape=tuple(self.shape[d] for d in kept),
+            factors=tuple(f.reshape([f.shape[d] for d in kept]) for f in self.factors),
         )
 
     def sized(self, sizes: Mapping[int, int]) -> Label:
         """With another extent on some dimensions, of which no factor covers any."""
-        return Label(tuple(sizes.get(d, n) for d, n in enumerate(self.shape)), self.factors)
+        return replace(self, shape=tuple(sizes.get(d, n) for d, n in enumerate(self.shape)))
 
     def right_align(self, ndim: int) -> Label:
         return self.expand_rank([0] * (ndim - self.ndim))
 
     def map_factors(self, new: Sequence[Factor]) -> Label:
-        return Label(self.shape, tuple(f for f in new if f.size > 1))
+        return replace(self, factors=tuple(f for f in new if f.size > 1))
 
 
 def flat_index(shape: Sequence[int], dims: Sequence[int]) -> np.ndarray:
@@ -95,13 +114,23 @@ def flat_index(shape: Sequence[int], dims: Sequence[int]) -> np.ndarray:
     return np.arange(math.prod(sizes)).reshape(sizes)
 
 
-def combine(constraints: Constraints, operands: Sequence[Label]) -> Label:
+def combine(
+    constraints: Constraints,
+    operands: Sequence[Label],
+    how: How = "function",
+    summed: Sequence[int] = (),
+) -> Label:
     """The label of an elementwise operator's result; records what the operator ties together.
 
     Factors that meet on the same dimensions are tied element by element. A factor that meets one on more dimensions
     (a gate for each head on [head, d]) makes sets of the finer one's elements. A plain dimension of one operand
     that meets neurons of another marks them by their index: they never swap.
+
+    Args:
+        how: what the operator is to linear maps of the factors.
+        summed: dimensions of the result over which the products are summed afterwards, by `contract`.
     """
+    gains = [o.gain for o in operands]
     ndim = max(o.ndim for o in operands)
     operands = [o.right_align(ndim) for o in operands]
     shape = tuple(max(o.shape[d] for o in operands) for d in range(ndim))
@@ -110,18 +139,91 @@ def combine(constraints: Constraints, operands: Sequence[Label]) -> Label:
         dims = sorted({d for f in together for d in covered(f)})
         finest = next((f for f in together if len(covered(f)) == len(dims)), None)
         if finest is None:
+            for factor in together:
+                constraints.limit(factor, Limit.FIXED, "meets neurons along other dimensions")
             finest = constraints.helpers_of([shape[d] if d in dims else 1 for d in range(ndim)])
         for factor in together:
             if factor.shape == finest.shape:
-                constraints.tie(finest, factor)
+                constraints.tie(finest, factor, linked=False)
             else:
                 constraints.member(finest, factor)
         for operand in operands:
             fixed = [d for d in operand.plain if d in dims]
             if fixed:
                 constraints.mark(finest, flat_index(finest.shape, fixed), "meets values that have no neurons")
+        here = [[f for f in o.factors if any(f is t for t in together)] for o in operands]
+        match how:
+            case "sum" | "join":
+                _add(constraints, operands, here, dims, finest, how)
+            case "product":
+                finest = _multiply(constraints, here, gains, dims, finest, set(summed))
+            case _:
+                for factor in together:
+                    constraints.limit(factor, Limit.FIXED, "goes through a function")
         result.append(finest)
     return Label(shape, tuple(result))
+
+
+def _add(
+    c: Constraints,
+    operands: Sequence[Label],
+    here: list[list[Factor]],
+    dims: list[int],
+    finest: Factor,
+    how: How,
+) -> None:
+    """The same map acts on all; one that keeps the ones keeps what is added alike along the dimension."""
+    for operand, factors in zip(operands, here, strict=True):
+        if len(factors) == 1 and factors[0].shape == finest.shape:
+            if factors[0] is not finest:
+                c.link(finest, factors[0])
+            continue
+        uniform = not factors and how == "sum" and not any(d in dims for d in operand.plain)
+        kept = Limit.ISOMETRY | Limit.ONES if uniform else Limit.FIXED
+        for factor in (finest, *factors):
+            c.limit(factor, kept, "is added to what has no neurons there")
+
+
+def _multiply(
+    c: Constraints,
+    here: list[list[Factor]],
+    gains: Sequence[Gain | None],
+    dims: list[int],
+    finest: Factor,
+    summed: set[int],
+) -> Factor:
+    """The factor of a product of two. A sum over its elements is kept if the one's map is dual to the other's."""
+    met = [(factors, gain) for factors, gain in zip(here, gains, strict=True) if factors]
+    over = bool(summed & set(dims))
+    if len(met) == 1 and len(met[0][0]) == 1:  # the other has no neurons here
+        if over:
+            c.limit(finest, Limit.FIXED, "is summed with weights that have no neurons")
+        return finest
+    if len(met) != 2 or any(len(factors) != 1 for factors, _ in met):
+        for factors, _ in met:
+            for factor in factors:
+                c.limit(factor, Limit.FIXED, "meets neurons along other dimensions")
+        return finest
+    (a,), gain_a = met[0]
+    (b,), gain_b = met[1]
+    if a.shape != b.shape:  # a factor for each set: an invariant, times what is in the set
+        coarse = b if a is finest else a
+        c.limit(coarse, Limit.FIXED, "is multiplied with several neurons each")
+        if over:
+            c.limit(finest, Limit.FIXED, "is summed with weights of whole sets")
+        return finest
+    if over:
+        c.link(a, b, dual=True)
+        return finest
+    if gain_a is not None and gain_b is None:
+        a, b, gain_b = b, a, gain_a
+    product = c.fresh(np.zeros(finest.shape, dtype=np.int64))
+    c.tie(finest, product, linked=False)
+    c.link(product, a, scale=b, gain=gain_b)
+    c.limit(b, Limit.APART, None)
+    if gain_b is None:
+        c.limit(a, Limit.APART, "is multiplied element by element")
+    return product
 
 
 def _connected(factors: list[Factor]) -> list[list[Factor]]:
@@ -139,15 +241,28 @@ def _connected(factors: list[Factor]) -> list[list[Factor]]:
     return [members for _, members in groups]
 
 
-def contract(constraints: Constraints, label: Label, dims: Iterable[int], keep: bool = False) -> Label:
-    """Sum (or mean, maximum, ...) over `dims`: a factor wholly inside vanishes, one partly inside leaves its sets."""
+def contract(
+    constraints: Constraints,
+    label: Label,
+    dims: Iterable[int],
+    keep: bool = False,
+    kept: Limit | None = Limit.ISOMETRY | Limit.ONES,
+) -> Label:
+    """Sum (or mean, maximum, ...) over `dims`: a factor wholly inside vanishes, one partly inside leaves its sets.
+
+    Args:
+        kept: the linear maps of a factor's elements that leave the result as it is; None: nothing is to be said here.
+    """
     gone = {d % label.ndim for d in dims} if label.ndim else set()
     factors = []
     for factor in label.factors:
         inside = [d for d in covered(factor) if d not in gone]
         if len(inside) == len(covered(factor)):
             factors.append(factor)
-        elif inside:
+            continue
+        if kept is not None:
+            constraints.limit(factor, kept, "is summed over")
+        if inside:
             factors.append(constraints.sets_of(factor, tuple(inside)))
         else:
             constraints.used.append(factor.ravel())
@@ -155,9 +270,26 @@ def contract(constraints: Constraints, label: Label, dims: Iterable[int], keep: 
     return result if keep else result.drop(gone)
 
 
-def normalise(constraints: Constraints, label: Label, dims: Iterable[int]) -> Label:
-    """Softmax, layer norm and the like over `dims`: the result keeps its neurons, what is summed together is a set."""
-    contract(constraints, label, dims)
+def product_sum(constraints: Constraints, operands: Sequence[Label], dims: Sequence[int]) -> Label:
+    """Multiply two operands and sum over `dims` (numbers from the end): a matrix product, once both are laid out."""
+    ndim = max(o.ndim for o in operands)
+    summed = [d % ndim for d in dims]
+    together = combine(constraints, operands, "product", summed)
+    return contract(constraints, together, summed, kept=None)
+
+
+def normalise(
+    constraints: Constraints, label: Label, dims: Iterable[int], kept: Limit = Limit.FIXED
+) -> Label:
+    """Softmax, layer norm and the like over `dims`: the result keeps its neurons, what is summed together is a set.
+
+    It is a function of each row: no linear map may act between rows.
+    """
+    over = {d % label.ndim for d in dims}
+    for factor in label.factors:
+        if not over & set(covered(factor)):
+            constraints.limit(factor, Limit.FIXED, "is normalised")
+    contract(constraints, label, over, kept=kept)
     return label
 
 
@@ -168,6 +300,7 @@ def fix(constraints: Constraints, label: Label, dims: Iterable[int], why: str | 
     for factor in label.factors:
         inside = [d for d in covered(factor) if d in gone]
         if inside:
+            constraints.limit(factor, Limit.FIXED, why)
             constraints.mark(factor, flat_index(factor.shape, inside), why)
             rest = tuple(d for d in covered(factor) if d not in gone)
             if rest:
@@ -180,6 +313,7 @@ def fix(constraints: Constraints, label: Label, dims: Iterable[int], why: str | 
 def pin(constraints: Constraints, label: Label, why: str) -> Label:
     """Nothing of this tensor may move."""
     for factor in label.factors:
+        constraints.limit(factor, Limit.FIXED, why)
         constraints.pin(factor, why)
     return Label(label.shape)
 
@@ -192,6 +326,8 @@ def take(constraints: Constraints, label: Label, dim: int, index: np.ndarray, pi
             factor = np.take(factor, index, axis=dim)
             if piece is not None:
                 constraints.mark(factor, np.asarray(piece), "is cut out of its dimension")
+            if factor.size == 1:
+                constraints.limit(factor, Limit.FIXED, "is cut out alone")
         factors.append(factor)
     sized = label.sized({dim: len(index)} if label.shape[dim] > 1 else {})
     return sized.map_factors(factors)
@@ -222,6 +358,7 @@ def reshape(constraints: Constraints, label: Label, old: Sequence[int], new: Seq
             joint = constraints.helpers_of([n if d in dims else 1 for d, n in enumerate(old)])
             for f in here:
                 constraints.member(joint, f)
+                constraints.limit(f, Limit.FIXED, "is laid out with neurons of another dimension")
             factors = [f for f in factors if not any(f is h for h in here)] + [joint]
     moved = [_reshape_factor(constraints, f, old, new, segments) for f in factors]
     uniform = [d for ins, outs in segments if all(label.shape[d] == 1 for d in ins) for d in outs]

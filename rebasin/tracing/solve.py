@@ -77,7 +77,7 @@ class Solution:
 def solve(constraints: Constraints) -> Solution:
     ties = list(constraints.ties)
     while True:
-        neuron = _classes(constraints.size, ties)
+        neuron = classes_of(constraints.size, ties)
         slot = _slots(constraints, neuron)
         signature = _signatures(constraints, ties, neuron, slot)
         edges = _edges(constraints, neuron, slot, signature)
@@ -90,7 +90,8 @@ def solve(constraints: Constraints) -> Solution:
     return Solution(neuron, slot, _solve_set(np.arange(signature.size), signature, edges).children)
 
 
-def _classes(size: int, ties: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def classes_of(size: int, ties: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The class of each element that ties join, numbered in the order of their first elements; int64 [size]."""
     labels = _components(size, *(np.concatenate([_NONE, *(pair[k] for pair in ties)]) for k in (0, 1)))
     # Number the classes by their first element, so that they are in the order of the parameters' positions.
     first = np.full(int(labels.max()) + 1 if size else 0, size, dtype=np.int64)

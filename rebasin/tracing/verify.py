@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..arguments import typed
 from ..errors import ConfigError, TraceError, VerificationError
-from ..spec import Permutation, PermutationSpec
+from ..spec import Alignment, Permutation, PermutationSpec, stuck
 from ..tensors.memory import on_copies, place, sharing
 from ..tensors.modules import device_of
 from ..tensors.precision import full_precision
@@ -25,6 +25,8 @@ from . import cache
 from .export import evaluation_mode, named_outputs
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Member = Permutation | Alignment
+_MAP = "map of "
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 _LARGE = 1 << 19
 """Models with more parameters get two members of the group and two inputs, smaller ones four and three."""
@@ -36,7 +38,8 @@ _FLIPPED = 0.01
 class VerificationReport:
     """Relative L2 error of each output under a permutation, the largest over all members and inputs that were tried.
 
-    `guilty` are the groups that break it; `problem` is the sentence that says why nothing is proved, if so.
+    `guilty` are the groups that break it; `problem` is the sentence that says why nothing is proved, if so. `maps` is how
+    many continuous groups were tried, too.
     """
 
     errors: Mapping[str, float]
@@ -45,6 +48,7 @@ class VerificationReport:
     moved: int
     guilty: tuple[str, ...] = ()
     problem: str = ""
+    maps: int = 0
 
     @property
     def max_relative_error(self) -> float:
@@ -62,7 +66,7 @@ class VerificationReport:
         if not self.passed:
             worst = max(self.errors, key=lambda name: self.errors[name])
             raise VerificationError(
-                f"The permutations change {worst!r} by {self.errors[worst]:.2e} relative (allowed"
+                f"The {'maps' if self.maps else 'permutations'} change {worst!r} by {self.errors[worst]:.2e} relative (allowed"
                 f" {self.tolerance:.0e}); the groups to blame are {', '.join(self.guilty) or 'unknown'}."
             )
         return self
@@ -73,7 +77,7 @@ def verify(
     model: nn.Module,
     spec: PermutationSpec,
     *args: Any,
-    permutation: Permutation | None = None,
+    permutation: Permutation | Alignment | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
     randomise: bool = True,
@@ -81,6 +85,9 @@ def verify(
     **kwargs: Any,
 ) -> VerificationReport:
     """Apply random members of the group (or `permutation`) and compare all outputs, on these inputs and others.
+
+    In float64 half of the members have a random matrix for each continuous group, but for those that would divide by
+    gains that are zero; float32 is too coarse for them.
 
     The model itself computes, with its hooks, parametrizations and shared memory, on copies of its tensors in `dtype`
     (default: float64 if it has any, else float32; float64 leaves the least doubt; a model that can't be computed in it
@@ -175,14 +182,15 @@ class _Probe:
             self.rest = [(b, b.clone()) for b in self.model.buffers() if id(b) not in known]
             yield
 
-    def outputs(self, inputs: Inputs, permutation: Permutation | None = None) -> dict[str, Tensor]:
+    def outputs(self, inputs: Inputs, permutation: Member | None = None) -> dict[str, Tensor]:
         """What the model gives under a permutation of its state, which is written where the model has it."""
         self.attributes.restore()
         self.model.eval()
         for buffer, value in self.rest:
             buffer.copy_(value)
-        for name, value in self.state.items():
-            self.own[name].detach().copy_(value if permutation is None else permutation.apply_to(name, value))
+        moved = self.state if permutation is None else permutation.view(self.state)
+        for name in self.state:
+            self.own[name].detach().copy_(moved[name])
         args, kwargs = tree_map_only(Tensor, torch.clone, inputs)  # a model may write into its inputs
         torch.manual_seed(self.seed)  # random operators, if any, draw the same numbers in every call
         with _DoublePrecision() if self.casts else contextlib.nullcontext():
@@ -200,13 +208,18 @@ class _Probe:
         return found
 
     def report(
-        self, report: VerificationReport, expected: dict[str, Tensor], given: Permutation | None, blame: bool
+        self, report: VerificationReport, expected: dict[str, Tensor], given: Member | None, blame: bool
     ) -> VerificationReport:
         large = sum(p.numel() for p in self.model.parameters()) > _LARGE
         cases = self.cases(expected, large)
         count = 1 if given is not None else 2 if large else 4
-        members = [given or self.spec.random(self.seed + k) for k in range(count)]
-        worst, report = dict(report.errors), replace(report, moved=members[0].moved())
+        members: list[Member] = [given or self.spec.random(self.seed + k) for k in range(count)]
+        if given is None and self.dtype == torch.float64 and self.spec.continuous:
+            held = stuck(self.spec, self.state)
+            for k in range(1, count, 2):
+                members[k] = self.spec.random_alignment(self.seed + k).without(held)
+        tried = max(len(m.maps) if isinstance(m, Alignment) else 0 for m in members)
+        worst, report = dict(report.errors), replace(report, moved=members[0].moved(), maps=tried)
         for number, member in enumerate(members):
             # A large model computes each member on one input, a given one on all.
             for case in cases[number % len(cases) :][:1] if large and count > 1 else cases:
@@ -217,26 +230,25 @@ class _Probe:
                 if given is None:
                     cache.discard(self.spec)
                 fails = partial(self.fails, case, member, report.tolerance)
-                guilty = _bisect([g.name for g in self.spec], fails) if blame else []
+                names = [g.name for g in self.spec]
+                names += [_MAP + name for name in member.maps] if isinstance(member, Alignment) else []
+                guilty = _bisect(names, fails) if blame else []
                 return replace(report, errors=worst, moved=member.moved(), guilty=tuple(guilty))
         return replace(report, errors=worst)
 
-    def fails(
-        self, case: tuple[Inputs, Any], member: Permutation, tolerance: float, names: list[str]
-    ) -> bool:
+    def fails(self, case: tuple[Inputs, Any], member: Member, tolerance: float, names: list[str]) -> bool:
         """Whether the groups of these names alone change the outputs."""
         return max(self.errors(*case, _only(self.spec, member, names)).values()) >= tolerance
 
-    def errors(
-        self, inputs: Inputs, expected: dict[str, Tensor], permutation: Permutation
-    ) -> dict[str, float]:
+    def errors(self, inputs: Inputs, expected: dict[str, Tensor], permutation: Member) -> dict[str, float]:
         try:
             actual = self.outputs(inputs, permutation)
         except Exception:
             return dict.fromkeys(expected, math.inf)
         found = {n: _relative_error(actual.get(n), t) for n, t in expected.items()}
+        moved = permutation.view(self.state)
         for name in self.shared:  # after all writes it holds what the permutation says, or two names disagree
-            if not torch.equal(self.own[name], permutation.apply_to(name, self.state[name])):
+            if not torch.equal(self.own[name], moved[name]):
                 found[f"the shared memory of {name}"] = math.inf
         return found
 
@@ -314,15 +326,19 @@ def _rebatched(inputs: Inputs, seed: int) -> Inputs:
     return _varied(tree_map_only(Tensor, other, inputs), seed)
 
 
-def _only(spec: PermutationSpec, permutation: Permutation, names: Iterable[str]) -> Permutation:
-    """`permutation` on the groups of these names, the identity elsewhere."""
+def _only(spec: PermutationSpec, member: Member, names: Iterable[str]) -> Member:
+    """`member` on the groups of these names, the identity elsewhere."""
     chosen = set(names)
+    permutation = member.permutation if isinstance(member, Alignment) else member
     index = {
         cell.name: permutation.index[cell.name] if group.name in chosen else np.arange(cell.size)
         for group in spec
         for cell in group.cells
     }
-    return Permutation(spec, index)
+    only = Permutation(spec, index)
+    if isinstance(member, Permutation):
+        return only
+    return Alignment(only, {name: maps for name, maps in member.maps.items() if _MAP + name in chosen})
 
 
 def _bisect(names: list[str], fails: Any, limit: int = 3) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tensors.memory import Sharing, View
-from .constraints import Constraints
+from .constraints import Constraints, Gain
 from .export import Exported, operator_name, source_line
 from .labels import Label, combine, pin, take
 from .rules import RULES, Call, Traced, apply, labels_of
@@ -81,7 +81,8 @@ def _state(constraints: Constraints, name: str, fake: Tensor) -> Traced:
         if size > 1:
             elements = constraints.axis(name, axis, size)
             factors.append(elements.reshape([size if d == axis else 1 for d in range(len(shape))]))
-    return Traced(Label(shape, tuple(factors)), shape, fake.dtype)
+    gain = Gain(name) if len(factors) == len(shape) == 1 else None
+    return Traced(Label(shape, tuple(factors), gain), shape, fake.dtype)
 
 
 def _constant(fake: Tensor, value: Tensor | None) -> Traced:

@@ -12,6 +12,7 @@ from .registry import Call, Result, rule
     " _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention",
     takes="query key value attn_mask attn_bias is_causal enable_gqa",
     refuses="dropout_p q_descale k_descale v_descale",
+    maps="values",
 )
 def attention(call: Call) -> Result:
     """q [..., H, T, d], k [..., H, S, d], v [..., H, S, e].

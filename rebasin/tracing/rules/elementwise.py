@@ -1,11 +1,19 @@
-"""Pointwise operators: equivariant; operands are tied where their neurons meet."""
+"""Pointwise operators: equivariant; operands are tied where their neurons meet.
+
+Linear maps commute with sums, products and with what only moves or converts values; positive scales with functions that
+are homogeneous, signs with odd ones.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 
+from ..constraints import Gain, Limit
 from ..labels import Label, combine
-from .registry import Call, Result, Rule, labels_of, pin_all, rule
+from .registry import Call, Result, Rule, Traced, hold, labels_of, pin_all, rule
 
 
 def pointwise(call: Call) -> Result:
@@ -22,28 +30,124 @@ def tagged(target: torch._ops.OpOverload) -> Rule | None:
     operands = (
         a.name for a in target._schema.arguments if not str(a.type).startswith(("List", "Optional[List"))
     )
-    return Rule(pointwise, frozenset(operands), *[frozenset[str]()] * 3, every_output=True)
+    return Rule(pointwise, frozenset(operands), *[frozenset[str]()] * 3, every_output=True, maps="")
 
 
 # Pointwise in effect, though PyTorch does not tag them so.
 rule(
-    "clone contiguous to _to_copy detach detach_ alias lift_fresh_copy lift_fresh dropout"
-    " feature_dropout native_dropout positive polar complex fill masked_fill where relu6"
+    "positive polar complex fill masked_fill where relu6"
     " hardtanh rrelu logical_not nan_to_num float_power true_divide square conj celu"
     " selu hardswish hardsigmoid mish silu gelu elu leaky_relu softplus log_sigmoid threshold clip clamp"
-    " multiply subtract divide addcmul addcdiv lerp copy type_as",
+    " addcmul addcdiv lerp copy type_as",
     takes="self input other value mask condition tensor1 tensor2 end weight src min max exponent abs angle real imag",
-    refuses="train training generator",  # dropout that draws random numbers: each has its position
+    refuses="generator",
     every_output=True,
 )(pointwise)
 
 
-@rule("prelu _prelu_kernel", takes="self weight")
+@rule(
+    "clone contiguous to _to_copy detach detach_ alias lift_fresh_copy lift_fresh dropout feature_dropout"
+    " native_dropout",
+    takes="self input other",
+    refuses="train training generator",  # dropout that draws random numbers: each has its position
+    every_output=True,
+    maps="squares",
+)
+def same(call: Call) -> Result:
+    """The same values in another place or type."""
+    x = next(call.args[n] for n in ("self", "input") if isinstance(call.args.get(n), Traced))
+    if not x.dtype.is_floating_point or not call.outputs[0].dtype.is_floating_point:
+        return _function(call)
+    return x.label
+
+
+@rule("add sub rsub subtract", takes="self other alpha", maps="values")
+def add(call: Call) -> Result:
+    x, y = call.args["self"], call.args["other"]
+    if isinstance(x, Traced) and isinstance(y, Traced):
+        return combine(call.constraints, [x.label, y.label], "sum")
+    (x, number) = (x, y) if isinstance(x, Traced) else (y, x)
+    result = combine(call.constraints, [x.label, Label((1,) * x.ndim)], "sum")
+    if x.label.gain and call.name == "add" and isinstance(number, int | float):
+        offset = x.label.gain.offset + number * call.args.get("alpha", 1)
+        return replace(result, gain=Gain(x.label.gain.parameter, offset))
+    return result
+
+
+@rule("mul multiply div divide true_divide", takes="self other", maps="values")
+def multiply(call: Call) -> Result:
+    c = call.constraints
+    x, y = call.args["self"], call.args["other"]
+    if not (isinstance(x, Traced) and isinstance(y, Traced)):  # a number
+        if call.args.get("rounding_mode") or (not isinstance(x, Traced) and "div" in call.name):
+            return _function(call)
+        x = x if isinstance(x, Traced) else y
+        return combine(c, [x.label], "product")
+    if "div" in call.name:
+        if call.args.get("rounding_mode"):
+            return _function(call)
+        for factor in y.label.factors:
+            c.limit(factor, Limit.FIXED, "is divided by")
+        return combine(c, [x.label, replace(y.label, gain=None)], "product")
+    mine, others = x.label.factors, y.label.factors
+    if len(mine) == len(others) and all(map(np.array_equal, mine, others)) and x.shape == y.shape:
+        return _squared(call)
+    return combine(c, [x.label, y.label], "product")
+
+
+@rule("neg negative", takes="self", maps="values")
+def negate(call: Call) -> Result:
+    return combine(call.constraints, [call.tensor("self").label], "product")
+
+
+@rule("pow square", takes="self exponent", maps="values")
+def power(call: Call) -> Result:
+    exponent = call.args.get("exponent", 2)
+    if isinstance(call.args["self"], Traced) and not isinstance(exponent, Traced) and exponent == 2:
+        return _squared(call)
+    return _function(call)
+
+
+def _squared(call: Call) -> Label:
+    """Only sums over all of a factor are known to linear maps: inner products."""
+    c, x = call.constraints, call.tensor("self").label
+    label = combine(c, [x, x], "product") if not x.factors else x
+    return Label(label.shape, label.factors, squares=bool(x.factors))
+
+
+@rule("relu relu_ leaky_relu leaky_relu_ threshold", takes="self", maps="values")
+def homogeneous(call: Call) -> Result:
+    if call.name == "threshold" and (call.args["threshold"] or call.args["value"]):
+        return _function(call)
+    return _limited(call, Limit.APART | Limit.POSITIVE, "is cut at zero")
+
+
+@rule("tanh sin asinh atan erf sinh", takes="self", maps="values")
+def odd(call: Call) -> Result:
+    return _limited(call, Limit.APART | Limit.ISOMETRY, "goes through an odd function")
+
+
+def _limited(call: Call, what: Limit, why: str) -> Label:
+    x = call.tensor("self").label
+    for factor in x.factors:
+        call.constraints.limit(factor, what, why)
+    return replace(x, gain=None)
+
+
+def _function(call: Call) -> Result:
+    hold(call, "goes through a function")
+    return pointwise(call)
+
+
+@rule("prelu _prelu_kernel", takes="self weight", maps="values")
 def prelu(call: Call) -> Result:
     x, weight = call.tensor("self"), call.tensor("weight").label
+    _limited(call, Limit.APART | Limit.POSITIVE, "is cut at zero")
+    for factor in weight.factors:
+        call.constraints.limit(factor, Limit.FIXED, "is a slope")
     if call.name == "prelu" and weight.ndim == 1 and x.ndim > 1:  # one slope for each channel, dimension 1
         weight = weight.expand_rank(range(1, x.ndim - 1)).right_align(x.ndim)
-    return combine(call.constraints, [x.label, weight])
+    return combine(call.constraints, [x.label, weight], "product")
 
 
 @rule(

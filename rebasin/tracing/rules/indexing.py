@@ -10,7 +10,7 @@ from .registry import Call, Result, Traced, Unsupported, rule
 from .shapes import concatenate
 
 
-@rule("embedding", takes="weight", index="indices")
+@rule("embedding", takes="weight", index="indices", maps="values")
 def embedding(call: Call) -> Result:
     index = call.tensor("indices")
     table = fix(call.constraints, call.tensor("weight").label, [0], "is looked up by index")
@@ -18,7 +18,7 @@ def embedding(call: Call) -> Result:
     return Label((*index.label.shape, rows.shape[-1]), rows.factors)
 
 
-@rule("index_select", takes="self dim", index="index")
+@rule("index_select", takes="self dim", index="index", maps="values")
 def index_select(call: Call) -> Result:
     x, dim = call.tensor("self"), call.args["dim"] % call.tensor("self").ndim
     label = fix(call.constraints, x.label, [dim], "is looked up by index")
@@ -41,7 +41,7 @@ def gather(call: Call) -> Result:
     return combine(c, [label, Label(index.label.shape, index.label.factors)])
 
 
-@rule("index", takes="self", index="indices")
+@rule("index", takes="self", index="indices", maps="values")
 def index(call: Call) -> Result:
     """x[i, :, j, ...]: indexed dimensions are replaced by those of the broadcast indices."""
     x, indices = call.tensor("self"), list(call.args["indices"])

@@ -7,8 +7,8 @@ from string import ascii_lowercase, ascii_uppercase
 import numpy as np
 
 from ..constraints import Constraints
-from ..labels import Label, combine, contract, fix, reshape
-from .registry import Call, Result, Unsupported, rule
+from ..labels import Label, combine, contract, fix, product_sum, reshape
+from .registry import Call, Result, Unsupported, hold, rule
 
 
 def matrix_product(c: Constraints, a: Label, b: Label) -> Label:
@@ -16,10 +16,10 @@ def matrix_product(c: Constraints, a: Label, b: Label) -> Label:
     order = [*range(b.ndim - 2), b.ndim - 1, b.ndim - 2]
     left = a.expand_rank([a.ndim - 1])  # [..., m, 1, k]
     right = b.permute(order).expand_rank([b.ndim - 2])  # [..., 1, n, k]
-    return contract(c, combine(c, [left, right]), [-1])
+    return product_sum(c, [left, right], [-1])
 
 
-@rule("matmul mm bmm mv dot vdot linalg_matmul", takes="self other mat2 vec tensor")
+@rule("matmul mm bmm mv dot vdot linalg_matmul", takes="self other mat2 vec tensor", maps="values")
 def matmul(call: Call) -> Result:
     second = next(name for name in ("other", "mat2", "vec", "tensor") if name in call.args)
     a, b = call.tensor("self").label, call.tensor(second).label
@@ -31,7 +31,7 @@ def matmul(call: Call) -> Result:
     return result.drop(gone)
 
 
-@rule("addmm baddbmm addmv addbmm", takes="self mat1 mat2 batch1 batch2 mat vec")
+@rule("addmm baddbmm addmv addbmm", takes="self mat1 mat2 batch1 batch2 mat vec", maps="values")
 def addmm(call: Call) -> Result:
     c, factors = call.constraints, ("mat1", "mat2", "batch1", "batch2", "mat", "vec")
     a, b = (call.tensor(name).label for name in call.args if name in factors)
@@ -40,21 +40,21 @@ def addmm(call: Call) -> Result:
     else:
         product = matrix_product(c, a, b)
         product = contract(c, product, [0]) if call.name == "addbmm" else product
-    return combine(c, [call.tensor("self").label, product])
+    return combine(c, [call.tensor("self").label, product], "sum")
 
 
-@rule("linear", takes="input weight bias")
+@rule("linear", takes="input weight bias", maps="values")
 def linear(call: Call) -> Result:
     c, x, weight = call.constraints, call.tensor("input").label, call.tensor("weight").label
     bias = call.optional("bias")
     if weight.ndim == 1:
         weight = weight.expand_rank([0])
-    product = contract(c, combine(c, [x.expand_rank([x.ndim - 1]), weight]), [-1])
-    result = combine(c, [product, bias.label]) if bias is not None else product
+    product = product_sum(c, [x.expand_rank([x.ndim - 1]), weight], [-1])
+    result = combine(c, [product, bias.label], "sum") if bias is not None else product
     return result.drop([result.ndim - 1]) if call.tensor("weight").ndim == 1 else result
 
 
-@rule("einsum", takes="equation tensors", refuses="a")
+@rule("einsum", takes="equation tensors", refuses="a", maps="values")
 def einsum(call: Call) -> Result:
     """Each operand is laid out over all the letters, multiplied, and summed over those that the result lacks."""
     c = call.constraints
@@ -81,7 +81,12 @@ def einsum(call: Call) -> Result:
         order = sorted(range(len(term)), key=lambda d, term=term: letters.index(term[d]))
         label = label.permute(order)
         laid.append(label.expand_rank([k for k, x in enumerate(letters) if x not in term]))
-    return contract(c, combine(c, laid), range(len(right), len(letters)))
+    summed = range(len(right), len(letters))
+    if len(laid) == 2:
+        return product_sum(c, laid, summed)
+    if len(laid) > 2:
+        hold(call, "is a product of more than two")
+    return contract(c, combine(c, laid, "function" if len(laid) > 2 else "product"), summed)
 
 
 @rule("outer ger", takes="self vec2")
@@ -104,6 +109,7 @@ def bilinear(call: Call) -> Result:
 @rule(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution",
     takes="input weight bias groups transposed",
+    maps="values",
 )
 def convolution(call: Call) -> Result:
     """[N, C_in, *space] and [C_out, C_in / groups, *kernel] (transposed: [C_in, C_out / groups, *kernel])."""
@@ -117,12 +123,13 @@ def convolution(call: Call) -> Result:
     if transposed:
         kernel = kernel.permute([1, 0])
     if groups == 1:
-        product = contract(c, combine(c, [image.expand_rank([1]), kernel]), [-1])  # [N, C_out]
+        product = product_sum(c, [image.expand_rank([1]), kernel], [-1])  # [N, C_out]
     else:
+        hold(call, "is convolved in groups")
         product = _grouped(c, image, kernel, weight.shape, groups, transposed)
     bias = call.optional("bias")
     if bias is not None:
-        product = combine(c, [product, bias.label])
+        product = combine(c, [product, bias.label], "sum")
     result = product.expand_rank(space).sized(dict(zip(space, call.shape[-len(space) :], strict=True)))
     return result.drop([0]) if single else result
 

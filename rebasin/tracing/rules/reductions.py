@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..labels import Label, combine, contract, fix, normalise
+from ..constraints import Limit
+from ..labels import Label, combine, contract, covered, fix, normalise
 from .elementwise import pointwise
-from .registry import Call, Result, rule
+from .registry import Call, Result, hold, rule
 
 
 def dimensions(value: Any, ndim: int) -> list[int]:
@@ -20,19 +21,38 @@ def dimensions(value: Any, ndim: int) -> list[int]:
     " var_mean std_mean",
     takes="self other dim keepdim",
     every_output=True,
+    maps="squares",
 )
 def reduction(call: Call) -> Result:
     x = call.tensor("self")
     if call.optional("other") is not None:  # max(a, b) of two tensors
+        hold(call, "goes through a function")
         return pointwise(call)
     dims = dimensions(call.args.get("dim"), x.ndim)
     keep = bool(call.args.get("keepdim"))
     c, label = call.constraints, x.label
-    contracted = contract(c, label, dims, keep)
+    contracted = contract(c, label, dims, keep, kept=_kept(call, dims))
     # max over dim gives indices, too: they name positions, so the neurons searched through may not move.
     if isinstance(call.out, list | tuple) and call.name in ("max", "min", "median"):
         contracted = contract(c, fix(c, label, dims, "is searched for a position"), dims, keep)
     return [contracted] * len(call.outputs)
+
+
+def _kept(call: Call, dims: list[int]) -> Limit:
+    """The linear maps of what is summed over that leave this reduction as it is."""
+    label, order = call.tensor("self").label, call.args.get("p", call.args.get("ord", 2))
+    untouched = [f for f in label.factors if not any(d in dims for d in covered(f))]
+    if call.name in ("sum", "mean", "nansum") and not label.squares:
+        return Limit.ISOMETRY | Limit.ONES  # what is not summed over moves as it did
+    for factor in untouched:
+        call.constraints.limit(factor, Limit.FIXED, "goes through a function")
+    if label.squares:
+        return Limit.ISOMETRY if call.name in ("sum", "mean") else Limit.FIXED
+    if call.name in ("norm", "linalg_vector_norm"):
+        return Limit.ISOMETRY if order in (None, 2) else Limit.FIXED
+    if call.name in ("std", "var", "var_mean", "std_mean"):
+        return Limit.ISOMETRY | Limit.ONES
+    return Limit.FIXED
 
 
 @rule(

@@ -2,7 +2,8 @@
 
 A rule declares the arguments that it treats. Whatever else an operator is given (an argument that a later version of
 PyTorch adds, an option that nobody thought of), whatever it returns beyond the first result, and whatever makes a rule
-fail, pins all that goes through: by `apply`, not by the care of who writes a rule.
+fail, pins all that goes through: by `apply`, not by the care of who writes a rule. The same for linear maps: none acts on
+what a rule is given that does not say which ones its operator commutes with (`maps`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..constraints import Constraints
+from ..constraints import Constraints, Limit
 from ..labels import Label, pin
 
 Result = Label | list[Any]
@@ -96,6 +97,7 @@ class Rule:
     shape_of: frozenset[str]
     refuses: frozenset[str]
     every_output: bool
+    maps: str
 
     def declares(self, argument: torch.Argument) -> bool:
         """Whether something is said about this argument of a schema."""
@@ -122,6 +124,7 @@ def rule(
     shape_of: str = "",
     refuses: str = "",
     every_output: bool = False,
+    maps: str = "",
 ) -> Callable[[Callable[[Call], Result]], Callable[[Call], Result]]:
     """Register a function for the operators of these names; spaces separate names, here and in the other arguments.
 
@@ -131,11 +134,13 @@ def rule(
         shape_of: tensors of which only shape and type count.
         refuses: arguments that pin all that goes through if they are a tensor, or are set.
         every_output: the function labels all results; otherwise the others are pinned wherever they are read.
+        maps: "values" if the moves that the function is made of say which linear maps the operator commutes with;
+            "squares" if those of squares, too. Otherwise none acts on what the operator is given.
     """
     a, b, c, d = (frozenset(words.split()) for words in (takes, index, shape_of, refuses))
 
     def register(function: Callable[[Call], Result]) -> Callable[[Call], Result]:
-        RULES.update(dict.fromkeys(names.split(), Rule(function, a, b, c, d, every_output)))
+        RULES.update(dict.fromkeys(names.split(), Rule(function, a, b, c, d, every_output, maps)))
         return function
 
     return register
@@ -145,6 +150,7 @@ def apply(
     found: Rule | None, call: Call, arguments: Sequence[torch.Argument], used: Collection[int]
 ) -> list[Label]:
     """The labels of the outputs; `used` are the numbers of those that something reads."""
+    given = list(labels_of(list(call.args.values())))
     try:
         if found is None:
             raise Unsupported("has no rule")
@@ -156,6 +162,8 @@ def apply(
                     pin(call.constraints, traced.label, "is used as an index")
         if len(call.outputs) > 1 and not found.every_output and max(used, default=0) > 0:
             raise Unsupported("has a further result that its rule does not know")
+        if not found.maps or (any(t.label.squares for t in given) and found.maps != "squares"):
+            hold(call, "commutes with no linear map")
         made = found.function(call)
         labels = [made] if isinstance(made, Label) else list(made)
         labels += call.plain[len(labels) :]
@@ -175,6 +183,13 @@ def pin_all(call: Call, why: str) -> None:
     """Nothing that the operator is given may move."""
     for traced in labels_of(list(call.args.values())):
         pin(call.constraints, traced.label, why)
+
+
+def hold(call: Call, why: str) -> None:
+    """No linear map acts on what the operator is given."""
+    for traced in labels_of(list(call.args.values())):
+        for factor in traced.label.factors:
+            call.constraints.limit(factor, Limit.FIXED, why)
 
 
 def labels_of(value: Any) -> Iterator[Traced]:

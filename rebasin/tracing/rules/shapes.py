@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..constraints import Constraints
+from ..constraints import Constraints, Limit
 from ..labels import Label, combine, covered, distinct, fix, flat_index, reshape, take
-from .registry import Call, Result, Traced, Unsupported, rule
+from .registry import Call, Result, Traced, Unsupported, hold, rule
 
 
 @rule(
@@ -15,6 +15,7 @@ from .registry import Call, Result, Traced, Unsupported, rule
     takes="self dim",
     shape_of="other",
     refuses="tensors",
+    maps="values",
 )
 def view(call: Call) -> Result:
     x = call.tensor("self")
@@ -33,6 +34,7 @@ def view(call: Call) -> Result:
     "permute transpose t numpy_T swapaxes swapdims movedim moveaxis permute_copy mT adjoint"
     " transpose_copy matrix_H",
     takes="self dims source destination dim0 dim1 axis0 axis1",
+    maps="values",
 )
 def permute(call: Call) -> Result:
     x, args = call.tensor("self"), call.args
@@ -48,12 +50,12 @@ def permute(call: Call) -> Result:
     return x.label.permute(axes.shape)
 
 
-@rule("expand expand_as broadcast_to expand_copy", shape_of="other")
+@rule("expand expand_as broadcast_to expand_copy", shape_of="other", maps="squares")
 def expand(call: Call) -> Result:
     return call.tensor("self").label.right_align(len(call.shape))  # the new dimensions are uniform
 
 
-@rule("repeat tile", takes="self dims")
+@rule("repeat tile", takes="self dims", maps="values")
 def repeat(call: Call) -> Result:
     """repeat(r) is [r, n] reshaped to [r n] in each dimension."""
     x = call.tensor("self")
@@ -65,7 +67,7 @@ def repeat(call: Call) -> Result:
     return reshape(call.constraints, wide, old, call.shape)
 
 
-@rule("repeat_interleave", takes="self repeats dim")
+@rule("repeat_interleave", takes="self repeats dim", maps="values")
 def repeat_interleave(call: Call) -> Result:
     x = call.tensor("self")
     times, dim = call.args["repeats"], call.args.get("dim")
@@ -77,7 +79,7 @@ def repeat_interleave(call: Call) -> Result:
     return reshape(call.constraints, wide, old, call.shape)
 
 
-@rule("cat concat concatenate stack hstack vstack dstack column_stack", takes="tensors dim")
+@rule("cat concat concatenate stack hstack vstack dstack column_stack", takes="tensors dim", maps="values")
 def cat(call: Call) -> Result:
     tensors: list[Traced] = [t for t in call.args["tensors"] if t.shape != (0,)]
     labels, shapes = [t.label for t in tensors], [t.shape for t in tensors]
@@ -96,7 +98,7 @@ def concatenate(c: Constraints, labels: list[Label], shapes: list[tuple[int, ...
         return labels[0]
     along = [label.factor_on(dim) for label in labels]
     if all(f is None for f in along):  # the pieces lie next to each other along a plain dimension
-        joined = combine(c, [x.sized({dim: 1}) for x in labels])
+        joined = combine(c, [x.sized({dim: 1}) for x in labels], "join")
         return joined.sized({dim: sum(s[dim] for s in shapes)})
     # Some operands have neurons along dim, perhaps on further dimensions too (heads): bring all to the same ones.
     dims = sorted({d for f in along if f is not None for d in covered(f)} | {dim})
@@ -112,6 +114,7 @@ def concatenate(c: Constraints, labels: list[Label], shapes: list[tuple[int, ...
             part = c.helpers_of(size)
             for f in mine:
                 c.member(part, f)
+                c.limit(f, Limit.FIXED, "is concatenated with neurons of other dimensions")
             fixed = [d for d in dims if shape[d] > 1 and not any(f.shape[d] > 1 for f in mine)]
             fixed = [d for d in fixed if label.shape[d] > 1]  # not of constants: they are alike
             if fixed:
@@ -122,7 +125,7 @@ def concatenate(c: Constraints, labels: list[Label], shapes: list[tuple[int, ...
     elsewhere = [tuple(f for f in x.factors if not any(d in dims for d in covered(f))) for x in labels]
     others = [Label(x.shape, f).sized(dict.fromkeys(dims, 1)) for x, f in zip(labels, elsewhere, strict=True)]
     extent[dim] = sum(s[dim] for s in shapes)
-    return Label(tuple(extent), (*combine(c, others).factors, *([whole] if whole.size > 1 else [])))
+    return Label(tuple(extent), (*combine(c, others, "join").factors, *([whole] if whole.size > 1 else [])))
 
 
 def _closure(dims: list[int], labels: list[Label]) -> list[int]:
@@ -140,6 +143,7 @@ def _closure(dims: list[int], labels: list[Label]) -> list[int]:
     takes="self dim indices",
     refuses="tensor_indices_or_sections",
     every_output=True,
+    maps="values",
 )
 def split(call: Call) -> Result:
     x, dim = call.tensor("self"), call.args.get("dim", 0)
@@ -154,7 +158,7 @@ def split(call: Call) -> Result:
     return results
 
 
-@rule("slice narrow slice_copy", takes="self dim start end step length")
+@rule("slice narrow slice_copy", takes="self dim start end step length", maps="values")
 def cut(call: Call) -> Result:
     x = call.tensor("self")
     dim = call.args.get("dim", 0) % x.ndim
@@ -169,7 +173,7 @@ def cut(call: Call) -> Result:
     return take(call.constraints, x.label, dim, index, 0)
 
 
-@rule("select select_copy", takes="self dim index")
+@rule("select select_copy", takes="self dim index", maps="values")
 def select(call: Call) -> Result:
     x = call.tensor("self")
     dim = call.args["dim"] % x.ndim
@@ -177,7 +181,7 @@ def select(call: Call) -> Result:
     return take(call.constraints, x.label, dim, index, 0 if x.shape[dim] > 1 else None).drop([dim])
 
 
-@rule("flip roll", takes="self dims shifts")
+@rule("flip roll", takes="self dims shifts", maps="values")
 def rearrange(call: Call) -> Result:
     """The order along a dimension changes by a fixed rule; what is tied to it afterwards says what may still move."""
     x, label = call.tensor("self"), call.tensor("self").label
@@ -200,12 +204,15 @@ def rearrange(call: Call) -> Result:
     "pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d"
     " replication_pad2d replication_pad3d _pad_circular _pad_enum",
     takes="self pad padding mode value",
+    maps="values",
 )
 def pad(call: Call) -> Result:
     x = call.tensor("self")
     c, label = call.constraints, x.label
     amounts = call.args["pad" if "pad" in call.args else "padding"]
     constant = call.name == "constant_pad_nd" or call.args.get("mode", "") == "constant"
+    if constant and call.args.get("value"):
+        hold(call, "is padded with a number")
     for k in range(len(amounts) // 2):
         dim = x.ndim - 1 - k
         before, after = amounts[2 * k], amounts[2 * k + 1]
@@ -224,7 +231,7 @@ def pad(call: Call) -> Result:
     return label
 
 
-@rule("pixel_shuffle", takes="self upscale_factor")
+@rule("pixel_shuffle", takes="self upscale_factor", maps="values")
 def pixel_shuffle(call: Call) -> Result:
     """[C r r, H, W] -> [C, r H, r W]: a channel moves with its r r positions."""
     x, r = call.tensor("self"), call.args["upscale_factor"]
@@ -237,7 +244,7 @@ def pixel_shuffle(call: Call) -> Result:
     return label.drop([n + 1, n + 2]).sized({n + 1: call.shape[-2], n + 2: call.shape[-1]})
 
 
-@rule("pixel_unshuffle", takes="self downscale_factor")
+@rule("pixel_unshuffle", takes="self downscale_factor", maps="values")
 def pixel_unshuffle(call: Call) -> Result:
     x, r = call.tensor("self"), call.args["downscale_factor"]
     *lead, channels, height, width = x.shape
@@ -249,7 +256,7 @@ def pixel_unshuffle(call: Call) -> Result:
     return reshape(c, wide, (*lead, channels, r, r, height // r, width // r), call.shape)
 
 
-@rule("channel_shuffle native_channel_shuffle", takes="self groups")
+@rule("channel_shuffle native_channel_shuffle", takes="self groups", maps="values")
 def channel_shuffle(call: Call) -> Result:
     x, groups = call.tensor("self"), call.args["groups"]
     split_shape = (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
@@ -269,24 +276,30 @@ def channel_shuffle(call: Call) -> Result:
     takes="self input",
     refuses="random_samples",
     every_output=True,
+    maps="values",
 )
 def spatial(call: Call) -> Result:
-    """Pooling and resizing: channels keep their neurons, space is plain."""
+    """Pooling and resizing: channels keep their neurons, space is plain; a maximum is no sum, but knows scales."""
     x = next(call.args[n] for n in ("self", "input") if isinstance(call.args.get(n), Traced))
     count = next((k for k in (1, 2, 3) if f"{k}d" in call.name), 2)
     label = fix(call.constraints, x.label, range(x.ndim - count, x.ndim), "is pooled or resized over")
+    if "max_pool" in call.name:
+        for factor in label.factors:
+            call.constraints.limit(factor, Limit.APART | Limit.POSITIVE, "is searched for its largest values")
     outs = call.outputs
     result = Label((*label.shape[: x.ndim - count], *outs[0].shape[x.ndim - count :]), label.factors)
     return [result] * len(outs)
 
 
-@rule("glu", takes="self dim")
+@rule("glu", takes="self dim", maps="values")
 def glu(call: Call) -> Result:
     x, dim = call.tensor("self"), call.args.get("dim", -1)
     dim %= x.ndim
     half = x.shape[dim] // 2
     parts = [take(call.constraints, x.label, dim, np.arange(k * half, (k + 1) * half), k) for k in (0, 1)]
-    return combine(call.constraints, parts)
+    for factor in parts[1].factors:
+        call.constraints.limit(factor, Limit.FIXED, "is a gate")
+    return combine(call.constraints, parts, "product")
 
 
 @rule("diag_embed diagonal im2col", takes="self dim1 dim2")
