@@ -1,4 +1,4 @@
-"""An alignment: a permutation and a matrix for each continuous group. It moves weights, not what the network computes."""
+"""An alignment: a permutation and a matrix for each continuous group: weights move, what is computed does not."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Alignment:
         """`state` moved; what does not move is passed on, nothing is changed in place. Types stay what they are.
 
         Raises:
-            SpecMismatchError: a tensor is missing or has another shape, or a map needs to divide by a gain that is zero.
+            SpecMismatchError: a tensor is missing or has another shape, or a map would divide by a gain of zero.
         """
         view = self.view(state)
         return {name: view[name] for name in state}
@@ -209,7 +209,7 @@ class Alignment:
 
 
 def stuck(spec: PermutationSpec, state: State) -> dict[str, str]:
-    """Continuous groups that can't act on `state`, and why: their maps divide by gains of which one is (almost) zero."""
+    """Continuous groups that can't act on `state`, and why: their maps divide by gains of which one is about zero."""
     found, known = {}, {}
     for group in spec.continuous:
         for gain in {(s.gain.parameter, s.gain.offset) for s in group.sites if s.gain is not None}:

@@ -77,8 +77,8 @@ def require_sound_maps(groups: Iterable[ContinuousGroup], shapes: Mapping[str, t
                 fits = len(positions) == group.neurons and _within(positions, size) and _distinct([positions])
                 if not (fits and power_fits):
                     raise SchemaError(
-                        f"its continuous group {shown(group.name, SHORT)} of {group.neurons:,} neurons has no such places"
-                        f" in {shown(parameter, SHORT)}"
+                        f"its continuous group {shown(group.name, SHORT)} of {group.neurons:,} neurons has no such"
+                        f" places in {shown(parameter, SHORT)}"
                     )
 
 

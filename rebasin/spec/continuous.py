@@ -1,7 +1,7 @@
 """Linear maps that leave a network's function as it is, as data: which groups, and where their matrices act.
 
-A **continuous group** has `count` blocks of `size` neurons and a matrix M for each; what is mixed sits at **sites**, axes
-of parameters. A matrix acts along a site's axis as
+A **continuous group** has `count` blocks of `size` neurons and a matrix M for each; what is mixed sits at **sites**,
+axes of parameters. A matrix acts along a site's axis as
 
     W  <-  S G M G^-1 W        (power 1)        W  <-  S G M^-T G^-1 W        (power -1)
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from .structure import Indices
 
 Kind = Literal["invertible", "rotations", "rotations that keep ones", "scales", "positive scales", "signs"]
-"""GL(n); O(n), reflections included; those of O(n) with M 1 = 1; one factor for each neuron: any but 0, above 0, +-1."""
+"""GL(n); O(n), reflections included; those of O(n) with M 1 = 1; a factor for each neuron: any but 0, above 0, +-1."""
 
 KINDS: tuple[str, ...] = get_args(Kind)
 DIAGONAL = frozenset({"scales", "positive scales", "signs"})
@@ -39,7 +39,7 @@ class GainSite:
 
 @dataclass(frozen=True, eq=False)
 class MapSite:
-    """Neuron i of block k sits at `positions[k * size + i]` of axis `axis` of `parameter`; `power` and `gain`: see above."""
+    """Neuron i of block k sits at `positions[k * size + i]` of an axis of a parameter; `power` and `gain`: see above."""
 
     parameter: str
     axis: int
@@ -100,7 +100,7 @@ class ContinuousGroup:
         return torch.eye(self.size, dtype=torch.float64).expand(self.shape).clone()
 
     def random(self, generator: torch.Generator) -> Tensor:
-        """Matrices far from the identity, and well conditioned (singular values e^{0.3 N(0, 1)}); float64 of `shape`."""
+        """Matrices far from the identity, well conditioned (singular values e^{0.3 N(0, 1)}); float64 of `shape`."""
         numbers = torch.randn(self.shape, generator=generator, dtype=torch.float64)
         if self.kind in DIAGONAL:
             sign = torch.where(torch.rand(self.neurons, generator=generator) < 0.5, -1.0, 1.0).double()
@@ -118,7 +118,7 @@ class ContinuousGroup:
         return turned * stretch[:, None, :] @ other
 
     def distance(self, maps: Tensor) -> float:
-        """How far matrices of `shape` are from being of this kind, 0 for members; not finite if they are none at all."""
+        """How far matrices of `shape` are from being of this kind: 0 for members, infinite if they are none at all."""
         if maps.shape != self.shape or not bool(maps.isfinite().all()):
             return float("inf")
         if self.kind in DIAGONAL:

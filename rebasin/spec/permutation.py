@@ -58,8 +58,8 @@ class PermutationSpec:
 
     `shapes` has every floating point parameter and persistent buffer, `buffers` those that are moved but are no
     parameters (running statistics), `aliases` other names of the same tensor (tied weights), `pins` what stays.
-    `continuous` are the linear maps that leave the function as it is, see `rebasin.spec.continuous`. Two specs are equal if
-    they permit the same permutations.
+    `continuous` are the linear maps that leave the function as it is, see `rebasin.spec.continuous`. Two specs are
+    equal if they permit the same permutations.
     """
 
     _mistake: ClassVar[type[RebasinError]] = SpecMismatchError  # of who gives something else (arguments.py)
@@ -197,9 +197,8 @@ class PermutationSpec:
             f"{'continuous group':44}  {'neurons':>8}  {'structure':16}  {'dimension':>9}  {'sites':>5}  limited by",
         ]
         for g in self.continuous[:max_rows]:
-            lines.append(
-                f"{g.name:44}  {g.neurons:>8,}  {g.structure:16}  {g.dimension:>9,}  {len(g.sites):>5}  {g.limit}".rstrip()
-            )
+            row = f"{g.name:44}  {g.neurons:>8,}  {g.structure:16}  {g.dimension:>9,}  {len(g.sites):>5}  {g.limit}"
+            lines.append(row.rstrip())
         if max_rows is not None and len(self.continuous) > max_rows:
             lines.append(f"... and {len(self.continuous) - max_rows} more continuous groups")
         return lines
