@@ -39,7 +39,7 @@ class GainSite:
 
 @dataclass(frozen=True, eq=False)
 class MapSite:
-    """Neuron i of block k sits at `positions[k * size + i]` of an axis of a parameter; `power` and `gain`: see above."""
+    """Neuron i of block k sits at `positions[k * size + i]` of a parameter's axis; `power` and `gain`: see above."""
 
     parameter: str
     axis: int

@@ -1,4 +1,4 @@
-"""From links and limits to the groups of linear maps: which neurons may be mixed, by which matrices, and where they act.
+"""From links and limits to the groups of linear maps: which neurons may be mixed, by which matrices, and where.
 
 1. Elements that links join share one matrix. One of them is the **root**; of every other the record says how its
    matrix follows from the root's M: M_e = S G M G^-1 or S G M^-T G^-1 (`Relations`), with G a vector that the model
@@ -193,7 +193,7 @@ def solve_maps(constraints: Constraints) -> tuple[ContinuousGroup, ...]:
 
 
 def _roots(constraints: Constraints, owner: np.ndarray) -> np.ndarray:
-    """An element for each class: the first whose inner products are to stay, as it should bear no gain; else the first."""
+    """An element for each class: the first whose inner products are to stay (it should bear no gain), or the first."""
     priority = np.ones(owner.size, dtype=np.int64)
     for elements, what, _ in constraints.limits:
         if what & Limit.ISOMETRY:
@@ -379,11 +379,9 @@ def _groups(problem: _Problem) -> Iterator[ContinuousGroup]:
             continue
         site = next((s for s in sites if s.power == 1 and s.gain is None), sites[0])
         stem = f"{site.parameter}[{site.axis}]"
-        name = (
-            stem
-            if stem not in names
-            else next(f"{stem}'{k}" for k in range(2, 1 << 30) if f"{stem}'{k}" not in names)
-        )
+        name = stem
+        while name in names:
+            name += "'"
         names.add(name)
         size = int(sizes[block[run[0]]])
         told = sorted({problem.reasons[int(c)] for c in mine if int(c) in problem.reasons})

@@ -38,8 +38,8 @@ _FLIPPED = 0.01
 class VerificationReport:
     """Relative L2 error of each output under a permutation, the largest over all members and inputs that were tried.
 
-    `guilty` are the groups that break it; `problem` is the sentence that says why nothing is proved, if so. `maps` is how
-    many continuous groups were tried, too.
+    `guilty` are the groups that break it; `problem` is the sentence that says why nothing is proved, if so. `maps` is
+    how many continuous groups were tried, too.
     """
 
     errors: Mapping[str, float]
@@ -66,8 +66,8 @@ class VerificationReport:
         if not self.passed:
             worst = max(self.errors, key=lambda name: self.errors[name])
             raise VerificationError(
-                f"The {'maps' if self.maps else 'permutations'} change {worst!r} by {self.errors[worst]:.2e} relative (allowed"
-                f" {self.tolerance:.0e}); the groups to blame are {', '.join(self.guilty) or 'unknown'}."
+                f"The {'maps' if self.maps else 'permutations'} change {worst!r} by {self.errors[worst]:.2e} relative"
+                f" (allowed {self.tolerance:.0e}); the groups to blame are {', '.join(self.guilty) or 'unknown'}."
             )
         return self
 

@@ -1,8 +1,8 @@
 """Normalisations: what is averaged together is a set; scale, shift and running statistics are tied to their neurons.
 
-To linear maps a norm without scale and shift is a function that commutes with those that keep what it averages: LayerNorm
-and GroupNorm with rotations that keep the ones (of a group), RMSNorm with all rotations. Scale and shift are a product
-and a sum.
+To linear maps a norm without scale and shift is a function that commutes with those that keep what it averages:
+LayerNorm and GroupNorm with rotations that keep the ones (of a group), RMSNorm with all rotations. Scale and shift are
+a product and a sum.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A rule declares the arguments that it treats. Whatever else an operator is given (an argument that a later version of
 PyTorch adds, an option that nobody thought of), whatever it returns beyond the first result, and whatever makes a rule
-fail, pins all that goes through: by `apply`, not by the care of who writes a rule. The same for linear maps: none acts on
-what a rule is given that does not say which ones its operator commutes with (`maps`).
+fail, pins all that goes through: by `apply`, not by the care of who writes a rule. The same for linear maps: none acts
+on what a rule is given that does not say which ones its operator commutes with (`maps`).
 """
 
 from __future__ import annotations
