@@ -31,6 +31,7 @@ from rich.progress import (
 
 import rebasin
 from rebasin.errors import TraceError
+from rebasin.spec import stuck
 
 from .zoo_random import Network, Plan, describe, draw
 
@@ -46,6 +47,7 @@ class Outcome:
     fault: str = ""
     refused: bool = False
     neurons: int = 0
+    maps: int = 0  # continuous groups
     beyond: tuple[str, ...] = ()  # operators whose rule failed: sound, and worth a look
 
 
@@ -68,20 +70,42 @@ def examine(plan: Plan, members: int = 3) -> Outcome:
     expected = [run(original, x) for x in inputs]
     if all(e is None for e in expected):
         return Outcome(neurons=spec.neurons, beyond=beyond)
-    for seed in range(members if spec.neurons else 0):
-        permuted = spec.random(seed).apply(state)
-        other = double(Network(plan))
-        other.load_state_dict(permuted)
-        kept = other.state_dict()
-        if not all(torch.equal(kept[name], permuted[name]) for name in permuted):
-            return Outcome("the permuted state can't be held: tensors that share memory are moved apart")
-        for x, wanted in zip(inputs, expected, strict=True):
-            found = run(other, x) if wanted is not None else None
-            for k, (a, b) in enumerate(zip(found or [], wanted or [], strict=True)):
-                error = float((a - b).norm() / max(b.norm(), NOTHING))
-                if not error < TOLERANCE:
-                    return Outcome(f"false symmetry: output {k} changes by {error:.1e}", neurons=spec.neurons)
-    return Outcome(neurons=spec.neurons, beyond=beyond)
+    pairs = [(x, wanted) for x, wanted in zip(inputs, expected, strict=True) if wanted is not None]
+    count, maps = spec.neurons, len(spec.continuous)
+    for seed in range(members if count else 0):
+        fault = changed(plan, spec.random(seed).apply(state), pairs)
+        if fault:
+            return Outcome(fault if fault.startswith("the") else f"false symmetry: {fault}", neurons=count)
+    held = stuck(spec, state)
+    free = [group.name for group in spec.continuous if group.name not in held]
+    for seed in range(members - 1 if free else 0):
+        whole = spec.random_alignment(seed).without(held)
+        fault = changed(plan, whole.apply(state), pairs)
+        if fault:
+            alone = (whole.without(n for n in free if n != name) for name in free)
+            guilty = [list(one.maps)[0] for one in alone if changed(plan, one.apply(state), pairs)]
+            return Outcome(f"false map: {fault} by {', '.join(guilty)}", neurons=count, maps=maps)
+    return Outcome(neurons=count, maps=maps, beyond=beyond)
+
+
+def changed(
+    plan: Plan, moved: dict[str, torch.Tensor], pairs: list[tuple[torch.Tensor, list[torch.Tensor]]]
+) -> str:
+    """What a second network with the moved state computes differently; "" if nothing."""
+    other = double(Network(plan))
+    other.load_state_dict(moved)
+    kept = other.state_dict()
+    if not all(torch.allclose(kept[name], moved[name], 1e-9, 1e-12) for name in moved):
+        return "the moved state can't be held: tensors that share memory are moved apart"
+    for x, wanted in pairs:
+        found = run(other, x)
+        if found is None:
+            return "output 0 is out of bounds now"
+        for k, (a, b) in enumerate(zip(found, wanted, strict=True)):
+            error = float((a - b).norm() / max(b.norm(), NOTHING))
+            if not error < TOLERANCE:
+                return f"output {k} changes by {error:.1e}"
+    return ""
 
 
 def double(model: Network) -> Network:
@@ -137,13 +161,15 @@ class Tally:
     refused: int = 0
     symmetric: int = 0
     neurons: int = 0
+    continuous: int = 0
+    maps: int = 0
     faults: dict[int, str] = field(default_factory=dict)
     beyond: Counter[str] = field(default_factory=Counter)
 
     def line(self) -> str:
         return (
             f"{self.networks:,} networks: {len(self.faults)} faults, {self.symmetric:,} with symmetries"
-            f" ({self.neurons:,} neurons), {self.refused} refused"
+            f" ({self.neurons:,} neurons), {self.continuous:,} with maps ({self.maps:,} groups), {self.refused} refused"
         )
 
 
@@ -157,6 +183,8 @@ def attack(numbers: range) -> Iterator[tuple[Tally, int, Plan, Outcome]]:
         tally.refused += outcome.refused
         tally.symmetric += outcome.neurons > 0
         tally.neurons += outcome.neurons
+        tally.continuous += outcome.maps > 0
+        tally.maps += outcome.maps
         tally.beyond.update(reason.split(" at ")[0] for reason in outcome.beyond)
         if outcome.fault:
             tally.faults[number] = outcome.fault
