@@ -83,7 +83,7 @@ def examine(plan: Plan, members: int = 3) -> Outcome:
         fault = changed(plan, whole.apply(state), pairs)
         if fault:
             alone = (whole.without(n for n in free if n != name) for name in free)
-            guilty = [list(one.maps)[0] for one in alone if changed(plan, one.apply(state), pairs)]
+            guilty = [next(iter(one.maps)) for one in alone if changed(plan, one.apply(state), pairs)]
             return Outcome(f"false map: {fault} by {', '.join(guilty)}", neurons=count, maps=maps)
     return Outcome(neurons=count, maps=maps, beyond=beyond)
 

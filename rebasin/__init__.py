@@ -13,6 +13,7 @@ _PUBLIC = {
     "compose": "tracing",
     "PermutationSpec": "spec",
     "Permutation": "spec",
+    "Alignment": "spec",
     "weight_matching": "matching",
     "activation_matching": "matching",
     "straight_through": "matching.straight_through",
@@ -28,6 +29,7 @@ _PUBLIC = {
 # Loaded on first use: `import rebasin` stays quick, and a command's --help need not wait for torch.
 
 __all__ = [
+    "Alignment",
     "Permutation",
     "PermutationSpec",
     "RebasinError",
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from .matching import activation_matching, merge_many, weight_matching
     from .matching.straight_through.estimator import straight_through
     from .merging import interpolate, merge
-    from .spec import Permutation, PermutationSpec
+    from .spec import Alignment, Permutation, PermutationSpec
     from .tracing import compose, trace, verify
 
 

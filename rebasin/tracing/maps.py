@@ -159,7 +159,10 @@ def _backwards(link: Relations) -> Relations:
 
 @dataclass(eq=False)
 class _Occurrences:
-    """Where the matrices act: element `element` gets class `owner`'s, to the power `power` (-1: inverse transpose)."""
+    """Where the matrices act: element `element` gets class `owner`'s, to the power `power` (-1: inverse transpose).
+
+    `scales`: 1 where a vector's scales act on what was multiplied by it.
+    """
 
     owner: np.ndarray
     element: np.ndarray
@@ -167,6 +170,7 @@ class _Occurrences:
     gain: np.ndarray
     gain_power: np.ndarray
     offset: np.ndarray
+    scales: np.ndarray
 
     def pick(self, which: np.ndarray) -> _Occurrences:
         return _Occurrences(*(value[which] for value in vars(self).values()))
@@ -287,12 +291,13 @@ def _occurrences(
         np.where(apart, -1, relations.gain[elements]),  # scales pass a gain
         np.where(apart, 0, relations.gain_power[elements]),
         np.where(apart, 0, relations.offset[elements]),
+        np.zeros_like(elements),
     )
     scaled = elements[relations.scale[elements] >= 0]
     scale = relations.scale[scaled]
     none = np.full(scaled.size, -1)
     power = relations.scale_power[scaled] * (1 - 2 * relations.dual[scale])
-    added = _Occurrences(owner[scale], scaled, power, none, none * 0, none * 0)
+    added = _Occurrences(owner[scale], scaled, power, none, none * 0, none * 0, -none)
     whole = _Occurrences(
         *(np.concatenate(pair) for pair in zip(vars(own).values(), vars(added).values(), strict=True))
     )
@@ -341,6 +346,7 @@ def _groups(problem: _Problem) -> Iterator[ContinuousGroup]:
         np.where(where.gain >= 0, problem.axis[where.gain], -1),
         where.gain_power,
         where.offset,
+        where.scales,
     )
     full = mix(place, problem.rows[where.element])
     count = problem.flags.size
@@ -449,6 +455,8 @@ def _sites(
             return None
         for copy in range(copies):
             chosen = run[copy::copies]
+            if np.unique(where.element[chosen]).size < chosen.size:
+                return None
             made.append((int(where.element[chosen[0]]), _site(problem, where, chosen)))
     return tuple(site for _, site in sorted(made, key=lambda one: one[0]))
 
