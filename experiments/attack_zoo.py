@@ -31,7 +31,6 @@ from rich.progress import (
 
 import rebasin
 from rebasin.errors import TraceError
-from rebasin.spec import stuck
 
 from .zoo_random import Network, Plan, describe, draw
 
@@ -76,7 +75,7 @@ def examine(plan: Plan, members: int = 3) -> Outcome:
         fault = changed(plan, spec.random(seed).apply(state), pairs)
         if fault:
             return Outcome(fault if fault.startswith("the") else f"false symmetry: {fault}", neurons=count)
-    held = stuck(spec, state)
+    held = spec.stuck(state)
     free = [group.name for group in spec.continuous if group.name not in held]
     for seed in range(members - 1 if free else 0):
         whole = spec.random_alignment(seed).without(held)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import rebasin
 from experiments.zoo import ZOO
 from rebasin.errors import CheckpointError, SpecMismatchError
-from rebasin.spec import Alignment, ContinuousGroup, MapSite, PermutationSpec, stuck
+from rebasin.spec import Alignment, ContinuousGroup, MapSite, PermutationSpec
 from rebasin.tensors import load_safetensors, save_safetensors
 
 C, H = 12, 3
@@ -139,7 +139,7 @@ def standard() -> tuple[nn.Module, PermutationSpec, Tensor]:
     return found(Residual())
 
 
-def kinds(spec: PermutationSpec) -> dict[str, list[tuple[str, int, int]]]:
+def kinds(spec: PermutationSpec) -> dict[str, tuple[str, int, int]]:
     return {g.name: (g.kind, g.count, g.size) for g in spec.continuous}
 
 
@@ -292,13 +292,13 @@ def test_a_map_does_not_act_where_it_would_divide_by_nothing() -> None:
     with torch.no_grad():
         model.norms[0].weight[3] = 1e-9  # type: ignore[index, union-attr]
     state = model.state_dict()
-    assert list(stuck(spec, state)) == ["enter.weight[0]"]
+    assert list(spec.stuck(state)) == ["enter.weight[0]"]
     moved = spec.random_alignment(1)
     with pytest.raises(
         SpecMismatchError, match=r"enter.weight\[0\]' can't act, as it divides by the gains 'norms.0"
     ):
         moved.apply(state)
-    moved.without(stuck(spec, state)).apply(state)
+    moved.without(spec.stuck(state)).apply(state)
     report = rebasin.verify(model, spec, x, randomise=False).require()
     assert report.maps == len(spec.continuous) - 1
 

@@ -11,14 +11,12 @@ GroupNorm) form a **group**; its tree says which permutations are legal:
 The semantics of a permutation is that of the paper's code: `new[i] = old[index[i]]` along every site.
 """
 
-from .alignment import AlignedState, Alignment, stuck
 from .continuous import DIAGONAL, ContinuousGroup, GainSite, Kind, MapSite
-from .permutation import Coverage, Permutation, PermutationSpec, PermutedState, Pin, displaced
+from .permutation import Alignment, Coverage, Permutation, PermutationSpec, PermutedState, Pin, displaced
 from .structure import Branch, Cell, Group, Indices, Leaf, Node, Site, admits, first_leaf, indices, to_array
 
 __all__ = [
     "DIAGONAL",
-    "AlignedState",
     "Alignment",
     "Branch",
     "Cell",
@@ -40,6 +38,5 @@ __all__ = [
     "displaced",
     "first_leaf",
     "indices",
-    "stuck",
     "to_array",
 ]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,12 +20,10 @@ from ..files import PathLike, SchemaError, conform, parse
 from ..tensors import SafetensorsState, load_safetensors, save_safetensors
 from ..types import LazyState, State, origin_of, require_state, shape_of, wrapped
 from .checks import require_sound, require_sound_maps
-from .continuous import ContinuousGroup
+from .continuous import DIAGONAL, ContinuousGroup, inverse
+from .mapped import MappedState, stuck
 from .serialisation import SpecData, continuous_from, continuous_to, group_from, group_to
 from .structure import Cell, Group, Site, admits, draw, to_array
-
-if TYPE_CHECKING:
-    from .alignment import Alignment
 
 FORMAT = 2
 READ = (1, 2)
@@ -127,10 +125,12 @@ class PermutationSpec:
     @typed
     def random_alignment(self, seed: int = 0) -> Alignment:
         """A random member of the whole group: a permutation, and a matrix for each continuous group."""
-        from .alignment import Alignment
-
         check_range(0, seed=seed)
         return Alignment.random(self, seed)
+
+    def stuck(self, state: State) -> dict[str, str]:
+        """Continuous groups that can't act on `state`, and why: they would divide by a gain that is about zero."""
+        return stuck(self.continuous, self.aliases, state)
 
     @cached_property
     def maps_hash(self) -> str:
@@ -271,10 +271,18 @@ class PermutationSpec:
             "continuous": [continuous_to(g) for g in self.continuous],
         }
 
-    def check(self, state: State, what: str = "the state") -> None:
-        """Raise `SpecMismatchError` if `state` misses a tensor that the spec moves or has another shape for it."""
-        require_state(state, what, self.axes)
-        for name in self.axes:
+    def check(self, state: State, what: str = "the state", maps: Iterable[str] = ()) -> None:
+        """Raise `SpecMismatchError` if `state` misses a tensor that the spec moves or has another shape for it.
+
+        Args:
+            maps: continuous groups that are to act on it, too.
+        """
+        acting = {*maps}
+        moved = dict.fromkeys(self.axes)
+        for group in self.continuous if acting else ():
+            moved |= dict.fromkeys(s.parameter for s in group.sites if group.name in acting)
+        require_state(state, what, moved)
+        for name in moved:
             tensor = _get(state, name, self.aliases)
             if tensor is None:
                 raise SpecMismatchError(
@@ -450,6 +458,219 @@ class Permutation:
         if not spec.contains(permutation):
             raise CheckpointError(f"{file.path} holds a permutation that its own spec does not allow.")
         return permutation
+
+
+TOLERANCE = 1e-5
+"""How far from orthogonal the matrices of an alignment may be."""
+
+MAP = "map:"
+"""Before the names of matrices in a file."""
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """A member of a spec's whole symmetry group: `permutation` first, then `maps`, name of the group -> its matrices.
+
+    Groups that `maps` does not name stay as they are. Matrices are float64 of the group's `shape`. A permutation is an
+    alignment without maps (`Alignment.of`).
+
+    Raises:
+        SpecMismatchError: a matrix belongs to no group, has another shape, or is not of the group's kind.
+    """
+
+    _mistake: ClassVar[type[RebasinError]] = SpecMismatchError
+
+    permutation: Permutation
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        groups = self.groups
+        checked = {}
+        for name, given in self.maps.items():
+            if name not in groups:
+                raise SpecMismatchError(
+                    f"The spec has no continuous group {shown(name)}; it has {len(groups)}, see spec.continuous."
+                )
+            group = groups[name]
+            if not isinstance(given, Tensor) or tuple(given.shape) != group.shape:
+                shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+                raise SpecMismatchError(
+                    f"The matrices of {shown(name)} are {shape}, but the group wants a tensor of shape {group.shape}."
+                )
+            maps = given.detach().to("cpu", torch.float64)
+            error = group.distance(maps)
+            if not error < TOLERANCE:
+                raise SpecMismatchError(
+                    f"The matrices of {shown(name)} are not {_KINDS[group.kind]} (off by {error:.1e})."
+                )
+            checked[name] = maps
+        object.__setattr__(self, "maps", checked)
+
+    @classmethod
+    def of(cls, permutation: Permutation) -> Alignment:
+        """The permutation as an alignment."""
+        return cls(permutation)
+
+    @classmethod
+    def random(cls, spec: PermutationSpec, seed: int = 0) -> Alignment:
+        """A random permutation of the group and random matrices, well conditioned and far from the identity."""
+        generator = torch.Generator().manual_seed(seed)
+        maps = {group.name: group.random(generator) for group in spec.continuous}
+        return cls(spec.random(seed), maps)
+
+    @property
+    def spec(self) -> PermutationSpec:
+        return self.permutation.spec
+
+    @cached_property
+    def groups(self) -> dict[str, ContinuousGroup]:
+        return {group.name: group for group in self.permutation.spec.continuous}
+
+    def without(self, names: Iterable[str]) -> Alignment:
+        """The same but for these continuous groups, which stay."""
+        left_out = set(names)
+        return Alignment(self.permutation, {n: m for n, m in self.maps.items() if n not in left_out})
+
+    @property
+    def is_identity(self) -> bool:
+        return self.permutation.is_identity and all(
+            torch.equal(maps, self.groups[name].identity()) for name, maps in self.maps.items()
+        )
+
+    def __repr__(self) -> str:
+        return f"Alignment({self.permutation.moved():,} neurons moved, {len(self.maps)} of {len(self.groups)} maps)"
+
+    def moved(self) -> int:
+        """The number of neurons that the permutation does not leave where they are."""
+        return self.permutation.moved()
+
+    def apply(self, state: State) -> dict[str, Tensor]:
+        """`state` moved; what does not move is passed on, nothing is changed in place. Types stay what they are.
+
+        Raises:
+            SpecMismatchError: a tensor is missing or has another shape, or a map would divide by a gain of zero.
+        """
+        view = self.view(state)
+        return {name: view[name] for name in state}
+
+    def view(self, state: State) -> MappedState:
+        """`state` moved when a tensor is read: what `apply` gives, tensor by tensor."""
+        self.spec.check(state, maps=self.maps)
+        permuted = PermutedState(self.permutation, state)
+        return MappedState(self.spec.continuous, self.maps, self.spec.aliases, permuted)
+
+    def invert(self) -> Alignment:
+        """The alignment that undoes this one."""
+        back = {name: inverse(self.groups[name].kind, maps) for name, maps in self.maps.items()}
+        undone = self.permutation.invert()
+        return Alignment(undone, {name: self._moved_by(undone, name, maps) for name, maps in back.items()})
+
+    @typed
+    def compose(self, other: Alignment) -> Alignment:
+        """The alignment that applies `other` first: `a.compose(b).apply(s)` is `a.apply(b.apply(s))`."""
+        maps = dict(self.maps)
+        for name, theirs in other.maps.items():
+            moved = self._moved_by(self.permutation, name, theirs)
+            if name not in maps:
+                maps[name] = moved
+            else:
+                maps[name] = maps[name] * moved if self.groups[name].kind in DIAGONAL else maps[name] @ moved
+        return Alignment(self.permutation.compose(other.permutation), maps)
+
+    @typed
+    def is_close(self, other: Alignment, tolerance: float = 1e-6) -> bool:
+        """Whether both move alike: the same permutation, and matrices that differ by less than `tolerance` anywhere."""
+        if self.permutation != other.permutation or self.spec.maps_hash != other.spec.maps_hash:
+            return False
+        for name in {*self.maps, *other.maps}:
+            own, theirs = (a.maps.get(name, self.groups[name].identity()) for a in (self, other))
+            if not bool((own - theirs).abs().max() < tolerance):
+                return False
+        return True
+
+    def save(self, path: PathLike, metadata: Mapping[str, str] | None = None) -> None:
+        """A safetensors file: an int32 tensor for each cell, matrices in float64; the header has the spec."""
+        tensors = {n: torch.from_numpy(p.astype(np.int32)) for n, p in self.permutation.index.items()}
+        tensors |= {MAP + name: maps for name, maps in self.maps.items()}
+        told = {**json.loads(self.spec.to_json()), "metadata": dict(metadata or {})}
+        header = {"spec": json.dumps(told), "digest": digest(self._arrays())}
+        save_safetensors(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: PathLike) -> Alignment:
+        """Read what `save` wrote, or what `Permutation.save` did.
+
+        Raises:
+            CheckpointError: the file is none of them, is damaged, or holds what the spec does not allow.
+        """
+        file = load_safetensors(path)
+        spec = PermutationSpec.of_file(file, "alignment")
+        names = {name for name in file if name.startswith(MAP)}
+        if set(file) - names != set(spec.cells):
+            raise CheckpointError(f"{path} is damaged: its tensors are not the cells and maps of its spec.")
+        groups = {group.name: group for group in spec.continuous}
+        maps = {}
+        for name in sorted(names):
+            group = groups.get(name.removeprefix(MAP))
+            if group is None or file.shape_of(name) != group.shape or file.dtype_of(name) != torch.float64:
+                raise CheckpointError(f"{path} is damaged: its tensor {shown(name)} is no map of its spec.")
+            maps[group.name] = file[name]
+        try:
+            made = cls(Permutation.read(file, spec), maps)
+        except SpecMismatchError as error:
+            raise CheckpointError(
+                f"{path} holds an alignment that its own spec does not allow: {error}"
+            ) from error
+        require_digest(file, made._arrays())
+        return made
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {**self.permutation.index, **{MAP + n: m.numpy() for n, m in self.maps.items()}}
+
+    def _moved_by(self, permutation: Permutation, name: str, maps: Tensor) -> Tensor:
+        """P M P^-1: the same map for neurons that `permutation` has moved."""
+        group = self.groups[name]
+        order = _order(permutation, group)
+        if order is None:
+            return maps
+        if group.kind in DIAGONAL:
+            return maps[order]
+        order = order.reshape(group.count, group.size)
+        block = order[:, 0] // group.size
+        within = order % group.size
+        if not bool((order // group.size == block[:, None]).all()):
+            raise SpecMismatchError(
+                f"The permutation takes neurons of {shown(name)} out of their block, so that both can't be composed."
+            )
+        return maps[block[:, None, None], within[:, :, None], within[:, None, :]]
+
+
+_KINDS = {
+    "invertible": "well conditioned",
+    "rotations": "orthogonal",
+    "rotations that keep ones": "orthogonal with rows that sum to one",
+    "scales": "numbers but zero",
+    "positive scales": "positive numbers",
+    "signs": "1 or -1",
+}
+
+
+def _order(permutation: Permutation, group: ContinuousGroup) -> Tensor | None:
+    """How a permutation reorders a group's neurons, new[i] = old[order[i]], int64 [neurons]; None: not at all."""
+    site = group.sites[0]
+    index = dict(permutation.axes_of(site.parameter)).get(site.axis)
+    if index is None:
+        return None
+    positions = to_array(site.positions)
+    place = np.full(index.size, -1)
+    place[positions] = np.arange(positions.size)
+    order = place[index[positions]]
+    if (order < 0).any():
+        raise SpecMismatchError(
+            f"The permutation takes neurons out of the continuous group {shown(group.name)}, so that both can't be"
+            " composed."
+        )
+    return torch.from_numpy(order)
 
 
 def is_permutation(state: State, metadata: Mapping[str, str]) -> bool:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..arguments import typed
 from ..errors import ConfigError, TraceError, VerificationError
-from ..spec import Alignment, Permutation, PermutationSpec, stuck
+from ..spec import Alignment, Permutation, PermutationSpec
 from ..tensors.memory import on_copies, place, sharing
 from ..tensors.modules import device_of
 from ..tensors.precision import full_precision
@@ -215,7 +215,7 @@ class _Probe:
         count = 1 if given is not None else 2 if large else 4
         members: list[Member] = [given or self.spec.random(self.seed + k) for k in range(count)]
         if given is None and self.dtype == torch.float64 and self.spec.continuous:
-            held = stuck(self.spec, self.state)
+            held = self.spec.stuck(self.state)
             for k in range(1, count, 2):
                 members[k] = self.spec.random_alignment(self.seed + k).without(held)
         tried = max(len(m.maps) if isinstance(m, Alignment) else 0 for m in members)

@@ -39,8 +39,8 @@ rule(
     " hardtanh rrelu logical_not nan_to_num float_power true_divide square conj celu"
     " selu hardswish hardsigmoid mish silu gelu elu leaky_relu softplus log_sigmoid threshold clip clamp"
     " addcmul addcdiv lerp copy type_as",
-    takes="self input other value mask condition tensor1 tensor2 end weight src min max exponent abs angle real imag",
-    refuses="generator",
+    takes="self other value mask condition tensor1 tensor2 end weight src min max exponent abs angle real imag",
+    refuses="training generator",
     every_output=True,
 )(pointwise)
 
@@ -49,7 +49,7 @@ rule(
     "clone contiguous to _to_copy detach detach_ alias lift_fresh_copy lift_fresh dropout feature_dropout"
     " native_dropout",
     takes="self input other",
-    refuses="train training generator",  # dropout that draws random numbers: each has its position
+    refuses="train",  # dropout that draws random numbers: each has its position
     every_output=True,
     maps="squares",
 )

@@ -1,0 +1,113 @@
+"""Maps at work: a state seen through the matrices of continuous groups, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import SpecMismatchError, shown
+from ..types import LazyState, State, origin_of
+from .continuous import DIAGONAL, ContinuousGroup, GainSite, power
+from .structure import to_array
+
+TINY = 1e-6
+"""Gains below this share of their vector's median can't be divided by."""
+
+
+def stuck(groups: Sequence[ContinuousGroup], aliases: Mapping[str, str], state: State) -> dict[str, str]:
+    """Groups that can't act on `state`, and why: their maps divide by gains of which one is about zero."""
+    found: dict[str, str] = {}
+    known: dict[tuple[str, float], str] = {}
+    for group in groups:
+        for gain in {(s.gain.parameter, s.gain.offset) for s in group.sites if s.gain is not None}:
+            if gain not in known:
+                known[gain] = _gains(aliases, state, *gain)[1]
+            if known[gain]:
+                found.setdefault(group.name, known[gain])
+    return found
+
+
+def _gains(aliases: Mapping[str, str], state: State, name: str, offset: float) -> tuple[Tensor, str]:
+    """The vector that a map divides by, float64, and why it can't ("" if it can)."""
+    key = name if name in state else next((a for a, t in aliases.items() if t == name and a in state), name)
+    values = state[key].double() + offset
+    smallest, median = float(values.abs().min()), float(values.abs().median())
+    if smallest > TINY * median:
+        return values, ""
+    return values, f"it divides by the gains {name!r}, of which one is {smallest:.1e} (median {median:.1e})"
+
+
+class MappedState(LazyState):
+    """A state seen through `maps`, name of the group -> matrices; a tensor is read and moved when it is asked for."""
+
+    def __init__(
+        self,
+        groups: Sequence[ContinuousGroup],
+        maps: Mapping[str, Tensor],
+        aliases: Mapping[str, str],
+        state: State,
+    ) -> None:
+        super().__init__(state)
+        # Scales last: S stands before what else acts at a site.
+        self.groups = sorted((g for g in groups if g.name in maps), key=lambda g: g.kind in DIAGONAL)
+        self.maps, self.aliases = maps, aliases
+        self._powers: dict[tuple[str, int], Tensor] = {}
+        self._vectors: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.known[name]
+        for group, number in self._sites(self.aliases.get(name, name)):
+            tensor = self._act(tensor, group, number)
+        return tensor
+
+    def origin(self, name: str) -> str | None:
+        return origin_of(self.known, name)
+
+    def _sites(self, name: str) -> Iterator[tuple[ContinuousGroup, int]]:
+        for group in self.groups:
+            for number, site in enumerate(group.sites):
+                if site.parameter == name:
+                    yield group, number
+
+    def _act(self, tensor: Tensor, group: ContinuousGroup, number: int) -> Tensor:
+        """W <- G M G^-1 W along the axis of a site; in double precision if W is, else in single."""
+        site = group.sites[number]
+        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        positions = torch.from_numpy(to_array(site.positions)).to(tensor.device)
+        rows = tensor.movedim(site.axis, 0)
+        shape = rows[positions].shape
+        chosen = rows[positions].to(dtype).reshape(len(positions), -1)
+        maps = self._power(group, site.power).to(tensor.device)
+        if group.kind in DIAGONAL:
+            moved = maps.to(dtype)[:, None] * chosen
+        else:
+            gain = self._gain(group, site.gain)
+            if gain is not None:
+                maps = maps * gain[:, :, None] / gain[:, None, :]
+            moved = maps.to(dtype) @ chosen.reshape(group.count, group.size, -1)
+        out = rows.clone()
+        out[positions] = moved.reshape(shape).to(tensor.dtype)
+        return out.movedim(0, site.axis).contiguous()
+
+    def _power(self, group: ContinuousGroup, exponent: int) -> Tensor:
+        key = (group.name, exponent)
+        if key not in self._powers:
+            self._powers[key] = power(group.kind, self.maps[group.name], exponent)
+        return self._powers[key]
+
+    def _gain(self, group: ContinuousGroup, site: GainSite | None) -> Tensor | None:
+        """The diagonal of G as the state has it, float64 [count, size]."""
+        if site is None:
+            return None
+        name = site.parameter
+        if name not in self._vectors:
+            values, why = _gains(self.aliases, self.known, name, site.offset)
+            if why:
+                raise SpecMismatchError(
+                    f"The map of {shown(group.name)} can't act, as {why}; leave this group out."
+                )
+            self._vectors[name] = values
+        values = self._vectors[name][torch.from_numpy(to_array(site.positions))] ** site.power
+        return values.reshape(group.count, group.size)
