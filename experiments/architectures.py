@@ -25,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 import rebasin
+from rebasin.spec.continuous import KINDS
 
 from .zoo import ZOO
 
@@ -43,6 +44,7 @@ def examine(family: str, name: str) -> Row:
         spec = rebasin.trace(model, *args, **kwargs)
         single = rebasin.verify(model, spec, *args, dtype=torch.float32, **kwargs)
         double = rebasin.verify(model, spec, *args, dtype=torch.float64, **kwargs)
+        proved = single.passed and double.passed and double.maps == len(spec.continuous)
         row |= {"fp32": single.max_relative_error, "fp64": double.max_relative_error, "moved": double.moved}
         if family in SIZED:
             with torch.device("meta"):
@@ -57,7 +59,11 @@ def examine(family: str, name: str) -> Row:
             "one": spec.coverage().one,
             "both": spec.coverage().both,
             "pins": sorted({pin.reason.split(" at ")[0].split(":")[0] for pin in spec.pins}),
-            "sound": single.passed and double.passed,
+            "streams": sum(g.count for g in spec.continuous if g.kind.startswith("rotations")),
+            "dimensions": {
+                kind: sum(g.dimension for g in spec.continuous if g.kind == kind) for kind in KINDS
+            },
+            "sound": proved,
         }
     except Exception as error:
         row |= {"sound": False, "error": f"{type(error).__name__}: {error}"[:300]}
@@ -71,9 +77,11 @@ def markdown(rows: list[Row]) -> str:
         "Made by `python -m experiments.architectures`"
         f" (torch {torch.__version__}, {platform.machine()}, one thread; tracing seconds on a busy machine).",
         "",
-        "`fp32`, `fp64`: largest relative change of an output under a random member of the group (small model, random",
-        "weights, norms and biases randomised). Coverage at the published size: share of the parameters with at least",
-        "one, and of the matrices with both, axes permuted. Missing: vocabularies, inputs, outputs and models",
+        "`fp32`, `fp64`: largest relative change of an output under a random member of the group (small model,",
+        "random weights, norms and biases randomised); in fp64 it has a matrix for each continuous group, too. At the",
+        "published size: the share of the parameters with at least one, and of the matrices with both, axes permuted;",
+        "streams that may be rotated; free dimensions of rotations (O), invertible matrices (GL) and of factors for",
+        "single neurons (scales), see [continuous.md](continuous.md). Not permuted: vocabularies, inputs, outputs, models",
         "whose output *is* their residual stream (encoders without a head: trace them with what reads them).",
         "",
     ]
@@ -84,17 +92,23 @@ def markdown(rows: list[Row]) -> str:
         lines += [
             f"## {family}",
             "",
-            "| architecture | sound | fp32 | fp64 | parameters | groups | one | both | trace s | pinned by |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| architecture | sound | fp32 | fp64 | parameters | groups | one | both | streams | O | GL | scales |"
+            " trace s | pinned by |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for r in mine:
             if "error" in r:
-                lines.append(f"| {r['name']} | **no** | {r['error']} | | | | | | | |")
+                lines.append(f"| {r['name']} | **no** | {r['error']} | | | | | | | | | | | |")
                 continue
             sound = "yes" if r["sound"] else "**no**"
+            free = r["dimensions"]
+            turned = free["rotations"] + free["rotations that keep ones"]
+            scaled = free["scales"] + free["positive scales"]
             lines.append(
                 f"| {r['name']} | {sound} | {r['fp32']:.0e} | {r['fp64']:.0e} | {r['parameters']:,} | {r['groups']} |"
-                f" {r['one']:.2%} | {r['both']:.1%} | {r['seconds']:.1f} | {', '.join(r['pins'])} |"
+                f" {r['one']:.2%} | {r['both']:.1%} | {r['streams']} | {turned:,} | {free['invertible']:,} |"
+                f" {scaled:,} |"
+                f" {r['seconds']:.1f} | {', '.join(r['pins'])} |"
             )
         lines.append("")
     return "\n".join(lines)
