@@ -81,8 +81,8 @@ def markdown(rows: list[Row]) -> str:
         "random weights, norms and biases randomised); in fp64 it has a matrix for each continuous group, too. At the",
         "published size: the share of the parameters with at least one, and of the matrices with both, axes permuted;",
         "streams that may be rotated; free dimensions of rotations (O), invertible matrices (GL) and of factors for",
-        "single neurons (scales), see [continuous.md](continuous.md). Not permuted: vocabularies, inputs, outputs, models",
-        "whose output *is* their residual stream (encoders without a head: trace them with what reads them).",
+        "single neurons (scales), see [continuous.md](continuous.md). Not permuted: vocabularies, inputs, outputs, and",
+        "models whose output *is* their residual stream (encoders without a head: trace them with what reads them).",
         "",
     ]
     for family in ZOO:
