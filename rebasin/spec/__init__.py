@@ -12,7 +12,16 @@ The semantics of a permutation is that of the paper's code: `new[i] = old[index[
 """
 
 from .continuous import DIAGONAL, ContinuousGroup, GainSite, Kind, MapSite
-from .permutation import Alignment, Coverage, Permutation, PermutationSpec, PermutedState, Pin, displaced
+from .permutation import (
+    Alignment,
+    Coverage,
+    Permutation,
+    PermutationSpec,
+    PermutedState,
+    Pin,
+    displaced,
+    moved_by,
+)
 from .structure import Branch, Cell, Group, Indices, Leaf, Node, Site, admits, first_leaf, indices, to_array
 
 __all__ = [
@@ -38,5 +47,6 @@ __all__ = [
     "displaced",
     "first_leaf",
     "indices",
+    "moved_by",
     "to_array",
 ]

@@ -563,14 +563,16 @@ class Alignment:
         """The alignment that undoes this one."""
         back = {name: inverse(self.groups[name].kind, maps) for name, maps in self.maps.items()}
         undone = self.permutation.invert()
-        return Alignment(undone, {name: self._moved_by(undone, name, maps) for name, maps in back.items()})
+        return Alignment(
+            undone, {name: moved_by(undone, self.groups[name], maps) for name, maps in back.items()}
+        )
 
     @typed
     def compose(self, other: Alignment) -> Alignment:
         """The alignment that applies `other` first: `a.compose(b).apply(s)` is `a.apply(b.apply(s))`."""
         maps = dict(self.maps)
         for name, theirs in other.maps.items():
-            moved = self._moved_by(self.permutation, name, theirs)
+            moved = moved_by(self.permutation, self.groups[name], theirs)
             if name not in maps:
                 maps[name] = moved
             else:
@@ -627,23 +629,6 @@ class Alignment:
     def _arrays(self) -> dict[str, np.ndarray]:
         return {**self.permutation.index, **{MAP + n: m.numpy() for n, m in self.maps.items()}}
 
-    def _moved_by(self, permutation: Permutation, name: str, maps: Tensor) -> Tensor:
-        """P M P^-1: the same map for neurons that `permutation` has moved."""
-        group = self.groups[name]
-        order = _order(permutation, group)
-        if order is None:
-            return maps
-        if group.kind in DIAGONAL:
-            return maps[order]
-        order = order.reshape(group.count, group.size)
-        block = order[:, 0] // group.size
-        within = order % group.size
-        if not bool((order // group.size == block[:, None]).all()):
-            raise SpecMismatchError(
-                f"The permutation takes neurons of {shown(name)} out of their block, so that both can't be composed."
-            )
-        return maps[block[:, None, None], within[:, :, None], within[:, None, :]]
-
 
 _KINDS = {
     "invertible": "well conditioned",
@@ -653,6 +638,27 @@ _KINDS = {
     "positive scales": "positive numbers",
     "signs": "1 or -1",
 }
+
+
+def moved_by(permutation: Permutation, group: ContinuousGroup, maps: Tensor) -> Tensor:
+    """P M P^-1: the same matrices of a group for neurons that `permutation` has moved.
+
+    Raises:
+        SpecMismatchError: it takes neurons out of their block.
+    """
+    order = _order(permutation, group)
+    if order is None:
+        return maps
+    if group.kind in DIAGONAL:
+        return maps[order]
+    order = order.reshape(group.count, group.size)
+    block = order[:, 0] // group.size
+    within = order % group.size
+    if not bool((order // group.size == block[:, None]).all()):
+        raise SpecMismatchError(
+            f"The permutation takes neurons of {shown(group.name)} out of their block, so that both can't be composed."
+        )
+    return maps[block[:, None, None], within[:, :, None], within[:, None, :]]
 
 
 def _order(permutation: Permutation, group: ContinuousGroup) -> Tensor | None:

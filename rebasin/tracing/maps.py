@@ -369,7 +369,8 @@ def _groups(problem: _Problem) -> Iterator[ContinuousGroup]:
     order = np.lexsort((lowest[classes], _first_of(block, lowest[classes]), _first_of(key, lowest[classes])))
     cuts = np.flatnonzero(np.diff(key[order].astype(np.uint64)) != 0) + 1
     names: set[str] = set()
-    position = np.empty(count, dtype=np.int64)
+    position, block_of = np.empty(count, dtype=np.int64), np.full(count, -1)
+    block_of[classes] = block
     by_owner = np.argsort(where.owner, kind="stable")
     owners = where.owner[by_owner]
     for run in np.split(order, cuts):
@@ -380,7 +381,9 @@ def _groups(problem: _Problem) -> Iterator[ContinuousGroup]:
         low, high = np.searchsorted(owners, mine), np.searchsorted(owners, mine, side="right")
         picked = by_owner[np.concatenate([np.arange(x, y) for x, y in zip(low, high, strict=True)])]
         position[mine] = np.arange(mine.size)
-        sites = _sites(problem, where.pick(picked), place[picked], full[picked], position, mine.size)
+        chosen = where.pick(picked)
+        copy = mix(full[picked], block_of[chosen.owner])  # alike for the neurons of a block
+        sites = _sites(problem, chosen, place[picked], _first_of(copy, chosen.element), position, mine.size)
         if sites is None:
             continue
         site = next((s for s in sites if s.power == 1 and s.gain is None), sites[0])
@@ -440,14 +443,14 @@ def _sites(
     problem: _Problem,
     where: _Occurrences,
     place: np.ndarray,
-    full: np.ndarray,
+    copies_of: np.ndarray,
     position: np.ndarray,
     count: int,
 ) -> tuple[MapSite, ...] | None:
     """Sites with a position for each class; None if the classes do not sit alike."""
     rank = position[where.owner]
-    # Within one class and place, copies are told apart by their rows; alike ones follow the order of positions.
-    order = np.lexsort((where.element, full, rank, place))
+    # The copies of a class in one place in the order in which its block's copies begin.
+    order = np.lexsort((where.element, copies_of, rank, place))
     made: list[tuple[int, MapSite]] = []
     for run in np.split(order, np.flatnonzero(np.diff(place[order].astype(np.uint64)) != 0) + 1):
         copies, rest = divmod(run.size, count)
