@@ -1,8 +1,9 @@
 """A gauge of a network's weights: of all that compute the same by scales and invertible matrices, one is chosen.
 
-In it gains are one, what writes a neuron is as large as what reads it, and inside a head the Gram matrices of writer and
-reader are equal. Two networks that differ by a member of the group differ in their gauges by a permutation and *orthogonal*
-matrices only, which leave norms as they are: what is left to find maximises an inner product, as in weight matching.
+In it gains are one, what writes a neuron is as large as what reads it, and inside a head the Gram matrices of writer
+and reader are equal. Two networks that differ by a member of the group differ in their gauges by a permutation and
+*orthogonal* matrices only, which leave norms as they are: what is left to find maximises an inner product, as in weight
+matching.
 """
 
 from __future__ import annotations

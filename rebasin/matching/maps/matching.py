@@ -1,16 +1,16 @@
 """Weight matching with linear maps: the alignment that brings B's weights closest to A's.
 
-Both endpoints are brought into their gauge first (gauge.py). What is left are permutations and orthogonal matrices M, and
+Both endpoints are brought into their gauge first (gauge.py). What is left are permutations and orthogonal M, and
 
     |A - M pi(B)|^2  =  |A|^2 + |B|^2 - 2 <A, M pi(B)>,
 
 so that the same coordinate descent as in weight matching (Ainsworth et al., section 3.2) goes on with one kind of block
 more: with all else held fixed, the best M of a group is the polar factor of sum over sites of A_s B_s^T (the orthogonal
-Procrustes problem, Schoenemann 1966; for maps that keep the ones in what is orthogonal to them), and heads are assigned to
-each other by what the best M between them would reach, the sum of singular values. No step lowers the objective.
+Procrustes problem, Schoenemann 1966; for maps that keep the ones in what is orthogonal to them), and heads are assigned
+to each other by what the best M between them would reach, the sum of singular values. No step lowers the objective.
 
-The start goes from the input to the output, each unit by what is settled already. A closest alignment is not yet the one
-with the lowest barrier: docs/continuous.md has what each is worth.
+The start goes from the input to the output, each unit by what is settled already. The closest alignment is not yet the
+one with the lowest barrier: docs/continuous.md has what each is worth.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from ...spec.mapped import MappedState
 from ...types import Progress, State, tell
 from ..assignment.blocks import leaves
 from ..result import MatchResult, Sweep, Update
+from ..result import plain as as_plain
 from ..weights.costs import Choose, WeightCosts
 from ..weights.endpoints import Endpoints
 from ..weights.matching import weight_matching
@@ -65,8 +66,8 @@ RANK = 1e-6
 class MapsResult(MatchResult):
     """An alignment with maps; the fields of `MatchResult` with these differences.
 
-    `objective` and `initial_objective` are <A, M pi(B)> over all that moves, both in their gauge; the distances are those
-    of the weights as they are.
+    `objective` and `initial_objective` are <A, M pi(B)> over all that moves, both in their gauge; the distances are
+    those of the weights as they are.
 
     Attributes:
         alignment: what brings B to A, gauge included: `alignment.apply(state_b)`; `permutation` is its permutation.
@@ -77,12 +78,8 @@ class MapsResult(MatchResult):
     left_out: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     def to_dict(self) -> dict[str, Any]:
-        without = {**vars(self)}
-        del without["alignment"]
-        return {
-            **MatchResult(**{k: without[k] for k in MatchResult.__dataclass_fields__}).to_dict(),
-            "left_out": dict(self.left_out),
-        }
+        told = as_plain(self, "permutation", "alignment")
+        return {**told, "moved": self.moved, "moved_per_group": self.moved_per_group}
 
 
 @typed
@@ -136,11 +133,19 @@ def weight_alignment(
             break
     found = Alignment(pair.permutation, pair.maps)
     alignment = gauges[0].invert().compose(found).compose(gauges[1])
-    after = _distance(a, alignment.apply(b))
     return MapsResult(
-        alignment.permutation, history[-1].objective, tuple(history), converged, perf_counter() - began, initial, before,
-        after, (history[-1].objective,), alignment=alignment, left_out=pair.left_out,
-    )  # fmt: skip
+        permutation=alignment.permutation,
+        objective=history[-1].objective,
+        history=tuple(history),
+        converged=converged,
+        seconds=perf_counter() - began,
+        initial_objective=initial,
+        distance_before=before,
+        distance_after=_distance(a, alignment.apply(b)),
+        restarts=(history[-1].objective,),
+        alignment=alignment,
+        left_out=pair.left_out,
+    )
 
 
 def touched_by(spec: PermutationSpec) -> list[str]:
@@ -261,24 +266,16 @@ class _Pair:
         self.maps[group.name] = matrices * old if group.kind in DIAGONAL else matrices @ old
 
     def products(self, group: ContinuousGroup, choose: Choose | None, every: bool = False) -> Tensor:
-        """sum over sites of A_s B_s^T, float64 [count, size, size]; `every`: of all blocks with all, [count, count, ...]."""
-        shape = (
-            (group.count, group.count, group.size, group.size)
-            if every
-            else (group.count, group.size, group.size)
-        )
-        if group.kind in DIAGONAL:
-            shape = (group.neurons, 1, 1)
-        if every and group.kind in DIAGONAL:
-            shape = (group.neurons, group.neurons, 1, 1)
+        """sum over sites of A_s B_s^T, float64 [count, size, size]; of all blocks with all if `every`, [count, count,
+        size, size]. Diagonal groups have blocks of one neuron.
+        """
+        count, size = (group.neurons, 1) if group.kind in DIAGONAL else (group.count, group.size)
+        shape = (count, count, size, size) if every else (count, size, size)
         total = torch.zeros(shape, dtype=torch.float64)
         for site in group.sites:
-            if site.parameter not in self.counted or not (
-                choose is None or choose(site.parameter, site.axis)
-            ):
-                continue
-            x, y = (rows(site, s[site.parameter], shape[0]).double() for s in (self.seen, self.b))
-            total += torch.einsum("kim,ljm->klij", x, y) if every else x @ y.mT
+            if site.parameter in self.counted and (choose is None or choose(site.parameter, site.axis)):
+                x, y = (rows(site, s[site.parameter], count).double() for s in (self.seen, self.b))
+                total += torch.einsum("kim,ljm->klij", x, y) if every else x @ y.mT
         return total
 
 
@@ -310,8 +307,8 @@ def _best(group: ContinuousGroup, pair: _Pair, choose: Choose | None = None) -> 
 class _Heads:
     """A group of blocks that may change places as wholes, of which some are blocks of continuous groups.
 
-    `cells[k]`: the neurons of child k by cell; `places[name][k]`: the blocks of the continuous group in it; `rest[k]`: the
-    neurons that are in no such block.
+    `cells[k]`: the neurons of child k by cell; `places[name][k]`: the blocks of the continuous group in it; `rest[k]`:
+    the neurons that are in no such block.
     """
 
     group: Group
@@ -401,7 +398,7 @@ def _assign_signed(pair: _Pair, unit: _Signed, choose: Choose | None = None) -> 
 def _part(
     group: Group, child: Node, where: Mapping[tuple[str, int, int], tuple[ContinuousGroup, int, int]]
 ) -> tuple[dict[str, np.ndarray], dict[str, list[int]] | None, tuple[tuple[str, np.ndarray], ...]]:
-    """The neurons of a child by cell in the order of the maps' blocks, the blocks (None: no matrix mixes any), the rest."""
+    """A child's neurons by cell in the order of maps' blocks, these blocks (None: no matrix mixes any), the rest."""
     cells: dict[str, list[np.ndarray]] = {}
     blocks: dict[str, list[int]] = {}
     rest, mixed = [], False

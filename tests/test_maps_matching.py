@@ -1,0 +1,141 @@
+"""Weight matching with maps: planted alignments are found, steps never lose, gauges are gauges."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_maps import Residual, standard
+from torch import Tensor, nn
+
+import rebasin
+from experiments.zoo import ZOO
+from rebasin.matching.maps import weight_alignment
+from rebasin.matching.maps.gauge import canonical, rows
+from rebasin.matching.maps.matching import procrustes, touched_by
+from rebasin.spec import PermutationSpec
+
+State = dict[str, Tensor]
+
+
+def drawn(spec: PermutationSpec, seed: int = 0, dtype: torch.dtype = torch.float64) -> State:
+    """Weights as trainings leave them: matrices of unit gain, gains around one, small biases."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in spec.shapes.items():
+        noise = torch.randn(shape, generator=generator, dtype=dtype)
+        gain = len(shape) == 1 and name.endswith("weight")
+        state[name] = noise * (0.1 if len(shape) < 2 else math.prod(shape[1:]) ** -0.5) + gain
+    return state
+
+
+def noisy(state: State, share: float) -> State:
+    torch.manual_seed(5)
+    return {n: t + share * t.std() * torch.randn_like(t) if t.numel() > 1 else t for n, t in state.items()}
+
+
+def apart(a: State, b: State) -> float:
+    return math.sqrt(sum(float((b[n] - t).square().sum()) for n, t in a.items()))
+
+
+def model_of(name: str) -> tuple[nn.Module, tuple, dict]:
+    torch.manual_seed(0)
+    if name == "residual":
+        return Residual(), (torch.randn(2, 5, 12),), {}
+    family = (
+        "blocks" if name in ZOO["blocks"] else "transformers" if name in ZOO["transformers"] else "diffusers"
+    )
+    return ZOO[family][name](False)
+
+
+PLANTED = [
+    "residual",
+    "rope_gqa",
+    "conv_flatten_linear",
+    "gpt2",
+    "llama_gqa",
+    "qwen3_qk_norm",
+    "vit_classifier_logits",
+]
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_alignment_is_found(name: str) -> None:
+    """Permutation, rotations, matrices in heads, scales, signs at once: to rounding, and to the noise."""
+    model, args, kwargs = model_of(name)
+    spec = rebasin.trace(model, *args, **kwargs)
+    a = drawn(spec)
+    planted = spec.random_alignment(7).invert()
+    norm = apart(a, {n: torch.zeros_like(t) for n, t in a.items()})
+    found = weight_alignment(spec, a, planted.apply(a))
+    assert found.converged and not found.left_out
+    assert found.distance_after < 1e-4 * norm < 0.3 * found.distance_before
+    near = noisy(a, 0.1)
+    found = weight_alignment(spec, a, planted.apply(near))
+    assert found.distance_after < 1.1 * apart(a, near)
+    moved = found.alignment.apply(planted.apply(near))
+    names = touched_by(spec)
+    told = apart({n: a[n] for n in names}, {n: moved[n] for n in names})
+    assert told == pytest.approx(found.distance_after)
+
+
+def test_no_sweep_loses_and_the_function_stays() -> None:
+    model, spec, x = standard()
+    a, b = drawn(spec, 0), drawn(spec, 1)
+    found = weight_alignment(spec, a, b)
+    objectives = [sweep.objective for sweep in found.history]
+    assert objectives == sorted(objectives) and found.initial_objective < objectives[0]
+    model.load_state_dict(b)
+    wanted = model(x)
+    model.load_state_dict(found.alignment.apply(b))
+    torch.testing.assert_close(model(x), wanted, rtol=1e-9, atol=1e-9)
+    again = weight_alignment(spec, a, b)
+    assert again.alignment.is_close(found.alignment, 1e-12) and again.to_dict()["left_out"] == {}
+    better = rebasin.weight_matching(spec, a, b)
+    assert found.distance_after < better.distance_after
+
+
+def test_a_gauge_is_the_same_for_all_that_compute_the_same() -> None:
+    """Up to a permutation and orthogonal matrices: gains are one, writers as large as readers, Gram matrices equal."""
+    _, spec, _ = standard()
+    a = drawn(spec)
+    for state in (a, spec.random_alignment(3).apply(a)):
+        gauged = canonical(spec, state).apply(state)
+        for group in spec.continuous:
+            gram = torch.zeros(2, group.count, group.size, group.size, dtype=torch.float64)
+            for site in group.sites:
+                own = rows(site, gauged[site.parameter], group.count)
+                gram[int(site.power < 0)] += own @ own.mT
+            if group.kind == "invertible" or group.name.startswith("parts.1"):
+                torch.testing.assert_close(gram[0], gram[1], rtol=1e-6, atol=1e-9)
+        for k in range(3):
+            torch.testing.assert_close(gauged[f"norms.{k}.weight"], torch.ones(12).double())
+    first, second = (canonical(spec, s).apply(s) for s in (a, spec.random_alignment(3).apply(a)))
+    for name, tensor in first.items():
+        assert float(second[name].norm()) == pytest.approx(float(tensor.norm()), rel=1e-6), name
+
+
+def test_procrustes_is_the_best_of_its_kind() -> None:
+    _, spec, _ = standard()
+    generator = torch.Generator().manual_seed(0)
+    for group in spec.continuous:
+        shape = (group.neurons, 1, 1) if len(group.shape) == 1 else group.shape
+        products = torch.randn(shape, generator=generator, dtype=torch.float64)
+        best = procrustes(group, products)
+        if group.kind.startswith("rotations"):
+            assert group.distance(best) < 1e-12
+            others = [group.random(generator) for _ in range(200)]
+            assert all((other * products).sum() < (best * products).sum() for other in others)
+        elif group.kind == "scales":
+            assert (best * products.reshape(-1)).min() >= 0
+
+
+def test_gains_that_no_scale_takes_away_hold_their_stream() -> None:
+    from test_maps import C, Written, found
+
+    _, spec, _ = found(Residual(lambda: Written(C, 1.0)))
+    a = drawn(spec)
+    result = weight_alignment(spec, a, spec.random_alignment(1).apply(a))
+    assert result.left_out == {"enter.weight[0]": "gains stand before it that no scale takes away"}
+    assert "enter.weight[0]" not in result.alignment.maps
