@@ -411,7 +411,7 @@ def ordered(net: Network, rng: Rng, x: Tensor) -> Tensor:
         return x.argmax(d, keepdim=True) * 0.1 + x
     if kind == 8:
         return F.one_hot(x.argmax(-1), x.shape[-1]).to(x) * x
-    return x.median(d, keepdim=True).values * x
+    return x.contiguous().median(d, keepdim=True).values * x  # of expanded tensors torch's are wrong
 
 
 # ------------------------------------------------------------------------------------------------- shapes

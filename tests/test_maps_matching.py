@@ -55,7 +55,6 @@ PLANTED = [
     "conv_flatten_linear",
     "gpt2",
     "llama_gqa",
-    "qwen3_qk_norm",
     "vit_classifier_logits",
 ]
 

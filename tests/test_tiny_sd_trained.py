@@ -26,6 +26,7 @@ SHORT = [
     "model.recipe.batch_size=4", "model.text_recipe.batch_size=4", "data.train=8", "data.heldout=8",
     "evaluate.points=3", "model.samples=1", "model.steps=2",
 ]  # fmt: skip
+UNSEEN = [*SHORT[:-2], "model.samples=0"]
 SEARCHED = ["algo=ste_reward_quick", "algo.steps=1", "algo.refine=0", "algo.init=identity", "algo.reward.train=5",
             "algo.reward.batch_size=2", "algo.reward.steps=2",
             "algo.reward.scorer=test_tiny_sd_trained:ink"]  # fmt: skip
@@ -66,7 +67,7 @@ def test_a_training_is_kept_and_its_seed_and_recipe_matter(cache: Path) -> None:
 
 def test_with_text_encoders_of_their_own_the_joint_spec_moves_what_passes_between(tmp_path: Path) -> None:
     joint, _ = execute(tmp_path / "joint", *SHORT, "model.text=own", "model.joint=true")
-    apart, _ = execute(tmp_path / "apart", *SHORT, "model.text=own", "model.samples=0", *SEARCHED)
+    apart, _ = execute(tmp_path / "apart", *UNSEEN, "model.text=own", *SEARCHED)
     assert joint["spec"]["neurons"] - apart["spec"]["neurons"] == tiny_sd.HIDDEN
     assert joint["verify"]["unet"]["passed"] and joint["endpoints"] == {"a": "seed 0", "b": "seed 1"}
     assert joint["curves"]["heldout"]["naive"]["losses"] == apart["curves"]["heldout"]["naive"]["losses"]

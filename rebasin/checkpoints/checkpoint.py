@@ -212,9 +212,14 @@ def unwrapped(state: State, where: object) -> State:
 
 
 def without_prefix(state: State) -> State:
-    """`state` without words that stand before all of its names ("net.", "model."), if a model is known by the rest."""
+    """`state` without words that stand before all of its names ("net.", "model."), if a model is known by the rest.
+
+    The words of something else (a ControlNet's "control_model.") stay.
+    """
     found = state
     for _ in range(3):
+        if foreign(dict.fromkeys(found)):
+            return state
         first, dot, _ = next(iter(found), "").partition(".")
         prefix = first + dot
         if components.locate(dict.fromkeys(found)):

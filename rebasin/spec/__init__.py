@@ -20,7 +20,6 @@ from .permutation import (
     PermutedState,
     Pin,
     displaced,
-    moved_by,
 )
 from .structure import Branch, Cell, Group, Indices, Leaf, Node, Site, admits, first_leaf, indices, to_array
 
@@ -47,6 +46,5 @@ __all__ = [
     "displaced",
     "first_leaf",
     "indices",
-    "moved_by",
     "to_array",
 ]

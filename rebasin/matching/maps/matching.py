@@ -40,11 +40,11 @@ from ...spec import (
     PermutationSpec,
     Site,
     displaced,
-    moved_by,
     to_array,
 )
 from ...spec.continuous import ones_complement
 from ...spec.mapped import MappedState
+from ...spec.permutation import moved_by
 from ...types import Progress, State, tell
 from ..assignment.blocks import leaves
 from ..result import MatchResult, Sweep, Update
