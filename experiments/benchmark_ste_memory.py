@@ -69,8 +69,8 @@ def resident() -> float:
     return pages * resource.getpagesize() / GB
 
 
-def unet(seed: int, channels: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """SD 1.5's UNet with random weights, made in `dtype` at once; it has 320 channels."""
+def unet(seed: int, channels: int, dtype: torch.dtype, device: str, **others: Any) -> torch.nn.Module:
+    """SD 1.5's UNet with random weights, made in `dtype` at once; it has 320 channels, and may be given `others`."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     before = torch.get_default_dtype()
@@ -79,7 +79,11 @@ def unet(seed: int, channels: int, dtype: torch.dtype, device: str) -> torch.nn.
     try:
         with torch.device(device):
             widths = tuple(channels * factor for factor in (1, 2, 4, 4))
-            return UNet2DConditionModel(**SD15, block_out_channels=widths).eval().requires_grad_(False)
+            return (
+                UNet2DConditionModel(**{**SD15, "block_out_channels": widths, **others})
+                .eval()
+                .requires_grad_(False)
+            )
     finally:
         torch.set_default_dtype(before)
 

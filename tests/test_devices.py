@@ -20,6 +20,7 @@ from test_run import configured, execute
 from torch import Tensor, nn
 
 import rebasin
+from experiments.check_gpu_parts import PARTS, Setting
 from rebasin.errors import ConfigError
 from rebasin.matching.weights import estimate
 from rebasin.tasks import load_task
@@ -151,3 +152,22 @@ def test_pictures_and_rewards_are_made_on_the_device(pretend: Any) -> None:
     assert float(loss.detach()) == pytest.approx(
         float(plain.objective.loss(loaded(plain.model, a), plain.batches["train"][0]).detach()), rel=1e-4
     )
+
+
+@there
+@pytest.mark.parametrize("name", ["weights", "activations", "step", "evaluation"])
+def test_parts_of_the_check_of_a_gpu_compute_on_the_device(
+    pretend: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each computes the same on the device and beside it, and compares."""
+    monkeypatch.setattr(estimate, "matmul_rate", lambda *_: 1.0)
+    (part,) = [part for part in PARTS if part.name == name]
+    with pretend.Watch() as watch:
+        figures = part.run(Setting(pretend.DEVICE, True, tmp_path))
+    if name == "weights":  # whose products are none of those that are counted (addmm_)
+        assert figures["where"] == str(pretend.DEVICE)
+    else:
+        assert watch.on_device["addmm"] and watch.on_device.keys() >= watch.beside.keys() & {
+            "mm",
+            "convolution",
+        }

@@ -9,19 +9,22 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cli_files import rebasin
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
+from test_run import execute
 
 from rebasin import report
 from rebasin.errors import CheckpointError, ConfigError
 from rebasin.files import config_dir
 from rebasin.integrations.hydra import resolved
 from rebasin.jobs import experiments
+from rebasin.jobs.algorithm import load_algorithm
 from rebasin.jobs.configuration import check_types
 from rebasin.jobs.studies import counterexample, run_study
 from rebasin.jobs.studies.plane import Plane
@@ -82,6 +85,36 @@ def test_every_experiment_composes_and_its_declaration_is_complete(composed):
             } >= set(declared[size])
     folders = {str(cfg.experiment.name) for cfg in composed.values()}
     assert folders == set(experiments.names())
+
+
+def named(config: Any, wanted: str) -> list[Any]:
+    """The values of all keys of this name."""
+    if isinstance(config, dict):
+        own = [value for key, value in config.items() if key == wanted]
+        return own + [found for value in config.values() for found in named(value, wanted)]
+    return []
+
+
+def test_every_recipe_composes_for_either_device():
+    for name in experiments.names():
+        cfg = configured(*first_job(name, "full", "device=cuda"))
+        # An algorithm's own `device` is its default, which counts as not set.
+        assert "device" not in load_algorithm(cfg.algo).options, name
+        with open_dict(cfg):
+            del cfg.path, cfg.experiment, cfg.logger, cfg.algo  # which speak of the running job
+        for device in ("cuda", "cpu"):
+            cfg.device = device
+            assert set(named(OmegaConf.to_container(cfg, resolve=True), "device")) == {device}, name
+
+
+def test_a_recipe_starts_on_the_device_that_it_is_given(tmp_path):
+    recipe = first_job("width", "small", *TINY)
+    assert execute(tmp_path / "cpu", *recipe, "device=cpu")[0]["environment"]["device"] == "CPU"
+    if torch.cuda.is_available():
+        assert execute(tmp_path / "cuda", *recipe, "device=cuda")[0]["environment"]["device"] != "CPU"
+    else:
+        with pytest.raises(ConfigError, match=r"device is 'cuda', but torch finds no such device"):
+            execute(tmp_path / "cuda", *recipe, "device=cuda")
 
 
 @pytest.mark.parametrize("name", ["norms", "diffusion", "width"])
