@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import SpecMismatchError, shown
 from ..types import LazyState, State, origin_of
-from .continuous import DIAGONAL, ContinuousGroup, GainSite, power
+from .continuous import DIAGONAL, ContinuousGroup, GainSite, MapSite, power
 from .structure import to_array
 
 TINY = 1e-6
@@ -53,42 +53,40 @@ class MappedState(LazyState):
         # Scales last: S stands before what else acts at a site.
         self.groups = sorted((g for g in groups if g.name in maps), key=lambda g: g.kind in DIAGONAL)
         self.maps, self.aliases = maps, aliases
+        self._sites: dict[str, list[tuple[ContinuousGroup, MapSite]]] = {}
+        for group in self.groups:
+            for site in group.sites:
+                self._sites.setdefault(site.parameter, []).append((group, site))
         self._powers: dict[tuple[str, int], Tensor] = {}
         self._vectors: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.known[name]
-        for group, number in self._sites(self.aliases.get(name, name)):
-            tensor = self._act(tensor, group, number)
+        for group, site in self._sites.get(self.aliases.get(name, name), ()):
+            tensor = self._act(tensor, group, site)
         return tensor
 
     def origin(self, name: str) -> str | None:
         return origin_of(self.known, name)
 
-    def _sites(self, name: str) -> Iterator[tuple[ContinuousGroup, int]]:
-        for group in self.groups:
-            for number, site in enumerate(group.sites):
-                if site.parameter == name:
-                    yield group, number
-
-    def _act(self, tensor: Tensor, group: ContinuousGroup, number: int) -> Tensor:
+    def _act(self, tensor: Tensor, group: ContinuousGroup, site: MapSite) -> Tensor:
         """W <- G M G^-1 W along the axis of a site; in double precision if W is, else in single."""
-        site = group.sites[number]
         dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        positions = torch.from_numpy(to_array(site.positions)).to(tensor.device)
         rows = tensor.movedim(site.axis, 0)
-        shape = rows[positions].shape
-        chosen = rows[positions].to(dtype).reshape(len(positions), -1)
+        whole = site.positions == range(rows.shape[0])
+        positions = None if whole else torch.from_numpy(to_array(site.positions)).to(tensor.device)
+        chosen = rows if positions is None else rows[positions]
+        flat = chosen.to(dtype).reshape(len(site.positions), -1)
         maps = self._power(group, site.power).to(tensor.device)
         if group.kind in DIAGONAL:
-            moved = maps.to(dtype)[:, None] * chosen
+            moved = maps.to(dtype)[:, None] * flat
         else:
             gain = self._gain(group, site.gain)
             if gain is not None:
                 maps = maps * gain[:, :, None] / gain[:, None, :]
-            moved = maps.to(dtype) @ chosen.reshape(group.count, group.size, -1)
-        out = rows.clone()
-        out[positions] = moved.reshape(shape).to(tensor.dtype)
+            moved = maps.to(dtype) @ flat.reshape(group.count, group.size, -1)
+        moved = moved.reshape(chosen.shape).to(tensor.dtype)
+        out = moved if positions is None else rows.index_copy(0, positions, moved)
         return out.movedim(0, site.axis).contiguous()
 
     def _power(self, group: ContinuousGroup, exponent: int) -> Tensor:

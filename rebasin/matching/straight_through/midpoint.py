@@ -99,6 +99,15 @@ class Ends:
                 sums[name] = sums[name].add_(share) if name in sums else share
         return total, sums
 
+    def loss(self, tensors: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """The loss of a batch at `tensors`, differentiable by those that need a gradient."""
+
+        def compute(data: Any) -> Tensor:
+            with self._narrow():
+                return self._objective.loss(self._inside.model, data)
+
+        return self._call(tensors, compute, batch)
+
     def evaluate(self, tensors: Mapping[str, Tensor], batches: Sequence[Any]) -> float:
         """The mean loss at `tensors` over all samples of `batches`, in eval mode."""
         return self._call(tensors, self._loss, batches)
