@@ -3,7 +3,7 @@
 A rotation that brings two streams closest is not the one under which their mean computes well (docs/continuous.md). So
 the maps are learned: with A' = M_A A and B' = M_B pi(B), exact symmetries of either model, minimise by gradient
 
-    loss((1 - lambda) A' + lambda B'),      lambda ~ U(low, high),
+    loss((1 - lambda) A' + lambda B'),      lambda ~ U(lam_low, lam_high),
 
 over skew matrices S with M = exp(S - S^T) (for LayerNorm in what is orthogonal to the ones), invertible matrices I + X
 near the identity, and scales exp(x). The models at the ends stay what they are, whatever is learned. The norm gains of
@@ -117,8 +117,8 @@ def learned_matching(
     kinds: Sequence[str] | None = None,
     steps: int = 250,
     lr: float = 2e-2,
-    low: float = 0.4,
-    high: float = 0.6,
+    lam_low: float = 0.4,
+    lam_high: float = 0.6,
     evaluate_every: int = 10,
     autocast: Autocast | None = None,
     checkpointing: bool = False,
@@ -143,7 +143,7 @@ def learned_matching(
             "scales", "positive scales"); None: all.
         steps: gradient steps of Adam.
         lr: its learning rate, which falls to 0 along a cosine.
-        low, high: lambda is drawn uniformly from between them at each step.
+        lam_low, lam_high: lambda is drawn uniformly from between them at each step.
         evaluate_every: steps between looks at the held-out batches; the last step always has one.
         autocast: "bf16" computes losses and gradients in bfloat16 where torch deems that safe.
         checkpointing: keep only the activations between blocks, for a third more time.
@@ -160,10 +160,10 @@ def learned_matching(
     check_choices(ends=(ends, EndsMoved), autocast=(autocast, Autocast))
     check_range(1, steps=steps, evaluate_every=evaluate_every)
     check_range(0, lr=lr, seed=seed)
-    check_range(0, 1, low=low, high=high)
+    check_range(0, 1, lam_low=lam_low, lam_high=lam_high)
     unknown = sorted(set(kinds or ()) - set(KINDS))
-    if unknown or low > high:
-        told = f"kinds has {unknown[0]!r}; choose of {', '.join(KINDS)}" if unknown else "low is above high"
+    if unknown or lam_low > lam_high:
+        told = f"kinds has {unknown[0]!r}; choose of {', '.join(KINDS)}" if unknown else "lam_low is above lam_high"
         raise ConfigError(f"{told}.")
     learn, select = split(batches, heldout)
     where = device_of(model_a) if device is None else find_device(device)
@@ -213,7 +213,7 @@ def learned_matching(
         draw = Draws(pair, learn, 1, seed)
         for step in range(1, steps + 1):
             (batch,) = next(draw)
-            share = low + (high - low) * float(torch.rand((), generator=generator))
+            share = lam_low + (lam_high - lam_low) * float(torch.rand((), generator=generator))
             for one in optimizer.param_groups:
                 one["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
             optimizer.zero_grad()
