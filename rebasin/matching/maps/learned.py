@@ -163,7 +163,11 @@ def learned_matching(
     check_range(0, 1, lam_low=lam_low, lam_high=lam_high)
     unknown = sorted(set(kinds or ()) - set(KINDS))
     if unknown or lam_low > lam_high:
-        told = f"kinds has {unknown[0]!r}; choose of {', '.join(KINDS)}" if unknown else "lam_low is above lam_high"
+        told = (
+            f"kinds has {unknown[0]!r}; choose of {', '.join(KINDS)}"
+            if unknown
+            else "lam_low is above lam_high"
+        )
         raise ConfigError(f"{told}.")
     learn, select = split(batches, heldout)
     where = device_of(model_a) if device is None else find_device(device)

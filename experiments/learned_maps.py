@@ -1,0 +1,158 @@
+"""What maps are worth on two diffusion models that were trained apart: naive, permutations, learned maps.
+
+    python -m experiments.learned_maps                                      # the pair that ships, about 5 minutes
+    python -m experiments.learned_maps --pair PATH/unet64 --width 64 --data mnist.npz    # PATH/unet64_a and _b.safetensors
+    python -m experiments.learned_maps --steps 400 --json learned.json
+
+Barriers are of the denoising loss on held-out digits: the worst of 21 points of the line between what A and B became,
+above the line between their losses. Maps leave both losses as they are, which the last column checks.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import rebasin
+from rebasin.data import captioned_digits
+from rebasin.files import write_text
+from rebasin.matching import activation_matching
+from rebasin.matching.activations.hybrids import activation_and_weight
+from rebasin.matching.maps import learned_matching, weight_alignment
+from rebasin.models import tiny_sd
+from rebasin.objectives import Denoising
+from rebasin.tensors import load_safetensors
+from rebasin.tensors.modules import loaded
+from rebasin.types import ProgressEvent
+
+ROTATION = ["rotations", "rotations that keep ones"]
+State = Mapping[str, Tensor]
+
+
+def endpoints(pair: Path | None, width: int) -> tuple[nn.Module, State, State]:
+    """A model of that width, and the weights of A and B in fp32."""
+    if pair is None:
+        a, b = (tiny_sd.load_unet(name).state_dict() for name in ("seed0", "seed1"))
+        return tiny_sd.load_unet("seed0"), a, b
+    files = [pair.with_name(f"{pair.name}_{end}.safetensors") for end in "ab"]
+    a, b = ({n: t.float() for n, t in load_safetensors(file).items()} for file in files)
+    return loaded(tiny_sd.new_unet(0, width), a), a, b
+
+
+def tell(console: Console, event: ProgressEvent) -> None:
+    if event["step"] % 25 == 0:
+        best, left = event["objective"], event["left"]
+        console.print(
+            f"  step {event['step']} of {event['total']}: {best:.4f} so far, {left:.0f} s left",
+            highlight=False,
+        )
+
+
+def main(
+    pair: Annotated[
+        Path | None, typer.Option(help="NAME of NAME_a and NAME_b.safetensors; default: ours")
+    ] = None,
+    width: Annotated[int, typer.Option(help="of the UNets of that pair")] = 32,
+    data: Annotated[
+        Path | None, typer.Option(help="all of MNIST, .npz or folder; default: the digits here")
+    ] = None,
+    train: Annotated[int, typer.Option(help="images to learn from")] = 500,
+    heldout: Annotated[int, typer.Option(help="images to measure on")] = 250,
+    batch: Annotated[int, typer.Option(help="images in a batch")] = 125,
+    steps: Annotated[int, typer.Option(help="gradient steps of the maps of both ends")] = 250,
+    points: Annotated[int, typer.Option(help="points of the line")] = 21,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="keep the figures here")] = None,
+) -> None:
+    """Measure naive, permutations, closed forms and learned maps on one pair; prints a table."""
+    torch.manual_seed(seed)
+    console = Console()
+    model, a, b = endpoints(pair, width)
+    model = model.eval()
+    scheduler = tiny_sd.load_scheduler()
+    parts = tiny_sd.load_vae(), tiny_sd.load_text_encoder(), tiny_sd.load_tokenizer(), scheduler
+    path = None if data is None else str(data)
+
+    def batches(split: str, n: int, number: int) -> list[Any]:
+        return captioned_digits.denoising_batches(
+            *parts, split=split, n=n, batch_size=batch, seed=number, path=path
+        )
+
+    learn, held = batches("train", train, seed + 1), batches("test", heldout, seed)
+    objective = Denoising(scheduler.config["prediction_type"], scheduler.alphas_cumprod)
+    x = learn[0]
+    spec = rebasin.trace(model, x["latents"][:2], x["timesteps"][:2], x["condition"][:2])
+    rebasin.verify(
+        model, spec, x["latents"][:2], x["timesteps"][:2], x["condition"][:2], dtype=torch.float64
+    ).require()
+    free = sum(group.dimension for group in spec.continuous)
+    console.print(
+        f"{spec.neurons:,} neurons; {free:,} free dimensions in {len(spec.continuous)} continuous groups, proved"
+    )
+    models = [loaded(copy.deepcopy(model), state).eval() for state in (a, b)]
+    rows: dict[str, dict[str, Any]] = {}
+
+    def measure(name: str, ends: tuple[State, State], seconds: float) -> None:
+        curve = rebasin.barrier(model, *ends, lambda m: objective.evaluate(m, held), points=points)
+        losses = curve.losses
+        rows[name] = {
+            "barrier": curve.barrier, "midpoint": losses[points // 2], "ends": [losses[0], losses[-1]],
+            "seconds": seconds, "losses": list(losses),
+        }  # fmt: skip
+        share = curve.barrier / rows["naive"]["barrier"]
+        console.print(f"{name}: {curve.barrier:.4f} ({share:.1%}), {seconds:.0f} s")
+
+    def timed(work: Any, *given: Any, **options: Any) -> tuple[Any, float]:
+        began = time.perf_counter()
+        return work(*given, **options), time.perf_counter() - began
+
+    measure("naive", (a, b), 0.0)
+    options = {"objective": objective, "seed": seed}
+    found, seconds = timed(activation_matching, spec, *models, learn, **options)
+    measure("activations, permutation", (a, found.permutation.apply(b)), seconds)
+    start, seconds = timed(activation_and_weight, spec, *models, learn, **options)
+    measure("both costs, permutation", (a, start.permutation.apply(b)), seconds)
+    found, seconds = timed(weight_alignment, spec, a, b, seed=seed)
+    measure("weights, permutation and maps", (a, found.alignment.apply(b)), seconds)
+    for name, given in (
+        ("learned rotations of B", {"ends": "b", "kinds": ROTATION, "steps": max(1, steps // 4)}),
+        ("learned maps of both", {"steps": steps}),
+    ):
+        given |= {"init": start.permutation, "seed": seed, "progress": lambda event: tell(console, event)}
+        found, seconds = timed(learned_matching, spec, *models, objective, learn, **given)
+        measure(name, found.apply(a, b), seconds)
+    table = Table("", "barrier", "share", "midpoint", "A", "B", "seconds")
+    for name, row in rows.items():
+        share = row["barrier"] / rows["naive"]["barrier"]
+        figures = (row["midpoint"], *row["ends"])
+        table.add_row(
+            name,
+            f"{row['barrier']:.4f}",
+            f"{share:.1%}",
+            *(f"{x:.4f}" for x in figures),
+            f"{row['seconds']:.0f}",
+        )
+    console.print(table)
+    if json_file is not None:
+        about = {
+            "pair": str(pair or "embedded"),
+            "steps": steps,
+            "train": train,
+            "heldout": heldout,
+            "points": points,
+        }
+        write_text(json_file, json.dumps({**about, "torch": torch.__version__, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)
