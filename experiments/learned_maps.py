@@ -1,7 +1,7 @@
 """What maps are worth on two diffusion models that were trained apart: naive, permutations, learned maps.
 
     python -m experiments.learned_maps                                      # the pair that ships, about 5 minutes
-    python -m experiments.learned_maps --pair PATH/unet64 --width 64 --data mnist.npz    # PATH/unet64_a and _b.safetensors
+    python -m experiments.learned_maps --pair PATH/unet64 --width 64 --data mnist.npz   # PATH/unet64_{a,b}.safetensors
     python -m experiments.learned_maps --steps 400 --json learned.json
 
 Barriers are of the denoising loss on held-out digits: the worst of 21 points of the line between what A and B became,
@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -83,7 +83,7 @@ def main(
     parts = tiny_sd.load_vae(), tiny_sd.load_text_encoder(), tiny_sd.load_tokenizer(), scheduler
     path = None if data is None else str(data)
 
-    def batches(split: str, n: int, number: int) -> list[Any]:
+    def batches(split: Literal["train", "test"], n: int, number: int) -> list[Any]:
         return captioned_digits.denoising_batches(
             *parts, split=split, n=n, batch_size=batch, seed=number, path=path
         )

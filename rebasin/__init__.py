@@ -17,6 +17,7 @@ _PUBLIC = {
     "weight_matching": "matching",
     "activation_matching": "matching",
     "straight_through": "matching.straight_through",
+    "learned_matching": "matching",
     "merge_many": "matching",
     "interpolate": "merging",
     "merge": "merging",
@@ -38,6 +39,7 @@ __all__ = [
     "barrier",
     "compose",
     "interpolate",
+    "learned_matching",
     "merge",
     "merge_many",
     "straight_through",
@@ -49,7 +51,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .errors import RebasinError
     from .evaluation import barrier
-    from .matching import activation_matching, merge_many, weight_matching
+    from .matching import activation_matching, learned_matching, merge_many, weight_matching
     from .matching.straight_through.estimator import straight_through
     from .merging import interpolate, merge
     from .spec import Alignment, Permutation, PermutationSpec

@@ -14,6 +14,7 @@ from .many.methods import merge_many
 from .many.pivot import match_by_tree, match_to_pivot, naive_mean
 from .many.result import ManyResult, ManyState, load_permutations, save_permutations
 from .many.straight_through import straight_through_many
+from .maps import LearnedResult, MapsResult, learned_matching, weight_alignment
 from .naive import naive
 from .result import MatchResult, MatchState, Sweep, Update
 from .weights.certificate import exchange_losses
@@ -25,8 +26,10 @@ __all__ = [
     "ActivationStatistics",
     "Assignment",
     "Costs",
+    "LearnedResult",
     "ManyResult",
     "ManyState",
+    "MapsResult",
     "MatchResult",
     "MatchState",
     "Sweep",
@@ -38,6 +41,7 @@ __all__ = [
     "assign",
     "cycle_error",
     "exchange_losses",
+    "learned_matching",
     "linear_assignment",
     "load_permutations",
     "match_by_tree",
@@ -52,5 +56,6 @@ __all__ = [
     "prompt_activation_matching",
     "save_permutations",
     "straight_through_many",
+    "weight_alignment",
     "weight_matching",
 ]
