@@ -73,7 +73,7 @@ class MappedState(LazyState):
         """W <- G M G^-1 W along the axis of a site; in double precision if W is, else in single."""
         dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         rows = tensor.movedim(site.axis, 0)
-        whole = site.positions == range(rows.shape[0])
+        whole = isinstance(site.positions, range) and site.positions == range(rows.shape[0])
         positions = None if whole else torch.from_numpy(to_array(site.positions)).to(tensor.device)
         chosen = rows if positions is None else rows[positions]
         flat = chosen.to(dtype).reshape(len(site.positions), -1)
