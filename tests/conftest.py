@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from compose_once import compose_once
+from matplotlib.figure import Figure
 from no_skips import pytest_addoption, pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 - hooks
+from tiny_pictures import save_pixel
 
 from rebasin.integrations import signatures  # noqa: F401 - configurations composed by Hydra itself read signatures
 from rebasin.integrations.torchvision import prepare_torchvision
@@ -24,6 +26,18 @@ os.environ.setdefault("WANDB_SILENT", "true")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def real_pictures() -> None:
+    """For tests that look at pictures: all is drawn, as it is for fixtures that several tests share."""
+
+
+@pytest.fixture(autouse=True)
+def _tiny_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, but only those that someone looks at become pictures."""
+    if "real_pictures" not in request.fixturenames:
+        monkeypatch.setattr(Figure, "savefig", save_pixel)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -45,6 +45,7 @@ def test_sure_and_right_is_perfect() -> None:
     assert calibration(p, torch.tensor([1, 2, 0])).ece == 1
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_a_diagram(tmp_path: Path) -> None:
     p = torch.randn(50, 4).softmax(dim=1)
     labels = torch.randint(0, 4, (50,))

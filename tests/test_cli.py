@@ -140,6 +140,7 @@ def test_align_verify_apply_inspect(files: Files, tmp_path: Path) -> None:
     assert "LoRA" in rebasin("inspect", moved) and "made by" in rebasin("inspect", moved).lower()
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_compare_says_who_shares_a_basin(files: Files, tmp_path: Path) -> None:
     figures, plot = tmp_path / "apart.json", tmp_path / "apart.png"
     text = rebasin("compare", files.a, files.b, "--json", figures, "--plot", plot)

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from aside import ROOT
-from matplotlib.figure import Figure
 from test_run import configured, execute
 from torch import Tensor, nn
 
@@ -104,7 +103,6 @@ def test_a_run_computes_on_its_device_what_it_computes_on_the_cpu(
 ) -> None:
     """Training, tracing, verification, matching, STE, activations, merging and evaluation."""
     monkeypatch.setattr(estimate, "matmul_rate", lambda *_: 1.0)  # else these groups belong on the CPU
-    monkeypatch.setattr(Figure, "savefig", lambda self, fname, **_: Path(fname).write_bytes(b"a picture"))
     with pretend.Watch() as watch:
         ours, _ = execute(tmp_path / "there", *MLP, *options, f"device={pretend.DEVICE}")
     theirs, _ = execute(tmp_path / "here", *MLP, *options)

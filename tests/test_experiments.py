@@ -240,6 +240,7 @@ def test_a_sweep_is_a_table_of_what_varied_and_what_was_measured(swept):
     assert [float(row["barrier/heldout/loss"]) for row in found] == line.y
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_a_sweep_is_drawn_again_from_its_json_alone(swept, tmp_path):
     sweep = sweeps.collect(swept)
     leave(sweep, tmp_path / "a", swept)

@@ -414,6 +414,7 @@ def test_bad_options() -> None:
         merge_many(spec, [])
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_the_experiment_runs(tmp_path: Path) -> None:
     main(sizes="2,3", width=16, epochs=1, cache=tmp_path / "cache", out=tmp_path)
     rows = json.loads((tmp_path / "merge_many.json").read_text())["rows"]

@@ -85,6 +85,7 @@ def test_every_method_merges_in_a_run(name: str, base: Path) -> None:
     assert combination.record()["method"] == name
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_a_run_uses_records_and_shows_its_merge(tmp_path: Path) -> None:
     task = load_task(configured())
     layer = next(iter(task.model.state_dict())).rpartition(".")[0]

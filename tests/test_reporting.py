@@ -26,6 +26,8 @@ from rebasin.reporting.samples import draw_samples, draw_xyz, save_samples
 from rebasin.reporting.table import Table
 from rebasin.types import ProgressEvent
 
+pytestmark = pytest.mark.usefixtures("real_pictures")
+
 
 def curve(height: float | None, accuracy: bool = False) -> dict[str, Any]:
     grid = np.linspace(0, 1, 5)

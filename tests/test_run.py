@@ -149,6 +149,7 @@ def test_dry_run_shows_the_spec_and_trains_nothing(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").rglob("mlp-*"))
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_the_default_job_aligns_two_stable_diffusion_unets(tmp_path):
     from rebasin.models import tiny_sd
 
@@ -169,6 +170,7 @@ def test_the_default_job_aligns_two_stable_diffusion_unets(tmp_path):
     assert "data:image/png;base64," in (tmp_path / "report.html").read_text().split("<h2>Samples</h2>")[1]
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_report_draws_again_from_results_alone(finished, tmp_path, capsys):
     folder, _, _ = finished
     (tmp_path / "results.json").write_text((folder / "results.json").read_text())

@@ -442,6 +442,7 @@ def test_a_larger_budget_goes_on_from_where_the_search_ended(finished, cache, tm
     ]
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_several_objectives_have_a_front(tmp_path):
     pytest.importorskip("optuna")
     results, text = execute(
@@ -583,6 +584,7 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
 # The comparison
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_methods_are_compared_on_held_out_data(tmp_path):
     from rebasin.compare_methods import compare_methods
 

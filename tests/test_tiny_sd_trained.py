@@ -65,6 +65,7 @@ def test_a_training_is_kept_and_its_seed_and_recipe_matter(cache: Path) -> None:
     assert [event["step"] for event in told] == [1, 2, 3] and told[0]["stage"] == "UNet of seed 0"
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_with_text_encoders_of_their_own_the_joint_spec_moves_what_passes_between(tmp_path: Path) -> None:
     joint, _ = execute(tmp_path / "joint", *SHORT, "model.text=own", "model.joint=true")
     apart, _ = execute(tmp_path / "apart", *UNSEEN, "model.text=own", *SEARCHED)

@@ -6,9 +6,10 @@ algorithm and objective, for curves, pictures and a report. The components aroun
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..checkpoints import Checkpoint, component_spec, require_same_family
-from ..checkpoints.architectures import component_config
+from ..checkpoints.architectures import Built, Config, component_config
 from ..checkpoints.checkpoint import open_each, require_fitting, require_same_prediction, several_variants
 from ..checkpoints.joint import joint_spec, joint_state, prompted_unet
 from ..checkpoints.output import bytes_of
@@ -41,7 +42,7 @@ from . import whole_checkpoint
 from .agreement import Agreement, outputs_of, with_targets
 from .around import Around, check_side, diffusion_task, sampler
 from .base import Part, Task, require
-from .checkpoint_costs import Run, forward_pass
+from .checkpoint_costs import Pass, Run, forward_pass
 from .prompted import KINDS, check_scorer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -143,6 +144,26 @@ def _takes(cfg: DictConfig) -> dict[str, Any]:
     """The arguments of the run's algorithm."""
     algo = cfg.get("algo")
     return arguments_of(function_of(algo, "algo._target_", f"algo={algo.name}")) if algo else {}
+
+
+def _built(configs: Mapping[str, Config], name: str) -> Built:
+    """See `Members.built`; `name` is that of one of the components, or tells that they are joint."""
+    from accelerate import init_empty_weights
+
+    from ..checkpoints import modules
+
+    with init_empty_weights(include_buffers=False):
+        parts = {component: modules.build(component, config) for component, config in configs.items()}
+    return prompted_unet(parts) if name == JOINT else parts[name]
+
+
+@cache
+def _once(configs: str, name: str, latent: int | None, dtype: torch.dtype) -> Pass:
+    """One sample's forward pass of what these configs, in JSON, say; the same for all files that have them."""
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # example inputs are drawn, and no run's numbers depend on an earlier one
+        return forward_pass(*_built(json.loads(configs), name), latent, dtype)
 
 
 def _groups(cfg: DictConfig) -> dict[str, Any]:
@@ -325,15 +346,14 @@ class Members:
             return checkpoint.component(self.component)
         return joint_state(checkpoint, self.names)
 
-    def built(self) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    def built(self) -> Built:
         """The architecture, its parameters without numbers, and example inputs, which have some."""
-        from accelerate import init_empty_weights
+        return _built(self.configs, self.name)
 
-        from ..checkpoints import modules
-
-        with init_empty_weights(include_buffers=False):
-            parts = {name: modules.build(name, component_config(self.a, name)) for name in self.names}
-        return prompted_unet(parts) if self.joint else parts[self.component]
+    @cached_property
+    def configs(self) -> dict[str, Config]:
+        """Of the components that are aligned."""
+        return {name: component_config(self.a, name) for name in self.names}
 
     def filled(self, model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         """A module whose parameters have no numbers, given those of a checkpoint."""
@@ -420,7 +440,7 @@ class Members:
         factor = 2 ** (len(levels) - 1)
         side = cfg.model.size or factor * int(config.get("sample_size") or 64)
         latent = side // factor if wanted and self.component == "unet" and not self.joint else None
-        once = forward_pass(*self.built(), latent, self.dtype) if computing else None
+        once = _once(json.dumps(self.configs), self.name, latent, self.dtype) if computing else None
         text, rest = 0.0, 0.0
         for name in self.a.components if wanted else ():
             size = 4.0 * sum(prod(shape) for shape in self.a.shapes(name).values()) * (name not in self.names)
