@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 from hydra._internal import config_loader_impl as loader
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.defaults_list import DefaultsList
 from hydra.core.override_parser.types import Override
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig
 
 from rebasin.files import config_dir
@@ -22,9 +24,19 @@ from rebasin.files import config_dir
 
 def compose_once(patch: pytest.MonkeyPatch) -> None:
     listed, merged = loader.create_defaults_list, loader.ConfigLoaderImpl._compose_config_from_defaults_list
+    read = ConfigRepository.load_config
     own = {f"file://{config_dir()}", "pkg://hydra.conf", "signature://", "structured://"}
     lists: dict[Any, DefaultsList] = {}
     configs: dict[int, DictConfig | None] = {}  # by the identity of a kept list
+    files: dict[Any, ConfigResult | None] = {}
+
+    def load(self: Any, config_path: str) -> ConfigResult | None:
+        sources = tuple(source.full_path() for source in self.get_sources())
+        if not own.issuperset(sources):
+            return read(self, config_path=config_path)
+        if (sources, config_path) not in files:
+            files[sources, config_path] = read(self, config_path=config_path)
+        return copy.copy(files[sources, config_path])  # Hydra sets its attributes, and leaves what they hold
 
     def create(repo: Any, config_name: Any, overrides_list: list[Override], **more: Any) -> DefaultsList:
         values = [one for one in overrides_list if _is_value(repo, one)]
@@ -43,6 +55,7 @@ def compose_once(patch: pytest.MonkeyPatch) -> None:
         found = configs[id(defaults)] = configs[id(defaults)] or merged(self, defaults, repo)
         return copy.deepcopy(found)
 
+    patch.setattr(ConfigRepository, "load_config", load)
     patch.setattr(loader, "create_defaults_list", create)
     patch.setattr(loader.ConfigLoaderImpl, "_compose_config_from_defaults_list", merge)
     patch.setattr("omegaconf.omegaconf.yaml", _Yaml())

@@ -135,8 +135,13 @@ def found(model: nn.Module) -> tuple[nn.Module, PermutationSpec, Tensor]:
 
 
 @cache
+def known(name: str) -> tuple[nn.Module, PermutationSpec, Tensor]:
+    """What is found in one of STREAMS or PARTS, for all tests that look at it."""
+    return found((STREAMS | PARTS)[name][0])
+
+
 def standard() -> tuple[nn.Module, PermutationSpec, Tensor]:
-    return found(Residual())
+    return known("layer norm")
 
 
 def kinds(spec: PermutationSpec) -> dict[str, tuple[str, int, int]]:
@@ -173,9 +178,7 @@ STREAMS: dict[str, tuple[nn.Module, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_the_group_of_a_stream_is_what_all_its_operators_commute_with(name: str) -> None:
-    model, expected = STREAMS[name]
-    _, spec, _ = found(model)
-    actual = kinds(spec)
+    expected, actual = STREAMS[name][1], kinds(known(name)[1])
     assert {n: g for n, g in actual.items() if not n.startswith("parts")} == expected
     assert {n: g for n, g in actual.items() if n.startswith("parts")} == HEADS | GATE
 
@@ -210,8 +213,7 @@ PARTS = {
 
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_have_the_groups_of_the_literature(name: str) -> None:
-    model, expected = PARTS[name]
-    assert kinds(found(model)[1]) == expected
+    assert kinds(known(name)[1]) == PARTS[name][1]
 
 
 def test_what_limits_a_group_is_told() -> None:
@@ -262,15 +264,15 @@ def _wrong_specs() -> Iterator[tuple[str, nn.Module, PermutationSpec, Tensor]]:
         replace(s, positions=range(10, 20)) if s.parameter.startswith("parts.1.up") else s for s in gate.sites
     )
     yield "the gate's half", model, with_groups(spec, replace(gate, sites=half)), x
-    model, spec, x = found(Residual(tied=True))
+    model, spec, x = known("tied")
     here = tuple(s for s in stream.sites if "leave" not in s.parameter)
     yield "one of two tied tensors", model, with_groups(spec, replace(stream, sites=here)), x
-    model, spec, x = found(Residual(between=shifted))
+    model, spec, x = known("batch of a table")
     yield "past a fixed table", model, with_groups(spec, stream), x
-    model, spec, x = found(Adaptive())
+    model, spec, x = known("adaptive")
     names = "enter.weight@0 enter.bias@0 part.weight@0 part.bias@0 -leave.weight@1 -part.weight@1"
     yield "across adaLN", model, with_groups(spec, stream_of(model, names, "rotations that keep ones")), x
-    model, spec, x = found(Attention(rotary))
+    model, spec, x = known("rope")
     pairs = replace(spec.continuous[0], kind="scales", count=C, size=1)
     sites = tuple(
         MapSite(f"{n}.{p}", 0, range(C), s) for n, s in (("q", 1), ("k", -1)) for p in ("weight", "bias")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_maps import Residual, standard
+from test_maps import Residual, known, standard
 from torch import Tensor, nn
 
 import rebasin
@@ -131,9 +131,7 @@ def test_procrustes_is_the_best_of_its_kind() -> None:
 
 
 def test_gains_that_no_scale_takes_away_hold_their_stream() -> None:
-    from test_maps import C, Written, found
-
-    _, spec, _ = found(Residual(lambda: Written(C, 1.0)))
+    _, spec, _ = known("rms norm, one plus gain")
     a = drawn(spec)
     result = weight_alignment(spec, a, spec.random_alignment(1).apply(a))
     assert result.left_out == {"enter.weight[0]": "gains stand before it that no scale takes away"}
