@@ -3,6 +3,7 @@
 See docs/adapters.md.
 """
 
+from .aligned import align_adapter
 from .controlnet import is_controlnet, joint_controlnet, move_controlnet
 from .keys import AdapterInfo, is_adapter
 from .move import describe_adapter, move_adapter
@@ -10,6 +11,7 @@ from .union import component_of, extend, is_joint, of_component, part, union
 
 __all__ = [
     "AdapterInfo",
+    "align_adapter",
     "component_of",
     "describe_adapter",
     "extend",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -68,6 +69,24 @@ class MappedState(LazyState):
 
     def origin(self, name: str) -> str | None:
         return origin_of(self.known, name)
+
+    @property
+    def turning(self) -> set[str]:
+        """The vectors that the maps are turned by."""
+        return {s.gain.parameter for sites in self._sites.values() for _, s in sites if s.gain is not None}
+
+    def acting(self, name: str, axis: int) -> list[ContinuousGroup]:
+        """The groups that act on an axis of a tensor."""
+        return [
+            group for group, site in self._sites.get(self.aliases.get(name, name), ()) if site.axis == axis
+        ]
+
+    def act(self, name: str, axis: int, tensor: Tensor, along: int) -> Tensor:
+        """Another tensor moved along one of its axes as `name` is along `axis`."""
+        for group, site in self._sites.get(self.aliases.get(name, name), ()):
+            if site.axis == axis:
+                tensor = self._act(tensor, group, replace(site, axis=along))
+        return tensor
 
     def _act(self, tensor: Tensor, group: ContinuousGroup, site: MapSite) -> Tensor:
         """W <- G M G^-1 W along the axis of a site; in double precision if W is, else in single."""

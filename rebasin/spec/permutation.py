@@ -286,7 +286,7 @@ class PermutationSpec:
             tensor = _get(state, name, self.aliases)
             if tensor is None:
                 raise SpecMismatchError(
-                    f"{what} has no tensor {name!r}, which the spec permutes{wrapped(state)}."
+                    f"{what[:1].upper()}{what[1:]} has no tensor {name!r}, which the spec permutes{wrapped(state)}."
                 )
             if shape_of(state, tensor) != tuple(self.shapes[name]):
                 raise SpecMismatchError(
