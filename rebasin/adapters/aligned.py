@@ -1,8 +1,8 @@
 """Adapters under an alignment: its permutation first (move.py), then the matrices of its maps on the factors.
 
-With a weight W <- L W R along its rows and columns, the adapter's difference D must become L D R: `up` gets L, `down` R,
-a full difference both. A product element by element (LoHa) follows factors for single neurons, not matrices; Kronecker
-products, DoRA's norms, IA3 and differences of norms follow a permutation only.
+With a weight W <- L W R along its rows and columns, the adapter's difference D must become L D R: `up` gets L, `down`
+gets R, a full difference both. A product element by element (LoHa) follows factors for single neurons, not matrices;
+Kronecker products, DoRA's norms, IA3 and differences of norms follow a permutation only.
 """
 
 from __future__ import annotations
