@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import rebasin.matching.many.mean as many_descent
 import rebasin.matching.many.models as many_models
 import rebasin.matching.many.pivot as many_pivot
+import rebasin.matching.many.rounds as many_rounds
 from experiments.merge_many_mnist import main
 from rebasin import trace
 from rebasin.checkpoints import load_safetensors, save_safetensors
@@ -358,7 +358,7 @@ def test_bad_models_are_named_before_any_work(tmp_path: Path, monkeypatch: pytes
     def no_work(*args, **kwargs):
         raise AssertionError("matching began")
 
-    for module in (many_descent, many_pivot):
+    for module in (many_rounds, many_pivot):
         monkeypatch.setattr(module, "weight_matching", no_work)
     spec, good = convolutional(), [state_of(k) for k in range(3)]
 

@@ -12,17 +12,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from torch import Tensor
+
 from ..adapters import of_component, part, union
 from ..checkpoints import component_spec, load_metadata
+from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.joint import PARTS, joint_spec, joint_state
 from ..checkpoints.provenance import Component
 from ..errors import CheckpointError, ConfigError, shown
 from ..files import SchemaError, conform, parse, remove_leftovers
+from ..integrations.ray_cluster import on_ray
 from ..jobs.resume import Resume
 from ..matching import weight_matching
 from ..matching.many.methods import match_to_mean
 from ..spec import Permutation, PermutationSpec
-from ..types import Progress, State, within
+from ..types import LazyState, Progress, State, within
 from .request import Request
 
 if TYPE_CHECKING:
@@ -91,9 +95,33 @@ def specs_of(checkpoint: Checkpoint, components: Sequence[str], joint: bool) -> 
 
 def state_of(checkpoint: Checkpoint, name: str, spec: PermutationSpec) -> State:
     """The state that a spec of `specs_of` speaks of."""
-    if name != JOINT:
-        return checkpoint.component(name)
-    return joint_state(checkpoint, dict.fromkeys(name.split(".")[0] for name in spec.shapes))
+    return checkpoint.component(name) if name != JOINT else joint_state(checkpoint, _parts(spec))
+
+
+def _parts(spec: PermutationSpec) -> list[str]:
+    """The components that a joint spec speaks of."""
+    return list(dict.fromkeys(name.split(".")[0] for name in spec.shapes))
+
+
+class FileState(LazyState):
+    """A component of a checkpoint, or of `parts` together, that travels by the name of its file: it is opened again
+    where it arrives.
+    """
+
+    def __init__(self, path: Path, variant: str | None, component: str, parts: Sequence[str] = ()) -> None:
+        self._given = path, variant, component, parts
+        checkpoint = open_checkpoint(path, variant)
+        self._state = joint_state(checkpoint, parts) if parts else checkpoint.component(component)
+        super().__init__(self._state)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[name]
+
+    def origin(self, name: str) -> str | None:
+        return self._state.origin(name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FileState, self._given
 
 
 class File(TypedDict):
@@ -220,6 +248,9 @@ class Aligning:
             "models": [*self.hashes, *weights],
             "specs": {name: spec.hash for name, spec in self.specs.items()},
             **{name: getattr(self.request, name) for name in ("start", "seed", "joint", "max_sweeps")},
+            **(
+                {} if self.request.ray is None else {"ray": True}
+            ),  # another way to the result than one after the other
         }
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -269,9 +300,20 @@ class Aligning:
             permutations, figures = [result.permutation], FIGURES + OF_TWO
         else:
             common |= {"weights": self.weights, "match": options, **resume.arguments(match_to_mean)}
-            result = match_to_mean(spec, states, **common)
+            result = self.match_many(name, states, common)
             permutations, figures = result.permutations[1:], FIGURES + OF_MANY
         return permutations, {key: getattr(result, key) for key in figures} | {"neurons": spec.neurons}
+
+    def match_many(self, name: str, states: Sequence[State], given: dict[str, Any]) -> Any:
+        """More than two models, with --ray several at once."""
+        request = self.request
+        if request.ray is None:
+            return match_to_mean(self.specs[name], states, **given)
+        parts = _parts(self.specs[name]) if name == JOINT else ()
+        files = [FileState(model.path.resolve(), request.variant, name, parts) for model in self.models]
+        match = {**given["match"], "device": request.device.split(":")[0]}  # a worker sees its own GPU alone
+        with on_ray(request.ray, len(states), request.threads, match["device"]) as workers:
+            return match_to_mean(self.specs[name], files, **{**given, "match": match}, workers=workers)
 
     def keep(
         self, permutations: Sequence[Permutation], files: Sequence[Path], specs: Specs, figures: Figures

@@ -58,6 +58,7 @@ def merge(console: Console, request: Request) -> None:
 
     if len(request.inputs) < 2:
         raise ConfigError("A merge needs two models or more; give their files one after the other.")
+    stages.require_ray(request)
     others = [*(path for path in (request.base, request.vae) if path is not None), *request.fisher]
     check_output(request.output, [*request.inputs, *others], request.overwrite or request.dry_run)
     method = find_method(request.method)

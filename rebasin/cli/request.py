@@ -141,6 +141,14 @@ class Request:
         int,
         typer.Option(help="CPU threads; 0 leaves it to torch.", min=0, max=MOST_THREADS, show_default=False),
     ] = 0
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Of three models or more: match several at once, on the Ray cluster of this address; auto: the one"
+            " that runs, or the cores of this machine. --threads are those of each.",
+        ),
+    ] = None
     check: Annotated[
         bool,
         typer.Option(

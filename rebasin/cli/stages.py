@@ -13,6 +13,7 @@ from ..checkpoints.joint import PARTS
 from ..checkpoints.output import require_place
 from ..checkpoints.provenance import sha256_of
 from ..errors import ConfigError, SpecMismatchError, VerificationError, shown
+from ..integrations.ray_cluster import require_ray as require_package
 from ..spec import Permutation
 from ..tensors import writer
 from ..types import State
@@ -53,6 +54,21 @@ def remark(console: Console, sentences: Sequence[str]) -> None:
     """Sentences about what is legal and maybe not meant."""
     for sentence in sentences:
         console.console.print(sentence, markup=False)
+
+
+def require_ray(request: Request) -> None:
+    """Whether --ray has something to do, and Ray is there, before any work.
+
+    Raises:
+        ConfigError: it has not, or is not.
+    """
+    if request.ray is None:
+        return
+    if len(request.inputs) < 3 or not request.align or request.permutation is not None:
+        raise ConfigError(
+            "--ray matches several models at once; leave it out where less than two are to be matched."
+        )
+    require_package()
 
 
 def require_permutation(request: Request, model: Checkpoint, components: Sequence[str]) -> None:

@@ -22,8 +22,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
+from math import fsum
 from time import perf_counter
 from typing import Any, Literal
+
+import torch
 
 from ...arguments import check_choices, check_range, typed
 from ...errors import ConfigError
@@ -33,10 +36,10 @@ from ..descent import coordinate_descent
 from ..result import MatchResult, moved_between
 from ..resume_state import told
 from ..schedule import Order, order_of
-from ..weights.matching import weight_matching
 from .ends import check_given, conclude
 from .models import Models, Source
 from .result import ManyResult, ManyState, Pass, Step, anchored
+from .rounds import Found, Round, Turn, Workers, gain, match_one, matched
 from .running_mean import RunningMean
 
 Named = Literal["identity", "progressive"]
@@ -63,6 +66,7 @@ def match_to_mean(
     max_passes: int = 100,
     match: Mapping[str, Any] = MATCH,
     scratch: str | os.PathLike[str] | None = None,
+    workers: Workers | None = None,
     progress: Progress | None = None,
     checkpoint: Callable[[ManyState], None] | None = None,
     resume_from: ManyState | None = None,
@@ -89,8 +93,12 @@ def match_to_mean(
         match: options of weight matching: init ("identity" or "forward"; where a model's first matching
             starts), order, max_sweeps, restarts, device, workers.
         scratch: a folder in which the running mean is kept instead of in memory (4 bytes a parameter).
+        workers: match as many models of a pass at once, each to the running mean of the others as it was when the
+            round began; see rounds.py. With one worker the result is that without, to the bit; with several it depends
+            on their number alone, and the distance never rises either. Models travel to them by pickling: paths and
+            lazy states of files as names. Each holds the running mean.
         progress: called after each model with stage, pass, step, total, model, objective, moved, seconds.
-        checkpoint: called after each model with a `ManyState` that can be saved.
+        checkpoint: called after each model, of a round after the last, with a `ManyState` that can be saved.
         resume_from: such a state; the result is that of the uninterrupted run, to the bit.
 
     Raises:
@@ -103,7 +111,7 @@ def match_to_mean(
     check_range(0, seed=seed)
     models = Models(spec, states, weights)
     models.check_anchor(anchor)
-    run = _Run(models, init, keep, order, seed, match, scratch)
+    run = _Run(models, init, keep, order, seed, match, scratch, workers)
     if resume_from is None:
         run.start()
     else:
@@ -111,7 +119,7 @@ def match_to_mean(
 
     def bring_closer(i: int) -> bool:
         changed = run.bring_closer(i)
-        if checkpoint is not None:
+        if checkpoint is not None and not run.ready:
             checkpoint(run.state())
         told = {"pass": len(run.history), "model": i, "objective": run.objective}
         told |= {"moved": run.steps[-1].moved, "seconds": models.seconds}
@@ -120,8 +128,9 @@ def match_to_mean(
 
     # Models that are settled have their turn, too: taking one out of the mean and putting it back rounds the mean.
     passes = coordinate_descent(
-        bring_closer, run.others, run.begin_pass, run.dirty, max_passes, first=len(run.history), clean=True
-    )
+        bring_closer, run.others, run.begin_pass, run.dirty, max_passes, first=len(run.history), run=run.in_rounds,
+        clean=True,
+    )  # fmt: skip
     for _ in passes:
         run.end_pass()
 
@@ -154,6 +163,8 @@ class _Run:
         begun, turns, steps: of the pass under way: where the models were at its beginning, their order, and the
             updates made so far.
         objective: that the last matching reached.
+        ready: model -> what its worker found, for the models of the round under way that are yet to move.
+        changed: whether a model of this round has moved.
     """
 
     models: Models
@@ -163,6 +174,7 @@ class _Run:
     seed: int
     match: InitVar[Mapping[str, Any]]
     scratch: InitVar[str | os.PathLike[str] | None]
+    workers: Workers | None = None
     objective: float = 0.0
 
     def __post_init__(self, match: Mapping[str, Any], scratch: str | os.PathLike[str] | None) -> None:
@@ -178,6 +190,8 @@ class _Run:
         self.free, self.matches = free, 0
         self.left: tuple[int, ...] | None = None  # of an interrupted pass
         self.mean = RunningMean(models, scratch)
+        self.ready: dict[int, Found] = {}
+        self.changed = False
 
     def start(self) -> None:
         self.mean.gather_first()
@@ -222,22 +236,42 @@ class _Run:
         self.turns = tuple(i for i in turns if i in self.free)
         return self.turns
 
+    def in_rounds(self, visit: Callable[[int], None], order: Sequence[int]) -> None:
+        """Visit the models in their order, as many as there are workers matched beforehand."""
+        count = 1 if self.workers is None else max(1, self.workers.count)
+        for first in range(0, len(order), count):
+            members = order[first : first + count]
+            self.ready, self.changed = {}, False
+            if self.workers is not None and self.dirty and None not in self.current:
+                self.ready = self._match_all(self.workers, members)
+            for i in members:
+                visit(i)
+
     def bring_closer(self, i: int) -> bool:
         """Match model i to the mean of the others; whether that makes these dirty."""
         started = perf_counter()
         before, settled = self.current[i], True
+        early, changed = self.ready.pop(i, None), self.changed
         self.mean.remove(i, before)
         if self.mean.inside:
-            found = self._match(i, before)
+            found = early or self._match(i, before)
             after, settled, self.objective = found.permutation, found.converged, found.objective
             self.matches += 1
+            if (
+                early is not None
+                and changed
+                and before is not None
+                and not self._still_nearer(i, before, after)
+            ):
+                after = before
         else:
             after, self.objective = before or self.spec.identity(), 0.0  # the first: the others come to it
         self.mean.add(i, after)
         self.current[i] = after
         moved = moved_between(before, after)
-        # A model matched to a mean that some are not yet part of is to be looked at again.
-        if None in self.current or not settled:
+        self.changed |= moved > 0
+        # A model matched to a mean that some are not yet part of, or have moved in since, is to be looked at again.
+        if None in self.current or not settled or (early is not None and changed):
             self.dirty.add(i)
         self.steps.append(Step(i, moved, perf_counter() - started))
         return moved > 0 or before is None
@@ -270,18 +304,40 @@ class _Run:
 
     def _match(self, i: int, before: Permutation | None) -> MatchResult:
         """Match model i to the mean, from where it is or from the first start, but never for the worse."""
-        state, options = self.models.open(i), {**self.options, "seed": self.seed + self.matches}
+        options = {**self.options, "seed": self.seed + self.matches}
+        start = self._start(before)
+        return matched(self.spec, self.mean.tensors, self.models.open(i), before, start, options)
+
+    def _match_all(self, workers: Workers, members: Sequence[int]) -> dict[int, Found]:
+        """Each of these models matched to the mean of all others as they are, all of them by workers."""
+        models = self.models
+        mean = {name: self.mean.tensors[name].numpy() for name in models.keys}
+        common = Round(self.spec, mean, models.keys, self.options, torch.get_num_threads())
+        turns = []
+        for number, i in enumerate(members):
+            before = self.current[i]
+            assert before is not None
+            share = models.weights[i] / fsum(models.weights[j] for j in self.mean.inside - {i})
+            turns.append(
+                Turn(models.sources[i], before, share, self._start(before), self.seed + self.matches + number)
+            )
+        return dict(zip(members, workers.call(match_one, common, turns), strict=True))
+
+    def _still_nearer(self, i: int, before: Permutation, after: Permutation) -> bool:
+        """Whether a move is for the better now that model i is out of the mean and others of its round have moved."""
+        return gain(self.mean.tensors, self.models.open(i), self.models.keys, before, after) > 0
+
+    def _start(self, before: Permutation | None) -> str | None:
+        """Where a matching starts if not `before`: at the first of all."""
         first = self.first_start != "identity" and len(self.history) == 1
-        if before is None or (first and before.is_identity):
-            found = weight_matching(self.spec, self.mean.tensors, state, init=self.first_start, **options)
-            if before is None or found.objective > found.initial_objective:
-                return found
-        return weight_matching(self.spec, self.mean.tensors, state, init=before, **options)
+        return self.first_start if before is None or (first and before.is_identity) else None
 
     def _fingerprint(self) -> dict[str, str]:
         """What a continued run must have in common with the interrupted one."""
         inner = {name: told(self.options.get(name)) for name in ("order", "max_sweeps", "restarts")}
         own = {name: told(getattr(self, name)) for name in ("init", "order", "seed", "keep")}
+        if self.workers is not None and self.workers.count > 1:
+            own["workers"] = str(self.workers.count)
         return {
             "architecture": self.spec.hash,
             "models": repr(self.models.squares),

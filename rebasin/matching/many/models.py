@@ -23,6 +23,11 @@ Source = State | str | os.PathLike[str]
 """A state, or the path of a safetensors file that is opened whenever it is read and closed after that."""
 
 
+def opened(source: Source) -> State:
+    """A source as a state."""
+    return source if isinstance(source, Mapping) else decoded(load_safetensors(source), source)
+
+
 class Models:
     """The N models, checked.
 
@@ -86,8 +91,7 @@ class Models:
         return len(self.sources)
 
     def open(self, i: int) -> State:
-        source = self.sources[i]
-        return source if isinstance(source, Mapping) else decoded(load_safetensors(source), source)
+        return opened(self.sources[i])
 
     def name(self, i: int) -> str:
         source = self.sources[i]

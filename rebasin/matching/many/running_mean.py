@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import UserDict
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from math import fsum, prod, sqrt
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...spec import Permutation
-from ...types import widened
+from ...types import State, widened
 from ..weights.endpoints import CHUNK, one_thread
 from .models import Models
 
@@ -102,10 +102,21 @@ class RunningMean:
         if not rest:
             self.tensors.clear()
             return
-        for name, key in self.models.keys.items():
-            mean = self.tensors[name]
-            tensor = permutation.apply_to(name, state[key].detach().cpu()).to(mean.dtype)
-            self.tensors[name] = mean.lerp_(tensor, -self.models.weights[i] / rest)
+        leave(self.tensors, state, self.models.keys, permutation, self.models.weights[i] / rest)
+
+
+def leave(
+    tensors: MutableMapping[str, Tensor],
+    state: State,
+    keys: Mapping[str, str],
+    permutation: Permutation,
+    share: float,
+) -> None:
+    """Take a model, arranged by `permutation`, out of a mean, in place; `share`: its weight by that of the rest."""
+    for name, key in keys.items():
+        mean = tensors[name]
+        tensor = permutation.apply_to(name, state[key].detach().cpu()).to(mean.dtype)
+        tensors[name] = mean.lerp_(tensor, -share)
 
 
 def _draw_near(mean: Tensor, tensor: Tensor, share: float, measure: bool) -> float:
