@@ -254,8 +254,9 @@ def _flags(
         (clash, Limit.FIXED),
     ):
         limit(a[which], what, why)
+    # Where two vectors meet, one of them is in no relation any more: it is that of an end of the link.
     for which in (scales_differ, clash):
-        for relation in (actual, other, link):
+        for relation in (actual, other, link, relations.pick(b)):
             scale = relation.scale[which]
             limit(scale[scale >= 0], Limit.FIXED, why)
     used = np.unique(relations.scale[relations.scale >= 0])

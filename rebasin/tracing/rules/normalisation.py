@@ -49,7 +49,7 @@ def group_sets(c: Constraints, x: Label, groups: int, channels: int) -> None:
     flat = Label(x.shape, tuple(x.factors))
     new = (x.shape[0], groups, channels // groups, *x.shape[2:])
     split = reshape(c, flat, (x.shape[0], channels, *x.shape[2:]), new)
-    contract(c, split, range(2, split.ndim), kept=CENTRED)
+    normalise(c, split, range(2, split.ndim), CENTRED)
 
 
 @rule(
