@@ -419,6 +419,7 @@ def test_the_counterexample_answers_with_a_margin():
         assert float((h[:, 0] * sign).min()) >= 0.5
 
 
+@pytest.mark.usefixtures("real_pictures")
 @pytest.mark.parametrize("name, more", [("contour", ["study.points=5"]), ("expansion", [])])
 def test_studies_of_a_pair_run(name, more, tmp_path):
     cfg = configured(*first_job(name, "small", "model.width=8", "model.recipe.epochs=2",

@@ -63,7 +63,7 @@ def plainly() -> None:
     """All that a process needs: one thread, a state kept at each step, no time lost on drawing."""
     torch.set_num_threads(1)
     resume.EVERY, resume.SHARE = 0.0, math.inf
-    Figure.savefig = save_pixel
+    Figure.savefig = save_pixel  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def child(job: Callable[[Path], None], folder: Path, caches: Path, pipe: Connection, last: int) -> None:

@@ -268,6 +268,7 @@ ON_DEVICE: dict[str, Callable[[], Any]] = {
     "activation_matching": lambda: activation_matching(*PAIR, device=ABSENT),
     "activation_and_weight": lambda: activation_and_weight(*PAIR, device=ABSENT),
     "activation_then_weight": lambda: activation_then_weight(*PAIR, device=ABSENT),
+    "learned_matching": lambda: rebasin.learned_matching(SPEC, A, B, error_of, BATCHES, device=ABSENT),
     "match_many_activations": lambda: matching.match_many_activations(
         SPEC, [W, W], A, BATCHES, device=ABSENT
     ),

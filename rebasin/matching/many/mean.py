@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 
 from ...arguments import check_choices, check_range, typed
-from ...errors import ConfigError
+from ...errors import ConfigError, shown
 from ...spec import Permutation, PermutationSpec
 from ...types import Progress, check_options, tell
 from ..descent import coordinate_descent
@@ -111,6 +111,11 @@ def match_to_mean(
     check_range(0, seed=seed)
     models = Models(spec, states, weights)
     models.check_anchor(anchor)
+    if workers is not None and not isinstance(getattr(workers, "count", None), int):
+        raise ConfigError(
+            f"workers is {shown(workers)}, but it takes None or what calls functions elsewhere, with a count and a call"
+            " (rebasin.integrations.ray_cluster)."
+        )
     run = _Run(models, init, keep, order, seed, match, scratch, workers)
     if resume_from is None:
         run.start()
