@@ -99,8 +99,8 @@ def on_ray(
         if on_gpu and not gpus:
             raise ConfigError(f"--device is {device!r}, but Ray's cluster has no GPU; give --device cpu.")
         cores = min(cpus, threads or max(1, cpus // most))
-        count = min([most, max(1, cpus // cores), *([gpus] if on_gpu else [])])
-        yield RayWorkers(count, cores, int(on_gpu))
+        count = min(most, max(1, cpus // cores))
+        yield RayWorkers(min(count, gpus) if on_gpu else count, cores, int(on_gpu))
     finally:
         if own:
             ray.shutdown()
