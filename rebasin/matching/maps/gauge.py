@@ -39,13 +39,18 @@ def gain_vectors(spec: PermutationSpec) -> set[str]:
     return {s.gain.parameter for g in spec.continuous for s in g.sites if s.gain is not None}
 
 
+def is_gain(group: ContinuousGroup, vectors: set[str]) -> bool:
+    """Whether it scales one of these `gain_vectors`: its choice is a gauge."""
+    return group.kind == "scales" and any(s.parameter in vectors and s.power == 1 for s in group.sites)
+
+
 def canonical(spec: PermutationSpec, state: Mapping[str, Tensor]) -> Alignment:
     """The scales and invertible matrices that bring `state` (tensors by their names in the spec) into its gauge."""
     gains = gain_vectors(spec)
     maps: dict[str, Tensor] = {}
     for group in spec.continuous:
-        vector = next((s for s in group.sites if s.parameter in gains and s.power == 1), None)
-        if group.kind == "scales" and vector is not None:
+        if is_gain(group, gains):
+            vector = next(s for s in group.sites if s.parameter in gains and s.power == 1)
             values = rows(vector, state[vector.parameter].double(), group.neurons).reshape(-1)
             if bool((values != 0).all()):
                 maps[group.name] = 1 / values

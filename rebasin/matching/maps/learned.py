@@ -37,7 +37,7 @@ from ..straight_through.draws import Draws, split
 from ..straight_through.midpoint import Autocast, Ends
 from ..straight_through.starts import Start, candidates, start_from
 from ..weights.endpoints import Endpoints
-from .gauge import gain_vectors
+from .gauge import gain_vectors, is_gain
 
 EndsMoved = Literal["both", "b"]
 
@@ -180,15 +180,15 @@ def learned_matching(
         if g.name not in left_out
         and g.kind != "signs"
         and (kinds is None or g.kind in kinds)
-        and not _is_gain(g, gains)
+        and not is_gain(g, gains)
     ]
     if not groups:
         raise ConfigError(
             "There is nothing to learn: the spec has no continuous group of these kinds that can act."
         )
     with pair.ready(checkpointing):
-        mean = sum(pair.endpoints(select)) / 2
         endpoints = pair.endpoints(select)
+        mean = sum(endpoints) / 2
         naive = pair.evaluate(pair.midpoint(spec.identity()), select) - mean
         if not math.isfinite(naive + mean):
             raise DataError(
@@ -262,18 +262,13 @@ def learned_matching(
     )
 
 
-def _is_gain(group: ContinuousGroup, gains: set[str]) -> bool:
-    """Whether it scales a vector that maps are turned by: its choice is a gauge."""
-    return group.kind == "scales" and any(s.parameter in gains and s.power == 1 for s in group.sites)
-
-
 def _same_gains(
     spec: PermutationSpec, a: Mapping[str, Tensor], b: Mapping[str, Tensor], gains: set[str]
 ) -> dict[str, Tensor]:
     """The scales that give B's norms the gains of A's."""
     found = {}
     for group in spec.continuous:
-        if not _is_gain(group, gains):
+        if not is_gain(group, gains):
             continue
         site = next(s for s in group.sites if s.parameter in gains and s.power == 1)
         positions = torch.from_numpy(to_array(site.positions))

@@ -53,7 +53,7 @@ from ..weights.costs import Choose, WeightCosts
 from ..weights.endpoints import Endpoints
 from ..weights.matching import weight_matching
 from ..weights.nearness import arrangement
-from .gauge import canonical, gain_vectors, rows
+from .gauge import canonical, gain_vectors, is_gain, rows
 
 GAIN = 1e-10
 """Of the largest objective that there could be: less than that is no gain."""
@@ -201,9 +201,7 @@ class _Pair:
         self.mixing = [
             g
             for g in spec.continuous
-            if g.name not in self.left_out
-            and g.kind != "positive scales"
-            and not (g.kind == "scales" and any(s.parameter in gains and s.power == 1 for s in g.sites))
+            if g.name not in self.left_out and g.kind != "positive scales" and not is_gain(g, gains)
         ]
 
     def _is_one(self, gain: Any) -> bool:
