@@ -36,7 +36,7 @@ def compose_once(patch: pytest.MonkeyPatch) -> None:
             return read(self, config_path=config_path)
         if (sources, config_path) not in files:
             files[sources, config_path] = read(self, config_path=config_path)
-        return copy.copy(files[sources, config_path])  # Hydra sets its attributes, and leaves what they hold
+        return copy.deepcopy(files[sources, config_path])  # what Hydra merges into, it changes
 
     def create(repo: Any, config_name: Any, overrides_list: list[Override], **more: Any) -> DefaultsList:
         values = [one for one in overrides_list if _is_value(repo, one)]
