@@ -4,8 +4,8 @@
     python -m experiments.learned_maps --pair PATH/unet64 --width 64 --data mnist.npz   # PATH/unet64_{a,b}.safetensors
     python -m experiments.learned_maps --steps 400 --json learned.json
 
-Barriers are of the denoising loss on held-out digits: the worst of 21 points of the line between what A and B became,
-above the line between their losses. Maps leave both losses as they are, which the last column checks.
+Barriers are of the denoising loss on held-out digits: the worst of 21 points of the line between A and what B became,
+above the line between their losses. Maps leave B's loss as it is, which a column checks.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main(
     train: Annotated[int, typer.Option(help="images to learn from")] = 500,
     heldout: Annotated[int, typer.Option(help="images to measure on")] = 250,
     batch: Annotated[int, typer.Option(help="images in a batch")] = 125,
-    steps: Annotated[int, typer.Option(help="gradient steps of the maps of both ends")] = 250,
+    steps: Annotated[int, typer.Option(help="gradient steps of all maps")] = 250,
     points: Annotated[int, typer.Option(help="points of the line")] = 21,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="keep the figures here")] = None,
@@ -125,8 +125,8 @@ def main(
     found, seconds = timed(weight_alignment, spec, a, b, seed=seed)
     measure("weights, permutation and maps", (a, found.alignment.apply(b)), seconds)
     for name, given in (
-        ("learned rotations of B", {"ends": "b", "kinds": ROTATION, "steps": max(1, steps // 4)}),
-        ("learned maps of both", {"steps": steps}),
+        ("learned rotations", {"kinds": ROTATION, "steps": max(1, steps // 4)}),
+        ("learned maps", {"steps": steps}),
     ):
         given |= {"init": start.permutation, "seed": seed, "progress": lambda event: tell(console, event)}
         found, seconds = timed(learned_matching, spec, *models, objective, learn, **given)

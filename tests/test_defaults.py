@@ -26,7 +26,7 @@ from rebasin.merging.registry import plan_options
 from rebasin.models import MLP
 from rebasin.objectives import CrossEntropy, Denoising, Reward, teach
 
-SPLIT_OFF = ("_target_", "name", "many", "repair", "reward")
+SPLIT_OFF = ("_target_", "name", "many", "repair", "reward", "maps", "with_maps")
 """Fields of algorithms that are no options of the function: the run itself reads them."""
 
 PURPOSE: dict[str, dict[str, Any]] = {

@@ -34,7 +34,7 @@ from rebasin.reporting.experiments import parsed
 from rebasin.reporting.kinds import kind_of
 from rebasin.reporting.results import load_results
 from rebasin.run import main, run
-from rebasin.spec import Permutation
+from rebasin.spec import Alignment, Permutation
 from rebasin.tasks import load_task
 
 TINY = ["model=mlp", "model.width=16", "model.depth=2", "model.recipe.epochs=8", "evaluate.points=5"]
@@ -216,11 +216,16 @@ def _spec(task):
 
 @pytest.mark.parametrize(
     "options",
-    [["algo=weight_matching", "algo.init=identity"], ["algo=activation_matching", "data.batch_size=200"]],
+    [
+        ["algo=weight_matching", "algo.init=identity"],
+        ["algo=activation_matching", "data.batch_size=200"],
+        ["algo=learned", "algo.steps=4", "algo.evaluate_every=2", "algo.init=weight_matching"],
+    ],
 )
 def test_an_interrupted_alignment_goes_on_where_it_stopped(options, tmp_path, monkeypatch):
     options = [*TINY, *options, f"path.cache={tmp_path / 'cache'}"]
-    stages = ("weight matching", "activations")
+    stages = ("weight matching", "activations", "learned maps")
+    first = "alignment.safetensors" if "algo=learned" in options else TENSORS[0]
     execute(tmp_path / "whole", *options)
 
     def interrupted(event):
@@ -245,12 +250,45 @@ def test_an_interrupted_alignment_goes_on_where_it_stopped(options, tmp_path, mo
     execute(tmp_path / "resumed", *options, "resume=true")
     assert seen[0] == (
         2 if "algo=weight_matching" in options else 1
-    )  # the next sweep; the batches done so far
+    )  # the next sweep; the batches or steps done so far
     assert not kept.path.exists()
-    for name in TENSORS:
+    for name in (first, *TENSORS[1:]):
         whole, resumed = (load_safetensors(tmp_path / run / name) for run in ("whole", "resumed"))
         assert all(torch.equal(whole[tensor], resumed[tensor]) for tensor in whole)
-    assert Permutation.load(tmp_path / "whole" / TENSORS[0]).moved() > 0
+    assert Alignment.load(tmp_path / "whole" / first).moved() > 0
+
+
+@pytest.mark.parametrize("options", [["algo=learned", "algo.steps=30"], ["algo.maps=true"]])
+def test_maps_in_a_run(options, finished, tmp_path):
+    results, text = execute(tmp_path, *TINY, *options)
+    moved = results["match"]["maps"]["groups"]
+    assert [row["kind"] for row in moved] == ["positive scales"] * 2 and all(
+        row["moved"] > 0 for row in moved
+    )
+    assert results["verify"]["mlp"]["maps"] == 2 and results["verify"]["mlp"]["max_relative_error"] < 1e-9
+    assert "and 2 maps beside them" in text and "alignment.safetensors" in text
+    assert "positive scales" in (tmp_path / "report.html").read_text()
+    found, (a, b) = (
+        Alignment.load(tmp_path / "alignment.safetensors"),
+        load_task(configured(*TINY)).endpoints(None),
+    )
+    aligned, merged = (load_safetensors(tmp_path / name) for name in TENSORS[1:])
+    for name, tensor in found.apply(b).items():
+        assert torch.equal(aligned[name], tensor)
+        torch.testing.assert_close(merged[name], (a[name] + tensor) / 2)
+    assert not (tmp_path / TENSORS[0]).exists()
+    if "algo=learned" in options:
+        barriers = [run["curves"]["heldout"]["aligned"]["barrier"] for run in (results, finished[1])]
+        assert barriers[0] < 0.7 * barriers[1]
+
+
+def test_maps_that_can_not_be_found_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="nothing to learn"):
+        execute(tmp_path, *TINY, "algo=learned", "algo.kinds=[scales]")
+    with pytest.raises(ConfigError, match=r"algo.restarts=3 has no effect with maps"):
+        load_algorithm(configured("algo.maps=true", "algo.restarts=3").algo)
+    with pytest.raises(ConfigError, match=r"algo=merge_many finds no maps"):
+        load_algorithm(configured("algo=merge_many", "+algo.maps=true").algo, several=True)
 
 
 def test_what_cannot_be_continued_keeps_nothing(tmp_path):

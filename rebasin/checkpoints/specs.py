@@ -29,15 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was computed: the largest relative change of an output of the reduced model under a random permutation.
+    """What was computed: the largest relative change of an output of the reduced model under random alignments.
 
-    `moved` neurons were moved, of the spec with the hash `twin` (a name that cached proofs have).
+    `moved` neurons were moved, and `maps` continuous groups, of the spec with the hash `twin` (a name that cached
+    proofs have).
     """
 
     twin: str
     max_relative_error: float
     dtype: str
     moved: int
+    maps: int = 0
 
 
 def component_spec(checkpoint: Checkpoint, component: str, prove: bool = True) -> PermutationSpec:
@@ -111,22 +113,29 @@ def prove(spec: PermutationSpec, reduced: Callable[[], Built], what: str, *, twi
     if structure(small) != structure(spec):
         raise VerificationError(f"{what} can't be proved: its narrow twin moves other axes together.")
     report = verify(module, small, *args, dtype=torch.float64, **kwargs).require()
-    made = Proof(small.hash, report.max_relative_error, report.dtype, report.moved)
+    made = Proof(small.hash, report.max_relative_error, report.dtype, report.moved, report.maps)
     _keep(spec, made)
     return made
 
 
-def structure(spec: PermutationSpec) -> frozenset[frozenset[tuple[str, int]]]:
-    """Which axes of which tensors move together, group by group: what full and reduced width have in common."""
-    return frozenset(
+def structure(spec: PermutationSpec) -> frozenset[frozenset[tuple[Any, ...]]]:
+    """Which axes of which tensors move together, group by group, and what is mapped together: what full and reduced
+    width have in common.
+    """
+    permuted = (
         frozenset((site.parameter, site.axis) for cell in group.cells for site in cell.sites)
         for group in spec
     )
+    mapped = (
+        frozenset((site.parameter, site.axis, str(site.power)) for site in group.sites) | {(group.kind, -1)}
+        for group in spec.continuous
+    )
+    return frozenset([*permuted, *mapped])
 
 
 def _file(spec: PermutationSpec) -> Path | None:
-    folder = cache_folder()
-    return None if folder is None else folder / "proofs" / f"{spec.hash}.json"
+    folder, maps = cache_folder(), f"-{spec.maps_hash[:16]}" if spec.continuous else ""
+    return None if folder is None else folder / "proofs" / f"{spec.hash}{maps}.json"
 
 
 def _kept(spec: PermutationSpec) -> Proof | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,10 +13,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ..arguments import kinds_of
 from ..errors import ConfigError, SpecMismatchError
 from ..integrations.hydra import function_of, resolved
+from ..matching import LearnedResult, MapsResult
 from ..matching.many.result import ManyResult
 from ..matching.naive import measured
 from ..matching.result import Found
-from ..spec import Permutation, PermutationSpec
+from ..spec import Alignment, Permutation, PermutationSpec
 from ..tasks import Task
 from ..tensors.modules import lent, loaded
 from ..types import Maker, Progress, State, arguments_of, check_options, supply
@@ -27,7 +29,7 @@ SUPPLY = (
 )  # fmt: skip
 """What a job can give an algorithm, by the name of the argument; the last two to one that can be continued."""
 
-OWN = ("_target_", "name", "many", "reward")
+OWN = ("_target_", "name", "many", "reward", "maps", "with_maps")
 """Fields of an algorithm's config that are no options of its function."""
 
 
@@ -52,6 +54,15 @@ class Algorithm:
     def continues(self) -> bool:
         """Whether it can go on after an interruption."""
         return state_type(self.function) is not None
+
+    @property
+    def maps(self) -> bool:
+        """Whether it finds maps, too, by the type that it says it returns."""
+        try:
+            kind = typing.get_type_hints(self.function).get("return")
+        except (NameError, TypeError):
+            return False
+        return kind is Alignment or (isinstance(kind, type) and issubclass(kind, MapsResult | LearnedResult))
 
     def __call__(
         self,
@@ -95,30 +106,35 @@ class Algorithm:
         return self._checked(result, spec, states)
 
     def _checked(self, result: Any, spec: PermutationSpec, states: Sequence[State]) -> Any:
-        """What the function returned; a permutation alone gets the figures that go with it.
+        """What the function returned; a permutation or an alignment alone gets the figures that go with it.
 
         Raises:
             ConfigError: it is nothing that a job can use.
             SpecMismatchError: it is of another spec.
         """
         many, told = _of_many(self.function), f"{_path(self.function)} of algo={self.name} returned"
-        if not isinstance(result, ManyResult if many else (Found, Permutation)):
+        if not isinstance(result, ManyResult if many else (Found, Permutation, Alignment)):
             wanted = (
                 "a ManyResult (rebasin.matching)"
                 if many
-                else "a Permutation or a MatchResult (rebasin.matching)"
+                else "a Permutation, an Alignment or a MatchResult (rebasin.matching)"
             )
             raise ConfigError(f"{told} a value of type {type(result).__name__}, but it must return {wanted}.")
         if isinstance(result, ManyResult):
             found = result.permutations
         else:
             found = (result if isinstance(result, Permutation) else result.permutation,)
-        if not all(map(spec.contains, found)):
+            whole = result.as_alignment if isinstance(result, Found) else result
+            if isinstance(whole, Alignment) and whole.maps and whole.spec.maps_hash != spec.maps_hash:
+                found = ()
+        if not found or not all(map(spec.contains, found)):
             raise SpecMismatchError(
                 f"{told} a permutation that is none of this run's spec: it was made for another architecture, or breaks"
                 " a block structure; make it of the spec that the function gets."
             )
-        return measured(result, states[0], states[-1]) if isinstance(result, Permutation) else result
+        if isinstance(result, Permutation | Alignment):
+            return measured(result, states[0], states[-1])
+        return result
 
     def _aim(self, task: Task, seed: int) -> dict[str, Any]:
         """What it looks at: the run's objective and its training batches, or those of the reward."""
@@ -138,9 +154,10 @@ class Algorithm:
 def load_algorithm(algo: DictConfig, several: bool = False) -> Algorithm:
     """The algorithm of the config group `algo`.
 
-    `_target_` names its function, `many` the one for `several` models, if that is another. Of what a job has (SUPPLY)
-    it will get what its signature asks for; the other fields are its options, but for the name, `repair` of the job on
-    many models, and `reward`, an objective of its own (see configs/algo/ste_reward.yaml).
+    `_target_` names its function, `many` the one for `several` models, if that is another, and `with_maps` the one for
+    `maps=true`. Of what a job has (SUPPLY) it will get what its signature asks for; the other fields are its options,
+    but for the name, `repair` of the job on many models, and `reward`, an objective of its own (see
+    configs/algo/ste_reward.yaml).
 
     Raises:
         ConfigError: there is no such function; an option that it does not have, or an argument that a job can't supply.
@@ -148,6 +165,13 @@ def load_algorithm(algo: DictConfig, several: bool = False) -> Algorithm:
     function = _function(algo)
     if several and not _of_many(function):
         function = _function(algo, "many")
+    plain = function
+    if algo.get("maps"):
+        if algo.get("with_maps") is None or several:
+            raise ConfigError(
+                f"algo={algo.name} finds no maps{' for several models' * several}; leave out algo.maps."
+            )
+        function = _function(algo, "with_maps")
     if not arguments_of(function).keys() & set(SUPPLY):
         raise ConfigError(
             f"{_path(function)} of algo={algo.name} takes nothing that a run has, so it can't align; it must take some"
@@ -156,6 +180,8 @@ def load_algorithm(algo: DictConfig, several: bool = False) -> Algorithm:
     own = (*OWN, "repair") if _of_many(function) else OWN
     options = {name: value for name, value in resolved(algo).items() if name not in own}
     known = arguments_of(function, SUPPLY)
+    if function is not plain and algo.get("maps"):
+        options = _common(algo.name, options, arguments_of(plain, SUPPLY), known)
     check_options(f"algo={algo.name}", options, known)
     if options.get("device") in (None, known.get("device")):
         options.pop("device", None)  # that of the run, if there is one
@@ -166,6 +192,22 @@ def load_algorithm(algo: DictConfig, several: bool = False) -> Algorithm:
             if name in options and not kind.fits(options[name]):
                 raise kind.error(f"algo={algo.name}", f"algo.{name}", options[name])
     return Algorithm(algo.name, function, options, resolved(algo).get("reward"))
+
+
+def _common(
+    name: str, options: Mapping[str, Any], plain: Mapping[str, Any], known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Of the options of the matching without maps those that the one with maps has, too.
+
+    Raises:
+        ConfigError: another one was set.
+    """
+    for option, value in options.items():
+        if option not in known and option in plain and value != plain[option]:
+            raise ConfigError(
+                f"algo.{option}={value} has no effect with maps: leave it out, or algo={name} algo.maps=false."
+            )
+    return {option: value for option, value in options.items() if option in known or option not in plain}
 
 
 def is_many(cfg: DictConfig) -> bool:

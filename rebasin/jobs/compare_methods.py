@@ -76,11 +76,11 @@ def _work(job: Session, prepared: Prepared) -> Results:
     sets = {NAIVE: inputs}
     found, moved = align_all(job, task, inputs), "Nothing was aligned (algo=naive)."
     if found:
-        counts = {label: permutation.moved() for label, permutation in found.items()}
+        counts = {label: alignment.moved() for label, alignment in found.items()}
         told = ", ".join(f"{label} {count:,}" for label, count in counts.items())
         neurons = next(iter(found.values())).spec.neurons
         moved = f"Neurons moved by {cfg.algo.name}, of {neurons:,}: {told}."
-        if any(counts.values()):
+        if not all(alignment.is_identity for alignment in found.values()):
             sets[ALIGNED] = inputs.moved(found)
         else:
             moved += " So aligning changes nothing here, and no merge is shown twice."

@@ -16,7 +16,7 @@ from ..search.folder import alignment_key, base_name
 from ..search.objectives import load_objectives
 from ..search.space import read_space
 from ..search.study import FOR
-from ..spec import Permutation
+from ..spec import Alignment
 from ..tasks import Task
 from ..tensors import load_metadata
 from ..types import Progress
@@ -41,10 +41,10 @@ def load_inputs(cfg: DictConfig, task: Task, progress: Progress | None = None) -
     return Inputs(task.labels, states, base)
 
 
-def align_all(job: Session, task: Task, inputs: Inputs) -> dict[str, Permutation]:
+def align_all(job: Session, task: Task, inputs: Inputs) -> dict[str, Alignment]:
     """Bring every model (and the base) to the first with algo=...; what an earlier session found is read again.
 
-    Each permutation is kept in the job's folder as permutation-LABEL.safetensors; none with algo=naive.
+    Each alignment is kept in the job's folder as permutation-LABEL.safetensors; none with algo=naive.
     """
     name, found, algorithm = job.cfg.algo.name, {}, load_pairwise(job.cfg)
     if name == "naive":
@@ -54,16 +54,16 @@ def align_all(job: Session, task: Task, inputs: Inputs) -> dict[str, Permutation
     spec = stages.spec_of(job.cfg, task, task.aligned)
     kept, key = read_permutations(job.folder, inputs, job.config), alignment_key(job.config)
     if not kept:
-        stages.verify_all(job, task, {task.aligned: spec})
+        stages.verify_all(job, task, {task.aligned: spec}, algorithm.maps)
     with job.stage("align"):
         for label, state in list(inputs.named.items())[1:]:
             if label not in kept:
                 result = algorithm(task, spec, inputs.states[0], state, **job.given, progress=job.progress)
                 about = {"content": f"brings {label} to {inputs.labels[0]}", FOR: key}
-                result.permutation.save(permutation_file(job.folder, label), about)
-                kept[label] = result.permutation
+                kept[label] = result.as_alignment
+                kept[label].save(permutation_file(job.folder, label), about)
             found[label] = kept[label]
-        moved = ", ".join(f"{label} {permutation.moved():,}" for label, permutation in found.items())
+        moved = ", ".join(f"{label} {alignment.moved():,}" for label, alignment in found.items())
         job.say(f"{name}: neurons moved: {moved} of {spec.neurons:,}")
     return found
 
@@ -74,12 +74,12 @@ def permutation_file(folder: Path, label: str) -> Path:
     return folder / f"permutation-{plain}.safetensors"
 
 
-def read_permutations(folder: Path, inputs: Inputs, config: Mapping[str, Any]) -> dict[str, Permutation]:
+def read_permutations(folder: Path, inputs: Inputs, config: Mapping[str, Any]) -> dict[str, Alignment]:
     """What `align_all` has left there for this configuration; what a job with another one has left is none of it."""
     files = {label: permutation_file(folder, label) for label in inputs.named}
     key = alignment_key(config)
     mine = {label: path for label, path in files.items() if path.is_file() and _made_for(path) == key}
-    return {label: Permutation.load(path) for label, path in mine.items()}
+    return {label: Alignment.load(path) for label, path in mine.items()}
 
 
 def _made_for(path: Path) -> str | None:

@@ -59,7 +59,7 @@ def target(results: Results | None, name: str) -> float | None:
 def _work(job: Session, planned: stages.Material) -> Results:
     cfg, task, combination = job.cfg, planned.task, planned.combination
     scoring = load_scoring(cfg, task)
-    checks = stages.verify_all(job, task, planned.specs)
+    checks = stages.verify_all(job, task, planned.specs, planned.algorithm.maps)
     a, b = stages.endpoints(job, task)
     stages.draw_blocks(job, combination)
     snapshots = Snapshots(task.sampler, a, b, cfg.sample_every, cfg.seed, job.folder, job.logger.picture)
@@ -89,11 +89,11 @@ def _work(job: Session, planned: stages.Material) -> Results:
         if cfg.tensors:
             job.wrote(
                 *report.save_tensors(
-                    job.folder, pair.match.permutation, pair.aligned, merged, information, job.config
+                    job.folder, pair.match.as_alignment, pair.aligned, merged, information, job.config
                 )
             )
             if task.export is not None:
-                made, both = {"rebasin_command": job.command}, (pair.spec.identity(), pair.match.permutation)
+                made, both = {"rebasin_command": job.command}, (pair.spec.identity(), pair.mover)
                 share = combination.share
                 job.wrote(*task.export(job.folder, merged, made, both, (1 - share, share), job.progress))
         pictures = [

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
 
@@ -20,7 +21,7 @@ from ..merging.block_figure import save_block_figure
 from ..merging.inputs import copies
 from ..reporting.console import Console
 from ..reporting.loggers import both
-from ..spec import PermutationSpec
+from ..spec import Alignment, Permutation, PermutationSpec
 from ..spec.restrict import restrict
 from ..tasks import Task, load_task
 from ..tensors.modules import loaded
@@ -66,6 +67,12 @@ class AlignedPair:
     b: State
     aligned: State
     match: MatchResult
+
+    @property
+    def mover(self) -> Permutation | Alignment:
+        """What brings B to A: a permutation where there are no maps."""
+        found = self.match.as_alignment
+        return found if found.maps else found.permutation
 
 
 def load(job: Session, several: bool = False) -> Material:
@@ -113,9 +120,10 @@ def spec_of(cfg: DictConfig, task: Task, part: str) -> PermutationSpec:
 
 
 def verify_all(
-    job: Session, task: Task, specs: Mapping[str, PermutationSpec]
+    job: Session, task: Task, specs: Mapping[str, PermutationSpec], maps: bool = False
 ) -> dict[str, dict[str, object]]:
-    """Prove the specs of these parts; part -> what was proved and how exactly.
+    """Prove the specs of these parts; part -> what was proved and how exactly. `maps`: of the aligned one's, too, in
+    double precision, for which products of random matrices are too coarse in any other.
 
     Raises:
         VerificationError: a permutation of a spec changed an output; nothing may be aligned with it.
@@ -124,16 +132,20 @@ def verify_all(
     with job.stage("verify"):
         for name, spec in specs.items():
             part = task.parts[name]
+            tried = len(spec.continuous) if maps and name == task.aligned else 0
             if part.proved is not None:
                 error = part.proved(spec)
             else:
-                error = verify(part.model, spec, *part.args, **part.kwargs).require().max_relative_error
+                dtype = torch.float64 if tried else None
+                report = verify(part.model, spec, *part.args, dtype=dtype, **part.kwargs).require()
+                error, tried = report.max_relative_error, report.maps if tried else 0
             largest = max(largest, error)
             checks[name] = {
                 "max_relative_error": error,
                 "passed": True,
                 "groups": len(spec),
                 "neurons": spec.neurons,
+                "maps": tried,
                 "coverage": {"one": spec.coverage().one, "both": spec.coverage().both},
             }
         job.say(f"largest relative error {largest:.1e}")
@@ -164,9 +176,12 @@ def align(
     progress = job.logged if listen is None else both(job.logged, listen)
     with job.stage("align"):
         match = algorithm(task, spec, a, b, **job.given, progress=progress, resume=load_resume(job.cfg))
+        found = match.as_alignment
+        mover = found if found.maps else found.permutation
         # A state that is read from a file stays there: SDXL's would not fit in memory three times.
-        aligned = match.permutation.apply(b) if isinstance(b, dict) else match.permutation.view(b)
-        job.say(f"{algorithm.name}: {match.moved:,} of {spec.neurons:,} neurons moved")
+        aligned = mover.apply(b) if isinstance(b, dict) else mover.view(b)
+        maps = f", {len(found.maps)} of {len(spec.continuous)} maps" if found.maps else ""
+        job.say(f"{algorithm.name}: {match.moved:,} of {spec.neurons:,} neurons moved{maps}")
     return AlignedPair(task, spec, a, b, aligned, match)
 
 
@@ -175,7 +190,7 @@ def aligned_pair(cfg: DictConfig, console: Console) -> AlignedPair:
     job = Session(cfg, console)
     material = load(job)
     task = material.task
-    verify_all(job, task, {task.aligned: material.spec})
+    verify_all(job, task, {task.aligned: material.spec}, material.algorithm.maps)
     a, b, *_ = endpoints(job, task)
     return align(job, material, a, b)
 
@@ -205,14 +220,15 @@ def curves(cfg: DictConfig, pair: AlignedPair, progress: Progress) -> dict[str, 
 
     for split in splits(cfg, task):
         naive = measure(pair.b, split, "naive")
-        # Where no neuron moved the two lines are the same line.
-        aligned = measure(pair.aligned, split, "aligned") if pair.match.moved else naive
+        # Where nothing moved the two lines are the same line.
+        still = pair.match.as_alignment.is_identity
+        aligned = naive if still else measure(pair.aligned, split, "aligned")
         found[split] = {"naive": naive, "aligned": aligned}
         before, after = naive.losses[-1], aligned.losses[-1]
         if math.isfinite(before) and not math.isclose(before, after, rel_tol=TOLERANCE, abs_tol=1e-6):
             raise VerificationError(
-                f"The loss of B on {split} was {before:.6g} and is {after:.6g} after permuting it, so the"
-                " permutation is not legal for these weights."
+                f"The loss of B on {split} was {before:.6g} and is {after:.6g} after aligning it, so what was found is"
+                " not legal for these weights."
             )
     return found
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..arguments import typed
-from ..spec import Permutation, PermutationSpec
+from ..spec import Alignment, Permutation, PermutationSpec
 from ..types import State
+from .maps.matching import MapsResult
 from .result import MatchResult
 from .weights.endpoints import Endpoints
 
@@ -15,19 +18,22 @@ def naive(spec: PermutationSpec, state_a: State, state_b: State) -> MatchResult:
     return measured(spec.identity(), state_a, state_b)
 
 
-def measured(permutation: Permutation, state_a: State, state_b: State) -> MatchResult:
-    """The result that a permutation makes, whatever found it: weight matching's figures of it."""
-    pair = Endpoints(permutation.spec, state_a, state_b)
-    before = pair.objective, pair.distance
-    pair.set(permutation)
-    return MatchResult(
-        permutation=permutation,
-        objective=pair.objective,
-        history=(),
-        converged=True,
-        seconds=0.0,
-        initial_objective=before[0],
-        distance_before=before[1],
-        distance_after=pair.distance,
-        restarts=(pair.objective,),
-    )
+def measured(found: Permutation | Alignment, state_a: State, state_b: State) -> MatchResult:
+    """The result that a permutation or an alignment makes, whatever found it: weight matching's figures of it."""
+    whole = Alignment.of(found) if isinstance(found, Permutation) else found
+    before = Endpoints(found.spec, state_a, state_b)
+    after = Endpoints(found.spec, state_a, whole.view(state_b) if whole.maps else state_b)
+    if not whole.maps:
+        after.set(whole.permutation)
+    figures: dict[str, Any] = {
+        "permutation": whole.permutation,
+        "objective": after.objective,
+        "history": (),
+        "converged": True,
+        "seconds": 0.0,
+        "initial_objective": before.objective,
+        "distance_before": before.distance,
+        "distance_after": after.distance,
+        "restarts": (after.objective,),
+    }
+    return MapsResult(**figures, alignment=whole) if whole.maps else MatchResult(**figures)

@@ -8,14 +8,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..spec import Permutation, displaced
+from ..spec import Alignment, Permutation, displaced
 from .resume_state import ResumeState
 
 
 class Found:
-    """What all results have that found one permutation of B."""
+    """What all results have that found how B comes to A: a permutation, with maps or without."""
 
     permutation: Permutation
+
+    @property
+    def as_alignment(self) -> Alignment:
+        """What brings B to A, with maps if there are any."""
+        return Alignment.of(self.permutation)
 
     @property
     def moved(self) -> int:
@@ -32,8 +37,12 @@ class Found:
         return moved
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the permutation, as JSON can have it."""
-        return {**plain(self, "permutation"), "moved": self.moved, "moved_per_group": self.moved_per_group}
+        """Everything but permutation and maps, as JSON can have it."""
+        return {
+            **plain(self, "permutation", "alignment"),
+            "moved": self.moved,
+            "moved_per_group": self.moved_per_group,
+        }
 
 
 def moved_between(before: Permutation | None, after: Permutation) -> int:

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CheckpointError, ConfigError, SpecMismatchError
 from ..files import Leaf, SchemaError, conform, parse
-from ..spec import Permutation, PermutationSpec
+from ..spec import Alignment, Permutation, PermutationSpec
 from ..tensors import SafetensorsState, load_safetensors, save_safetensors
 from ..types import DerivedState, passed
 
@@ -109,6 +109,8 @@ def digest_of_state(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 def told(option: Any) -> str:
     """An option in the words of `ResumeState.options`; permutations by a digest of their indices."""
+    if isinstance(option, Alignment):
+        return f"an alignment, {option.digest}"
     given = [option] if isinstance(option, Permutation) else option
     if isinstance(given, Sequence) and not isinstance(given, str):
         indices = chain.from_iterable(p.index.values() for p in given if p is not None)

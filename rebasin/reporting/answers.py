@@ -53,14 +53,16 @@ def _legal(results: Results) -> Answer:
     worst = max(check["max_relative_error"] for check in checks.values())
     legal = all(check["passed"] for check in checks.values())
     parts = ", ".join(f"{name} {number(check['max_relative_error'], 2)}" for name, check in checks.items())
+    maps = max(check.get("maps", 0) for check in checks.values())
+    both = f", and random maps of {maps} continuous groups," if maps else ""
     text = (
-        f"A random permutation of all {results['spec']['neurons']:,} neurons changed the outputs by at most"
+        f"A random permutation of all {results['spec']['neurons']:,} neurons{both} changed the outputs by at most"
         f" {number(worst, 2)} relative ({parts})."
     )
     if results["curves"]:
         _, naive, aligned = primary(results)
         text += (
-            " Loss of B before and after it was permuted:"
+            f" Loss of B before and after it was {'moved' if maps else 'permuted'}:"
             f" {number(naive['losses'][-1], 6)} and {number(aligned['losses'][-1], 6)}."
         )
     return Answer("Is it legal?", "Yes" if legal else "No", text, "good" if legal else "bad")
@@ -69,6 +71,7 @@ def _legal(results: Results) -> Answer:
 def _helped(results: Results) -> Answer:
     question = "Did it help?"
     moved, total = results["match"]["moved"], results["match"]["neurons"]
+    maps = len((results["match"].get("maps") or {"groups": ()})["groups"])
     if not results["curves"]:
         text = f"{moved:,} of {total:,} neurons moved; no loss was measured, because the task has no data."
         return Answer(question, "Not measured", text, "neutral")
@@ -87,21 +90,22 @@ def _helped(results: Results) -> Answer:
         text = (
             f"There was no barrier to remove: {measured}. Moving {moved:,} of {total:,} neurons"
             f" left it at {number(after)}."
-            if moved
+            if moved or maps
             else f"No neuron moved, and there is no barrier to remove: {measured}. Nothing to do here."
         )
         return Answer(question, "Nothing to do", text, "neutral")
-    if moved == 0:
+    if moved == 0 and not maps:
         text = f"No neuron moved although there is a barrier: {measured}. This method saw nothing to align."
         return Answer(question, "No", text, "bad")
     share = after / before
     _, short, tone, rest = next(row for row in SHARES if share <= row[0])
     if after <= NEGLIGIBLE * abs(endpoints):
         short, tone, rest = "Yes", "good", "; it is gone"
+    turned = f", and {maps} maps beside them" if maps else ""
     change = (
         f"The barrier on {where} went from {number(before)} to {number(after)}, {max(share, 0):.0%} of naive"
     )
-    return Answer(question, short, f"{change}{rest}. {moved:,} of {total:,} neurons moved.", tone)
+    return Answer(question, short, f"{change}{rest}. {moved:,} of {total:,} neurons moved{turned}.", tone)
 
 
 def _cost(results: Results) -> Answer:

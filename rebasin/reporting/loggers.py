@@ -15,7 +15,7 @@ from .results import Results
 
 MODES = ("offline", "online", "disabled")
 ARTIFACTS = {
-    "permutation": ("permutation.safetensors", "permutations.safetensors"),
+    "permutation": ("permutation.safetensors", "alignment.safetensors", "permutations.safetensors"),
     "checkpoint": ("merged.safetensors", "aligned.safetensors", "repaired.safetensors"),
     "results": ("results.json", "config.yaml"),
 }

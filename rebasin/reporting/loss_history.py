@@ -1,4 +1,4 @@
-"""search.png: what a matching that looks at the loss saw: the losses of each step, and where it moved."""
+"""search.png: what a matching that looks at the loss saw: the losses of each step, and what each moved."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def has_losses(results: Results) -> bool:
 
 
 def draw(results: Results) -> Figure:
-    """Above the losses at the midpoint minus the mean of A's and B's, below the neurons that each step moved."""
+    """Above the losses at the midpoint minus the mean of A's and B's, below the neurons that each step moved; of maps,
+    how far they are from the identity.
+    """
     match = results["match"]
     search, history = match["search"], match["history"]
     with figure(6.8, 4.6) as fig:
@@ -48,13 +50,17 @@ def draw(results: Results) -> Figure:
                     color=MUTED, fontsize=8,
                 )  # fmt: skip
         passes = [step["step"] for step in history if step["kind"] == "pass"]
+        steps = [step["step"] for step in history]
         for ax in (top, bottom) if passes else ():
             ax.axvspan(passes[0] - 0.5, passes[-1] + 0.5, color=MUTED, alpha=0.1, linewidth=0)
         top.set(title="Loss at the midpoint, minus the mean of A's and B's", ylabel="excess loss")
         top.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))
-        steps, moved = [step["step"] for step in history], [step["moved"] for step in history]
-        bottom.bar(steps, moved, width=1.0, color=INK)
-        bottom.set(ylabel="neurons moved", xlabel="step (shaded: verified passes)" if passes else "step")
+        if "turned" in history[0]:
+            bottom.plot(steps, [step["turned"] for step in history], color=INK, drawstyle="steps-pre")
+        else:
+            bottom.bar(steps, [step["moved"] for step in history], width=1.0, color=INK)
+        label = "maps: |M - I|" if "turned" in history[0] else "neurons moved"
+        bottom.set(ylabel=label, xlabel="step (shaded: verified passes)" if passes else "step")
     return fig
 
 
@@ -63,4 +69,4 @@ def time_split(results: Results) -> str:
     if not has_losses(results):
         return ""
     seconds = results["match"]["search"]["seconds"]
-    return ", ".join(f"{part} {seconds[part]:.1f} s" for part in PARTS)
+    return ", ".join(f"{part} {seconds[part]:.1f} s" for part in PARTS if part in seconds)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..matching.maps.latents import turned
 from ..tensors import save_safetensors
 from . import loss_history
 from .answers import Answer, answers
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ..evaluation import Curve
     from ..evaluation.rewards import Rewards
     from ..matching import MatchResult
-    from ..spec import Permutation, PermutationSpec
+    from ..spec import Alignment, PermutationSpec
     from ..types import State
 
 CURVES = {
@@ -70,6 +71,7 @@ def figures(
             **{name: getattr(match, name) for name in MATCHED},
             "history": [_entry(step) for step in match.history],
             **_losses(match),
+            **_maps(match),
         },
         "distance": {"naive": match.distance_before, "aligned": match.distance_after},
         "curves": curves,
@@ -97,15 +99,33 @@ def _losses(match: Any) -> dict[str, Any]:
     """What only a matching that looks at the loss has; losses are minus the mean of A's and B's."""
     if not hasattr(match, "best_step"):
         return {}
+    parts = [part for part in loss_history.PARTS if hasattr(match, f"seconds_{part}")]
     search = {
         "naive": match.initial_objective,
         "start": match.start_objective,
         "best": match.objective,
         "best_step": match.best_step,
         "endpoints": match.endpoints,
-        "seconds": {part: getattr(match, f"seconds_{part}") for part in loss_history.PARTS},
+        "seconds": {part: getattr(match, f"seconds_{part}") for part in parts},
     }
     return {"search": search}
+
+
+def _maps(match: MatchResult) -> dict[str, Any]:
+    """What only an alignment with maps has: each continuous group, and how far it was moved."""
+    found = match.as_alignment
+    if not found.maps:
+        return {}
+    moved = turned(found.groups, found.maps)
+    groups = [
+        {
+            "group": name, "kind": group.kind, "blocks": group.count, "size": group.size,
+            "dimension": group.dimension, "moved": moved[name],
+        }
+        for name, group in found.groups.items()
+        if name in moved
+    ]  # fmt: skip
+    return {"maps": {"groups": groups, "left_out": dict(getattr(match, "left_out", {}))}}
 
 
 def drawings(results: Results) -> Drawings:
@@ -122,6 +142,7 @@ def page(results: Results) -> dict[str, Any]:
         "lines": merge_lines(results),
         "scores": score_table(results),
         "split": loss_history.time_split(results),
+        "maps": _map_table(results),
         "parts": _parts(results),
         "history": _history(results),
     }
@@ -211,6 +232,26 @@ def _parts(results: Results) -> Table:
     return Table(head, lines, notes=1)
 
 
+def _map_table(results: Results) -> Table:
+    """The continuous groups, those that were moved furthest first; no lines without maps."""
+    maps = results["match"].get("maps") or {"groups": [], "left_out": {}}
+    rows = sorted(maps["groups"], key=lambda row: -row["moved"])
+    head = ("group", "kind", "blocks", "neurons in each", "free dimensions", "moved by")
+    lines = [
+        (
+            row["group"],
+            row["kind"],
+            str(row["blocks"]),
+            str(row["size"]),
+            f"{row['dimension']:,}",
+            number(row["moved"], 2),
+        )
+        for row in rows
+    ]
+    lines += [(name, "left out", "", "", "", why) for name, why in maps["left_out"].items()]
+    return Table(head, tuple(lines), notes=1)
+
+
 def _history(results: Results) -> Table:
     """The matching, step by step."""
     history = results["match"]["history"]
@@ -238,29 +279,33 @@ def tables(results: Results) -> Tables:
 
 def save_tensors(
     folder: Path,
-    permutation: Permutation,
+    alignment: Alignment,
     aligned: State,
     merged: State,
     information: Sequence[State],
     config: Mapping[str, Any],
 ) -> list[Path]:
-    """Write the permutation, B aligned, the merge, and the Fisher `information` of A and of aligned B if the merge took
-    any, B's in B's own order, as the command `rebasin merge` takes it; the headers say what they are.
+    """Write the alignment, B aligned, the merge, and the Fisher `information` of A and of aligned B if the merge took
+    any, B's in B's own order, as the command `rebasin merge` takes it; the headers say what they are. Squares can't be
+    brought back through maps: there B's stays that of aligned B.
     """
     about = {
         "model": config["model"]["name"],
         "algorithm": config["algo"]["name"],
         "seed": str(config["seed"]),
-        "spec_hash": permutation.spec.hash,
+        "spec_hash": alignment.spec.hash,
     }
-    content = "the permutation that brings B to A, and its spec"
-    written = [folder / "permutation.safetensors"]
-    permutation.save(written[0], {**about, "content": content})
+    kind = "alignment" if alignment.maps else "permutation"
+    written = [folder / f"{kind}.safetensors"]
+    alignment.save(written[0], {**about, "content": f"the {kind} that brings B to A, and its spec"})
     merge = f"merge by {config['merge']['method']}"
-    states = [("aligned", aligned, "B, permuted"), ("merged", merged, merge)]
-    for name, own, back in zip("ab", information, (None, permutation.invert()), strict=False):
-        state = own if back is None else back.view(own)
-        states.append((f"fisher_{name}", state, f"the diagonal Fisher information of {name.upper()}"))
+    how = "B, permuted and mapped" if alignment.maps else "B, permuted"
+    states = [("aligned", aligned, how), ("merged", merged, merge)]
+    back = None if alignment.maps else alignment.permutation.invert()
+    for name, own, way in zip("ab", information, (None, back), strict=False):
+        whose = "aligned B" if name == "b" and way is None else name.upper()
+        state = own if way is None else way.view(own)
+        states.append((f"fisher_{name}", state, f"the diagonal Fisher information of {whose}"))
     for name, state, content in states:
         written.append(save_safetensors(folder / f"{name}.safetensors", state, {**about, "content": content}))
     return written

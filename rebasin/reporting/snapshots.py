@@ -19,10 +19,10 @@ NAME = "steps.png"
 
 @dataclass
 class Snapshots:
-    """A progress callback: every so many steps it samples from the midpoint with the best permutation so far.
+    """A progress callback: every so many steps it samples from the midpoint with the best alignment so far.
 
-    It sees the events that have a `permutation`, as those of the straight-through estimator have. The picture is
-    written anew each time, so that it can be looked at while the search runs.
+    It sees the events that have a `permutation`, as those of the straight-through estimator have, or `best`, a function
+    that makes an alignment. The picture is written anew each time, so that it can be looked at while the search runs.
 
     Attributes:
         every: steps, 0 for none.
@@ -55,11 +55,12 @@ class Snapshots:
         return [NAME] if self._rows else []
 
     def __call__(self, event: ProgressEvent) -> None:
-        permutation = event.get("permutation")
-        if self.every == 0 or self.sampler is None or permutation is None or event["step"] % self.every:
+        known = "permutation" in event or "best" in event
+        if self.every == 0 or self.sampler is None or not known or event["step"] % self.every:
             return
+        found = event["best"]() if "best" in event else event["permutation"]
         label = f"step {event['step']}"
-        midpoint = interpolate(self.state_a, permutation.apply(self.state_b), 0.5)
+        midpoint = interpolate(self.state_a, found.apply(self.state_b), 0.5)
         made = self.sampler({label: midpoint}, self.seed)
         self._rows[label] = made.rows[label]
         path = save_samples(Samples(made.prompts, self._rows), self.folder / NAME)

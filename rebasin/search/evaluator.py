@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import CheckpointError
 from ..merging import MergedState
 from ..merging.inputs import same
-from ..spec import Permutation
+from ..spec import Alignment
 from ..tensors.memory import duplicate
 from ..tensors.modules import find_device
 from ..types import State
@@ -43,10 +43,10 @@ class Inputs:
         base = {} if self.base is None else {BASE: self.base}
         return {**dict(zip(self.labels, self.states, strict=True)), **base}
 
-    def moved(self, permutations: Mapping[str, Permutation]) -> Inputs:
-        """All of them in the arrangement of the first."""
+    def moved(self, alignments: Mapping[str, Alignment]) -> Inputs:
+        """All of them in the basis of the first."""
         found = self.named
-        found |= {n: p.apply(found[n]) for n, p in permutations.items() if not p.is_identity}
+        found |= {n: move.apply(found[n]) for n, move in alignments.items() if not move.is_identity}
         return Inputs(self.labels, tuple(found[label] for label in self.labels), found.get(BASE))
 
 

@@ -58,7 +58,8 @@ class MappedState(LazyState):
         for group in self.groups:
             for site in group.sites:
                 self._sites.setdefault(site.parameter, []).append((group, site))
-        self._powers: dict[tuple[str, int], Tensor] = {}
+        self.powers: dict[tuple[str, int], Tensor] = {}
+        """(group, exponent) -> M or M^-T, where they are known already."""
         self._vectors: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -110,9 +111,9 @@ class MappedState(LazyState):
 
     def _power(self, group: ContinuousGroup, exponent: int) -> Tensor:
         key = (group.name, exponent)
-        if key not in self._powers:
-            self._powers[key] = power(group.kind, self.maps[group.name], exponent)
-        return self._powers[key]
+        if key not in self.powers:
+            self.powers[key] = power(group.kind, self.maps[group.name], exponent)
+        return self.powers[key]
 
     def _gain(self, group: ContinuousGroup, site: GainSite | None) -> Tensor | None:
         """The diagonal of G as the state has it, float64 [count, size]."""

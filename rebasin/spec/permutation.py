@@ -595,7 +595,7 @@ class Alignment:
         tensors = {n: torch.from_numpy(p.astype(np.int32)) for n, p in self.permutation.index.items()}
         tensors |= {MAP + name: maps for name, maps in self.maps.items()}
         told = {**json.loads(self.spec.to_json()), "metadata": dict(metadata or {})}
-        header = {"spec": json.dumps(told), "digest": digest(self._arrays())}
+        header = {"spec": json.dumps(told), "digest": self.digest}
         save_safetensors(path, tensors, header)
 
     @classmethod
@@ -625,6 +625,11 @@ class Alignment:
             ) from error
         require_digest(file, made._arrays())
         return made
+
+    @property
+    def digest(self) -> str:
+        """sha256 of indices and matrices."""
+        return digest(self._arrays())
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {**self.permutation.index, **{MAP + n: m.numpy() for n, m in self.maps.items()}}

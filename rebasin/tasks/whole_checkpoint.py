@@ -1,4 +1,4 @@
-"""What a run on checkpoints leaves besides figures: a whole checkpoint, and the permutation of all of it for LoRAs.
+"""What a run on checkpoints leaves besides figures: a whole checkpoint, and the alignment of all of it for LoRAs.
 
 The component that the run looked at is merged as the run says; the others are aligned by their weights and merged by
 the same share, so that the file is one model.
@@ -19,17 +19,14 @@ from ..checkpoints.joint import without_prefix
 from ..checkpoints.provenance import sha256_of
 from ..matching import weight_matching
 from ..merging import merge
-from ..spec import Permutation
+from ..spec import Alignment, Permutation
 from ..types import DerivedState, Progress, State, passed, within
 
 Export = Callable[..., tuple[Path, ...]]
 
-FILE, PERMUTATION, PERMUTATION_OF = (
-    "checkpoint",
-    "checkpoint.permutation.safetensors",
-    "checkpoint.permutation_{}.safetensors",
-)
-"""What is left; of more than two models a permutation each, by its number."""
+FILE = "checkpoint"
+"""What is left; beside it FILE.permutation.safetensors, or FILE.permutation_2.safetensors and so on for more than two
+models; FILE.alignment.safetensors if there are maps."""
 
 
 def export(models: Sequence[Checkpoint], names: Sequence[str], aligned: str, cfg: DictConfig) -> Export:
@@ -46,13 +43,13 @@ def export(models: Sequence[Checkpoint], names: Sequence[str], aligned: str, cfg
         folder: Path,
         merged: State,
         metadata: Mapping[str, str],
-        permutations: Sequence[Permutation],
+        movers: Sequence[Permutation | Alignment],
         weights: Sequence[float],
         progress: Progress | None = None,
     ) -> tuple[Path, ...]:
-        """The merge in A's names, order and types; `permutations` and `weights` are those of all models."""
+        """The merge in A's names, order and types; `movers` and `weights` are those of all models."""
         parts: dict[str, State] = {n: without_prefix(merged, f"{n}.") if joint else merged for n in names}
-        moved = [{"" if joint else aligned: permutation} for permutation in permutations]
+        moved = [{"" if joint else aligned: mover} for mover in movers]
         for name in a.components:
             if name in parts or cfg.model.rest != "merge" or any(name not in m.components for m in others):
                 continue
@@ -67,9 +64,13 @@ def export(models: Sequence[Checkpoint], names: Sequence[str], aligned: str, cfg
             parts[name] = merge("weighted_sum", states, weights=shares)
         written = []
         for number, (model, own) in enumerate(zip(models, moved, strict=True), 1):
-            if number > 1 or not all(permutation.is_identity for permutation in own.values()):
-                written.append(folder / (PERMUTATION if len(models) == 2 else PERMUTATION_OF.format(number)))
-                union(own).save(written[-1], {"content": f"brings {model.path.name} to {a.path.name}"})
+            if number > 1 or not all(mover.is_identity for mover in own.values()):
+                kind = (
+                    "alignment" if any(isinstance(one, Alignment) for one in own.values()) else "permutation"
+                )
+                which = "" if len(models) == 2 else f"_{number}"
+                written.append(folder / f"{FILE}.{kind}{which}.safetensors")
+                _whole(own).save(written[-1], {"content": f"brings {model.path.name} to {a.path.name}"})
         whole = a.restore(parts)
         averages = set(a.extras.get("ema", ()))  # which are not those of a merge
         state = DerivedState({name: passed(whole, name) for name in whole if name not in averages})
@@ -83,6 +84,7 @@ def export(models: Sequence[Checkpoint], names: Sequence[str], aligned: str, cfg
         alignment = {
             (n or aligned) + (f" of {model.path.name}" if others[1:] else ""): {
                 "spec": p.spec.hash, "moved": p.moved(), "neurons": p.spec.neurons,
+                **({"maps": len(p.maps)} if isinstance(p, Alignment) else {}),
             }
             for model, own in zip(models, moved, strict=True)
             for n, p in own.items()
@@ -93,6 +95,13 @@ def export(models: Sequence[Checkpoint], names: Sequence[str], aligned: str, cfg
         return save_checkpoint(target, a, state, header, progress=progress).path, *written
 
     return leave
+
+
+def _whole(own: Mapping[str, Permutation | Alignment]) -> Permutation | Alignment:
+    """All components' in one."""
+    if not any(isinstance(one, Alignment) for one in own.values()):
+        return union({name: one for name, one in own.items() if isinstance(one, Permutation)})
+    return union({n: Alignment.of(one) if isinstance(one, Permutation) else one for n, one in own.items()})
 
 
 def _aligned(

@@ -36,9 +36,9 @@ def study(
     if points < 2:
         raise ConfigError(f"study.points is {points}, but a grid has at least 2.")
     pair = aligned_pair(cfg, console)
-    if not pair.match.moved:
+    if pair.match.as_alignment.is_identity:
         raise ConfigError(
-            "No neuron moved, so A, B and B aligned lie on one line: choose another pair or algorithm."
+            "Nothing moved, so A, B and B aligned lie on one line: choose another pair or algorithm."
         )
     with console.stage("evaluate"):
         plane = Plane(pair.a, pair.aligned, pair.b)

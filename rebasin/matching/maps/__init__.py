@@ -1,6 +1,7 @@
 """Matching beyond permutations: rotations of streams, matrices inside heads, scales."""
 
-from .learned import LearnedResult, learned_matching
+from .learned import learned_matching
 from .matching import MapsResult, weight_alignment
+from .result import LearnedResult, LearnedState
 
-__all__ = ["LearnedResult", "MapsResult", "learned_matching", "weight_alignment"]
+__all__ = ["LearnedResult", "LearnedState", "MapsResult", "learned_matching", "weight_alignment"]

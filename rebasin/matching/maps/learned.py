@@ -1,13 +1,13 @@
-"""Learned alignments: maps of both ends under which the models between them have a small loss.
+"""Learned alignments: maps of B under which the models between A and B have a small loss.
 
 A rotation that brings two streams closest is not the one under which their mean computes well (docs/continuous.md). So
-the maps are learned: with A' = M_A A and B' = M_B pi(B), exact symmetries of either model, minimise by gradient
+the maps are learned: over the exact symmetries M of the architecture, minimise by gradient
 
-    loss((1 - lambda) A' + lambda B'),      lambda ~ U(lam_low, lam_high),
+    loss((1 - lambda) A + lambda M pi(B)),      lambda ~ U(lam_low, lam_high).
 
-over skew matrices S with M = exp(S - S^T) (for LayerNorm in what is orthogonal to the ones), invertible matrices I + X
-near the identity, and scales exp(x). The models at the ends stay what they are, whatever is learned. The norm gains of
-B are first brought to A's by their own scales, so that what norms give is averaged, not its gains.
+B stays what it is, whatever is learned. A need not move: maps are linear on the weights, so the models between M_A A
+and M_B pi(B) compute what those between A and M_A^-1 M_B pi(B) do. That holds if both have the same norm gains, by
+which maps are turned: B's are first brought to A's by their own scales, so that what norms give is averaged, too.
 
 Learned maps for transformers: arXiv 2506.22712, which gives up the architecture for them; here it stays.
 """
@@ -15,92 +15,38 @@ Learned maps for transformers: arXiv 2506.22712, which gives up the architecture
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...arguments import check_choices, check_range, typed
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, SpecMismatchError
+from ...merging.interpolate import interpolate_tensor
 from ...objectives import LossFunction, Objective
-from ...spec import DIAGONAL, Alignment, ContinuousGroup, PermutationSpec, to_array
-from ...spec.continuous import KINDS, ones_complement
-from ...spec.mapped import MappedState
+from ...spec import Alignment, ContinuousGroup, PermutationSpec, to_array
+from ...spec.continuous import KINDS
 from ...tensors.modules import device_of, find_device
-from ...types import Progress, State, tell
-from ..result import Found
-from ..result import plain as as_plain
-from ..straight_through.draws import Draws, split
+from ...types import Progress, tell
+from ..straight_through.auxiliary import rate_of
+from ..straight_through.draws import Draws, mixed, split
 from ..straight_through.midpoint import Autocast, Ends
 from ..straight_through.starts import Start, candidates, start_from
-from ..weights.endpoints import Endpoints
+from ..straight_through.state import fingerprint
 from .gauge import gain_vectors, is_gain
+from .latents import Latents, turned
+from .matching import weight_alignment
+from .result import Learned, LearnedResult, LearnedState, LearnedStep
 
-EndsMoved = Literal["both", "b"]
-
-CONDITION = 30.0
-"""Invertible matrices beyond this condition number are drawn back half the way to the identity."""
+MapsStart = Start | Literal["weight_alignment"] | Alignment
 
 RATIO = 100.0
 """Gains of B that differ from A's by more than this factor, or in sign, stay as they are."""
-
-
-@dataclass(frozen=True)
-class LearnedStep:
-    """One step; scores are losses at the midpoint minus the mean of the endpoints' on the same batches."""
-
-    number: int
-    train: float | None
-    heldout: float | None
-    best: float
-
-
-@dataclass(frozen=True, eq=False)
-class LearnedResult(Found):
-    """What was learned; `apply` moves both models.
-
-    Attributes:
-        alignment_a, alignment_b: what moves A and what moves B; neither changes what is computed.
-        objective: the loss at the midpoint minus the mean of A's and B's, on the held-out batches; `start_objective`
-            and `initial_objective` are those of the start and of the plain midpoint.
-        endpoints: the losses of A and B there.
-        history: the steps; `best_step` is the one that is returned (0: the start).
-        left_out: continuous groups that could not be moved, and why.
-    """
-
-    alignment_a: Alignment
-    alignment_b: Alignment
-    objective: float
-    start_objective: float
-    initial_objective: float
-    endpoints: tuple[float, float]
-    history: tuple[LearnedStep, ...]
-    best_step: int
-    seconds: float
-    distance_before: float
-    distance_after: float
-    left_out: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def permutation(self) -> Any:  # type: ignore[override]
-        """That of B."""
-        return self.alignment_b.permutation
-
-    @property
-    def converged(self) -> bool:
-        """Nothing better was found in the last fifth of the steps."""
-        return self.best_step <= 0.8 * (len(self.history) - 1)
-
-    def apply(self, state_a: State, state_b: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """A and B moved, so that their mean computes well."""
-        return self.alignment_a.apply(state_a), self.alignment_b.apply(state_b)
-
-    def to_dict(self) -> dict[str, Any]:
-        told = as_plain(self, "alignment_a", "alignment_b")
-        return {**told, "moved": self.moved, "moved_per_group": self.moved_per_group}
 
 
 @typed
@@ -112,11 +58,10 @@ def learned_matching(
     batches: Sequence[Any],
     *,
     heldout: Sequence[Any] | None = None,
-    init: Start = "activation_and_weight",
-    ends: EndsMoved = "both",
+    init: MapsStart = "activation_and_weight",
     kinds: Sequence[str] | None = None,
     steps: int = 250,
-    lr: float = 2e-2,
+    lr: float = 4e-2,
     lam_low: float = 0.4,
     lam_high: float = 0.6,
     evaluate_every: int = 10,
@@ -125,10 +70,13 @@ def learned_matching(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    checkpoint: Callable[[LearnedState], None] | None = None,
+    resume_from: LearnedState | None = None,
 ) -> LearnedResult:
-    """Learn maps of both ends under which the models between them have a small loss.
+    """Learn maps of B under which the models between A and B have a small loss.
 
-    The start is a candidate like any other, so on the held-out batches the result is never worse than it.
+    The start is a candidate like any other, so on the held-out batches the result is never worse than it. Models run in
+    eval mode and are left as they were.
 
     Args:
         spec: the architecture's symmetries, `spec.continuous` among them.
@@ -137,136 +85,201 @@ def learned_matching(
         batches: of the objective; they are gone through in a random order, again and again.
         heldout: more of them, by which the best step is chosen. Default: the last fifth of `batches`. Data that results
             are reported on belongs in neither.
-        init: the permutation to start from, see `rebasin.straight_through`.
-        ends: whether maps move both ends or B alone.
+        init: where it starts: a permutation by name (see `rebasin.straight_through`), "weight_alignment", a permutation
+            or an alignment, so that what another search found can be gone on from, in turns.
         kinds: of the continuous groups, those to learn ("rotations", "rotations that keep ones", "invertible",
             "scales", "positive scales"); None: all.
         steps: gradient steps of Adam.
         lr: its learning rate, which falls to 0 along a cosine.
-        lam_low, lam_high: lambda is drawn uniformly from between them at each step.
+        lam_low, lam_high: lambda, B's share, is drawn uniformly from between them at each step.
         evaluate_every: steps between looks at the held-out batches; the last step always has one.
         autocast: "bf16" computes losses and gradients in bfloat16 where torch deems that safe.
         checkpointing: keep only the activations between blocks, for a third more time.
         seed: of the order of the batches and of lambda.
         device: where to compute; default: where `model_a` is.
-        progress: called after each step with stage, step, total, objective (the best so far), loss and seconds.
+        progress: called after each step with stage, step, total, objective (the best so far), loss, heldout, seconds
+            and left; `best` is a function that makes the best alignment so far.
+        checkpoint: called after the start and each step with a `LearnedState` that can be saved.
+        resume_from: such a state; the end is that of the uninterrupted search.
 
     Raises:
-        SpecMismatchError, CheckpointError: models, spec and initial permutation do not go together.
-        ConfigError: an option does not fit, or there is nothing to learn.
+        SpecMismatchError, CheckpointError: models, spec and start do not go together.
+        ConfigError: an option, or the state to continue from, does not fit, or there is nothing to learn.
         DataError: there are no batches, or a loss is not a finite number.
     """
-    began = perf_counter()
-    check_choices(ends=(ends, EndsMoved), autocast=(autocast, Autocast))
+    given = dict(locals())
+    check_choices(autocast=(autocast, Autocast))
     check_range(1, steps=steps, evaluate_every=evaluate_every)
     check_range(0, lr=lr, seed=seed)
     check_range(0, 1, lam_low=lam_low, lam_high=lam_high)
-    unknown = sorted(set(kinds or ()) - set(KINDS))
-    if unknown or lam_low > lam_high:
-        told = (
-            f"kinds has {unknown[0]!r}; choose of {', '.join(KINDS)}"
-            if unknown
-            else "lam_low is above lam_high"
-        )
-        raise ConfigError(f"{told}.")
+    if unknown := sorted(set(kinds or ()) - set(KINDS)):
+        raise ConfigError(f"kinds has {unknown[0]!r}; choose of {', '.join(KINDS)}.")
+    if lam_low > lam_high:
+        raise ConfigError("lam_low is above lam_high.")
     learn, select = split(batches, heldout)
     where = device_of(model_a) if device is None else find_device(device)
-    pair = Ends(spec, model_a, model_b, objective, where, autocast)
-    left_out = {**spec.stuck(pair.a), **spec.stuck(pair.b)}
-    gains = gain_vectors(spec)
-    groups = [
-        g
-        for g in spec.continuous
-        if g.name not in left_out
-        and g.kind != "signs"
-        and (kinds is None or g.kind in kinds)
-        and not is_gain(g, gains)
-    ]
-    if not groups:
-        raise ConfigError(
-            "There is nothing to learn: the spec has no continuous group of these kinds that can act."
-        )
-    with pair.ready(checkpointing):
-        endpoints = pair.endpoints(select)
-        mean = sum(endpoints) / 2
-        naive = pair.evaluate(pair.midpoint(spec.identity()), select) - mean
-        if not math.isfinite(naive + mean):
-            raise DataError(
-                "The losses of A, B and their midpoint on the held-out batches must be finite numbers."
-            )
-        found = [
-            start_from(n, spec, model_a, model_b, objective, batches, seed, where) for n in candidates(init)
-        ]
-        start = (
-            min(found, key=lambda p: pair.evaluate(pair.midpoint(p), select)) if len(found) > 1 else found[0]
-        )
-        gauge = Alignment(start, _same_gains(spec, pair.a, start.view(pair.b), gains))
-        base_a, base_b = dict(pair.a), {**pair.a, **gauge.apply(pair.b)}
-        sides = _Side(spec, groups, base_a, where, ends == "both"), _Side(spec, groups, base_b, where, True)
+    ends = Ends(spec, model_a, model_b, objective, where, autocast)
+    left_out = {**spec.stuck(ends.a), **spec.stuck(ends.b)}
+    groups = _learnable(spec, left_out, kinds)
 
-        def score() -> float:
-            with torch.no_grad():
-                return pair.evaluate(_between(*sides, 0.5), select) - mean
+    options: dict[str, str] = {}
+    if checkpoint is not None or resume_from is not None:
+        options = fingerprint(ends, objective, [list(learn), list(select)], given)
+    last = LearnedState(options) if resume_from is None else resume_from
+    last.require(options)
+    seconds = {"start": 0.0, "gradient": 0.0, "scoring": 0.0, **last.seconds}
 
-        best = first = score()
-        kept, best_step = [side.copy() for side in sides], 0
-        history = [LearnedStep(0, None, first, first)]
-        latents = [x for side in sides for x in side.latents.values()]
-        optimizer = torch.optim.Adam(latents, lr=lr)
-        generator = torch.Generator().manual_seed(seed)
-        draw = Draws(pair, learn, 1, seed)
-        for step in range(1, steps + 1):
-            (batch,) = next(draw)
-            share = lam_low + (lam_high - lam_low) * float(torch.rand((), generator=generator))
-            for one in optimizer.param_groups:
-                one["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                loss = pair.loss(_between(*sides, share), batch)
-            loss.backward()
-            optimizer.step()
-            for side in sides:
-                side.guard()
-            told = None
-            if step % evaluate_every == 0 or step == steps:
-                told = score()
-                if told < best:
-                    best, best_step, kept = told, step, [side.copy() for side in sides]
-            train = float(loss.detach()) - draw.endpoints_mean()
-            history.append(LearnedStep(step, train, told, best))
-            seconds = perf_counter() - began
-            left = seconds / step * (steps - step)
+    @contextmanager
+    def clock(part: str) -> Iterator[None]:
+        began = perf_counter()
+        yield
+        seconds[part] += perf_counter() - began
+
+    with ends.ready(checkpointing):
+        with clock("start"):
+            if last.start is None:
+                found = _start(init, ends, model_a, model_b, objective, (learn, select), seed)
+                gauge = Alignment(spec.identity(), _same_gains(spec, ends.a, found.view(ends.b))).compose(
+                    found
+                )
+            else:
+                gauge = Alignment(last.start, dict(last.gauge))
+            b = {**ends.a, **gauge.apply(ends.b)}
+            latents = Latents(spec, groups, b, where)
+            latents.restore(last.latents)
+
+        def between(share: float) -> dict[str, Tensor]:
+            """(1 - share) A + share M pi(B), all tensors of the model."""
+            moved = {**b, **latents.moved()}
+            return {name: interpolate_tensor(name, a, moved[name], share) for name, a in ends.a.items()}
+
+        def best() -> Alignment:
+            return Alignment(spec.identity(), latents.maps(kept)).compose(gauge)
+
+        def keep() -> None:
+            if checkpoint is not None:
+                now = gauge.permutation, gauge.maps, seen, latents.tensors, kept, draw.made, dict(seconds)
+                checkpoint(LearnedState(options, *now))
+
+        kept = {name: tensor.to(where) for name, tensor in last.kept.items()} or latents.copy()
+        draw = Draws(ends, learn, 1, seed, last.draws)
+        if last.seen is None:
+            with clock("scoring"):
+                losses = ends.endpoints(select)
+                mean = sum(losses) / 2
+                naive = ends.evaluate(ends.midpoint(spec.identity()), select) - mean
+                first = ends.evaluate(between(0.5), select) - mean
+            if not math.isfinite(naive + mean + first):
+                raise DataError(
+                    "The losses of A, B and their midpoint on the held-out batches must be finite numbers."
+                )
+            start = LearnedStep(0, "start", None, first, first, 0.0, seconds["scoring"])
+            seen = Learned(losses, naive, first, first, history=(start,))
+            keep()
+        else:
+            seen = last.seen
+        distance = seen.history[-1].turned
+        for step in range(len(seen.history), steps + 1):
+            before = sum(seconds.values())
+            with clock("gradient"):
+                chosen = next(draw)
+                share = float(np.random.default_rng(mixed(seed, step)).uniform(lam_low, lam_high))
+                loss, slopes = ends.gradient(between(share), chosen, by=latents.names)
+                latents.descend(slopes, share, rate_of("cosine", lr, step, steps))
+            with clock("scoring"):
+                told = None
+                if step % evaluate_every == 0 or step == steps:
+                    told = ends.evaluate(between(0.5), select) - sum(seen.endpoints) / 2
+                    if told < seen.objective:  # never true of a loss that is not a number
+                        seen = replace(seen, objective=told, best_step=step)
+                        kept = latents.copy()
+                    far = turned(latents.groups, latents.maps())
+                    distance = sum(far.values()) / len(far)
+                train = loss - draw.endpoints_mean()
+            took = sum(seconds.values()) - before
+            now = LearnedStep(step, "step", train, told, seen.objective, distance, took)
+            seen = replace(seen, history=(*seen.history, now))
+            spent = sum(seconds.values())
+            left = spent / step * (steps - step)
             tell(
-                progress, "learned maps", step, steps, objective=best, loss=train, seconds=seconds, left=left
-            )
-        for side, values in zip(sides, kept, strict=True):
-            side.restore(values)
-        moved_a = Alignment(spec.identity(), sides[0].matrices())
-        moved_b = Alignment(spec.identity(), sides[1].matrices()).compose(gauge)
-    weights = Endpoints(spec, pair.a, pair.b, device=where)
-    before = weights.distance
-    weights.set(start)
+                progress, "learned maps", step, steps, objective=seen.objective, loss=train, heldout=told,
+                seconds=spent, left=left, best=best,
+            )  # fmt: skip
+            keep()
+        alignment = best()
+        far = turned(latents.groups, latents.maps(kept))
     return LearnedResult(
-        alignment_a=moved_a,
-        alignment_b=moved_b,
-        objective=best,
-        start_objective=first,
-        initial_objective=naive,
-        endpoints=endpoints,
-        history=tuple(history),
-        best_step=best_step,
-        seconds=perf_counter() - began,
-        distance_before=before,
-        distance_after=weights.distance,
+        alignment=alignment,
+        objective=seen.objective,
+        start_objective=seen.first,
+        initial_objective=seen.naive,
+        endpoints=seen.endpoints,
+        history=seen.history,
+        best_step=seen.best_step,
+        turned=far,
         left_out=left_out,
+        distance_before=_distance(ends.a, ends.b),
+        distance_after=_distance(ends.a, alignment.view(ends.b)),
+        seconds=sum(seconds.values()),
+        **{f"seconds_{part}": value for part, value in seconds.items()},
     )
 
 
-def _same_gains(
-    spec: PermutationSpec, a: Mapping[str, Tensor], b: Mapping[str, Tensor], gains: set[str]
-) -> dict[str, Tensor]:
+def _learnable(
+    spec: PermutationSpec, left_out: Mapping[str, str], kinds: Sequence[str] | None
+) -> list[ContinuousGroup]:
+    """The groups to learn. Signs have no gradient, and the gains of norms are a gauge.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    gains = gain_vectors(spec)
+    found = [
+        group
+        for group in spec.continuous
+        if group.name not in left_out
+        and group.kind != "signs"
+        and (kinds is None or group.kind in kinds)
+        and not is_gain(group, gains)
+    ]
+    if not found:
+        raise ConfigError(
+            "There is nothing to learn: the spec has no continuous group of these kinds that can act."
+        )
+    return found
+
+
+def _start(
+    init: MapsStart,
+    ends: Ends,
+    model_a: nn.Module,
+    model_b: nn.Module,
+    objective: Objective | LossFunction,
+    batches: tuple[Sequence[Any], Sequence[Any]],
+    seed: int,
+) -> Alignment:
+    """What `init` stands for."""
+    learn, select = batches
+    if isinstance(init, Alignment):
+        if init.spec.maps_hash != ends.spec.maps_hash or not ends.spec.contains(init.permutation):
+            raise SpecMismatchError(
+                "The initial alignment is not legal for this spec: it was made for another architecture."
+            )
+        return init
+    if init == "weight_alignment":
+        return weight_alignment(ends.spec, ends.a, ends.b, seed=seed).alignment
+    found = [
+        start_from(name, ends.spec, model_a, model_b, objective, learn, seed, ends.device)
+        for name in candidates(init)
+    ]
+    if len(found) == 1:
+        return Alignment.of(found[0])
+    return Alignment.of(min(found, key=lambda one: ends.evaluate(ends.midpoint(one), select)))
+
+
+def _same_gains(spec: PermutationSpec, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The scales that give B's norms the gains of A's."""
-    found = {}
+    found, gains = {}, gain_vectors(spec)
     for group in spec.continuous:
         if not is_gain(group, gains):
             continue
@@ -278,75 +291,12 @@ def _same_gains(
     return found
 
 
-class _Side:
-    """One model's tensors under maps that are learned; `latents`: group name -> what is learned, 0 for the identity."""
-
-    def __init__(
-        self,
-        spec: PermutationSpec,
-        groups: Sequence[ContinuousGroup],
-        tensors: dict[str, Tensor],
-        device: torch.device,
-        moves: bool,
-    ) -> None:
-        self.spec, self.groups, self.tensors = spec, groups if moves else (), tensors
-        self.latents = {
-            g.name: torch.zeros(_latent_shape(g), device=device, requires_grad=True) for g in self.groups
-        }
-        self.names = {site.parameter for g in groups for site in g.sites}
-
-    def moved(self) -> dict[str, Tensor]:
-        """The tensors that any side's maps act on."""
-        maps = {g.name: matrices(g, self.latents[g.name]) for g in self.groups}
-        view = MappedState(self.spec.continuous, maps, self.spec.aliases, self.tensors)
-        return {name: view[name] for name in self.names}
-
-    def matrices(self) -> dict[str, Tensor]:
-        """What was learned, float64."""
-        return {g.name: matrices(g, self.latents[g.name].detach().double().cpu()) for g in self.groups}
-
-    def guard(self) -> None:
-        with torch.no_grad():
-            for group in self.groups:
-                if group.kind == "invertible":
-                    x = self.latents[group.name]
-                    wild = torch.linalg.cond(matrices(group, x).double()) > CONDITION
-                    x[wild] *= 0.5
-
-    def copy(self) -> dict[str, Tensor]:
-        return {name: x.detach().clone() for name, x in self.latents.items()}
-
-    def restore(self, values: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in values.items():
-                self.latents[name].copy_(value)
-
-
-def _between(a: _Side, b: _Side, share: float) -> dict[str, Tensor]:
-    """(1 - share) A' + share B', all tensors of the model."""
-    moved_a, moved_b = a.moved(), b.moved()
-    middle = {}
-    for name, tensor in a.tensors.items():
-        x, y = moved_a.get(name, tensor), moved_b.get(name, b.tensors[name])
-        middle[name] = torch.lerp(x, y, share) if x.is_floating_point() else x
-    return middle
-
-
-def _latent_shape(group: ContinuousGroup) -> tuple[int, ...]:
-    if group.kind in DIAGONAL:
-        return group.shape
-    n = group.size - (group.kind == "rotations that keep ones")
-    return (group.count, n, n)
-
-
-def matrices(group: ContinuousGroup, latent: Tensor) -> Tensor:
-    """The matrices of a group for what is learned: exp(S - S^T), I + X, or exp(x); differentiable."""
-    if group.kind in DIAGONAL:
-        return latent.exp()
-    if group.kind == "invertible":
-        return torch.eye(group.size, dtype=latent.dtype, device=latent.device) + latent
-    turned = torch.linalg.matrix_exp(latent - latent.mT)
-    if group.kind == "rotations":
-        return turned
-    basis = ones_complement(group.size).to(latent)
-    return basis @ turned @ basis.mT + 1 / group.size
+def _distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """|A - B| over the tensors of both."""
+    return math.sqrt(
+        sum(
+            float((a[name].double() - b[name].double()).square().sum())
+            for name in b
+            if a[name].is_floating_point()
+        )
+    )

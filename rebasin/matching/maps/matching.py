@@ -48,7 +48,6 @@ from ...spec.permutation import moved_by
 from ...types import Progress, State, tell
 from ..assignment.blocks import leaves
 from ..result import MatchResult, Sweep, Update
-from ..result import plain as as_plain
 from ..weights.costs import Choose, WeightCosts
 from ..weights.endpoints import Endpoints
 from ..weights.matching import weight_matching
@@ -77,9 +76,9 @@ class MapsResult(MatchResult):
     alignment: Alignment = field(kw_only=True)
     left_out: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
-    def to_dict(self) -> dict[str, Any]:
-        told = as_plain(self, "permutation", "alignment")
-        return {**told, "moved": self.moved, "moved_per_group": self.moved_per_group}
+    @property
+    def as_alignment(self) -> Alignment:
+        return self.alignment
 
 
 @typed

@@ -75,20 +75,21 @@ class Ends:
         return {**self._fixed, **halfway}
 
     def gradient(
-        self, tensors: Mapping[str, Tensor], batches: Sequence[Any]
+        self, tensors: Mapping[str, Tensor], batches: Sequence[Any], by: Sequence[str] | None = None
     ) -> tuple[float, dict[str, Tensor]]:
-        """The mean loss of `batches` at `tensors`, and its gradient by the free ones: zero for one that the loss
-        does not depend on.
+        """The mean loss of `batches` at `tensors`, and its gradient by the free ones, or by those named: zero for one
+        that the loss does not depend on.
         """
-        leaves = {name: tensors[name].detach().requires_grad_() for name in self.free}
+        leaves = {name: tensors[name].detach().requires_grad_() for name in by or self.free}
         total, sums = 0.0, dict[str, Tensor]()
 
         def slope(batch: Any) -> tuple[float, Sequence[Tensor]]:
             with torch.enable_grad():
                 with self._narrow():
                     loss = self._objective.loss(self._inside.model, batch)
-                by = list(leaves.values())
-                found = torch.autograd.grad(loss, by, allow_unused=True, materialize_grads=True)
+                found = torch.autograd.grad(
+                    loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+                )
             return float(loss.detach()), found
 
         for batch in batches:
@@ -98,15 +99,6 @@ class Ends:
                 share = part if len(batches) == 1 else part / len(batches)
                 sums[name] = sums[name].add_(share) if name in sums else share
         return total, sums
-
-    def loss(self, tensors: Mapping[str, Tensor], batch: Any) -> Tensor:
-        """The loss of a batch at `tensors`, differentiable by those that need a gradient."""
-
-        def compute(data: Any) -> Tensor:
-            with self._narrow():
-                return self._objective.loss(self._inside.model, data)
-
-        return self._call(tensors, compute, batch)
 
     def evaluate(self, tensors: Mapping[str, Tensor], batches: Sequence[Any]) -> float:
         """The mean loss at `tensors` over all samples of `batches`, in eval mode."""
