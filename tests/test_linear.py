@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rebasin.matching.assignment import jonker_volgenant
 from rebasin.matching.assignment.jonker_volgenant import LANES, solve
-from rebasin.matching.assignment.linear_assignment import SMALLEST, linear_assignment
+from rebasin.matching.assignment.linear_assignment import SMALLEST, linear_assignment, stays
 
 SIZES = [1, 2, 33, LANES - 1, LANES, LANES + 1, 150]
 KINDS = ["planted", "random", "low rank", "shifted", "ties", "dead", "rows alike", "nothing"]
@@ -147,7 +147,7 @@ def test_learned_prices_leave_hardly_anything_to_do(monkeypatch: pytest.MonkeyPa
     assert left_over[2] < left_over[0] / 2
 
 
-def test_prices_are_taken_if_they_spread_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prices_are_taken_if_they_bound_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = problem("shifted", 150)
     duals = solve(costs)[1]
     starts: list[np.ndarray] = []
@@ -165,6 +165,16 @@ def test_prices_are_taken_if_they_spread_the_rows(monkeypatch: pytest.MonkeyPatc
     assert np.array_equal(starts[0], duals)
     assert not starts[1].any()
     assert not starts[2].any()
+
+
+def test_duals_prove_that_all_stay_without_a_solution() -> None:
+    costs = torch.from_numpy(problem("low rank", 90))
+    column, duals = (torch.from_numpy(found) for found in solve(costs.numpy()))
+    settled = costs[:, column]  # the best assignment is the identity
+    assert stays(settled, duals[column])
+    assert not stays(costs, duals)
+    assert not stays(settled, torch.zeros(90))
+    assert not stays(settled + torch.eye(90).roll(1, 0), duals[column])
 
 
 def test_numba_is_loaded_only_where_it_is_needed_and_threads_may_be_the_first_to_solve() -> None:

@@ -180,7 +180,7 @@ def test_matching_ends_as_without_them(name: str, init: str, monkeypatch: pytest
     spec = SPECS[name]()
     a, b = draw(spec, 1), noisy(draw(spec, 1), 1.5)
     results = []
-    for accelerator in (Accelerator, lambda pair: None):
+    for accelerator in (Accelerator, lambda *_: None):
         monkeypatch.setattr(matching, "Accelerator", accelerator)
         results.append(weight_matching(spec, a, b, init=init))  # pyright: ignore[reportArgumentType]
     assert results[0].permutation == results[1].permutation

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -169,6 +170,9 @@ def test_what_ray_has_nothing_to_do_for_is_told(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.ray
 def test_two_ray_workers_one_of_them_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(p for p in sys.path if p)
+    )  # this file, too, is imported there
     files = [save_safetensors(tmp_path / f"{seed}.safetensors", mlp_state(seed)) for seed in range(4)]
     with ray_cluster.on_ray("auto", 2, 1) as workers:
         assert workers.count == 2

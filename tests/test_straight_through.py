@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import rebasin
 from rebasin.data import classification
 from rebasin.errors import ConfigError, DataError, RebasinError, SpecMismatchError
+from rebasin.matching.assignment import jonker_volgenant, linear_assignment
 from rebasin.matching.straight_through import midpoint
 from rebasin.matching.straight_through.estimator import straight_through
 from rebasin.matching.straight_through.loss_descent import descend
@@ -22,6 +24,8 @@ from rebasin.matching.straight_through.midpoint import Ends
 from rebasin.matching.straight_through.result import StraightThroughResult
 from rebasin.matching.straight_through.starts import candidates
 from rebasin.matching.straight_through.state import StraightThroughState
+from rebasin.matching.weights.matching import weight_matching
+from rebasin.matching.weights.projection import Projected, Projector
 from rebasin.models import MLP
 from rebasin.models.train import Recipe, train
 from rebasin.objectives import CrossEntropy
@@ -226,6 +230,42 @@ def test_two_runs_are_equal(digits: Pair):
     assert [step.train for step in one.history] == [step.train for step in two.history]
     other = digits.search(seed=1)
     assert [step.train for step in one.history] != [step.train for step in other.history]
+
+
+def test_projections_that_remember_are_those_afresh_step_for_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.manual_seed(4)
+    a, b = (MLP(inputs=20, width=96, depth=2, classes=3) for _ in range(2))
+    pair = Pair(a, b, random_batches((20,)))
+    warm, starts, moved = Projector.__call__, list[bool](), list[int]()
+    inner = jonker_volgenant.solve
+
+    def noted(costs: np.ndarray, duals: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        starts.append(duals is not None)
+        return inner(costs, duals)
+
+    def compared(own: Projector, target: Any, permutation: Permutation, most: int, seed: int) -> Projected:
+        found = warm(own, target, permutation, most, seed)
+        afresh = weight_matching(own.spec, target, own.b, init=permutation, max_sweeps=most, seed=seed)
+        assert found == Projected(afresh.permutation, afresh.sweeps)
+        moved.append(afresh.moved)
+        return found
+
+    linear_assignment._load_solver.cache_clear()
+    monkeypatch.setattr(jonker_volgenant, "solve", noted)
+    monkeypatch.setattr(Projector, "__call__", compared)
+    states = []
+    found = pair.search(steps=6, init="identity", lr=2e-2, projection_sweeps=2, checkpoint=states.append)
+    linear_assignment._load_solver.cache_clear()
+    assert len(moved) == 7 and max(moved) > 0
+    assert sum(starts) > len(starts) / 4  # those afresh know duals in their second sweeps alone
+    states[4].save(tmp_path / "state")
+    monkeypatch.setattr(Projector, "__call__", warm)
+    state = StraightThroughState.load(tmp_path / "state")
+    assert {key.rpartition("/")[0] for key in state.duals} == set(pair.spec.cells)
+    again = pair.search(steps=6, init="identity", lr=2e-2, projection_sweeps=2, resume_from=state)
+    assert again.permutation == found.permutation and again.objective == found.objective
 
 
 def test_projecting_every_few_steps(digits: Pair):

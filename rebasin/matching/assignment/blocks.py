@@ -33,7 +33,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ...spec import Branch, Group, Indices, Leaf, Node, Permutation, PermutationSpec, indices, to_array
-from .linear_assignment import TOLERANCE, linear_assignment
+from .linear_assignment import TOLERANCE, linear_assignment, solved
 
 Matrix = Tensor | np.ndarray
 CostFunction = Callable[[Indices, Indices], Matrix]
@@ -201,9 +201,9 @@ class _LeafTable:
     def solve(self, i: int, j: int) -> None:
         if self.exact[i, j]:
             return
-        rows, column = linear_sum_assignment(self.host[i, j], maximize=True)
+        column, _ = solved(self.host[i, j])
         self._column[i, j] = column
-        self.upper[i, j] = self.host[i, j][rows, column].sum(dtype=np.float64)
+        self.upper[i, j] = self.host[i, j][np.arange(len(column)), column].sum(dtype=np.float64)
         self.exact[i, j] = True
 
     def in_place(self, i: int) -> float:

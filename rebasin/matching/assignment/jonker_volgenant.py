@@ -50,6 +50,11 @@ ROUNDS = 2
 SAMPLE = 64
 """By so many rows are duals and costs judged."""
 
+WORTH = 0.2
+"""Duals are a better start than none if they lower the bound on a row by so many of their own standard deviations. From
+those of costs that differ by a twentieth a solution takes a quarter of the time, by a fifth nearly all of it, and from
+those of costs that have nothing in common twice as long (measured, independent networks of 1,280 to 5,120 neurons)."""
+
 
 def _compiled(function: Callable[..., Any]) -> Any:
     try:
@@ -63,7 +68,7 @@ def solve(costs: np.ndarray, duals: np.ndarray | None = None) -> tuple[np.ndarra
 
     Args:
         costs: [n, n] float32 or float64; finite.
-        duals: [n], where to start, taken only if rows want more different columns at these duals than at none.
+        duals: [n], where to start, taken only if they bound the sum closely enough (`WORTH`).
 
     Returns:
         column: int64 [n], a bijection; of several that are best, any.
@@ -73,7 +78,7 @@ def solve(costs: np.ndarray, duals: np.ndarray | None = None) -> tuple[np.ndarra
     start = np.zeros(len(costs))
     if duals is not None:
         given = np.array(duals, dtype=np.float64)
-        if _wanted(costs, given) > _wanted(costs, start):
+        if _lowered(costs, given) > WORTH * float(given.std()):
             start = given
     return _solve(costs, start, HARD, np.array(STEPS), PATIENCE, BIDS, ROUNDS), start
 
@@ -233,10 +238,14 @@ def _nearest(costs: Any, duals: Any, offset: float, reach: Any, closed: Any, lan
 
 
 @_compiled
-def _wanted(costs: Any, duals: Any) -> int:
-    """How many different columns are wanted most, by a sample of the rows."""
+def _lowered(costs: Any, duals: Any) -> float:
+    """By how much the duals lower the bound on the sum, max_j (c_ij - p_j) over the rows plus the sum of the p_j: the
+    mean of a sample of rows.
+    """
     lane = np.empty(LANES)
-    hit = np.zeros(duals.size, np.bool_)
+    none = np.zeros(duals.size)
+    lowered, rows = 0.0, 0
     for i in range(0, duals.size, max(1, duals.size // SAMPLE)):
-        hit[_two_best(costs[i], duals, lane)[2]] = True
-    return hit.sum()
+        lowered += _two_best(costs[i], none, lane)[0] - _two_best(costs[i], duals, lane)[0]
+        rows += 1
+    return lowered / rows - duals.mean()

@@ -37,6 +37,7 @@ from ..straight_through.auxiliary import Auxiliary, Schedule, rate_of
 from ..straight_through.best_seen import SETTLED
 from ..straight_through.draws import split
 from ..straight_through.midpoint import Autocast, Ends
+from ..weights.projection import Projector
 from .ends import conclude, first_distance, start_of
 from .mean import match_to_mean
 from .models import Models, Source, mean_of
@@ -168,6 +169,10 @@ class _Search:
         ]
         count = 1 if alike else max(1, len(models) - 1)
         self.auxiliary = [Auxiliary(ends, "adam", lr, momentum) for _ in range(count)]
+        self._onto = [
+            Projector(ends.spec, {name: own[name] for name in ends.moved}, ends.device)
+            for own in self.tensors
+        ]
 
     def mean(self, permutations: Sequence[Permutation], shares: Sequence[float]) -> dict[str, Tensor]:
         """The models' weighted mean; integers, and what is not saved with a model, are the first's."""
@@ -195,4 +200,4 @@ class _Search:
     def project(self, i: int, permutation: Permutation, sweeps: int, seed: int) -> Permutation:
         """Weight matching of model i to its auxiliary weights, from `permutation`."""
         own = self.auxiliary[i - 1 if len(self.auxiliary) > 1 else 0]
-        return own.project(self.tensors[i], permutation, sweeps, seed).permutation
+        return own.project(self._onto[i], permutation, sweeps, seed).permutation

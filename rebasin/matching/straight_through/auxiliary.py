@@ -10,8 +10,7 @@ from torch import Tensor, nn, optim
 from ...errors import ConfigError
 from ...spec import Permutation
 from ...types import State, widened
-from ..result import MatchResult
-from ..weights.matching import weight_matching
+from ..weights.projection import Projected, Projector
 from .midpoint import Ends
 
 Optimizer = Literal["sgd", "adam"]
@@ -63,23 +62,15 @@ class Auxiliary:
         return norm
 
     def project(
-        self, b: State, permutation: Permutation, sweeps: int, seed: int, *, nearest: bool = False
-    ) -> MatchResult:
+        self, b: Projector, permutation: Permutation, most: int, seed: int, *, nearest: bool = False
+    ) -> Projected:
         """Weight matching of `b` to w (algorithm 1), from `permutation`; `nearest`: of its midpoint with A to w."""
         a = self.ends.a
         target = {name: weight.detach() for name, weight in self.weights.items()}
         if nearest:
             # |w - (A + pi(B)) / 2| is smallest where <2w - A, pi(B)> is largest: |pi(B)| is |B| for every pi.
             target = {name: 2 * weight - a[name] for name, weight in target.items()}
-        return weight_matching(
-            permutation.spec,
-            {name: target.get(name, a[name]) for name in self.ends.moved},
-            {name: b[name] for name in self.ends.moved},
-            init=permutation,
-            max_sweeps=sweeps,
-            seed=seed,
-            device=self.ends.device,
-        )
+        return b({name: target.get(name, a[name]) for name in self.ends.moved}, permutation, most, seed)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from ...tensors.modules import device_of, find_device
 from ...types import Progress
 from ..result import moved_between
 from ..weights.endpoints import Endpoints
+from ..weights.projection import Projector
 from .auxiliary import Auxiliary, Optimizer, Schedule, rate_of
 from .best_seen import SETTLED, BestSeen
 from .draws import Draws, mixed, split
@@ -152,10 +153,13 @@ def straight_through(
         found, pi, sweeps, refined = list(last.candidates), last.permutation, last.sweeps, last.refined
         w = Auxiliary(ends, optimizer, lr, momentum)  # Initialize: w <- A
         w.restore(last.auxiliary)
+        onto = Projector(spec, {name: ends.b[name] for name in ends.moved}, where)
+        onto.restore(last.duals)
 
         def keep() -> None:
             if checkpoint is not None:
-                kept = tuple(found), seen.now, pi, w.tensors if pi and not refined else {}, draw.made
+                changed = (w.tensors, onto.tensors) if pi and not refined else ({}, {})
+                kept = tuple(found), seen.now, pi, *changed, draw.made
                 seconds = perf_counter() - began
                 checkpoint(StraightThroughState(options, *kept, sweeps, refined, seconds))
 
@@ -183,7 +187,7 @@ def straight_through(
             if step % project_every == 0 or step == steps:
                 with seen.clock("projection"):
                     # pi <- proj(w), using algorithm 1.
-                    match = w.project(ends.b, pi, projection_sweeps, mixed(seed, step), nearest=nearest)
+                    match = w.project(onto, pi, projection_sweeps, mixed(seed, step), nearest=nearest)
                     sweeps += match.sweeps
                     moved = moved_between(pi, match.permutation)
                     if moved:

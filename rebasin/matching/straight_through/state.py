@@ -29,6 +29,7 @@ class StraightThroughState(ResumeState):
         seen: the best so far, and the history; None before anything was looked at.
         permutation: pi of the last step; None: the start is yet to be chosen.
         auxiliary: w and the moments of its optimisers (see `Auxiliary.tensors`); none once the steps are done.
+        duals: of the last projection's assignments (see `Projector.tensors`), along with these.
         draws: how many lists of batches were drawn.
         sweeps: of weight matching, in all projections together.
         refined: the last pass of the refinement.
@@ -41,6 +42,7 @@ class StraightThroughState(ResumeState):
     seen: Seen | None = None
     permutation: Permutation | None = None
     auxiliary: Mapping[str, Tensor] = field(default_factory=dict)
+    duals: Mapping[str, Tensor] = field(default_factory=dict)
     draws: int = 0
     sweeps: int = 0
     refined: Pass | None = None

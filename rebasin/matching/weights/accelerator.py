@@ -5,9 +5,13 @@ duals     the dual variables that proved a group's last assignment, from which t
           (assignment/jonker_volgenant.py)
 unlike    the groups whose neurons were seen to have no near counterparts (nearness.py), so that no
           proof is tried again before most of what they meet has moved
+
+Duals and what is unlike also serve the next matching of the same B to an A that has changed little (projection.py).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,14 +22,23 @@ from .endpoints import Endpoints
 from .products import Products
 
 
+@dataclass
+class Memory:
+    """What outlives a matching of B: `duals` by the first of the neurons (their numbers in B) that a cell assigns."""
+
+    duals: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    unlike: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+
+
 class Accelerator:
     """The memory of one matching; costs that are made without one compute everything afresh."""
 
-    def __init__(self, pair: Endpoints) -> None:
+    def __init__(self, pair: Endpoints, memory: Memory | None = None) -> None:
+        memory = Memory() if memory is None else memory
         self.pair = pair
         self.products = Products(pair)
-        self.unlike: dict[str, dict[str, np.ndarray]] = {}
-        self._duals: dict[tuple[str, int], Tensor] = {}  # of a cell's neurons by their numbers in B
+        self.unlike = memory.unlike
+        self._duals = memory.duals  # of a cell's neurons by their numbers in B
 
     def duals(self, cell: str, neurons: Indices) -> Tensor | None:
         """Those of these places' neurons; from costs of some sites only they suit all of them, too, if not as well."""

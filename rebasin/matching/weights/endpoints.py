@@ -73,8 +73,9 @@ class Endpoints:
         *,
         normalize: Normalize | None = None,
         device: torch.device | str = "cpu",
+        checked: Mapping[str, float] | None = None,
     ) -> None:
-        """Read and check both endpoints; pi is the identity.
+        """Read and check both endpoints, or A alone if B is known: `checked` has its |B_k|^2; pi is the identity.
 
         Raises:
             SpecMismatchError: a tensor is missing or has another shape than the spec's.
@@ -96,13 +97,20 @@ class Endpoints:
         self.squares: dict[str, tuple[float, float]] = {}
         self._naive_dots: dict[str, float] = {}
         for name in spec.axes:
-            a, b = self.a(name), self.b(name)
-            aa, bb, ab = _moments(a, b)
+            if checked is not None and name in checked:
+                a, b, bb, ab = self.a(name), None, checked[name], None
+                aa = squared(a)
+            else:
+                a, b = self.a(name), self.b(name)
+                aa, bb, ab = _moments(a, b)
             kind = torch.float64 if name in spec.buffers else self.dtype  # these are in no cost
             require_finite(aa, a, kind, lambda name=name: place_of(state_a, self._key_a[name], "A"))
-            require_finite(bb, b, kind, lambda name=name: place_of(state_b, self._key_b[name], "B"))
+            if b is not None:
+                require_finite(bb, b, kind, lambda name=name: place_of(state_b, self._key_b[name], "B"))
             if name not in spec.buffers:
-                self.squares[name], self._naive_dots[name] = (aa, bb), ab
+                self.squares[name] = aa, bb
+                if ab is not None:
+                    self._naive_dots[name] = ab
         self._dots = dict(self._naive_dots)
         self.weight = {
             name: 1.0 if normalize is None or aa * bb == 0 else 1 / math.sqrt(aa * bb)
@@ -171,7 +179,7 @@ class Endpoints:
         for name in self.parameters:
             if permutation.axes_of(name):
                 self._moved[name] = permutation.apply_to(name, self.b(name))
-            else:
+            elif name in self._naive_dots:
                 self._dots[name] = self._naive_dots[name]
 
     def propose(self, group: Group, index: Mapping[str, np.ndarray]) -> Move:

@@ -110,8 +110,7 @@ def weight_matching(
     check_range(0, seed=seed)
     check_choices(normalize=(normalize, Normalize))
     device = where_quicker(spec, find_device(device))
-    if workers is None:
-        workers = 1 if device.type == "cpu" else min(16, os.cpu_count() or 1)
+    workers = workers or workers_for(device)
     keep_freed_memory()
     pair = Endpoints(spec, state_a, state_b, normalize=normalize, device=device)
     initial_objective, distance_before = pair.objective, pair.distance
@@ -131,30 +130,15 @@ def weight_matching(
         finished, best = resume_from.finished, resume_from.best
         began -= resume_from.seconds
     costs = WeightCosts(pair, Accelerator(pair))
-    visits, before = Visits(len(spec), progress), sharing(spec)
+    visits = Visits(len(spec), progress)
 
     def descend(attempt: Attempt, dirty: set[int], restart: int) -> Iterator[Attempt]:
         """The attempt after each sweep, until no group is `dirty`: one that is not is optimal given all others."""
-        groups: list[int] = []
-        updates: dict[int, Update] = {}
 
-        def improved(number: int) -> bool:
-            updates[number] = improve(costs, spec.groups[number])
-            return updates[number].moved > 0
+        def ordered(sweep: int) -> list[int]:
+            return order_of(order, len(spec), seed, restart, sweep - 1)
 
-        def begin(number: int) -> list[int]:
-            updates.clear()
-            visits.begin(f"sweep {number}")
-            groups[:] = order_of(order, len(spec), seed, restart, number - 1)
-            return groups
-
-        def done(number: int) -> None:
-            visits.done(updates[number].moved if number in updates else 0)
-
-        run = partial(run_in_order, before=before, workers=workers, done=done)
-        near, first = neighbours(spec), len(attempt.history)
-        for _ in coordinate_descent(improved, near, begin, dirty, max_sweeps, first=first, run=run):
-            made = tuple(updates[group] for group in groups if group in updates)
+        for made in sweeps(costs, ordered, dirty, max_sweeps, workers, visits, len(attempt.history)):
             attempt = _attempt(pair, attempt.history, dirty, made, perf_counter() - visits.began)
             yield attempt
 
@@ -190,6 +174,45 @@ def weight_matching(
         distance_after=pair.distance,
         restarts=finished,
     )
+
+
+def workers_for(device: torch.device) -> int:
+    """On a CPU the products are parallel themselves; a device computes them while threads solve assignments."""
+    return 1 if device.type == "cpu" else min(16, os.cpu_count() or 1)
+
+
+def sweeps(
+    costs: WeightCosts,
+    order: Callable[[int], list[int]],
+    dirty: set[int],
+    most: int,
+    workers: int,
+    visits: Visits,
+    first: int = 1,
+) -> Iterator[tuple[Update, ...]]:
+    """The updates of each sweep, by the `order` of its number (from `first` on), until no group is `dirty` or number
+    `most` is done.
+    """
+    spec = costs.pair.spec
+    groups: list[int] = []
+    updates: dict[int, Update] = {}
+
+    def improved(number: int) -> bool:
+        updates[number] = improve(costs, spec.groups[number])
+        return updates[number].moved > 0
+
+    def begin(number: int) -> list[int]:
+        updates.clear()
+        visits.begin(f"sweep {number}")
+        groups[:] = order(number)
+        return groups
+
+    def done(number: int) -> None:
+        visits.done(updates[number].moved if number in updates else 0)
+
+    run = partial(run_in_order, before=sharing(spec), workers=workers, done=done)
+    for _ in coordinate_descent(improved, neighbours(spec), begin, dirty, most, first=first, run=run):
+        yield tuple(updates[group] for group in groups if group in updates)
 
 
 def _attempt(
