@@ -42,7 +42,7 @@ Row = dict[str, float]
 
 
 class Clock:
-    """Seconds of parts of a step, of the CPU, or on another device to their end, and the CPU's in the solvers inside."""
+    """Seconds of a step's parts, of the CPU, or on another device to their end, and the CPU's in the solvers inside."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.row, self.solving = device, Row(), 0.0

@@ -158,8 +158,9 @@ def straight_through(
 
         def keep() -> None:
             if checkpoint is not None:
-                changed = (w.tensors, onto.tensors) if pi and not refined else ({}, {})
-                kept = tuple(found), seen.now, pi, *changed, draw.made
+                ongoing = pi is not None and refined is None
+                tensors, duals = (w.tensors, onto.tensors) if ongoing else ({}, {})
+                kept = tuple(found), seen.now, pi, tensors, duals, draw.made
                 seconds = perf_counter() - began
                 checkpoint(StraightThroughState(options, *kept, sweeps, refined, seconds))
 
