@@ -211,6 +211,65 @@ PARTS = {
 }
 
 
+class Several(nn.Module):
+    """Parts behind norms are added to one stream that is cut at zero, as in a ResNet: the norms' gains and the stream
+    are scaled alike, and what reads it is scaled back.
+    """
+
+    def __init__(self, norm: Callable[[], nn.Module], final: bool = False) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(C, C), nn.Linear(C, 3)
+        self.parts = nn.ModuleList(nn.Linear(C, C) for _ in range(2))
+        self.norms = nn.ModuleList(norm() for _ in range(3))
+        self.final = norm() if final else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norms[2](self.enter(x).mT).mT)
+        for norm, part in zip(self.norms, self.parts, strict=False):
+            x = torch.relu(x + norm(part(x).mT).mT)
+        return self.leave(self.final(x.mT).mT)
+
+
+class Channels(nn.LayerNorm):
+    """LayerNorm over the channels of [n, channels, positions]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.mT).mT
+
+
+SEVERAL: dict[str, Callable[[], nn.Module]] = {
+    "batch": lambda: nn.BatchNorm1d(C),
+    "group": lambda: nn.GroupNorm(3, C),
+    "layer": lambda: Channels(C),
+}
+
+
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_norms_that_write_into_one_stream_are_scaled_together(name: str, final: bool) -> None:
+    model, spec, x = found(Several(SEVERAL[name], final))
+    stream = [
+        g
+        for g in spec.continuous
+        if {s.parameter for s in g.sites} >= {f"norms.{k}.weight" for k in range(3)}
+    ]
+    # A norm in the end divides each channel by what it multiplies it with, up to its eps: that is left out.
+    assert [g.kind for g in stream] == ([] if final else ["positive scales"])
+    if final:
+        return
+    assert {(s.parameter, s.power) for s in stream[0].sites} == {
+        *((f"norms.{k}.{what}", 1) for k in range(3) for what in ("weight", "bias")),
+        *((f"parts.{k}.weight", -1) for k in range(2)),
+        ("leave.weight", -1),
+    }
+    only = Alignment(spec.identity(), {stream[0].name: torch.linspace(0.5, 2, C)})
+    wrong = only.apply(model.state_dict()) | {"norms.1.bias": model.state_dict()["norms.1.bias"]}
+    for state, same in ((only.apply(model.state_dict()), True), (wrong, False)):
+        again = copy.deepcopy(model)
+        again.load_state_dict(state)
+        assert torch.allclose(again(x), model(x), rtol=1e-9, atol=1e-9) is same
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_have_the_groups_of_the_literature(name: str) -> None:
     assert kinds(known(name)[1]) == PARTS[name][1]

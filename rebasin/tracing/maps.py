@@ -122,6 +122,46 @@ def _number(offsets: list[float], offset: float) -> int:
     return offsets.index(offset)
 
 
+def _without_fixed(
+    constraints: Constraints, a: np.ndarray, b: np.ndarray, link: Relations
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, Relations]]:
+    """The same links where M_a = S G M_b G^-1 has only the identity for one of the two: then it says M_a = S (or M_b =
+    S^-1), so that several norms may write into one stream that is scaled. Elements that were found to be fixed first.
+
+    What is fixed by itself is known without these links, but that matrices are diagonal passes through them.
+    """
+    raw = np.zeros(constraints.size, dtype=np.int64)
+    for elements, what, _ in constraints.limits:
+        np.bitwise_or.at(raw, elements, int(what))
+    fixed = np.zeros(constraints.size, dtype=bool)
+    link, scaled = link.pick(np.arange(a.size)), link.scale >= 0
+    while scaled.any():
+        flags = np.zeros(constraints.size, dtype=np.int64)
+        for pairs, passing in (((a[~scaled], b[~scaled]), ~0), ((a, b), int(Limit.APART))):
+            owner = classes_of(constraints.size, [pairs])
+            joined = np.zeros(int(owner.max()) + 1, dtype=np.int64)
+            np.bitwise_or.at(joined, owner, (raw | (fixed * int(Limit.FIXED))) & passing)
+            flags |= joined[owner]
+        still = flags & Limit.FIXED > 0
+        for together in (Limit.APART | Limit.ONES, Limit.APART | Limit.ISOMETRY | Limit.POSITIVE):
+            still |= (flags & int(together)) == int(together)
+        inner, outer = scaled & still[b], scaled & still[a]
+        if not (inner | outer).any():
+            break
+        fixed[b[inner]] = fixed[a[outer]] = True
+        outer &= ~inner
+        # M_b is that of S, to the power -1; a dual of a diagonal matrix is its inverse.
+        a, b = np.where(outer, b, a), np.where(inner | outer, link.scale, b)
+        link.dual = np.where(outer, 1 - link.dual, np.where(inner, 0, link.dual))
+        changed = inner | outer
+        link.scale, link.gain = (np.where(changed, -1, value) for value in (link.scale, link.gain))
+        link.scale_power, link.gain_power, link.offset = (
+            np.where(changed, 0, value) for value in (link.scale_power, link.gain_power, link.offset)
+        )
+        scaled &= ~changed
+    return np.flatnonzero(fixed), (a, b, link)
+
+
 def _relate(size: int, roots: np.ndarray, a: np.ndarray, b: np.ndarray, link: Relations) -> Relations:
     """How each element's matrix follows from its root's: along links, from the roots outwards."""
     found, known = Relations.identities(size), np.zeros(size, dtype=bool)
@@ -183,22 +223,27 @@ def solve_maps(constraints: Constraints) -> tuple[ContinuousGroup, ...]:
         return ()
     offsets = [0.0]
     a, b, link = _link_relations(constraints.links, offsets)
+    rows, vectors = _rows(constraints, a, b), link.scale[link.scale >= 0]
+    still, (a, b, link) = _without_fixed(constraints, a, b, link)
     owner = classes_of(size, [(a, b)])
-    relations = _relate(size, _roots(constraints, owner), a, b, link)
-    flags, reasons = _flags(constraints, owner, relations, (a, b, link))
+    relations = _relate(size, _roots(constraints, owner, vectors), a, b, link)
+    limits = [*constraints.limits, (still, Limit.FIXED, None)]
+    flags, reasons = _flags(limits, owner, relations, (a, b, link))
     axis = _axis_of(constraints)
     touched = np.zeros(flags.size, dtype=bool)
     touched[owner[np.concatenate([a, b, relations.scale[relations.scale >= 0]])]] = True
     free = touched & (flags & Limit.FIXED == 0)
     where = _occurrences(owner, relations, flags, axis, free)
-    rows = _rows(constraints, a, b)
     numbers = np.array([axis_.start for axis_ in constraints.axes], dtype=np.int64)
     return tuple(_groups(_Problem(constraints, offsets, axis, numbers, where, rows, flags, reasons)))
 
 
-def _roots(constraints: Constraints, owner: np.ndarray) -> np.ndarray:
-    """An element for each class: the first whose inner products are to stay (it should bear no gain), or the first."""
-    priority = np.ones(owner.size, dtype=np.int64)
+def _roots(constraints: Constraints, owner: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """An element for each class: the first whose inner products are to stay (it should bear no gain), one of the
+    `vectors` that are multiplied by, or the first.
+    """
+    priority = np.full(owner.size, 2)
+    priority[vectors] = 1
     for elements, what, _ in constraints.limits:
         if what & Limit.ISOMETRY:
             priority[elements] = 0
@@ -207,7 +252,7 @@ def _roots(constraints: Constraints, owner: np.ndarray) -> np.ndarray:
 
 
 def _flags(
-    constraints: Constraints,
+    limits: list[tuple[np.ndarray, Limit, str | None]],
     owner: np.ndarray,
     relations: Relations,
     links: tuple[np.ndarray, np.ndarray, Relations],
@@ -229,7 +274,7 @@ def _flags(
         scales = relations.scale[elements]
         limit(scales[scales >= 0], what, why)
 
-    for elements, what, why in constraints.limits:
+    for elements, what, why in limits:
         turned = (relations.scale[elements] >= 0) | (relations.gain[elements] >= 0)
         limit(elements[~turned], what, why)
         rest = elements[turned]
