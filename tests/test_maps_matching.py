@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 import rebasin
 from experiments.zoo import ZOO
-from rebasin.matching.maps import weight_alignment
+from rebasin.matching.maps import activation_alignment, weight_alignment
 from rebasin.matching.maps.gauge import canonical, rows
 from rebasin.matching.maps.matching import procrustes, touched_by
 from rebasin.spec import PermutationSpec
@@ -136,3 +138,38 @@ def test_gains_that_no_scale_takes_away_hold_their_stream() -> None:
     result = weight_alignment(spec, a, spec.random_alignment(1).apply(a))
     assert result.left_out == {"enter.weight[0]": "gains stand before it that no scale takes away"}
     assert "enter.weight[0]" not in result.alignment.maps
+
+
+def inputs(args: tuple, kwargs: dict[str, Any], count: int) -> list[tuple[tuple, dict[str, Any]]]:
+    """Batches like an example call's, of random numbers: enough to tell all dimensions of a stream."""
+
+    def drawn_like(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        shape = (16, *value.shape[1:])
+        return torch.randint(0, 60, shape) if not value.is_floating_point() else torch.randn(shape).double()
+
+    return [
+        (tuple(map(drawn_like, args)), {name: drawn_like(value) for name, value in kwargs.items()})
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", ["residual", "gpt2", "vit_classifier_logits"])
+def test_a_planted_alignment_is_found_by_activations(name: str) -> None:
+    model, args, kwargs = model_of(name)
+    spec = rebasin.trace(model, *args, **kwargs)
+    model = model.double().eval()
+    model.load_state_dict({**model.state_dict(), **drawn(spec)}, strict=False)
+    other = copy.deepcopy(model)
+    a = {n: t.clone() for n, t in model.state_dict().items()}
+    other.load_state_dict(spec.random_alignment(7).invert().apply(a))
+    data = inputs(args, kwargs, 6)
+    found = activation_alignment(
+        spec, model, other, data, tokens=None, forward=lambda m, batch: m(*batch[0], **batch[1])
+    )
+    assert not found.left_out and found.objective >= found.initial_objective
+    names = touched_by(spec)
+    norm = apart({n: a[n] for n in names}, {n: torch.zeros_like(a[n]) for n in names})
+    assert found.distance_after < 1e-4 * norm < 0.3 * found.distance_before
+    assert all(torch.equal(t, a[n]) for n, t in model.state_dict().items())

@@ -14,7 +14,14 @@ from .many.methods import merge_many
 from .many.pivot import match_by_tree, match_to_pivot, naive_mean
 from .many.result import ManyResult, ManyState, load_permutations, save_permutations
 from .many.straight_through import straight_through_many
-from .maps import LearnedResult, LearnedState, MapsResult, learned_matching, weight_alignment
+from .maps import (
+    LearnedResult,
+    LearnedState,
+    MapsResult,
+    activation_alignment,
+    learned_matching,
+    weight_alignment,
+)
 from .naive import naive
 from .result import MatchResult, MatchState, Sweep, Update
 from .weights.certificate import exchange_losses
@@ -35,6 +42,7 @@ __all__ = [
     "MatchState",
     "Sweep",
     "Update",
+    "activation_alignment",
     "activation_and_weight",
     "activation_matching",
     "activation_statistics",

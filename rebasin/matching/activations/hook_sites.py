@@ -33,7 +33,7 @@ from ...tracing.export import evaluation_mode, named_outputs
 
 Where = Literal["output", "input", "query", "key", "value"]
 Call = Callable[[nn.Module], Any]
-Place = tuple[str, Where]
+Spot = tuple[str, Where]
 Sites = Sequence[tuple[str, Site]]
 
 PATTERNS = 64
@@ -54,7 +54,7 @@ class HookSite:
     dim: int
     cell: str
     positions: tuple[Indices, ...]
-    source: Place | None = None
+    source: Spot | None = None
 
     @property
     def name(self) -> str:
@@ -83,8 +83,8 @@ def find_hook_sites(spec: PermutationSpec, model: nn.Module, call: Call) -> list
     for parameter, axes in spec.axes.items():
         aliases = [alias for alias, target in spec.aliases.items() if target == parameter]
         for name in (parameter, *aliases):
-            owner, leaf = _owner(name, modules)
-            places = _places(modules[owner])
+            owner, leaf = owner_of(name, modules)
+            places = known_places(modules[owner])
             if places is None:
                 strangers.setdefault(owner, []).append(name)
                 continue
@@ -114,7 +114,7 @@ def find_hook_sites(spec: PermutationSpec, model: nn.Module, call: Call) -> list
         more: dict[tuple[Any, ...], HookSite] = {}
         for owner, parameters in strangers.items():
             for dim, sites in compare.answers(owner, parameters).items():
-                _collect(more, modules[owner], owner, _Place("output", dim), sites)
+                _collect(more, modules[owner], owner, Place("output", dim), sites)
         found += more.values()
     order = {place: number for number, place in enumerate(seen)}
     found.sort(key=lambda site: order[site.module, site.where])
@@ -122,18 +122,18 @@ def find_hook_sites(spec: PermutationSpec, model: nn.Module, call: Call) -> list
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     where: Where
     dim: int
     offset: int = 0  # where the tensor begins on the axis
     size: int | None = None  # and how long it is; None: the whole axis
 
 
-Places = dict[tuple[str, int], tuple[_Place, ...]]
-OUTPUT, INPUT = (_Place("output", -1),), (_Place("input", -1),)
+Places = dict[tuple[str, int], tuple[Place, ...]]
+OUTPUT, INPUT = (Place("output", -1),), (Place("input", -1),)
 
 
-def _places(module: nn.Module) -> Places | None:
+def known_places(module: nn.Module) -> Places | None:
     """(own parameter, axis) -> where its neurons are seen; None for a module that is not torch's own."""
     for kinds, places in _KNOWN:
         if any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds):
@@ -142,14 +142,14 @@ def _places(module: nn.Module) -> Places | None:
 
 
 def _convolution(dims: int, transposed: bool, module: Any) -> Places:
-    out, into = (_Place("output", -dims),), (_Place("input", -dims),)
+    out, into = (Place("output", -dims),), (Place("input", -dims),)
     first, second = (into, out) if transposed else (out, into)
     return {("weight", 0): first, ("bias", 0): out} | ({("weight", 1): second} if module.groups == 1 else {})
 
 
 def _channels(module: nn.Module) -> Places:
     own = ("weight", "bias", "running_mean", "running_var")
-    return {(name, 0): (_Place("output", 1),) for name in own}
+    return {(name, 0): (Place("output", 1),) for name in own}
 
 
 def _normalised(module: Any) -> Places:
@@ -158,7 +158,7 @@ def _normalised(module: Any) -> Places:
 
 def _attention(module: Any) -> Places:
     e = module.embed_dim  # other widths of keys and values have weights of their own
-    inner = tuple(_Place(w, -1, k * e, e) for k, w in enumerate(("query", "key", "value")))  # type: ignore[arg-type]
+    inner = tuple(Place(w, -1, k * e, e) for k, w in enumerate(("query", "key", "value")))  # type: ignore[arg-type]
     return {("in_proj_weight", 0): inner, ("in_proj_bias", 0): inner, ("out_proj.weight", 0): OUTPUT}
 
 
@@ -173,7 +173,7 @@ _KNOWN: tuple[tuple[tuple[Any, ...], Callable[[Any], Places]], ...] = (
 )
 
 
-def _owner(parameter: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
+def owner_of(parameter: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
     """Module and own name of a parameter; a weight that is computed from others (weight norm) counts as itself."""
     parameter = re.sub(r"(^|\.)parametrizations\.(\w+)\.original\d*$", r"\1\2", parameter)
     owner, _, leaf = parameter.rpartition(".")
@@ -184,7 +184,7 @@ def _owner(parameter: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
 
 
 def _collect(
-    found: dict[tuple[Any, ...], HookSite], module: nn.Module, name: str, place: _Place, sites: Sites
+    found: dict[tuple[Any, ...], HookSite], module: nn.Module, name: str, place: Place, sites: Sites
 ) -> None:
     """Add a site for each cell among `sites`; weight and bias, or two names of one module, give the same one."""
     by_cell: dict[str, list[Indices]] = {}
@@ -204,7 +204,7 @@ def _starts(positions: Sequence[Indices]) -> tuple[int, ...]:
     return tuple(int(p[0]) for p in positions)
 
 
-def _within(positions: Indices, place: _Place) -> Indices | None:
+def _within(positions: Indices, place: Place) -> Indices | None:
     if place.size is None:
         return positions
     array = to_array(positions) - place.offset
@@ -278,14 +278,14 @@ def _watch(
     wanted: Mapping[str, Collection[Where]],
     call: Call,
     keep: Callable[[str, Where, Tensor], bool],
-) -> tuple[dict[Place, Place], dict[Place, Tensor]]:
+) -> tuple[dict[Spot, Spot], dict[Spot, Tensor]]:
     """The wanted tensors that occur in a forward pass, in order: place -> where it was met first; and copies of those
     to be kept.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[Place, Place] = {}
-    kept: dict[Place, Tensor] = {}
-    alive: dict[int, tuple[weakref.ref[Tensor], int, Place]] = {}
+    found: dict[Spot, Spot] = {}
+    kept: dict[Spot, Tensor] = {}
+    alive: dict[int, tuple[weakref.ref[Tensor], int, Spot]] = {}
 
     def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         # What goes in is there before what comes out: "last" is to mean the last.
@@ -311,8 +311,8 @@ class _Compare:
 
     spec: PermutationSpec
     permutation: Permutation
-    before: Mapping[Place, Tensor]
-    after: Mapping[Place, Tensor]
+    before: Mapping[Spot, Tensor]
+    after: Mapping[Spot, Tensor]
 
     def confirms(self, site: HookSite) -> bool:
         """Whether the tensor of a site moves along its dimension as its cell does, and otherwise not at all."""

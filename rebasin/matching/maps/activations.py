@@ -1,0 +1,221 @@
+"""Activation matching with linear maps: under them B's streams and heads do what A's do on the same data.
+
+Both endpoints are brought into their gauge first (gauge.py), so that the maps that are left are orthogonal. Of neurons
+that no map mixes the permutation is that of activation matching (Ainsworth et al., section 3.1). Where a map mixes
+them, with activations z_A and z_B where the stream is written and read bare (not behind the gains of a norm), minimise
+
+    E |z_A - M z_B|^2,      that is, maximise <M, E[z_A z_B^T]>:
+
+the orthogonal Procrustes problem (Schoenemann 1966), each place with its sum divided by the largest that it could be.
+Heads are assigned to each other by what the best M between them would reach, the sum of singular values.
+
+Closeness is not what lowers a barrier (docs/continuous.md): this is a start, and a yardstick for what is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...arguments import typed
+from ...objectives import LossFunction, Objective
+from ...spec import (
+    DIAGONAL,
+    Alignment,
+    ContinuousGroup,
+    Permutation,
+    PermutationSpec,
+    Site,
+    displaced,
+    to_array,
+)
+from ...tensors.memory import duplicate
+from ...tensors.modules import Forward
+from ...types import Progress
+from ..activations.hook_sites import Place, known_places, owner_of
+from ..activations.matching import activation_matching
+from ..activations.moments import Moments
+from ..activations.statistics import TOKENS, ActivationStatistics, Precision, activation_statistics
+from ..result import Sweep
+from ..weights.costs import Choose
+from .gauge import canonical
+from .matching import MapsResult, procrustes, touched_by
+from .matching import _assign_heads as assign_heads
+from .matching import _assign_signed as assign_signed
+from .matching import _distance as distance
+from .matching import _Pair as Pair
+from .matching import _read as read
+from .matching import _units as units_of
+
+
+@typed
+def activation_alignment(
+    spec: PermutationSpec,
+    model_a: nn.Module,
+    model_b: nn.Module,
+    batches: Sequence[Any],
+    *,
+    tokens: int | None = TOKENS,
+    objective: Objective | LossFunction | None = None,
+    forward: Forward | None = None,
+    seed: int = 0,
+    precision: Precision | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> MapsResult:
+    """Find the permutation and the maps that bring B to A by what both do on the same data.
+
+    The batches are gone through twice: once for the permutation of neurons that no map mixes, once for the maps. Models
+    are left as they were; two copies of them are in memory.
+
+    Args:
+        spec: the architecture's symmetries, `spec.continuous` among them.
+        model_a, model_b: two models of that architecture, of any floating point type.
+        batches, tokens, objective, forward, precision, device: see `activation_matching`.
+        seed: of the positions that are looked at.
+        progress: called before the first and after each batch, of either pass.
+
+    Raises:
+        SpecMismatchError: a model is not of the architecture of `spec`, or the two compute differently.
+        DataError: there are no batches, or one gives NaN or infinite activations.
+        ConfigError: an option does not fit.
+    """
+    began = perf_counter()
+    options: dict[str, Any] = {
+        "tokens": tokens, "objective": objective, "forward": forward, "seed": seed, "precision": precision,
+        "device": device, "progress": progress,
+    }  # fmt: skip
+    plain = activation_matching(spec, model_a, model_b, batches, fallback_to_weights=True, **options)
+    a, b = (read(spec, model.state_dict(), touched_by(spec)) for model in (model_a, model_b))
+    gauges = canonical(spec, a), canonical(spec, b)
+    gauged = [_moved(model, gauge) for model, gauge in zip((model_a, model_b), gauges, strict=True)]
+    statistics = activation_statistics(spec, *gauged, batches, reads="both", **options)
+    states = (dict(gauge.apply(state)) for gauge, state in zip(gauges, (a, b), strict=True))
+    seen = _Seen(Pair(spec, *states), statistics, model_a)
+    before = seen.objective
+    unmixed, heads, signed = units_of(seen)
+    cells = [cell.name for group in unmixed for cell in group.cells]
+    seen.permute({name: plain.permutation.index[name] for name in cells})
+    for one in heads:
+        assign_heads(seen, one)
+    for one in signed:
+        assign_signed(seen, one)
+    maps = {group.name: procrustes(group, seen.products(group)) for group in seen.mixing}
+    reached = sum(_inner(group, maps[group.name], seen.products(group)) for group in seen.mixing)
+    alignment = gauges[0].invert().compose(Alignment(seen.permutation, maps)).compose(gauges[1])
+    seconds = perf_counter() - began
+    moved = alignment.permutation.moved()
+    return MapsResult(
+        permutation=alignment.permutation,
+        objective=reached,
+        history=(Sweep(0, before, 0), Sweep(1, reached, moved, (), seconds)),
+        converged=True,
+        seconds=seconds,
+        initial_objective=before,
+        distance_before=distance(a, b),
+        distance_after=distance(a, alignment.apply(b)),
+        restarts=(reached,),
+        alignment=alignment,
+        left_out=seen.left_out,
+    )
+
+
+class _Seen:
+    """What `Pair` tells of weights, told of activations: products of A's with B's under the permutation so far.
+
+    Attributes:
+        mixing: the continuous groups whose neurons are seen bare; `left_out` the others and why.
+    """
+
+    def __init__(self, pair: Pair, statistics: ActivationStatistics, model: nn.Module) -> None:
+        self.spec, self.statistics = pair.spec, statistics
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self.permutation = pair.spec.identity()
+        self.left_out = dict(pair.left_out)
+        self._places = {group.name: list(_places(group, statistics, self._modules)) for group in pair.mixing}
+        for name, places in self._places.items():
+            if not places:
+                self.left_out[name] = "its neurons appear bare at no module that is called"
+        self.mixing = [group for group in pair.mixing if self._places[group.name]]
+
+    @property
+    def objective(self) -> float:
+        return sum(_inner(group, group.identity(), self.products(group)) for group in self.mixing)
+
+    def permute(self, index: Mapping[str, np.ndarray]) -> int:
+        """Move the neurons of cells, relative to where they are; returns how many."""
+        step = Permutation(self.spec, {**self.spec.identity().index, **index})
+        self.permutation = step.compose(self.permutation)
+        return displaced(index.values())
+
+    def products(self, group: ContinuousGroup, choose: Choose | None = None, every: bool = False) -> Tensor:
+        """sum over places of E[z_A z_B^T], float64 [count, size, size]; of all blocks with all if `every`, [count,
+        count, size, size]. Diagonal groups have blocks of one neuron.
+        """
+        count, size = (group.neurons, 1) if group.kind in DIAGONAL else (group.count, group.size)
+        total = torch.zeros(count, size, count, size, dtype=torch.float64)
+        for cell, order, moments in self._places[group.name]:
+            cross = moments.statistic("covariance").cpu()[order]
+            cross = cross[:, torch.from_numpy(self.permutation.index[cell])[order]]
+            total += cross.reshape(count, size, count, size) / (moments.largest("covariance") or 1.0)
+        every_block = total.permute(0, 2, 1, 3)
+        return every_block if every else every_block.diagonal(dim1=0, dim2=1).permute(2, 0, 1).contiguous()
+
+    def cell_products(self, name: str, choose: Choose | None = None) -> np.ndarray:
+        """Of the neurons of a cell, float64 [size, size]: the sum of their correlations at the sites to look at."""
+        cell = self.spec.cells[name]
+        total = torch.zeros(cell.size, cell.size, dtype=torch.float64)
+        for site in cell.sites:
+            if choose is None or choose(site.parameter, site.axis):
+                for moments in _seen_at(name, site, self.statistics, self._modules):
+                    total += moments.statistic("pearson").cpu()
+        return total[:, torch.from_numpy(self.permutation.index[name])].numpy()
+
+
+def _places(
+    group: ContinuousGroup, statistics: ActivationStatistics, modules: Mapping[str, nn.Module]
+) -> Iterable[tuple[str, Tensor, Moments]]:
+    """Where a group's neurons are written or read bare: a cell, the cell's number of each, and the moments there."""
+    for site in group.sites:
+        if site.gain is None:
+            for cell, other in statistics.spec.axes.get(site.parameter, {}).get(site.axis, ()):
+                number = {int(p): k for k, p in enumerate(to_array(other.positions))}
+                order = [number.get(int(p), -1) for p in to_array(site.positions)]
+                if -1 not in order:
+                    for moments in _seen_at(cell, other, statistics, modules):
+                        yield cell, torch.tensor(order), moments
+
+
+def _seen_at(
+    cell: str, site: Site, statistics: ActivationStatistics, modules: Mapping[str, nn.Module]
+) -> Iterable[Moments]:
+    """The moments of a cell where a module shows the neurons of one of its sites. What a bias is added to is written
+    where its weight is.
+    """
+    module, own = owner_of(site.parameter, modules)
+    known = known_places(modules[module])
+    places = (Place("output", -1),) if known is None else known.get((own, site.axis), ())
+    for place in places if own != "bias" else ():
+        positions = to_array(site.positions) - place.offset
+        for seen, moments in zip(statistics.hook_sites, statistics.moments, strict=True):
+            if (seen.cell, seen.module, seen.where) == (cell, module, place.where) and any(
+                np.array_equal(to_array(p), positions) for p in seen.positions
+            ):
+                yield moments
+
+
+def _inner(group: ContinuousGroup, maps: Tensor, products: Tensor) -> float:
+    matrices = maps[:, None, None] if group.kind in DIAGONAL else maps
+    return float((matrices * products).sum())
+
+
+def _moved(model: nn.Module, gauge: Alignment) -> nn.Module:
+    """A copy of a model under an alignment."""
+    other = duplicate(model)
+    other.load_state_dict(gauge.apply(model.state_dict()))
+    return other
