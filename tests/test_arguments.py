@@ -50,6 +50,7 @@ CALLS: dict[Callable[..., Any], Mapping[str, Any]] = {
     rebasin.barrier: dict(model=A, state_a=W, state_b=V, evaluate=lambda model: 0.5, points=2),
     rebasin.weight_matching: WEIGHTS,
     rebasin.activation_matching: PAIR,
+    matching.activation_alignment: PAIR,
     rebasin.straight_through: {**PAIR, **SHORT, "refine": 0, "init": "identity"},
     rebasin.learned_matching: {**PAIR, **SHORT, "init": "identity"},
     rebasin.merge_many: MANY,

@@ -19,6 +19,7 @@ from rebasin.errors import RebasinError
 from rebasin.evaluation import barrier
 from rebasin.evaluation.many import compare
 from rebasin.matching import (
+    activation_alignment,
     activation_and_weight,
     activation_matching,
     activation_then_weight,
@@ -265,6 +266,7 @@ PAIR: tuple[Any, ...] = SPEC, A, B, BATCHES
 ON_DEVICE: dict[str, Callable[[], Any]] = {
     "weight_matching": lambda: weight_matching(SPEC, W, W, device=ABSENT),
     "exchange_losses": lambda: matching.exchange_losses(SPEC, W, W, SPEC.identity(), device=ABSENT),
+    "activation_alignment": lambda: activation_alignment(*PAIR, device=ABSENT),
     "activation_matching": lambda: activation_matching(*PAIR, device=ABSENT),
     "activation_and_weight": lambda: activation_and_weight(*PAIR, device=ABSENT),
     "activation_then_weight": lambda: activation_then_weight(*PAIR, device=ABSENT),
