@@ -62,6 +62,7 @@ ALGORITHMS: Mapping[str, Sequence[str]] = {
         *STE, "algo.reward.steps=2", "algo.reward.train=2", "algo.reward.batch_size=1",
         f"algo.reward.scorer={__name__}:brightness",
     ],
+    "learned": ["algo.steps=2", "algo.evaluate_every=1", "algo.init=weight_matching"],
     "merge_many": [],
     "merge_many_activations": [],
     "merge_many_pivot": [],
