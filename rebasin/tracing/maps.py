@@ -412,7 +412,9 @@ def _groups(problem: _Problem) -> Iterator[ContinuousGroup]:
     first[classes] = np.arange(classes.size)
     lowest = np.full(count, where.element.size and int(where.element.max()) + 1)
     np.minimum.at(lowest, where.owner, where.element)
-    order = np.lexsort((lowest[classes], _first_of(block, lowest[classes]), _first_of(key, lowest[classes])))
+    # By where they begin; a stream and the scales of what it is multiplied by may begin at the same element.
+    low = lowest[classes]
+    order = np.lexsort((low, block, _first_of(block, low), key, _first_of(key, low)))
     cuts = np.flatnonzero(np.diff(key[order].astype(np.uint64)) != 0) + 1
     names: set[str] = set()
     position, block_of = np.empty(count, dtype=np.int64), np.full(count, -1)
