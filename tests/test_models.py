@@ -16,7 +16,7 @@ from rebasin.models import build, fitting_options
 from rebasin.models.augment import AUGMENTATIONS
 from rebasin.models.cache import Trained, trained
 from rebasin.models.norms import ChannelLayerNorm
-from rebasin.models.train import RECIPES, Recipe, guessing, train
+from rebasin.models.train import RECIPES, Recipe, graphed, guessing, train
 from rebasin.objectives import CrossEntropy
 
 SHORT = Recipe(epochs=2, batch_size=48)
@@ -290,3 +290,49 @@ def test_networks_of_other_libraries_are_told_when_missing(monkeypatch):
         build("library", library="timm", network="resnet18")
     with pytest.raises(ConfigError, match="torchvision or timm"):
         build("library", library="keras", network="resnet18")
+
+
+def test_graphs_are_captured_without_a_trace_and_serve_batches_of_one_shape(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain, x, replayed = model.forward, torch.randn(10, 5), []
+    then = x.clone()
+
+    def capture(module, given):
+        """As torch.cuda.make_graphed_callables: tries the passes out, and writes later batches to what it was given."""
+        module(*given)
+        given[0].zero_()
+        module.forward = lambda batch: (replayed.append(len(batch)), plain(batch))[1]
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    forward = graphed(model, x[:4])
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items()) and x.equal(then)
+    assert [len(forward(part)) for part in x.split(4)] == [4, 4, 2] and replayed == [4, 4]
+
+    def refuse(module, given):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand its advice")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", refuse)
+    with pytest.raises(
+        ConfigError, match=r"^model\.recipe\.graphs is true, but .* is capturing\): leave it out\.$"
+    ):
+        graphed(model, x[:4])
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",  # where there are none, and the option changes nothing
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")),
+    ],
+)
+def test_a_training_with_graphs_is_that_without(small, device):
+    found = []
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        model = build("resnet", width=0.25, blocks=1, norm="batch", channels=1).to(device)
+        recipe = Recipe(epochs=2, batch_size=20, clip=1.0, graphs=graphs)
+        found.append(train(model, small.train_x.to(device), small.train_y.to(device), recipe))
+        assert "forward" not in vars(model)
+    assert found[1] == pytest.approx(found[0], rel=0 if device == "cpu" else 0.02)

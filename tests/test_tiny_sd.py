@@ -11,7 +11,7 @@ import torch
 from train_tiny_sd import denoising_loss, new_tokenizer
 
 from rebasin.data import captioned_digits as digits
-from rebasin.errors import CheckpointError, DataError
+from rebasin.errors import CheckpointError, ConfigError, DataError
 from rebasin.models import tiny_sd
 from rebasin.models.tiny_sd_training import Recipe, learning_rate, train
 
@@ -233,3 +233,20 @@ def test_training_resumes_exactly(tmp_path):
     assert torch.equal(whole, resumed)
     assert record["train_loss"] == record_again["train_loss"]
     assert learning_rate(recipe, 0) < 0.2 and learning_rate(recipe, 11) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda loss: loss * float("nan"), r"^Training diverged in step 1 of toy \(loss nan\): lower the"),
+        (
+            lambda loss: loss * 0 + 1,
+            r"^Training of toy led nowhere: after 100 steps the loss is 1\.000, no less",
+        ),
+    ],
+)
+def test_a_training_that_led_nowhere_is_told(change, words):
+    model = torch.nn.Linear(3, 1)
+    recipe = Recipe(steps=100, batch_size=4, learning_rate=0.1, seed=0)
+    with pytest.raises(ConfigError, match=words):
+        train("toy", model, recipe, lambda rng, choose: change(model(torch.ones(4, 3)).sum()), None)

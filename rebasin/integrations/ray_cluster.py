@@ -63,6 +63,18 @@ def require_ray(option: str = "--ray") -> None:
         raise ConfigError(f"{option} needs Ray, which is not installed: pip install 'git-rebasin[ray]'.")
 
 
+def _connect(ray: Any, address: str) -> None:
+    """Ray gives a cluster of its own 30 seconds to start, too little where others want the cores: then once more."""
+    quiet = {"log_to_driver": False, "logging_level": "error", "include_dashboard": False}
+    try:
+        ray.init(None if address == "auto" else address, **quiet)
+    except Exception:
+        ray.shutdown()
+        if address != "auto":
+            raise
+        ray.init(None, **quiet)
+
+
 @contextmanager
 def on_ray(
     address: str, most: int, threads: int = 0, device: str = "cpu", option: str = "--ray"
@@ -85,7 +97,7 @@ def on_ray(
     own = not ray.is_initialized()
     try:
         if own:
-            ray.init(None if address == "auto" else address, log_to_driver=False, logging_level="error")
+            _connect(ray, address)
     except Exception as error:  # Ray raises what it likes, bare ones too
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         raise ConfigError(

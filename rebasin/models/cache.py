@@ -28,7 +28,7 @@ from .train import RECIPES, Recipe, train
 VERSION = 1
 
 
-LATER = {"augment": "none", "clip": 0.0}
+LATER = {"augment": "none", "clip": 0.0, "graphs": False}
 """Fields of the recipe that came later: a training without them is the one that was cached before."""
 
 

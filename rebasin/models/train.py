@@ -37,6 +37,7 @@ class Recipe:
     warmup_epochs: float = 0.0
     augment: str = "none"
     clip: float = 0.0  # of the gradient's norm; 0: it stays as it is
+    graphs: bool = False  # on CUDA: forward and backward passes as CUDA graphs (see `graphed`)
 
     def __post_init__(self) -> None:
         if self.optimizer not in get_args(Optimizer) or self.schedule not in get_args(Schedule):
@@ -97,10 +98,12 @@ def train(
     random = torch.Generator().manual_seed(seed + 1_000_003)
     history: list[float] = []
     cuda = x.device.type == "cuda"
+    graphs = cuda and recipe.graphs
     if cuda and x.dim() == 4:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         x = x.contiguous(memory_format=torch.channels_last)
     model.train()
+    forward = graphed(model, x[: recipe.batch_size]) if graphs and len(y) else model
     after = after or (lambda done: None)
     after(0)
     for epoch in range(1, recipe.epochs + 1):
@@ -109,8 +112,8 @@ def train(
         for batch in shuffled.split(recipe.batch_size)[:steps_per_epoch]:
             optimizer.zero_grad(set_to_none=True)
             images = x[batch] if change is None else change(x[batch], random)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=cuda):
-                logits = model(images)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=cuda, cache_enabled=not graphs):
+                logits = forward(images)
             loss = F.cross_entropy(logits.float(), y[batch])
             loss.backward()
             if recipe.clip:
@@ -134,9 +137,37 @@ def train(
             " learning rate, or clip the gradient (model.recipe.clip=1)."
         )
     model.eval()
+    if graphs:
+        model.__dict__.pop("forward", None)
     if cuda:
         model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     return tuple(history)
+
+
+def graphed(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """The model's forward and backward pass on batches of this shape as CUDA graphs, each launched at once instead of
+    kernel by kernel, which small networks spend most of their time on; batches of other shapes go the usual way.
+
+    torch puts the graphs in the place of the model's `forward`, until that is removed. Trying the passes out must not
+    count: running statistics are put back.
+
+    Raises:
+        ConfigError: CUDA can't capture the passes.
+    """
+    plain = model.forward
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
+            torch.cuda.make_graphed_callables(model, (images.clone(),))  # each batch is written to this copy
+    except RuntimeError as error:
+        reason = next(iter(str(error).splitlines()), "").rstrip(".")
+        raise ConfigError(
+            f"model.recipe.graphs is true, but CUDA can't capture the network's passes ({reason[:200]}): leave it out."
+        ) from error
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+    return lambda batch: model(batch) if batch.shape == images.shape else plain(batch)
 
 
 def guessing(y: Tensor) -> float:
