@@ -290,8 +290,9 @@ MARGIN = 1e-3
 
 def _moments(a: Tensor, b: Tensor) -> tuple[float, float, float]:
     """|a|^2, |b|^2 and <a, b>, float64; <a, b> to the bit as `inner` has it."""
-    parts = [(x.dot(x), y.dot(y), x.dot(y)) for x, y in _chunks(a, b)]
-    aa, bb, ab = (_summed([part[k] for part in parts]) for k in range(3))
+    parts = [part for x, y in _chunks(a, b) for part in (x.dot(x), y.dot(y), x.dot(y))]
+    found = torch.stack(parts).tolist() if parts else []  # a device is waited for once
+    aa, bb, ab = (math.fsum(found[k::3]) for k in range(3))
     return aa, bb, ab
 
 
