@@ -195,6 +195,44 @@ def test_what_ray_has_nothing_to_do_for_is_told(tmp_path: Path, monkeypatch: pyt
     assert "--ray needs Ray, which is not installed: pip install 'git-rebasin[ray]'." in said("a", "b", "c")
 
 
+class Slow:
+    """Ray, as far as a cluster's start goes, where the first ones take too long."""
+
+    def __init__(self, late: int) -> None:
+        self.late, self.addresses, self.ended = late, list[str | None](), 0
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, address: str | None, **_: Any) -> None:
+        self.addresses.append(address)
+        if len(self.addresses) <= self.late:
+            raise Exception(
+                "The current node timed out during startup. This could happen because of something."
+            )
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 2.0}
+
+    def shutdown(self) -> None:
+        self.ended += 1
+
+
+def test_a_cluster_that_takes_too_long_is_started_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(address: str, late: int) -> Slow:
+        ray = Slow(late)
+        monkeypatch.setattr(ray_cluster, "_ray", lambda: ray)
+        monkeypatch.setattr(ray_cluster, "require_ray", lambda option: None)
+        with contextlib.suppress(ConfigError), ray_cluster.on_ray(address, 3, 1) as workers:
+            assert workers.count == 2 and late < 2
+        return ray
+
+    once = start("auto", 1)
+    assert once.addresses == [None, None] and once.ended == 2
+    assert start("auto", 2).addresses == [None, None]
+    assert start("there:6379", 1).addresses == ["there:6379"]
+
+
 # On Ray -----------------------------------------------------------------------------------------------------
 
 SECONDS = 240
