@@ -192,11 +192,11 @@ class _LeafTable:
         if self._tight or not open_.any():
             return
         self._tight = True
-        costs = self.host[open_].astype(np.float64)
+        costs = self.costs[torch.from_numpy(open_).to(self.costs.device)].double()
         for axis in (1, 2):
-            first = costs.max(axis=axis, keepdims=True)
-            bound = first.sum(axis=(1, 2)) + (costs - first).max(axis=3 - axis).sum(axis=1)
-            self.upper[open_] = np.minimum(self.upper[open_], bound)
+            first = costs.amax(axis, keepdim=True)
+            bound = first.sum(dim=(1, 2)) + (costs - first).amax(3 - axis).sum(dim=1)
+            self.upper[open_] = np.minimum(self.upper[open_], bound.cpu().numpy())
 
     def solve(self, i: int, j: int) -> None:
         if self.exact[i, j]:
