@@ -291,7 +291,7 @@ MARGIN = 1e-3
 def _moments(a: Tensor, b: Tensor) -> tuple[float, float, float]:
     """|a|^2, |b|^2 and <a, b>, float64; <a, b> to the bit as `inner` has it."""
     parts = [part for x, y in _chunks(a, b) for part in (x.dot(x), y.dot(y), x.dot(y))]
-    found = torch.stack(parts).tolist() if parts else []  # a device is waited for once
+    found = torch.stack(parts).cpu().tolist() if parts else []  # a device is waited for once
     aa, bb, ab = (math.fsum(found[k::3]) for k in range(3))
     return aa, bb, ab
 
@@ -335,7 +335,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _summed(parts: list[Tensor]) -> float:
-    return math.fsum(torch.stack(parts).tolist()) if len(parts) > 1 else float(sum(parts))
+    return math.fsum(torch.stack(parts).cpu().tolist()) if len(parts) > 1 else float(sum(parts))
 
 
 def keys_of(spec: PermutationSpec, state: State, what: str) -> dict[str, str]:
