@@ -505,7 +505,7 @@ def test_a_damaged_state_that_was_asked_for_is_told_and_one_that_was_not_begins_
 
 def test_where_nothing_moved_only_a_merge_is_called_one(capsys):
     spec = PermutationSpec((), {})
-    found = [Alignment(spec.identity(), {"unet": spec}, {"unet": {"neurons": 24}})]
+    found = [Alignment(Member.of(spec.identity()), {"unet": spec}, {"unet": {"neurons": 24}})]
     for merged, words in ((False, "so nothing needs aligning."), (True, "so this is the plain merge.")):
         say_alignment(Console(), found, None, merged)
         told = " ".join(capsys.readouterr().out.split())

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from ..spec import Permutation, PermutationSpec
-from ..types import State
+from ..spec import Alignment, Permutation, PermutationSpec, PermutedState
+from ..spec.mapped import MappedState, Rounding
+from ..types import DerivedState, State, passed
 from .union import extend
 
 if TYPE_CHECKING:
@@ -56,49 +57,59 @@ def joint_controlnet(unet: UNet2DConditionModel, *args: Any, **kwargs: Any) -> P
         source = nn.Linear(1, text.shape[-1], dtype=weight.dtype)
         hint = torch.zeros(sample.shape[0], 3, sample.shape[2] * 8, sample.shape[3] * 8, dtype=weight.dtype)
         seen = torch.zeros(*text.shape[:-1], 1, dtype=weight.dtype)
+        pooled = dict(kwargs.get("added_cond_kwargs") or {}).get("text_embeds")
+        sources = {"source": source}
+        if pooled is not None:
+            sources["pooled"] = nn.Linear(1, pooled.shape[-1], dtype=weight.dtype)
 
-    joint = compose(partial(_steered, rest, kwargs), source=source, controlnet=control, unet=unet)
+    joint = compose(partial(_steered, rest, kwargs, len(sources)), **sources, controlnet=control, unet=unet)
     return trace(joint, sample, timestep, seen, hint)
 
 
-def _steered(
-    rest: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    source: nn.Module,
-    cn: nn.Module,
-    un: nn.Module,
-    *given: Tensor,
-) -> Tensor:
-    """What the UNet `un` predicts when the ControlNet `cn` adds to it."""
-    x, t, seen, hint = given
+def _steered(rest: Sequence[Any], kwargs: Mapping[str, Any], sources: int, *given: Any) -> Tensor:
+    """What a UNet predicts when a ControlNet adds to it, of texts from `sources` modules."""
+    (source, *pooled), (cn, un, x, t, seen, hint) = given[:sources], given[sources:]
     hidden = source(seen)  # a text encoder may reorder its output; both read it
+    if pooled:
+        added = {**kwargs["added_cond_kwargs"], "text_embeds": pooled[0](seen[:, 0])}
+        kwargs = {**kwargs, "added_cond_kwargs": added}
     down, middle = cn(x, t, hidden, hint, return_dict=False, **kwargs)
     added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
     return un(x, t, hidden, *rest, **added, **kwargs).sample
 
 
 def move_controlnet(
-    permutation: Permutation, controlnet: State, joint: PermutationSpec, *, what: str = "the ControlNet"
+    member: Permutation | Alignment,
+    controlnet: State,
+    joint: PermutationSpec,
+    *,
+    base: State | None = None,
+    what: str = "the ControlNet",
+    rounding: Rounding | None = None,
 ) -> dict[str, Tensor]:
-    """A ControlNet that is to the permuted UNet what `controlnet` is to the UNet.
+    """A ControlNet that is to the moved UNet what `controlnet` is to the UNet.
+
+    Its own neurons stay, as do its own streams: what moves is what it shares with the UNet.
 
     Args:
-        permutation: what was applied to the UNet: its own, or one of several components.
+        member: the permutation or alignment that was applied to the UNet: its own, or one of several components.
         controlnet: name -> tensor in diffusers' layout or LDM's (`control_model.*`). Never changed.
         joint: `joint_controlnet` of the architecture.
+        base: see `extend`.
+        rounding: is told what rounding to the file's types costs.
 
     Raises:
         AdapterError: the ControlNet belongs to another architecture.
-        SpecMismatchError: so does the permutation.
+        SpecMismatchError: so does the permutation or alignment.
     """
-    carried = extend(permutation, joint, "unet.")
-    moved, there = {}, set()
+    carried = extend(member, joint, "unet.", base)
+    permutation = carried if isinstance(carried, Permutation) else carried.permutation
+    there: dict[str, str] = {}
     for name in controlnet:
         inner = name
         for theirs, ours in LDM:
             inner = re.sub(theirs, ours, inner)
-        inner = f"controlnet.{inner}"
-        there.add(inner)
+        there[name] = inner = f"controlnet.{inner}"
         tensor = controlnet[name]
         shape = joint.shapes.get(inner)
         if shape is None and inner.startswith(ADDS):
@@ -111,14 +122,19 @@ def move_controlnet(
                 f"Tensor {name!r} of {what} has shape {tuple(tensor.shape)}, but the aligned UNet needs"
                 f" {tuple(shape)}: it was trained for another architecture."
             )
-        moved[name] = carried.apply_to(inner, tensor) if shape is not None else tensor
+    own = DerivedState({inner: passed(controlnet, name) for name, inner in there.items()})
+    maps = {} if isinstance(carried, Permutation) else carried.maps
+    view = MappedState(joint.continuous, maps, joint.aliases, PermutedState(permutation, own))
+    view.rounding = rounding or view.rounding
     missing = [
         name
         for name in joint.shapes
-        if name.startswith("controlnet.") and carried.axes_of(name) and name not in there
+        if name.startswith("controlnet.")
+        and name not in own
+        and (permutation.axes_of(name) or any(view.acting(name, a) for a in range(len(joint.shapes[name]))))
     ]
     if missing:
         raise AdapterError(
             f"{what} has no tensor {missing[0].removeprefix('controlnet.')!r}, which would have to move."
         )
-    return moved
+    return {name: view[inner] if inner in joint.shapes else controlnet[name] for name, inner in there.items()}

@@ -13,6 +13,7 @@ from ..spec import Permutation, PermutationSpec
 from ..types import State, shape_of
 from . import names
 from .complete import require_complete, require_size
+from .embeddings import TEXT, TEXT_2, move_embeddings
 from .factors import Moves, move_factor
 from .keys import EXTRA, AdapterInfo, kind_of, split_key
 from .lokr import move_lokr
@@ -22,16 +23,12 @@ FIRST_OF = {"down": ".lora_down.weight", "up": ".lora_up.weight", "constant": ".
 """What factors that were none before are called: only kohya's and LyCORIS's files can need new ones."""
 
 
-TEXT, TEXT_2 = "text_encoder", "text_encoder_2"
-
 # Of the UNets only those of SDXL embed more than the time, and only its refiner has four levels then.
 LACKING: Mapping[str | None, Callable[[Collection[str]], bool]] = {
     TEXT_2: lambda unet: bool(unet) and "add_embedding_linear_1" not in unet,
     TEXT: lambda unet: {"add_embedding_linear_1", "down_blocks_3_resnets_0_conv1"} <= set(unet),
 }
 """Text encoder -> whether a model with this UNet, by the flat names of its modules, has none."""
-
-TOKENS = "text_model.embeddings.token_embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def move_adapter(
         AdapterError: it belongs to another model, or a factor can't carry the permutation; the module is named.
     """
     modules = modules_of(adapter)
-    parameters = _parameters(permutation.spec, modules, what)
+    parameters = parameters_of(permutation.spec, modules, what)
     moved: dict[str, Tensor] = {}
     for module, parameter in zip(modules, parameters, strict=True):
         where = f"The module {shown(module.name)} of {what}"
@@ -140,13 +137,7 @@ def move_adapter(
             key = module.keys.get(factor, module.name + FIRST_OF.get(factor, f".{factor}"))
             moved[key] = tensor
     extras = {key: adapter[key] for key in adapter if EXTRA.match(key)}
-    components = component_of(permutation.spec)
-    embeddings = (f"{prefix_of(permutation.spec, name)}{TOKENS}" for name in components)
-    if extras and any(dict(permutation.axes_of(e)).get(1) is not None for e in embeddings):
-        raise AdapterError(
-            f"{what} has embeddings ({shown(next(iter(extras)))}), which can't follow an alignment with --joint."
-        )
-    return moved | extras
+    return moved | move_embeddings(permutation, extras, what=what)
 
 
 def changed_by(spec: PermutationSpec, adapter: State, what: str = "the adapter") -> list[str]:
@@ -155,10 +146,10 @@ def changed_by(spec: PermutationSpec, adapter: State, what: str = "the adapter")
     Raises:
         AdapterError: it is no adapter, or of another architecture, or changes none.
     """
-    return [name for name in _parameters(spec, modules_of(adapter), what) if name is not None]
+    return [name for name in parameters_of(spec, modules_of(adapter), what) if name is not None]
 
 
-def _parameters(spec: PermutationSpec, modules: Sequence[Module], what: str) -> list[str | None]:
+def parameters_of(spec: PermutationSpec, modules: Sequence[Module], what: str) -> list[str | None]:
     """The weight that each module changes; None if its component was not aligned.
 
     Raises:

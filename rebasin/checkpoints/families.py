@@ -141,6 +141,8 @@ def _text_family(shapes: Shapes, found: Found) -> str:
 
 ADAPTER = "a LoRA or another adapter"
 
+EMBEDDING = "a textual inversion embedding"
+
 FOREIGN = {
     ADAPTER: r"\.lora_(down|up|A|B|mid)\b|\.lora[_.](linear|unet|te)|^lora_"
     r"|\.(hada_w|lokr_w|oft_|diff_b)|^(unet|text_encoder):\d+:(up|down)$|\.on_input$|\.(diff|dora_scale)$"
@@ -153,7 +155,7 @@ FOREIGN = {
     "Flux": r"double_blocks\.|single_transformer_blocks\.",
     "Stable Cascade": r"clip_txt_mapper\.|channelwise\.0\.",
     "a PixArt or DiT model": r"adaln_single\.|^(model\.)?blocks\.\d+\.(cross_attn|adaLN)",
-    "a textual inversion embedding": r"^emb_params$|^string_to_param|^clip_[lg]$|^<.*>$",
+    EMBEDDING: r"^emb_params$|^string_to_param|^clip_[lg]$|^<.*>$",
     "a hypernetwork": r"^(768|1024|320|640|1280)\.\d",
     "an upscaler (ESRGAN)": r"RDB\d\.conv|^model\.0\.weight$",
 }
@@ -162,7 +164,7 @@ FOREIGN = {
 INSTEAD = {
     ADAPTER: "rebasin apply PERMUTATION FILE moves it along with its model",
     "a ControlNet": "rebasin apply PERMUTATION FILE moves it along with its model",
-    "a textual inversion embedding": "it fits an aligned model as it is, unless that was aligned with --joint",
+    EMBEDDING: "it fits an aligned model as it is, unless that was aligned with --joint",
     "a permutation that rebasin wrote": "--permutation FILE and rebasin apply take it",
 }
 """What to do with it."""

@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +64,7 @@ def save_checkpoint(
     metadata: Mapping[str, str] | None = None,
     *,
     dtype: Types = None,
+    closing: Callable[[str | None], Mapping[str, str]] | None = None,
     progress: Progress | None = None,
 ) -> Saved:
     """Write `state`, which has the names of `checkpoint`, under `path`, whose form decides the layout.
@@ -76,6 +76,7 @@ def save_checkpoint(
         state: `checkpoint.restore(...)`, a merge, or None for the checkpoint itself; may lack or add tensors.
         metadata: for the headers.
         dtype: as of `save_safetensors`; a function is asked with the names of `checkpoint`.
+        closing: as of `save_safetensors`, asked with the component whose file is written in a folder, or with None.
 
     Raises:
         CheckpointError: one sentence; nothing was written.
@@ -87,7 +88,13 @@ def save_checkpoint(
         raise CheckpointError(f"{target} is an input; choose another name for the result.")
     whole = cast(state, dtype or stored(checkpoint), target)
     header = {"format": "pt", **(metadata or {})}
-    save = partial(save_safetensors, metadata=header, keep_order=True, finite=True, progress=progress)
+
+    def save(path: Path, state: State, part: str | None = None) -> Path:
+        last = None if closing is None else (lambda: {"format": "pt", **closing(part)})
+        return save_safetensors(
+            path, state, header, keep_order=True, finite=True, closing=last, progress=progress
+        )
+
     notes: list[str] = []
     if not is_file(target):
         return _save_folder(target, checkpoint, whole, save)
@@ -226,7 +233,7 @@ def _save_folder(target: Path, checkpoint: Checkpoint, state: State, save: Calla
             config = component_config(checkpoint, name)
             config.pop("quantization_config", None)  # numbers are written, not codes
             write_json(temporary / name / "config.json", config)
-            save(temporary / name / f"{WEIGHTS[name]}.safetensors", part)
+            save(temporary / name / f"{WEIGHTS[name]}.safetensors", part, name)
         _save_index(temporary, checkpoint, own, beside, notes)
         copy_into(temporary, beside)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())

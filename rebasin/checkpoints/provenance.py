@@ -83,6 +83,11 @@ class Made(TypedDict):
     recipe: NotRequired[Mapping[str, Any]]
     inputs: NotRequired[list[Mapping[str, Any]]]
     alignment: NotRequired[Mapping[str, Component] | None]
+    rounding: NotRequired[str | None]
+
+
+OPEN = "-.--e---"
+"""Stands for a figure like 2.93e-04 that is known when the tensors are written."""
 
 
 def understood(told: Any) -> dict[str, Any] | None:
@@ -99,6 +104,7 @@ def header(
     inputs: Sequence[Input],
     recipe: Mapping[str, Any],
     alignment: Mapping[str, Any] | None,
+    rounding: bool = False,
 ) -> dict[str, str]:
     """The metadata of an output: those of the first input that still hold, ours, and those that A1111 shows.
 
@@ -106,12 +112,14 @@ def header(
         kept: the first input's.
         recipe: what was done, with every option that changes the result.
         alignment: component -> spec hash, neurons moved, objective, distances; None if nothing was aligned.
+        rounding: keep a place for what rounding costs (see `with_rounding`).
     """
     ours = {
         "version": __version__,
         "inputs": [record(*one) for one in inputs],
         "recipe": dict(recipe),
         "alignment": dict(alignment) if alignment is not None else None,
+        **({"rounding": OPEN} if rounding else {}),
     }
     theirs = {
         "sd_merge_recipe": json.dumps({"type": "rebasin", **recipe}),
@@ -121,6 +129,12 @@ def header(
     }
     carried = {key: text for key, text in kept.items() if key not in STALE}
     return {"format": "pt", **carried, **theirs, KEY: json.dumps(ours)}
+
+
+def with_rounding(metadata: Mapping[str, str], error: float) -> dict[str, str]:
+    """The metadata with the relative error that rounding what maps moved has added, in as many letters."""
+    place, told = (json.dumps({"rounding": text})[1:-1] for text in (OPEN, f"{error:.2e}"))
+    return {**metadata, KEY: metadata[KEY].replace(place, told)}
 
 
 def legacy_hash(path: Path) -> str | None:

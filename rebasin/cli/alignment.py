@@ -1,4 +1,4 @@
-"""Aligning checkpoints component by component: found once, kept as permutation files beside the output."""
+"""Aligning checkpoints component by component: found once, kept as files beside the output."""
 
 from __future__ import annotations
 
@@ -14,19 +14,35 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
-from ..adapters import of_component, part, union
+from ..adapters import is_joint, of_component, part, union
 from ..checkpoints import component_spec, load_metadata
 from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.joint import PARTS, joint_spec, joint_state
 from ..checkpoints.provenance import Component
-from ..errors import CheckpointError, ConfigError, shown
+from ..errors import CheckpointError, ConfigError, SpecMismatchError, shown
 from ..files import SchemaError, conform, parse, remove_leftovers
 from ..integrations.ray_cluster import on_ray
 from ..jobs.resume import Resume
 from ..matching import weight_matching
 from ..matching.many.methods import match_to_mean
+from ..matching.maps import weight_alignment
+from ..spec import Alignment as Member
 from ..spec import Permutation, PermutationSpec
-from ..types import LazyState, Progress, State, within
+from ..spec.mapped import MappedState, Rounding
+from ..types import (
+    DerivedState,
+    LazyState,
+    LazyTensor,
+    Progress,
+    State,
+    dtype_of,
+    origin_of,
+    passed,
+    shape_of,
+    widened,
+    within,
+)
+from .inputs import joined, load_member
 from .request import Request
 
 if TYPE_CHECKING:
@@ -40,23 +56,26 @@ FIGURES = ("moved", "distance_before", "objective", "converged", "seconds")
 OF_TWO, OF_MANY = ("distance_after", "initial_objective"), ("distance", "passes")
 """and what either has besides."""
 
+MAPS = "maps"
+"""How many continuous groups have a map in a component, of an alignment with maps; `left_out` says which have none."""
+
 Specs = Mapping[str, PermutationSpec]
 Figures = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """How the neurons of one model come into the order of another's.
+    """How the neurons of one model come into the order of another's, or into its basis.
 
     Attributes:
-        permutation: of all aligned components, in one (see `rebasin.adapters.union`).
+        member: of all aligned components, in one (see `rebasin.adapters.union`); a permutation is one without maps.
         specs: component (or "joint") -> its spec, in its own names.
         figures: component -> FIGURES and OF_TWO or OF_MANY, with "neurons".
         file: where it is kept; `reused` if it was found there, `given` if the user named it.
         remarks: sentences about what is legal and maybe not meant.
     """
 
-    permutation: Permutation
+    member: Member
     specs: Specs
     figures: Figures
     file: Path | None = None
@@ -65,17 +84,100 @@ class Alignment:
     remarks: tuple[str, ...] = ()
 
     @property
+    def permutation(self) -> Permutation:
+        return self.member.permutation
+
+    @property
     def moved(self) -> int:
         return self.permutation.moved()
 
-    def view(self, component: str, state: State) -> State:
-        """`state` of a component with its neurons in their new order; itself if the component was not aligned."""
-        own = self.of(component)
-        return state if own is None or own.is_identity else own.view(state)
+    @property
+    def mapped(self) -> int:
+        """How many continuous groups have a map."""
+        return len(self.member.maps)
 
-    def of(self, component: str) -> Permutation | None:
-        """The permutation of one component in its own names, None if it was not aligned."""
-        return of_component(self.permutation, component)
+    def views(
+        self,
+        states: Mapping[str, State],
+        *,
+        wide: bool = False,
+        roundings: dict[str, Rounding] | None = None,
+        base: Mapping[str, State] | None = None,
+    ) -> dict[str, State]:
+        """Component -> its state, moved; as it is if the component was not aligned.
+
+        Args:
+            states: of one model: all that it has, as maps of one component may be turned by another's gains.
+            wide: tensors on which maps act in single precision, for computing.
+            roundings: is given, by component, what rounding the others to their own types costs.
+            base: further components, for their gains.
+
+        Raises:
+            SpecMismatchError: a state does not fit, or gains are missing.
+        """
+        return {
+            name: self._view(name, states, {**(base or {}), **states}, wide, roundings) for name in states
+        }
+
+    def _view(
+        self,
+        component: str,
+        states: Mapping[str, State],
+        known: Mapping[str, State],
+        wide: bool,
+        roundings: dict[str, Rounding] | None,
+    ) -> State:
+        own, state = self.of(component), states[component]
+        if own is None or own.is_identity:
+            return state
+        if not own.maps:
+            return own.permutation.view(state)
+        whole = DerivedState(
+            {name: (widened_tensor if wide else passed)(state, name) for name in state}
+            | {name: self._gain(name, joined(known)) for name in _foreign(own, state)}
+        )
+        view: MappedState = own.view(whole)
+        if roundings is not None:
+            roundings[component] = view.rounding
+        acted = {name: view if view.acts(name) else own.permutation.view(state) for name in state}
+        return DerivedState({name: passed(seen, name) for name, seen in acted.items()})
+
+    def _gain(self, name: str, whole: State) -> LazyTensor:
+        """A vector of another component, in its new order."""
+        if name not in whole:
+            raise SpecMismatchError(
+                f"Maps of the alignment are turned by the gains {shown(name)}, which are not there; give the model"
+                " that has them with --base."
+            )
+        return LazyTensor(
+            shape_of(whole, name),
+            dtype_of(whole, name),
+            lambda: self.permutation.apply_to(name, whole[name]),
+        )
+
+    def of(self, component: str) -> Member | None:
+        """What acts on one component, in its own names, None if it was not aligned."""
+        return of_component(self.member, component)
+
+
+def rounding_of(roundings: Mapping[str, Rounding]) -> Rounding:
+    """That of several components in one."""
+    whole = Rounding()
+    for name, own in roundings.items():
+        whole.squares |= {f"{name}.{tensor}": pair for tensor, pair in own.squares.items()}
+    return whole
+
+
+def _foreign(own: Member, state: State) -> list[str]:
+    """The gains that maps of a component are turned by and that are another's."""
+    gains = (site.gain for group in own.spec.continuous if group.name in own.maps for site in group.sites)
+    return list(dict.fromkeys(gain.parameter for gain in gains if gain and gain.parameter not in state))
+
+
+def widened_tensor(state: State, name: str) -> LazyTensor:
+    """A tensor in single precision if it is narrower."""
+    dtype = widened(dtype_of(state, name))
+    return LazyTensor(shape_of(state, name), dtype, lambda: state[name].to(dtype), origin_of(state, name))
 
 
 def specs_of(checkpoint: Checkpoint, components: Sequence[str], joint: bool) -> dict[str, PermutationSpec]:
@@ -137,12 +239,45 @@ def given_alignment(path: Path, specs: Specs, files: Sequence[File] = ()) -> Ali
     Raises:
         CheckpointError, SpecMismatchError: it is none, or is one of another architecture.
     """
-    permutation = Permutation.load(path)
+    member = load_member(path)
     for name, spec in specs.items():
-        if name != JOINT and (own := of_component(permutation, name)) is not None:
+        if name != JOINT and (own := of_component(member, name)) is not None and not is_joint(member.spec):
             part(own, spec)  # legal for this architecture
     remarks = others(path, files)
-    return Alignment(permutation, specs, figures_of(path), path, reused=True, given=True, remarks=remarks)
+    return Alignment(member, specs, figures_of(path), path, reused=True, given=True, remarks=remarks)
+
+
+def remarks_of(figures: Figures) -> tuple[str, ...]:
+    """A sentence about each component of which groups have no map."""
+    told = []
+    for name, own in figures.items():
+        left_out = own.get("left_out") or {}
+        if left_out:
+            first, why = next(iter(left_out.items()))
+            more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+            told.append(f"Without a map in the {name}: {shown(first)}{more}, as {why}.")
+    return tuple(told)
+
+
+def not_the_model(path: Path, model: Path, sha256: str) -> tuple[str, ...]:
+    """A sentence if an alignment file tells that it moves another model than this.
+
+    Raises:
+        CheckpointError: as for `others`.
+    """
+    known = _found_for(path)
+    if len(known) != 2 or known[1]["sha256"] == sha256:
+        return ()
+    return (f"{path.name} moves {shown(known[1]['name'])}, but {model.name} is not that (by sha256).",)
+
+
+def _found_for(path: Path) -> list[File]:
+    try:
+        return conform(list[File], parse(permutation_metadata(path).get("files", "[]")))
+    except SchemaError as error:
+        raise CheckpointError(
+            f"{path} is damaged: the files that it was found for are none ({error})."
+        ) from error
 
 
 def others(path: Path, files: Sequence[File]) -> tuple[str, ...]:
@@ -151,12 +286,7 @@ def others(path: Path, files: Sequence[File]) -> tuple[str, ...]:
     Raises:
         CheckpointError: it is no permutation file, or damaged.
     """
-    try:
-        known = conform(list[File], parse(permutation_metadata(path).get("files", "[]")))
-    except SchemaError as error:
-        raise CheckpointError(
-            f"{path} is damaged: the files that it was found for are none ({error})."
-        ) from error
+    known = _found_for(path)
     if len(known) != len(files):
         return ()
     wrong = [
@@ -225,10 +355,14 @@ class Aligning:
         if found := self.reuse(self.files, self.specs):
             return found
         matched = {name: self.component(name) for name in self.specs}
-        whole = [
-            union({"" if name == JOINT else name: own[i].permutation for name, own in matched.items()})
-            for i in range(len(self.files))
-        ]
+        prefixes = {name: "" if name == JOINT else name for name in matched}
+        if self.request.maps:
+            whole = [union({prefixes[name]: own[0].member for name, own in matched.items()})]
+        else:  # their specs know no maps, as in older versions
+            whole = [
+                Member.of(union({prefixes[name]: own[i].permutation for name, own in matched.items()}))
+                for i in range(len(self.files))
+            ]
         figures = {name: told for own in matched.values() for name, told in own[0].figures.items()}
         found = self.keep(whole, self.files, self.specs, figures)
         target = self.request.kept
@@ -248,9 +382,9 @@ class Aligning:
             "models": [*self.hashes, *weights],
             "specs": {name: spec.hash for name, spec in self.specs.items()},
             **{name: getattr(self.request, name) for name in ("start", "seed", "joint", "max_sweeps")},
-            **(
-                {} if self.request.ray is None else {"ray": True}
-            ),  # another way to the result than one after the other
+            # Other ways to a result than one permutation after the other.
+            **({} if self.request.ray is None else {"ray": True}),
+            **({"maps": True} if self.request.maps else {}),
         }
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -278,8 +412,8 @@ class Aligning:
             if kept := self.reuse(files, specs):
                 return kept
         resume = Resume(self.unfinished(name, "matching"), wanted=True, asked=False)
-        permutations, figures = self.match(name, resume)
-        found = self.keep(permutations, files, specs, {name: figures})
+        members, figures = self.match(name, resume)
+        found = self.keep(members, files, specs, {name: figures})
         resume.finish()
         return found
 
@@ -287,22 +421,27 @@ class Aligning:
         target = self.request.kept
         return target.with_name(f".{target.stem}-{self.key[:8]}-{member}.{what}.safetensors")
 
-    def match(self, name: str, resume: Resume) -> tuple[Sequence[Permutation], dict[str, Any]]:
-        """The permutations of a component, and the figures of the matching that found them."""
+    def match(self, name: str, resume: Resume) -> tuple[Sequence[Member], dict[str, Any]]:
+        """What aligns a component, model by model, and the figures of the matching that found it."""
         spec, request, told = self.specs[name], self.request, self.progress
         progress = None if told is None else lambda event: told(within(event, name))
         states = [state_of(model, name, spec) for model in self.models]
         common: dict[str, Any] = {"seed": request.seed, "progress": progress}
         options = {"init": request.start, "device": request.device, "max_sweeps": request.max_sweeps}
+        figures: dict[str, Any] = {"neurons": spec.neurons}
+        if request.maps:
+            found = weight_alignment(spec, *states, max_sweeps=request.max_sweeps, **common)
+            figures |= {MAPS: len(found.alignment.maps), "left_out": dict(found.left_out)}
+            return [found.alignment], {key: getattr(found, key) for key in FIGURES + OF_TWO} | figures
         if len(states) == 2:
             common |= {**options, "workers": request.workers, **resume.arguments(weight_matching)}
             result: Any = weight_matching(spec, *states, **common)
-            permutations, figures = [result.permutation], FIGURES + OF_TWO
+            permutations, kept = [result.permutation], FIGURES + OF_TWO
         else:
             common |= {"weights": self.weights, "match": options, **resume.arguments(match_to_mean)}
             result = self.match_many(name, states, common)
-            permutations, figures = result.permutations[1:], FIGURES + OF_MANY
-        return permutations, {key: getattr(result, key) for key in figures} | {"neurons": spec.neurons}
+            permutations, kept = result.permutations[1:], FIGURES + OF_MANY
+        return list(map(Member.of, permutations)), {key: getattr(result, key) for key in kept} | figures
 
     def match_many(self, name: str, states: Sequence[State], given: dict[str, Any]) -> Any:
         """More than two models, with --ray several at once."""
@@ -316,13 +455,18 @@ class Aligning:
             return match_to_mean(self.specs[name], files, **{**given, "match": match}, workers=workers)
 
     def keep(
-        self, permutations: Sequence[Permutation], files: Sequence[Path], specs: Specs, figures: Figures
+        self, members: Sequence[Member], files: Sequence[Path], specs: Specs, figures: Figures
     ) -> list[Alignment]:
-        """The alignments by these permutations, written into `files`."""
+        """The alignments by these members, written into `files`."""
         told = {"key": self.key, "figures": json.dumps(figures)}
-        for i, (own, file) in enumerate(zip(permutations, files, strict=True), 1):
-            own.save(file, {**told, "files": json.dumps(self.named(i))})
-        return [Alignment(own, specs, figures, file) for own, file in zip(permutations, files, strict=True)]
+        for i, (own, file) in enumerate(zip(members, files, strict=True), 1):
+            # A permutation's file is that of older versions: its spec knows no maps.
+            whole = own if self.request.maps else own.permutation
+            whole.save(file, {**told, "files": json.dumps(self.named(i))})
+        return [
+            Alignment(own, specs, figures, file, remarks=remarks_of(figures))
+            for own, file in zip(members, files, strict=True)
+        ]
 
     def reuse(self, files: Sequence[Path], specs: Specs) -> list[Alignment]:
         """What `keep` has left for this key in all of `files`, else nothing.
@@ -335,7 +479,8 @@ class Aligning:
             try:
                 if permutation_metadata(file).get("key") == self.key:
                     figures = figures_of(file)
-                    found.append(Alignment(Permutation.load(file), specs, figures, file, reused=True))
+                    told = {"reused": True, "remarks": remarks_of(figures)}
+                    found.append(Alignment(load_member(file), specs, figures, file, **told))
             except CheckpointError as error:
                 raise CheckpointError(
                     f"{file} is in the way: the alignment is to be kept there, but it is no readable permutation;"

@@ -1,4 +1,4 @@
-"""`rebasin apply`: move a checkpoint, a LoRA or a ControlNet by a permutation that was found before."""
+"""`rebasin apply`: move a checkpoint or what belongs to one by a permutation or alignment that was found before."""
 
 from __future__ import annotations
 
@@ -10,26 +10,36 @@ import typer
 from .request import command
 
 
-@command("permutation file output inverse unfold variant overwrite dry_run")
+@command("permutation file output base inverse unfold variant overwrite dry_run")
 def apply(
     permutation: Annotated[
         Path,
         typer.Argument(
             metavar="PERM",
-            help="The permutation that `rebasin align` or `merge` has left.",
+            help="The permutation or alignment that `rebasin align` or `merge` has left.",
             show_default=False,
         ),
     ],
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", help="A checkpoint, LoRA, LyCORIS or ControlNet of B.", show_default=False
+            metavar="FILE",
+            help="A checkpoint, LoRA, LyCORIS, ControlNet or textual inversion of B.",
+            show_default=False,
         ),
     ],
     output: Annotated[
         Path | None,
         typer.Option(
             "--output", "-o", metavar="OUT", help="What to write. Default: FILE_aligned.safetensors."
+        ),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="B",
+            help="The model that FILE is for, for maps that are turned by its norms' gains; with --inverse the"
+            " aligned one.",
         ),
     ] = None,
     inverse: Annotated[
@@ -39,7 +49,7 @@ def apply(
         bool,
         typer.Option(
             "--unfold",
-            help="Write LoKr modules that can't carry the permutation as LoRA or full differences (a larger file).",
+            help="Write LoKr and LoHa modules that can't follow as LoRA or full differences (a larger file).",
         ),
     ] = False,
     *,
@@ -56,36 +66,60 @@ def apply(
         rebasin apply aligned.permutation.safetensors controlnet.safetensors
         rebasin apply aligned.permutation.safetensors B2.safetensors
 
+    What was aligned with --maps has left an alignment; adapters may need B then:
+        rebasin apply aligned.alignment.safetensors lora.safetensors --base B.safetensors
+
     Kinds: LoRA (kohya, diffusers, PEFT), LoCon, LoHa, LoKr, full differences,
-    IA3, each with DoRA or without; ControlNet.
+    IA3, each with DoRA or without; ControlNet; textual inversions.
     """
     from ..checkpoints import provenance, save_safetensors
     from ..checkpoints.provenance import sha256_of
-    from ..spec import Permutation
     from . import session
-    from .inputs import check_output, kind_of_file
-    from .permute_file import permuted
+    from .alignment import not_the_model, rounding_of
+    from .inputs import check_output, kind_of_file, load_member, open_each
+    from .permute_file import moved
 
     console = session.begin()
     output = output or file.with_name(f"{file.name if file.is_dir() else file.stem}_aligned.safetensors")
-    check_output(output, [permutation, file], overwrite or dry_run, (".safetensors", ".sft"))
+    given = [permutation, file, *([base] if base is not None else [])]
+    check_output(output, given, overwrite or dry_run, (".safetensors", ".sft"))
     kind = kind_of_file(file)
-    found = Permutation.load(permutation)
+    found = load_member(permutation)
     if inverse:
         found = found.invert()
+    like = None if base is None else open_each([base])[0]
     if dry_run:
-        neurons = permuted(kind, file, found, unfold, variant).neurons
-        text = f"Would move the {kind} {file} by {neurons:,} neurons and write {output}. Nothing was done."
+        done = moved(kind, file, found, unfold, variant, like)
+        maps = f" and {done.maps:,} maps" if done.maps else ""
+        text = f"Would move the {done.kind} {file} by {done.neurons:,} neurons{maps} and write {output}. Nothing was done."
         console.console.print(text, markup=False)
         return
+    if base is not None and found.maps and not inverse:
+        session.remark(console, not_the_model(permutation, base, sha256_of(base)))
     with console.stage("move"):
-        state, metadata, neurons = permuted(kind, file, found, unfold, variant)
-        followers = "" if kind == "model" else f"{len(state):,} tensors follow "
-        console.say(f"{kind}: {followers}{neurons:,} neurons")
+        done = moved(kind, file, found, unfold, variant, like)
+        followers = "" if kind == "model" else f"{len(done.state):,} tensors follow "
+        maps = f" and {done.maps:,} maps" if done.maps else ""
+        console.say(f"{done.kind}: {followers}{done.neurons:,} neurons{maps}")
     with console.stage("write"):
         recipe = {"command": "apply", "permutation": permutation.name, "inverse": inverse}
         recipe["permutation_sha256"] = sha256_of(permutation)
-        header = provenance.header(metadata, [(file, sha256_of(file), metadata)], recipe, None)
-        save_safetensors(output, state, header, keep_order=True, finite=True, progress=console.progress)
+        recipe |= {} if base is None else {"base": base.name}
+        rounds = bool(found.maps)
+        header = provenance.header(
+            done.metadata, [(file, sha256_of(file), done.metadata)], recipe, None, rounding=rounds
+        )
+        save_safetensors(
+            output,
+            done.state,
+            header,
+            keep_order=True,
+            finite=True,
+            closing=(lambda: provenance.with_rounding(header, rounding_of(done.roundings).error))
+            if rounds
+            else None,
+            progress=console.progress,
+        )
         console.say(f"{output.name}, {session.size(output.stat().st_size)}")
+    session.say_rounding(console, done.roundings if rounds else None)
     session.say_where(console, output)

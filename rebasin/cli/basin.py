@@ -63,13 +63,13 @@ def by_block(
             for cell in own.spec.cells.values():
                 block = block_of(cell.sites[0].parameter)
                 neurons[block] += cell.size
-                stay[block] += cell.size - displaced([own.index[cell.name]])
+                stay[block] += cell.size - displaced([own.permutation.index[cell.name]])
         sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
         for step, name in enumerate(one):
             if not dtype_of(one, name).is_floating_point:
                 continue
             left, right = numbers(one, name, a.path), numbers(other, name, b.path)
-            aligned = right if own is None else own.apply_to(name, right)
+            aligned = right if own is None else own.permutation.apply_to(name, right)
             before = float((left - right).square().sum())
             after = before if aligned is right else float((left - aligned).square().sum())
             sums[block_of(name)] += float(left.square().sum()), before, after

@@ -17,7 +17,9 @@ from ..checkpoints.folders import load_config, load_weights
 from ..checkpoints.output import FILES, is_file
 from ..checkpoints.pickled import load_tensors
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
-from ..spec.permutation import is_permutation
+from ..spec import Alignment, Permutation
+from ..spec.permutation import MAP, is_permutation
+from ..tensors import load_safetensors
 from ..types import DerivedState, State, is_finite, passed, place_of
 
 Kind = Literal["permutation", "adapter", "controlnet", "model"]
@@ -127,6 +129,17 @@ def kind_of_file(path: Path) -> Kind:
         return "controlnet"
     # The names may tell of an adapter that is not whole; then its own sentence says what it lacks.
     return "adapter" if is_adapter(state) or foreign(dict.fromkeys(state)) == ADAPTER else "model"
+
+
+def load_member(path: Path) -> Alignment:
+    """The permutation or alignment of a file; a permutation is an alignment without maps.
+
+    Raises:
+        CheckpointError: it is neither, or damaged.
+    """
+    if any(name.startswith(MAP) for name in load_safetensors(path)):
+        return Alignment.load(path)
+    return Alignment.of(Permutation.load(path))
 
 
 def open_raw(path: Path, variant: str | None = None) -> State:

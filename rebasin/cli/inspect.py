@@ -98,22 +98,27 @@ def _component(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 def _permutation(file: Path) -> dict[str, Any]:
     from ..adapters.union import component_of, prefix_of
-    from ..spec import Permutation, displaced
+    from ..spec import displaced
     from .alignment import figures_of
+    from .inputs import load_member
+    from .permute_file import maps_of
 
-    permutation = Permutation.load(file)
-    spec = permutation.spec
+    member = load_member(file)
+    permutation, spec = member.permutation, member.spec
     figures = figures_of(file)
     rows = []
     for name in component_of(spec) or ("",):
         prefix = prefix_of(spec, name)
         cells = [c for c in spec.cells.values() if any(s.parameter.startswith(prefix) for s in c.sites)]
         moved = displaced(permutation.index[c.name] for c in cells)
-        rows.append({"component": name or "model", "neurons": sum(c.size for c in cells), "moved": moved})
+        row = {"component": name or "model", "neurons": sum(c.size for c in cells), "moved": moved}
+        own = [parameter for parameter in spec.shapes if parameter.startswith(prefix)]
+        rows.append(row | ({"maps": maps_of(member, own)} if member.maps else {}))
     return {
-        "what": "a permutation, legal by its own spec",
+        "what": f"{'an alignment' if member.maps else 'a permutation'}, legal by its own spec",
         "spec": spec.hash,
         "moved": f"{permutation.moved():,} of {spec.neurons:,} neurons in {len(spec)} groups",
+        **({"maps": f"of {len(member.maps):,} of {len(spec.continuous):,} groups"} if member.maps else {}),
         "found": {
             n: {k: f[k] for k in ("distance_before", "distance_after") if k in f} for n, f in figures.items()
         },
@@ -178,6 +183,8 @@ def _lineage(made: dict[str, Any], indent: str) -> list[str]:
 
     recipe = {k: v for k, v in made.get("recipe", {}).items() if v not in (None, False, [], {}, "")}
     lines = [indent + ", ".join(f"{key} {_text(value)}" for key, value in recipe.items())]
+    if made.get("rounding"):
+        lines.append(f"{indent}rounding what maps moved has cost {made['rounding']}, relative")
     for name, figures in (made.get("alignment") or {}).items():
         spec = str(figures.get("spec", ""))[:12]
         moved = f"{figures.get('moved', 0):,} of {figures.get('neurons', 0):,} neurons moved"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from ..adapters import (
+    align_adapter,
     component_of,
     extend,
     is_joint,
@@ -16,90 +17,168 @@ from ..adapters import (
     of_component,
     part,
 )
+from ..adapters.aligned import maps_at_work
+from ..adapters.embeddings import move_embeddings, moves, table_of
 from ..adapters.move import changed_by
 from ..adapters.union import prefix_of
-from ..checkpoints import component_spec
+from ..checkpoints import Checkpoint, component_spec
 from ..checkpoints.architectures import build, fit, published
 from ..checkpoints.checkpoint import unwrapped
 from ..checkpoints.components import locate
-from ..checkpoints.families import foreign, identify
+from ..checkpoints.families import EMBEDDING, foreign, identify
 from ..errors import CheckpointError, ConfigError, SpecMismatchError
-from ..spec import Permutation, PermutationSpec
+from ..spec import Alignment, Permutation, PermutationSpec
+from ..spec.mapped import Rounding
 from ..spec.permutation import displaced
 from ..tensors.codes import decoded
-from ..types import State
-from . import output
-from .inputs import Kind, named, open_each, open_raw
+from ..types import DerivedState, State, passed
+from . import alignment, output
+from .inputs import Kind, joined, named, open_each, open_raw, parts
 
 BESIDE = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "up_blocks.")
 """What names begin with that no ControlNet has, but the model that some files hold beside one."""
 
 MOVABLE = "a model, a LoRA or another adapter, or a ControlNet"
 
+WEBUI = "string_to_param."
+"""Before the name of a token in the webui's pickles; in safetensors it calls their vectors EMB_PARAMS."""
 
-class Permuted(NamedTuple):
-    """A file's tensors in their new order, the metadata of its header, and how many of its neurons moved."""
+EMB_PARAMS = "emb_params"
 
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """A file's tensors, moved, and what it is, the metadata of its header, how many of its neurons moved, and how many groups have maps
+    there; `roundings` tells what rounding to narrow types costs as soon as the tensors were read.
+    """
+
+    kind: str
     state: State
     metadata: dict[str, str]
     neurons: int
+    maps: int
+    roundings: Mapping[str, Rounding]
 
 
-def permuted(
-    kind: Kind, file: Path, permutation: Permutation, unfold: bool, variant: str | None = None
-) -> Permuted:
+def moved(
+    kind: Kind,
+    file: Path,
+    member: Alignment,
+    unfold: bool,
+    variant: str | None = None,
+    base: Checkpoint | None = None,
+) -> Moved:
     """What becomes of a file.
 
+    Args:
+        base: the model that the file is for, whose gains maps are turned by.
+
     Raises:
-        RebasinError: the file and the permutation do not belong together.
+        RebasinError: the file and the permutation or alignment do not belong together.
     """
     if kind == "permutation":
         raise CheckpointError(f"{file} is a permutation itself; give a checkpoint, a LoRA or a ControlNet.")
-    if kind == "model":
-        if not file.is_dir():
-            require_known(file)
-        checkpoint = open_each([file], variant)[0]
-        states: dict[str, State] = {}
-        for name in checkpoint.components:
-            own = of_component(permutation, name)
-            if own is not None:
-                if not is_joint(permutation.spec):
-                    part(own, component_spec(checkpoint, name))  # legal for this file, too
-                states[name] = own.view(checkpoint.component(name))
-        if not states:
-            raise SpecMismatchError(
-                f"{file} has {', '.join(checkpoint.components)}, but the permutation moves"
-                f" {', '.join(component_of(permutation.spec)) or 'something else'}."
-            )
-        own = [f"{prefix_of(permutation.spec, n)}{t}" for n in states for t in checkpoint.shapes(n)]
-        whole = output.finished(checkpoint, states)
-        return Permuted(whole, dict(checkpoint.metadata), moved_of(permutation, own))
+    known = {} if base is None else parts(base, base.components)
+    embedding = kind == "model" and not file.is_dir() and foreign(dict.fromkeys(open_raw(file))) == EMBEDDING
+    if kind == "model" and not embedding:
+        return _moved_model(file, member, variant, known)
     state = open_raw(file, variant)
     metadata = dict(getattr(state, "metadata", {}))
     if unfold and kind != "adapter":
         raise ConfigError(
-            f"--unfold is for the LoKr modules of adapters, but {file} is a ControlNet; leave it out."
+            f"--unfold is for the LoKr and LoHa modules of adapters, but {file} is"
+            f" {EMBEDDING if embedding else 'a ControlNet'}; leave it out."
         )
+    what = "embedding" if embedding else kind
+    rounding = Rounding()
+    seen = _in_names_of(member.spec, known)
+
+    def done(state: State, spec: Alignment | Permutation, parameters: Sequence[str]) -> Moved:
+        return Moved(
+            what, state, metadata, moved_of(spec, parameters), maps_of(spec, parameters), {what: rounding}
+        )
+
+    if embedding:
+        tables = [table_of(member.spec, key, state[key].shape, file.name) for key in state]
+        if not any(table is not None and moves(member, table) for table in tables):
+            require_known(file)
+        view = maps_at_work(member, seen) if member.maps else None
+        with named(file):
+            whole = move_embeddings(member, state, view, what=file.name, rounding=rounding)
+        whole = {EMB_PARAMS if key.startswith(WEBUI) else key: tensor for key, tensor in whole.items()}
+        return done(whole, member, [table for table in tables if table is not None])
     if kind == "adapter":
         with named(file):
-            moved = move_adapter(permutation, state, unfold=unfold, what=file.name)
-            own = changed_by(permutation.spec, state, file.name)
-        return Permuted(moved, metadata, moved_of(permutation, own))
+            if member.maps:
+                whole = align_adapter(member, state, seen, unfold=unfold, what=file.name, rounding=rounding)
+            else:
+                whole = move_adapter(member.permutation, state, unfold=unfold, what=file.name)
+            own = changed_by(member.spec, state, file.name)
+        return done(whole, member, own)
     state = unwrapped(decoded(state, file), file)
     if any(name.startswith(BESIDE) for name in state):
         raise CheckpointError(
             f"{file} holds a model besides a ControlNet, and only one of the two can be moved; save the ControlNet"
             " alone (in LDM's names the tensors that begin with control_model.)."
         )
-    joint = controlnet_spec(permutation.spec)
-    moved = move_controlnet(permutation, state, joint, what=file.name)
+    joint = controlnet_spec(member.spec)
+    whole = move_controlnet(member, state, joint, base=seen, what=file.name, rounding=rounding)
     own = [name for name in joint.shapes if name.startswith("controlnet.")]
-    return Permuted(moved, metadata, moved_of(extend(permutation, joint), own))
+    return done(whole, extend(member, joint, base=seen), own)
 
 
-def moved_of(permutation: Permutation, parameters: Sequence[str]) -> int:
+def _moved_model(file: Path, member: Alignment, variant: str | None, base: Mapping[str, State]) -> Moved:
+    if not file.is_dir():
+        require_known(file)
+    checkpoint = open_each([file], variant)[0]
+    aligned = [name for name in checkpoint.components if of_component(member, name) is not None]
+    if not aligned:
+        raise SpecMismatchError(
+            f"{file} has {', '.join(checkpoint.components)}, but the permutation moves"
+            f" {', '.join(component_of(member.spec)) or 'something else'}."
+        )
+    for name in aligned if not is_joint(member.spec) else ():
+        own = of_component(member, name)
+        assert own is not None
+        part(own, component_spec(checkpoint, name))  # legal for this file, too
+    roundings: dict[str, Rounding] = {}
+    states = alignment.Alignment(member, {}, {}).views(
+        parts(checkpoint, checkpoint.components), roundings=roundings, base=base
+    )
+    whole = output.finished(checkpoint, {name: states[name] for name in aligned})
+    own = [f"{prefix_of(member.spec, n)}{t}" for n in aligned for t in checkpoint.shapes(n)]
+    return Moved(
+        "model", whole, dict(checkpoint.metadata), moved_of(member, own), maps_of(member, own), roundings
+    )
+
+
+def _in_names_of(spec: PermutationSpec, components: Mapping[str, State]) -> State:
+    """A model's components by the names of a spec, which has them in a union or is one component's own."""
+    whole = joined(components)
+    return DerivedState(
+        {
+            prefix_of(spec, name) + own: passed(whole, f"{name}.{own}")
+            for name in component_of(spec)
+            for own in components.get(name, ())
+        }
+    )
+
+
+def maps_of(member: Alignment | Permutation, parameters: Sequence[str]) -> int:
+    """How many groups have a map that acts on these parameters."""
+    if isinstance(member, Permutation):
+        return 0
+    known = {member.spec.aliases.get(name, name) for name in parameters}
+    return sum(
+        any(site.parameter in known for site in group.sites)
+        for group in member.spec.continuous
+        if group.name in member.maps
+    )
+
+
+def moved_of(member: Alignment | Permutation, parameters: Sequence[str]) -> int:
     """How many of the neurons that these parameters have do not stay where they are."""
-    spec = permutation.spec
+    spec, permutation = member.spec, member if isinstance(member, Permutation) else member.permutation
     known = {spec.aliases.get(name, name) for name in parameters}
     cells = {cell for name in known for sites in spec.axes.get(name, {}).values() for cell, _ in sites}
     return displaced(permutation.index[cell] for cell in cells)
@@ -111,7 +190,7 @@ def require_known(file: Path) -> None:
     if not len(state):
         raise CheckpointError(f"{file} has no tensors, so there is nothing to move; give {MOVABLE}.")
     what = foreign(dict.fromkeys(state))
-    if what == "a textual inversion embedding":
+    if what == EMBEDDING:
         raise CheckpointError(
             f"{file} is {what}, which no permutation moves: it fits an aligned model as it is, unless that was aligned"
             " with --joint."

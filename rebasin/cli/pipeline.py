@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoints.checkpoint import require_same_prediction, several_variants
 from ..errors import ConfigError
+from ..spec.mapped import Rounding
 from ..types import State
 from . import output, session, stages
 from .alignment import Aligning, Alignment
@@ -25,9 +26,10 @@ def align(console: Console, request: Request) -> None:
     Raises:
         RebasinError: an input is missing or does not fit; nothing was written.
     """
+    stages.require_maps(request)
     check_output(request.output, request.inputs, request.overwrite or request.dry_run)
     models, components = stages.read(console, request)
-    stages.remark(console, copies(models, components))
+    session.remark(console, copies(models, components))
     stages.require_permutation(request, models[0], components)
     stages.require_space(request, models[1])
     if request.dry_run:
@@ -37,14 +39,17 @@ def align(console: Console, request: Request) -> None:
     found = stages.aligned(console, Aligning(models, specs, request, hashes, console.progress))
     b, (alignment,) = models[1], found
     checks = stages.checked(console, request, b, components, alignment)
-    states = {name: alignment.view(name, b.component(name)) for name in components}
+    roundings: dict[str, Rounding] | None = {} if alignment.mapped else None
+    moved = alignment.views(parts(b, b.components), roundings=roundings)
+    states = {name: moved[name] for name in components}
     # EMA copies of B's weights would have to move along; loaders that want them would find B's old order.
     state = output.finished(b, states, prune=request.prune)
     recipe = {"command": "align", "to": request.inputs[0].name, **stages.choices(request)}
-    stages.write(console, request, state, b, hashes[::-1], [b, models[0]], recipe, found)
+    stages.write(console, request, state, b, hashes[::-1], [b, models[0]], recipe, found, roundings)
     console.console.print()
     session.say_alignment(console, found, checks)
-    session.say_where(console, request.output, f"permutation in {alignment.file}")
+    session.say_rounding(console, roundings)
+    session.say_where(console, request.output, f"{session.called(alignment)} in {alignment.file}")
 
 
 def merge(console: Console, request: Request) -> None:
@@ -59,6 +64,7 @@ def merge(console: Console, request: Request) -> None:
     if len(request.inputs) < 2:
         raise ConfigError("A merge needs two models or more; give their files one after the other.")
     stages.require_ray(request)
+    stages.require_maps(request)
     others = [*(path for path in (request.base, request.vae) if path is not None), *request.fisher]
     check_output(request.output, [*request.inputs, *others], request.overwrite or request.dry_run)
     method = find_method(request.method)
@@ -78,7 +84,7 @@ def merge(console: Console, request: Request) -> None:
         stages.require_permutation(request, models[0], components)
         console.say(f"{len(models)} x {models[0].title}: {', '.join(components)}")
     unasked = several_variants([*opened, *([vae] if vae else [])], request.variant)
-    stages.remark(
+    session.remark(
         console, [*unasked, *left_out(models), *weights.remarks(method), *copies(models, components, base)]
     )
     stages.require_space(request, models[0])
@@ -94,8 +100,9 @@ def merge(console: Console, request: Request) -> None:
         wanted = Aligning(models, specs, request, hashes[: len(models)], console.progress, weights.shares)
         found = stages.aligned(console, wanted)
         for i, one in enumerate(found, 1):  # what belongs to a model moves with it
-            for view in (views[i], *companions[i : i + 1]):
-                view |= {name: one.view(name, state) for name, state in view.items()}
+            whole = parts(models[i], models[i].components)
+            for view, base in ((views[i], whole), *((own, {}) for own in companions[i : i + 1])):
+                view |= one.views(view, wide=True, base=base)  # rounded once, when it is merged
         if len(models) == 2:
             checks = stages.checked(console, request, models[1], components, found[0])
     method, shares, own = scored(console, method, views, models[0], options)
@@ -146,5 +153,7 @@ def merge(console: Console, request: Request) -> None:
         session.answer(console, "Did anything move?", "No", "yellow", "This is the plain merge.")
         return session.say_where(console, request.output)
     session.say_alignment(console, found, checks, merged=True)
-    files = [one.file for one in found] if len(found) > 1 else [f"permutation in {found[0].file}"]
+    files = (
+        [one.file for one in found] if len(found) > 1 else [f"{session.called(found[0])} in {found[0].file}"]
+    )
     session.say_where(console, request.output, *files)

@@ -80,6 +80,15 @@ class Request:
             help="Use this alignment, which `rebasin align` or an earlier merge has left, instead of finding one.",
         ),
     ] = None
+    maps: Annotated[
+        bool,
+        typer.Option(
+            "--maps",
+            help="Align by linear maps, too: rotations of streams, matrices in heads, scales. Finds what is closest by"
+            " the weights, which between models that were trained apart often merges no better than a permutation;"
+            " learned maps do (python -m rebasin.run algo=learned). Takes several times the memory and time.",
+        ),
+    ] = False
     joint: Annotated[
         bool,
         typer.Option(
@@ -166,11 +175,11 @@ class Request:
 
     @property
     def kept(self) -> Path:
-        """Where the permutation is kept."""
+        """Where the permutation or alignment is kept."""
         from ..checkpoints.output import FILES  # late: torch
 
         name = self.output.stem if self.output.suffix.lower() in FILES else self.output.name
-        return self.output.with_name(f"{name}.permutation.safetensors")
+        return self.output.with_name(f"{name}.{'alignment' if self.maps else 'permutation'}.safetensors")
 
 
 @cache

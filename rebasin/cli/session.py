@@ -11,10 +11,21 @@ from rich.table import Table
 
 from ..tensors.writer import in_bytes as size
 
-__all__ = ["answer", "begin", "say_alignment", "say_where", "size", "table"]
+__all__ = [
+    "answer",
+    "begin",
+    "called",
+    "remark",
+    "say_alignment",
+    "say_rounding",
+    "say_where",
+    "size",
+    "table",
+]
 
 if TYPE_CHECKING:
     from ..reporting.console import Console
+    from ..spec.mapped import Rounding
     from .alignment import Alignment
 
 
@@ -57,6 +68,12 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[object]], words: int) -
     return made
 
 
+def remark(console: Console, sentences: Sequence[str]) -> None:
+    """Sentences about what is legal and maybe not meant."""
+    for sentence in sentences:
+        console.console.print(sentence, markup=False)
+
+
 def answer(console: Console, question: str, short: str, tone: str, text: str) -> None:
     """One of the answers that end a command."""
     from rich.markup import escape
@@ -69,19 +86,21 @@ def say_alignment(
 ) -> None:
     """Whether the alignments preserved what the models compute, and whether anything moved; were they merged then?"""
     moved, figures = sum(one.moved for one in found), found[0].figures.values()
+    maps = found[0].mapped
     many = len(found) > 1
     if many:
         text = "The symmetries are proved, so each model computes what it did."
-    elif not moved:
+    elif not moved and not maps:
         text = f"No neuron {'moves' if found[0].given else 'had to move'}, so B is what it was."
     elif checks is None:
         text = "The symmetries are proved (not checked on these weights: --no-check)."
     else:
         worst = max(checks.values(), default=0.0)
-        text = f"B's outputs before and after its neurons moved differ by {worst:.1e} relative, which is rounding."
+        what = "it was mapped" if maps else "its neurons moved"
+        text = f"B's outputs before and after {what} differ by {worst:.1e} relative, which is rounding."
     answer(console, "Is it legal?", "Yes", "green", text)
     neurons = sum(f.get("neurons", 0) for f in figures) or found[0].permutation.spec.neurons
-    if not moved:
+    if not moved and not maps:
         who = (
             f"{len(found) + 1} models agree" if many else f"{neurons:,} neurons of B are in A's order already"
         )
@@ -96,9 +115,30 @@ def say_alignment(
     if many:
         text = f"{moved:,} neurons; the models' distance to their mean fell from {before:.4g} to {after:.4g}."
     else:
-        text = f"{moved:,} of {neurons:,} neurons ({100 * moved / max(1, neurons):.1f}%) moved."
+        text = f"{moved:,} of {neurons:,} neurons ({100 * moved / max(1, neurons):.1f}%) moved"
+        text += f", {maps:,} groups have maps." if maps else "."
         text += f" The distance of the weights fell from {before:.4g} to {after:.4g}." if before else ""
     answer(console, "Did anything move?", "Yes", "green", text)
+
+
+def called(alignment: Alignment) -> str:
+    """What to call the file of an alignment."""
+    return "alignment" if alignment.mapped else "permutation"
+
+
+def say_rounding(console: Console, roundings: Mapping[str, Rounding] | None) -> None:
+    """What rounding to the file's types has added to what maps moved, once all is written; None: no maps."""
+    if roundings is None:
+        return
+    from .alignment import rounding_of
+
+    whole = rounding_of(roundings)
+    if not whole.squares:
+        return answer(
+            console, "What did rounding cost?", "Nothing", "green", "What maps moved is in single precision."
+        )
+    text = f"relative to the weights that maps moved, in {len(whole.squares):,} tensors."
+    answer(console, "What did rounding cost?", f"{whole.error:.1e}", "green", text)
 
 
 def say_where(console: Console, *paths: Any) -> None:

@@ -14,13 +14,13 @@ from ..checkpoints.output import require_place
 from ..checkpoints.provenance import sha256_of
 from ..errors import ConfigError, SpecMismatchError, VerificationError, shown
 from ..integrations.ray_cluster import require_ray as require_package
-from ..spec import Permutation
+from ..spec.mapped import Rounding
 from ..tensors import writer
 from ..types import State
 from . import output, session
-from .alignment import JOINT, Aligning, Alignment, specs_of
+from .alignment import JOINT, MAPS, Aligning, Alignment, rounding_of, specs_of
 from .function import TOLERANCE, compare_chains, compare_functions
-from .inputs import open_all
+from .inputs import load_member, open_all, parts
 from .request import Request
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def choices(request: Request) -> dict[str, Any]:
     """The options of a request that change its result, for the header."""
     names = ("components", "dtype", "prune", "fix_clip", "start", "seed", "joint")
-    return {name: getattr(request, name) for name in names}
+    return {name: getattr(request, name) for name in names} | ({"maps": True} if request.maps else {})
 
 
 def read(console: Console, request: Request) -> tuple[list[Checkpoint], tuple[str, ...]]:
@@ -39,7 +39,7 @@ def read(console: Console, request: Request) -> tuple[list[Checkpoint], tuple[st
     with console.stage("read"):
         models, components = open_all(request.inputs, request.components, request.variant)
         console.say(f"{models[0].title}: {', '.join(components)}")
-    remark(console, several_variants(models, request.variant))
+    session.remark(console, several_variants(models, request.variant))
     return models, components
 
 
@@ -48,12 +48,6 @@ def require_space(request: Request, like: Checkpoint) -> None:
     require_place(request.output, like, like.raw)
     if not request.dry_run:
         writer.require_space(request.output, output.size_of(like, request))
-
-
-def remark(console: Console, sentences: Sequence[str]) -> None:
-    """Sentences about what is legal and maybe not meant."""
-    for sentence in sentences:
-        console.console.print(sentence, markup=False)
 
 
 def require_ray(request: Request) -> None:
@@ -71,6 +65,35 @@ def require_ray(request: Request) -> None:
     require_package()
 
 
+def require_maps(request: Request) -> None:
+    """Whether --maps goes with the other options.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not request.maps:
+        return
+    if len(request.inputs) > 2:
+        raise ConfigError(
+            f"--maps aligns two models, but {len(request.inputs)} are given; merge two at a time, or leave it out."
+        )
+    if request.permutation is not None:
+        raise ConfigError(
+            "--maps finds an alignment and --permutation gives one; leave one of them out (--permutation takes"
+            " alignments, too)."
+        )
+    if not request.align:
+        raise ConfigError("--maps and --no-align contradict each other; leave one of them out.")
+    if request.start != "forward":
+        raise ConfigError(
+            f"--start {request.start} has no effect with --maps, which starts forward; leave it out."
+        )
+    if request.fisher:
+        raise ConfigError(
+            "--fisher is the information of single weights, which no map can mix; leave out --maps or --fisher."
+        )
+
+
 def require_permutation(request: Request, model: Checkpoint, components: Sequence[str]) -> None:
     """Look at the file of --permutation before any work.
 
@@ -85,7 +108,12 @@ def require_permutation(request: Request, model: Checkpoint, components: Sequenc
         raise ConfigError(
             "--permutation is for two models; leave it out, what was found before is used again."
         )
-    spec = Permutation.load(path).spec
+    member = load_member(path)
+    spec = member.spec
+    if member.maps and request.fisher:
+        raise ConfigError(
+            f"--fisher is the information of single weights, which the maps of {path} would mix; give a permutation."
+        )
     prefixes = {name: prefix_of(spec, name) for name in component_of(spec) if name in components}
     if not prefixes:
         raise SpecMismatchError(
@@ -127,10 +155,13 @@ def aligned(console: Console, wanted: Aligning) -> list[Alignment]:
         if len(found) > 1:
             told = ", ".join(f"{n} moved {f['moved']:,} in {f['passes']} passes" for n, f in figures)
         else:
-            moved = ", ".join(f"{n} {f['moved']:,} of {f['neurons']:,}" for n, f in figures)
+            moved = ", ".join(
+                f"{n} {f['moved']:,} of {f['neurons']:,}" + (f" and {f[MAPS]} maps" if MAPS in f else "")
+                for n, f in figures
+            )
             told = f"moved {moved or found[0].moved}"
         console.say(("as found before: " if found[0].reused else "") + told)
-    remark(console, [sentence for one in found for sentence in one.remarks])
+    session.remark(console, [sentence for one in found for sentence in one.remarks])
     return found
 
 
@@ -142,18 +173,20 @@ def checked(
     Raises:
         VerificationError: B computes something else than before.
     """
-    if not request.check or not alignment.moved:
+    if not request.check or not (alignment.moved or alignment.mapped):
         return None
+    # Without rounding to narrow types: that is told by itself.
+    moved = alignment.views(parts(b, b.components), wide=True)
     checks = {}
     with console.stage("check"):
         together = [name for name in components if name in PARTS] if JOINT in alignment.specs else []
         if together:  # the text encoder's output is reordered on purpose, only the whole chain is the same
-            after = {name: alignment.view(name, b.component(name)) for name in together}
+            after = {name: moved[name] for name in together}
             checks[JOINT] = compare_chains(b, after, request.seed)
         for name in components:
             own = alignment.of(name)
             if name not in together and own is not None and not own.is_identity:
-                checks[name] = compare_functions(b, name, own.view(b.component(name)), request.seed)
+                checks[name] = compare_functions(b, name, moved[name], request.seed)
         for name, difference in checks.items():
             if not difference < TOLERANCE:  # NaN is not, either
                 raise VerificationError(
@@ -173,18 +206,37 @@ def write(
     used: Sequence[Checkpoint],
     recipe: Mapping[str, Any],
     found: Sequence[Alignment],
+    roundings: Mapping[str, Rounding] | None = None,
 ) -> None:
-    """Write the result with a header that says how it was made; `used` and `hashes` are its inputs'."""
+    """Write the result with a header that says how it was made; `used` and `hashes` are its inputs'. With `roundings`
+    (component -> what rounding costs, known when all is written) it says that, too.
+    """
     inputs = [
         (model.path, sha256, provenance.metadata_of(model))
         for model, sha256 in zip(used, hashes, strict=True)
     ]
     specs, figures = (found[0].specs, found[0].figures) if found else ({}, {})
     told = {name: {"spec": spec.hash, **figures.get(name, {})} for name, spec in specs.items()}
-    header = provenance.header(provenance.metadata_of(like), inputs, recipe, told if found else None)
+    rounds = roundings is not None
+    header = provenance.header(
+        provenance.metadata_of(like), inputs, recipe, told if found else None, rounding=rounds
+    )
+
+    def closing(part: str | None) -> Mapping[str, str]:
+        own = {name: one for name, one in (roundings or {}).items() if part in (None, name)}
+        return provenance.with_rounding(header, rounding_of(own).error)
+
     with console.stage("write"):
         types = output.stored_as(output.dtype_of(request.dtype), like)
-        saved = save_checkpoint(request.output, like, state, header, dtype=types, progress=console.progress)
+        saved = save_checkpoint(
+            request.output,
+            like,
+            state,
+            header,
+            dtype=types,
+            closing=closing if rounds else None,
+            progress=console.progress,
+        )
         console.say(f"{request.output.name}, {session.size(saved.bytes)}")
     for note in saved.notes:
         console.console.print(note, markup=False)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 @command("a b components variant joint seed threads")
 def verify(
     a: Annotated[
-        Path, typer.Argument(metavar="A", help="A model, or a permutation file.", show_default=False)
+        Path,
+        typer.Argument(metavar="A", help="A model, or a permutation or alignment file.", show_default=False),
     ],
     b: Annotated[
         Path,
@@ -49,12 +50,11 @@ def verify(
     from ..checkpoints import component_spec
     from ..checkpoints.joint import PARTS
     from ..errors import CheckpointError, RebasinError
-    from ..spec import Permutation
     from ..types import tell
     from . import session
     from .alignment import Alignment
     from .function import TOLERANCE, compare_chains, compare_functions
-    from .inputs import kind_of_file, open_all
+    from .inputs import kind_of_file, load_member, open_all, parts
 
     request = Request((a, b), Path(os.devnull), **given)  # writes nothing
     console = session.begin(threads=request.threads)
@@ -69,16 +69,17 @@ def verify(
 
     def counterpart(name: str) -> State:
         """A component of the other model, or of the model under the permutation."""
-        if permutation is None:
+        if member is None:
             return models[1].component(name)
-        return Alignment(permutation, {}, {}).view(name, models[0].component(name))
+        known = parts(models[0], models[0].components)
+        return Alignment(member, {}, {}).views({name: known[name]}, wide=True, base=known)[name]
 
     with console.stage("read"):
-        permutation = Permutation.load(a) if kind_of_file(a) == "permutation" else None
-        inputs = [a, b] if permutation is None else [b]
+        member = load_member(a) if kind_of_file(a) == "permutation" else None
+        inputs = [a, b] if member is None else [b]
         models, names = open_all(inputs, request.components, request.variant)
         console.say(f"{models[0].title}: {', '.join(names)}")
-    whole = permutation is not None and is_joint(permutation.spec)
+    whole = member is not None and is_joint(member.spec)
     with console.stage("compute"):
         together = [name for name in names if name in PARTS] if joint or whole else []
         if "unet" in together and len(together) > 1:
@@ -87,8 +88,8 @@ def verify(
             names = tuple(name for name in names if name not in together)
         for number, name in enumerate(names):
             tell(console.progress, name, number, len(names))
-            if permutation is not None and not whole:
-                own = of_component(permutation, name)
+            if member is not None and not whole:
+                own = of_component(member, name)
                 if own is None:
                     continue
                 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SpecMismatchError, shown
-from ..types import LazyState, State, origin_of
+from ..types import LazyState, State, origin_of, widened
 from .continuous import DIAGONAL, ContinuousGroup, GainSite, MapSite, power
 from .structure import to_array
 
@@ -40,8 +41,35 @@ def _gains(aliases: Mapping[str, str], state: State, name: str, offset: float) -
     return values, f"it divides by the gains {name!r}, of which one is {smallest:.1e} (median {median:.1e})"
 
 
+class Rounding:
+    """What is lost when tensors that were moved are rounded to a narrow type again, tensor by tensor.
+
+    `squares`: name -> the squared norms of what was lost, and of the tensor.
+    """
+
+    def __init__(self) -> None:
+        self.squares: dict[str, tuple[float, float]] = {}
+
+    def rounded(self, name: str, wide: Tensor, dtype: torch.dtype) -> Tensor:
+        """`wide` in the type, and remembered what that has cost; a tensor that comes again counts once."""
+        narrow = wide.to(dtype)
+        if dtype != wide.dtype:
+            lost = (narrow.to(wide.dtype) - wide).double().square().sum()
+            self.squares[name] = float(lost), float(wide.double().square().sum())
+        return narrow
+
+    @property
+    def error(self) -> float:
+        """Relative to the norm of all tensors that were rounded."""
+        lost, size = (sum(pair[i] for pair in self.squares.values()) for i in (0, 1))
+        return math.sqrt(lost / size) if size else 0.0
+
+
 class MappedState(LazyState):
-    """A state seen through `maps`, name of the group -> matrices; a tensor is read and moved when it is asked for."""
+    """A state seen through `maps`, name of the group -> matrices; a tensor is read and moved when it is asked for.
+
+    Narrow types are multiplied in single precision and rounded once; `rounding` says what that costs.
+    """
 
     def __init__(
         self,
@@ -60,13 +88,18 @@ class MappedState(LazyState):
                 self._sites.setdefault(site.parameter, []).append((group, site))
         self.powers: dict[tuple[str, int], Tensor] = {}
         """(group, exponent) -> M or M^-T, where they are known already."""
+        self.rounding = Rounding()
         self._vectors: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.known[name]
-        for group, site in self._sites.get(self.aliases.get(name, name), ()):
-            tensor = self._act(tensor, group, site)
-        return tensor
+        sites = self._sites.get(self.aliases.get(name, name), ())
+        if not sites:
+            return tensor
+        wide = tensor.to(widened(tensor.dtype))
+        for group, site in sites:
+            wide = self._act(wide, group, site)
+        return self.rounding.rounded(name, wide, tensor.dtype)
 
     def origin(self, name: str) -> str | None:
         return origin_of(self.known, name)
@@ -76,11 +109,20 @@ class MappedState(LazyState):
         """The vectors that the maps are turned by."""
         return {s.gain.parameter for sites in self._sites.values() for _, s in sites if s.gain is not None}
 
+    def acts(self, name: str) -> bool:
+        """Whether a map acts on a tensor."""
+        return self.aliases.get(name, name) in self._sites
+
     def acting(self, name: str, axis: int) -> list[ContinuousGroup]:
         """The groups that act on an axis of a tensor."""
         return [
             group for group, site in self._sites.get(self.aliases.get(name, name), ()) if site.axis == axis
         ]
+
+    def turned(self, name: str, axis: int) -> bool:
+        """Whether one of them is turned by gains there."""
+        sites = self._sites.get(self.aliases.get(name, name), ())
+        return any(site.gain is not None for _, site in sites if site.axis == axis)
 
     def act(self, name: str, axis: int, tensor: Tensor, along: int) -> Tensor:
         """Another tensor moved along one of its axes as `name` is along `axis`."""
@@ -121,6 +163,13 @@ class MappedState(LazyState):
             return None
         name = site.parameter
         if name not in self._vectors:
+            if name not in self.known and all(
+                t != name or a not in self.known for a, t in self.aliases.items()
+            ):
+                raise SpecMismatchError(
+                    f"The map of {shown(group.name)} is turned by the gains {shown(name)}, which are not there; give"
+                    " the model's weights, too (base, on the command line --base)."
+                )
             values, why = _gains(self.aliases, self.known, name, site.offset)
             if why:
                 raise SpecMismatchError(

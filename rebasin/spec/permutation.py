@@ -685,8 +685,10 @@ def _order(permutation: Permutation, group: ContinuousGroup) -> Tensor | None:
 
 
 def is_permutation(state: State, metadata: Mapping[str, str]) -> bool:
-    """Whether tensors and header are those of a file of ours with one permutation or several."""
-    return metadata.get("spec", "").startswith("{") and all(len(shape_of(state, name)) < 2 for name in state)
+    """Whether tensors and header are those of a file of ours with permutations or alignments."""
+    return metadata.get("spec", "").startswith("{") and all(
+        len(shape_of(state, name)) < 2 or name.startswith(MAP) for name in state
+    )
 
 
 class PermutedState(LazyState):

@@ -45,6 +45,7 @@ def save_safetensors(
     dtype: torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None = None,
     keep_order: bool = False,
     finite: bool = False,
+    closing: Callable[[], Mapping[str, str]] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write `state` beside `path` and rename: after a crash there is the old file or the new one.
@@ -56,6 +57,8 @@ def save_safetensors(
             chooses it; None: their own. Others (position ids) keep theirs.
         keep_order: names in the header in the order of `state`, instead of sorted.
         finite: refuse to write infinite values and NaN.
+        closing: asked when all tensors are written for the metadata that the file is to have, which must be as long:
+            what is known only then takes the place of what was held free for it.
         progress: called after each tensor with stage, step, total, name and bytes.
 
     Raises:
@@ -95,6 +98,12 @@ def save_safetensors(
             file.write(as_bytes(tensor))
             tell(progress, "save", step, len(names), name=name, bytes=prod(shape) * stored.itemsize)
             del tensor
+        if closing is not None:
+            last, _ = _header(layout, listed if keep_order else names, names, closing())
+            if len(last) != len(head):
+                raise ValueError(f"the closing header of {target} has {len(last)} bytes, not {len(head)}")
+            file.seek(0)
+            file.write(last)
         file.flush()
         os.fsync(file.fileno())
     return target

@@ -8,7 +8,7 @@ matching.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +17,11 @@ from ...spec import DIAGONAL, Alignment, ContinuousGroup, MapSite, PermutationSp
 from ...spec.mapped import MappedState
 
 ROUNDS = 200
+ALONE = 2
+"""Rounds of a group that shares tensors with no other, which is balanced after the first, but for rounding."""
+
 SETTLED = 1e-9
-"""Squared scales that change by less are settled."""
+"""Scales that change by less are settled."""
 
 RIDGE = 1e-12
 """Of a Gram matrix' mean eigenvalue, added to it: what a head does not use is left as it is."""
@@ -54,31 +57,57 @@ def canonical(spec: PermutationSpec, state: Mapping[str, Tensor]) -> Alignment:
             values = rows(vector, state[vector.parameter].double(), group.neurons).reshape(-1)
             if bool((values != 0).all()):
                 maps[group.name] = 1 / values
-    current = _seen(spec, maps, state)
     others = [
         g
         for g in spec.continuous
         if g.name not in maps and g.kind in ("scales", "positive scales", "invertible")
     ]
-    for _ in range(ROUNDS):
+    for groups in _coupled(others):
+        names = {s.parameter for g in groups for s in g.sites}
+        names |= {s.gain.parameter for g in groups for s in g.sites if s.gain is not None}
+        wide = {name: state[name].double() for name in names}
+        maps |= _balanced(groups, _seen(spec.continuous, maps, spec.aliases, wide), spec.aliases)
+    return Alignment(spec.identity(), maps)
+
+
+def _coupled(groups: Sequence[ContinuousGroup]) -> list[list[ContinuousGroup]]:
+    """The groups in parts that share no tensor: each can be balanced by itself."""
+    parts: list[tuple[set[str], list[ContinuousGroup]]] = []
+    for group in groups:
+        names = {site.parameter for site in group.sites}
+        meet = [part for part in parts if not names.isdisjoint(part[0])]
+        parts = [part for part in parts if names.isdisjoint(part[0])]
+        parts.append((names.union(*(n for n, _ in meet)), [*(g for _, own in meet for g in own), group]))
+    return [own for _, own in parts]
+
+
+def _balanced(
+    groups: Sequence[ContinuousGroup], current: Mapping[str, Tensor], aliases: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The matrices that balance writers and readers of groups that share tensors, all of them float64."""
+    maps: dict[str, Tensor] = {}
+    for _ in range(ROUNDS if len(groups) > 1 else ALONE):
         change, found = 0.0, {}
-        for group in others:
+        for group in groups:
             matrices = (_balanced_heads if group.kind == "invertible" else _balanced_scales)(group, current)
             found[group.name] = matrices
             change = max(change, float((matrices - group.identity()).abs().max()))
-        current = _seen(spec, found, current)
-        for group in others:
+        current = _seen(groups, found, aliases, current)
+        for group in groups:
             new, old = found[group.name], maps.get(group.name)
             maps[group.name] = new if old is None else new * old if group.kind in DIAGONAL else new @ old
         if change < SETTLED:
             break
-    return Alignment(spec.identity(), maps)
+    return maps
 
 
 def _seen(
-    spec: PermutationSpec, maps: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    groups: Sequence[ContinuousGroup],
+    maps: Mapping[str, Tensor],
+    aliases: Mapping[str, str],
+    state: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    view = MappedState(spec.continuous, maps, spec.aliases, state)
+    view = MappedState(groups, maps, aliases, state)
     return {name: view[name] for name in state}
 
 

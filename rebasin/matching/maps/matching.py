@@ -226,10 +226,11 @@ class _Pair:
         moved = displaced(index.values())
         if moved:
             step = Permutation(self.spec, {**self.spec.identity().index, **index})
-            for name in self.a:
-                self.b[name] = step.apply_to(name, self.b[name])
-            groups = {group.name: group for group in self.spec.continuous}
-            self.maps = {n: moved_by(step, groups[n], m) for n, m in self.maps.items()}
+            touched = {site.parameter for name in index for site in self.spec.cells[name].sites}
+            self.b |= {name: step.apply_to(name, self.b[name]) for name in touched}
+            for group in self.spec.continuous:
+                if group.name in self.maps and group.sites[0].parameter in touched:
+                    self.maps[group.name] = moved_by(step, group, self.maps[group.name])
             self.permutation = step.compose(self.permutation)
         return moved
 
@@ -498,9 +499,9 @@ def _forward(pair: _Pair) -> None:
         choose = settled if share(name) else None
         turned: list[ContinuousGroup] = []
         if isinstance(unit, Group):
-            pair.permute(
-                dict(arrangement(WeightCosts(Endpoints(spec, pair.seen, pair.b), None, choose), unit))
-            )
+            own = PermutationSpec((unit,), spec.shapes, spec.buffers, spec.aliases)
+            costs = WeightCosts(Endpoints(own, pair.seen, pair.b), None, choose)
+            pair.permute(dict(arrangement(costs, unit)))
         elif isinstance(unit, _Signed):
             _assign_signed(pair, unit, choose)
             turned = [unit.sign]
