@@ -91,7 +91,8 @@ def apply(
     if dry_run:
         done = moved(kind, file, found, unfold, variant, like)
         maps = f" and {done.maps:,} maps" if done.maps else ""
-        text = f"Would move the {done.kind} {file} by {done.neurons:,} neurons{maps} and write {output}. Nothing was done."
+        text = f"Would move the {done.kind} {file} by {done.neurons:,} neurons{maps} and write {output}."
+        text += " Nothing was done."
         console.console.print(text, markup=False)
         return
     if base is not None and found.maps and not inverse:

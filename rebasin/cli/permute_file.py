@@ -48,8 +48,8 @@ EMB_PARAMS = "emb_params"
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """A file's tensors, moved, and what it is, the metadata of its header, how many of its neurons moved, and how many groups have maps
-    there; `roundings` tells what rounding to narrow types costs as soon as the tensors were read.
+    """What becomes of a file: what it is, its tensors, the metadata of its header, how many of its neurons moved, and how
+    many groups of maps act on it. `roundings` tells what rounding costs as soon as the tensors were read.
     """
 
     kind: str

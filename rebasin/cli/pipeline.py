@@ -101,8 +101,8 @@ def merge(console: Console, request: Request) -> None:
         found = stages.aligned(console, wanted)
         for i, one in enumerate(found, 1):  # what belongs to a model moves with it
             whole = parts(models[i], models[i].components)
-            for view, base in ((views[i], whole), *((own, {}) for own in companions[i : i + 1])):
-                view |= one.views(view, wide=True, base=base)  # rounded once, when it is merged
+            for view, known in ((views[i], whole), *((own, {}) for own in companions[i : i + 1])):
+                view |= one.views(view, wide=True, base=known)  # rounded once, when it is merged
         if len(models) == 2:
             checks = stages.checked(console, request, models[1], components, found[0])
     method, shares, own = scored(console, method, views, models[0], options)
