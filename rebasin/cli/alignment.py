@@ -139,8 +139,8 @@ class Alignment:
         view: MappedState = own.view(whole)
         if roundings is not None:
             roundings[component] = view.rounding
-        acted = {name: view if view.acts(name) else own.permutation.view(state) for name in state}
-        return DerivedState({name: passed(seen, name) for name, seen in acted.items()})
+        still = own.permutation.view(state)  # what no map acts on keeps its type
+        return DerivedState({n: passed(view if view.acts(n) else still, n) for n in state})
 
     def _gain(self, name: str, whole: State) -> LazyTensor:
         """A vector of another component, in its new order."""

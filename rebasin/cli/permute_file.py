@@ -48,7 +48,7 @@ EMB_PARAMS = "emb_params"
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """What becomes of a file: what it is, its tensors, the metadata of its header, how many of its neurons moved, and how
+    """What becomes of a file: what it is, its tensors, its header, how many of its neurons moved, and how
     many groups of maps act on it. `roundings` tells what rounding costs as soon as the tensors were read.
     """
 

@@ -60,6 +60,15 @@ def show_plan(
         say("\nAlign to the first model:")
         say(table(("component", "neurons", "groups", "about"), rows, words=1))
         memory = max(memory, *(_memory(spec, models[0], name, len(models)) for name, spec in specs.items()))
+        if request.maps:
+            groups = sum(len(spec.continuous) for spec in specs.values())
+            say(
+                f"and by maps of {groups:,} groups, which take many times as long: there is no estimate of that."
+            )
+            numbers = [sum(map(prod, models[0].shapes(name).values())) for name in specs]
+            memory = max(
+                memory, 6e8 + 4 * 5 * max(numbers)
+            )  # both, as they are and in their gauges, and one more
     elif request.permutation is not None:
         say(f"\nAlign by {request.permutation}.", markup=False)
     say(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from time import perf_counter
 from typing import Any
 
@@ -178,10 +179,15 @@ class _Pair:
     Attributes:
         maps: group name -> matrices that act behind `permutation`.
         mixing: continuous groups for which there is a matrix to be found; `left_out` the others and why.
+        clock: how often B has changed; `changed`: when each tensor did; `looked`: when each unit was looked at last.
     """
 
     def __init__(self, spec: PermutationSpec, a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         self.spec, self.a, self.b = spec, a, b
+        self.clock = 0
+        self.changed = dict.fromkeys(b, 0)
+        self.looked: dict[str, int] = {}
+        self._dots: dict[str, float] = {}
         # What is divided by gains (the shifts of norms) would decide everything where a gain is small.
         divided = {
             s.parameter for g in spec.continuous for s in g.sites if s.gain is not None and s.power == 1
@@ -211,15 +217,37 @@ class _Pair:
 
     @property
     def objective(self) -> float:
-        return math.fsum(
-            float(torch.sum(self.a[name].double() * self.b[name].double())) for name in self.counted
-        )
+        for name in self.counted:
+            if name not in self._dots:
+                self._dots[name] = float(torch.sum(self.a[name].double() * self.b[name].double()))
+        return math.fsum(self._dots.values())
 
-    @property
+    @cached_property
     def scale(self) -> float:
+        """The largest objective that there could be, now and later: what moves keeps its norm."""
         return math.fsum(
             float(self.a[name].double().norm() * self.b[name].double().norm()) for name in self.counted
         )
+
+    @cached_property
+    def units(self) -> _Units:
+        return _units(self)
+
+    def change(self, tensors: Mapping[str, Tensor]) -> None:
+        """Let these take B's place."""
+        self.clock += 1
+        self.b |= tensors
+        for name in tensors:
+            self.changed[name] = self.clock
+            self._dots.pop(name, None)
+
+    def is_new(self, unit: str, names: Iterable[str]) -> bool:
+        """Whether one of these tensors has changed since the last look at a unit, by `done_with`."""
+        since = self.looked.get(unit, -1)
+        return any(self.changed[name] > since for name in names)
+
+    def done_with(self, unit: str) -> None:
+        self.looked[unit] = self.clock
 
     def permute(self, index: Mapping[str, np.ndarray]) -> int:
         """Move the neurons of cells, relative to where they are; returns how many."""
@@ -227,7 +255,7 @@ class _Pair:
         if moved:
             step = Permutation(self.spec, {**self.spec.identity().index, **index})
             touched = {site.parameter for name in index for site in self.spec.cells[name].sites}
-            self.b |= {name: step.apply_to(name, self.b[name]) for name in touched}
+            self.change({name: step.apply_to(name, self.b[name]) for name in touched})
             for group in self.spec.continuous:
                 if group.name in self.maps and group.sites[0].parameter in touched:
                     self.maps[group.name] = moved_by(step, group, self.maps[group.name])
@@ -259,7 +287,7 @@ class _Pair:
         names = {site.parameter for site in group.sites}
         names |= {site.gain.parameter for site in group.sites if site.gain is not None}
         view = MappedState([group], {group.name: matrices}, self.spec.aliases, {n: self.b[n] for n in names})
-        self.b |= {name: view[name] for name in names}
+        self.change({name: view[name] for name in names if view.acts(name)})
         old = self.maps.get(group.name, group.identity())
         self.maps[group.name] = matrices * old if group.kind in DIAGONAL else matrices @ old
 
@@ -332,7 +360,10 @@ class _Signed:
     places: np.ndarray
 
 
-def _units(pair: _Pair) -> tuple[list[Group], list[_Heads], list[_Signed]]:
+_Units = tuple[list[Group], list[_Heads], list[_Signed]]
+
+
+def _units(pair: _Pair) -> _Units:
     """The groups of permutations that maps do not contain, those whose blocks have blocks of maps in them, and those of
     neurons with a sign each.
     """
@@ -447,7 +478,7 @@ def _forward(pair: _Pair) -> None:
     Few inputs determine few dimensions of a stream's matrix. What is written in the others is not looked at until units
     that read the stream are settled and tell more.
     """
-    plain, heads, signed = _units(pair)
+    plain, heads, signed = pair.units
     spec = pair.spec
     mixing = {group.name: group for group in pair.mixing}
     acts: dict[tuple[str, int], set[str]] = {}
@@ -539,32 +570,49 @@ def _determined(group: ContinuousGroup, pair: _Pair, choose: Choose) -> Tensor |
 
 
 def _sweep(pair: _Pair, seed: int) -> Iterator[Update]:
-    """Every unit once, given all others."""
-    plain, heads, signed = _units(pair)
+    """Every unit once, given all others; none of which nothing has changed since the last look at it."""
+    plain, heads, signed = pair.units
     mixing = {group.name: group for group in pair.mixing}
 
     def turn(groups: Iterable[ContinuousGroup]) -> None:
         for group in groups:
-            matrices = _best(group, pair)
-            if matrices is not None:
-                pair.turn(group, matrices)
+            unit = "m " + group.name
+            if pair.is_new(unit, {site.parameter for site in group.sites}):
+                matrices = _best(group, pair)
+                if matrices is not None:
+                    pair.turn(group, matrices)
+                pair.done_with(unit)
+
+    def is_new(unit: str, group: Group, maps: Iterable[ContinuousGroup] = ()) -> bool:
+        names = {site.parameter for cell in group.cells for site in cell.sites}
+        return pair.is_new(unit, names | {site.parameter for one in maps for site in one.sites})
 
     before = pair.objective
     turn(pair.mixing)
     yield Update("maps", pair.objective - before, 0)
     for one in heads:
-        before = pair.objective
-        if moved := _assign_heads(pair, one):
-            turn(mixing[n] for n in one.places)
-            yield Update(one.group.name, pair.objective - before, moved)
+        own = [mixing[name] for name in one.places]
+        if is_new(unit := "h " + one.group.name, one.group, own):
+            before = pair.objective
+            moved = _assign_heads(pair, one)
+            pair.done_with(unit)
+            if moved:
+                turn(own)
+                yield Update(one.group.name, pair.objective - before, moved)
     for one in signed:
-        before = pair.objective
-        if moved := _assign_signed(pair, one):
-            turn([one.sign])
-            yield Update(one.group.name, pair.objective - before, moved)
-    if plain:
-        part = PermutationSpec(tuple(plain), pair.spec.shapes, pair.spec.buffers, pair.spec.aliases)
+        if is_new(unit := "s " + one.group.name, one.group, [one.sign]):
+            before = pair.objective
+            moved = _assign_signed(pair, one)
+            pair.done_with(unit)
+            if moved:
+                turn([one.sign])
+                yield Update(one.group.name, pair.objective - before, moved)
+    if new := [group for group in plain if is_new("p " + group.name, group)]:
+        part = PermutationSpec(tuple(new), pair.spec.shapes, pair.spec.buffers, pair.spec.aliases)
         found = weight_matching(part, pair.a, pair.b, init="identity", seed=seed)
         gained = found.objective - found.initial_objective
-        if moved := pair.permute(found.permutation.index):
+        moved = pair.permute(found.permutation.index)
+        for group in new:
+            pair.done_with("p " + group.name)
+        if moved:
             yield Update("permutations", gained, moved)
