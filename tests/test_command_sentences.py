@@ -35,6 +35,7 @@ from rebasin.matching import load_permutations, save_permutations, weight_matchi
 from rebasin.merging import METHODS, merge
 from rebasin.merging.inputs import copies
 from rebasin.reporting.console import Console
+from rebasin.spec import Alignment as Member
 from rebasin.spec import Permutation, PermutationSpec
 from rebasin.tasks import load_task
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from ..types import State
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet", "transformer")
 """The names of a pipeline's parts, as diffusers names its folders."""
 
-Member = TypeVar("Member", Permutation, Alignment)
+Member = TypeVar("Member", bound=Permutation | Alignment)
 """Of a spec's symmetry group: what comes out is what went in."""
 
 Rename = Callable[[str], str | None]
@@ -64,8 +64,10 @@ def union(members: Mapping[str, Member]) -> Member:
         pins=tuple(pin for spec in specs for pin in spec.pins),
         continuous=tuple(group for spec in specs for group in spec.continuous) if mapped else (),
     )
-    made = Permutation(whole, index)
-    return Alignment(made, maps) if mapped else made  # pyright: ignore[reportReturnType]
+    made: Any = Permutation(whole, index)
+    if mapped:
+        made = Alignment(made, maps)
+    return made
 
 
 def of_component(member: Member, component: str) -> Member | None:
@@ -158,10 +160,10 @@ def _carried(
     """The member of `spec` that acts on each parameter as `member` does on `source(parameter)`; it must have all that
     `member` moves and that starts with `prefix`.
     """
-    permutation = _carried_permutation(_permutation(member), spec, source, prefix)
-    if isinstance(member, Permutation):
-        return permutation
-    return Alignment(permutation, _carried_maps(member, spec, source, prefix, base))
+    carried: Any = _carried_permutation(_permutation(member), spec, source, prefix)
+    if isinstance(member, Alignment):
+        carried = Alignment(carried, _carried_maps(member, spec, source, prefix, base))
+    return carried
 
 
 def _carried_permutation(

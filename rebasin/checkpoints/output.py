@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,7 @@ def save_checkpoint(
     header = {"format": "pt", **(metadata or {})}
 
     def save(path: Path, state: State, part: str | None = None) -> Path:
-        last = None if closing is None else (lambda: {"format": "pt", **closing(part)})
+        last = None if closing is None else partial(_closed, closing, part)
         return save_safetensors(
             path, state, header, keep_order=True, finite=True, closing=last, progress=progress
         )
@@ -106,6 +107,10 @@ def save_checkpoint(
     else:
         save(target, whole)
     return Saved(target, target.stat().st_size, tuple(notes))
+
+
+def _closed(closing: Callable[[str | None], Mapping[str, str]], part: str | None) -> dict[str, str]:
+    return {"format": "pt", **closing(part)}
 
 
 def is_file(target: Path) -> bool:
