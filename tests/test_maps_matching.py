@@ -58,6 +58,7 @@ PLANTED = [
     "gpt2",
     "llama_gqa",
     "vit_classifier_logits",
+    "transformer_encoder",
 ]
 
 

@@ -83,7 +83,7 @@ class Made(TypedDict):
     recipe: NotRequired[Mapping[str, Any]]
     inputs: NotRequired[list[Mapping[str, Any]]]
     alignment: NotRequired[Mapping[str, Component] | None]
-    rounding: NotRequired[str | None]
+    rounding: NotRequired[str]
 
 
 OPEN = "-.--e---"

@@ -36,7 +36,8 @@ def verify(
 ) -> None:
     """Is an alignment legal? Computes with both files, on the same random inputs, and compares the outputs.
 
-    An aligned model must compute what it computed before, up to rounding.
+    An aligned model must compute what it computed before, up to rounding (of
+    half precision where its header says that maps were rounded to that).
     Weights are read layer by layer, so a model of any size fits into memory.
     The exit code is 1 if the two differ.
 
@@ -53,7 +54,7 @@ def verify(
     from ..types import tell
     from . import session
     from .alignment import Alignment
-    from .function import TOLERANCE, compare_chains, compare_functions
+    from .function import STACKED, TOLERANCE, compare_chains, compare_functions, rounding_in
     from .inputs import kind_of_file, load_member, open_all, parts
 
     request = Request((a, b), Path(os.devnull), **given)  # writes nothing
@@ -62,7 +63,7 @@ def verify(
     failures: list[str] = []
 
     def check(name: str, difference: float) -> None:
-        same = difference < TOLERANCE
+        same = difference < tolerance
         rows.append((name, f"{difference:.1e}", "yes" if same else "no"))
         if not same:
             failures.append(f"the {name} computes something else (relative difference {difference:.2g})")
@@ -78,6 +79,7 @@ def verify(
         member = load_member(a) if kind_of_file(a) == "permutation" else None
         inputs = [a, b] if member is None else [b]
         models, names = open_all(inputs, request.components, request.variant)
+        tolerance = max(TOLERANCE, STACKED * max(map(rounding_in, models)))
         console.say(f"{models[0].title}: {', '.join(names)}")
     whole = member is not None and is_joint(member.spec)
     with console.stage("compute"):

@@ -94,6 +94,7 @@ class Constraints:
     used: list[Elements] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
     limits: list[tuple[Elements, Limit, str | None]] = field(default_factory=list)
+    copies: list[tuple[int, Elements, np.ndarray]] = field(default_factory=list)
     reason: str = ""
     _sets: dict[tuple[object, ...], Elements] = field(default_factory=dict)
 
@@ -106,6 +107,22 @@ class Constraints:
         """Helper elements in the shape of `roles`; the role tells copies of one neuron apart."""
         self.helpers.append(HelperElements(self.size, roles.ravel()))
         return self._take(roles.size).reshape(roles.shape)
+
+    def copy(self, elements: Elements, roles: np.ndarray) -> Elements:
+        """Copies of elements that occur several times: which is which their `roles` tell (see `copied`)."""
+        roles = np.broadcast_to(roles, elements.shape)
+        made = self.fresh(roles)
+        self.copies.append((int(made.flat[0]), elements.ravel(), roles.ravel()))
+        self.tie(elements, made)
+        return made
+
+    def copied(self, elements: Elements) -> tuple[Elements, np.ndarray] | None:
+        """What these are copies of, and their roles; None if one is no copy that `copy` has made."""
+        found, roles = np.full(elements.shape, -1), np.zeros(elements.shape, dtype=np.int64)
+        for start, origins, own in self.copies:
+            here = (elements >= start) & (elements < start + origins.size)
+            found[here], roles[here] = origins[elements[here] - start], own[elements[here] - start]
+        return None if (found < 0).any() else (found, roles)
 
     def helpers_of(self, shape: Sequence[int]) -> Elements:
         """Helper elements in a shape, all of one role. They stand for sets: no map acts on them."""

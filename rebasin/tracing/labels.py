@@ -466,8 +466,23 @@ def _reshape_factor(
                 roles = roles * (int(place.max()) + 1) + place.reshape([*lead, *place.shape, *tail])
         shift_old = [*shift_old[:done], *target_sizes, *shift_old[done + len(ins) :]]
         done += len(outs)
+    if (again := _parted(constraints, array, roles)) is not None:
+        return again
     if mixed:
-        copies = constraints.fresh(np.broadcast_to(roles, array.shape))
-        constraints.tie(array, copies)
-        return copies
+        return constraints.copy(array, roles)
     return np.ascontiguousarray(array)
+
+
+def _parted(constraints: Constraints, array: Factor, roles: np.ndarray) -> Factor | None:
+    """What `array` has copies of, if neurons and places along plain dimensions lie on dimensions of their own again: a
+    batch that was merged with heads and is split off. None if that is not so.
+    """
+    told, origins = [roles], array
+    found = None
+    while (known := constraints.copied(origins)) is not None:
+        origins, role = known
+        told.append(role)
+        dims = [d for d in range(origins.ndim) if _varies(origins, d)]
+        if not any(_varies(one, d) for one in told for d in dims):
+            found = origins[tuple(slice(None) if d in dims else slice(0, 1) for d in range(origins.ndim))]
+    return None if found is None else np.ascontiguousarray(found)
