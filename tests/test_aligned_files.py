@@ -143,7 +143,7 @@ def follows(folder: Path, family: str, adapter: State, *options: object) -> Stat
     before, after = open_checkpoint(file), open_checkpoint(moved)
     wanted = with_adapter(before, member, adapter)
     found = with_adapter(after, member, read(out))
-    for name in {module.component for module in modules_of(adapter)} & set(before.components):
+    for name in {str(module.component) for module in modules_of(adapter)} & set(before.components):
         one, other = compute(before, name, wanted[name]), compute(after, name, found[name])
         plain = compute(before, name, before.component(name))
         for output, tensor in one.items():
