@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,12 +25,15 @@ from rebasin.adapters import (
     part,
     union,
 )
+from rebasin.adapters.aligned import maps_at_work
+from rebasin.adapters.embeddings import move_embeddings
 from rebasin.adapters.move import LACKING, Module, _parameter
 from rebasin.adapters.names import table
 from rebasin.checkpoints import architecture
 from rebasin.checkpoints.architectures import build
 from rebasin.checkpoints.reduced_width import REDUCED_WIDTH, reduced_configs
 from rebasin.errors import AdapterError, SpecMismatchError
+from rebasin.spec import Alignment
 
 torch.set_num_threads(1)
 RANK = 3
@@ -589,6 +593,50 @@ def test_union_part_and_extend(pipeline: SmallPipeline) -> None:
         )
 
 
+def _zeros(spec: rebasin.spec.PermutationSpec) -> dict[str, Tensor]:
+    """What a joint spec has besides a UNet."""
+    names = [name for name in spec.shapes if not name.startswith("unet.")]
+    return {name: torch.zeros(spec.shapes[name], dtype=torch.float64) for name in names}
+
+
+class Encoder(torch.nn.Module):
+    """The names of a text encoder, and a stream that nothing holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_model = torch.nn.Module()
+        self.text_model.embeddings = torch.nn.Module()
+        self.text_model.embeddings.token_embedding = torch.nn.Embedding(9, 6)
+        self.text_model.norm = torch.nn.LayerNorm(6)
+        self.text_model.read = torch.nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        model: Any = self.text_model
+        return model.read(model.norm(model.embeddings.token_embedding(ids)))
+
+
+def test_textual_inversions_follow_a_stream_that_moves() -> None:
+    torch.manual_seed(0)
+    model, ids = Encoder().double(), torch.tensor([[1, 2, 3]])
+    alignment = rebasin.trace(model, ids).random_alignment(2)
+    whole = union({"text_encoder": alignment})
+    state, table = dict(model.state_dict()), "text_model.embeddings.token_embedding.weight"
+    embedding = {"emb_params": rand(2, 6)}
+    assert any(site.parameter == table for g in alignment.spec.continuous for site in g.sites)
+    moved = move_embeddings(whole, embedding, maps_at_work(whole, None))["emb_params"]
+
+    def run(state: dict[str, Tensor], vectors: Tensor) -> Tensor:
+        rows = state[table].clone()
+        rows[2:4] = vectors
+        model.load_state_dict({**state, table: rows})
+        return model(ids)
+
+    expected = run(state, embedding["emb_params"])
+    torch.testing.assert_close(run(alignment.apply(state), moved), expected, rtol=0, atol=1e-12)
+    with pytest.raises(AdapterError, match="of width 5, but the aligned text encoder needs 6"):
+        move_embeddings(whole, {"emb_params": rand(2, 5)})
+
+
 @pytest.mark.parametrize("layout", ["diffusers", "ldm"])
 def test_controlnet(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a UNet of two levels; that of Stable Diffusion 1 is in test_cli.py."""
@@ -654,6 +702,23 @@ def test_controlnet(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     aligned = own.apply(unet)
     torch.testing.assert_close(run(aligned, renamed(moved, back=True)), expected, rtol=0, atol=1e-9)
     assert (run(aligned, state) - expected).norm() > 1e-3 * expected.norm()
+    # Its own streams and norms stay under maps of the UNet, too; texts that are mapped are read as such.
+    mapped = rebasin.trace(model, latents, time, hidden).random_alignment(3)
+    followed = move_controlnet(union({"unet": mapped}), file, joint)
+    torch.testing.assert_close(
+        run(mapped.apply(unet), renamed(followed, back=True)), expected, rtol=0, atol=1e-9
+    )
+    source = next(g for g in joint.continuous if any(s.parameter == "source.weight" for s in g.sites))
+    turned = Alignment(joint.identity(), {source.name: source.random(torch.Generator().manual_seed(1))})
+    matrix = turned.maps[source.name][0]
+    followed = move_controlnet(turned, file, joint) if layout == "diffusers" else None
+    if followed is not None:
+        view = turned.view({**{f"unet.{n}": t for n, t in unet.items()}, **_zeros(joint)})
+        hidden = hidden @ matrix.T
+        texts = {name: view[f"unet.{name}"] for name in unet}
+        torch.testing.assert_close(run(texts, followed), expected, rtol=0, atol=1e-9)
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(run(texts, state), expected, rtol=0, atol=1e-9)
     with pytest.raises(AdapterError, match="zero_convs|controlnet_down_blocks"):
         move_controlnet(
             permutation,

@@ -16,6 +16,7 @@ from experiments.zoo import ZOO
 from rebasin.matching.maps import activation_alignment, weight_alignment
 from rebasin.matching.maps.gauge import canonical, rows
 from rebasin.matching.maps.matching import procrustes, touched_by
+from rebasin.models import tiny_sd
 from rebasin.spec import PermutationSpec
 
 State = dict[str, Tensor]
@@ -80,6 +81,24 @@ def test_a_planted_alignment_is_found(name: str) -> None:
     names = touched_by(spec)
     told = apart({n: a[n] for n in names}, {n: moved[n] for n in names})
     assert told == pytest.approx(found.distance_after)
+
+
+def test_a_planted_alignment_of_the_embedded_unet_is_found() -> None:
+    """Trained weights: a permutation and random maps of all groups, without noise and with it."""
+    model = tiny_sd.load_unet("seed0")
+    config: Any = model.config
+    shape = (2, config.in_channels, config.sample_size, config.sample_size)
+    inputs = torch.randn(shape), torch.tensor([3, 500]), torch.randn(2, 1, config.cross_attention_dim)
+    spec = rebasin.trace(model, *inputs)
+    a = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    planted, names = spec.random_alignment(7).invert(), touched_by(spec)
+    norm = math.sqrt(sum(float(a[name].square().sum()) for name in names))
+    for share in (0.0, 0.1):
+        near = noisy(a, share)
+        found = weight_alignment(spec, a, planted.apply(near))
+        there = apart({n: a[n] for n in names}, {n: near[n] for n in names})
+        assert found.converged and found.distance_before > norm
+        assert found.distance_after < 1e-4 * norm + 1.01 * there
 
 
 def test_no_sweep_loses_and_the_function_stays() -> None:
