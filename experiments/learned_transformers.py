@@ -184,20 +184,23 @@ def main(
     found = weight_matching(spec, a, b, seed=seed)
     measure("weights", found.permutation.apply(b), time.perf_counter() - began)
     began = time.perf_counter()
-    start = activation_matching(spec, *models, learn, objective=loss, seed=seed).permutation
+    start = activation_matching(spec, models[0], models[1], learn, objective=loss, seed=seed).permutation
     measure("activations", start.apply(b), time.perf_counter() - began)
     began = time.perf_counter()
     measure("weights, maps", weight_alignment(spec, a, b).alignment.apply(b), time.perf_counter() - began)
-    for name, given in (
-        ("learned rotation", {"kinds": ROTATION, "steps": steps // 2}),
-        ("learned maps", {"steps": steps}),
-    ):
-        if not any(group.kind in given.get("kinds", [group.kind]) for group in spec.continuous):
+    for name, kinds, count in (("learned rotation", ROTATION, steps // 2), ("learned maps", None, steps)):
+        if kinds and not any(group.kind in kinds for group in spec.continuous):
             console.print(f"{name}: there is none")
             continue
         began = time.perf_counter()
-        options: dict[str, Any] = {**given, "init": start, "seed": seed, "progress": tell}
-        learned = learned_matching(spec, *models, loss, learn, **options)
+        options: dict[str, Any] = {
+            "kinds": kinds,
+            "steps": count,
+            "init": start,
+            "seed": seed,
+            "progress": tell,
+        }
+        learned = learned_matching(spec, models[0], models[1], loss, learn, **options)
         measure(name, learned.alignment.apply(b), time.perf_counter() - began)
     table = Table("", "barrier", "of naive", "loss at the midpoint", "accuracy there", "seconds")
     for name, row in rows.items():

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 import rebasin
 from experiments.zoo import ZOO
-from rebasin.errors import CheckpointError, SpecMismatchError
-from rebasin.spec import Alignment, ContinuousGroup, MapSite, PermutationSpec
+from rebasin.errors import CheckpointError, RebasinError, SpecMismatchError
+from rebasin.spec import Alignment, ContinuousGroup, MapSite, Permutation, PermutationSpec
 from rebasin.tensors import load_safetensors, save_safetensors
 
 C, H = 12, 3
@@ -467,3 +467,117 @@ def test_types_stay_and_rounding_is_that_of_the_type(dtype: torch.dtype, bound: 
     for name, tensor in moved.apply(state).items():
         assert tensor.dtype == dtype
         assert (tensor.double() - exact[name]).norm() < bound * exact[name].norm(), name
+
+
+# What a stranger's models have shown: what is told deep below is told of the neuron -----------------------------
+
+
+class Squeezed(nn.Module):
+    """Two squeezes, then the energies of halves: a half's channels are told apart from the other's far below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(C, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = self.a(x[:, 0])[:, :, None, None] * x[:, None, 1:5, :4]
+        h = F.pixel_unshuffle(F.pixel_unshuffle(image, 2), 2).flatten(1).view(len(x), 4, -1)
+        return torch.stack([h[:, :2].pow(2).sum((1, 2)), h[:, 2:].pow(2).sum((1, 2))], -1)
+
+
+class Doubled(nn.Module):
+    """Copies of copies of copies, of which halves are summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(C, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        for _ in range(3):
+            h = torch.cat([h, h], -1)
+        return torch.stack([h[..., :4].sum(-1), h[..., 4:8].sum(-1)], -1)
+
+
+class Multiplied(nn.Module):
+    """A table between many products with one vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c, self.g = nn.Linear(C, 8), nn.Linear(8, 3), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = self.g
+        return self.c(self.a(x) * g * g * g * torch.linspace(1, 2, 8).to(x) * g * g * g)
+
+
+class Offset(nn.Module):
+    """One vector as gains, and as one plus them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c, self.d = nn.Linear(C, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.norm, self.g = nn.RMSNorm(8, elementwise_affine=False), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.a(x))
+        return self.c(h * self.g) + self.d(h * (1 + self.g))
+
+
+@pytest.mark.parametrize("model", [Squeezed, Doubled, Multiplied, Offset])
+def test_what_is_told_far_below_is_told_of_the_neuron(model: Callable[[], nn.Module]) -> None:
+    made, spec, x = found(model())
+    for seed in range(3):
+        again = copy.deepcopy(made)
+        again.load_state_dict(spec.random_alignment(seed).apply(made.state_dict()))
+        torch.testing.assert_close(again(x), made(x), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gain", "acts"),
+    [
+        (torch.float64, 1e-5, True), (torch.float32, 1e-4, True), (torch.float32, 1e-6, False),
+        (torch.float16, 0.1, True), (torch.float16, 1e-3, False), (torch.bfloat16, 0.01, False),
+        (torch.float64, float("inf"), False),
+    ],
+)  # fmt: skip
+def test_a_map_does_not_divide_by_what_its_type_can_not_carry(
+    dtype: torch.dtype, gain: float, acts: bool
+) -> None:
+    model, spec, _ = standard()
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    state["norms.0.weight"] = torch.ones_like(state["norms.0.weight"])
+    state["norms.0.weight"][3] = gain
+    assert ("enter.weight[0]" in spec.stuck(state)) is not acts
+
+
+def test_misuse_of_alignments_is_one_sentence(tmp_path: Path) -> None:
+    model, spec, _ = standard()
+    moved, state = spec.random_alignment(1), model.state_dict()
+    path = tmp_path / "alignment.safetensors"
+    moved.save(path)
+    assert moved.without("enter.weight[0]").maps.keys() == moved.maps.keys() - {"enter.weight[0]"}
+    assert moved.is_close(moved, 0.0)
+    tries: list[tuple[Callable[[], object], str]] = [
+        (lambda: moved.without(["enter"]), "no continuous group 'enter'"),
+        (
+            lambda: moved.apply({n: t.long() for n, t in state.items()}),
+            "is int64, but maps act on numbers in",
+        ),
+        (lambda: moved.apply({n: t * 1j for n, t in state.items()}), "is complex128"),
+        (lambda: spec.stuck({}), "has no tensor"),
+        (lambda: Alignment(None, {}), "its permutation is of type NoneType"),  # type: ignore[arg-type]
+        (lambda: Alignment(spec.identity(), [1]), "its maps is of type list"),  # type: ignore[arg-type]
+        (lambda: Permutation.load(path), "holds an alignment with maps: read it with rebasin.Alignment.load"),
+    ]
+    for call, sentence in tries:
+        with pytest.raises(RebasinError, match=sentence):
+            call()
+
+
+def test_a_spec_whose_maps_were_changed_is_damaged() -> None:
+    _, spec, _ = standard()
+    data = json.loads(spec.to_json())
+    data["continuous"][0]["sites"].pop()
+    with pytest.raises(SpecMismatchError, match="hash does not fit"):
+        PermutationSpec.from_json(json.dumps(data))

@@ -14,8 +14,10 @@ from ..types import LazyState, State, origin_of, widened
 from .continuous import DIAGONAL, ContinuousGroup, GainSite, MapSite, power
 from .structure import to_array
 
-TINY = 1e-6
-"""Gains below this share of their vector's median can't be divided by."""
+TINY = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 0.06}
+"""Gains below this share of their vector's median can't be divided by: what is rounded to the type afterwards would
+differ by a thousandth and more.
+"""
 
 
 def stuck(groups: Sequence[ContinuousGroup], aliases: Mapping[str, str], state: State) -> dict[str, str]:
@@ -35,10 +37,15 @@ def _gains(aliases: Mapping[str, str], state: State, name: str, offset: float) -
     """The vector that a map divides by, float64, and why it can't ("" if it can)."""
     key = name if name in state else next((a for a, t in aliases.items() if t == name and a in state), name)
     values = state[key].double() + offset
-    smallest, median = float(values.abs().min()), float(values.abs().median())
-    if smallest > TINY * median:
+    smallest, median, largest = (float(f(values.abs())) for f in (torch.min, torch.median, torch.max))
+    if smallest > TINY.get(state[key].dtype, 0.1) * median and largest < float("inf"):
         return values, ""
-    return values, f"it divides by the gains {name!r}, of which one is {smallest:.1e} (median {median:.1e})"
+    one = smallest if largest < float("inf") else largest
+    kind = str(state[key].dtype).removeprefix("torch.")
+    return (
+        values,
+        f"it divides by the gains {name!r} ({kind}), of which one is {one:.1e} (median {median:.1e})",
+    )
 
 
 class Rounding:
@@ -89,7 +96,7 @@ class MappedState(LazyState):
         self.powers: dict[tuple[str, int], Tensor] = {}
         """(group, exponent) -> M or M^-T, where they are known already."""
         self.rounding = Rounding()
-        self._vectors: dict[str, Tensor] = {}
+        self._vectors: dict[tuple[str, float], Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.known[name]
@@ -133,6 +140,12 @@ class MappedState(LazyState):
 
     def _act(self, tensor: Tensor, group: ContinuousGroup, site: MapSite) -> Tensor:
         """W <- G M G^-1 W along the axis of a site; in double precision if W is, else in single."""
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise SpecMismatchError(
+                f"Tensor {shown(site.parameter)} is {kind}, but maps act on numbers in float16, bfloat16, float32 or"
+                " float64; convert it first."
+            )
         dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         rows = tensor.movedim(site.axis, 0)
         whole = isinstance(site.positions, range) and site.positions == range(rows.shape[0])
@@ -161,8 +174,8 @@ class MappedState(LazyState):
         """The diagonal of G as the state has it, float64 [count, size]."""
         if site is None:
             return None
-        name = site.parameter
-        if name not in self._vectors:
+        name, key = site.parameter, (site.parameter, site.offset)
+        if key not in self._vectors:
             if name not in self.known and all(
                 t != name or a not in self.known for a, t in self.aliases.items()
             ):
@@ -175,6 +188,6 @@ class MappedState(LazyState):
                 raise SpecMismatchError(
                     f"The map of {shown(group.name)} can't act, as {why}; leave this group out."
                 )
-            self._vectors[name] = values
-        values = self._vectors[name][torch.from_numpy(to_array(site.positions))] ** site.power
+            self._vectors[key] = values
+        values = self._vectors[key][torch.from_numpy(to_array(site.positions))] ** site.power
         return values.reshape(group.count, group.size)

@@ -129,7 +129,12 @@ class PermutationSpec:
         return Alignment.random(self, seed)
 
     def stuck(self, state: State) -> dict[str, str]:
-        """Continuous groups that can't act on `state`, and why: they would divide by a gain that is about zero."""
+        """Continuous groups that can't act on `state`, and why: they would divide by a gain that is about zero.
+
+        Raises:
+            SpecMismatchError: `state` is another architecture's.
+        """
+        self.check(state, maps=[group.name for group in self.continuous])
         return stuck(self.continuous, self.aliases, state)
 
     @cached_property
@@ -204,7 +209,8 @@ class PermutationSpec:
         return lines
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "hash": self.hash, **self._payload()})
+        hashes = {"hash": self.hash, **({"maps_hash": self.maps_hash} if self.continuous else {})}
+        return json.dumps({"format": FORMAT, **hashes, **self._payload()})
 
     @classmethod
     @typed
@@ -239,7 +245,7 @@ class PermutationSpec:
             raise SpecMismatchError(
                 f"The permutation spec is damaged ({error}); trace the model again."
             ) from error
-        if spec.hash != data["hash"]:
+        if spec.hash != data["hash"] or (spec.continuous and spec.maps_hash != data.get("maps_hash")):
             raise SpecMismatchError(
                 "The permutation spec is damaged: its hash does not fit; trace the model again."
             )
@@ -432,6 +438,10 @@ class Permutation:
         """
         file = load_safetensors(path)
         spec = PermutationSpec.of_file(file)
+        if any(name.startswith(MAP) for name in file):
+            raise CheckpointError(
+                f"{path} holds an alignment with maps: read it with rebasin.Alignment.load."
+            )
         if set(file) != set(spec.cells):
             raise CheckpointError(f"{path} is damaged: its tensors are not the cells of its spec.")
         permutation = cls.read(file, spec)
@@ -484,6 +494,12 @@ class Alignment:
     maps: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.permutation, Permutation) or not isinstance(self.maps, Mapping):
+            what = "permutation" if not isinstance(self.permutation, Permutation) else "maps"
+            raise SpecMismatchError(
+                f"An Alignment is a rebasin.Permutation and a mapping of matrices by group, but its {what} is of type"
+                f" {type(getattr(self, what)).__name__}."
+            )
         groups = self.groups
         checked = {}
         for name, given in self.maps.items():
@@ -528,7 +544,13 @@ class Alignment:
 
     def without(self, names: Iterable[str]) -> Alignment:
         """The same but for these continuous groups, which stay."""
-        left_out = set(names)
+        left_out = {names} if isinstance(names, str) else set(names)
+        for name in left_out:
+            if name not in self.groups:
+                raise SpecMismatchError(
+                    f"The spec has no continuous group {shown(name)} to leave out; it has {len(self.groups)}, see"
+                    " spec.continuous."
+                )
         return Alignment(self.permutation, {n: m for n, m in self.maps.items() if n not in left_out})
 
     @property
@@ -586,7 +608,7 @@ class Alignment:
             return False
         for name in {*self.maps, *other.maps}:
             own, theirs = (a.maps.get(name, self.groups[name].identity()) for a in (self, other))
-            if not bool((own - theirs).abs().max() < tolerance):
+            if not bool((own - theirs).abs().max() <= tolerance):
                 return False
         return True
 
@@ -599,6 +621,7 @@ class Alignment:
         save_safetensors(path, tensors, header)
 
     @classmethod
+    @typed
     def load(cls, path: PathLike) -> Alignment:
         """Read what `save` wrote, or what `Permutation.save` did.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -44,6 +44,7 @@ class SpecData(TypedDict):
     aliases: Mapping[str, str]
     pins: list[tuple[str, int, int, str]]
     continuous: list[ContinuousData]
+    maps_hash: NotRequired[str]
 
 
 def group_to(group: Group) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..spec import ContinuousGroup, GainSite, Kind, MapSite, indices
-from .constraints import Constraints, Limit, Link
+from .constraints import AxisElements, Constraints, Limit, Link
 from .solve import classes_of, mix
 
 _NONE = np.zeros(0, dtype=np.int64)
@@ -223,7 +223,7 @@ def solve_maps(constraints: Constraints) -> tuple[ContinuousGroup, ...]:
         return ()
     offsets = [0.0]
     a, b, link = _link_relations(constraints.links, offsets)
-    rows, vectors = _rows(constraints, a, b), link.scale[link.scale >= 0]
+    joined, vectors = (a, b), link.scale[link.scale >= 0]
     still, (a, b, link) = _without_fixed(constraints, a, b, link)
     owner = classes_of(size, [(a, b)])
     relations = _relate(size, _roots(constraints, owner, vectors), a, b, link)
@@ -234,6 +234,8 @@ def solve_maps(constraints: Constraints) -> tuple[ContinuousGroup, ...]:
     touched[owner[np.concatenate([a, b, relations.scale[relations.scale >= 0]])]] = True
     free = touched & (flags & Limit.FIXED == 0)
     where = _occurrences(owner, relations, flags, axis, free)
+    mixing = (free & (flags & Limit.APART == 0))[owner]
+    rows = _rows(constraints, *joined, mixing)
     numbers = np.array([axis_.start for axis_ in constraints.axes], dtype=np.int64)
     return tuple(_groups(_Problem(constraints, offsets, axis, numbers, where, rows, flags, reasons)))
 
@@ -350,8 +352,12 @@ def _occurrences(
     return whole.pick(free[whole.owner])
 
 
-def _rows(constraints: Constraints, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """A hash of what tells an element from others that are mixed with it: its cuts, sets, roles; uint64 [elements]."""
+def _rows(constraints: Constraints, a: np.ndarray, b: np.ndarray, mixing: np.ndarray) -> np.ndarray:
+    """A hash of what tells an element from others that are mixed with it: its cuts, sets, roles; uint64 [elements].
+
+    What is told of a copy is told of the neuron, however many copies lie between: where matrices mix neurons (`mixing`)
+    until no two elements of one kind are told apart any more that were not before.
+    """
     rows = np.zeros(constraints.size, dtype=np.uint64)
     for number, (elements, values, _) in enumerate(constraints.marks):
         np.add.at(rows, elements, mix(_ROW, number, values))
@@ -361,12 +367,29 @@ def _rows(constraints: Constraints, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         rows[helper.start : helper.start + helper.roles.size] += mix(_ROW, helper.roles)
     sizes = [link.a.size for link in constraints.links]
     number = np.repeat(np.arange(len(sizes)), sizes)
-    for _ in range(2):  # what is told of a copy is told of the neuron
-        told = rows.copy()
-        np.add.at(told, a, mix(_LINK, number, 0, rows[b]))
-        np.add.at(told, b, mix(_LINK, number, 1, rows[a]))
-        rows = told
+    for _ in range(2):
+        rows = _told(rows, a, b, number)
+    within = mixing[a] & mixing[b]
+    a, b, number, mine = a[within], b[within], number[within], np.flatnonzero(mixing)
+    # Elements of different records are told apart from the start, so that the rounds are few.
+    record = np.zeros(constraints.size, dtype=np.int64)
+    for kind, starts in enumerate((constraints.axes, constraints.helpers)):
+        for place, one in enumerate(starts):
+            size = one.size if isinstance(one, AxisElements) else one.roles.size
+            record[one.start : one.start + size] = 2 * place + kind
+    rows[mine] = mix(rows[mine], record[mine])
+    kinds = 0
+    while mine.size and (now := np.unique(rows[mine]).size) > kinds:
+        kinds, rows = now, _told(rows, a, b, number)
     return rows
+
+
+def _told(rows: np.ndarray, a: np.ndarray, b: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """Each element's row, and those of what it is linked to."""
+    told = rows.copy()
+    np.add.at(told, a, mix(_LINK, number, 0, rows[b]))
+    np.add.at(told, b, mix(_LINK, number, 1, rows[a]))
+    return told
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,13 +44,17 @@ from ..activations.statistics import TOKENS, ActivationStatistics, Precision, ac
 from ..result import Sweep
 from ..weights.costs import Choose
 from .gauge import canonical
-from .matching import MapsResult, procrustes, touched_by
-from .matching import _assign_heads as assign_heads
-from .matching import _assign_signed as assign_signed
-from .matching import _distance as distance
-from .matching import _Pair as Pair
-from .matching import _read as read
-from .matching import _units as units_of
+from .matching import (
+    MapsResult,
+    Pair,
+    assign_heads,
+    assign_signed,
+    distance,
+    procrustes,
+    read,
+    touched_by,
+    units_of,
+)
 
 
 @typed
@@ -93,10 +97,10 @@ def activation_alignment(
     plain = activation_matching(spec, model_a, model_b, batches, fallback_to_weights=True, **options)
     a, b = (read(spec, model.state_dict(), touched_by(spec)) for model in (model_a, model_b))
     gauges = canonical(spec, a), canonical(spec, b)
-    gauged = [_moved(model, gauge) for model, gauge in zip((model_a, model_b), gauges, strict=True)]
-    statistics = activation_statistics(spec, *gauged, batches, reads="both", **options)
-    states = (dict(gauge.apply(state)) for gauge, state in zip(gauges, (a, b), strict=True))
-    seen = _Seen(Pair(spec, *states), statistics, model_a)
+    moved = _moved(model_a, gauges[0]), _moved(model_b, gauges[1])
+    statistics = activation_statistics(spec, moved[0], moved[1], batches, reads="both", **options)
+    pair = Pair(spec, dict(gauges[0].apply(a)), dict(gauges[1].apply(b)))
+    seen = _Seen(pair, statistics, model_a)
     before = seen.objective
     unmixed, heads, signed = units_of(seen)
     cells = [cell.name for group in unmixed for cell in group.cells]
@@ -109,11 +113,10 @@ def activation_alignment(
     reached = sum(_inner(group, maps[group.name], seen.products(group)) for group in seen.mixing)
     alignment = gauges[0].invert().compose(Alignment(seen.permutation, maps)).compose(gauges[1])
     seconds = perf_counter() - began
-    moved = alignment.permutation.moved()
     return MapsResult(
         permutation=alignment.permutation,
         objective=reached,
-        history=(Sweep(0, before, 0), Sweep(1, reached, moved, (), seconds)),
+        history=(Sweep(0, before, 0), Sweep(1, reached, alignment.moved(), (), seconds)),
         converged=True,
         seconds=seconds,
         initial_objective=before,

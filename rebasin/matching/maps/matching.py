@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ...arguments import check_range, typed
+from ...errors import CheckpointError, shown
 from ...spec import (
     DIAGONAL,
     Alignment,
@@ -46,7 +47,7 @@ from ...spec import (
 from ...spec.continuous import ones_complement
 from ...spec.mapped import MappedState
 from ...spec.permutation import moved_by
-from ...types import Progress, State, tell
+from ...types import Progress, State, is_finite, tell
 from ..assignment.blocks import leaves
 from ..result import MatchResult, Sweep, Update
 from ..weights.costs import Choose, WeightCosts
@@ -111,10 +112,10 @@ def weight_alignment(
     check_range(1, max_sweeps=max_sweeps)
     check_range(0, seed=seed)
     names = touched_by(spec)
-    a, b = (_read(spec, state, names) for state in (state_a, state_b))
+    a, b = (read(spec, state, names) for state in (state_a, state_b))
     gauges = canonical(spec, a), canonical(spec, b)
-    before = _distance(a, b)
-    pair = _Pair(spec, *(dict(g.apply(s)) for g, s in zip(gauges, (a, b), strict=True)))
+    before = distance(a, b)
+    pair = Pair(spec, *(dict(g.apply(s)) for g, s in zip(gauges, (a, b), strict=True)))
     initial = pair.objective
     _forward(pair)
     history = [Sweep(0, pair.objective, pair.permutation.moved())]
@@ -141,7 +142,7 @@ def weight_alignment(
         seconds=perf_counter() - began,
         initial_objective=initial,
         distance_before=before,
-        distance_after=_distance(a, alignment.apply(b)),
+        distance_after=distance(a, alignment.apply(b)),
         restarts=(history[-1].objective,),
         alignment=alignment,
         left_out=pair.left_out,
@@ -156,24 +157,40 @@ def touched_by(spec: PermutationSpec) -> list[str]:
     return list(names | dict.fromkeys(gain_vectors(spec)))
 
 
-def _read(spec: PermutationSpec, state: State, names: list[str]) -> dict[str, Tensor]:
+def read(spec: PermutationSpec, state: State, names: list[str]) -> dict[str, Tensor]:
     """Tensors by their names in the spec, float32 or float64."""
     spec.check(state, maps=[group.name for group in spec.continuous])
     other = {target: alias for alias, target in spec.aliases.items() if alias in state}
     found = {}
     for name in names:
         tensor = state[name if name in state else other[name]].detach()
+        if not tensor.is_floating_point() or not is_finite(tensor):
+            why = "has NaN or infinite values" if tensor.is_floating_point() else f"is {tensor.dtype}"
+            raise CheckpointError(f"Tensor {shown(name)} {why}, so that nothing can be matched by it.")
         found[name] = tensor if tensor.dtype == torch.float64 else tensor.float()
     return found
 
 
-def _distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return math.sqrt(
         math.fsum(float((b[name] - tensor).double().square().sum()) for name, tensor in a.items())
     )
 
 
-class _Pair:
+class Products(Protocol):
+    """A and B as far as heads and signs have to know them: products of A's with B's under what was found so far."""
+
+    spec: PermutationSpec
+    mixing: list[ContinuousGroup]
+
+    def permute(self, index: Mapping[str, np.ndarray]) -> int: ...
+
+    def cell_products(self, name: str, choose: Choose | None) -> np.ndarray: ...
+
+    def products(self, group: ContinuousGroup, choose: Choose | None, every: bool = False) -> Tensor: ...
+
+
+class Pair:
     """A, and B under the permutation and the maps found so far, both in their gauge.
 
     Attributes:
@@ -231,7 +248,7 @@ class _Pair:
 
     @cached_property
     def units(self) -> _Units:
-        return _units(self)
+        return units_of(self)
 
     def change(self, tensors: Mapping[str, Tensor]) -> None:
         """Let these take B's place."""
@@ -320,7 +337,7 @@ def _polar(matrix: Tensor) -> Tensor:
     return left @ right
 
 
-def _best(group: ContinuousGroup, pair: _Pair, choose: Choose | None = None) -> Tensor | None:
+def _best(group: ContinuousGroup, pair: Pair, choose: Choose | None = None) -> Tensor | None:
     """The best matrices given all else, None if what is there is as good."""
     products = pair.products(group, choose)
     matrices = procrustes(group, products)
@@ -363,7 +380,7 @@ class _Signed:
 _Units = tuple[list[Group], list[_Heads], list[_Signed]]
 
 
-def _units(pair: _Pair) -> _Units:
+def units_of(pair: Products) -> _Units:
     """The groups of permutations that maps do not contain, those whose blocks have blocks of maps in them, and those of
     neurons with a sign each.
     """
@@ -410,7 +427,7 @@ def _signed(
     return None
 
 
-def _assign_signed(pair: _Pair, unit: _Signed, choose: Choose | None = None) -> int:
+def assign_signed(pair: Products, unit: _Signed, choose: Choose | None = None) -> int:
     """Bring neurons to the places where, with the better sign each, they meet A's."""
     own = {(site.parameter, site.axis) for site in unit.sign.sites}
     others: Choose = lambda p, a: (p, a) not in own and (choose is None or choose(p, a))  # noqa: E731
@@ -450,7 +467,7 @@ def _part(
     return joined, {n: sorted(b) for n, b in blocks.items()} if mixed else None, tuple(rest)
 
 
-def _assign_heads(pair: _Pair, heads: _Heads, choose: Choose | None = None) -> int:
+def assign_heads(pair: Products, heads: _Heads, choose: Choose | None = None) -> int:
     """Bring heads to the places where, each turned at best, they meet A's."""
     groups = {group.name: group for group in pair.mixing}
     count = len(heads.cells)
@@ -472,7 +489,7 @@ def _assign_heads(pair: _Pair, heads: _Heads, choose: Choose | None = None) -> i
     return pair.permute(heads.order(chosen))
 
 
-def _forward(pair: _Pair) -> None:
+def _forward(pair: Pair) -> None:
     """From the input to the output: each unit by the sites of which all else is settled (see weights.initial).
 
     Few inputs determine few dimensions of a stream's matrix. What is written in the others is not looked at until units
@@ -534,10 +551,10 @@ def _forward(pair: _Pair) -> None:
             costs = WeightCosts(Endpoints(own, pair.seen, pair.b), None, choose)
             pair.permute(dict(arrangement(costs, unit)))
         elif isinstance(unit, _Signed):
-            _assign_signed(pair, unit, choose)
+            assign_signed(pair, unit, choose)
             turned = [unit.sign]
         elif isinstance(unit, _Heads):
-            _assign_heads(pair, unit, choose)
+            assign_heads(pair, unit, choose)
             turned = [mixing[n] for n in unit.places]
         else:
             turned = [unit]
@@ -554,7 +571,7 @@ def _forward(pair: _Pair) -> None:
     pair.look({})
 
 
-def _determined(group: ContinuousGroup, pair: _Pair, choose: Choose) -> Tensor | None:
+def _determined(group: ContinuousGroup, pair: Pair, choose: Choose) -> Tensor | None:
     """The projection onto what the sites looked at tell of a group's matrices; None if that is all."""
     left, values, _ = torch.linalg.svd(pair.products(group, choose))
     told = values > RANK * values.amax(-1, keepdim=True)
@@ -569,7 +586,7 @@ def _determined(group: ContinuousGroup, pair: _Pair, choose: Choose) -> Tensor |
     return projection
 
 
-def _sweep(pair: _Pair, seed: int) -> Iterator[Update]:
+def _sweep(pair: Pair, seed: int) -> Iterator[Update]:
     """Every unit once, given all others; none of which nothing has changed since the last look at it."""
     plain, heads, signed = pair.units
     mixing = {group.name: group for group in pair.mixing}
@@ -594,7 +611,7 @@ def _sweep(pair: _Pair, seed: int) -> Iterator[Update]:
         own = [mixing[name] for name in one.places]
         if is_new(unit := "h " + one.group.name, one.group, own):
             before = pair.objective
-            moved = _assign_heads(pair, one)
+            moved = assign_heads(pair, one)
             pair.done_with(unit)
             if moved:
                 turn(own)
@@ -602,7 +619,7 @@ def _sweep(pair: _Pair, seed: int) -> Iterator[Update]:
     for one in signed:
         if is_new(unit := "s " + one.group.name, one.group, [one.sign]):
             before = pair.objective
-            moved = _assign_signed(pair, one)
+            moved = assign_signed(pair, one)
             pair.done_with(unit)
             if moved:
                 turn([one.sign])

@@ -21,9 +21,7 @@ def split(batches: Sequence[Any], heldout: Sequence[Any] | None) -> tuple[Sequen
         last = max(1, len(batches) // 5)
         batches, heldout = batches[:-last] or batches, batches[-last:]
     if not batches or not heldout:
-        raise DataError(
-            "The straight-through estimator needs at least one batch to learn from and one to select by."
-        )
+        raise DataError("A search by the loss needs at least one batch to learn from and one to select by.")
     return batches, heldout
 
 
