@@ -450,7 +450,8 @@ def _groups(problem: _Problem) -> Iterator[ContinuousGroup]:
         if kind is None:
             continue
         low, high = np.searchsorted(owners, mine), np.searchsorted(owners, mine, side="right")
-        picked = by_owner[np.concatenate([np.arange(x, y) for x, y in zip(low, high, strict=True)])]
+        lengths = high - low
+        picked = by_owner[np.arange(lengths.sum()) + np.repeat(low - np.cumsum(lengths) + lengths, lengths)]
         position[mine] = np.arange(mine.size)
         chosen = where.pick(picked)
         copy = mix(full[picked], block_of[chosen.owner])  # alike for the neurons of a block
@@ -484,10 +485,9 @@ def _told_apart(
     of_class = np.full(problem.flags.size, -1)
     of_class[classes] = np.arange(classes.size)
     mine = of_class[where.owner]
-    seen = np.stack([full, mix(mine)])
-    _, inverse, counts = np.unique(seen, axis=1, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(mix(full, mine), return_inverse=True, return_counts=True)
     twice = np.zeros(classes.size, dtype=bool)
-    twice[mine[counts[inverse.ravel()] > 1]] = True
+    twice[mine[counts[inverse] > 1]] = True
     single = np.zeros(int(block.max()) + 1, dtype=bool)
     single[block[twice]] = True
     loose = single[block]
