@@ -422,7 +422,9 @@ def test_a_proof_is_demanded_and_kept(files):
     config = component_config(checkpoint, "text_encoder")
     made = proof(spec, config, "sd1", "text_encoder")
     assert made.max_relative_error < 1e-9 and made.moved > 0
-    (kept,) = (Path(os.environ["REBASIN_CACHE"]) / "proofs").glob(f"{spec.hash}-*.json")  # and the hash of its maps
+    (kept,) = (Path(os.environ["REBASIN_CACHE"]) / "proofs").glob(
+        f"{spec.hash}-*.json"
+    )  # and the hash of its maps
     assert json.loads(kept.read_text())["twin"] == made.twin and made.maps == len(spec.continuous) > 0
     kept.unlink()
     shorter = {**config, "num_hidden_layers": 1}
