@@ -21,19 +21,21 @@ def naive(spec: PermutationSpec, state_a: State, state_b: State) -> MatchResult:
 def measured(found: Permutation | Alignment, state_a: State, state_b: State) -> MatchResult:
     """The result that a permutation or an alignment makes, whatever found it: weight matching's figures of it."""
     whole = Alignment.of(found) if isinstance(found, Permutation) else found
-    before = Endpoints(found.spec, state_a, state_b)
-    after = Endpoints(found.spec, state_a, whole.view(state_b) if whole.maps else state_b)
-    if not whole.maps:
-        after.set(whole.permutation)
+    pair = Endpoints(found.spec, state_a, state_b)
+    before = pair.objective, pair.distance
+    if whole.maps:
+        pair = Endpoints(found.spec, state_a, whole.view(state_b))
+    else:
+        pair.set(whole.permutation)
     figures: dict[str, Any] = {
         "permutation": whole.permutation,
-        "objective": after.objective,
+        "objective": pair.objective,
         "history": (),
         "converged": True,
         "seconds": 0.0,
-        "initial_objective": before.objective,
-        "distance_before": before.distance,
-        "distance_after": after.distance,
-        "restarts": (after.objective,),
+        "initial_objective": before[0],
+        "distance_before": before[1],
+        "distance_after": pair.distance,
+        "restarts": (pair.objective,),
     }
     return MapsResult(**figures, alignment=whole) if whole.maps else MatchResult(**figures)
