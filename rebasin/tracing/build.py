@@ -16,6 +16,7 @@ class _Builder:
     def __init__(self, constraints: Constraints, solution: Solution):
         size = constraints.size
         self.axes = constraints.axes
+        self.rank = {(axis.parameter, axis.axis): k for k, axis in reversed([*enumerate(constraints.axes)])}
         self.axis = np.full(size, -1, dtype=np.int64)
         for number, axis in enumerate(constraints.axes):
             self.axis[axis.start : axis.start + axis.size] = number
@@ -112,13 +113,8 @@ class _Builder:
             Site(self.axes[a].parameter, self.axes[a].axis, indices(table[:, k] - self.start[a]))
             for k, a in enumerate(axes[0])
         )
-        sites = tuple(sorted(sites, key=lambda s: (self.rank(s), s.positions[0])))
+        sites = tuple(sorted(sites, key=lambda s: (self.rank[s.parameter, s.axis], s.positions[0])))
         return Cell(self.name(sites), len(classes), sites)
-
-    def rank(self, site: Site) -> int:
-        return next(
-            k for k, a in enumerate(self.axes) if (a.parameter, a.axis) == (site.parameter, site.axis)
-        )
 
     def name(self, sites: tuple[Site, ...]) -> str:
         site = next((s for s in sites if s.axis == 0), sites[0])

@@ -26,7 +26,7 @@ _ROW, _SET, _LINK, _PLACE, _FLAGS = (np.uint64(k) for k in range(11, 16))
 
 @dataclass(eq=False)
 class Relations:
-    """M_e = S^s G^g M_root^p G^-g for each element e; int64 [elements] each.
+    """M_e = S^s G^g M_root^p G^-g for each element e; [elements] each, as narrow as may be: there are millions.
 
     `dual` 1: M_root^-T. `scale`, `gain`: the elements of the vectors whose scales and values S and G are (-1: none),
     `scale_power`, `gain_power` their exponents, `offset` what is added to the values (a number of `offsets`).
@@ -43,8 +43,8 @@ class Relations:
 
     @classmethod
     def identities(cls, size: int) -> Relations:
-        dual, scale_power, gain_power, offset = (np.zeros(size, dtype=np.int64) for _ in range(4))
-        scale, gain = (np.full(size, -1) for _ in range(2))
+        dual, scale_power, gain_power, offset = (np.zeros(size, dtype=np.int16) for _ in range(4))
+        scale, gain = (np.full(size, -1, dtype=np.int32) for _ in range(2))
         return cls(dual, scale, scale_power, gain, gain_power, offset, np.zeros(size, dtype=bool))
 
     def pick(self, which: np.ndarray) -> Relations:
@@ -98,21 +98,15 @@ def _link_relations(links: list[Link], offsets: list[float]) -> tuple[np.ndarray
     """All links as one: elements a and b, and the relation of M_a to M_b."""
     a = np.concatenate([_NONE, *(link.a for link in links)])
     b = np.concatenate([_NONE, *(link.b for link in links)])
-    made = Relations.identities(a.size)
-    dual = np.repeat([int(link.dual) for link in links], [link.a.size for link in links])
-    scale = [_NONE if link.scale is None else link.scale for link in links]
-    scale = np.concatenate(
-        [_NONE, *(s if s.size else np.full(link.a.size, -1) for s, link in zip(scale, links, strict=True))]
-    )
-    with_gain = np.repeat([link.gain is not None for link in links], [link.a.size for link in links])
-    numbers = [0 if link.gain is None else _number(offsets, link.gain.offset) for link in links]
-    made.dual = dual.astype(np.int64) if links else made.dual
-    made.scale, made.scale_power = scale, (scale >= 0).astype(np.int64)
-    made.gain = np.where(with_gain, scale, -1) if links else made.gain
-    made.gain_power = (made.gain >= 0).astype(np.int64)
-    made.offset = (
-        np.repeat(numbers, [link.a.size for link in links]).astype(np.int64) if links else made.offset
-    )
+    made, end = Relations.identities(a.size), 0
+    for link in links:
+        own, end = slice(end, end + link.a.size), end + link.a.size
+        made.dual[own] = link.dual
+        if link.scale is not None:
+            made.scale[own], made.scale_power[own] = link.scale, 1
+        if link.gain is not None:
+            made.gain[own], made.gain_power[own] = link.scale, 1
+            made.offset[own] = _number(offsets, link.gain.offset)
     return a, b, made
 
 
@@ -124,42 +118,51 @@ def _number(offsets: list[float], offset: float) -> int:
 
 def _without_fixed(
     constraints: Constraints, a: np.ndarray, b: np.ndarray, link: Relations
-) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, Relations]]:
+) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray, Relations]]:
     """The same links where M_a = S G M_b G^-1 has only the identity for one of the two: then it says M_a = S (or M_b =
-    S^-1), so that several norms may write into one stream that is scaled. Elements that were found to be fixed first.
+    S^-1), so that several norms may write into one stream that is scaled. Elements that were found to be fixed, and the
+    class of each element that these links join, first.
 
     What is fixed by itself is known without these links, but that matrices are diagonal passes through them.
     """
     raw = np.zeros(constraints.size, dtype=np.int64)
     for elements, what, _ in constraints.limits:
         np.bitwise_or.at(raw, elements, int(what))
-    fixed = np.zeros(constraints.size, dtype=bool)
-    link, scaled = link.pick(np.arange(a.size)), link.scale >= 0
-    while scaled.any():
-        flags = np.zeros(constraints.size, dtype=np.int64)
-        for pairs, passing in (((a[~scaled], b[~scaled]), ~0), ((a, b), int(Limit.APART))):
-            owner = classes_of(constraints.size, [pairs])
-            joined = np.zeros(int(owner.max()) + 1, dtype=np.int64)
-            np.bitwise_or.at(joined, owner, (raw | (fixed * int(Limit.FIXED))) & passing)
-            flags |= joined[owner]
+    found: list[np.ndarray] = [_NONE]
+    a, b, link, scaled = a.copy(), b.copy(), link.pick(np.arange(a.size)), np.flatnonzero(link.scale >= 0)
+    bare = link.scale < 0
+    owner = classes_of(constraints.size, [(a[bare], b[bare])])
+    own = _joined(owner, raw)
+    while scaled.size:
+        classes = owner[a[scaled]], owner[b[scaled]]
+        whole = classes_of(own.size, [classes])
+        flags = own | _joined(whole, own & int(Limit.APART))[whole]
         still = flags & Limit.FIXED > 0
         for together in (Limit.APART | Limit.ONES, Limit.APART | Limit.ISOMETRY | Limit.POSITIVE):
             still |= (flags & int(together)) == int(together)
-        inner, outer = scaled & still[b], scaled & still[a]
+        inner = still[classes[1]]
+        outer = still[classes[0]] & ~inner
         if not (inner | outer).any():
-            break
-        fixed[b[inner]] = fixed[a[outer]] = True
-        outer &= ~inner
+            return np.concatenate(found), whole[owner], (a, b, link)
+        found += [b[scaled[inner]], a[scaled[outer]]]
+        for elements in found[-2:]:
+            own[owner[elements]] |= int(Limit.FIXED)
         # M_b is that of S, to the power -1; a dual of a diagonal matrix is its inverse.
-        a, b = np.where(outer, b, a), np.where(inner | outer, link.scale, b)
-        link.dual = np.where(outer, 1 - link.dual, np.where(inner, 0, link.dual))
-        changed = inner | outer
-        link.scale, link.gain = (np.where(changed, -1, value) for value in (link.scale, link.gain))
-        link.scale_power, link.gain_power, link.offset = (
-            np.where(changed, 0, value) for value in (link.scale_power, link.gain_power, link.offset)
-        )
-        scaled &= ~changed
-    return np.flatnonzero(fixed), (a, b, link)
+        turned, bare = scaled[outer], scaled[inner | outer]
+        a[turned], b[bare] = b[turned], link.scale[bare]
+        link.dual[scaled[inner]], link.dual[turned] = 0, 1 - link.dual[turned]
+        link.scale[bare] = link.gain[bare] = -1
+        link.scale_power[bare] = link.gain_power[bare] = link.offset[bare] = 0
+        merged = classes_of(own.size, [(owner[a[bare]], owner[b[bare]])])
+        own, owner, scaled = _joined(merged, own), merged[owner], scaled[~(inner | outer)]
+    return np.concatenate(found), owner, (a, b, link)
+
+
+def _joined(owner: np.ndarray, flags: np.ndarray) -> np.ndarray:
+    """All flags of each class."""
+    joined, some = np.zeros(int(owner.max()) + 1, dtype=np.int64), np.flatnonzero(flags)
+    np.bitwise_or.at(joined, owner[some], flags[some])
+    return joined
 
 
 def _relate(size: int, roots: np.ndarray, a: np.ndarray, b: np.ndarray, link: Relations) -> Relations:
@@ -224,8 +227,7 @@ def solve_maps(constraints: Constraints) -> tuple[ContinuousGroup, ...]:
     offsets = [0.0]
     a, b, link = _link_relations(constraints.links, offsets)
     joined, vectors = (a, b), link.scale[link.scale >= 0]
-    still, (a, b, link) = _without_fixed(constraints, a, b, link)
-    owner = classes_of(size, [(a, b)])
+    still, owner, (a, b, link) = _without_fixed(constraints, a, b, link)
     relations = _relate(size, _roots(constraints, owner, vectors), a, b, link)
     limits = [*constraints.limits, (still, Limit.FIXED, None)]
     flags, reasons = _flags(limits, owner, relations, (a, b, link))
@@ -237,7 +239,7 @@ def solve_maps(constraints: Constraints) -> tuple[ContinuousGroup, ...]:
     mixing = (free & (flags & Limit.APART == 0))[owner]
     rows = _rows(constraints, *joined, mixing)
     numbers = np.array([axis_.start for axis_ in constraints.axes], dtype=np.int64)
-    return tuple(_groups(_Problem(constraints, offsets, axis, numbers, where, rows, flags, reasons)))
+    return tuple(_groups(_Problem(constraints, offsets, axis, numbers, where, rows, flags, *reasons)))
 
 
 def _roots(constraints: Constraints, owner: np.ndarray, vectors: np.ndarray) -> np.ndarray:
@@ -258,11 +260,10 @@ def _flags(
     owner: np.ndarray,
     relations: Relations,
     links: tuple[np.ndarray, np.ndarray, Relations],
-) -> tuple[np.ndarray, dict[int, str]]:
-    """What is asked of each class's matrix, and by whom first."""
+) -> tuple[np.ndarray, tuple[np.ndarray, list[str]]]:
+    """What is asked of each class's matrix, and by whom first: a number (-1: nobody) in a list of reasons."""
     flags = np.zeros(int(owner.max()) + 1, dtype=np.int64)
-    reasons: dict[int, str] = {}
-    number = {}  # of the reasons
+    number: dict[str, int] = {}  # of the reasons
     blame = np.full(flags.size, -1, dtype=np.int64)
 
     def limit(elements: np.ndarray, what: Limit, why: str | None) -> None:
@@ -306,7 +307,9 @@ def _flags(
         for relation in (actual, other, link, relations.pick(b)):
             scale = relation.scale[which]
             limit(scale[scale >= 0], Limit.FIXED, why)
-    used = np.unique(relations.scale[relations.scale >= 0])
+    is_used = np.zeros(owner.size, dtype=bool)
+    is_used[relations.scale[relations.scale >= 0]] = True
+    used = np.flatnonzero(is_used)
     limit(used, Limit.APART, None)
     # The scales of a vector that is a scaled one itself: not expressed.
     nested = used[relations.scale[used] >= 0]
@@ -315,9 +318,7 @@ def _flags(
     rigid = Limit.APART | Limit.ISOMETRY
     for together in (rigid | Limit.ONES, rigid | Limit.POSITIVE):
         flags[(flags & int(together)) == int(together)] |= int(Limit.FIXED)
-    names = list(number)
-    reasons = {int(c): names[blame[c]] for c in np.flatnonzero(blame >= 0)}
-    return flags, reasons
+    return flags, (blame, list(number))
 
 
 def _axis_of(constraints: Constraints) -> np.ndarray:
@@ -379,7 +380,7 @@ def _rows(constraints: Constraints, a: np.ndarray, b: np.ndarray, mixing: np.nda
             record[one.start : one.start + size] = 2 * place + kind
     rows[mine] = mix(rows[mine], record[mine])
     kinds = 0
-    while mine.size and (now := np.unique(rows[mine]).size) > kinds:
+    while mine.size and (now := _distinct(rows[mine]).size) > kinds:
         kinds, rows = now, _told(rows, a, b, number)
     return rows
 
@@ -401,7 +402,8 @@ class _Problem:
     where: _Occurrences
     rows: np.ndarray
     flags: np.ndarray
-    reasons: dict[int, str]
+    blame: np.ndarray
+    reasons: list[str]
 
 
 def _groups(problem: _Problem) -> Iterator[ContinuousGroup]:
@@ -422,7 +424,9 @@ def _groups(problem: _Problem) -> Iterator[ContinuousGroup]:
     inner, outer = (np.zeros(count, dtype=np.uint64) for _ in range(2))
     np.add.at(inner, where.owner, full)
     np.add.at(outer, where.owner, place)
-    classes = np.unique(where.owner)
+    present = np.zeros(count, dtype=bool)
+    present[where.owner] = True
+    classes = np.flatnonzero(present)
     flags = problem.flags[classes]
     apart = (flags & Limit.APART) > 0
     # Neurons that may be mixed: of the same class of records; others stand for themselves.
@@ -465,8 +469,14 @@ def _groups(problem: _Problem) -> Iterator[ContinuousGroup]:
             name += "'"
         names.add(name)
         size = int(sizes[block[run[0]]])
-        told = sorted({problem.reasons[int(c)] for c in mine if int(c) in problem.reasons})
+        told = sorted(problem.reasons[k] for k in _distinct(problem.blame[mine]) if k >= 0)
         yield ContinuousGroup(name, kind, mine.size // size, size, sites, told[0] if told else "")
+
+
+def _distinct(values: np.ndarray) -> np.ndarray:
+    """As np.unique, which hashes and is many times slower."""
+    ordered = np.sort(values)
+    return ordered[np.diff(ordered, prepend=ordered[:1] - 1) != 0]
 
 
 def _first_of(labels: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -485,9 +495,12 @@ def _told_apart(
     of_class = np.full(problem.flags.size, -1)
     of_class[classes] = np.arange(classes.size)
     mine = of_class[where.owner]
-    _, inverse, counts = np.unique(mix(full, mine), return_inverse=True, return_counts=True)
+    placed = mix(full, mine)
+    ordered = np.sort(placed)
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
     twice = np.zeros(classes.size, dtype=bool)
-    twice[mine[counts[inverse] > 1]] = True
+    if again.size:
+        twice[mine[np.isin(placed, again)]] = True
     single = np.zeros(int(block.max()) + 1, dtype=bool)
     single[block[twice]] = True
     loose = single[block]
@@ -529,7 +542,7 @@ def _sites(
             return None
         for copy in range(copies):
             chosen = run[copy::copies]
-            if np.unique(where.element[chosen]).size < chosen.size:
+            if _distinct(where.element[chosen]).size < chosen.size:
                 return None
             made.append((int(where.element[chosen[0]]), _site(problem, where, chosen)))
     return tuple(site for _, site in sorted(made, key=lambda one: one[0]))

@@ -33,9 +33,11 @@ def mix(*parts: np.ndarray | np.uint64 | int) -> Hash:
     with np.errstate(over="ignore"):
         h: np.ndarray = np.uint64(0x9E3779B97F4A7C15) * np.ones(1, dtype=np.uint64)
         for part in parts:
-            h = (h ^ np.asarray(part).astype(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
-            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            h = h ^ (h >> np.uint64(31))
+            h = h ^ np.asarray(part).astype(np.uint64, copy=False)
+            h *= np.uint64(0xBF58476D1CE4E5B9)
+            h ^= h >> np.uint64(27)
+            h *= np.uint64(0x94D049BB133111EB)
+            h ^= h >> np.uint64(31)
     return h
 
 
@@ -67,7 +69,9 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """`neuron[e]` is the class of element e; `slot[e]` tells its elements apart; `parts` partition the classes."""
+    """`neuron[e]` is the class of element e; `slot[e]` tells its elements apart; `parts` partition the classes, but for
+    those that are in no set and alone of their kind.
+    """
 
     neuron: np.ndarray
     slot: Hash
@@ -87,7 +91,8 @@ def solve(constraints: Constraints) -> Solution:
         representative = np.zeros(signature.size, dtype=np.int64)
         representative[neuron] = np.arange(neuron.size)
         ties.append((representative[rigid[0]], representative[rigid[1]]))
-    return Solution(neuron, slot, _solve_set(np.arange(signature.size), signature, edges).children)
+    whole = _solve_set(np.arange(signature.size), signature, edges, alone=False)
+    return Solution(neuron, slot, whole.children)
 
 
 def classes_of(size: int, ties: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -181,10 +186,13 @@ def _fixed(children: list[Part]) -> Part:
     return Part(("fixed", *(c.key for c in children)), tuple(children))
 
 
-def _leaves(classes: np.ndarray, colour: Hash) -> list[Part]:
+def _leaves(classes: np.ndarray, colour: Hash, alone: bool) -> list[Part]:
     order = np.argsort(colour, kind="stable")
-    cuts = np.flatnonzero(np.diff(colour[order])) + 1
-    return [_leaf(int(colour[run[0]]), classes[run]) for run in np.split(order, cuts) if run.size]
+    starts = np.flatnonzero(np.diff(colour[order], prepend=~colour[order[:1]]))
+    sizes = np.diff(starts, append=order.size)
+    kept = slice(None) if alone else sizes > 1
+    runs = zip(starts[kept], sizes[kept], strict=True)
+    return [_leaf(int(colour[order[low]]), classes[order[low : low + size]]) for low, size in runs]
 
 
 def _components(size: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -193,23 +201,28 @@ def _components(size: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
-def _solve_set(classes: np.ndarray, colour: Hash, edges: Edges) -> Part:
-    """Any neurons and sets; `edges` number them 0 ... n - 1 in the order of `classes`."""
+def _solve_set(classes: np.ndarray, colour: Hash, edges: Edges, alone: bool = True) -> Part:
+    """Any neurons and sets; `edges` number them 0 ... n - 1 in the order of `classes`.
+
+    Without `alone` the neurons in no set of which there is one of its kind are left out: where nothing around moves
+    they stay, and of a large network they are hundreds of thousands.
+    """
     n = classes.size
     tied = np.zeros(n, dtype=bool)
     tied[edges.member] = tied[edges.block] = True
-    found = _leaves(classes[~tied], colour[~tied])
+    found = _leaves(classes[~tied], colour[~tied], alone)
     if tied.any():
         component = _components(n, edges.member, edges.block)
         nodes = np.flatnonzero(tied)
         nodes = nodes[np.argsort(component[nodes], kind="stable")]
         edge_order = np.argsort(component[edges.member], kind="stable")
+        starts = np.flatnonzero(np.diff(component[nodes], prepend=-1))
         edge_component = component[edges.member][edge_order]
+        lows = np.searchsorted(edge_component, component[nodes[starts]])  # every component has edges
         local = np.empty(n, dtype=np.int64)
         alike: dict[tuple, list[Part]] = {}
-        for run in np.split(nodes, np.flatnonzero(np.diff(component[nodes])) + 1):
-            low, high = np.searchsorted(edge_component, component[run[0]] + np.array([0, 1]))
-            mine = edges.pick(edge_order[low:high])
+        for run, its_edges in zip(np.split(nodes, starts[1:]), np.split(edge_order, lows[1:]), strict=True):
+            mine = edges.pick(its_edges)
             local[run] = np.arange(run.size)
             inner = Edges(local[mine.member], local[mine.block], mine.code, mine.family)
             part = _solve_connected(classes[run], colour[run], inner)
@@ -246,9 +259,10 @@ def _interchangeable(sets: np.ndarray, colour: Hash, edges: Edges) -> np.ndarray
     """
     held = np.zeros(colour.size, dtype=np.uint64)
     np.add.at(held, edges.block, mix(_ROOT, edges.code, edges.member))
-    kinds, kind = np.unique(colour[sets], return_inverse=True)
-    ways = np.unique(np.stack([kind.astype(np.uint64), held[sets]]), axis=1)[0]
-    return np.bincount(ways.astype(np.int64), minlength=kinds.size)[kind] == 1
+    _, first, kind = np.unique(colour[sets], return_index=True, return_inverse=True)
+    alike = np.ones(first.size, dtype=bool)
+    alike[kind[held[sets] != held[sets][first][kind]]] = False
+    return alike[kind]
 
 
 def _without(classes: np.ndarray, colour: Hash, edges: Edges, fixed: np.ndarray) -> Part:
