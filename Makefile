@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
+# Two UNets that were trained apart; ARGS take the place of all this.
+DEMO := algo=learned_quick model.a=wide0 model.b=wide1 data.train=1000 data.batch_size=50 evaluate.points=11 threads=0
 PY := .venv/bin/python
 # Python compiles what it imports and keeps it, unless this is set; to compile everything is half of an installation.
 unexport PYTHONDONTWRITEBYTECODE
@@ -20,8 +22,8 @@ help: ## show this help
 	@echo "  make demo ARGS='model=mlp seed=1'"
 	@echo "  make test ARGS='-k spec -x'"
 
-demo: .venv/.installed ## run the main job: align and merge two tiny Stable Diffusion UNets (see outputs/)
-	$(PY) -m rebasin.run $(ARGS)
+demo: .venv/.installed ## learn to merge two diffusion models that were trained apart: 3 minutes (see outputs/)
+	$(PY) -m rebasin.run $(or $(ARGS),$(DEMO))
 
 test: .venv/.installed-dev ## run the tests, two files at a time; none may be left out but those that need CUDA
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --no-skips $(ARGS)

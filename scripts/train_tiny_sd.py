@@ -193,7 +193,7 @@ def evaluate(out: Path, images: np.ndarray, labels: np.ndarray, options: argpars
     batches = digits.denoising_batches(
         vae, text_encoder, tokenizer, scheduler, "test", n=2000, batch_size=250, seed=0, path=options.data
     )
-    unets = {name: tiny_sd.load_unet(name, path=out) for name in tiny_sd.UNETS}
+    unets = {name: tiny_sd.load_unet(name, path=out) for name in tiny_sd.TRAINED}
     losses = {name: denoising_loss(unet, batches) for name, unet in unets.items()}
     losses["random weights"] = denoising_loss(tiny_sd.new_unet(0, options.width), batches)
     for a, b in (("seed0", "seed1"), ("low", "high")):
@@ -261,7 +261,7 @@ def draw(rows: list[np.ndarray], path: Path) -> None:
     pen = ImageDraw.Draw(picture)
     for column, word in enumerate(digits.WORDS):
         pen.text((left + column * cell + cell // 2, top // 2), word, fill=0, anchor="mm")
-    for row, (name, samples) in enumerate(zip(tiny_sd.UNETS, rows, strict=True)):
+    for row, (name, samples) in enumerate(zip(tiny_sd.TRAINED, rows, strict=True)):
         pen.text((left // 2, top + row * cell + cell // 2), name, fill=0, anchor="mm")
         for column, image in enumerate(samples):
             tile = Image.fromarray(255 - image).resize((32 * scale, 32 * scale), Image.Resampling.NEAREST)

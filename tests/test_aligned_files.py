@@ -255,3 +255,20 @@ def test_what_does_not_go_with_maps_is_told(tmp_path: Path, options: tuple[str, 
     assert words in told and told.strip().endswith(".")
     told = rebasin("merge", "a", "b", "c", "-o", tmp_path / "m.safetensors", "--maps", expect=2)
     assert "--maps aligns two models, but 3 are given" in told
+
+
+def test_compare_tells_one_model_in_another_basis(folder: Path, tmp_path: Path) -> None:
+    """Permutations see two models; maps see one."""
+    file, _, moved, _ = world(folder, "clip_l")
+    told = rebasin("compare", file, moved)
+    assert "Do they share a basin? No" in told and "by maps" not in told
+    figures = tmp_path / "apart.json"
+    told = rebasin("compare", file, moved, "--maps", "--json", figures)
+    assert "Do they share a basin? Up to maps. permutations leave" in told and "align with --maps" in told
+    rows = json.loads(figures.read_text())["blocks"]
+    assert max(row["mapped"] for row in rows) < 1e-3 < 0.5 < max(row["after"] for row in rows)
+    other = tmp_path / "other.safetensors"
+    tensors = read(file)
+    noise = {n: t + 0.5 * t.std() * torch.randn_like(t) for n, t in tensors.items() if t.is_floating_point()}
+    save_safetensors(other, {**tensors, **{n: t for n, t in noise.items() if t.ndim > 1}}, keep_order=True)
+    assert "Do they share a basin? Yes" in rebasin("compare", file, other, "--maps")

@@ -66,6 +66,7 @@ CALLS: dict[Callable[..., Any], Mapping[str, Any]] = {
     matching.match_by_tree: MANY,
     matching.match_cycle_consistently: {**MANY, "max_steps": 2},
     matching.match_many_activations: {**MANY, "model": A, "batches": BATCHES},
+    matching.match_by_maps: {**MANY, "by": "weights"},
     matching.straight_through_many: {**MANY, **SHORT, "model": A, "batches": BATCHES, "init": "identity"},
     matching.naive: WEIGHTS,
     matching.naive_mean: MANY,

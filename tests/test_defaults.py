@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ SPLIT_OFF = ("_target_", "name", "many", "repair", "reward", "maps", "with_maps"
 PURPOSE: dict[str, dict[str, Any]] = {
     # Sweeps in minutes: one start, few steps, one pass of refinement.
     "ste_quick": {"init": "activation_and_weight", "steps": 20, "refine": 1},
+    "learned_quick": {"kinds": ["rotations", "rotations that keep ones"], "steps": 75, "evaluate_every": 25},
     "ste_reward_quick": {"init": "activation_and_weight", "steps": 20, "refine": 1},
 }
 """Where a config differs from the signature on purpose; everywhere else the two are one."""
@@ -272,7 +274,8 @@ def test_help_teaches_what_options_mean_and_waits_for_no_torch(tmp_path: Path):
         "data.share=0.8                      of split=classes:",
     ):
         assert line in told.stdout
-    assert "_quick," not in told.stdout.replace("ste_quick", "").replace("reward_quick", "")
+    made = re.sub("(ste|reward|learned)_quick", "", told.stdout)
+    assert "_quick," not in made
     plain_help = run(tmp_path, "--help", code=no_torch)
     assert plain_help.returncode == 0 and "OPTIONS of" not in plain_help.stdout
     shown = run(tmp_path, "--cfg", "job", code=no_torch)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rebasin
 from rebasin.errors import ConfigError
-from rebasin.matching import LearnedResult, LearnedState, learned_matching
+from rebasin.matching import LearnedResult, LearnedState, learned_matching, match_by_maps
 from rebasin.matching.maps.latents import Latents, matrices
 from rebasin.matching.maps.result import LearnedStep
 from rebasin.spec import Alignment, PermutationSpec
@@ -178,3 +178,26 @@ def test_the_gradient_is_that_of_the_loss() -> None:
     found = latents.gradient(slopes)
     for name, x in wanted.items():
         torch.testing.assert_close(found[name], x.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_many_models_come_into_one_basis() -> None:
+    """By the weights what was planted is found again; by the loss two models become the learned midpoint."""
+    spec, a, b, batches = planted()
+    state = {n: t.clone() for n, t in a.state_dict().items()}
+    states = [state, spec.random_alignment(4).apply(state), spec.random_alignment(5).apply(state)]
+    found = match_by_maps(spec, states, by="weights", weights=[1, 2, 1])
+    assert found.distance < 1e-4 * found.distance_before and found.weights == (0.25, 0.5, 0.25)
+    for member in (found.merged, *found.members(states)):
+        for name, tensor in state.items():
+            torch.testing.assert_close(member[name], tensor, rtol=1e-3, atol=1e-3)
+    few = {"steps": 4, "evaluate_every": 2, "init": "weight_matching", "lr": 0.1}
+    both = match_by_maps(spec, [state, b.state_dict()], a, loss, batches, match=few)
+    alone = learned(**few, lam_low=0.4, lam_high=0.6)
+    assert both.alignments[1].is_close(alone.alignment, 1e-9) and both.alignments[0].is_identity
+    for name, tensor in alone.alignment.apply(b.state_dict()).items():
+        torch.testing.assert_close(both.merged[name], (state[name] + tensor) / 2)
+    assert both.to_dict()["models"] == 2
+    with pytest.raises(ConfigError, match="give model, objective and batches, or by='weights'"):
+        match_by_maps(spec, states)
+    with pytest.raises(ConfigError, match="by loss has no option 'step'; did you mean 'steps'"):
+        match_by_maps(spec, states, a, loss, batches, match={"step": 3})

@@ -121,6 +121,7 @@ ON_STATES: dict[str, Callable[[Any], Any]] = {
     "match_by_tree": lambda s: matching.match_by_tree(SPEC, [W, s, W]),
     "match_cycle_consistently": lambda s: matching.match_cycle_consistently(SPEC, [W, s, W], max_steps=2),
     "match_many_activations": lambda s: matching.match_many_activations(SPEC, [W, s], A, BATCHES),
+    "match_by_maps": lambda s: matching.match_by_maps(SPEC, [W, s], by="weights"),
     "straight_through_many": lambda s: matching.straight_through_many(
         SPEC, [W, s], A, error_of, BATCHES, steps=1
     ),
@@ -278,6 +279,7 @@ ON_DEVICE: dict[str, Callable[[], Any]] = {
     "straight_through_many": lambda: matching.straight_through_many(
         SPEC, [W], A, error_of, BATCHES, device=ABSENT
     ),
+    "match_by_maps": lambda: matching.match_by_maps(SPEC, [W, V], A, error_of, BATCHES, device=ABSENT),
     "merge": lambda: merge("weighted_sum", [W, W], device=ABSENT),
     "repair": lambda: repair(SPEC, A, W, [W, W], BATCHES, device=ABSENT),
     "repair_closed_form": lambda: repair_closed_form(SPEC, A, W, [W, W], BATCHES, device=ABSENT),

@@ -15,6 +15,7 @@ from rebasin.checkpoints import load_metadata, load_safetensors
 from rebasin.errors import ConfigError
 from rebasin.matching import load_permutations
 from rebasin.reporting.results import load_results
+from rebasin.spec import Alignment
 from rebasin.tasks import load_task
 
 TINY = ["model=mlp", "model.width=12", "model.depth=2", "model.recipe.epochs=6", "model.seeds=[0,1,2]"]
@@ -104,6 +105,23 @@ def test_ste_and_no_repair(tmp_path: Path) -> None:
         "merge_many_ste",
     ]
     assert not (tmp_path / "repaired.safetensors").exists()
+
+
+def test_learned_maps_bring_all_to_the_first(finished, tmp_path: Path) -> None:
+    """Each with an alignment of its own; the mean of what they make is the merge, below that by permutations."""
+    short = "algo.match={steps: 40}"
+    results, text = execute(tmp_path, "algo=merge_many_learned", short, *TINY)
+    assert results["verify"]["mlp"]["maps"] == 2 and "what brings each model to the first" in text
+    found = [Alignment.load(tmp_path / "alignments" / f"{i}.safetensors") for i in range(3)]
+    assert found[0].is_identity and all(len(one.maps) == 2 for one in found[1:])
+    states = load_task(configured("algo=merge_many_learned", *TINY)).endpoints(None)
+    merged = load_safetensors(tmp_path / "merged.safetensors")
+    for name in merged:
+        members = [a.apply(s)[name] for a, s in zip(found, states, strict=True)]
+        torch.testing.assert_close(merged[name], torch.stack(members).mean(dim=0))
+    barriers = {row["name"]: row["barrier"] for row in results["rows"]["heldout"]}
+    before = {row["name"]: row["barrier"] for row in finished[1]["rows"]["heldout"]}
+    assert barriers["merge_many_learned"] < 0.7 * before["merge_many"]
 
 
 def test_naive_is_the_plain_mean_of_all(tmp_path: Path) -> None:

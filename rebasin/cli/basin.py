@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 SAME, OTHER = 0.98, 0.5
 """Shares of neurons in place above which models share a basin, and below which they do not."""
 
+MAPPED = 0.5
+"""Maps that leave less than this share of the distance that permutations leave have found what permutations can't."""
+
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a component: its neurons, the share of them that stay, and |A - B| / |A| before and after aligning."""
+    """A part of a component: its neurons, the share of them that stay, and |A - B| / |A| before and after aligning;
+    `mapped` by maps, too, None where none were looked for. `size` is |A|.
+    """
 
     component: str
     name: str
@@ -34,6 +39,8 @@ class Block:
     stay: float
     before: float
     after: float
+    mapped: float | None
+    size: float
 
 
 def block_of(parameter: str) -> str:
@@ -49,12 +56,15 @@ def by_block(
     components: Sequence[str],
     alignment: Alignment,
     progress: Progress | None = None,
+    maps: Alignment | None = None,
 ) -> list[Block]:
-    """Every block of these components, in the order of the model; two tensors are in memory at a time.
+    """Every block of these components, in the order of the model; two tensors are in memory at a time, but for those
+    that the same one of the `maps` moves.
 
     A group of neurons counts for the block of the first parameter it acts on: that which makes them.
     """
     found: list[Block] = []
+    turned = {} if maps is None else maps.views({name: b.component(name) for name in components}, wide=True)
     for component in components:
         one, other = a.component(component), b.component(component)
         own = alignment.of(component)
@@ -64,7 +74,7 @@ def by_block(
                 block = block_of(cell.sites[0].parameter)
                 neurons[block] += cell.size
                 stay[block] += cell.size - displaced([own.permutation.index[cell.name]])
-        sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
+        sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(4))
         for step, name in enumerate(one):
             if not dtype_of(one, name).is_floating_point:
                 continue
@@ -72,13 +82,26 @@ def by_block(
             aligned = right if own is None else own.permutation.apply_to(name, right)
             before = float((left - right).square().sum())
             after = before if aligned is right else float((left - aligned).square().sum())
-            sums[block_of(name)] += float(left.square().sum()), before, after
+            by_maps = after
+            if maps is not None:
+                by_maps = float((left - numbers(turned[component], name, b.path)).square().sum())
+            sums[block_of(name)] += float(left.square().sum()), before, after, by_maps
             tell(progress, component, step + 1, len(one))
         for block, (size, *distances) in sums.items():
             share = stay[block] / neurons[block] if neurons[block] else 1.0
-            apart = (float(distance / size) ** 0.5 if size else 0.0 for distance in distances)
-            found.append(Block(component, block, neurons[block], share, *apart))
+            before, after, mapped = (float(one / size) ** 0.5 if size else 0.0 for one in distances)
+            by_maps = None if maps is None else mapped
+            sized = float(size) ** 0.5
+            found.append(Block(component, block, neurons[block], share, before, after, by_maps, sized))
     return found
+
+
+def apart(blocks: Sequence[Block], which: Literal["before", "after", "mapped"]) -> float:
+    """|A - B| / |A| of all blocks."""
+    whole = sum(block.size**2 for block in blocks)
+    return (
+        (sum((getattr(block, which) * block.size) ** 2 for block in blocks) / whole) ** 0.5 if whole else 0.0
+    )
 
 
 def shared_basin(blocks: Sequence[Block]) -> tuple[str, str, str]:
@@ -86,10 +109,20 @@ def shared_basin(blocks: Sequence[Block]) -> tuple[str, str, str]:
     neurons = sum(block.neurons for block in blocks)
     share = sum(block.neurons * block.stay for block in blocks) / max(1, neurons)
     told = f"{100 * share:.1f}% of {neurons:,} neurons stay in place"
+    if any(block.mapped is not None for block in blocks):
+        near = min(apart(blocks, "before"), apart(blocks, "after"))
+        mapped = apart(blocks, "mapped")
+        distances = f"permutations leave |A-B|/|A| at {near:.3g}, maps at {mapped:.3g}"
+        if mapped < MAPPED * near and share < SAME:
+            text = f"{distances}: B is near a model that computes what A does in another basis; align with --maps."
+            return "Up to maps", "green", text
+        told = f"{told} ({distances})"
     if share >= SAME:
         return "Yes", "green", f"{told}: merge them as they are, aligning changes (next to) nothing."
     if share < OTHER:
         text = f"Only {told}: they were trained apart, or one was permuted; align before merging."
+        if any(block.mapped is not None for block in blocks):
+            text += " Maps learned by the loss may connect what is not near by the weights (algo=learned)."
         return "No", "red", text
     return "In part", "yellow", f"{told}; the blocks above that keep few are where aligning may help."
 
@@ -105,7 +138,8 @@ def draw(blocks: Sequence[Block], names: tuple[str, str], target: Path) -> None:
     y = np.arange(len(blocks))
     figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(10, 1.5 + 0.25 * len(blocks)))
     left.barh(y - 0.2, [block.before for block in blocks], 0.4, label="as they are", color="#c44e52")
-    left.barh(y + 0.2, [block.after for block in blocks], 0.4, label="aligned", color="#4c72b0")
+    mapped = [block.after if block.mapped is None else block.mapped for block in blocks]
+    left.barh(y + 0.2, mapped, 0.4, label="aligned", color="#4c72b0")
     left.set_yticks(y, labels)
     left.invert_yaxis()
     left.set_xlabel("|A - B| / |A|")

@@ -10,7 +10,7 @@ import typer
 from .request import A, B, Request, command
 
 
-@command("a b permutation components variant start seed device threads json_file plot")
+@command("a b maps permutation components variant start seed device threads json_file plot")
 def compare(
     a: A,
     b: B,
@@ -28,13 +28,15 @@ def compare(
 
     Fine-tunes of one base share its basin: hardly any neuron moves, and
     aligning is of no use. Where most neurons move and the distance falls, the
-    models were trained apart.
+    models were trained apart. With --maps it also tells models that are one
+    up to rotations, matrices in heads and scales, which no permutation sees.
 
     \b
     A table; with a picture and a file; with an alignment that is there already:
         rebasin compare base.safetensors mine.safetensors
         rebasin compare A B --plot apart.png --json apart.json
         rebasin compare A B --permutation AB.permutation.safetensors
+        rebasin compare A B --maps
     """
     import json
     import os
@@ -45,9 +47,10 @@ def compare(
     from . import session
     from .alignment import Aligning, specs_of
     from .basin import by_block, draw, shared_basin
-    from .stages import read
+    from .stages import read, require_maps
 
     request = Request((a, b), Path(os.devnull), **given)  # writes no model
+    require_maps(request)
     console = session.begin(request.device, request.threads)
     models, components = read(console, request)
     with console.stage("spec"):
@@ -55,11 +58,18 @@ def compare(
         console.say(", ".join(f"{name} {spec.neurons:,} neurons" for name, spec in specs.items()))
     with console.stage("align"):
         with tempfile.TemporaryDirectory() as folder:
-            there = replace(request, output=Path(folder) / "found")
-            (found,) = Aligning(models, specs, there, ("a", "b"), console.progress).alignments()
-        console.say(f"{found.moved:,} neurons would move")
+            ways = [
+                replace(request, output=Path(folder) / "found", maps=way)
+                for way in sorted({False, request.maps})
+            ]
+            found, *others = (
+                Aligning(models, specs, way, ("a", "b"), console.progress).alignments()[0] for way in ways
+            )
+        mapped = others[0] if others else found if found.mapped else None
+        maps = "" if mapped is None else f", {mapped.mapped:,} groups have maps"
+        console.say(f"{found.moved:,} neurons would move{maps}")
     with console.stage("measure"):
-        blocks = by_block(models[0], models[1], components, found, console.progress)
+        blocks = by_block(models[0], models[1], components, found, console.progress, mapped)
     console.console.print()
     rows = [
         (
@@ -69,10 +79,12 @@ def compare(
             f"{100 * block.stay:.1f}%" if block.neurons else "",
             f"{block.before:.3g}",
             f"{block.after:.3g}",
+            *(() if block.mapped is None else (f"{block.mapped:.3g}",)),
         )
         for block in blocks
     ]
-    titles = ("component", "block", "neurons", "stay in place", "|A-B|/|A|", "aligned")
+    aligned = ("aligned",) if mapped is None else ("permuted", "by maps")
+    titles = ("component", "block", "neurons", "stay in place", "|A-B|/|A|", *aligned)
     console.console.print(session.table(titles, rows, words=2))
     console.console.print()
     short, tone, text = shared_basin(blocks)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ..arguments import kinds_of
 from ..errors import ConfigError, SpecMismatchError
 from ..integrations.hydra import function_of, resolved
-from ..matching import LearnedResult, MapsResult
+from ..matching import LearnedResult, ManyMapsResult, MapsResult
 from ..matching.many.result import ManyResult
 from ..matching.naive import measured
 from ..matching.result import Found
@@ -62,7 +62,8 @@ class Algorithm:
             kind = typing.get_type_hints(self.function).get("return")
         except (NameError, TypeError):
             return False
-        return kind is Alignment or (isinstance(kind, type) and issubclass(kind, MapsResult | LearnedResult))
+        with_maps = MapsResult | LearnedResult | ManyMapsResult
+        return kind is Alignment or (isinstance(kind, type) and issubclass(kind, with_maps))
 
     def __call__(
         self,

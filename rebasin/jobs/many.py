@@ -9,17 +9,23 @@ from omegaconf import DictConfig
 
 from ..errors import ConfigError
 from ..evaluation.many import compare
+from ..files import prepare_folder
+from ..matching.many.maps import ManyMapsResult
 from ..matching.many.pivot import naive_mean
 from ..matching.many.result import ManyResult, save_permutations
 from ..merging.repair import repair, reset_statistics
 from ..merging.repair_closed_form import repair_closed_form
 from ..reporting import many as report
 from ..reporting.results import Results
+from ..spec import Alignment, Permutation
 from ..tensors import save_safetensors
 from ..types import State
 from . import stages
 from .resume import load_resume
 from .skeleton import Job, Session
+
+ALIGNMENTS = "alignments"
+"""The folder of those with maps: 0, the first model's, which does not move, 1, ..."""
 
 REPAIRS = ("reset", "rescale", "closed_form")
 """What `algo.repair` can name."""
@@ -39,7 +45,7 @@ def _plan(job: Session, planned: stages.Material) -> str:
 def _work(job: Session, planned: stages.Material) -> Results:
     cfg, task, spec, combination = job.cfg, planned.task, planned.spec, planned.combination
     name = planned.algorithm.name
-    checks = stages.verify_all(job, task, planned.specs)
+    checks = stages.verify_all(job, task, planned.specs, planned.algorithm.maps)
     states = stages.endpoints(job, task)
     stages.draw_blocks(job, combination)
     with job.stage("align"):
@@ -64,9 +70,16 @@ def _work(job: Session, planned: stages.Material) -> Results:
     with job.stage("report"):
         if cfg.tensors:
             about = {"model": cfg.model.name, "algorithm": name, "spec_hash": spec.hash}
-            path = job.folder / "permutations.safetensors"
-            save_permutations(path, result.permutations, about)
-            job.wrote(path)
+            if isinstance(result, ManyMapsResult):
+                place = prepare_folder(job.folder / ALIGNMENTS)
+                job.wrote(place)
+                for i, (label, found) in enumerate(zip(task.labels, result.alignments, strict=True)):
+                    content = {"content": f"brings {label} to {task.labels[0]}"}
+                    found.save(place / f"{i}.safetensors", about | content)
+            else:
+                path = job.folder / "permutations.safetensors"
+                save_permutations(path, result.permutations, about)
+                job.wrote(path)
             chosen = name if combination.is_mean else combination.method.name
             for file, kind in ((report.MERGED, chosen), (report.REPAIRED, f"{chosen}, REPAIR")):
                 if kind in merges:
@@ -76,10 +89,15 @@ def _work(job: Session, planned: stages.Material) -> Results:
                 made = {"rebasin_command": job.command}
                 job.wrote(
                     *task.export(
-                        job.folder, merges[chosen], made, result.permutations, result.weights, job.progress
+                        job.folder, merges[chosen], made, _movers(result), result.weights, job.progress
                     )
                 )
         return job.leave(report.figures(task.labels, task.aligned, spec, checks, result, rows))
+
+
+def _movers(result: ManyResult) -> Sequence[Permutation | Alignment]:
+    """What moved each of the models."""
+    return result.alignments if isinstance(result, ManyMapsResult) else result.permutations
 
 
 def _merges(
@@ -90,7 +108,7 @@ def _merges(
     """
     task, spec, combination = planned.task, planned.spec, planned.combination
     members = result.members(states)
-    aligned = any(not p.is_identity for p in result.permutations)
+    aligned = any(not p.is_identity for p in _movers(result))
     found: dict[str, tuple[State, Sequence[State]]] = {
         "naive": (dict(naive_mean(spec, states, weights=result.weights).merged), states)
     }

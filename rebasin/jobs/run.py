@@ -83,7 +83,7 @@ def _work(job: Session, planned: stages.Material) -> Results:
     rewards = None
     if scoring is not None:
         with job.stage("score"):
-            rewards = scoring(task.model, a, b, pair.aligned, job.progress)
+            rewards = scoring(task.model, a, pair.ends, job.progress)
             job.say(in_words(rewards))
     with job.stage("report"):
         if cfg.tensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ PROMPTS = 10
 """So many of the model's own captions are used where no file of prompts is given."""
 
 A, B, NAIVE, ALIGNED = "A", "B", "naive midpoint", "aligned midpoint"
+"""There are as many midpoints as a pair has ends, see `rebasin.jobs.stages.AlignedPair.ends`."""
+
 DIFFERENCES = {
     "aligned - naive midpoint": ((ALIGNED,), (NAIVE,)),
     "naive midpoint - mean of A and B": ((NAIVE,), (A, B)),
@@ -35,10 +37,11 @@ class Scoring:
     batches: Sequence[Sequence[Any]]
 
     def __call__(
-        self, model: nn.Module, a: State, b: State, aligned: State, progress: Progress | None = None
+        self, model: nn.Module, a: State, ends: Mapping[str, State], progress: Progress | None = None
     ) -> Rewards:
-        """Score A, B and both midpoints."""
-        states = {A: a, B: b, NAIVE: interpolate(a, b, 0.5), ALIGNED: interpolate(a, aligned, 0.5)}
+        """Score A, B and the midpoints between A and each of the `ends`, B as it is, "naive", among them."""
+        middles = {f"{kind} midpoint": interpolate(a, end, 0.5) for kind, end in ends.items()}
+        states = {A: a, B: ends["naive"], **middles}
         return score_models(model, states, self.objective, self.batches, DIFFERENCES, progress)
 
 
@@ -71,4 +74,4 @@ def load_scoring(cfg: DictConfig, task: Task) -> Scoring | None:
 def in_words(rewards: Rewards) -> str:
     """The scores in a few words."""
     found = rewards.models
-    return ", ".join(f"{label} {found[label].mean:.3f}" for label in (A, B, NAIVE, ALIGNED))
+    return ", ".join(f"{label} {score.mean:.3f}" for label, score in found.items())

@@ -34,6 +34,9 @@ from .refusals import brought, refuse
 from .resume import load_resume
 from .skeleton import Session
 
+NAIVE, PERMUTED, ALIGNED = "naive", "permuted", "aligned"
+"""The lines from A: to B, to B in the order that learned maps were started from, to B aligned."""
+
 TOLERANCE = 1e-3
 """Largest relative change of B's loss by permuting it: a last check on the real weights and data."""
 
@@ -67,6 +70,13 @@ class AlignedPair:
     b: State
     aligned: State
     match: MatchResult
+
+    @property
+    def ends(self) -> dict[str, State]:
+        """What the line from A may end in, by its name: B as it is, permuted as the maps were started from, aligned."""
+        start = getattr(self.match, "start", None)
+        permuted = {} if start is None or start.is_identity else {PERMUTED: start.view(self.b)}
+        return {NAIVE: self.b, **permuted, ALIGNED: self.aligned}
 
     @property
     def mover(self) -> Permutation | Alignment:
@@ -201,7 +211,7 @@ def splits(cfg: DictConfig, task: Task) -> list[str]:
 
 
 def curves(cfg: DictConfig, pair: AlignedPair, progress: Progress) -> dict[str, dict[str, Curve]]:
-    """The curves from A to B and from A to aligned B: split -> "naive", "aligned" -> curve.
+    """The curves from A to B and from A to aligned B: split -> "naive", "aligned" (see `AlignedPair.ends`) -> curve.
 
     Raises:
         VerificationError: B's loss is another one after permuting it.
@@ -219,12 +229,13 @@ def curves(cfg: DictConfig, pair: AlignedPair, progress: Progress) -> dict[str, 
         return barrier(task.model, pair.a, end, evaluate, points=cfg.evaluate.points, progress=listen)
 
     for split in splits(cfg, task):
-        naive = measure(pair.b, split, "naive")
-        # Where nothing moved the two lines are the same line.
+        # Where nothing moved the lines are the same line.
         still = pair.match.as_alignment.is_identity
-        aligned = naive if still else measure(pair.aligned, split, "aligned")
-        found[split] = {"naive": naive, "aligned": aligned}
-        before, after = naive.losses[-1], aligned.losses[-1]
+        kinds = {
+            kind: measure(end, split, kind) for kind, end in pair.ends.items() if not still or kind == NAIVE
+        }
+        found[split] = kinds = {**kinds, ALIGNED: kinds[NAIVE]} if still else kinds
+        before, after = kinds[NAIVE].losses[-1], kinds[ALIGNED].losses[-1]
         if math.isfinite(before) and not math.isclose(before, after, rel_tol=TOLERANCE, abs_tol=1e-6):
             raise VerificationError(
                 f"The loss of B on {split} was {before:.6g} and is {after:.6g} after aligning it, so what was found is"
@@ -243,21 +254,20 @@ def evaluate_merged(cfg: DictConfig, task: Task, merged: State) -> dict[str, dic
 def barriers(curves: Mapping[str, Mapping[str, Curve]]) -> str:
     """The barriers in a few words."""
     return "; ".join(
-        f"barrier on {split} {kinds['naive'].barrier:.4g} naive, {kinds['aligned'].barrier:.4g} aligned"
+        f"barrier on {split} {', '.join(f'{curve.barrier:.4g} {kind}' for kind, curve in kinds.items())}"
         for split, kinds in curves.items()
     )
 
 
 def sample(pair: AlignedPair, seed: int) -> Samples | None:
-    """Images of A, B and both midpoints from the same prompts and noise; None if the task makes none."""
+    """Images of A, B and the midpoints from the same prompts and noise; None if the task makes none."""
     if pair.task.sampler is None:
         return None
     a, b = pair.task.labels
     states = {
         f"A: {a}": pair.a,
         f"B: {b}": pair.b,
-        "naive midpoint": interpolate(pair.a, pair.b, 0.5),
-        "aligned midpoint": interpolate(pair.a, pair.aligned, 0.5),
+        **{f"{kind} midpoint": interpolate(pair.a, end, 0.5) for kind, end in pair.ends.items()},
     }
     return pair.task.sampler(states, seed)
 

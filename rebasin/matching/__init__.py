@@ -9,6 +9,7 @@ from .assignment.linear_assignment import linear_assignment
 from .many.activations import match_many_activations
 from .many.cycle_consistent import match_cycle_consistently
 from .many.cycles import cycle_error
+from .many.maps import ManyMapsResult, match_by_maps
 from .many.mean import match_to_mean
 from .many.methods import merge_many
 from .many.pivot import match_by_tree, match_to_pivot, naive_mean
@@ -35,6 +36,7 @@ __all__ = [
     "Costs",
     "LearnedResult",
     "LearnedState",
+    "ManyMapsResult",
     "ManyResult",
     "ManyState",
     "MapsResult",
@@ -53,6 +55,7 @@ __all__ = [
     "learned_matching",
     "linear_assignment",
     "load_permutations",
+    "match_by_maps",
     "match_by_tree",
     "match_cycle_consistently",
     "match_many_activations",

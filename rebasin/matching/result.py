@@ -39,7 +39,7 @@ class Found:
     def to_dict(self) -> dict[str, Any]:
         """Everything but permutation and maps, as JSON can have it."""
         return {
-            **plain(self, "permutation", "alignment"),
+            **plain(self, "permutation", "alignment", "start"),
             "moved": self.moved,
             "moved_per_group": self.moved_per_group,
         }

@@ -108,10 +108,12 @@ def digest_of_state(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def told(option: Any) -> str:
-    """An option in the words of `ResumeState.options`; permutations by a digest of their indices."""
+    """An option in the words of `ResumeState.options`: words as they are, permutations by a digest of their indices."""
     if isinstance(option, Alignment):
         return f"an alignment, {option.digest}"
     given = [option] if isinstance(option, Permutation) else option
+    if isinstance(given, Sequence) and given and all(isinstance(one, str) for one in given):
+        return ", ".join(given)
     if isinstance(given, Sequence) and not isinstance(given, str):
         indices = chain.from_iterable(p.index.values() for p in given if p is not None)
         digest = hashlib.sha256(b"".join(index.tobytes() for index in indices)).hexdigest()

@@ -32,11 +32,23 @@ class Legibility:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Raises DataError for a prompt that does not name exactly one digit."""
+        return -F.cross_entropy(*self.judged(images, prompts), reduction="none")
+
+    def judged(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The classifier's logits [n, 10] of the images, and the digits that the prompts name."""
         margin = (images.shape[-1] - 28) // 2
         grey = images.mean(1, keepdim=True)[:, :, margin : margin + 28, margin : margin + 28]
         digits = torch.tensor([digit(prompt) for prompt in prompts], device=images.device)
-        logits = self.model.to(images.device)(grey)
-        return -F.cross_entropy(logits, digits, reduction="none")
+        return self.model.to(images.device)(grey), digits
+
+
+class Recognised(Legibility):
+    """Scores [n] of such images: 1 where the classifier reads the prompt's digit, else 0; their mean is the share."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Raises DataError for a prompt that does not name exactly one digit."""
+        logits, digits = self.judged(images, prompts)
+        return (logits.argmax(1) == digits).float()
 
 
 def digit(prompt: str) -> int:

@@ -1,4 +1,4 @@
-"""The embedded default: a tiny but real Stable Diffusion, trained on handwritten digits, with four UNets.
+"""The embedded default: a tiny but real Stable Diffusion, trained on handwritten digits, with six UNets.
 
 Every part is the library's own class at a small size: AutoencoderKL (1x32x32 images <-> 4x8x8 latents),
 CLIPTokenizer, CLIPTextModel and UNet2DConditionModel with cross attention, GroupNorm, GEGLU and skip
@@ -6,9 +6,10 @@ concatenations, like Stable Diffusion 1.5. The UNets share text encoder, VAE and
 
     seed0, seed1   trained independently: other initial weights, other order of the data, other noise
     low, high      seed0 fine-tuned on the digits 0 to 4 and on the digits 5 to 9
+    wide0, wide1   trained independently, twice as wide (`new_unet(seed, 64)`) and longer, on a GPU
 
-scripts/train_tiny_sd.py makes them from nothing; assets/tiny_sd/training.json says how they were made and how
-good they are.
+scripts/train_tiny_sd.py makes the first four from nothing; assets/tiny_sd/training.json says how all were made and
+how good they are.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 ASSETS = Path(__file__).parent / "assets" / "tiny_sd"
-UNETS = ("seed0", "seed1", "low", "high")
+TRAINED = ("seed0", "seed1", "low", "high")
+"""Those that scripts/train_tiny_sd.py makes, at width 32."""
+
+UNETS = (*TRAINED, "wide0", "wide1")
 
 CONTEXT = 16  # tokens in a prompt, start and end included
 HIDDEN = 64  # width of the text encoder and of the UNets' cross attention

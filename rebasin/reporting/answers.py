@@ -102,6 +102,8 @@ def _helped(results: Results) -> Answer:
     if after <= NEGLIGIBLE * abs(endpoints):
         short, tone, rest = "Yes", "good", "; it is gone"
     turned = f", and {maps} maps beside them" if maps else ""
+    permuted = results["curves"][split].get("permuted", {}).get("barrier")
+    rest += f"; the permutation alone that they start from leaves {permuted / before:.0%}" if permuted else ""
     change = (
         f"The barrier on {where} went from {number(before)} to {number(after)}, {max(share, 0):.0%} of naive"
     )

@@ -34,6 +34,7 @@ FILES = {
     "permutation.safetensors": "the permutation found, with its spec",
     "alignment.safetensors": "the permutation and the maps found, with their spec",
     "permutations.safetensors": "the permutations found, with their spec",
+    "alignments": "what brings each model to the first: 0.safetensors (no change), 1.safetensors, ...",
     "aligned.safetensors": "B brought to A",
     "merged.safetensors": "the merge",
     "fisher_a.safetensors": "how much A's loss depends on each weight (rebasin merge --fisher)",

@@ -73,4 +73,4 @@ def _frame(ax: Axes, title: str, endpoints: dict[str, str]) -> None:
     ax.set(xlabel="λ, share of B", xlim=(-0.02, 1.02))
     ends = f"0\nA: {endpoints['a']}", f"1\nB: {endpoints['b']}"
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], [ends[0], "0.25", "0.5", "0.75", ends[1]])
-    ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=2, columnspacing=1.5)
+    ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=3, columnspacing=1.2, handlelength=1.6)

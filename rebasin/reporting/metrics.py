@@ -38,7 +38,8 @@ def metrics(results: Results) -> dict[str, float]:
     barrier/SPLIT/accuracy                 largest loss of accuracy on it (classifiers)
     midpoint/SPLIT/loss, .../accuracy      at lambda 0.5 of the aligned line
     endpoints/SPLIT/loss_a, .../loss_b     of A and of B
-    naive/...                              the first five, without aligning
+    naive/..., permuted/...                the first five, without aligning, and with the permutation alone that
+                                           learned maps were started from
     reward/MODEL, reward_low/MODEL, reward_high/MODEL   mean score of a model's images, and its interval
     match/objective, moved, sweeps, seconds, l2_before, l2_after
     verify/PART                            largest relative change of an output under a random permutation
@@ -46,8 +47,8 @@ def metrics(results: Results) -> dict[str, float]:
     """
     found: dict[str, float | None] = {}
     for split, kinds in results["curves"].items():
-        for kind, prefix in (("aligned", ""), ("naive", "naive/")):
-            curve = _curve(kinds[kind])
+        for kind, data in kinds.items():
+            prefix, curve = "" if kind == "aligned" else f"{kind}/", _curve(data)
             found[f"{prefix}barrier/{split}/loss"] = curve.barrier
             found[f"{prefix}barrier/{split}/loss_mean"] = curve.barrier_mean
             found[f"{prefix}midpoint/{split}/loss"] = curve.at(0.5)

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 CURVES = {
     "split": "data", "kind": "merge", "a": "loss of A", "b": "loss of B", "midpoint": "midpoint",
-    "highest": "highest", "at": "at λ", "barrier": "barrier", "barrier_mean": "against the mean",
+    "highest": "highest", "at": "at λ", "barrier": "barrier", "share": "of naive", "barrier_mean": "against the mean",
     "accuracy": "accuracy at the midpoint",
 }  # fmt: skip
 MATCHED = ("converged", "seconds", "sweeps", "restarts", "initial_objective", "moved_per_group")
-SHORT = ("split", "kind", "a", "b", "midpoint", "barrier", "accuracy")
+SHORT = ("split", "kind", "a", "b", "midpoint", "barrier", "share", "accuracy")
 """What fits into a terminal."""
 
 
@@ -182,6 +182,9 @@ def curve_table(results: Results, columns: Iterable[str] = CURVES) -> Table:
                 "barrier": number(curve["barrier"]),
                 "barrier_mean": number(curve["barrier_mean"]),
             }
+            before = kinds["naive"]["barrier"]
+            if before and curve["barrier"] is not None:
+                row["share"] = f"{curve['barrier'] / before:.0%}"
             if accuracy:
                 row["accuracy"] = percent(float(np.interp(0.5, curve["lambdas"], accuracy)))
             rows.append(row)

@@ -36,7 +36,11 @@ NAIVE = LOOKS[1]
 
 LINES: dict[str, dict[str, Any]] = {
     name: {"color": color, "marker": marker, "linestyle": dashes, "markersize": 3.5, "linewidth": width}
-    for name, (color, marker, dashes), width in (("naive", NAIVE, 1.8), ("aligned", LOOKS[0], 2.0))
+    for name, (color, marker, dashes), width in (
+        ("naive", NAIVE, 1.8),
+        ("permuted", LOOKS[2], 1.8),
+        ("aligned", LOOKS[0], 2.0),
+    )
 }
 
 RC: Any = {  # matplotlib's own type lists every key

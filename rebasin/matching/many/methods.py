@@ -11,6 +11,7 @@ from ...spec import PermutationSpec
 from ...types import Progress, supply
 from .activations import match_many_activations
 from .cycle_consistent import match_cycle_consistently
+from .maps import match_by_maps
 from .mean import match_to_mean
 from .models import Source
 from .pivot import match_by_tree, match_to_pivot, naive_mean
@@ -24,6 +25,7 @@ METHODS: Mapping[str, Callable[..., ManyResult]] = {
     "cycle_consistent": match_cycle_consistently,
     "activations": match_many_activations,
     "straight_through": straight_through_many,
+    "maps": match_by_maps,
     "naive": naive_mean,
 }
 """Name -> function of (spec, states) and its options. "mean" is the paper's MergeMany."""
@@ -48,6 +50,8 @@ def merge_many(
         cycle_consistent  C2M3: all neurons of all models at once, by Frank and Wolfe's method
         activations       each to the others by what neurons do on data; needs `model` and `batches`
         straight_through  STE-MM: follows the loss of the mean; needs `model`, `objective` and `batches`
+        maps              each to the mean of those before it, by rotations and other maps beside permutations, which
+                          are learned with `model`, `objective` and `batches`, or `by="weights"`
         naive             no neuron moves
 
     The first four and the last hold a number of models in memory that does not depend on N.

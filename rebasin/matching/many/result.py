@@ -89,7 +89,7 @@ class ManyResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the permutations and the merged weights, as JSON can have it."""
-        own = plain(self, "permutations", "merged")
+        own = plain(self, "permutations", "merged", "alignments")
         return {**own, "models": len(self.permutations), "passes": self.passes}
 
 

@@ -208,8 +208,10 @@ def learned_matching(
             keep()
         alignment = best()
         far = turned(latents.groups, latents.maps(kept))
+    by_maps = init == "weight_alignment" or (isinstance(init, Alignment) and bool(init.maps))
     return LearnedResult(
         alignment=alignment,
+        start=None if by_maps else gauge.permutation,
         objective=seen.objective,
         start_objective=seen.first,
         initial_objective=seen.naive,

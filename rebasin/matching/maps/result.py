@@ -46,6 +46,7 @@ class LearnedResult(Found):
 
     Attributes:
         alignment: what moves B; it changes nothing of what B computes.
+        start: the permutation that was started from; None: from maps.
         objective: its loss; `start_objective` that of the start, `initial_objective` that of a naive merge.
         endpoints: the losses of A and B there.
         history: the start and every step; `best_step` is the one that is returned (0: the start).
@@ -56,6 +57,7 @@ class LearnedResult(Found):
     """
 
     alignment: Alignment
+    start: Permutation | None
     objective: float
     start_objective: float
     initial_objective: float
