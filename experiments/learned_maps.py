@@ -2,10 +2,17 @@
 
     python -m experiments.learned_maps                                      # the pair that ships, about 5 minutes
     python -m experiments.learned_maps --pair PATH/unet64 --width 64 --data mnist.npz   # PATH/unet64_{a,b}.safetensors
-    python -m experiments.learned_maps --steps 400 --json learned.json
+    python -m experiments.learned_maps --study groups --study starts --study data --study distillation --json more.json
 
 Barriers are of the denoising loss on held-out digits: the worst of 21 points of the line between A and what B became,
-above the line between their losses. Maps leave B's loss as it is, which a column checks.
+above the line between their losses. Maps leave B's loss as it is, which a column checks. Learned rows begin at the
+permutation of both costs unless they say otherwise. `--study` says what is compared:
+
+    methods       permutations, the closest maps by the weights, one learned rotation for each transformer, all maps
+    groups        kinds of maps alone and together, a quarter of the steps each
+    starts        all maps from no permutation, from those of weights and activations, a quarter of the steps each
+    data          all maps from a quarter of the images and from four times as many
+    distillation  all maps without data: on latents that A and B sample, towards the mean of what both predict
 """
 
 from __future__ import annotations
@@ -14,6 +21,8 @@ import copy
 import json
 import time
 from collections.abc import Mapping
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,13 +39,15 @@ from rebasin.matching import activation_matching
 from rebasin.matching.activations.hybrids import activation_and_weight
 from rebasin.matching.maps import learned_matching, weight_alignment
 from rebasin.models import tiny_sd
-from rebasin.objectives import Denoising
+from rebasin.objectives import Denoising, Distillation, teach
 from rebasin.tensors import load_safetensors
 from rebasin.tensors.modules import loaded
 from rebasin.types import ProgressEvent
 
 ROTATION = ["rotations", "rotations that keep ones"]
+HEADS, SCALES = ["invertible"], ["scales", "positive scales"]
 State = Mapping[str, Tensor]
+Study = StrEnum("Study", ["methods", "groups", "starts", "data", "distillation"])
 
 
 def endpoints(pair: Path | None, width: int) -> tuple[nn.Module, State, State]:
@@ -72,6 +83,7 @@ def main(
     steps: Annotated[int, typer.Option(help="gradient steps of all maps")] = 250,
     points: Annotated[int, typer.Option(help="points of the line")] = 21,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    study: Annotated[list[Study] | None, typer.Option(help="what to compare; default: methods")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="keep the figures here")] = None,
 ) -> None:
     """Measure naive, permutations, closed forms and learned maps on one pair; prints a table."""
@@ -118,19 +130,52 @@ def main(
 
     measure("naive", (a, b), 0.0)
     options = {"objective": objective, "seed": seed}
-    found, seconds = timed(activation_matching, spec, *models, learn, **options)
-    measure("activations, permutation", (a, found.permutation.apply(b)), seconds)
     start, seconds = timed(activation_and_weight, spec, *models, learn, **options)
-    measure("both costs, permutation", (a, start.permutation.apply(b)), seconds)
-    found, seconds = timed(weight_alignment, spec, a, b, seed=seed)
-    measure("weights, permutation and maps", (a, found.alignment.apply(b)), seconds)
-    for name, given in (
-        ("learned rotations", {"kinds": ROTATION, "steps": max(1, steps // 4)}),
-        ("learned maps", {"steps": steps}),
-    ):
-        given |= {"init": start.permutation, "seed": seed, "progress": lambda event: tell(console, event)}
-        found, seconds = timed(learned_matching, spec, *models, objective, learn, **given)
-        measure(name, found.apply(a, b), seconds)
+    measure("permutation by both costs", (a, start.permutation.apply(b)), seconds)
+    few = max(1, steps // 4)
+
+    def learned(name: str, images: list[Any] = learn, by: Any = objective, **given: Any) -> None:
+        given = {"init": start.permutation, "seed": seed, "steps": few, **given}
+        given["progress"] = lambda event: tell(console, event)
+        found, seconds = timed(learned_matching, spec, *models, by, images, **given)
+        measure(f"{name}, {given['steps']} steps", found.apply(a, b), seconds)
+
+    chosen = study or [Study.methods]
+    if "methods" in chosen:
+        found, seconds = timed(activation_matching, spec, *models, learn, **options)
+        measure("permutation by activations", (a, found.permutation.apply(b)), seconds)
+        found, seconds = timed(weight_alignment, spec, a, b, seed=seed)
+        measure("permutation and maps by weights", (a, found.alignment.apply(b)), seconds)
+        learned("one rotation for each transformer", kinds=ROTATION)
+        learned("all maps", steps=steps)
+    if "groups" in chosen:
+        for name, kinds in (
+            ("scales alone", SCALES),
+            ("matrices of heads alone", HEADS),
+            ("scales and heads", [*SCALES, *HEADS]),
+            ("rotations alone", ROTATION),
+            ("rotations and heads", [*ROTATION, *HEADS]),
+            ("all maps", None),
+        ):
+            learned(name, kinds=kinds)
+    if "starts" in chosen:
+        for name, init in (
+            ("no permutation", spec.identity()),
+            ("activations", "activation_matching"),
+            ("weights", "weight_matching"),
+            ("weights, with maps", "weight_alignment"),
+        ):
+            learned(f"all maps, from {name}", init=init)
+    if "data" in chosen:
+        for number in (train // 4, 4 * train):
+            learned(f"all maps, from {number} images", batches("train", number, seed + 1), steps=steps)
+    if "distillation" in chosen:
+        problem = Distillation(scheduler.config["prediction_type"], scheduler.alphas_cumprod)
+        taught = partial(teach, problem, *models, [batch["condition"] for batch in learn])
+        made, seconds = timed(taught, tuple(x["latents"].shape[1:]), seed=seed)
+        console.print(f"{train} latents sampled by A and B, {seconds:.0f} s")
+        for number in (few, steps):
+            learned("all maps, without data", made, problem, steps=number)
     table = Table("", "barrier", "share", "midpoint", "A", "B", "seconds")
     for name, row in rows.items():
         share = row["barrier"] / rows["naive"]["barrier"]
