@@ -13,6 +13,7 @@ permutation of both costs unless they say otherwise. `--study` says what is comp
     starts        all maps from no permutation, from those of weights and activations, a quarter of the steps each
     data          all maps from a quarter of the images and from four times as many
     distillation  all maps without data: on latents that A and B sample, towards the mean of what both predict
+    streams       whether one learned rotation for each transformer brings streams together (experiments/streams.py)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import copy
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import rebasin
+from experiments.streams import Stream, streams
+from experiments.streams import table as told
 from rebasin.data import captioned_digits
 from rebasin.files import write_text
 from rebasin.matching import activation_matching
@@ -47,7 +51,7 @@ from rebasin.types import ProgressEvent
 ROTATION = ["rotations", "rotations that keep ones"]
 HEADS, SCALES = ["invertible"], ["scales", "positive scales"]
 State = Mapping[str, Tensor]
-Study = StrEnum("Study", ["methods", "groups", "starts", "data", "distillation"])
+Study = StrEnum("Study", ["methods", "groups", "starts", "data", "distillation", "streams"])
 
 
 def endpoints(pair: Path | None, width: int) -> tuple[nn.Module, State, State]:
@@ -134,11 +138,12 @@ def main(
     measure("permutation by both costs", (a, start.permutation.apply(b)), seconds)
     few = max(1, steps // 4)
 
-    def learned(name: str, images: list[Any] = learn, by: Any = objective, **given: Any) -> None:
+    def learned(name: str, images: list[Any] = learn, by: Any = objective, **given: Any) -> Any:
         given = {"init": start.permutation, "seed": seed, "steps": few, **given}
         given["progress"] = lambda event: tell(console, event)
         found, seconds = timed(learned_matching, spec, *models, by, images, **given)
         measure(f"{name}, {given['steps']} steps", found.apply(a, b), seconds)
+        return found
 
     chosen = study or [Study.methods]
     if "methods" in chosen:
@@ -176,6 +181,11 @@ def main(
         console.print(f"{train} latents sampled by A and B, {seconds:.0f} s")
         for number in (few, steps):
             learned("all maps, without data", made, problem, steps=number)
+    kept: list[Stream] = []
+    if "streams" in chosen:
+        found = learned("one rotation for each transformer", kinds=ROTATION, steps=steps)
+        kept = streams(spec, model, a, b, found.alignment, lambda m: objective.evaluate(m, held))
+        console.print(told(kept))
     table = Table("", "barrier", "share", "midpoint", "A", "B", "seconds")
     for name, row in rows.items():
         share = row["barrier"] / rows["naive"]["barrier"]
@@ -195,6 +205,7 @@ def main(
             "train": train,
             "heldout": heldout,
             "points": points,
+            "streams": [asdict(one) for one in kept],
         }
         write_text(json_file, json.dumps({**about, "torch": torch.__version__, "rows": rows}, indent=1))
 
