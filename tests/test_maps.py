@@ -524,7 +524,27 @@ class Offset(nn.Module):
         return self.c(h * self.g) + self.d(h * (1 + self.g))
 
 
-@pytest.mark.parametrize("model", [Squeezed, Doubled, Multiplied, Offset])
+class Padded(nn.Module):
+    """A stream that is padded by a number on both sides, and written again: at `cut` through ReLU."""
+
+    def __init__(self, value: float = 0.0, cut: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(C, 4), nn.Linear(C, 8), nn.Linear(8, 3)
+        self.value, self.cut = value, cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.pad(self.a(x), (1, 3), value=self.value) + self.b(x)
+        return self.c(h.relu() if self.cut else h)
+
+
+def test_zeros_that_are_padded_with_hold_nothing() -> None:
+    structures = [
+        [g.structure for g in found(Padded(*given))[1].continuous] for given in ((), (0, True), (1,))
+    ]
+    assert structures == [["GL(4)", "GL(4)"], ["R+^4", "R+^4"], []]
+
+
+@pytest.mark.parametrize("model", [Squeezed, Doubled, Multiplied, Offset, Padded])
 def test_what_is_told_far_below_is_told_of_the_neuron(model: Callable[[], nn.Module]) -> None:
     made, spec, x = found(model())
     for seed in range(3):

@@ -222,7 +222,9 @@ def pad(call: Call) -> Result:
         if factor is not None and constant and before >= 0 and after >= 0:
             # The new places hold one constant: elements of their own that are all alike.
             shape = [*factor.shape[:dim], before + after, *factor.shape[dim + 1 :]]
-            pieces = np.split(c.helpers_of(shape), [before], axis=dim)
+            # Zeros stay zeros under every map; a number would not.
+            added = c.helpers_of(shape) if call.args.get("value") else c.fresh(np.zeros(shape, dtype=np.int64))
+            pieces = np.split(added, [before], axis=dim)
             new = np.concatenate([pieces[0], factor, pieces[1]], axis=dim)
             label = Label(label.shape, tuple(new if f is factor else f for f in label.factors))
         elif factor is not None:

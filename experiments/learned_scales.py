@@ -1,0 +1,221 @@
+"""What positive scales are worth on two real ResNet20 for CIFAR-10 that others trained, of the usual width.
+
+    python -m experiments.learned_scales A.th B.th --data cifar10.npz
+    python -m experiments.learned_scales A.th B.th --data cifar10.npz --steps 2000 --json scales.json
+
+The files are those of `resnet20` with zero-padded shortcuts (He et al. 2016, option A), names as in
+akamaster/pytorch_resnet_cifar10, with or without `module.` in front. Behind each norm and along each residual stream
+neurons have positive scales, which change nothing of what the network computes; they are learned by the loss between
+A and B. BatchNorm computes with the statistics of the batch while they are learned, and with statistics collected
+anew at each point where the line is measured.
+
+Barriers are of the cross entropy on test images: the worst of 21 points above the line between the ends' losses.
+Seconds are those of this process' CPU time.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rebasin
+from rebasin.data.classification import load
+from rebasin.files import write_text
+from rebasin.matching import activation_matching, learned_matching, weight_matching
+from rebasin.merging.repair import reset_statistics
+from rebasin.models.augment import AUGMENTATIONS
+from rebasin.spec import Alignment
+from rebasin.types import ProgressEvent
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Block(nn.Module):
+    def __init__(self, before: int, channels: int) -> None:
+        super().__init__()
+        self.stride = 1 if before == channels else 2
+        self.conv1 = nn.Conv2d(before, channels, 3, self.stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        if self.stride == 2:
+            added = h.shape[1] - x.shape[1]
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, added // 2, added // 2))
+        return (h + x).relu()
+
+
+class PaddedResNet20(nn.Module):
+    """ResNet20 for CIFAR-10 with shortcuts that have no parameters: channels that are missing are zeros."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        for stage in range(3):
+            channels = width * 2**stage
+            first = Block(max(width, channels // 2), channels)
+            self.add_module(
+                f"layer{stage + 1}", nn.Sequential(first, *(Block(channels, channels) for _ in "23"))
+            )
+        self.linear = nn.Linear(4 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean(dim=(2, 3)))
+
+
+def read(file: Path) -> dict[str, Tensor]:
+    """The weights in a file of torch, by the names of `PaddedResNet20`."""
+    found = torch.load(file, map_location="cpu", weights_only=True)
+    state = found.get("state_dict", found)
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """All BatchNorms compute with the statistics of the batch, and keep no record of them."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.training, norm.track_running_stats) for norm in norms]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm, (training, track) in zip(norms, before, strict=True):
+            norm.training, norm.track_running_stats = training, track
+
+
+def classified(model: nn.Module, batch: Batch) -> Tensor:
+    with batch_statistics(model):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def measured(model: nn.Module, fresh: Sequence[Tensor], held: Sequence[Batch]) -> dict[str, float]:
+    """Loss and accuracy on `held`, with statistics collected on `fresh`; the model keeps them."""
+    model.load_state_dict(reset_statistics(model, model.state_dict(), fresh))
+    loss = right = count = 0.0
+    with torch.no_grad():
+        for x, y in held:
+            logits = model(x)
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            right += float((logits.argmax(-1) == y).sum())
+            count += len(y)
+    return {"loss": loss / count, "accuracy": right / count}
+
+
+def main(
+    file_a: Annotated[Path, typer.Argument(help="A, a file of torch")],
+    file_b: Annotated[Path, typer.Argument(help="B")],
+    data: Annotated[Path, typer.Option(help="CIFAR-10: an .npz file or the publisher's folder")],
+    steps: Annotated[int, typer.Option(help="gradient steps")] = 600,
+    lr: Annotated[float, typer.Option(help="of Adam")] = 2e-2,
+    low: Annotated[float, typer.Option(help="the least share of B that is drawn")] = 0.2,
+    high: Annotated[float, typer.Option(help="the largest")] = 0.8,
+    batches: Annotated[int, typer.Option(help="training batches of 128, flipped and shifted")] = 120,
+    test: Annotated[int, typer.Option(help="test images")] = 2000,
+    fresh: Annotated[int, typer.Option(help="training images for the statistics of each point")] = 2000,
+    points: Annotated[int, typer.Option(help="points of the line")] = 21,
+    rows: Annotated[
+        str, typer.Option(help="what to start from, with , between")
+    ] = "naive,weights,activations",
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="keep the figures here")] = None,
+) -> None:
+    """Measure permutations and learned scales on a pair of ResNet20; prints a table."""
+    console = Console(highlight=False, soft_wrap=True)
+    images = load("cifar10", data)
+    random = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images.train_x), generator=random)[: batches * 128 + fresh]
+    x, y = images.train_x[order], images.train_y[order]
+    held = list(zip(images.test_x[:test].split(500), images.test_y[:test].split(500), strict=True))
+    del images
+    new = list(x[-fresh:].split(500))
+    moved = AUGMENTATIONS["crop"](x[: batches * 128], random)
+    learn = list(zip(moved.split(128), y[: batches * 128].split(128), strict=True))
+    a, b = read(file_a), read(file_b)
+    models = [PaddedResNet20(len(a["conv1.weight"])).eval() for _ in "ab"]
+    for model, state in zip(models, (a, b), strict=True):
+        model.load_state_dict(state)
+    a, b = ({name: t.clone() for name, t in model.state_dict().items()} for model in models)
+    work = copy.deepcopy(models[0])
+    spec = rebasin.trace(work, x[:2])
+    report = rebasin.verify(copy.deepcopy(work), spec, x[:2], dtype=torch.float64).require()
+    free = sum(group.dimension for group in spec.continuous)
+    console.print(f"{spec.neurons:,} neurons; {free:,} scales in {report.maps} continuous groups, proved")
+    figures: dict[str, dict[str, Any]] = {}
+
+    def measure(name: str, found: Alignment, seconds: float) -> None:
+        end = found.apply(b)
+        curve = rebasin.barrier(work, a, end, lambda m: measured(m, new, held), points=points)
+        accuracy = curve.metrics["accuracy"]
+        figures[name] = {
+            "barrier": curve.barrier, "at": curve.argmax, "highest": max(curve.losses), "midpoint": curve.at(0.5),
+            "accuracy": curve.at(0.5, "accuracy"), "lowest accuracy": min(accuracy), "seconds": seconds,
+            "ends": [curve.losses[0], curve.losses[-1]], "accuracies": [accuracy[0], accuracy[-1]],
+            "losses": list(curve.losses),
+        }  # fmt: skip
+        console.print(
+            f"{name}: {curve.barrier:.4f}, {curve.at(0.5, 'accuracy'):.1%} at the midpoint, {seconds:.0f} s"
+        )
+        if json_file is not None:
+            about = {
+                "steps": steps,
+                "lr": lr,
+                "shares": [low, high],
+                "batches": batches,
+                "test": test,
+                "seed": seed,
+            }
+            about |= {"fresh": fresh, "points": points, "torch": torch.__version__, "rows": figures}
+            write_text(json_file, json.dumps(about, indent=1) + "\n")
+
+    def say(event: ProgressEvent) -> None:
+        if event["step"] % 100 == 0:
+            console.print(f"  step {event['step']} of {event['total']}: {event['objective']:.4f} so far")
+
+    for row in dict.fromkeys(["naive", *rows.split(",")]):
+        began = time.process_time()
+        start = spec.identity()
+        if row == "weights":
+            start = weight_matching(spec, a, b, seed=seed).permutation
+        elif row == "activations":
+            start = activation_matching(
+                spec, *models, learn[:16], objective=classified, seed=seed
+            ).permutation
+        measure(row, Alignment.of(start), time.process_time() - began)
+        if row in rows.split(","):
+            began = time.process_time()
+            found = learned_matching(
+                spec, *models, classified, learn, init=start, steps=steps, lr=lr, lam_low=low, lam_high=high,
+                evaluate_every=25, seed=seed, progress=say,
+            )  # fmt: skip
+            measure(f"{row}, scales", found.alignment, time.process_time() - began)
+    table = Table(
+        "", "barrier", "at", "highest loss", "loss at the midpoint", "accuracy there", "lowest", "CPU seconds"
+    )
+    for name, row in figures.items():
+        losses = (f"{row[key]:.3f}" for key in ("barrier", "at", "highest", "midpoint"))
+        shares = (f"{row[key]:.1%}" for key in ("accuracy", "lowest accuracy"))
+        table.add_row(name, *losses, *shares, f"{row['seconds']:.0f}")
+    console.print(table)
+    console.print(f"ends: {figures['naive']['ends']}, accuracy {figures['naive']['accuracies']}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
