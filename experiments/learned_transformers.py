@@ -17,7 +17,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -285,7 +285,7 @@ class Pair:
                 assert start is not None
                 moved = loaded(copy.deepcopy(model_b), start.apply(self.b)).eval()
                 return Alignment.of(self._straight(moved, "identity")).compose(start)
-        raise typer.BadParameter(f"There is no row {name!r}; there are {', '.join(ROWS)}.")
+        raise AssertionError(name)
 
     def _straight(self, model_b: nn.Module, init: Any) -> Any:
         return rebasin.straight_through(
@@ -322,6 +322,7 @@ def main(
         int, typer.Option(help="gradient steps of all maps; half as many for the rotation alone")
     ] = 600,
     batches: Annotated[int, typer.Option(help="training batches to learn maps from")] = 200,
+    held: Annotated[int | None, typer.Option(help="held-out batches to measure on; default: all")] = None,
     rows: Annotated[
         str, typer.Option(help="table, turns, ablation, or rows by name, with ; between")
     ] = "table",
@@ -331,8 +332,12 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="keep the figures here")] = None,
 ) -> None:
     """Train two transformers apart and measure naive, permutations and learned maps; prints a table."""
+    chosen = ["naive", *SETS.get(rows, rows.split(";"))]
+    if unknown := [row for row in chosen if row not in ROWS]:
+        raise typer.BadParameter(f"--rows has {unknown[0]!r}; choose of {', '.join([*SETS, *ROWS])}.")
     console = Console(highlight=False, soft_wrap=True)
     found = text(64, 32, batches) if kind == "gpt" else images(data, path, 128, batches)
+    found = replace(found, held=found.held[:held])
     loss = written if kind == "gpt" else classified
     name = "pydoc_data.topics" if kind == "gpt" else data
     shape, models = found.learn[0][0].shape, []
@@ -352,7 +357,7 @@ def main(
         "batches": batches, "points": points, "seed": seed, "torch": torch.__version__,
     }  # fmt: skip
     figures: dict[str, dict[str, Any]] = {}
-    for row in dict.fromkeys(["naive", *SETS.get(rows, rows.split(";"))]):
+    for row in dict.fromkeys(chosen):
         try:
             alignment, seconds = pair.align(row)
         except ConfigError as error:

@@ -196,6 +196,7 @@ WORDS = {
     "ste_quick": "STE, 20 steps",
     "ste_reward": "STE on the score",
     "ste_reward_quick": "STE on the score, 20 steps",
+    "learned": "learned maps",
     "model.width": "width",
     "model.epoch": "epoch",
     "models": "number of models",
