@@ -9,6 +9,10 @@ neurons have positive scales, which change nothing of what the network computes;
 A and B. BatchNorm computes with the statistics of the batch while they are learned, and with statistics collected
 anew at each point where the line is measured.
 
+A norm does not see the scale of what enters it, up to its eps. `ROW+norms` first gives B's filters the norms of A's,
+in the order that was found; `ROW+filters` learns a scale of each of B's filters on top of that. The latter could turn
+the midpoint into A and hide the barrier near the ends, so all rows have the worst point of the line.
+
 Barriers are of the cross entropy on test images: the worst of 21 points above the line between the ends' losses.
 Seconds are those of this process' CPU time.
 """
@@ -18,8 +22,9 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,8 +41,9 @@ from rebasin.files import write_text
 from rebasin.matching import activation_matching, learned_matching, weight_matching
 from rebasin.merging.repair import reset_statistics
 from rebasin.models.augment import AUGMENTATIONS
-from rebasin.spec import Alignment
-from rebasin.types import ProgressEvent
+from rebasin.spec import ContinuousGroup, MapSite
+from rebasin.tensors.modules import loaded
+from rebasin.types import ProgressEvent, State
 
 Batch = tuple[Tensor, Tensor]
 
@@ -66,12 +72,10 @@ class PaddedResNet20(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        for stage in range(3):
-            channels = width * 2**stage
-            first = Block(max(width, channels // 2), channels)
-            self.add_module(
-                f"layer{stage + 1}", nn.Sequential(first, *(Block(channels, channels) for _ in "23"))
-            )
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(Block(before, n), Block(n, n), Block(n, n))
+            for before, n in ((width, width), (width, 2 * width), (2 * width, 4 * width))
+        )
         self.linear = nn.Linear(4 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,6 +123,36 @@ def measured(model: nn.Module, fresh: Sequence[Tensor], held: Sequence[Batch]) -
     return {"loss": loss / count, "accuracy": right / count}
 
 
+def filters(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Convolutions and the norms behind them."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            yield name, name.replace("conv", "bn")
+
+
+def with_norms_of(model: nn.Module, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """B with each filter as large as A's, statistics scaled with it: the same up to the norm's eps."""
+    made = dict(b)
+    for conv, norm in filters(model):
+        sizes = [state[f"{conv}.weight"].flatten(1).norm(dim=1) for state in (a, b)]
+        scale = sizes[0] / sizes[1].clamp_min(1e-12)
+        made[f"{conv}.weight"] = b[f"{conv}.weight"] * scale[:, None, None, None]
+        made[f"{norm}.running_mean"] = b[f"{norm}.running_mean"] * scale
+        made[f"{norm}.running_var"] = b[f"{norm}.running_var"] * scale.square()
+    return made
+
+
+def with_filters(model: nn.Module, spec: rebasin.PermutationSpec) -> rebasin.PermutationSpec:
+    """The spec with a scale for each filter before a norm: exact up to eps, and only with fresh statistics."""
+    more = []
+    for conv, _ in filters(model):
+        weight = f"{conv}.weight"
+        size = len(model.get_parameter(weight))
+        site = MapSite(weight, 0, range(size), 1)
+        more.append(ContinuousGroup(f"{conv} before its norm", "positive scales", size, 1, (site,)))
+    return replace(spec, continuous=(*spec.continuous, *more))
+
+
 def main(
     file_a: Annotated[Path, typer.Argument(help="A, a file of torch")],
     file_b: Annotated[Path, typer.Argument(help="B")],
@@ -160,8 +194,7 @@ def main(
     console.print(f"{spec.neurons:,} neurons; {free:,} scales in {report.maps} continuous groups, proved")
     figures: dict[str, dict[str, Any]] = {}
 
-    def measure(name: str, found: Alignment, seconds: float) -> None:
-        end = found.apply(b)
+    def measure(name: str, end: State, seconds: float) -> None:
         curve = rebasin.barrier(work, a, end, lambda m: measured(m, new, held), points=points)
         accuracy = curve.metrics["accuracy"]
         figures[name] = {
@@ -191,21 +224,27 @@ def main(
 
     for row in dict.fromkeys(["naive", *rows.split(",")]):
         began = time.process_time()
+        name, _, more = row.partition("+")
         start = spec.identity()
-        if row == "weights":
+        if name == "weights":
             start = weight_matching(spec, a, b, seed=seed).permutation
-        elif row == "activations":
+        elif name == "activations":
             start = activation_matching(
-                spec, *models, learn[:16], objective=classified, seed=seed
+                spec, models[0], models[1], learn[:16], objective=classified, seed=seed
             ).permutation
-        measure(row, Alignment.of(start), time.process_time() - began)
+        end = start.apply(b)
+        if more:
+            end = with_norms_of(work, a, end)
+        measure(row, end, time.process_time() - began)
         if row in rows.split(","):
             began = time.process_time()
+            moved = loaded(copy.deepcopy(work), end).eval()
             found = learned_matching(
-                spec, *models, classified, learn, init=start, steps=steps, lr=lr, lam_low=low, lam_high=high,
-                evaluate_every=25, seed=seed, progress=say,
+                with_filters(work, spec) if more == "filters" else spec, models[0], moved, classified, learn,
+                init="identity", steps=steps, lr=lr, lam_low=low, lam_high=high, evaluate_every=25, seed=seed,
+                progress=say,
             )  # fmt: skip
-            measure(f"{row}, scales", found.alignment, time.process_time() - began)
+            measure(f"{row}, scales", found.alignment.apply(end), time.process_time() - began)
     table = Table(
         "", "barrier", "at", "highest loss", "loss at the midpoint", "accuracy there", "lowest", "CPU seconds"
     )

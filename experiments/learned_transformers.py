@@ -262,7 +262,7 @@ class Pair:
         spec, (model_a, model_b), batches = self.spec, self.models, self.data.learn
         seen = batches[:40]
         options: dict[str, Any] = {"objective": self.loss, "seed": self.seed}
-        if name in LEARNED:
+        if name in LEARNED and start is not None:
             return self._learned(LEARNED[name], start)
         match name:
             case "naive":
@@ -294,16 +294,16 @@ class Pair:
             seed=self.seed,
         ).permutation  # fmt: skip
 
-    def _learned(self, row: Learned, start: Alignment | None) -> Alignment:
+    def _learned(self, row: Learned, start: Alignment) -> Alignment:
         def tell(event: ProgressEvent) -> None:
             if event["step"] % 100 == 0:
                 best = event["objective"]
                 self.tell(f"  step {event['step']} of {event['total']}: {best:.4f} so far")
 
         found = learned_matching(
-            self.spec, *self.models, self.loss, self.data.learn[: row.batches], heldout=self.data.select,
-            kinds=row.kinds, init=start, steps=max(1, int(row.share * self.steps)), seed=self.seed,
-            progress=tell, **row.options,
+            self.spec, self.models[0], self.models[1], self.loss, self.data.learn[: row.batches],
+            heldout=self.data.select, kinds=row.kinds, init=start, seed=self.seed,
+            steps=max(1, int(row.share * self.steps)), progress=tell, **row.options,
         )  # fmt: skip
         return found.alignment
 
