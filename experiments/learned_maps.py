@@ -13,6 +13,8 @@ permutation of both costs unless they say otherwise. `--study` says what is comp
     starts        all maps from no permutation, from those of weights and activations, a quarter of the steps each
     data          all maps from a quarter of the images and from four times as many
     distillation  all maps without data: on latents that A and B sample, towards the mean of what both predict
+    control       how much of it is B's doing: the same with a B whose matrices on rotated streams are shuffled, a bad
+                  model; compare midpoints, as the line ends high there
     streams       whether one learned rotation for each transformer brings streams together (experiments/streams.py)
 """
 
@@ -51,7 +53,7 @@ from rebasin.types import ProgressEvent
 ROTATION = ["rotations", "rotations that keep ones"]
 HEADS, SCALES = ["invertible"], ["scales", "positive scales"]
 State = Mapping[str, Tensor]
-Study = StrEnum("Study", ["methods", "groups", "starts", "data", "distillation", "streams"])
+Study = StrEnum("Study", ["methods", "groups", "starts", "data", "distillation", "streams", "control"])
 
 
 def endpoints(pair: Path | None, width: int) -> tuple[nn.Module, State, State]:
@@ -62,6 +64,18 @@ def endpoints(pair: Path | None, width: int) -> tuple[nn.Module, State, State]:
     files = [pair.with_name(f"{pair.name}_{end}.safetensors") for end in "ab"]
     a, b = ({n: t.float() for n, t in load_safetensors(file).items()} for file in files)
     return loaded(tiny_sd.new_unet(0, width), a), a, b
+
+
+def shuffled(spec: rebasin.PermutationSpec, state: State, seed: int) -> dict[str, Tensor]:
+    """The entries of each matrix that a rotated stream writes or reads in a random order; all else as it is."""
+    generator = torch.Generator().manual_seed(seed)
+    names = {s.parameter for group in spec.continuous if group.kind in ROTATION for s in group.sites}
+    order = {
+        n: torch.randperm(t.numel(), generator=generator)
+        for n, t in state.items()
+        if n in names and t.ndim > 1
+    }
+    return {n: t.flatten()[order[n]].view_as(t) if n in order else t for n, t in state.items()}
 
 
 def tell(console: Console, event: ProgressEvent) -> None:
@@ -138,11 +152,13 @@ def main(
     measure("permutation by both costs", (a, start.permutation.apply(b)), seconds)
     few = max(1, steps // 4)
 
-    def learned(name: str, images: list[Any] = learn, by: Any = objective, **given: Any) -> Any:
+    def learned(
+        name: str, images: list[Any] = learn, by: Any = objective, end: nn.Module = models[1], **given: Any
+    ) -> Any:
         given = {"init": start.permutation, "seed": seed, "steps": few, **given}
         given["progress"] = lambda event: tell(console, event)
-        found, seconds = timed(learned_matching, spec, *models, by, images, **given)
-        measure(f"{name}, {given['steps']} steps", found.apply(a, b), seconds)
+        found, seconds = timed(learned_matching, spec, models[0], end, by, images, **given)
+        measure(f"{name}, {given['steps']} steps", found.apply(a, end.state_dict()), seconds)
         return found
 
     chosen = study or [Study.methods]
@@ -181,9 +197,18 @@ def main(
         console.print(f"{train} latents sampled by A and B, {seconds:.0f} s")
         for number in (few, steps):
             learned("all maps, without data", made, problem, steps=number)
+    if "control" in chosen:
+        broken = start.permutation.apply(shuffled(spec, b, seed))
+        measure("B shuffled", (a, broken), 0.0)
+        other = loaded(copy.deepcopy(model), broken).eval()
+        for name, kinds, number in (
+            ("B shuffled, one rotation for each transformer", ROTATION, few),
+            ("B shuffled, all maps", None, steps),
+        ):
+            learned(name, end=other, init=spec.identity(), kinds=kinds, steps=number)
     kept: list[Stream] = []
     if "streams" in chosen:
-        found = learned("one rotation for each transformer", kinds=ROTATION, steps=steps)
+        found = learned("one rotation for each transformer", kinds=ROTATION)
         kept = streams(spec, model, a, b, found.alignment, lambda m: objective.evaluate(m, held))
         console.print(told(kept))
     table = Table("", "barrier", "share", "midpoint", "A", "B", "seconds")
