@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -37,7 +38,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import rebasin
-from experiments.streams import Stream, streams
+from experiments.streams import Stream, shuffled, streams
 from experiments.streams import table as told
 from rebasin.data import captioned_digits
 from rebasin.files import write_text
@@ -64,18 +65,6 @@ def endpoints(pair: Path | None, width: int) -> tuple[nn.Module, State, State]:
     files = [pair.with_name(f"{pair.name}_{end}.safetensors") for end in "ab"]
     a, b = ({n: t.float() for n, t in load_safetensors(file).items()} for file in files)
     return loaded(tiny_sd.new_unet(0, width), a), a, b
-
-
-def shuffled(spec: rebasin.PermutationSpec, state: State, seed: int) -> dict[str, Tensor]:
-    """The entries of each matrix that a rotated stream writes or reads in a random order; all else as it is."""
-    generator = torch.Generator().manual_seed(seed)
-    names = {s.parameter for group in spec.continuous if group.kind in ROTATION for s in group.sites}
-    order = {
-        n: torch.randperm(t.numel(), generator=generator)
-        for n, t in state.items()
-        if n in names and t.ndim > 1
-    }
-    return {n: t.flatten()[order[n]].view_as(t) if n in order else t for n, t in state.items()}
 
 
 def tell(console: Console, event: ProgressEvent) -> None:
@@ -139,7 +128,7 @@ def main(
             "barrier": curve.barrier, "midpoint": losses[points // 2], "ends": [losses[0], losses[-1]],
             "seconds": seconds, "losses": list(losses),
         }  # fmt: skip
-        share = curve.barrier / rows["naive"]["barrier"]
+        share = curve.barrier / (rows["naive"]["barrier"] or math.nan)
         console.print(f"{name}: {curve.barrier:.4f} ({share:.1%}), {seconds:.0f} s")
 
     def timed(work: Any, *given: Any, **options: Any) -> tuple[Any, float]:
@@ -213,7 +202,7 @@ def main(
         console.print(told(kept))
     table = Table("", "barrier", "share", "midpoint", "A", "B", "seconds")
     for name, row in rows.items():
-        share = row["barrier"] / rows["naive"]["barrier"]
+        share = row["barrier"] / (rows["naive"]["barrier"] or math.nan)
         figures = (row["midpoint"], *row["ends"])
         table.add_row(
             name,

@@ -4,6 +4,7 @@
     python -m experiments.learned_transformers gpt              # bytes of Python's own documentation
     python -m experiments.learned_transformers gpt --tied       # embedding and head are one matrix
     python -m experiments.learned_transformers gpt --keep FOLDER --rows ablation     # networks are trained once
+    python -m experiments.learned_transformers gpt --control    # B shuffled, a bad model: compare midpoints
 
 Both are the classes of `transformers`, small, trained twice from different seeds. The text is `pydoc_data.topics`, the
 language reference that every Python ships (465,000 bytes; the last tenth is held out). Barriers are of the cross
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rebasin
+from experiments.streams import shuffled
 from rebasin.data.classification import load
 from rebasin.errors import ConfigError
 from rebasin.files import write_text
@@ -328,6 +331,9 @@ def main(
     ] = "table",
     points: Annotated[int, typer.Option(help="points of the line")] = 21,
     seed: Annotated[int, typer.Option(help="of everything random; seed + 1 trains B")] = 0,
+    control: Annotated[
+        bool, typer.Option("--control", help="shuffle the entries of B's matrices: is it B's doing?")
+    ] = False,
     keep: Annotated[Path | None, typer.Option(help="a folder to keep the trained networks in")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="keep the figures here")] = None,
 ) -> None:
@@ -350,11 +356,15 @@ def main(
         models.append(kept(target, model, partial(trained, model, loss, found.draw, train_steps, number)))
         console.print(f"{file} in {time.process_time() - began:.0f} s: {measured(models[-1], found.held)}")
     pair = Pair(models, loss, found, steps, seed, console.print)
+    if control:
+        models[1] = loaded(models[1], shuffled(pair.spec, pair.b, seed)).eval()
+        pair = Pair(models, loss, found, steps, seed, console.print)
+        console.print(f"B shuffled: {measured(models[1], found.held)}")
     groups = ", ".join(f"{g.structure} ({g.kind})" for g in pair.spec.continuous if not g.name.endswith("'"))
     console.print(f"{pair.spec.neurons:,} neurons; {pair.maps} continuous groups, proved: {groups}")
     about = {
         "kind": kind, "data": name, "tied": tied, "width": width, "train_steps": train_steps, "steps": steps,
-        "batches": batches, "points": points, "seed": seed, "torch": torch.__version__,
+        "batches": batches, "control": control, "points": points, "seed": seed, "torch": torch.__version__,
     }  # fmt: skip
     figures: dict[str, dict[str, Any]] = {}
     for row in dict.fromkeys(chosen):
@@ -384,7 +394,7 @@ def main(
         table.add_row(
             row,
             f"{one['barrier']:.4f}",
-            f"{one['barrier'] / figures['naive']['barrier']:.1%}",
+            f"{one['barrier'] / (figures['naive']['barrier'] or math.nan):.1%}",
             f"{one['midpoint']:.4f}",
             f"{one['accuracy']:.1%}",
             f"{one['lowest accuracy']:.1%}",

@@ -190,6 +190,21 @@ def _seen(
     return {name: torch.cat(found) for name, found in kept.items()}
 
 
+def shuffled(spec: PermutationSpec, state: State, seed: int) -> dict[str, Tensor]:
+    """The entries of each matrix that a rotated stream writes or reads in a random order; all else as it is.
+
+    What is learned between A and such a B is the control: it is not B's doing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    names = {s.parameter for group in spec.continuous if group.kind in ROTATIONS for s in group.sites}
+    order = {
+        n: torch.randperm(t.numel(), generator=generator)
+        for n, t in state.items()
+        if n in names and t.ndim > 1
+    }
+    return {n: t.flatten()[order[n]].view_as(t) if n in order else t for n, t in state.items()}
+
+
 def table(found: list[Stream]) -> Table:
     """A row for each stream: correlation, crossed, agreed and leaving."""
     made = Table("stream", "neurons", "permuted", "closest", "learned", "rank of A", "of B")
