@@ -30,7 +30,7 @@ from rebasin.models import tiny_sd
 from rebasin.objectives import Denoising
 from rebasin.objectives.denoising import CHANNELS, problems
 from rebasin.objectives.sampling import sample
-from rebasin.spec import Permutation, PermutationSpec
+from rebasin.spec import Alignment, Permutation, PermutationSpec
 from rebasin.tasks import Task, load_task
 from rebasin.tasks import checkpoint as checkpoint_task
 from rebasin.tasks.around import Around
@@ -407,3 +407,74 @@ def test_what_a_tiny_unet_is_told():
     assert around.shape == (4, 8, 8) and around.channels(2) is None
     with pytest.raises(ConfigError, match="multiples of 4"):
         Around(around.pipeline, 30)
+
+
+# By the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_learns_maps_of_the_unet(twins, place: Path, monkeypatch: pytest.MonkeyPatch):
+    found = twins("sd1")
+    a, b = found.files[:2]
+    few = (
+        "algo.steps=2",
+        "algo.evaluate_every=1",
+        "algo.init=identity",
+        "objective.samples=4",
+        "objective.steps=2",
+    )
+    given = [*few, "objective.batch_size=2", *(told for told in found.options if "prompts" not in told)]
+    learn = [word for one in given for word in ("--learn", one)]
+    out = place / "learned.safetensors"
+    prompts = ("--prompts", place / "prompts.txt")
+    told = rebasin("merge", a, b, "-o", out, "--learned", *learn, *prompts, "--only", "unet")
+    assert "Between A and B the loss of the unet is above that of the ends by" in told
+    assert "Is it legal? Yes" in told and "groups have maps" in told
+    kept = out.with_name("learned.alignment.safetensors")
+    own = of_component(Alignment.load(kept), "unet")
+    assert own is not None and own.maps
+    one, other = (open_checkpoint(file).component("unet") for file in (a, b))
+    moved, merged = own.view(dict(other)), open_checkpoint(out).component("unet")
+    for name in one:
+        torch.testing.assert_close(merged[name], (one[name] + moved[name]) / 2, rtol=1e-4, atol=1e-5)
+    again = rebasin(
+        "align", a, b, "-o", place / "b.safetensors", "--permutation", kept, "--only", "unet", expect=2
+    )
+    assert "No such option" in again  # which is merge's
+    monkeypatch.setattr("rebasin.cli.learned.learn", None)  # what was found is taken again
+    assert "as found before" in rebasin(
+        "merge",
+        a,
+        b,
+        "-o",
+        out,
+        "--overwrite",
+        "--learned",
+        *learn,
+        *prompts,
+        "--only",
+        "unet",
+        "--alpha",
+        0.3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--learn", "algo.steps=2"], "--learn has no effect without --learned; add it, or leave it out."),
+        (["--learned", "--learn", "algo.step=2"], "there is no option algo.step; python -m rebasin.run"),
+        (
+            ["--learned", "--learn", "model.a=2"],
+            "--learn model.a=2 is no option of what is learned; give algo.",
+        ),
+        (["--learned", "--joint"], "--learned moves the UNet within itself"),
+        (["--learned", "--only", "vae"], "--learned learns maps of the UNet, which --only leaves out"),
+        (["--learned", "--prompts", "nowhere.txt"], "no file or folder nowhere.txt"),
+        (["--learned", "--no-align"], "--learned and --no-align contradict each other"),
+    ],
+)
+def test_what_does_not_go_with_learning_is_told(options: list[str], words: str, tmp_path: Path):
+    told = rebasin(
+        "merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "c.safetensors", *options, expect=2
+    )
+    assert words in told.replace("\n", " ")

@@ -10,7 +10,9 @@ import typer
 from .request import A, B, Request, command
 
 
-@command("a b output maps joint components variant start seed device threads check overwrite dry_run")
+@command(
+    "a b output maps learned prompts learn joint components variant start seed device threads check overwrite dry_run"
+)
 def align(
     a: A,
     b: B,
@@ -23,8 +25,9 @@ def align(
     """Bring B's neurons into A's order, without changing what B computes.
 
     The aligned B is a checkpoint like any other: it makes the same images as
-    B, and every tool can merge it with A. Beside it lies the permutation (or
-    with --maps the alignment), which moves adapters of B along (rebasin apply).
+    B, and every tool can merge it with A. Beside it lies the permutation (with
+    --maps or --learned the alignment), which moves adapters of B along (rebasin
+    apply).
 
     \b
     Align, then move a LoRA of B along:

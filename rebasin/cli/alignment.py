@@ -18,7 +18,7 @@ from ..adapters import is_joint, of_component, part, union
 from ..checkpoints import component_spec, load_metadata
 from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.joint import PARTS, joint_spec, joint_state
-from ..checkpoints.provenance import Component
+from ..checkpoints.provenance import Component, sha256_of
 from ..errors import CheckpointError, ConfigError, SpecMismatchError, shown
 from ..files import SchemaError, conform, parse, remove_leftovers
 from ..integrations.ray_cluster import on_ray
@@ -58,6 +58,9 @@ OF_TWO, OF_MANY = ("distance_after", "initial_objective"), ("distance", "passes"
 
 MAPS = "maps"
 """How many continuous groups have a map in a component, of an alignment with maps; `left_out` says which have none."""
+
+LEARNED = ("initial_objective", "start_objective", "objective", "best_step")
+"""What is kept of learned maps: the midpoint's loss above the ends', naive, at the start and at the best step."""
 
 Specs = Mapping[str, PermutationSpec]
 Figures = Mapping[str, Mapping[str, Any]]
@@ -248,9 +251,15 @@ def given_alignment(path: Path, specs: Specs, files: Sequence[File] = ()) -> Ali
 
 
 def remarks_of(figures: Figures) -> tuple[str, ...]:
-    """A sentence about each component of which groups have no map."""
+    """A sentence about each component of which groups have no map, and what learning has changed."""
     told = []
     for name, own in figures.items():
+        if learned := own.get("learned"):
+            naive, start, best, step = (learned[key] for key in LEARNED)
+            told.append(
+                f"Between A and B the loss of the {name} is above that of the ends by {naive:.4g} without aligning, by"
+                f" {start:.4g} where learning began and by {best:.4g} now (step {step}), on latents of its own."
+            )
         left_out = own.get("left_out") or {}
         if left_out:
             first, why = next(iter(left_out.items()))
@@ -356,7 +365,7 @@ class Aligning:
             return found
         matched = {name: self.component(name) for name in self.specs}
         prefixes = {name: "" if name == JOINT else name for name in matched}
-        if self.request.maps:
+        if self.request.by_maps:
             whole = [union({prefixes[name]: own[0].member for name, own in matched.items()})]
         else:  # their specs know no maps, as in older versions
             whole = [
@@ -385,12 +394,19 @@ class Aligning:
             # Other ways to a result than one permutation after the other.
             **({} if self.request.ray is None else {"ray": True}),
             **({"maps": True} if self.request.maps else {}),
+            **({"learned": self._learning} if self.request.learned else {}),
         }
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def named(self, i: int) -> list[File]:
         """The first model and model `i`."""
         return [{"name": self.models[n].path.name, "sha256": self.hashes[n]} for n in (0, i)]
+
+    @property
+    def _learning(self) -> list[str]:
+        """What learning depends on, besides the models."""
+        prompts = self.request.prompts
+        return [*self.request.learn, "" if prompts is None else sha256_of(prompts)]
 
     @property
     def files(self) -> list[Path]:
@@ -429,8 +445,16 @@ class Aligning:
         common: dict[str, Any] = {"seed": request.seed, "progress": progress}
         options = {"init": request.start, "device": request.device, "max_sweeps": request.max_sweeps}
         figures: dict[str, Any] = {"neurons": spec.neurons}
-        if request.maps:
-            found = weight_alignment(spec, *states, max_sweeps=request.max_sweeps, **common)
+        learning = request.learned and name == "unet"
+        if learning or request.maps:
+            if learning:
+                from .learned import learn  # late: it loads diffusers
+
+                paths = [model.path for model in self.models]
+                found = learn(request, paths, spec, progress, resume)
+                figures["learned"] = {n: getattr(found, n) for n in LEARNED}
+            else:
+                found = weight_alignment(spec, *states, max_sweeps=request.max_sweeps, **common)
             figures |= {MAPS: len(found.alignment.maps), "left_out": dict(found.left_out)}
             return [found.alignment], {key: getattr(found, key) for key in FIGURES + OF_TWO} | figures
         if len(states) == 2:
@@ -461,7 +485,7 @@ class Aligning:
         told = {"key": self.key, "figures": json.dumps(figures)}
         for i, (own, file) in enumerate(zip(members, files, strict=True), 1):
             # A permutation's file is that of older versions: its spec knows no maps.
-            whole = own if self.request.maps else own.permutation
+            whole = own if self.request.by_maps else own.permutation
             whole.save(file, {**told, "files": json.dumps(self.named(i))})
         return [
             Alignment(own, specs, figures, file, remarks=remarks_of(figures))

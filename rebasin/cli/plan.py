@@ -60,6 +60,10 @@ def show_plan(
         say("\nAlign to the first model:")
         say(table(("component", "neurons", "groups", "about"), rows, words=1))
         memory = max(memory, *(_memory(spec, models[0], name, len(models)) for name, spec in specs.items()))
+        if request.learned:
+            say(
+                "and the UNet by maps that are learned on prompts: python -m rebasin.run tells what that takes."
+            )
         if request.maps:
             groups = sum(len(spec.continuous) for spec in specs.values())
             say(

@@ -89,6 +89,30 @@ class Request:
             " learned maps do (python -m rebasin.run algo=learned). Takes several times the memory and time.",
         ),
     ] = False
+    learned: Annotated[
+        bool,
+        typer.Option(
+            "--learned",
+            help="Learn maps of the UNet by gradient: what lies between A and B is to predict what both predict, on"
+            " latents that they sample from prompts. For models that were trained apart; fine-tunes of one base need no"
+            " such thing. Other components are aligned by their weights. Best on a GPU.",
+        ),
+    ] = False
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --learned: prompts, one on each line. Default: 32 that ship."
+        ),
+    ] = None
+    learn: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--learn",
+            metavar="NAME=VALUE",
+            help="With --learned: an option of python -m rebasin.run algo=learned objective=distillation"
+            " model=checkpoint, e.g. algo.steps=100, objective.samples=64 or model.size=256; may be repeated.",
+        ),
+    ] = ()
     joint: Annotated[
         bool,
         typer.Option(
@@ -174,12 +198,17 @@ class Request:
     workers: int | None = None
 
     @property
+    def by_maps(self) -> bool:
+        """Whether what is found may have maps."""
+        return self.maps or self.learned
+
+    @property
     def kept(self) -> Path:
         """Where the permutation or alignment is kept."""
         from ..checkpoints.output import FILES  # late: torch
 
         name = self.output.stem if self.output.suffix.lower() in FILES else self.output.name
-        return self.output.with_name(f"{name}.{'alignment' if self.maps else 'permutation'}.safetensors")
+        return self.output.with_name(f"{name}.{'alignment' if self.by_maps else 'permutation'}.safetensors")
 
 
 @cache
@@ -213,7 +242,13 @@ def command(names: str = "") -> Callable[[Callable[..., None]], Callable[..., No
         parameters = [own.get(name, offered.get(name)) for name in names.split() or offered]
 
         def called(**given: Any) -> None:
-            for name in ("inputs", "options", "components", "fisher"):  # an option that was not given is None
+            for name in (
+                "inputs",
+                "options",
+                "components",
+                "fisher",
+                "learn",
+            ):  # an option that was not given is None
                 if name in given:
                     given[name] = tuple(given[name] or ())
             function(**given)

@@ -12,6 +12,7 @@ from ..checkpoints.checkpoint import several_variants
 from ..checkpoints.joint import PARTS
 from ..checkpoints.output import require_place
 from ..checkpoints.provenance import sha256_of
+from ..data.prompts import read_prompts
 from ..errors import ConfigError, SpecMismatchError, VerificationError, shown
 from ..integrations.ray_cluster import require_ray as require_package
 from ..spec.mapped import Rounding
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 def choices(request: Request) -> dict[str, Any]:
     """The options of a request that change its result, for the header."""
     names = ("components", "dtype", "prune", "fix_clip", "start", "seed", "joint")
-    return {name: getattr(request, name) for name in names} | ({"maps": True} if request.maps else {})
+    return {name: getattr(request, name) for name in names} | {
+        name: getattr(request, name) for name in ("maps", "learned", "learn") if getattr(request, name)
+    }
 
 
 def read(console: Console, request: Request) -> tuple[list[Checkpoint], tuple[str, ...]]:
@@ -66,32 +69,62 @@ def require_ray(request: Request) -> None:
 
 
 def require_maps(request: Request) -> None:
-    """Whether --maps goes with the other options.
+    """Whether --maps and --learned go with the other options.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: they do not.
     """
-    if not request.maps:
+    if not request.learned and (request.learn or request.prompts):
+        raise ConfigError(
+            f"--{'learn' if request.learn else 'prompts'} has no effect without --learned; add it, or leave it out."
+        )
+    if not request.by_maps:
         return
+    way = "--learned" if request.learned else "--maps"
     if len(request.inputs) > 2:
         raise ConfigError(
-            f"--maps aligns two models, but {len(request.inputs)} are given; merge two at a time, or leave it out."
+            f"{way} aligns two models, but {len(request.inputs)} are given; merge two at a time, or leave it out."
         )
     if request.permutation is not None:
         raise ConfigError(
-            "--maps finds an alignment and --permutation gives one; leave one of them out (--permutation takes"
+            f"{way} finds an alignment and --permutation gives one; leave one of them out (--permutation takes"
             " alignments, too)."
         )
     if not request.align:
-        raise ConfigError("--maps and --no-align contradict each other; leave one of them out.")
-    if request.start != "forward":
+        raise ConfigError(f"{way} and --no-align contradict each other; leave one of them out.")
+    if request.learned:
+        require_learned(request)
+    if request.maps and request.start != "forward":
         raise ConfigError(
             f"--start {request.start} has no effect with --maps, which starts forward; leave it out."
         )
     if request.fisher:
         raise ConfigError(
-            "--fisher is the information of single weights, which no map can mix; leave out --maps or --fisher."
+            f"--fisher is the information of single weights, which no map can mix; leave out {way} or --fisher."
         )
+
+
+def require_learned(request: Request) -> None:
+    """Whether --learned goes with the other options, and has them all.
+
+    Raises:
+        ConfigError: it does not.
+        DataError: the prompts can't be read.
+    """
+    if request.joint:
+        raise ConfigError(
+            "--learned moves the UNet within itself, and --joint moves it with its text encoders; leave one out"
+            " (python -m rebasin.run model=checkpoint model.joint=true algo=learned has both)."
+        )
+    from .learned import COMPONENT, configured  # late: it loads diffusers
+
+    if request.components and COMPONENT not in request.components:
+        raise ConfigError(
+            "--learned learns maps of the UNet, which --only leaves out; leave out one of them."
+        )
+    if request.prompts is not None:
+        read_prompts(request.prompts)
+    configured(request, request.inputs)
 
 
 def require_permutation(request: Request, model: Checkpoint, components: Sequence[str]) -> None:
