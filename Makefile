@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
 # Two UNets that were trained apart; ARGS take the place of all this.
-DEMO := algo=learned_quick model.a=wide0 model.b=wide1 data.train=1000 data.batch_size=50 evaluate.points=11 threads=0
+DEMO := algo=learned_quick model.a=wide0 model.b=wide1 data.train=800 data.draws=4 data.batch_size=32 evaluate.points=11 threads=0
 PY := .venv/bin/python
 # Python compiles what it imports and keeps it, unless this is set; to compile everything is half of an installation.
 unexport PYTHONDONTWRITEBYTECODE

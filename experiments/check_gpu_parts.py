@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import rebasin
 from rebasin.data.classification import Dataset, load
 from rebasin.matching.activations.matching import activation_matching
+from rebasin.matching.maps.learned import learned_matching
 from rebasin.matching.straight_through.estimator import straight_through
 from rebasin.matching.weights.estimate import where_quicker
 from rebasin.matching.weights.matching import weight_matching
@@ -382,6 +383,28 @@ def ste(given: Setting) -> Figures:
     }
 
 
+def learned(given: Setting) -> Figures:
+    """Learned maps at SD 1.5's size: checkpointing, from the identity, 8 steps with batches of 4; on the CPU 2 of 1."""
+    from rebasin.objectives.denoising import problems
+
+    figures: Figures = {}
+    spec, model, inputs = sd15(given, figures)
+    few = given.device == CPU
+    steps, batch = given.of(1, 2 if few else 8), given.of(1, 1 if few else 4)
+    objective = Denoising("epsilon", torch.linspace(0.9999, 0.005, 1000))
+    batches = problems(objective, *inputs(2 * batch), batch_size=batch)
+    with timed(figures, "learning", given.device):
+        found = learned_matching(
+            spec, model(0), model(1), objective, batches[:1], heldout=batches[1:], init="identity", steps=steps,
+            device=given.device, evaluate_every=steps, checkpointing=True,
+            progress=lambda event: given.say(f"step {event['step']}"),
+        )  # fmt: skip
+    require(found.objective <= found.start_objective, "The result is worse than the start.")
+    made = [one.seconds for one in found.history[1:]]
+    maps = {"maps": len(found.turned), "free dimensions": sum(g.dimension for g in spec.continuous)}
+    return {**figures, "seconds a step": round(statistics.median(made), 3), **maps}
+
+
 def wide_activations(given: Setting) -> Figures:
     """Activation matching at SD 1.5's size, of a UNet and itself under a planted permutation."""
     figures: Figures = {}
@@ -507,6 +530,7 @@ PARTS: Sequence[Part] = (
     Part("sampling", "Sampling", sampling, 5, DIFFUSERS),
     Part("sdxl", "SDXL's UNet, near and planted", sdxl, 90, DIFFUSERS),
     Part("ste", "STE at SD 1.5's size", ste, 50, DIFFUSERS),
+    Part("learned", "Learned maps at SD 1.5's size", learned, 60, DIFFUSERS),
     Part("wide", "Activation matching at SD 1.5's size", wide_activations, 45, DIFFUSERS),
     Part(
         "embedded",

@@ -65,6 +65,8 @@ METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "STE-MM": ("straight_through", {}),
     "STE-MM, fixed mean": ("straight_through", {"lambdas": "fixed"}),
     "STE-MM from MergeMany": ("straight_through", {"init": "mean"}),
+    "maps, by the weights": ("maps", {"by": "weights"}),
+    "maps, learned": ("maps", {"by": "loss"}),
 }
 """Name in the table -> method of `merge_many` and its options."""
 
@@ -116,6 +118,7 @@ def measure(
     context: dict[str, dict[str, Any]] = {
         "activations": {"model": model, "batches": few},
         "straight_through": {"model": model, "batches": train, "objective": CrossEntropy(), "steps": steps},
+        "maps": {"model": model, "batches": train, "objective": CrossEntropy()},
     }
     results: dict[str, ManyResult] = {}
     merges: dict[str, Mapping[str, torch.Tensor]] = {}

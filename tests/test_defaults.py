@@ -33,7 +33,7 @@ SPLIT_OFF = ("_target_", "name", "many", "repair", "reward", "maps", "with_maps"
 PURPOSE: dict[str, dict[str, Any]] = {
     # Sweeps in minutes: one start, few steps, one pass of refinement.
     "ste_quick": {"init": "activation_and_weight", "steps": 20, "refine": 1},
-    "learned_quick": {"kinds": ["rotations", "rotations that keep ones"], "steps": 75, "evaluate_every": 25},
+    "learned_quick": {"steps": 150, "evaluate_every": 75},
     "ste_reward_quick": {"init": "activation_and_weight", "steps": 20, "refine": 1},
 }
 """Where a config differs from the signature on purpose; everywhere else the two are one."""

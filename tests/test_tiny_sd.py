@@ -89,6 +89,16 @@ def test_batches_are_deterministic_stratified_and_complete(parts, batches):
     assert batch["latents"].std() == pytest.approx(1.0, abs=0.15)
 
 
+def test_images_that_are_drawn_again_have_other_noise(parts):
+    once = digits.denoising_batches(*parts, n=20, batch_size=10, seed=0)
+    twice = digits.denoising_batches(*parts, n=20, batch_size=10, seed=0, draws=2)
+    assert len(twice) == 4 and all(torch.equal(once[1][key], twice[1][key]) for key in once[1])
+    assert torch.equal(twice[0]["latents"], twice[2]["latents"])
+    assert not torch.equal(twice[0]["noise"], twice[2]["noise"])
+    with pytest.raises(DataError, match="drawn 0 times"):
+        digits.denoising_batches(*parts, n=20, draws=0)
+
+
 def test_more_images_than_there_are_is_an_error(parts):
     with pytest.raises(DataError, match="600 images of the test split were asked for, but it has 500"):
         digits.denoising_batches(*parts, n=600, digits=(0, 1, 2, 3, 4))

@@ -144,15 +144,18 @@ def denoising_batches(
     digits: tuple[int, ...] | None = None,
     path: str | Path | None = None,
     embed: Callable[[list[str]], Any] | None = None,
+    draws: int = 1,
 ) -> list[dict[str, torch.Tensor]]:
     """Fixed noise prediction problems, the same for every model that is compared, deterministic in `seed`.
 
     Each batch: latents [b, 4, 8, 8] (clean, scaled), noise [b, 4, 8, 8], timesteps int64 [b] and condition
     [b, 16, hidden], float32 on the CPU. Timesteps are stratified: one from each of n equal parts of the
     scheduler's range, shuffled. `digits` keeps only these digits; `path` reads another data set (see `load`).
-    `embed`: what stands for captions in place of the encoder's states. Raises DataError when fewer than n
-    images are left.
+    `embed`: what stands for captions in place of the encoder's states. `draws`: how often each image comes, every
+    time with another noise, timestep and caption. Raises DataError when fewer than n images are left.
     """
+    if draws < 1:
+        raise DataError(f"Each image is to be drawn {draws} times, but it must be once or more.")
     images, labels = load(split, path)
     if digits is not None:
         keep = np.isin(labels, digits)
@@ -166,12 +169,16 @@ def denoising_batches(
     chosen = rng.permutation(len(images))[:n]
     images, labels = images[chosen], labels[chosen]
 
-    numbers = caption_numbers(labels, inks(images), rng)
     texts = [text for text, _, _ in CAPTIONS]
     table = embed_captions(text_encoder, tokenizer, texts) if embed is None else embed(texts)
     latents = encode_latents(vae, images)
-    steps = (rng.permutation(n) + rng.random(n)) / n * scheduler.config.num_train_timesteps
-    timesteps = torch.from_numpy(steps.astype(np.int64))
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    condition = table[torch.from_numpy(numbers)]
-    return batched(batch_size, latents=latents, noise=noise, timesteps=timesteps, condition=condition)
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(draws):
+        numbers = caption_numbers(labels, inks(images), rng)
+        steps = (rng.permutation(n) + rng.random(n)) / n * scheduler.config.num_train_timesteps
+        timesteps = torch.from_numpy(steps.astype(np.int64))
+        noise = torch.randn(latents.shape, generator=generator)
+        condition = table[torch.from_numpy(numbers)]
+        batches += batched(batch_size, latents=latents, noise=noise, timesteps=timesteps, condition=condition)
+    return batches

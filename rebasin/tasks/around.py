@@ -255,7 +255,7 @@ class Around:
         return captioned_digits.denoising_batches(
             self.pipeline.vae, self.encoder("text_encoder"), self.pipeline.tokenizer, self.pipeline.scheduler,
             split="train" if train else "test", n=data.train if train else data.heldout,
-            batch_size=data.batch_size, seed=seed, path=data.path, embed=embed,
+            batch_size=data.batch_size, seed=seed, path=data.path, embed=embed, draws=data.draws if train else 1,
         )  # fmt: skip
 
     def _on_images(self, cfg: DictConfig, split: str, embed: Embed, seed: int) -> list[dict[str, Any]]:

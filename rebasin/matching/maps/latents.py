@@ -10,7 +10,7 @@ The gradient goes through the maps tensor by tensor, so that no second copy of t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, optim
@@ -75,11 +75,14 @@ class Latents:
         maps = {name: matrices(self.groups[name], x) for name, x in latents.items()}
         return {(name, e): power(self.groups[name].kind, maps[name], e) for name, e in self._powers}
 
-    def moved(self) -> dict[str, Tensor]:
-        """Name -> tensor, of those that some map acts on."""
+    def moved(self) -> Iterator[tuple[str, Tensor]]:
+        """Those tensors that some map acts on, one after the other: all at once would be another copy of the model."""
         with torch.no_grad():
             self._view.powers = self._acting(self.values)
-            return {name: self._view[name] for name in self.names}
+        for name in self.names:
+            with torch.no_grad():
+                tensor = self._view[name]
+            yield name, tensor
 
     def descend(self, slopes: Mapping[str, Tensor], share: float, rate: float) -> None:
         """One step against the gradient; that by the moved tensors is `slopes` times `share`.

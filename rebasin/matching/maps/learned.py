@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ...arguments import check_choices, check_range, typed
 from ...errors import ConfigError, DataError, SpecMismatchError
@@ -44,6 +45,9 @@ from .matching import weight_alignment
 from .result import Learned, LearnedResult, LearnedState, LearnedStep
 
 MapsStart = Start | Literal["weight_alignment"] | Alignment
+
+START = 500
+"""So many samples are looked at for the permutation that learning starts from."""
 
 RATIO = 100.0
 """Gains of B that differ from A's by more than this factor, or in sign, stay as they are."""
@@ -150,8 +154,11 @@ def learned_matching(
 
         def between(share: float) -> dict[str, Tensor]:
             """(1 - share) A + share M pi(B), all tensors of the model."""
-            moved = {**b, **latents.moved()}
-            return {name: interpolate_tensor(name, a, moved[name], share) for name, a in ends.a.items()}
+            found = {name: interpolate_tensor(name, ends.a[name], t, share) for name, t in latents.moved()}
+            for name, a in ends.a.items():
+                if name not in found:
+                    found[name] = interpolate_tensor(name, a, b[name], share)
+            return found
 
         def best() -> Alignment:
             return Alignment(spec.identity(), latents.maps(kept)).compose(gauge)
@@ -251,6 +258,18 @@ def _learnable(
     return found
 
 
+def _few(batches: Sequence[Any]) -> Sequence[Any]:
+    """The first batches, with START samples: enough for a permutation to start from."""
+    found, count = [], 0
+    for batch in batches:
+        found.append(batch)
+        leaves = (leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
+        count += len(next(leaves, (None,)))
+        if count >= START:
+            break
+    return found
+
+
 def _start(
     init: MapsStart,
     ends: Ends,
@@ -261,7 +280,7 @@ def _start(
     seed: int,
 ) -> Alignment:
     """What `init` stands for."""
-    learn, select = batches
+    learn, select = _few(batches[0]), batches[1]
     if isinstance(init, Alignment):
         if init.spec.maps_hash != ends.spec.maps_hash or not ends.spec.contains(init.permutation):
             raise SpecMismatchError(
