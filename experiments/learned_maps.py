@@ -1,7 +1,8 @@
 """What maps are worth on two diffusion models that were trained apart: naive, permutations, learned maps.
 
-    python -m experiments.learned_maps                                      # the pair that ships, about 5 minutes
-    python -m experiments.learned_maps --pair PATH/unet64 --width 64 --data mnist.npz   # PATH/unet64_{a,b}.safetensors
+    python -m experiments.learned_maps              # seed0 and seed1, which ship, about 5 minutes
+    python -m experiments.learned_maps --pair wide --data mnist.npz --train 2000 --heldout 500 --batch 100 --steps 300
+    python -m experiments.learned_maps --pair FOLDER/unet16 --width 16    # FOLDER/unet16_{a,b}.safetensors
     python -m experiments.learned_maps --study groups --study starts --study data --study distillation --json more.json
 
 Barriers are of the denoising loss on held-out digits: the worst of 21 points of the line between A and what B became,
@@ -57,12 +58,13 @@ State = Mapping[str, Tensor]
 Study = StrEnum("Study", ["methods", "groups", "starts", "data", "distillation", "streams", "control"])
 
 
-def endpoints(pair: Path | None, width: int) -> tuple[nn.Module, State, State]:
-    """A model of that width, and the weights of A and B in fp32."""
-    if pair is None:
-        a, b = (tiny_sd.load_unet(name).state_dict() for name in ("seed0", "seed1"))
-        return tiny_sd.load_unet("seed0"), a, b
-    files = [pair.with_name(f"{pair.name}_{end}.safetensors") for end in "ab"]
+def endpoints(pair: str, width: int) -> tuple[nn.Module, State, State]:
+    """A model of that pair, and the weights of A and B in fp32."""
+    if pair in ("seed", "wide"):
+        a, b = (tiny_sd.load_unet(f"{pair}{k}") for k in (0, 1))
+        return a, a.state_dict(), b.state_dict()
+    path = Path(pair)
+    files = [path.with_name(f"{path.name}_{end}.safetensors") for end in "ab"]
     a, b = ({n: t.float() for n, t in load_safetensors(file).items()} for file in files)
     return loaded(tiny_sd.new_unet(0, width), a), a, b
 
@@ -78,8 +80,8 @@ def tell(console: Console, event: ProgressEvent) -> None:
 
 def main(
     pair: Annotated[
-        Path | None, typer.Option(help="NAME of NAME_a and NAME_b.safetensors; default: ours")
-    ] = None,
+        str, typer.Option(help="seed or wide, which ship, or NAME of NAME_a and NAME_b.safetensors")
+    ] = "seed",
     width: Annotated[int, typer.Option(help="of the UNets of that pair")] = 32,
     data: Annotated[
         Path | None, typer.Option(help="all of MNIST, .npz or folder; default: the digits here")
@@ -214,7 +216,7 @@ def main(
     console.print(table)
     if json_file is not None:
         about = {
-            "pair": str(pair or "embedded"),
+            "pair": pair,
             "steps": steps,
             "train": train,
             "heldout": heldout,
