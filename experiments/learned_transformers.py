@@ -197,9 +197,12 @@ class Learned:
 
 
 START = "activations"
+LINE = {"lam_low": 0.1, "lam_high": 0.9}
 LEARNED = {
     "learned rotation": Learned(START, ROTATION, 0.5),
     "learned maps": Learned(START),
+    "learned maps, whole line": Learned(START, options=LINE),
+    "whole line, from weights and maps": Learned("weights, maps", options=LINE),
     "maps again": Learned("STE behind the maps"),
     # What each part is worth, in a quarter of the steps.
     "all": Learned(START, None, 0.25),
@@ -215,16 +218,17 @@ LEARNED = {
     "40 batches": Learned(START, None, 0.25, 40),
     "lr 1e-2": Learned(START, None, 0.25, options={"lr": 1e-2}),
     "lr 1e-1": Learned(START, None, 0.25, options={"lr": 1e-1}),
+    "shares .1 to .9": Learned(START, None, 0.25, options=LINE),
     "shares .2 to .8": Learned(START, None, 0.25, options={"lam_low": 0.2, "lam_high": 0.8}),
     "share .5": Learned(START, None, 0.25, options={"lam_low": 0.5, "lam_high": 0.5}),
 }
 SETS = {
     "table": [
         "naive", "weights", "activations", "both costs", "STE", "weights, maps", "activations, maps",
-        "learned rotation", "learned maps",
+        "learned rotation", "learned maps", "learned maps, whole line", "whole line, from weights and maps",
     ],
     "turns": ["STE behind the maps", "maps again"],
-    "ablation": list(LEARNED)[3:],
+    "ablation": list(LEARNED)[5:],
 }  # fmt: skip
 
 
