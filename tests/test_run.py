@@ -266,7 +266,9 @@ def test_maps_in_a_run(options, finished, tmp_path):
         row["moved"] > 0 for row in moved
     )
     assert results["verify"]["mlp"]["maps"] == 2 and results["verify"]["mlp"]["max_relative_error"] < 1e-9
+    text = " ".join(text.split())
     assert "and 2 maps beside them" in text and "alignment.safetensors" in text
+    assert ("without merging what A and B know" in text) == ("algo=learned" in options)
     assert "positive scales" in (tmp_path / "report.html").read_text()
     found, (a, b) = (
         Alignment.load(tmp_path / "alignment.safetensors"),

@@ -17,6 +17,11 @@ NEGLIGIBLE = 0.02
 
 Tone = Literal["good", "mixed", "bad", "neutral"]
 
+LEARNED = (
+    " Learned maps can make the line low without merging what A and B know: docs/continuous.md has a control."
+)
+"""Said of a barrier that maps took which were learned by the loss on it: a B of noise has a low midpoint, too."""
+
 SHARES: tuple[tuple[float, str, Tone, str], ...] = (
     (0.5, "Yes", "good", "; a part remains"),
     (0.95, "A little", "mixed", "; most of it remains"),
@@ -107,7 +112,9 @@ def _helped(results: Results) -> Answer:
     change = (
         f"The barrier on {where} went from {number(before)} to {number(after)}, {max(share, 0):.0%} of naive"
     )
-    return Answer(question, short, f"{change}{rest}. {moved:,} of {total:,} neurons moved{turned}.", tone)
+    text = f"{change}{rest}. {moved:,} of {total:,} neurons moved{turned}."
+    text += LEARNED if maps and results["match"].get("search") and share <= 1 else ""
+    return Answer(question, short, text, tone)
 
 
 def _cost(results: Results) -> Answer:

@@ -223,7 +223,9 @@ def pad(call: Call) -> Result:
             # The new places hold one constant: elements of their own that are all alike.
             shape = [*factor.shape[:dim], before + after, *factor.shape[dim + 1 :]]
             # Zeros stay zeros under every map; a number would not.
-            added = c.helpers_of(shape) if call.args.get("value") else c.fresh(np.zeros(shape, dtype=np.int64))
+            added = (
+                c.helpers_of(shape) if call.args.get("value") else c.fresh(np.zeros(shape, dtype=np.int64))
+            )
             pieces = np.split(added, [before], axis=dim)
             new = np.concatenate([pieces[0], factor, pieces[1]], axis=dim)
             label = Label(label.shape, tuple(new if f is factor else f for f in label.factors))
