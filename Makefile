@@ -22,7 +22,7 @@ help: ## show this help
 	@echo "  make demo ARGS='model=mlp seed=1'"
 	@echo "  make test ARGS='-k spec -x'"
 
-demo: .venv/.installed ## learn to merge two diffusion models that were trained apart: some minutes (see outputs/)
+demo: .venv/.installed ## learn maps between two diffusion models that were trained apart: some minutes (see outputs/)
 	$(PY) -m rebasin.run $(or $(ARGS),$(DEMO))
 
 test: .venv/.installed-dev ## run the tests, two files at a time; none may be left out but those that need CUDA
