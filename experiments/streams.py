@@ -190,13 +190,15 @@ def _seen(
     return {name: torch.cat(found) for name, found in kept.items()}
 
 
-def shuffled(spec: PermutationSpec, state: State, seed: int) -> dict[str, Tensor]:
-    """The entries of each matrix that a rotated stream writes or reads in a random order; all else as it is.
+def shuffled(
+    spec: PermutationSpec, state: State, seed: int, kinds: Collection[str] = ROTATIONS
+) -> dict[str, Tensor]:
+    """The entries of each matrix that a group of these kinds acts on in a random order; all else as it is.
 
     What is learned between A and such a B is the control: it is not B's doing.
     """
     generator = torch.Generator().manual_seed(seed)
-    names = {s.parameter for group in spec.continuous if group.kind in ROTATIONS for s in group.sites}
+    names = {s.parameter for group in spec.continuous if group.kind in kinds for s in group.sites}
     order = {
         n: torch.randperm(t.numel(), generator=generator)
         for n, t in state.items()
