@@ -538,9 +538,8 @@ class Padded(nn.Module):
 
 
 def test_zeros_that_are_padded_with_hold_nothing() -> None:
-    structures = [
-        [g.structure for g in found(Padded(*given))[1].continuous] for given in ((), (0, True), (1,))
-    ]
+    models = Padded(), Padded(cut=True), Padded(value=1.0)
+    structures = [[g.structure for g in found(model)[1].continuous] for model in models]
     assert structures == [["GL(4)", "GL(4)"], ["R+^4", "R+^4"], []]
 
 

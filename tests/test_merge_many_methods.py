@@ -62,6 +62,7 @@ def options_of(method: str) -> dict[str, Any]:
         "activations": {"model": network(), "reads": "outputs", **DATA},  # behind a ReLU some are dead
         "straight_through": {"model": network(), "objective": CrossEntropy(), "steps": 4, **DATA},
         "cycle_consistent": {"init": "pivot"},
+        "maps": {"by": "weights"},
     }
     return given.get(method, {})
 

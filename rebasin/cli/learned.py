@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -70,9 +70,8 @@ def configured(request: Request, paths: Sequence[Path]) -> DictConfig:
             raise ConfigError(
                 f"--learn {one}: there is no option {name}; python -m rebasin.run {' '.join(JOB)} --help lists them."
             )
-    cfg: DictConfig = OmegaConf.create(
-        OmegaConf.to_container(composed((*JOB, *FEW, *request.learn)), resolve=False)
-    )
+    whole = OmegaConf.to_container(composed((*JOB, *FEW, *request.learn)), resolve=False)
+    cfg = cast(DictConfig, OmegaConf.create(whole))
     with open_dict(cfg):
         cfg.model.a, cfg.model.b = (str(path) for path in paths)
         cfg.model.variant, cfg.model.component = request.variant, COMPONENT

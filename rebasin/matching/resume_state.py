@@ -112,9 +112,9 @@ def told(option: Any) -> str:
     if isinstance(option, Alignment):
         return f"an alignment, {option.digest}"
     given = [option] if isinstance(option, Permutation) else option
-    if isinstance(given, Sequence) and given and all(isinstance(one, str) for one in given):
-        return ", ".join(given)
     if isinstance(given, Sequence) and not isinstance(given, str):
+        if given and all(isinstance(one, str) for one in given):
+            return ", ".join(given)
         indices = chain.from_iterable(p.index.values() for p in given if p is not None)
         digest = hashlib.sha256(b"".join(index.tobytes() for index in indices)).hexdigest()
         return f"{len(given)} given, {digest}"
