@@ -543,6 +543,62 @@ def test_zeros_that_are_padded_with_hold_nothing() -> None:
     assert structures == [["GL(4)", "GL(4)"], ["R+^4", "R+^4"], []]
 
 
+class Scaled(nn.Module):
+    """A stream that is multiplied by what becomes of a vector."""
+
+    def __init__(self, become: Callable[[Tensor], Tensor], norm: bool = True) -> None:
+        super().__init__()
+        self.a, self.c, self.g = nn.Linear(C, C), nn.Linear(C, 3), nn.Parameter(torch.ones(C))
+        self.become, self.norm = become, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.rms_norm(self.a(x), (C,)) if self.norm else self.a(x)
+        return self.c(h[:, :2] * self.become(self.g))
+
+
+BECOME: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda g: g.softmax(0),
+    "log_softmax": lambda g: g.log_softmax(-1),
+    "layer_norm": lambda g: F.layer_norm(g, (C,)),
+    "group_norm": lambda g: F.group_norm(g[None], 1)[0],
+    "rms_norm": lambda g: 1 + F.rms_norm(g, (C,)),
+    "exp": lambda g: g.exp(),
+    "relu": lambda g: g.relu(),
+    "cumsum": lambda g: g.cumsum(0),
+    "a row of ones": lambda g: F.pad(g[None], (0, 0, 0, 1), value=1.0),
+    "a row of zeros": lambda g: F.pad(g[None], (0, 0, 0, 1)),
+    "mean": lambda g: g - g.mean(),
+}
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("what", list(BECOME))
+def test_what_becomes_of_a_gain_is_none(what: str, norm: bool) -> None:
+    _, spec, _ = found(Scaled(BECOME[what], norm))
+    assert not [site for group in spec.continuous for site in group.sites if site.gain is not None]
+
+
+class Squares(nn.Module):
+    """A product of alike factors, one of which is the same for all tokens."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(C, C, bias=False), nn.Parameter(torch.ones(C))
+        self.enter, self.leave, self.how = nn.Linear(C, 5), nn.Linear(5, 3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b + self.a(x)
+        product = self.b.expand_as(y) * y if self.how[1:] == "left" else y * self.b.expand_as(y)
+        h, sums = self.enter(x[:, 0]), product.sum(-1)
+        return self.leave((h + sums).relu() if self.how[0] == "+" else h * sums)
+
+
+@pytest.mark.parametrize("how", ["+left", "*left", "+right", "*right"])
+def test_a_product_with_what_is_alike_for_all_tokens_is_not(how: str) -> None:
+    _, spec, _ = found(Squares(how))
+    assert [group.name for group in spec.groups] == ["b"]
+
+
 @pytest.mark.parametrize("model", [Squeezed, Doubled, Multiplied, Offset, Padded])
 def test_what_is_told_far_below_is_told_of_the_neuron(model: Callable[[], nn.Module]) -> None:
     made, spec, x = found(model())

@@ -52,6 +52,7 @@ rule(
     refuses="train",  # dropout that draws random numbers: each has its position
     every_output=True,
     maps="squares",
+    gains=True,
 )
 def same(call: Call) -> Result:
     """The same values in another place or type."""
@@ -61,7 +62,7 @@ def same(call: Call) -> Result:
     return x.label
 
 
-@rule("add sub rsub subtract", takes="self other alpha", maps="values")
+@rule("add sub rsub subtract", takes="self other alpha", maps="values", gains=True)
 def add(call: Call) -> Result:
     x, y = call.args["self"], call.args["other"]
     if isinstance(x, Traced) and isinstance(y, Traced):
@@ -90,7 +91,8 @@ def multiply(call: Call) -> Result:
             c.limit(factor, Limit.FIXED, "is divided by")
         return combine(c, [x.label, replace(y.label, gain=None)], "product")
     mine, others = x.label.factors, y.label.factors
-    if len(mine) == len(others) and all(map(np.array_equal, mine, others)) and x.shape == y.shape:
+    alike = x.shape == y.shape and x.label.shape == y.label.shape and len(mine) == len(others)
+    if alike and all(map(np.array_equal, mine, others)):
         return _squared(call)
     return combine(c, [x.label, y.label], "product")
 

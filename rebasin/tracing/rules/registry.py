@@ -9,7 +9,7 @@ on what a rule is given that does not say which ones its operator commutes with 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,7 @@ class Rule:
     refuses: frozenset[str]
     every_output: bool
     maps: str
+    gains: bool = False
 
     def declares(self, argument: torch.Argument) -> bool:
         """Whether something is said about this argument of a schema."""
@@ -125,6 +126,7 @@ def rule(
     refuses: str = "",
     every_output: bool = False,
     maps: str = "",
+    gains: bool = False,
 ) -> Callable[[Callable[[Call], Result]], Callable[[Call], Result]]:
     """Register a function for the operators of these names; spaces separate names, here and in the other arguments.
 
@@ -136,11 +138,13 @@ def rule(
         every_output: the function labels all results; otherwise the others are pinned wherever they are read.
         maps: "values" if the moves that the function is made of say which linear maps the operator commutes with;
             "squares" if those of squares, too. Otherwise none acts on what the operator is given.
+        gains: the values stay those of the parameter that a label names as its gain, or the function says which ones
+            they are. Otherwise they are no gain any more.
     """
     a, b, c, d = (frozenset(words.split()) for words in (takes, index, shape_of, refuses))
 
     def register(function: Callable[[Call], Result]) -> Callable[[Call], Result]:
-        RULES.update(dict.fromkeys(names.split(), Rule(function, a, b, c, d, every_output, maps)))
+        RULES.update(dict.fromkeys(names.split(), Rule(function, a, b, c, d, every_output, maps, gains)))
         return function
 
     return register
@@ -166,6 +170,7 @@ def apply(
             hold(call, "commutes with no linear map")
         made = found.function(call)
         labels = [made] if isinstance(made, Label) else list(made)
+        labels = labels if found.gains else [replace(label, gain=None) for label in labels]
         labels += call.plain[len(labels) :]
         for label, out in zip(labels, call.outputs, strict=True):
             if isinstance(out, torch.Tensor) and not label.fits(out.shape):

@@ -16,6 +16,7 @@ from .registry import Call, Result, Traced, Unsupported, hold, rule
     shape_of="other",
     refuses="tensors",
     maps="values",
+    gains=True,
 )
 def view(call: Call) -> Result:
     x = call.tensor("self")
@@ -35,6 +36,7 @@ def view(call: Call) -> Result:
     " transpose_copy matrix_H",
     takes="self dims source destination dim0 dim1 axis0 axis1",
     maps="values",
+    gains=True,
 )
 def permute(call: Call) -> Result:
     x, args = call.tensor("self"), call.args
@@ -50,7 +52,7 @@ def permute(call: Call) -> Result:
     return x.label.permute(axes.shape)
 
 
-@rule("expand expand_as broadcast_to expand_copy", shape_of="other", maps="squares")
+@rule("expand expand_as broadcast_to expand_copy", shape_of="other", maps="squares", gains=True)
 def expand(call: Call) -> Result:
     return call.tensor("self").label.right_align(len(call.shape))  # the new dimensions are uniform
 
@@ -144,6 +146,7 @@ def _closure(dims: list[int], labels: list[Label]) -> list[int]:
     refuses="tensor_indices_or_sections",
     every_output=True,
     maps="values",
+    gains=True,
 )
 def split(call: Call) -> Result:
     x, dim = call.tensor("self"), call.args.get("dim", 0)
@@ -158,7 +161,7 @@ def split(call: Call) -> Result:
     return results
 
 
-@rule("slice narrow slice_copy", takes="self dim start end step length", maps="values")
+@rule("slice narrow slice_copy", takes="self dim start end step length", maps="values", gains=True)
 def cut(call: Call) -> Result:
     x = call.tensor("self")
     dim = call.args.get("dim", 0) % x.ndim
@@ -173,7 +176,7 @@ def cut(call: Call) -> Result:
     return take(call.constraints, x.label, dim, index, 0)
 
 
-@rule("select select_copy", takes="self dim index", maps="values")
+@rule("select select_copy", takes="self dim index", maps="values", gains=True)
 def select(call: Call) -> Result:
     x = call.tensor("self")
     dim = call.args["dim"] % x.ndim
@@ -181,7 +184,7 @@ def select(call: Call) -> Result:
     return take(call.constraints, x.label, dim, index, 0 if x.shape[dim] > 1 else None).drop([dim])
 
 
-@rule("flip roll", takes="self dims shifts", maps="values")
+@rule("flip roll", takes="self dims shifts", maps="values", gains=True)
 def rearrange(call: Call) -> Result:
     """The order along a dimension changes by a fixed rule; what is tied to it afterwards says what may still move."""
     x, label = call.tensor("self"), call.tensor("self").label
