@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import rebasin
 from experiments.zoo import ZOO
+from rebasin.errors import DataError, SpecMismatchError
 from rebasin.matching.maps import activation_alignment, weight_alignment
 from rebasin.matching.maps.gauge import canonical, rows
 from rebasin.matching.maps.matching import procrustes, touched_by
 from rebasin.models import tiny_sd
-from rebasin.spec import PermutationSpec
+from rebasin.spec import Alignment, PermutationSpec
 
 State = dict[str, Tensor]
 
@@ -193,3 +194,13 @@ def test_a_planted_alignment_is_found_by_activations(name: str) -> None:
     norm = apart({n: a[n] for n in names}, {n: torch.zeros_like(a[n]) for n in names})
     assert found.distance_after < 1e-4 * norm < 0.3 * found.distance_before
     assert all(torch.equal(t, a[n]) for n, t in model.state_dict().items())
+
+
+def test_batches_without_samples_and_complex_maps_are_told() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6)
+    spec = rebasin.trace(model, x)
+    with pytest.raises(DataError, match="no samples"):
+        activation_alignment(spec, model, model, [x[:0]])
+    maps = {group.name: group.identity() * (1 + 0.5j) for group in spec.continuous}
+    with pytest.raises(SpecMismatchError, match="complex"):
+        Alignment(spec.identity(), maps)

@@ -513,6 +513,10 @@ class Alignment:
                 raise SpecMismatchError(
                     f"The matrices of {shown(name)} are {shape}, but the group wants a tensor of shape {group.shape}."
                 )
+            if given.is_complex():
+                raise SpecMismatchError(
+                    f"The matrices of {shown(name)} are complex; maps act on real weights."
+                )
             maps = given.detach().to("cpu", torch.float64)
             error = group.distance(maps)
             if not error < TOLERANCE:

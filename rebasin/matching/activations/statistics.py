@@ -194,6 +194,8 @@ def activation_statistics(
                 seconds = perf_counter() - began
                 checkpoint(ActivationState(options, done, tuple(pair.seen[0].items()), moments, seconds))
             report()
+    if moments and not any(m.count for m in moments):
+        raise DataError("The batches have no samples to match activations on: their tensors are empty.")
     return ActivationStatistics(spec, hook_sites, moments, done, perf_counter() - began)
 
 
