@@ -10,6 +10,8 @@ above the line between their losses. Maps leave B's loss as it is, which a colum
 permutation of both costs unless they say otherwise. `--study` says what is compared:
 
     methods       permutations, the closest maps by the weights, one learned rotation for each transformer, all maps
+    maps          all maps alone, for long runs
+    line          all maps, B's share drawn from the whole line (.1 to .9) instead of from its middle
     groups        kinds of maps alone and together, a quarter of the steps each
     starts        all maps from no permutation, from those of weights and activations, a quarter of the steps each
     data          all maps from a quarter of the images and from four times as many
@@ -55,7 +57,7 @@ from rebasin.types import ProgressEvent
 ROTATION = ["rotations", "rotations that keep ones"]
 HEADS, SCALES = ["invertible"], ["scales", "positive scales"]
 State = Mapping[str, Tensor]
-Study = StrEnum("Study", ["methods", "groups", "starts", "data", "distillation", "streams", "control"])
+Study = StrEnum("Study", ["methods", "maps", "line", "groups", "starts", "data", "distillation", "streams", "control"])
 
 
 def endpoints(pair: str, width: int) -> tuple[nn.Module, State, State]:
@@ -159,7 +161,10 @@ def main(
         found, seconds = timed(weight_alignment, spec, a, b, seed=seed)
         measure("permutation and maps by weights", (a, found.alignment.apply(b)), seconds)
         learned("one rotation for each transformer", kinds=ROTATION)
+    if "methods" in chosen or "maps" in chosen:
         learned("all maps", steps=steps)
+    if "line" in chosen:
+        learned("all maps, whole line", steps=steps, lam_low=0.1, lam_high=0.9)
     if "groups" in chosen:
         for name, kinds in (
             ("scales alone", SCALES),

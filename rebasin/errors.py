@@ -93,3 +93,9 @@ def shown(value: object, room: int = 100) -> str:
     if not isinstance(value, str):
         text = " ".join(text.split())  # tensors and models are several lines
     return text if isinstance(value, str) or len(text) <= 72 else f"{text[:48]}...{text[-20:]}"
+
+
+def first_line(error: BaseException, room: int = 120) -> str:
+    """What another library's error says, as the end of a sentence: its first line, shortened, with a full stop."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "it says no more")
+    return f"{text[:room].rstrip()}..." if len(text) > room else f"{text.rstrip('.')}."

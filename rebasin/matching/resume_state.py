@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..arguments import typed
 from ..errors import CheckpointError, ConfigError, SpecMismatchError
 from ..files import Leaf, SchemaError, conform, parse
 from ..spec import Alignment, Permutation, PermutationSpec
@@ -48,6 +49,7 @@ class ResumeState:
 
     options: Mapping[str, str]
 
+    @typed
     def save(self, path: str | os.PathLike[str]) -> None:
         """One safetensors file, indices in int32, written beside the target and renamed."""
         tensors: dict[str, Tensor] = {}
@@ -65,6 +67,7 @@ class ResumeState:
         save_safetensors(path, tensors, header)
 
     @classmethod
+    @typed
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote.
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from ..arguments import typed
 from ..errors import DataError
 from ..objectives import LossFunction, Objective, checked
-from ..tensors.modules import eval_mode
+from ..tensors.modules import computing, eval_mode
 from ..types import Progress, is_finite, tell
 
 
@@ -56,7 +56,8 @@ def diagonal_fisher(
             for sample in _samples(batch) if per_sample else [batch]:
                 if max_samples is not None and count >= max_samples:
                     break
-                loss = objective.loss(model, sample)
+                with computing(sample):
+                    loss = objective.loss(model, sample)
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:

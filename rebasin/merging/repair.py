@@ -36,6 +36,7 @@ from ..tensors.memory import duplicate
 from ..tensors.modules import (
     Forward,
     call_model,
+    computing,
     device_of,
     eval_mode,
     find_device,
@@ -107,7 +108,8 @@ def reset_statistics(
             norm.momentum = None  # the mean over all batches, not a moving one
             norm.train()
         for batch in batches:
-            (forward or call_model)(work, to_device(batch, where))
+            with computing(batch):
+                (forward or call_model)(work, to_device(batch, where))
             seen += 1
     if not seen:
         raise DataError("There are no batches to collect the statistics of BatchNorm from.")
@@ -253,7 +255,8 @@ def measure(
     watched = {name: model.get_submodule(name) for name in sites}
     with hooked(watched, hook), torch.no_grad(), eval_mode(model):
         for batch in batches:
-            call(model, to_device(batch, device))
+            with computing(batch):
+                call(model, to_device(batch, device))
     if not batches:
         raise DataError("There are no batches to measure activations on.")
     return {name: moments.result(name) for name, moments in found.items()}

@@ -41,7 +41,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..arguments import typed
 from ..errors import DataError
 from ..spec import PermutationSpec
-from ..tensors.modules import Forward, call_model, eval_mode, give_weights, hooked, to_device
+from ..tensors.modules import Forward, call_model, computing, eval_mode, give_weights, hooked, to_device
 from ..types import State
 from .methods.linear import average
 from .repair import (
@@ -100,7 +100,8 @@ def repair_closed_form(
             for number, state in enumerate(members):
                 give_weights(member, state, "a member")
                 watched.begin(number, raw[number] / fsum(raw[: number + 1]))
-                (forward or call_model)(member, to_device(batch, where))
+                with computing(batch):
+                    (forward or call_model)(member, to_device(batch, where))
             watched.end_batch()
     if not seen:
         raise DataError("There are no batches to measure activations on.")

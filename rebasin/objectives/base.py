@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, DataError
 from ..integrations.functions import located
-from ..tensors.modules import eval_mode
+from ..tensors.modules import computing, eval_mode
 
 Measure = Callable[[nn.Module, Any], tuple[Mapping[str, Tensor], int]]
 
@@ -44,7 +44,8 @@ def mean_over_batches(model: nn.Module, batches: Iterable[Any], measure: Measure
     total = 0
     with torch.no_grad(), eval_mode(model):
         for batch in batches:
-            means, samples = measure(model, batch)
+            with computing(batch):
+                means, samples = measure(model, batch)
             total += samples
             for name, mean in means.items():
                 sums[name] = sums.get(name, 0.0) + float(mean) * samples

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..arguments import typed
 from ..data.batches import length, rows
-from ..tensors.modules import device_of, eval_mode, to_device
+from ..tensors.modules import computing, device_of, eval_mode, to_device
 from .denoising import Batch, Condition, Denoising, predict, stratified
 from .sampling import sample
 
@@ -65,16 +65,17 @@ def teach(
     batches = []
     with eval_mode(model_a), eval_mode(model_b):
         for item in conditions:
-            condition, n = (None, item) if isinstance(item, int) else (to_device(item, device), length(item))
-            start, noise = (torch.randn(n, *shape, generator=generator).to(device) for _ in range(2))
-            times = stratified(problem, n, generator).to(device)
-            made = []
-            for model, half in ((model_a, slice(0, n // 2)), (model_b, slice(n // 2, n))):
-                if len(start[half]):
-                    given = None if condition is None else rows(condition, half)
-                    made.append(sample(model, problem, start[half], given, unconditional, **options))
-            batch = {"latents": torch.cat(made), "noise": noise, "timesteps": times, "condition": condition}
-            noisy, _ = problem.noisy_and_target(batch)
-            a, b = (predict(model, noisy, times, condition) for model in (model_a, model_b))
-            batches.append({**batch, "target": (a + b) / 2})
+            with computing(item):
+                condition, n = (None, item) if isinstance(item, int) else (to_device(item, device), length(item))
+                start, noise = (torch.randn(n, *shape, generator=generator).to(device) for _ in range(2))
+                times = stratified(problem, n, generator).to(device)
+                made = []
+                for model, half in ((model_a, slice(0, n // 2)), (model_b, slice(n // 2, n))):
+                    if len(start[half]):
+                        given = None if condition is None else rows(condition, half)
+                        made.append(sample(model, problem, start[half], given, unconditional, **options))
+                batch = {"latents": torch.cat(made), "noise": noise, "timesteps": times, "condition": condition}
+                noisy, _ = problem.noisy_and_target(batch)
+                a, b = (predict(model, noisy, times, condition) for model in (model_a, model_b))
+                batches.append({**batch, "target": (a + b) / 2})
     return batches

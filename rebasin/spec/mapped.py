@@ -75,7 +75,7 @@ class Rounding:
 class MappedState(LazyState):
     """A state seen through `maps`, name of the group -> matrices; a tensor is read and moved when it is asked for.
 
-    Narrow types are multiplied in single precision and rounded once; `rounding` says what that costs.
+    Narrow types, float8 too, are multiplied in single precision and rounded once; `rounding` says what that costs.
     """
 
     def __init__(
@@ -140,11 +140,10 @@ class MappedState(LazyState):
 
     def _act(self, tensor: Tensor, group: ContinuousGroup, site: MapSite) -> Tensor:
         """W <- G M G^-1 W along the axis of a site; in double precision if W is, else in single."""
-        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise SpecMismatchError(
-                f"Tensor {shown(site.parameter)} is {kind}, but maps act on numbers in float16, bfloat16, float32 or"
-                " float64; convert it first."
+                f"Tensor {shown(site.parameter)} is {kind}, but maps act on floating point numbers; convert it first."
             )
         dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         rows = tensor.movedim(site.axis, 0)

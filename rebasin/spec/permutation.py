@@ -128,6 +128,7 @@ class PermutationSpec:
         check_range(0, seed=seed)
         return Alignment.random(self, seed)
 
+    @typed
     def stuck(self, state: State) -> dict[str, str]:
         """Continuous groups that can't act on `state`, and why: they would divide by a gain that is about zero.
 
@@ -357,6 +358,7 @@ class Permutation:
     def __repr__(self) -> str:
         return f"Permutation({self.moved():,} of {self.spec.neurons:,} neurons moved)"
 
+    @typed
     def apply(self, state: State) -> dict[str, Tensor]:
         """`state` with its neurons permuted; tensors that do not move are passed on, nothing is changed in place.
 
@@ -368,6 +370,7 @@ class Permutation:
         self.spec.check(state)
         return {name: self.apply_to(name, state[name]) for name in state}
 
+    @typed
     def view(self, state: State) -> PermutedState:
         """`state` with its neurons permuted when a tensor is read: what `apply` gives, without holding it.
 
@@ -423,6 +426,7 @@ class Permutation:
         """The number of neurons that do not stay where they are."""
         return displaced(self.index.values())
 
+    @typed
     def save(self, path: PathLike, metadata: Mapping[str, str] | None = None) -> None:
         """A safetensors file with one int32 tensor a cell; its header has the spec, so the file stands alone."""
         tensors = {name: torch.from_numpy(p.astype(np.int32)) for name, p in self.index.items()}
@@ -430,6 +434,7 @@ class Permutation:
         save_safetensors(path, tensors, {"spec": json.dumps(told), "digest": digest(self.index)})
 
     @classmethod
+    @typed
     def load(cls, path: PathLike) -> Permutation:
         """Read what `save` wrote.
 
@@ -527,11 +532,13 @@ class Alignment:
         object.__setattr__(self, "maps", checked)
 
     @classmethod
+    @typed
     def of(cls, permutation: Permutation) -> Alignment:
         """The permutation as an alignment."""
         return cls(permutation)
 
     @classmethod
+    @typed
     def random(cls, spec: PermutationSpec, seed: int = 0) -> Alignment:
         """A random permutation of the group and random matrices, well conditioned and far from the identity."""
         generator = torch.Generator().manual_seed(seed)
@@ -546,7 +553,8 @@ class Alignment:
     def groups(self) -> dict[str, ContinuousGroup]:
         return {group.name: group for group in self.permutation.spec.continuous}
 
-    def without(self, names: Iterable[str]) -> Alignment:
+    @typed
+    def without(self, names: str | Iterable[str]) -> Alignment:
         """The same but for these continuous groups, which stay."""
         left_out = {names} if isinstance(names, str) else set(names)
         for name in left_out:
@@ -570,6 +578,7 @@ class Alignment:
         """The number of neurons that the permutation does not leave where they are."""
         return self.permutation.moved()
 
+    @typed
     def apply(self, state: State) -> dict[str, Tensor]:
         """`state` moved; what does not move is passed on, nothing is changed in place. Types stay what they are.
 
@@ -579,6 +588,7 @@ class Alignment:
         view = self.view(state)
         return {name: view[name] for name in state}
 
+    @typed
     def view(self, state: State) -> MappedState:
         """`state` moved when a tensor is read: what `apply` gives, tensor by tensor."""
         self.spec.check(state, maps=self.maps)
@@ -616,6 +626,7 @@ class Alignment:
                 return False
         return True
 
+    @typed
     def save(self, path: PathLike, metadata: Mapping[str, str] | None = None) -> None:
         """A safetensors file: an int32 tensor for each cell, matrices in float64; the header has the spec."""
         tensors = {n: torch.from_numpy(p.astype(np.int32)) for n, p in self.permutation.index.items()}

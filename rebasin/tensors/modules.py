@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
-from ..errors import CheckpointError, ConfigError, DataError
+from ..errors import CheckpointError, ConfigError, DataError, RebasinError, first_line
 from ..types import State, require_state, wrapped
 from .memory import duplicate
 
@@ -216,6 +216,32 @@ def call_model(model: nn.Module, batch: Any) -> Any:
             " forward=function(model, batch)."
         ) from error
     return model(*batch)
+
+
+@contextmanager
+def computing(batch: Any) -> Iterator[None]:
+    """What a model, or an objective, raises on a batch inside the block is told in a sentence, with what the batch was.
+
+    Raises:
+        DataError: from that error. Errors of this project, and a lack of memory, are passed on as they are.
+    """
+    try:
+        yield
+    except (RebasinError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        leaves = pytree.tree_leaves(batch)
+        kinds = [
+            f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
+            if isinstance(leaf, Tensor)
+            else type(leaf).__name__
+            for leaf in leaves[:4]
+        ]
+        told = ", ".join(kinds) + ", ..." * (len(leaves) > 4)
+        raise DataError(
+            f"The model and objective can't compute a batch of {told or 'nothing'}: {type(error).__name__}:"
+            f" {first_line(error)}"
+        ) from error
 
 
 def _are_labels(x: Tensor, y: Tensor) -> bool:

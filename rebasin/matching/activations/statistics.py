@@ -21,7 +21,7 @@ from ...errors import ConfigError, DataError, SpecMismatchError
 from ...objectives import LossFunction, Objective, checked
 from ...spec import Group, Leaf, Node, PermutationSpec
 from ...tensors.memory import duplicate
-from ...tensors.modules import Forward, call_model, device_of, find_device, hooked, to_device
+from ...tensors.modules import Forward, call_model, computing, device_of, find_device, hooked, to_device
 from ...tracing.export import evaluation_mode
 from ...types import Progress, tell
 from ..assignment.blocks import leaves
@@ -147,7 +147,9 @@ def activation_statistics(
         raise DataError("There is nothing to match activations on: the batches are empty; give at least one.")
 
     head = to_device(_head(first[0]), device_of(model_a))
-    hook_sites = choose(spec, find_hook_sites(spec, model_a, lambda model: call(model, head)), reads, sites)
+    with computing(head):
+        found = find_hook_sites(spec, model_a, lambda model: call(model, head))
+    hook_sites = choose(spec, found, reads, sites)
     cells = [spec.cells[site.cell].size for site in hook_sites]
     dtype = torch.float64 if 8 * sum(n * n for n in cells) <= LARGE else torch.float32
     dtype = getattr(torch, precision) if precision else dtype
@@ -187,7 +189,7 @@ def activation_statistics(
         for batch in islice(chain(first, stream), done, None):
             done += 1
             for side, model in enumerate((model_a, model_b)):
-                with pair.watching(model, side):
+                with pair.watching(model, side), computing(batch):
                     call(model, to_device(batch, device_of(model)))
             pair.check(done)
             if checkpoint is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...arguments import check_choices, check_range, typed
 from ...errors import ConfigError
 from ...objectives import LossFunction, Objective
-from ...spec import Alignment, PermutationSpec
+from ...spec import Alignment, Permutation, PermutationSpec
 from ...tensors.modules import loaded
 from ...types import Progress, ProgressEvent, arguments_of, check_options, is_number, tell, within
 from ..maps.learned import learned_matching
@@ -43,9 +43,9 @@ class ManyMapsResult(ManyResult):
 
     alignments: tuple[Alignment, ...] = field(kw_only=True)
 
-    def members(self, states: Sequence[Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
-        """The models as they went into the mean, each moved when it is read."""
-        return [a.view(state) for a, state in zip(self.alignments, states, strict=True)]
+    @property
+    def moves(self) -> Sequence[Permutation | Alignment]:
+        return self.alignments
 
 
 @typed

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ...arguments import typed
 from ...errors import CheckpointError, ConfigError
-from ...spec import Permutation, PermutationSpec
+from ...spec import Alignment, Permutation, PermutationSpec
 from ...spec.permutation import digest, require_digest
 from ...tensors import load_safetensors, save_safetensors
+from ...types import State
 from ..result import plain
 from ..resume_state import ResumeState
 
@@ -83,9 +84,21 @@ class ManyResult:
     def passes(self) -> int:
         return len(self.history) - 1
 
-    def members(self, states: Sequence[Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
-        """The models as they went into the mean, each permuted when it is read."""
-        return [p.view(state) for p, state in zip(self.permutations, states, strict=True)]
+    @typed
+    def members(self, states: Sequence[State]) -> list[State]:
+        """The models as they went into the mean, each moved when it is read.
+
+        Raises:
+            ConfigError: `states` are not as many as were matched.
+        """
+        if len(states) != len(self.moves):
+            raise ConfigError(f"states has {len(states)} models, but {len(self.moves)} were matched.")
+        return [move.view(state) for move, state in zip(self.moves, states, strict=True)]
+
+    @property
+    def moves(self) -> Sequence[Permutation | Alignment]:
+        """What moves each model to the mean."""
+        return self.permutations
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the permutations and the merged weights, as JSON can have it."""

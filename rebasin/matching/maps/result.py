@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from ...arguments import typed
 from ...spec import Alignment, Permutation
 from ...types import State
 from ..result import Found
@@ -102,6 +103,7 @@ class LearnedResult(Found):
         """The objective of each attempt: there is one."""
         return (self.objective,)
 
+    @typed
     def apply(self, state_a: State, state_b: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """A as it is and B moved, so that their mean computes well."""
         return dict(state_a), self.alignment.apply(state_b)

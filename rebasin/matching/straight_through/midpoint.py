@@ -22,7 +22,7 @@ from ...merging.inputs import check_names
 from ...merging.interpolate import interpolate_tensor
 from ...objectives import LossFunction, Objective, checked
 from ...spec import Permutation, PermutationSpec
-from ...tensors.modules import eval_mode, to_device
+from ...tensors.modules import computing, eval_mode, to_device
 
 Autocast = Literal["bf16"]
 
@@ -85,7 +85,7 @@ class Ends:
 
         def slope(batch: Any) -> tuple[float, Sequence[Tensor]]:
             with torch.enable_grad():
-                with self._narrow():
+                with self._narrow(), computing(batch):
                     loss = self._objective.loss(self._inside.model, batch)
                 found = torch.autograd.grad(
                     loss, list(leaves.values()), allow_unused=True, materialize_grads=True
