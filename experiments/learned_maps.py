@@ -57,7 +57,9 @@ from rebasin.types import ProgressEvent
 ROTATION = ["rotations", "rotations that keep ones"]
 HEADS, SCALES = ["invertible"], ["scales", "positive scales"]
 State = Mapping[str, Tensor]
-Study = StrEnum("Study", ["methods", "maps", "line", "groups", "starts", "data", "distillation", "streams", "control"])
+Study = StrEnum(
+    "Study", ["methods", "maps", "line", "groups", "starts", "data", "distillation", "streams", "control"]
+)
 
 
 def endpoints(pair: str, width: int) -> tuple[nn.Module, State, State]:

@@ -66,7 +66,9 @@ def teach(
     with eval_mode(model_a), eval_mode(model_b):
         for item in conditions:
             with computing(item):
-                condition, n = (None, item) if isinstance(item, int) else (to_device(item, device), length(item))
+                condition, n = (
+                    (None, item) if isinstance(item, int) else (to_device(item, device), length(item))
+                )
                 start, noise = (torch.randn(n, *shape, generator=generator).to(device) for _ in range(2))
                 times = stratified(problem, n, generator).to(device)
                 made = []
@@ -74,7 +76,12 @@ def teach(
                     if len(start[half]):
                         given = None if condition is None else rows(condition, half)
                         made.append(sample(model, problem, start[half], given, unconditional, **options))
-                batch = {"latents": torch.cat(made), "noise": noise, "timesteps": times, "condition": condition}
+                batch = {
+                    "latents": torch.cat(made),
+                    "noise": noise,
+                    "timesteps": times,
+                    "condition": condition,
+                }
                 noisy, _ = problem.noisy_and_target(batch)
                 a, b = (predict(model, noisy, times, condition) for model in (model_a, model_b))
                 batches.append({**batch, "target": (a + b) / 2})

@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...arguments import check_choices, check_range, typed
 from ...errors import ConfigError

@@ -7,7 +7,8 @@ them, with activations z_A and z_B where the stream is written and read bare (no
     E |z_A - M z_B|^2,      that is, maximise <M, E[z_A z_B^T]>:
 
 the orthogonal Procrustes problem (Schoenemann 1966), each place with its sum divided by the largest that it could be.
-Heads are assigned to each other by what the best M between them would reach, the sum of singular values.
+Heads are assigned to each other by what the best M between them would reach, the sum of singular values. Groups that
+are bare at no module that is called (what RoPE turns) follow by the weights, given all others.
 
 Closeness is not what lowers a barrier (docs/continuous.md): this is a start, and a yardstick for what is learned.
 """
@@ -15,6 +16,7 @@ Closeness is not what lowers a barrier (docs/continuous.md): this is a start, an
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -38,7 +40,7 @@ from ...tensors.memory import duplicate
 from ...tensors.modules import Forward
 from ...types import Progress
 from ..activations.hook_sites import Place, known_places, owner_of
-from ..activations.matching import activation_matching
+from ..activations.matching import match_statistics
 from ..activations.moments import Moments
 from ..activations.statistics import TOKENS, ActivationStatistics, Precision, activation_statistics
 from ..result import Sweep
@@ -49,6 +51,7 @@ from .matching import (
     Pair,
     assign_heads,
     assign_signed,
+    best,
     distance,
     procrustes,
     read,
@@ -74,15 +77,14 @@ def activation_alignment(
 ) -> MapsResult:
     """Find the permutation and the maps that bring B to A by what both do on the same data.
 
-    The batches are gone through twice: once for the permutation of neurons that no map mixes, once for the maps. Models
-    are left as they were; two copies of them are in memory.
+    Models are left as they were; two copies of them are in memory.
 
     Args:
         spec: the architecture's symmetries, `spec.continuous` among them.
         model_a, model_b: two models of that architecture, of any floating point type.
         batches, tokens, objective, forward, precision, device: see `activation_matching`.
         seed: of the positions that are looked at.
-        progress: called before the first and after each batch, of either pass.
+        progress: called before the first and after each batch.
 
     Raises:
         SpecMismatchError: a model is not of the architecture of `spec`, or the two compute differently.
@@ -94,7 +96,6 @@ def activation_alignment(
         "tokens": tokens, "objective": objective, "forward": forward, "seed": seed, "precision": precision,
         "device": device, "progress": progress,
     }  # fmt: skip
-    plain = activation_matching(spec, model_a, model_b, batches, fallback_to_weights=True, **options)
     a, b = (read(spec, model.state_dict(), touched_by(spec)) for model in (model_a, model_b))
     gauges = canonical(spec, a), canonical(spec, b)
     moved = _moved(model_a, gauges[0]), _moved(model_b, gauges[1])
@@ -102,6 +103,7 @@ def activation_alignment(
     pair = Pair(spec, dict(gauges[0].apply(a)), dict(gauges[1].apply(b)))
     seen = _Seen(pair, statistics, model_a)
     before = seen.objective
+    plain = match_statistics(seen.unsigned, pair.a, pair.b)
     unmixed, heads, signed = units_of(seen)
     cells = [cell.name for group in unmixed for cell in group.cells]
     seen.permute({name: plain.permutation.index[name] for name in cells})
@@ -109,9 +111,17 @@ def activation_alignment(
         assign_heads(seen, one)
     for one in signed:
         assign_signed(seen, one)
-    maps = {group.name: procrustes(group, seen.products(group)) for group in seen.mixing}
-    reached = sum(_inner(group, maps[group.name], seen.products(group)) for group in seen.mixing)
-    alignment = gauges[0].invert().compose(Alignment(seen.permutation, maps)).compose(gauges[1])
+    bare = [group for group in seen.mixing if group not in seen.unseen]
+    maps = {group.name: procrustes(group, seen.products(group)) for group in bare}
+    reached = sum(_inner(group, maps[group.name], seen.products(group)) for group in bare)
+    pair.permute(seen.permutation.index)
+    for group in bare:
+        pair.turn(group, maps[group.name])
+    for group in seen.unseen:
+        if (matrices := best(group, pair)) is not None:
+            pair.turn(group, matrices)
+    found = Alignment(pair.permutation, pair.maps)
+    alignment = gauges[0].invert().compose(found).compose(gauges[1])
     seconds = perf_counter() - began
     return MapsResult(
         permutation=alignment.permutation,
@@ -124,7 +134,8 @@ def activation_alignment(
         distance_after=distance(a, alignment.apply(b)),
         restarts=(reached,),
         alignment=alignment,
-        left_out=seen.left_out,
+        left_out=pair.left_out,
+        fallback=tuple(group.name for group in seen.unseen),
     )
 
 
@@ -132,19 +143,32 @@ class _Seen:
     """What `Pair` tells of weights, told of activations: products of A's with B's under the permutation so far.
 
     Attributes:
-        mixing: the continuous groups whose neurons are seen bare; `left_out` the others and why.
+        mixing: the continuous groups with a matrix to be found; `unseen` those whose neurons appear bare nowhere, of
+            which all products are zero.
     """
 
     def __init__(self, pair: Pair, statistics: ActivationStatistics, model: nn.Module) -> None:
         self.spec, self.statistics = pair.spec, statistics
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self.permutation = pair.spec.identity()
-        self.left_out = dict(pair.left_out)
         self._places = {group.name: list(_places(group, statistics, self._modules)) for group in pair.mixing}
-        for name, places in self._places.items():
-            if not places:
-                self.left_out[name] = "its neurons appear bare at no module that is called"
-        self.mixing = [group for group in pair.mixing if self._places[group.name]]
+        self.mixing = pair.mixing
+        self.unseen = [group for group in pair.mixing if not self._places[group.name]]
+
+    @property
+    def unsigned(self) -> ActivationStatistics:
+        """The statistics without places where neurons have a sign that is still to be found, if they have others."""
+        signed = {
+            id(moments)
+            for group in self.mixing
+            if group.kind in DIAGONAL
+            for _, _, moments in self._places[group.name]
+        }
+        told = list(zip(self.statistics.hook_sites, self.statistics.moments, strict=True))
+        others = {site.cell for site, moments in told if id(moments) not in signed}
+        kept = [(s, m) for s, m in told if id(m) not in signed or s.cell not in others]
+        sites, moments = (tuple(part) for part in zip(*kept, strict=True)) if kept else ((), ())
+        return replace(self.statistics, hook_sites=sites, moments=moments)
 
     @property
     def objective(self) -> float:

@@ -73,10 +73,12 @@ class MapsResult(MatchResult):
     Attributes:
         alignment: what brings B to A, gauge included: `alignment.apply(state_b)`; `permutation` is its permutation.
         left_out: continuous groups without a map, and why.
+        fallback: those that activations were to tell of, and that were matched by their weights, being seen nowhere.
     """
 
     alignment: Alignment = field(kw_only=True)
     left_out: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    fallback: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def as_alignment(self) -> Alignment:
@@ -337,8 +339,8 @@ def _polar(matrix: Tensor) -> Tensor:
     return left @ right
 
 
-def _best(group: ContinuousGroup, pair: Pair, choose: Choose | None = None) -> Tensor | None:
-    """The best matrices given all else, None if what is there is as good."""
+def best(group: ContinuousGroup, pair: Pair, choose: Choose | None = None) -> Tensor | None:
+    """The best matrices by the weights, given all else; None if what is there is as good."""
     products = pair.products(group, choose)
     matrices = procrustes(group, products)
     now = products.diagonal(dim1=-2, dim2=-1).sum()
@@ -560,7 +562,7 @@ def _forward(pair: Pair) -> None:
             turned = [unit]
         done.add(name)
         for group in [*turned, *(mixing[n] for n in known if n not in {g.name for g in turned})]:
-            matrices = _best(group, pair, settled if choose or group not in turned else None)
+            matrices = best(group, pair, settled if choose or group not in turned else None)
             if matrices is not None:
                 pair.turn(group, matrices)
         for group in turned:
@@ -595,7 +597,7 @@ def _sweep(pair: Pair, seed: int) -> Iterator[Update]:
         for group in groups:
             unit = "m " + group.name
             if pair.is_new(unit, {site.parameter for site in group.sites}):
-                matrices = _best(group, pair)
+                matrices = best(group, pair)
                 if matrices is not None:
                     pair.turn(group, matrices)
                 pair.done_with(unit)
