@@ -12,6 +12,7 @@ permutation of both costs unless they say otherwise. `--study` says what is comp
     methods       permutations, the closest maps by the weights, one learned rotation for each transformer, all maps
     maps          all maps alone, for long runs
     line          all maps, B's share drawn from the whole line (.1 to .9) instead of from its middle
+    turns         permutations and maps in turns: straight-through estimator, maps, the estimator behind them, maps
     groups        kinds of maps alone and together, a quarter of the steps each
     starts        all maps from no permutation, from those of weights and activations, a quarter of the steps each
     data          all maps from a quarter of the images and from four times as many
@@ -50,6 +51,7 @@ from rebasin.matching.activations.hybrids import activation_and_weight
 from rebasin.matching.maps import learned_matching, weight_alignment
 from rebasin.models import tiny_sd
 from rebasin.objectives import Denoising, Distillation, teach
+from rebasin.spec import Alignment
 from rebasin.tensors import load_safetensors
 from rebasin.tensors.modules import loaded
 from rebasin.types import ProgressEvent
@@ -58,7 +60,8 @@ ROTATION = ["rotations", "rotations that keep ones"]
 HEADS, SCALES = ["invertible"], ["scales", "positive scales"]
 State = Mapping[str, Tensor]
 Study = StrEnum(
-    "Study", ["methods", "maps", "line", "groups", "starts", "data", "distillation", "streams", "control"]
+    "Study",
+    ["methods", "maps", "line", "turns", "groups", "starts", "data", "distillation", "streams", "control"],
 )
 
 
@@ -167,6 +170,19 @@ def main(
         learned("all maps", steps=steps)
     if "line" in chosen:
         learned("all maps, whole line", steps=steps, lam_low=0.1, lam_high=0.9)
+    if "turns" in chosen:
+        alignment, moved = Alignment.of(start.permutation), models[1]
+        for turn in ("", ", again"):
+            found, seconds = timed(
+                rebasin.straight_through, spec, models[0], moved, objective, learn,
+                init=start.permutation if not turn else "identity", refine=2, seed=seed,
+            )  # fmt: skip
+            alignment = Alignment.of(found.permutation).compose(
+                alignment if turn else Alignment.of(spec.identity())
+            )
+            measure(f"straight-through permutations{turn}", (a, alignment.apply(b)), seconds)
+            alignment = learned(f"all maps behind them{turn}", init=alignment, steps=steps).alignment
+            moved = loaded(copy.deepcopy(model), alignment.apply(b)).eval()
     if "groups" in chosen:
         for name, kinds in (
             ("scales alone", SCALES),

@@ -204,7 +204,7 @@ def test_evaluation_restores_every_training_flag_and_moves_nothing(fails):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x, y = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
     if fails:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(DataError):
             CrossEntropy().evaluate(model, [(x[:, :2], y)])
     else:
         CrossEntropy().evaluate(model, [(x, y)])

@@ -471,7 +471,7 @@ def test_paths_that_there_are_need_no_quotes(tmp_path, monkeypatch):
         (["+seed=1"], "The option 'seed' exists already; write it without the leading +."),
         (
             ["model=vgg"],
-            "There is no model 'vgg'; did you mean 'vgg16'? Choose one of checkpoint, mlp, resnet18,",
+            "There is no model 'vgg'; did you mean 'vgg16'? Choose one of checkpoint, mlp, own, resnet18,",
         ),
         (["seed=["], "'seed=[' can't be read; write GROUP=CHOICE or OPTION=VALUE"),
         (
@@ -520,7 +520,7 @@ def test_hydra_full_error_still_shows_the_traceback(tmp_path):
 
 def test_help_and_cfg_work_from_any_folder(tmp_path):
     text = shell("--help", cwd=tmp_path).stdout
-    models = "model: checkpoint, mlp, resnet18, resnet20, resnet50, tiny_sd, tiny_sd_trained, vgg16"
+    models = "model: checkpoint, mlp, own, resnet18, resnet20, resnet50, tiny_sd, tiny_sd_trained, vgg16"
     for part in ("algo: activation_and_weight, activation_matching, ", models, "EXAMPLES"):
         assert part in text
     printed = shell("--cfg", "job", "model=mlp", cwd=tmp_path).stdout

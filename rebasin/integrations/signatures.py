@@ -4,6 +4,7 @@ A config names its function in its defaults list, and says itself only what diff
 
     defaults: [/function/rebasin.matching.weight_matching@_here_]    # _target_, and every option with its default
     defaults: [/options/rebasin.merging.methods.ties.ties_sum@options]    # the options alone
+    defaults: [/own/network/my_package.nets.Net@options]    # of a user's own; "???": no default
 
 Sources are parsed, not run, so that --help and --cfg need not wait for torch. A default is therefore a literal, or the
 name of a constant. Dataclasses have their fields for options.
@@ -15,7 +16,7 @@ import ast
 import contextlib
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -36,7 +37,7 @@ from ..files import config_dir
 CONFIG = "config"
 VERSION_BASE = "1.3"
 
-FUNCTION, OPTIONS = "/function/", "/options/"
+FUNCTION, OPTIONS, OWN = "/function/", "/options/", "/own/"
 DEFINITION = ast.FunctionDef | ast.ClassDef
 
 NO_OPTIONS = frozenset((
@@ -45,6 +46,14 @@ NO_OPTIONS = frozenset((
     "base", "score", "alphas_cumprod", "unconditional",
 ))  # fmt: skip
 """Arguments that a run supplies, or that only Python can: of matching algorithms, merge methods and objectives."""
+
+SUPPLIED: Mapping[str, frozenset[str]] = {
+    "network": frozenset(),
+    "train": frozenset(("network", "model", "batches", "seed", "device", "progress")),
+    "dataset": frozenset(("split", "train")),
+    "objective": frozenset(("model", "batch")),
+}
+"""Roles of functions and classes of a user's own -> arguments that a run supplies."""
 
 
 def composed(overrides: Sequence[str], config: str = CONFIG) -> DictConfig:
@@ -65,6 +74,27 @@ def _composed(overrides: tuple[str, ...], config: str) -> DictConfig:
     finally:
         GlobalHydra.instance().hydra = running
     OmegaConf.set_readonly(found, True)  # the same for all who ask
+    return found
+
+
+def own_options(role: str, path: str) -> dict[str, Any]:
+    """Option -> default of a function or class of the user's own in one of the roles of SUPPLIED; "???" where it has
+    none or one that can't be told from its source alone.
+
+    Raises:
+        ConfigError: its source can't be found.
+    """
+    module, node = _found(path)
+    found: dict[str, Any] = {}
+    parameters = list(_parameters(module, node))
+    # The objective may call what it is given as it likes; a class is made first.
+    given = 2 if role == "objective" and isinstance(node, ast.FunctionDef) else 0
+    for name, place, default in parameters[given:]:
+        if name not in SUPPLIED[role] | {"self"}:
+            try:
+                found[name] = "???" if default is None else _value(place, default)
+            except (ValueError, LookupError):
+                found[name] = "???"
     return found
 
 
@@ -161,6 +191,10 @@ def _parameters(module: str, node: ast.AST) -> Iterator[tuple[str, str, ast.expr
         padded = [None] * (len(names) - len(defaults)) + defaults
         yield from ((name.arg, module, default) for name, default in zip(names, padded, strict=True))
     elif isinstance(node, ast.ClassDef):
+        made = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
+        if made is not None:
+            yield from _parameters(module, made)
+            return
         for base in node.bases:
             yield from _parameters(*_look_up(module, base.id)) if isinstance(base, ast.Name) else ()
         for field in node.body:
@@ -186,15 +220,17 @@ class SignatureSource(ConfigSource):
         kind, _, path = config_path.partition("/")
         if f"/{kind}/" == FUNCTION:
             found = {"_target_": path, **options(path)}
+        elif f"/{kind}/" == OWN:
+            found = own_options(*path.split("/", 1))
         else:
             found = {name: default for name, default in options(path).items() if default != "???"}
         return ConfigResult(self.full_path(), config_path, OmegaConf.create(found), {"package": None})
 
     def is_config(self, config_path: str) -> bool:
-        return f"/{config_path}".startswith((FUNCTION, OPTIONS))
+        return f"/{config_path}".startswith((FUNCTION, OPTIONS, OWN))
 
     def is_group(self, config_path: str) -> bool:
-        return f"/{config_path}/" in (FUNCTION, OPTIONS)
+        return f"/{config_path}/" in (FUNCTION, OPTIONS, OWN, *(f"{OWN}{role}/" for role in SUPPLIED))
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         return []

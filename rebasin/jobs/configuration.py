@@ -31,6 +31,7 @@ from ..integrations.signatures import CONFIG, VERSION_BASE, composed, options
 from . import option_help  # noqa: F401 - the configs' help templates name what it registers
 from .experiments import GROUP as EXPERIMENT
 from .experiments import expand
+from .own import is_own, own
 from .paths import quoted
 from .resume import UNFINISHED
 
@@ -88,7 +89,8 @@ def launch(job: Callable[[DictConfig], Any], config: str = CONFIG, kept: str = A
     # With this variable Hydra passes exceptions on instead of printing them itself.
     os.environ[FULL_ERROR] = "1"
     try:
-        sys.argv[1:] = expand(quoted(sys.argv[1:]))
+        sys.path[:0] = [] if {"", os.getcwd()} & set(sys.path) else [os.getcwd()]  # what is named by its path
+        sys.argv[1:] = expand(quoted(own(sys.argv[1:])))
         application(checked)()
     except KeyboardInterrupt:
         told = "the same command with resume=true goes on where it stopped" if UNFINISHED else kept
@@ -293,19 +295,21 @@ def check_types(cfg: DictConfig, config: str = CONFIG) -> None:
     """
     runtime = HydraConfig.get().runtime
     choices = {g: c for g, c in runtime.choices.items() if (config_dir() / g).is_dir()}
-    named = {group: f"{group}={choice}" for group, choice in choices.items() if choice is not None}
-    mine = {g: told for g, told in named.items() if g != "hydra" and not exists(g, choices[g])}
-    ours = [told for g, told in named.items() if g not in ("hydra", EXPERIMENT, *mine)]
+    told_of = {group: f"{group}={choice}" for group, choice in choices.items() if choice is not None}
+    mine = {g: told for g, told in told_of.items() if g != "hydra" and not exists(g, choices[g])}
+    ours = [told for g, told in told_of.items() if g not in ("hydra", EXPERIMENT, *mine)]
     folders = _folders(runtime)
     for group in mine:
         if group not in UNNAMED:
             name_of(cfg, group, runtime)
             _require_references(cfg[group], group, config_told(group, choices[group], folders))
     chosen = [told for g, told in mine.items() if g != EXPERIMENT]
-    defaults = composed([*_searched(folders), *ours, *chosen] if chosen else ours, config)
+    named = [str(told) for told in HydraConfig.get().overrides.task if is_own(str(told))]
+    loose = {*mine, *(told.partition("@")[2].partition(".")[0] for told in named)}
+    defaults = composed([*_searched(folders), *ours, *chosen, *named] if chosen else [*ours, *named], config)
     for key in defaults:
         group = str(key)
-        own = _typed(defaults[key]) if group in mine and group in cfg else defaults[key]
+        own = _typed(defaults[key]) if group in loose and group in cfg else defaults[key]
         _compare(own, cfg[key], group, f" of {mine[group]}" if group in mine else "")
 
 
@@ -410,7 +414,7 @@ def _chosen(arguments: list[str], config: str, groups: DictConfig) -> DictConfig
     ours, own = list[str](), list[str]()
     for argument in arguments:
         group, _, choice = argument.lstrip("+").partition("=")
-        if group in groups and exists(group, choice):
+        if (group in groups and exists(group, choice)) or is_own(argument):
             ours.append(argument)
         elif group in groups and any(exists(group, choice, folder) for folder in folders):
             own.append(argument)

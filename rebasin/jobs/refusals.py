@@ -153,10 +153,11 @@ def brought(cfg: DictConfig, task: Task) -> dict[str, str]:
     what it is.
     """
     own = {"data": task.data, "objective": "own"}
+    paths = {"data": task.data, "objective": cfg.objective.get("function")}
     return {
-        group: name
+        group: str(paths[group] if cfg[group].get("kind") == "own" else name)
         for group, name in own.items()
-        if group not in task.reads and exists(group, cfg[group].name)
+        if exists(group, cfg[group].name) and (group not in task.reads or cfg[group].get("kind") == "own")
     }
 
 

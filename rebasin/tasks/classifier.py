@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import nn
 
-from ..checkpoints import load_safetensors
+from ..checkpoints.weights import weights_for
 from ..data import classification
 from ..data.parts import half, split
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from ..integrations.hydra import function_of, resolved
 from ..models import build, fitting_options
 from ..models.cache import trained
@@ -39,7 +36,7 @@ def load(cfg: DictConfig) -> Task:
     options, recipe = fitting_options(model["architecture"], data, own), Recipe(**model["recipe"])
     device = find_device(cfg.device)
     network = build(model["architecture"], **options).eval().to(device)
-    seeds = _seeds(model["seeds"], cfg.seed)
+    seeds = seeds_of(model["seeds"], cfg.seed)
     if cfg.data.split == "random":
         parts = tuple(half(data, seed) for seed in seeds)
     else:
@@ -47,7 +44,7 @@ def load(cfg: DictConfig) -> Task:
 
     def endpoints(progress: Progress | None) -> tuple[State, ...]:
         if files:
-            return tuple(_read(file, network) for file in files)
+            return tuple(weights_for(network, file) for file in files)
         return tuple(
             trained(
                 model["architecture"], parts[k % len(parts)], options, recipe, seed, cfg.path.cache, progress,
@@ -78,28 +75,8 @@ def load(cfg: DictConfig) -> Task:
     )
 
 
-def _read(file: str, network: nn.Module) -> State:
-    """The weights in `file` (safetensors, or a pickle of nothing but tensors) under the network's own names."""
-    path = Path(file).expanduser()
-    if path.suffix == ".safetensors":
-        found: Mapping[str, Any] = dict(load_safetensors(path))
-    else:
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
-            raise CheckpointError(f"{path} can't be read as weights: {error}") from error
-        found = found.get("state_dict", found) if isinstance(found, Mapping) else {}
-    wanted = network.state_dict()
-    for name, tensor in wanted.items():
-        if name not in found or tuple(found[name].shape) != tuple(tensor.shape):
-            shape = tuple(found[name].shape) if name in found else "nothing"
-            raise CheckpointError(
-                f"{path} has {shape} for {name!r}, but the network has {tuple(tensor.shape)}: give its own weights."
-            )
-    return {name: found[name] for name in wanted}
-
-
-def _seeds(chosen: Any, seed: int) -> tuple[int, ...]:
+def seeds_of(chosen: Any, seed: int) -> tuple[int, ...]:
+    """The seeds of the trainings: `chosen`, or two that go with the run's `seed`."""
     if chosen is None:
         return 2 * seed, 2 * seed + 1
     if not isinstance(chosen, list) or not chosen or not all(isinstance(s, int) for s in chosen):

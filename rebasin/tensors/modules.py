@@ -218,6 +218,14 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return model(*batch)
 
 
+def head(batch: Any, samples: int = 2) -> Any:
+    """The first samples of a batch, if its tensors have samples in common; else the batch."""
+    sizes = {t.shape[0] if t.ndim else None for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)}
+    if len(sizes) != 1 or None in sizes:
+        return batch
+    return pytree.tree_map_only(Tensor, lambda t: t[:samples], batch)
+
+
 @contextmanager
 def computing(batch: Any) -> Iterator[None]:
     """What a model, or an objective, raises on a batch inside the block is told in a sentence, with what the batch was.

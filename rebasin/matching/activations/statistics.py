@@ -14,14 +14,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ...arguments import check_choices, check_range, typed
 from ...errors import ConfigError, DataError, SpecMismatchError
 from ...objectives import LossFunction, Objective, checked
 from ...spec import Group, Leaf, Node, PermutationSpec
 from ...tensors.memory import duplicate
-from ...tensors.modules import Forward, call_model, computing, device_of, find_device, hooked, to_device
+from ...tensors.modules import Forward, call_model, computing, device_of, find_device, head, hooked, to_device
 from ...tracing.export import evaluation_mode
 from ...types import Progress, tell
 from ..assignment.blocks import leaves
@@ -146,9 +145,9 @@ def activation_statistics(
     if not first:
         raise DataError("There is nothing to match activations on: the batches are empty; give at least one.")
 
-    head = to_device(_head(first[0]), device_of(model_a))
-    with computing(head):
-        found = find_hook_sites(spec, model_a, lambda model: call(model, head))
+    few = to_device(head(first[0]), device_of(model_a))
+    with computing(few):
+        found = find_hook_sites(spec, model_a, lambda model: call(model, few))
     hook_sites = choose(spec, found, reads, sites)
     cells = [spec.cells[site.cell].size for site in hook_sites]
     dtype = torch.float64 if 8 * sum(n * n for n in cells) <= LARGE else torch.float32
@@ -321,14 +320,6 @@ def _undecided(group: Group, node: Node, seen: Collection[str]) -> bool:
 
 def _key(site: HookSite) -> Key:
     return site.module, site.where, site.dim
-
-
-def _head(batch: Any) -> Any:
-    """Two samples of a batch, if its tensors have samples in common; enough to see which modules are called."""
-    sizes = {t.shape[0] if t.ndim else None for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)}
-    if len(sizes) != 1 or None in sizes:
-        return batch
-    return pytree.tree_map_only(Tensor, lambda t: t[:2], batch)
 
 
 def _moved(model: nn.Module, device: torch.device | str) -> nn.Module:

@@ -1,0 +1,65 @@
+"""The weights of a network that is known by its class, out of a file of any kind."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, listed, shown
+from .pickled import load_tensors
+
+
+def weights_for(network: nn.Module, path: str | Path) -> dict[str, Tensor]:
+    """The tensors in `path`, safetensors or a pickle of tensors, under the network's own names.
+
+    What stands before all names there ("module." of DataParallel, "model." of trainers, "_orig_mod." of torch.compile)
+    is taken off; what stands under other names before (averages, optimisers) is passed over.
+
+    Raises:
+        CheckpointError: the file can't be read, lacks a tensor, has one of another shape, or has more than the network.
+    """
+    file = Path(path).expanduser()
+    found = load_tensors(file)
+    wanted = {name: t for name, t in network.state_dict().items() if isinstance(t, Tensor)}
+    names, shapes = list(found), {name: tuple(found.shape_of(name)) for name in found}
+    before = _before(names, list(wanted), file)
+    for name, tensor in wanted.items():
+        key = before + name
+        if shapes.get(key) != tuple(tensor.shape):
+            shape = shapes.get(key, "nothing")
+            raise CheckpointError(
+                f"{file} has {shape} for {shown(name)}, but the network has {tuple(tensor.shape)}: give its own"
+                " weights."
+            )
+    more = [name for name in names if name.startswith(before) and name.removeprefix(before) not in wanted]
+    if more:
+        raise CheckpointError(
+            f"{file} has {len(more)} tensors that the network has not ({listed(more, 80)}): give the weights of this"
+            " network, or the options that it was trained with."
+        )
+    return {name: found[before + name].clone() for name in wanted}
+
+
+AVERAGES = re.compile(r"ema|average|avg|shadow|teacher", re.IGNORECASE)
+"""What says of names that they are no model's own weights."""
+
+
+def _before(names: list[str], wanted: list[str], file: Path) -> str:
+    """What stands before the network's names in the file: of all that occur the one under which most are found, and of
+    several the one that is no average's.
+    """
+    known = set(names)
+    there = {name.removesuffix(wanted[0]) for name in names if wanted and name.endswith(wanted[0])}
+    count = {
+        one: sum(one + name in known for name in wanted) for one in there if not one or one.endswith(".")
+    }
+    most = [one for one, number in count.items() if number == max(count.values())]
+    own = [one for one in most if not AVERAGES.search(one)] or most
+    if len(own) > 1 and "" not in own:
+        raise CheckpointError(
+            f"{file} has this network's tensors {len(own)} times, under {listed(sorted(own), 80)}: save one of them"
+            " alone."
+        )
+    return "" if not own or "" in own else own[0]
