@@ -132,6 +132,23 @@ def test_a_product_by_elements_follows_scales_alone(base: State) -> None:
         align_adapter(whole, loha(f"{BLOCK}.ff.net.2"), base)
 
 
+def test_products_that_do_not_fit_are_told_before_they_are_written_out(base: State) -> None:
+    whole, flat = world()[1].random_alignment(4), "lora_unet_" + f"{BLOCK}.attn1.to_q".replace(".", "_")
+    small = loha(f"{BLOCK}.attn1.to_q")
+    odd = {**small, f"{flat}.hada_w2_b": torch.ones(2, 16), f"{flat}.hada_w2_a": torch.ones(12, 2)}
+    for adapter, words in (
+        (
+            {f"{flat}.lokr_w1": torch.ones(5, 5), f"{flat}.lokr_w2": torch.ones(12, 12)},
+            "does not make up a LoKr",
+        ),
+        ({f"{flat}.lokr_w1": torch.ones(2, 8), f"{flat}.lokr_w2": torch.ones(2, 8)}, "make up a LoKr"),
+        ({n: t for n, t in small.items() if not n.endswith("w2_b")}, "has no hada_w2_b"),
+        (odd, "fit"),
+    ):
+        with pytest.raises(AdapterError, match=words):
+            align_adapter(whole, adapter, base, unfold=True)
+
+
 def test_what_can_not_follow_is_told(base: State) -> None:
     whole = world()[1].random_alignment(4)
     flat = "lora_unet_" + f"{BLOCK}.attn1.to_q".replace(".", "_")

@@ -211,6 +211,57 @@ PARTS = {
 }
 
 
+TOKENS = torch.tensor([True, False, False, False, True])[:, None]
+BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "masked tokens": (lambda h: h.masked_fill(TOKENS, 0.0), "invertible"),
+    "masked in place": (lambda h: h.clone().masked_fill_(TOKENS, 0), "invertible"),
+    "masked with a number": (lambda h: h.masked_fill(TOKENS, 1.0), ""),
+    "masked by itself": (lambda h: h.masked_fill(h > 0, 0.0), ""),
+    "masked neurons": (lambda h: h.masked_fill(torch.arange(C) % 2 == 0, 0.0), "scales"),
+    "chosen or zero": (lambda h: torch.where(TOKENS, h, 0.0), "invertible"),
+    "zero or chosen": (lambda h: torch.where(TOKENS, 0.0, h), "invertible"),
+    "one of two": (lambda h: torch.where(TOKENS, h, 2 * h), "invertible"),
+    "chosen or a number": (lambda h: torch.where(TOKENS, h, 1.0), ""),
+    "chosen or a table": (lambda h: torch.where(TOKENS, h, torch.linspace(1, 2, C).to(h)), ""),
+    "chosen by neuron": (lambda h: torch.where(torch.arange(C) % 2 == 0, h, 3 * h), "scales"),
+    "cut by clamp": (lambda h: h.clamp(min=0), "positive scales"),
+    "clamped on both sides": (lambda h: h.clamp(0, 1), ""),
+    "clamped elsewhere": (lambda h: h.clamp(min=-1), ""),
+    "absolute": (torch.abs, "positive scales"),
+    "largest over positions": (lambda h: h.amax(1, keepdim=True) + 0 * h[:, :1], "positive scales"),
+    "largest and its place": (lambda h: h.max(1)[0], "positive scales"),
+    "largest over neurons": (lambda h: h - h.amax(-1, keepdim=True), ""),
+    "summed up over positions": (lambda h: h.cumsum(1), "invertible"),
+    "summed up over neurons": (lambda h: h.cumsum(-1), ""),
+    "rounded to eight bits": (lambda h: h.to(torch.float8_e4m3fn).to(h.dtype), ""),
+}
+"""What stands between a writer and a reader, and the kind of maps that it leaves."""
+
+
+class Between(nn.Module):
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.enter, self.leave, self.between = nn.Linear(C, C), nn.Linear(C, 3), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.between(self.enter(x)))
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_stands_between_leaves_what_it_commutes_with(name: str) -> None:
+    """By the outputs, not by verify: on other inputs than traced."""
+    between, kind = BETWEEN[name]
+    torch.manual_seed(0)
+    model, x = Between(between).double(), torch.randn(2, 5, C, dtype=torch.float64)
+    spec = rebasin.trace(model, x)
+    assert [group.kind for group in spec.continuous] == ([kind] if kind else [])
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    y = torch.randn(3, 5, C, dtype=torch.float64)
+    wanted = model(y)
+    model.load_state_dict(spec.random_alignment(1).apply(state))
+    torch.testing.assert_close(model(y), wanted, rtol=1e-9, atol=1e-9)
+
+
 class Several(nn.Module):
     """Parts behind norms are added to one stream that is cut at zero, as in a ResNet: the norms' gains and the stream
     are scaled alike, and what reads it is scaled back.
@@ -637,7 +688,7 @@ def test_misuse_of_alignments_is_one_sentence(tmp_path: Path) -> None:
         (lambda: moved.without(["enter"]), "no continuous group 'enter'"),
         (
             lambda: moved.apply({n: t.long() for n, t in state.items()}),
-            "is int64, but maps act on numbers in",
+            "is int64, but maps act on floating point numbers",
         ),
         (lambda: moved.apply({n: t * 1j for n, t in state.items()}), "is complex128"),
         (lambda: spec.stuck({}), "has no tensor"),

@@ -18,6 +18,7 @@ from ..errors import AdapterError, SpecMismatchError, shown
 from ..spec import DIAGONAL, Alignment, PermutationSpec, PermutedState
 from ..spec.mapped import MappedState, Rounding
 from ..types import LazyState, State, passed, shape_of, widened
+from .complete import require_complete, require_size
 from .embeddings import move_embeddings
 from .keys import EXTRA
 from .lokr import unfolded
@@ -179,6 +180,9 @@ def _written_out(view: MappedState, spec: PermutationSpec, adapter: State, what:
         factors = {factor: key for factor, key in module.keys.items() if _is_product(factor)}
         if parameter is None or not factors:
             continue
+        shapes = {factor: tuple(shape_of(adapter, key)) for factor, key in module.keys.items()}
+        named = f"The module {shown(module.name)} of {what}"
+        require_size(named, require_complete(named, shapes), shapes, spec.shapes[parameter])
         groups = [group for side in (ROWS, COLUMNS) for group in view.acting(parameter, side)]
         kept = all(f.startswith("hada_") for f in factors) and all(g.kind in DIAGONAL for g in groups)
         if not groups or kept or "dora_scale" in module.keys:
@@ -188,11 +192,18 @@ def _written_out(view: MappedState, spec: PermutationSpec, adapter: State, what:
             made.pop(key)
         lokr = any(factor.startswith("lokr_") for factor in factors)
         where = module.name
-        plain = (
-            unfolded(where, state, spec.shapes[parameter])
-            if lokr
-            else unfolded_loha(state, spec.shapes[parameter])
-        )
+        try:
+            plain = (
+                unfolded(where, state, spec.shapes[parameter])
+                if lokr
+                else unfolded_loha(state, spec.shapes[parameter])
+            )
+        except AdapterError:
+            raise
+        except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+            raise AdapterError(
+                f"The factors of the module {shown(module.name)} of {what} do not fit together, so the file is damaged."
+            ) from error
         whole |= {module.name + FIRST_OF.get(factor, f".{factor}"): t for factor, t in plain.items()}
     return {**{name: one.make() for name, one in made.items()}, **whole} if whole else adapter
 

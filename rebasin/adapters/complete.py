@@ -109,11 +109,15 @@ def require_size(where: str, kind: str, shapes: Shapes, weight: tuple[int, ...])
             return math.prod(shapes[f"lokr_w{i}"])
         return math.prod(shapes[a][1:] if core in shapes else shapes[a][:1]) * columns(f"lokr_w{i}_b", core)
 
+    def high(i: int) -> int:
+        a = f"lokr_w{i}_a"
+        return shapes[f"lokr_w{i}"][0] if f"lokr_w{i}" in shapes else shapes[a][f"lokr_t{i}" in shapes]
+
     wrong = {
         "LoRA": lambda: columns("down", "mid") != inner,
         "LoRA of an embedding": lambda: columns("embedding_down", "") != weight[0],
         "LoHa": lambda: any(columns(f"hada_w{i}_b", f"hada_t{i}") != inner for i in (1, 2)),
-        "LoKr": lambda: small(1) * small(2) != total,
+        "LoKr": lambda: small(1) * small(2) != total or high(1) * high(2) != weight[0],
         "full difference": lambda: math.prod(shapes["diff"]) != total,
     }.get(kind)
     if wrong is not None and wrong():

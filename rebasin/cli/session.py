@@ -135,7 +135,11 @@ def say_rounding(console: Console, roundings: Mapping[str, Rounding] | None) -> 
     whole = rounding_of(roundings)
     if not whole.squares:
         return answer(
-            console, "What did rounding cost?", "Nothing", "green", "What maps moved is in single precision."
+            console,
+            "What did rounding cost?",
+            "Nothing",
+            "green",
+            "What maps moved has the type that it was computed in.",
         )
     text = f"relative to the weights that maps moved, in {len(whole.squares):,} tensors."
     answer(console, "What did rounding cost?", f"{whole.error:.1e}", "green", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -238,6 +239,8 @@ def computing(batch: Any) -> Iterator[None]:
     except (RebasinError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        if _is_ours(error):
+            raise
         leaves = pytree.tree_leaves(batch)
         kinds = [
             f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
@@ -250,6 +253,13 @@ def computing(batch: Any) -> Iterator[None]:
             f"The model and objective can't compute a batch of {told or 'nothing'}: {type(error).__name__}:"
             f" {first_line(error)}"
         ) from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it was raised by a line of this package that is no objective: a bug, and no fault of a batch."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    return module.startswith("rebasin.") and not module.startswith(("rebasin.objectives.", "rebasin.models."))
 
 
 def _are_labels(x: Tensor, y: Tensor) -> bool:

@@ -157,7 +157,12 @@ def _normalised(module: Any) -> Places:
 
 
 def _attention(module: Any) -> Places:
-    e = module.embed_dim  # other widths of keys and values have weights of their own
+    e = module.embed_dim
+    if module.in_proj_weight is None:  # other widths of keys and values have weights of their own
+        own: Any = {
+            (f"{where[0]}_proj_weight", 0): (Place(where, -1),) for where in ("query", "key", "value")
+        }
+        return {**own, ("out_proj.weight", 0): OUTPUT}
     inner = tuple(Place(w, -1, k * e, e) for k, w in enumerate(("query", "key", "value")))  # type: ignore[arg-type]
     return {("in_proj_weight", 0): inner, ("in_proj_bias", 0): inner, ("out_proj.weight", 0): OUTPUT}
 
@@ -235,7 +240,9 @@ def tensor_at(
     given = args[number] if len(args) > number else kwargs[where]
     rows = slice(number * module.embed_dim, (number + 1) * module.embed_dim)
     bias = None if module.in_proj_bias is None else module.in_proj_bias[rows]
-    projected = F.linear(given, module.in_proj_weight[rows], bias)
+    weight = module.in_proj_weight
+    own = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)[number]  # with kdim or vdim
+    projected = F.linear(given, own if weight is None else weight[rows], bias)
     return projected if module.batch_first or projected.ndim < 3 else projected.transpose(0, 1)
 
 

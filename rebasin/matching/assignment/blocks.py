@@ -11,6 +11,8 @@ that:
                       that of v/out)
     Branch, listed    the best of the listed orders, by the same inner values
 
+A leaf whose neurons a linear map mixes has nothing to be arranged inside: what it gains in another's place is given.
+
 This is exact at any depth, since the best arrangement inside child j at place i depends on nothing outside
 of it. The same code serves weights and activations: it only sees cost matrices.
 
@@ -50,6 +52,12 @@ class Costs(ABC):
     def diagonal(self, cell: str, blocks: Sequence[Indices]) -> list[Tensor]:
         """`block` for each of `blocks`, which may be computed together."""
         return [self.block(cell, neurons) for neurons in blocks]
+
+    def mixed(self, cell: str, leaves: Sequence[Indices]) -> tuple[list[np.ndarray], np.ndarray] | None:
+        """Of leaves whose neurons are mixed by maps: their neurons, each in the order in which they correspond, and the
+        value of each in the place of each, float64 [n, n]. None for leaves whose neurons are exchanged.
+        """
+        return None
 
     def duals(self, cell: str, neurons: Indices) -> Tensor | None:
         """What `learn` was told when these neurons were last assigned, [k], as they are ordered now, or None."""
@@ -104,7 +112,8 @@ def assign(
     free: dict[int, list[Indices]] = {}
     for unit in independent(group.tree) if units is None else units:
         if isinstance(unit, Leaf):
-            free.setdefault(unit.cell, []).append(unit.neurons)
+            if source.mixed(group.cells[unit.cell].name, [unit.neurons]) is None:
+                free.setdefault(unit.cell, []).append(unit.neurons)
             continue
         table = _table(group, [unit], source)
         reached = table.arrange(0, 0, index)
@@ -157,7 +166,10 @@ def _table(group: Group, nodes: Sequence[Node], costs: Costs) -> _Table:
     """
     first = nodes[0]
     if isinstance(first, Leaf):
-        return _LeafTable(group, [n for n in nodes if isinstance(n, Leaf)], costs)
+        leaves = [n for n in nodes if isinstance(n, Leaf)]
+        cell = group.cells[first.cell].name
+        mixed = costs.mixed(cell, [leaf.neurons for leaf in leaves])
+        return _LeafTable(group, leaves, costs) if mixed is None else _MixedTable(cell, *mixed)
     return _OrderTable(group, [n for n in nodes if isinstance(n, Branch)], costs)
 
 
@@ -216,6 +228,25 @@ class _LeafTable:
             return float(self._stay[i])
         index[self.cell][self.neurons[i]] = self.neurons[j][self._column[i, j]]
         return value
+
+
+class _MixedTable:
+    """Blocks that move as wholes, of which all values are known."""
+
+    def __init__(self, cell: str, neurons: Sequence[np.ndarray], values: np.ndarray) -> None:
+        self.cell, self.neurons, self.upper = cell, neurons, values
+        self.exact = np.ones(values.shape, dtype=bool)
+
+    def tighten(self) -> None: ...
+
+    def solve(self, i: int, j: int) -> None: ...
+
+    def in_place(self, i: int) -> float:
+        return float(self.upper[i, i])
+
+    def arrange(self, i: int, j: int, index: dict[str, np.ndarray]) -> float:
+        index[self.cell][self.neurons[i]] = self.neurons[j]
+        return float(self.upper[i, j])
 
 
 class _OrderTable:
@@ -336,4 +367,4 @@ def _as_good(stay: float, value: float) -> bool:
     return value - stay <= TOLERANCE * (abs(value) + abs(stay))
 
 
-_Table = _LeafTable | _OrderTable
+_Table = _LeafTable | _MixedTable | _OrderTable

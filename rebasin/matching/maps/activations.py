@@ -16,7 +16,6 @@ Closeness is not what lowers a barrier (docs/continuous.md): this is a start, an
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -29,6 +28,7 @@ from ...objectives import LossFunction, Objective
 from ...spec import (
     DIAGONAL,
     Alignment,
+    Cell,
     ContinuousGroup,
     Permutation,
     PermutationSpec,
@@ -45,12 +45,11 @@ from ..activations.moments import Moments
 from ..activations.statistics import TOKENS, ActivationStatistics, Precision, activation_statistics
 from ..result import Sweep
 from ..weights.costs import Choose
-from .gauge import canonical
+from .gauge import canonical, undetermined
 from .matching import (
     MapsResult,
     Pair,
-    assign_heads,
-    assign_signed,
+    arrange,
     best,
     distance,
     procrustes,
@@ -97,20 +96,19 @@ def activation_alignment(
         "device": device, "progress": progress,
     }  # fmt: skip
     a, b = (read(spec, model.state_dict(), touched_by(spec)) for model in (model_a, model_b))
-    gauges = canonical(spec, a), canonical(spec, b)
+    unknown = undetermined(spec, a) | undetermined(spec, b)
+    gauges = canonical(spec, a, unknown), canonical(spec, b, unknown)
     moved = _moved(model_a, gauges[0]), _moved(model_b, gauges[1])
     statistics = activation_statistics(spec, moved[0], moved[1], batches, reads="both", **options)
-    pair = Pair(spec, dict(gauges[0].apply(a)), dict(gauges[1].apply(b)))
+    pair = Pair(spec, dict(gauges[0].apply(a)), dict(gauges[1].apply(b)), unknown)
     seen = _Seen(pair, statistics, model_a)
     before = seen.objective
-    plain = match_statistics(seen.unsigned, pair.a, pair.b)
-    unmixed, heads, signed = units_of(seen)
+    plain = match_statistics(statistics, pair.a, pair.b)
+    unmixed, mixed = units_of(seen)
     cells = [cell.name for group in unmixed for cell in group.cells]
     seen.permute({name: plain.permutation.index[name] for name in cells})
-    for one in heads:
-        assign_heads(seen, one)
-    for one in signed:
-        assign_signed(seen, one)
+    for one in mixed:
+        arrange(seen, one)
     bare = [group for group in seen.mixing if group not in seen.unseen]
     maps = {group.name: procrustes(group, seen.products(group)) for group in bare}
     reached = sum(_inner(group, maps[group.name], seen.products(group)) for group in bare)
@@ -152,23 +150,8 @@ class _Seen:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self.permutation = pair.spec.identity()
         self._places = {group.name: list(_places(group, statistics, self._modules)) for group in pair.mixing}
-        self.mixing = pair.mixing
+        self.mixing, self.where = pair.mixing, pair.where
         self.unseen = [group for group in pair.mixing if not self._places[group.name]]
-
-    @property
-    def unsigned(self) -> ActivationStatistics:
-        """The statistics without places where neurons have a sign that is still to be found, if they have others."""
-        signed = {
-            id(moments)
-            for group in self.mixing
-            if group.kind in DIAGONAL
-            for _, _, moments in self._places[group.name]
-        }
-        told = list(zip(self.statistics.hook_sites, self.statistics.moments, strict=True))
-        others = {site.cell for site, moments in told if id(moments) not in signed}
-        kept = [(s, m) for s, m in told if id(m) not in signed or s.cell not in others]
-        sites, moments = (tuple(part) for part in zip(*kept, strict=True)) if kept else ((), ())
-        return replace(self.statistics, hook_sites=sites, moments=moments)
 
     @property
     def objective(self) -> float:
@@ -193,15 +176,23 @@ class _Seen:
         every_block = total.permute(0, 2, 1, 3)
         return every_block if every else every_block.diagonal(dim1=0, dim2=1).permute(2, 0, 1).contiguous()
 
-    def cell_products(self, name: str, choose: Choose | None = None) -> np.ndarray:
-        """Of the neurons of a cell, float64 [size, size]: the sum of their correlations at the sites to look at."""
-        cell = self.spec.cells[name]
+    def site_products(self, cell: Cell, sites: Sequence[Site]) -> Tensor:
+        """The sum of the correlations of a cell's neurons at some of its sites, float64 [size, size].
+
+        A norm passes signs on: no map acts on its gains, but what is seen beside them has the stream's sign, if any.
+        """
         total = torch.zeros(cell.size, cell.size, dtype=torch.float64)
-        for site in cell.sites:
-            if choose is None or choose(site.parameter, site.axis):
-                for moments in _seen_at(name, site, self.statistics, self._modules):
-                    total += moments.statistic("pearson").cpu()
-        return total[:, torch.from_numpy(self.permutation.index[name])].numpy()
+        signed = any(self._sign_at(site) for site in cell.sites)
+        for site in sites:
+            passed_on = signed and len(self.spec.shapes[site.parameter]) == 1 and not self._sign_at(site)
+            for moments in _seen_at(cell.name, site, self.statistics, self._modules):
+                pearson = moments.statistic("pearson").cpu()
+                total += pearson.abs() if passed_on else pearson
+        return total[:, torch.from_numpy(self.permutation.index[cell.name])]
+
+    def _sign_at(self, site: Site) -> bool:
+        first = self.where.get((site.parameter, site.axis, int(to_array(site.positions)[0])))
+        return first is not None and first[0].kind in DIAGONAL
 
 
 def _places(

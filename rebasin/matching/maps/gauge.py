@@ -8,7 +8,7 @@ matching.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,27 +47,59 @@ def is_gain(group: ContinuousGroup, vectors: set[str]) -> bool:
     return group.kind == "scales" and any(s.parameter in vectors and s.power == 1 for s in group.sites)
 
 
-def canonical(spec: PermutationSpec, state: Mapping[str, Tensor]) -> Alignment:
-    """The scales and invertible matrices that bring `state` (tensors by their names in the spec) into its gauge."""
+def sign_vector(group: ContinuousGroup, spec: PermutationSpec) -> MapSite | None:
+    """Of scales that nothing but vectors write (gains and shifts of a norm) the first vector: its sign is a gauge."""
+    written = [site for site in group.sites if site.power == 1]
+    vectors = all(len(spec.shapes[site.parameter]) == 1 for site in written)
+    return written[0] if group.kind == "scales" and written and vectors else None
+
+
+def canonical(spec: PermutationSpec, state: Mapping[str, Tensor], without: Container[str] = ()) -> Alignment:
+    """The scales and invertible matrices that bring `state` (tensors by their names in the spec) into its gauge.
+
+    Groups `without` which it is to be done stay as they are.
+    """
     gains = gain_vectors(spec)
     maps: dict[str, Tensor] = {}
-    for group in spec.continuous:
+    signs: dict[str, Tensor] = {}
+    own = [group for group in spec.continuous if group.name not in without]
+    for group in own:
         if is_gain(group, gains):
             vector = next(s for s in group.sites if s.parameter in gains and s.power == 1)
             values = rows(vector, state[vector.parameter].double(), group.neurons).reshape(-1)
             if bool((values != 0).all()):
                 maps[group.name] = 1 / values
-    others = [
-        g
-        for g in spec.continuous
-        if g.name not in maps and g.kind in ("scales", "positive scales", "invertible")
-    ]
+        elif (vector := sign_vector(group, spec)) is not None:
+            values = rows(vector, state[vector.parameter].double(), group.neurons).reshape(-1)
+            signs[group.name] = torch.where(values < 0, -1.0, 1.0).double()
+    others = [g for g in own if g.name not in maps and g.kind in ("scales", "positive scales", "invertible")]
     for groups in _coupled(others):
         names = {s.parameter for g in groups for s in g.sites}
         names |= {s.gain.parameter for g in groups for s in g.sites if s.gain is not None}
         wide = {name: state[name].double() for name in names}
         maps |= _balanced(groups, _seen(spec.continuous, maps, spec.aliases, wide), spec.aliases)
-    return Alignment(spec.identity(), maps)
+    return Alignment(spec.identity(), {**maps, **{n: maps.get(n, 1.0) * sign for n, sign in signs.items()}})
+
+
+RANK = 1e-10
+"""Eigenvalues of a Gram matrix below this share of the largest are none: singular values below 1e-5 of theirs."""
+
+
+def undetermined(spec: PermutationSpec, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Continuous groups whose matrices the weights do not determine, and why: what writes or reads a block has less
+    rank than the block has neurons, so that some directions carry nothing.
+    """
+    found: dict[str, str] = {}
+    for group in spec.continuous:
+        if group.kind == "invertible":
+            for gram, what in zip(_grams(group, state), ("written", "read"), strict=True):
+                values = torch.linalg.eigvalsh(gram)
+                rank = (values > RANK * values[..., -1:].clamp_min(1e-300)).sum(-1)
+                if bool((rank < group.size).any()):
+                    found[group.name] = (
+                        f"it is {what} in {int(rank.min())} dimensions of {group.size}, which determine no matrix"
+                    )
+    return found
 
 
 def _coupled(groups: Sequence[ContinuousGroup]) -> list[list[ContinuousGroup]]:
@@ -86,15 +118,17 @@ def _balanced(
 ) -> dict[str, Tensor]:
     """The matrices that balance writers and readers of groups that share tensors, all of them float64."""
     maps: dict[str, Tensor] = {}
+    current = dict(current)
     for _ in range(ROUNDS if len(groups) > 1 else ALONE):
-        change, found = 0.0, {}
-        for group in groups:
-            matrices = (_balanced_heads if group.kind == "invertible" else _balanced_scales)(group, current)
-            found[group.name] = matrices
-            change = max(change, float((matrices - group.identity()).abs().max()))
-        current = _seen(groups, found, aliases, current)
-        for group in groups:
-            new, old = found[group.name], maps.get(group.name)
+        change = 0.0
+        for group in groups:  # one by one: together they would go too far where they share tensors
+            new = (_balanced_heads if group.kind == "invertible" else _balanced_scales)(group, current)
+            change = max(change, float((new - group.identity()).abs().max()))
+            names = {site.parameter for site in group.sites}
+            names |= {site.gain.parameter for site in group.sites if site.gain is not None}
+            own = {name: current[name] for name in names}
+            current |= _seen([group], {group.name: new}, aliases, own)
+            old = maps.get(group.name)
             maps[group.name] = new if old is None else new * old if group.kind in DIAGONAL else new @ old
         if change < SETTLED:
             break
@@ -128,10 +162,7 @@ def _balanced_heads(group: ContinuousGroup, state: Mapping[str, Tensor]) -> Tens
 
     T^T T is the geometric mean of (W W^T)^-1 and V V^T; of its roots the symmetric one is taken.
     """
-    gram = torch.zeros(2, *group.shape, dtype=torch.float64)
-    for site in group.sites:
-        mine = rows(site, state[site.parameter], group.count).double()
-        gram[int(site.power < 0)] += mine @ mine.mT
+    gram = _grams(group, state)
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     gram = gram + torch.eye(group.size, dtype=torch.float64) * (RIDGE * mean).clamp_min(1e-30)
     written, read = gram
@@ -139,6 +170,15 @@ def _balanced_heads(group: ContinuousGroup, state: Mapping[str, Tensor]) -> Tens
     inner = _root(root @ read @ root, 0.5)
     back = _root(written, -0.5)
     return _root(back @ inner @ back, 0.5)
+
+
+def _grams(group: ContinuousGroup, state: Mapping[str, Tensor]) -> Tensor:
+    """W W^T and V V^T of all that writes and reads each block, float64 [2, count, size, size]."""
+    gram = torch.zeros(2, *group.shape, dtype=torch.float64)
+    for site in group.sites:
+        mine = rows(site, state[site.parameter], group.count).double()
+        gram[int(site.power < 0)] += mine @ mine.mT
+    return gram
 
 
 def _root(matrix: Tensor, exponent: float) -> Tensor:

@@ -16,7 +16,7 @@ one with the lowest barrier: docs/continuous.md has what each is worth.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
@@ -24,7 +24,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ...arguments import check_range, typed
@@ -32,12 +31,11 @@ from ...errors import CheckpointError, shown
 from ...spec import (
     DIAGONAL,
     Alignment,
-    Branch,
+    Cell,
     ContinuousGroup,
     Group,
+    Indices,
     Leaf,
-    MapSite,
-    Node,
     Permutation,
     PermutationSpec,
     Site,
@@ -48,13 +46,13 @@ from ...spec.continuous import ones_complement
 from ...spec.mapped import MappedState
 from ...spec.permutation import moved_by
 from ...types import Progress, State, is_finite, tell
-from ..assignment.blocks import leaves
+from ..assignment.blocks import Costs, assign, independent
 from ..result import MatchResult, Sweep, Update
 from ..weights.costs import Choose, WeightCosts
 from ..weights.endpoints import Endpoints
 from ..weights.matching import weight_matching
 from ..weights.nearness import arrangement
-from .gauge import canonical, gain_vectors, is_gain, rows
+from .gauge import canonical, gain_vectors, is_gain, rows, sign_vector, undetermined
 
 GAIN = 1e-10
 """Of the largest objective that there could be: less than that is no gain."""
@@ -97,7 +95,7 @@ def weight_alignment(
 ) -> MapsResult:
     """Find the permutation and the maps that bring B to A, from the weights alone.
 
-    Both are held in memory, once more than they are given.
+    Both are held in memory, once more than they are given. Never further from A than `weight_matching`, or than B is.
 
     Args:
         spec: the architecture's symmetries, `spec.continuous` among them.
@@ -115,40 +113,88 @@ def weight_alignment(
     check_range(0, seed=seed)
     names = touched_by(spec)
     a, b = (read(spec, state, names) for state in (state_a, state_b))
-    gauges = canonical(spec, a), canonical(spec, b)
     before = distance(a, b)
-    pair = Pair(spec, *(dict(g.apply(s)) for g, s in zip(gauges, (a, b), strict=True)))
+
+    def tell_sweep(number: int, sweep: Sweep) -> None:
+        seconds = perf_counter() - began
+        tell(
+            progress, "weight matching with maps", number, max_sweeps, objective=sweep.objective,
+            moved=sweep.moved, seconds=seconds, left=None,
+        )  # fmt: skip
+
+    found = _descended(spec, a, b, seed, max_sweeps, tell_sweep)
+    if found.distance > EXACT * before:
+        # What the forward start misses may be a permutation that needs no maps: begin there, too.
+        plain = weight_matching(spec, a, b, seed=seed)
+        if plain.distance_after < found.distance:
+            start = plain.permutation
+            found = _descended(spec, a, dict(start.apply(b)), seed, max_sweeps, tell_sweep, forward=False)
+            found = replace(found, alignment=found.alignment.compose(Alignment.of(start)))
+            if plain.distance_after < found.distance:
+                found = replace(found, alignment=Alignment.of(start), distance=plain.distance_after)
+    if before < found.distance:
+        found = replace(found, alignment=Alignment.of(spec.identity()), distance=before)
+    return MapsResult(
+        permutation=found.alignment.permutation,
+        objective=found.history[-1].objective,
+        history=found.history,
+        converged=found.converged,
+        seconds=perf_counter() - began,
+        initial_objective=found.initial,
+        distance_before=before,
+        distance_after=found.distance,
+        restarts=(found.history[-1].objective,),
+        alignment=found.alignment,
+        left_out=found.left_out,
+    )
+
+
+EXACT = 1e-6
+"""A distance below this share of that before is none."""
+
+
+@dataclass(frozen=True)
+class _Descended:
+    """What a descent ends at."""
+
+    alignment: Alignment
+    history: tuple[Sweep, ...]
+    converged: bool
+    initial: float
+    distance: float
+    left_out: Mapping[str, str]
+
+
+def _descended(
+    spec: PermutationSpec,
+    a: dict[str, Tensor],
+    b: dict[str, Tensor],
+    seed: int,
+    max_sweeps: int,
+    told: Callable[[int, Sweep], None],
+    forward: bool = True,
+) -> _Descended:
+    """Coordinate descent from the forward start, or from B as it is."""
+    unknown = undetermined(spec, a) | undetermined(spec, b)
+    gauges = canonical(spec, a, unknown), canonical(spec, b, unknown)
+    pair = Pair(spec, dict(gauges[0].apply(a)), dict(gauges[1].apply(b)), unknown)
     initial = pair.objective
-    _forward(pair)
+    if forward:
+        _forward(pair)
     history = [Sweep(0, pair.objective, pair.permutation.moved())]
     converged = False
     for number in range(1, max_sweeps + 1):
         updates = tuple(_sweep(pair, seed + number))
         history.append(Sweep(number, pair.objective, pair.permutation.moved(), updates))
-        seconds = perf_counter() - began
-        tell(
-            progress, "weight matching with maps", number, max_sweeps, objective=pair.objective,
-            moved=history[-1].moved, seconds=seconds, left=None,
-        )  # fmt: skip
+        told(number, history[-1])
         gained = history[-1].objective - history[-2].objective
         if gained <= GAIN * pair.scale and not any(update.moved for update in updates):
             converged = True
             break
     found = Alignment(pair.permutation, pair.maps)
     alignment = gauges[0].invert().compose(found).compose(gauges[1])
-    return MapsResult(
-        permutation=alignment.permutation,
-        objective=history[-1].objective,
-        history=tuple(history),
-        converged=converged,
-        seconds=perf_counter() - began,
-        initial_objective=initial,
-        distance_before=before,
-        distance_after=distance(a, alignment.apply(b)),
-        restarts=(history[-1].objective,),
-        alignment=alignment,
-        left_out=pair.left_out,
-    )
+    left = distance(a, alignment.apply(b))
+    return _Descended(alignment, tuple(history), converged, initial, left, pair.left_out)
 
 
 def touched_by(spec: PermutationSpec) -> list[str]:
@@ -184,10 +230,11 @@ class Products(Protocol):
 
     spec: PermutationSpec
     mixing: list[ContinuousGroup]
+    where: Where
 
     def permute(self, index: Mapping[str, np.ndarray]) -> int: ...
 
-    def cell_products(self, name: str, choose: Choose | None) -> np.ndarray: ...
+    def site_products(self, cell: Cell, sites: Sequence[Site]) -> Tensor: ...
 
     def products(self, group: ContinuousGroup, choose: Choose | None, every: bool = False) -> Tensor: ...
 
@@ -197,11 +244,18 @@ class Pair:
 
     Attributes:
         maps: group name -> matrices that act behind `permutation`.
+        unknown (given): groups whose matrices the weights do not determine, and why.
         mixing: continuous groups for which there is a matrix to be found; `left_out` the others and why.
         clock: how often B has changed; `changed`: when each tensor did; `looked`: when each unit was looked at last.
     """
 
-    def __init__(self, spec: PermutationSpec, a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        a: dict[str, Tensor],
+        b: dict[str, Tensor],
+        unknown: Mapping[str, str] | None = None,
+    ) -> None:
         self.spec, self.a, self.b = spec, a, b
         self.clock = 0
         self.changed = dict.fromkeys(b, 0)
@@ -217,7 +271,7 @@ class Pair:
         self.permutation = spec.identity()
         self.seen = a  # A, without what the maps found so far do not determine
         self.maps: dict[str, Tensor] = {}
-        self.left_out = dict(spec.stuck(a)) | dict(spec.stuck(b))
+        self.left_out = dict(spec.stuck(a)) | dict(spec.stuck(b)) | dict(unknown or {})
         for group in spec.continuous:
             if group.kind not in DIAGONAL and any(not self._is_one(site.gain) for site in group.sites):
                 self.left_out.setdefault(group.name, "gains stand before it that no scale takes away")
@@ -225,8 +279,12 @@ class Pair:
         self.mixing = [
             g
             for g in spec.continuous
-            if g.name not in self.left_out and g.kind != "positive scales" and not is_gain(g, gains)
+            if g.name not in self.left_out
+            and g.kind != "positive scales"
+            and not is_gain(g, gains)
+            and sign_vector(g, spec) is None
         ]
+        self.where: Where = where_of(self.mixing)
 
     def _is_one(self, gain: Any) -> bool:
         return gain is None or all(
@@ -249,7 +307,7 @@ class Pair:
         )
 
     @cached_property
-    def units(self) -> _Units:
+    def units(self) -> tuple[list[Group], list[Mixed]]:
         return units_of(self)
 
     def change(self, tensors: Mapping[str, Tensor]) -> None:
@@ -291,15 +349,14 @@ class Pair:
             view = MappedState([bare], known, self.spec.aliases, {n: self.seen[n] for n in names})
             self.seen |= {name: view[name] for name in names}
 
-    def cell_products(self, name: str, choose: Choose | None) -> np.ndarray:
-        """sum over a cell's sites of the products of A's and B's slices, float64 [size, size]."""
-        cell = self.spec.cells[name]
+    def site_products(self, cell: Cell, sites: Sequence[Site]) -> Tensor:
+        """sum over some of a cell's sites of the products of A's and B's slices, float64 [size, size]."""
         total = torch.zeros(cell.size, cell.size, dtype=torch.float64)
-        for site in cell.sites:
-            if site.parameter in self.counted and (choose is None or choose(site.parameter, site.axis)):
+        for site in sites:
+            if site.parameter in self.counted:
                 x, y = (rows(site, s[site.parameter], cell.size)[:, 0].double() for s in (self.seen, self.b))
                 total += x @ y.mT
-        return total.numpy()
+        return total
 
     def turn(self, group: ContinuousGroup, matrices: Tensor) -> None:
         """Let matrices act on what is there now."""
@@ -348,147 +405,157 @@ def best(group: ContinuousGroup, pair: Pair, choose: Choose | None = None) -> Te
     return matrices if float(then - now) > GAIN * float(products.norm()) else None
 
 
-@dataclass(frozen=True, eq=False)
-class _Heads:
-    """A group of blocks that may change places as wholes, of which some are blocks of continuous groups.
+def improve(pair: Pair, group: ContinuousGroup) -> None:
+    """Turn a group to its best, given all else; not at all if that loses.
 
-    `cells[k]`: the neurons of child k by cell; `places[name][k]`: the blocks of the continuous group in it; `rest[k]`:
-    the neurons that are in no such block.
+    Where a map acts on both axes of a matrix what it gains is no inner product with it, so that step may lose: then it
+    is tried by the other tensors alone.
     """
+    twice = {site.parameter for site in group.sites if _both(group, site.parameter)}
+    for choose in (None, lambda parameter, axis: parameter not in twice) if twice else (None,):
+        matrices = best(group, pair, choose)
+        if matrices is None:
+            return
+        names = {site.parameter for site in group.sites}
+        before, tensors, old = pair.objective, {n: pair.b[n] for n in names}, pair.maps.get(group.name)
+        pair.turn(group, matrices)
+        if not twice or pair.objective > before:
+            return
+        pair.change(tensors)
+        if old is None:
+            del pair.maps[group.name]
+        else:
+            pair.maps[group.name] = old
+
+
+def _both(group: ContinuousGroup, parameter: str) -> bool:
+    """Whether it acts on more than one axis of a parameter."""
+    return len({site.axis for site in group.sites if site.parameter == parameter}) > 1
+
+
+Where = Mapping[tuple[str, int, int], tuple[ContinuousGroup, int, int]]
+"""(parameter, axis, position) -> the continuous group that acts there, which of its blocks, and which neuron of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """A group of which some neurons are mixed by maps, or have signs: `maps` are the continuous groups in it."""
 
     group: Group
-    cells: tuple[Mapping[str, np.ndarray], ...]
-    places: Mapping[str, np.ndarray]
-    rest: tuple[tuple[tuple[str, np.ndarray], ...], ...]
-
-    def order(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
-        """The index of all cells with child chosen[k] where child k was."""
-        index = {cell.name: np.arange(cell.size) for cell in self.group.cells}
-        for k, j in enumerate(chosen):
-            for name, neurons in self.cells[k].items():
-                index[name][neurons] = self.cells[j][name]
-        return index
+    maps: tuple[ContinuousGroup, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class _Signed:
-    """Neurons that change places freely and have a sign each: `sign` has the neuron i as its number `places[i]`."""
-
-    group: Group
-    sign: ContinuousGroup
-    places: np.ndarray
-
-
-_Units = tuple[list[Group], list[_Heads], list[_Signed]]
+def where_of(mixing: Iterable[ContinuousGroup]) -> Where:
+    return {
+        (site.parameter, site.axis, int(position)): (group, *divmod(number, group.size))
+        for group in mixing
+        for site in group.sites
+        for number, position in enumerate(to_array(site.positions))
+    }
 
 
-def units_of(pair: Products) -> _Units:
-    """The groups of permutations that maps do not contain, those whose blocks have blocks of maps in them, and those of
-    neurons with a sign each.
-    """
-    where: dict[tuple[str, int, int], tuple[ContinuousGroup, int, int]] = {}
-    for group in pair.mixing:
-        for site in group.sites:
-            for number, position in enumerate(to_array(site.positions)):
-                where[site.parameter, site.axis, int(position)] = group, *divmod(number, group.size)
+def units_of(pair: Products) -> tuple[list[Group], list[Mixed]]:
+    """The groups whose neurons no map touches, and those with something to arrange beside or around maps."""
     plain: list[Group] = []
-    heads: list[_Heads] = []
-    signed: list[_Signed] = []
+    mixed: list[Mixed] = []
     for group in pair.spec.groups:
-        tree = group.tree
-        children = tree.children if isinstance(tree, Branch) and tree.moves == "any" else (tree,)
-        parts = [_part(group, child, where) for child in children]
-        if all(mixes is None for _, mixes, _ in parts):
-            one = _signed(group, where)
-            plain += [] if one else [group]
-            signed += [one] if one else []
-        elif len(children) > 1:
-            names = {name for _, mixes, _ in parts for name in mixes or ()}
-            alike = all(
-                mixes is not None
-                and {n: len(b) for n, b in mixes.items()}
-                == {n: len(b) for n, b in (parts[0][1] or {}).items()}
-                for _, mixes, _ in parts
-            )
-            if alike:
-                places = {n: np.array([(mixes or {})[n] for _, mixes, _ in parts]) for n in names}
-                heads.append(_Heads(group, tuple(p[0] for p in parts), places, tuple(p[2] for p in parts)))
-    return plain, heads, signed
+        maps = {
+            found[0].name: found[0]
+            for cell in group.cells
+            for site in cell.sites
+            for p in to_array(site.positions)
+            if (found := pair.where.get((site.parameter, site.axis, int(p)))) is not None
+        }
+        if not maps:
+            plain.append(group)
+        elif not all(
+            isinstance(unit, Leaf) and blocks_of(pair.where, group.cells[unit.cell], unit.neurons) is not None
+            for unit in independent(group.tree)
+        ):
+            mixed.append(Mixed(group, tuple(maps.values())))
+    return plain, mixed
 
 
-def _signed(
-    group: Group, where: Mapping[tuple[str, int, int], tuple[ContinuousGroup, int, int]]
-) -> _Signed | None:
-    if not isinstance(group.tree, Leaf) or len(group.cells) != 1:
-        return None
-    for site in group.cells[0].sites:
-        found = [where.get((site.parameter, site.axis, int(p))) for p in to_array(site.positions)]
-        names = {f and f[0].name for f in found}
-        if len(names) == 1 and (first := found[0]) is not None and first[0].neurons == len(found):
-            return _Signed(group, first[0], np.array([f[1] for f in found if f is not None]))
+def blocks_of(where: Where, cell: Cell, neurons: Indices) -> list[tuple[ContinuousGroup, int, int]] | None:
+    """The place of each neuron in the maps that mix it with others; None unless all of them are mixed."""
+    for site in cell.sites:
+        positions = to_array(site.positions)[to_array(neurons)]
+        found = [where.get((site.parameter, site.axis, int(p))) for p in positions]
+        known = [f for f in found if f is not None and f[0].kind not in DIAGONAL]
+        if len(known) == len(found):
+            return known
     return None
 
 
-def assign_signed(pair: Products, unit: _Signed, choose: Choose | None = None) -> int:
-    """Bring neurons to the places where, with the better sign each, they meet A's."""
-    own = {(site.parameter, site.axis) for site in unit.sign.sites}
-    others: Choose = lambda p, a: (p, a) not in own and (choose is None or choose(p, a))  # noqa: E731
-    total = pair.cell_products(unit.group.cells[0].name, others)
-    products = pair.products(unit.sign, choose, every=True)[:, :, 0, 0].abs().numpy()
-    total = total + products[np.ix_(unit.places, unit.places)]
-    chosen = linear_sum_assignment(total, maximize=True)[1]
-    stays = np.arange(len(chosen))
-    if total[stays, chosen].sum() <= total[stays, stays].sum() * (1 + GAIN):
-        return 0
-    return pair.permute({unit.group.cells[0].name: chosen})
+class MapCosts(Costs):
+    """What arrangements gain where maps are chosen at best behind them: of blocks that maps mix the sum of singular
+    values, of neurons with signs the absolute value of what they gain at the places that a sign acts on together.
+    """
+
+    def __init__(self, pair: Products, group: Group, choose: Choose | None = None) -> None:
+        self.pair, self.choose = pair, choose
+        self.cells = {cell.name: cell for cell in group.cells}
+        self._matrices: dict[str, Tensor] = {}
+        self._values: dict[str, np.ndarray] = {}
+        self._counted: dict[tuple[str, int], str] = {}
+
+    def block(self, cell: str, neurons: Indices) -> Tensor:
+        if cell not in self._matrices:
+            self._matrices[cell] = self._matrix(self.cells[cell])
+        chosen = torch.from_numpy(to_array(neurons))
+        return self._matrices[cell][chosen[:, None], chosen]
+
+    def _matrix(self, cell: Cell) -> Tensor:
+        together: dict[tuple[str, tuple[int, ...]] | None, list[Site]] = {}
+        for site in cell.sites:
+            if self.choose is None or self.choose(site.parameter, site.axis):
+                found = [
+                    self.pair.where.get((site.parameter, site.axis, int(p))) for p in to_array(site.positions)
+                ]
+                known = [f for f in found if f is not None and f[0].kind in DIAGONAL]
+                signed = len(known) == len(found) and len({f[0].name for f in known}) == 1
+                key = (known[0][0].name, tuple(f[1] for f in known)) if signed else None
+                together.setdefault(key, []).append(site)
+        total = torch.zeros(cell.size, cell.size, dtype=torch.float64)
+        for key, sites in together.items():
+            products = self.pair.site_products(cell, sites)
+            total += products if key is None else products.abs()
+        return total
+
+    def mixed(self, cell: str, leaves: Sequence[Indices]) -> tuple[list[np.ndarray], np.ndarray] | None:
+        order: list[np.ndarray] = []
+        blocks: list[list[tuple[str, int]]] = []
+        for neurons in leaves:
+            found = blocks_of(self.pair.where, self.cells[cell], neurons)
+            if found is None:
+                return None
+            keys = [(one.name, block, number) for one, block, number in found]
+            ranks = sorted(range(len(keys)), key=keys.__getitem__)
+            order.append(to_array(neurons)[ranks])
+            whole = dict.fromkeys((found[k][0].name, found[k][1]) for k in ranks)
+            sizes = {g.name: g.size for g, *_ in found}
+            if sum(sizes[name] for name, _ in whole) != len(found):  # a map of more than this leaf: it stays
+                return [to_array(n) for n in leaves], np.zeros((len(leaves), len(leaves)))
+            blocks.append(list(whole))
+        values = np.zeros((len(leaves), len(leaves)))
+        for k, (name, block) in enumerate(blocks[0]):
+            if self._counted.setdefault((name, block), cell) == cell:
+                own = np.array([b[k][1] for b in blocks])
+                values += self._of(name)[np.ix_(own, own)]
+        return order, values
+
+    def _of(self, name: str) -> np.ndarray:
+        """The sums of singular values of all blocks with all, [count, count]."""
+        if name not in self._values:
+            group = next(group for group in self.pair.mixing if group.name == name)
+            products = self.pair.products(group, self.choose, every=True)
+            self._values[name] = torch.linalg.svdvals(products).sum(-1).numpy()
+        return self._values[name]
 
 
-def _part(
-    group: Group, child: Node, where: Mapping[tuple[str, int, int], tuple[ContinuousGroup, int, int]]
-) -> tuple[dict[str, np.ndarray], dict[str, list[int]] | None, tuple[tuple[str, np.ndarray], ...]]:
-    """A child's neurons by cell in the order of maps' blocks, these blocks (None: no matrix mixes any), the rest."""
-    cells: dict[str, list[np.ndarray]] = {}
-    blocks: dict[str, list[int]] = {}
-    rest, mixed = [], False
-    for leaf in leaves(child):
-        cell, neurons = group.cells[leaf.cell], to_array(leaf.neurons)
-        site = cell.sites[0]
-        found = [where.get((site.parameter, site.axis, int(p))) for p in to_array(site.positions)[neurons]]
-        known = [f for f in found if f is not None]
-        if len(known) == len(found):
-            order = sorted(range(len(found)), key=lambda k: known[k][1:])
-            neurons = neurons[order]
-            for one in known:
-                mixed |= one[0].kind not in DIAGONAL
-                mine = blocks.setdefault(one[0].name, [])
-                mine += [one[1]] if one[1] not in mine else []
-        else:
-            rest.append((cell.name, neurons))
-        cells.setdefault(cell.name, []).append(neurons)
-    joined = {name: np.concatenate(parts) for name, parts in cells.items()}
-    return joined, {n: sorted(b) for n, b in blocks.items()} if mixed else None, tuple(rest)
-
-
-def assign_heads(pair: Products, heads: _Heads, choose: Choose | None = None) -> int:
-    """Bring heads to the places where, each turned at best, they meet A's."""
-    groups = {group.name: group for group in pair.mixing}
-    count = len(heads.cells)
-    total = np.zeros((count, count))
-    for name, place in heads.places.items():
-        values = torch.linalg.svdvals(pair.products(groups[name], choose, every=True)).sum(-1).numpy()
-        for blocks in place.T:
-            total += values[np.ix_(blocks, blocks)]
-    for k in range(len(heads.rest[0])):
-        name = heads.rest[0][k][0]
-        products = pair.cell_products(name, choose)
-        for i in range(count):
-            for j in range(count):
-                total[i, j] += products[heads.rest[i][k][1], heads.rest[j][k][1]].sum()
-    chosen = linear_sum_assignment(total, maximize=True)[1]
-    stays = np.arange(count)
-    if total[stays, chosen].sum() <= total[stays, stays].sum() * (1 + GAIN):
-        return 0
-    return pair.permute(heads.order(chosen))
+def arrange(pair: Products, unit: Mixed, choose: Choose | None = None) -> int:
+    """Bring neurons and blocks to the places where, each turned at best, they meet A's; returns how many move."""
+    return pair.permute(assign(unit.group, MapCosts(pair, unit.group, choose)).index)
 
 
 def _forward(pair: Pair) -> None:
@@ -497,33 +564,34 @@ def _forward(pair: Pair) -> None:
     Few inputs determine few dimensions of a stream's matrix. What is written in the others is not looked at until units
     that read the stream are settled and tell more.
     """
-    plain, heads, signed = pair.units
+    plain, mixed = pair.units
     spec = pair.spec
     mixing = {group.name: group for group in pair.mixing}
     acts: dict[tuple[str, int], set[str]] = {}
     units: dict[str, tuple[Any, list[tuple[str, int, int]]]] = {}
 
-    def add(name: str, unit: Any, sites: Iterable[Site | MapSite]) -> None:
-        chosen = [(s.parameter, s.axis, len(s.positions)) for s in sites if s.parameter in pair.counted]
+    def add(name: str, unit: Any, sites: Iterable[tuple[str, int, int]]) -> None:
+        chosen = [site for site in sites if site[0] in pair.counted]
         units[name] = unit, chosen
         for parameter, axis, _ in chosen:
             acts.setdefault((parameter, axis), set()).add(name)
 
     for group in plain:
-        add("p " + group.name, group, (s for c in group.cells for s in c.sites))
-    for one in heads:
-        rest = [c for c in one.group.cells if any(c.name == n for parts in one.rest for n, _ in parts)]
         add(
-            "h " + one.group.name,
-            one,
-            [*(s for n in one.places for s in mixing[n].sites), *(s for c in rest for s in c.sites)],
+            "p " + group.name,
+            group,
+            ((s.parameter, s.axis, len(s.positions)) for c in group.cells for s in c.sites),
         )
-    for one in signed:
-        add("s " + one.group.name, one, one.group.cells[0].sites)
-    inside = {name for one in heads for name in one.places} | {one.sign.name for one in signed}
+    for one in mixed:
+        sites = dict.fromkeys((s.parameter, s.axis, len(s.positions)) for g in one.maps for s in g.sites)
+        sites |= dict.fromkeys(
+            (s.parameter, s.axis, len(s.positions)) for c in one.group.cells for s in c.sites
+        )
+        add("h " + one.group.name, one, sites)
+    inside = {group.name for one in mixed for group in one.maps}
     for group in pair.mixing:
         if group.name not in inside:
-            add("m " + group.name, group, group.sites)
+            add("m " + group.name, group, ((s.parameter, s.axis, len(s.positions)) for s in group.sites))
     done: set[str] = set()
 
     def settled(parameter: str, axis: int) -> bool:
@@ -552,23 +620,33 @@ def _forward(pair: Pair) -> None:
             own = PermutationSpec((unit,), spec.shapes, spec.buffers, spec.aliases)
             costs = WeightCosts(Endpoints(own, pair.seen, pair.b), None, choose)
             pair.permute(dict(arrangement(costs, unit)))
-        elif isinstance(unit, _Signed):
-            assign_signed(pair, unit, choose)
-            turned = [unit.sign]
-        elif isinstance(unit, _Heads):
-            assign_heads(pair, unit, choose)
-            turned = [mixing[n] for n in unit.places]
+        elif isinstance(unit, Mixed):
+            arrange(pair, unit, choose)
+            turned = list(unit.maps)
         else:
             turned = [unit]
+        for group in (
+            turned
+        ):  # before its own axes count as settled: a map that acts on both of a matrix is no product
+            if (matrices := best(group, pair, choose)) is not None:
+                pair.turn(group, matrices)
         done.add(name)
-        for group in [*turned, *(mixing[n] for n in known if n not in {g.name for g in turned})]:
-            matrices = best(group, pair, settled if choose or group not in turned else None)
-            if matrices is not None:
+        for group in (mixing[n] for n in known if n not in {g.name for g in turned}):
+            if (
+                matrices := best(group, pair, lambda p, a, g=group: settled(p, a) and not _both(g, p))
+            ) is not None:
                 pair.turn(group, matrices)
         for group in turned:
             if group.kind not in DIAGONAL and group.name not in known:
                 known[group.name] = group.identity()
-        known = {n: p for n in known if (p := _determined(mixing[n], pair, settled)) is not None}
+        known = {
+            n: p
+            for n in known
+            if (
+                p := _determined(mixing[n], pair, lambda q, a, g=mixing[n]: settled(q, a) and not _both(g, q))
+            )
+            is not None
+        }
         pair.look(known)
     pair.look({})
 
@@ -590,16 +668,13 @@ def _determined(group: ContinuousGroup, pair: Pair, choose: Choose) -> Tensor | 
 
 def _sweep(pair: Pair, seed: int) -> Iterator[Update]:
     """Every unit once, given all others; none of which nothing has changed since the last look at it."""
-    plain, heads, signed = pair.units
-    mixing = {group.name: group for group in pair.mixing}
+    plain, mixed = pair.units
 
     def turn(groups: Iterable[ContinuousGroup]) -> None:
         for group in groups:
             unit = "m " + group.name
             if pair.is_new(unit, {site.parameter for site in group.sites}):
-                matrices = best(group, pair)
-                if matrices is not None:
-                    pair.turn(group, matrices)
+                improve(pair, group)
                 pair.done_with(unit)
 
     def is_new(unit: str, group: Group, maps: Iterable[ContinuousGroup] = ()) -> bool:
@@ -609,22 +684,13 @@ def _sweep(pair: Pair, seed: int) -> Iterator[Update]:
     before = pair.objective
     turn(pair.mixing)
     yield Update("maps", pair.objective - before, 0)
-    for one in heads:
-        own = [mixing[name] for name in one.places]
-        if is_new(unit := "h " + one.group.name, one.group, own):
+    for one in mixed:
+        if is_new(unit := "h " + one.group.name, one.group, one.maps):
             before = pair.objective
-            moved = assign_heads(pair, one)
+            moved = arrange(pair, one)
             pair.done_with(unit)
             if moved:
-                turn(own)
-                yield Update(one.group.name, pair.objective - before, moved)
-    for one in signed:
-        if is_new(unit := "s " + one.group.name, one.group, [one.sign]):
-            before = pair.objective
-            moved = assign_signed(pair, one)
-            pair.done_with(unit)
-            if moved:
-                turn([one.sign])
+                turn(one.maps)
                 yield Update(one.group.name, pair.objective - before, moved)
     if new := [group for group in plain if is_new("p " + group.name, group)]:
         part = PermutationSpec(tuple(new), pair.spec.shapes, pair.spec.buffers, pair.spec.aliases)

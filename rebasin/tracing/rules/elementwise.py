@@ -35,11 +35,11 @@ def tagged(target: torch._ops.OpOverload) -> Rule | None:
 
 # Pointwise in effect, though PyTorch does not tag them so.
 rule(
-    "positive polar complex fill masked_fill where relu6"
+    "positive polar complex fill relu6"
     " hardtanh rrelu logical_not nan_to_num float_power true_divide square conj celu"
-    " selu hardswish hardsigmoid mish silu gelu elu leaky_relu softplus log_sigmoid threshold clip clamp"
+    " selu hardswish hardsigmoid mish silu gelu elu leaky_relu softplus log_sigmoid threshold"
     " addcmul addcdiv lerp copy type_as",
-    takes="self other value mask condition tensor1 tensor2 end weight src min max exponent abs angle real imag",
+    takes="self other value tensor1 tensor2 end weight src exponent abs angle real imag",
     refuses="training generator",
     every_output=True,
 )(pointwise)
@@ -57,7 +57,9 @@ rule(
 def same(call: Call) -> Result:
     """The same values in another place or type."""
     x = next(call.args[n] for n in ("self", "input") if isinstance(call.args.get(n), Traced))
-    if not x.dtype.is_floating_point or not call.outputs[0].dtype.is_floating_point:
+    made = call.outputs[0].dtype
+    # Half precision is the rounding of all computing; what is rounded to fewer bits on purpose is a function.
+    if not x.dtype.is_floating_point or not made.is_floating_point or made.itemsize < 2:
         return _function(call)
     return x.label
 
@@ -122,6 +124,47 @@ def homogeneous(call: Call) -> Result:
     if call.name == "threshold" and (call.args["threshold"] or call.args["value"]):
         return _function(call)
     return _limited(call, Limit.APART | Limit.POSITIVE, "is cut at zero")
+
+
+@rule("clamp clamp_min clip", takes="self min max", maps="values")
+def clamped(call: Call) -> Result:
+    if (
+        isinstance(call.args.get("min"), Traced)
+        or call.args.get("min") != 0
+        or call.args.get("max") is not None
+    ):
+        return _function(call)
+    return homogeneous(call)
+
+
+@rule("abs absolute", takes="self", maps="values")
+def absolute(call: Call) -> Result:
+    return _limited(call, Limit.APART | Limit.POSITIVE, "loses its sign")
+
+
+def _is_zero(value: object) -> bool:
+    if isinstance(value, Traced):
+        return value.value is not None and not bool(value.value.any())
+    return isinstance(value, int | float) and value == 0
+
+
+@rule("masked_fill", takes="self mask value", maps="values")
+def masked(call: Call) -> Result:
+    """Filled with zeros it is a product with what is kept: a mask alike for all neurons lets all maps through."""
+    if not _is_zero(call.args["value"]):
+        return _function(call)
+    return combine(call.constraints, [call.tensor("self").label, call.tensor("mask").label], "product")
+
+
+@rule("where", takes="condition self other", maps="values")
+def chosen(call: Call) -> Result:
+    """condition * self + (1 - condition) * other."""
+    c, condition = call.constraints, call.tensor("condition").label
+    sides = [value for value in (call.args["self"], call.args["other"]) if not _is_zero(value)]
+    if not all(isinstance(side, Traced) for side in sides):  # a number that is not zero
+        return _function(call)
+    parts = [combine(c, [side.label, condition], "product") for side in sides]
+    return combine(c, parts, "sum") if parts else Label((1,) * len(call.shape))
 
 
 @rule("tanh sin asinh atan erf sinh", takes="self", maps="values")

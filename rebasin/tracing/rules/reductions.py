@@ -44,8 +44,12 @@ def _kept(call: Call, dims: list[int]) -> Limit:
     untouched = [f for f in label.factors if not any(d in dims for d in covered(f))]
     if call.name in ("sum", "mean", "nansum") and not label.squares:
         return Limit.ISOMETRY | Limit.ONES  # what is not summed over moves as it did
+    extremum = call.name in ("amax", "amin", "max", "min") and not label.squares
     for factor in untouched:
-        call.constraints.limit(factor, Limit.FIXED, "goes through a function")
+        what = Limit.APART | Limit.POSITIVE if extremum else Limit.FIXED
+        call.constraints.limit(
+            factor, what, "goes through an extremum" if extremum else "goes through a function"
+        )
     if label.squares:
         return Limit.ISOMETRY if call.name in ("sum", "mean") else Limit.FIXED
     if call.name in ("norm", "linalg_vector_norm"):
@@ -56,7 +60,7 @@ def _kept(call: Call, dims: list[int]) -> Limit:
 
 
 @rule(
-    "argmax argmin topk sort argsort cumsum cumprod kthvalue cummax diff unfold",
+    "argmax argmin topk sort argsort cumprod kthvalue cummax diff unfold",
     takes="self dim dimension keepdim",
     refuses="prepend append",
     every_output=True,
@@ -82,6 +86,11 @@ def positional(call: Call) -> Result:
             label.factors,
         )
     return [label] * len(outs)
+
+
+rule("cumsum", takes="self dim", every_output=True, maps="values")(
+    positional
+)  # linear in all that it does not sum
 
 
 @rule("softmax log_softmax _softmax _log_softmax", takes="self dim")
