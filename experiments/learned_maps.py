@@ -3,6 +3,7 @@
     python -m experiments.learned_maps              # seed0 and seed1, which ship, about 5 minutes
     python -m experiments.learned_maps --pair wide --data mnist.npz --train 2000 --heldout 500 --batch 100 --steps 300
     python -m experiments.learned_maps --pair FOLDER/unet16 --width 16    # FOLDER/unet16_{a,b}.safetensors
+    python -m experiments.learned_maps --pair FOLDER/dit192 --kind dit    # a DiT: adaLN leaves heads and permutations
     python -m experiments.learned_maps --study groups --study starts --study data --study distillation --json more.json
 
 Barriers are of the denoising loss on held-out digits: the worst of 21 points of the line between A and what B became,
@@ -37,6 +38,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from diffusers import DiTTransformer2DModel
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -59,13 +61,33 @@ from rebasin.types import ProgressEvent
 ROTATION = ["rotations", "rotations that keep ones"]
 HEADS, SCALES = ["invertible"], ["scales", "positive scales"]
 State = Mapping[str, Tensor]
+Kind = Literal["unet", "dit"]
 Study = StrEnum(
     "Study",
     ["methods", "maps", "line", "turns", "groups", "starts", "data", "distillation", "streams", "control"],
 )
 
 
-def endpoints(pair: str, width: int) -> tuple[nn.Module, State, State]:
+class ClassDiT(nn.Module):
+    """A DiT that is told a class, called like a UNet: 6 layers of 6 heads of 32 on latents of 8 x 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dit = DiTTransformer2DModel(
+            num_attention_heads=6, attention_head_dim=32, in_channels=4, num_layers=6, sample_size=8,
+            patch_size=1, num_embeds_ada_norm=10, norm_type="ada_norm_zero",
+        )  # fmt: skip
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Any:
+        return self.dit(sample, timestep=timestep, class_labels=encoder_hidden_states)
+
+
+def classes(texts: list[str]) -> Tensor:
+    """The digit that each caption names; 10 of those that name none."""
+    return torch.tensor([10 if digit < 0 else digit for _, digit, _ in captioned_digits.CAPTIONS])
+
+
+def endpoints(pair: str, width: int, kind: Kind) -> tuple[nn.Module, State, State]:
     """A model of that pair, and the weights of A and B in fp32."""
     if pair in ("seed", "wide"):
         a, b = (tiny_sd.load_unet(f"{pair}{k}") for k in (0, 1))
@@ -73,7 +95,7 @@ def endpoints(pair: str, width: int) -> tuple[nn.Module, State, State]:
     path = Path(pair)
     files = [path.with_name(f"{path.name}_{end}.safetensors") for end in "ab"]
     a, b = ({n: t.float() for n, t in load_safetensors(file).items()} for file in files)
-    return loaded(tiny_sd.new_unet(0, width), a), a, b
+    return loaded(tiny_sd.new_unet(0, width) if kind == "unet" else ClassDiT(), a), a, b
 
 
 def tell(console: Console, event: ProgressEvent) -> None:
@@ -90,6 +112,7 @@ def main(
         str, typer.Option(help="seed or wide, which ship, or NAME of NAME_a and NAME_b.safetensors")
     ] = "seed",
     width: Annotated[int, typer.Option(help="of the UNets of that pair")] = 32,
+    kind: Annotated[Kind, typer.Option(help="of network in these files")] = "unet",
     data: Annotated[
         Path | None, typer.Option(help="all of MNIST, .npz or folder; default: the digits here")
     ] = None,
@@ -105,7 +128,7 @@ def main(
     """Measure naive, permutations, closed forms and learned maps on one pair; prints a table."""
     torch.manual_seed(seed)
     console = Console()
-    model, a, b = endpoints(pair, width)
+    model, a, b = endpoints(pair, width, kind)
     model = model.eval()
     scheduler = tiny_sd.load_scheduler()
     parts = tiny_sd.load_vae(), tiny_sd.load_text_encoder(), tiny_sd.load_tokenizer(), scheduler
@@ -113,10 +136,14 @@ def main(
 
     def batches(split: Literal["train", "test"], n: int, number: int) -> list[Any]:
         return captioned_digits.denoising_batches(
-            *parts, split=split, n=n, batch_size=batch, seed=number, path=path
-        )
+            *parts, split=split, n=n, batch_size=batch, seed=number, path=path,
+            embed=classes if kind == "dit" else None,
+        )  # fmt: skip
 
+    chosen = study or [Study.methods]
     learn, held = batches("train", train, seed + 1), batches("test", heldout, seed)
+    numbers = (train // 4, 4 * train) if "data" in chosen else ()
+    others = {number: batches("train", number, seed + 1) for number in numbers}  # too few images are told now
     objective = Denoising(scheduler.config["prediction_type"], scheduler.alphas_cumprod)
     x = learn[0]
     spec = rebasin.trace(model, x["latents"][:2], x["timesteps"][:2], x["condition"][:2])
@@ -159,13 +186,13 @@ def main(
         measure(f"{name}, {given['steps']} steps", found.apply(a, end.state_dict()), seconds)
         return found
 
-    chosen = study or [Study.methods]
     if "methods" in chosen:
         found, seconds = timed(activation_matching, spec, *models, learn, **options)
         measure("permutation by activations", (a, found.permutation.apply(b)), seconds)
         found, seconds = timed(weight_alignment, spec, a, b, seed=seed)
         measure("permutation and maps by weights", (a, found.alignment.apply(b)), seconds)
-        learned("one rotation for each transformer", kinds=ROTATION)
+        if any(group.kind in ROTATION for group in spec.continuous):
+            learned("one rotation for each transformer", kinds=ROTATION)
     if "methods" in chosen or "maps" in chosen:
         learned("all maps", steps=steps)
     if "line" in chosen:
@@ -201,9 +228,8 @@ def main(
             ("weights, with maps", "weight_alignment"),
         ):
             learned(f"all maps, from {name}", init=init)
-    if "data" in chosen:
-        for number in (train // 4, 4 * train):
-            learned(f"all maps, from {number} images", batches("train", number, seed + 1), steps=steps)
+    for number, images in others.items():
+        learned(f"all maps, from {number} images", images, steps=steps)
     if "distillation" in chosen:
         problem = Distillation(scheduler.config["prediction_type"], scheduler.alphas_cumprod)
         taught = partial(teach, problem, *models, [batch["condition"] for batch in learn])
