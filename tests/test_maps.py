@@ -230,6 +230,8 @@ BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "absolute": (torch.abs, "positive scales"),
     "largest over positions": (lambda h: h.amax(1, keepdim=True) + 0 * h[:, :1], "positive scales"),
     "largest and its place": (lambda h: h.max(1)[0], "positive scales"),
+    "the largest one's place": (lambda h: h + h.max(1, keepdim=True)[1], ""),
+    "place of the smallest, and it": (lambda h: h.min(1)[0] * (1 + h.min(1)[1]), "positive scales"),
     "largest over neurons": (lambda h: h - h.amax(-1, keepdim=True), ""),
     "summed up over positions": (lambda h: h.cumsum(1), "invertible"),
     "summed up over neurons": (lambda h: h.cumsum(-1), ""),

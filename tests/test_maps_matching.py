@@ -382,8 +382,31 @@ def test_a_start_without_maps_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> No
 def test_batches_of_another_width_are_told() -> None:
     model, x = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)), torch.randn(4, 5)
     spec = rebasin.trace(model, torch.randn(4, 6))
-    with pytest.raises(DataError, match=r"batch of \(2, 5\) float32: RuntimeError: mat1"):
+    with pytest.raises(DataError, match=r"batch of \(4, 5\) float32: RuntimeError: mat1"):
         activation_alignment(spec, model, model, [x])
+    for batch, words in (
+        ({1: x}, "has 1 for the name of an argument"),
+        (x.to("meta"), "meta"),
+        (x.to_sparse(), "can't compute a batch"),
+    ):
+        with pytest.raises(DataError, match=words):
+            activation_alignment(spec, model, model, [batch])
+    with pytest.raises(DataError, match="takes 1 positional argument"):
+        activation_alignment(spec, model, model, [x], forward=lambda m: m)  # type: ignore[arg-type,misc]
+
+
+def test_a_fault_of_ours_is_no_fault_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a hook of the package raises, inside of torch or not, stays what it is."""
+    from rebasin.matching.activations.moments import Moments
+
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6)
+    spec = rebasin.trace(model, x)
+    ones = torch.ones(2, 3)
+    for bug in (lambda *_: torch.einsum("ij,jk->ik", ones, ones), lambda *_: {}["lost"]):
+        monkeypatch.setattr(Moments, "add", bug)
+        with pytest.raises((RuntimeError, KeyError)) as caught:
+            activation_alignment(spec, model, model, [x])
+        assert not isinstance(caught.value, DataError)
     for search in (learned_matching, rebasin.straight_through):
         with pytest.raises(DataError, match=r"batch of \(4, 5\) float32: RuntimeError: mat1"):
             search(spec, model, model, lambda m, b: m(b).square().mean(), [x, x], init="identity", steps=1)

@@ -27,13 +27,13 @@ def stuck(groups: Sequence[ContinuousGroup], aliases: Mapping[str, str], state: 
     for group in groups:
         for gain in {(s.gain.parameter, s.gain.offset) for s in group.sites if s.gain is not None}:
             if gain not in known:
-                known[gain] = _gains(aliases, state, *gain)[1]
+                known[gain] = gains_of(aliases, state, *gain)[1]
             if known[gain]:
                 found.setdefault(group.name, known[gain])
     return found
 
 
-def _gains(aliases: Mapping[str, str], state: State, name: str, offset: float) -> tuple[Tensor, str]:
+def gains_of(aliases: Mapping[str, str], state: State, name: str, offset: float) -> tuple[Tensor, str]:
     """The vector that a map divides by, float64, and why it can't ("" if it can)."""
     key = name if name in state else next((a for a, t in aliases.items() if t == name and a in state), name)
     values = state[key].double() + offset
@@ -182,7 +182,7 @@ class MappedState(LazyState):
                     f"The map of {shown(group.name)} is turned by the gains {shown(name)}, which are not there; give"
                     " the model's weights, too (base, on the command line --base)."
                 )
-            values, why = _gains(self.aliases, self.known, name, site.offset)
+            values, why = gains_of(self.aliases, self.known, name, site.offset)
             if why:
                 raise SpecMismatchError(
                     f"The map of {shown(group.name)} can't act, as {why}; leave this group out."

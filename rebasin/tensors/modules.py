@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
-from ..errors import CheckpointError, ConfigError, DataError, RebasinError, first_line
+from ..errors import CheckpointError, ConfigError, DataError, RebasinError, first_line, shown
 from ..types import State, require_state, wrapped
 from .memory import duplicate
 
@@ -198,13 +198,13 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, Mapping):
-        return model(**batch)
+        return model(**_named(batch))
     if not isinstance(batch, tuple | list):
         raise DataError(
             f"A batch is {type(batch).__name__}; give a tensor, a tuple, a mapping, or forward=function(model, batch)."
         )
     if len(batch) == 2 and isinstance(batch[0], tuple | list) and isinstance(batch[1], Mapping):
-        return model(*batch[0], **batch[1])
+        return model(*batch[0], **_named(batch[1]))
     if len(batch) == 2 and all(isinstance(one, Tensor) for one in batch):
         required, possible = _positions(model)
         if possible < 2 or (_are_labels(*batch) and required < 2):
@@ -217,6 +217,15 @@ def call_model(model: nn.Module, batch: Any) -> Any:
             " forward=function(model, batch)."
         ) from error
     return model(*batch)
+
+
+def _named(batch: Mapping[Any, Any]) -> Mapping[str, Any]:
+    for name in batch:
+        if not isinstance(name, str):
+            raise DataError(
+                f"A batch has {shown(name)} for the name of an argument; give the model's own names."
+            )
+    return batch
 
 
 def head(batch: Any, samples: int = 2) -> Any:
@@ -256,10 +265,19 @@ def computing(batch: Any) -> Iterator[None]:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether it was raised by a line of this package that is no objective: a bug, and no fault of a batch."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
-    return module.startswith("rebasin.") and not module.startswith(("rebasin.objectives.", "rebasin.models."))
+    """Whether a hook of this package raised it, or another line that is no call of a model or objective: a bug, and no
+    fault of a batch.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    if any(n == __name__ and f.f_code.co_name == "after" for f, n in zip(frames, names, strict=True)):
+        return True
+    # The first two are `computing` and the block that it is around, which calls.
+    called = len(frames) < 3 or names[-1] == __name__ or frames[-1].f_code.co_name == "<lambda>"
+    own = names[-1].startswith("rebasin.") and not names[-1].startswith(
+        ("rebasin.objectives.", "rebasin.models.")
+    )
+    return own and not called
 
 
 def _are_labels(x: Tensor, y: Tensor) -> bool:

@@ -145,8 +145,8 @@ def activation_statistics(
     if not first:
         raise DataError("There is nothing to match activations on: the batches are empty; give at least one.")
 
-    few = to_device(head(first[0]), device_of(model_a))
-    with computing(few):
+    with computing(first[0]):
+        few = to_device(head(first[0]), device_of(model_a))
         found = find_hook_sites(spec, model_a, lambda model: call(model, few))
     hook_sites = choose(spec, found, reads, sites)
     cells = [spec.cells[site.cell].size for site in hook_sites]

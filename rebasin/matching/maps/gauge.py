@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...spec import DIAGONAL, Alignment, ContinuousGroup, MapSite, PermutationSpec, Site, to_array
-from ...spec.mapped import MappedState
+from ...spec.mapped import MappedState, gains_of
 
 ROUNDS = 200
 ALONE = 2
@@ -67,7 +67,9 @@ def canonical(spec: PermutationSpec, state: Mapping[str, Tensor], without: Conta
         if is_gain(group, gains):
             vector = next(s for s in group.sites if s.parameter in gains and s.power == 1)
             values = rows(vector, state[vector.parameter].double(), group.neurons).reshape(-1)
-            if bool((values != 0).all()):
+            if not gains_of(spec.aliases, state, vector.parameter, 0.0)[
+                1
+            ]:  # else maps can't be turned by them
                 maps[group.name] = 1 / values
         elif (vector := sign_vector(group, spec)) is not None:
             values = rows(vector, state[vector.parameter].double(), group.neurons).reshape(-1)

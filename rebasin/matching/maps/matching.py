@@ -113,7 +113,7 @@ def weight_alignment(
     check_range(0, seed=seed)
     names = touched_by(spec)
     a, b = (read(spec, state, names) for state in (state_a, state_b))
-    before = distance(a, b)
+    before = distance(spec, a, b)
 
     def tell_sweep(number: int, sweep: Sweep) -> None:
         seconds = perf_counter() - began
@@ -123,15 +123,15 @@ def weight_alignment(
         )  # fmt: skip
 
     found = _descended(spec, a, b, seed, max_sweeps, tell_sweep)
-    if found.distance > EXACT * before:
+    if found.distance:
         # What the forward start misses may be a permutation that needs no maps: begin there, too.
-        plain = weight_matching(spec, a, b, seed=seed)
-        if plain.distance_after < found.distance:
-            start = plain.permutation
+        start = weight_matching(spec, a, b, seed=seed).permutation
+        plain = distance(spec, a, start.apply(b))
+        if plain < found.distance:
             found = _descended(spec, a, dict(start.apply(b)), seed, max_sweeps, tell_sweep, forward=False)
             found = replace(found, alignment=found.alignment.compose(Alignment.of(start)))
-            if plain.distance_after < found.distance:
-                found = replace(found, alignment=Alignment.of(start), distance=plain.distance_after)
+            if plain < found.distance:
+                found = replace(found, alignment=Alignment.of(start), distance=plain)
     if before < found.distance:
         found = replace(found, alignment=Alignment.of(spec.identity()), distance=before)
     return MapsResult(
@@ -147,10 +147,6 @@ def weight_alignment(
         alignment=found.alignment,
         left_out=found.left_out,
     )
-
-
-EXACT = 1e-6
-"""A distance below this share of that before is none."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +189,7 @@ def _descended(
             break
     found = Alignment(pair.permutation, pair.maps)
     alignment = gauges[0].invert().compose(found).compose(gauges[1])
-    left = distance(a, alignment.apply(b))
+    left = distance(spec, a, alignment.apply(b))
     return _Descended(alignment, tuple(history), converged, initial, left, pair.left_out)
 
 
@@ -219,10 +215,10 @@ def read(spec: PermutationSpec, state: State, names: list[str]) -> dict[str, Ten
     return found
 
 
-def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    return math.sqrt(
-        math.fsum(float((b[name] - tensor).double().square().sum()) for name, tensor in a.items())
-    )
+def distance(spec: PermutationSpec, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """|A - B| over the weights; buffers do not count, as in weight matching."""
+    names = (name for name in a if name not in spec.buffers)
+    return math.sqrt(math.fsum(float((b[name] - a[name]).double().square().sum()) for name in names))
 
 
 class Products(Protocol):

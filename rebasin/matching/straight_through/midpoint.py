@@ -110,7 +110,9 @@ class Ends:
 
     def _call(self, tensors: Mapping[str, Tensor], what: Callable[[Any], Any], data: Any) -> Any:
         named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        return functional_call(self._inside, named, (what, to_device(data, self.device)))
+        with computing(data):
+            moved = to_device(data, self.device)
+        return functional_call(self._inside, named, (what, moved))
 
     def _narrow(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._autocast is None else torch.autocast(self.device.type, torch.bfloat16)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..constraints import Limit
 from ..labels import Label, combine, contract, covered, fix, normalise
 from .elementwise import pointwise
@@ -35,7 +37,19 @@ def reduction(call: Call) -> Result:
     # max over dim gives indices, too: they name positions, so the neurons searched through may not move.
     if isinstance(call.out, list | tuple) and call.name in ("max", "min", "median"):
         contracted = contract(c, fix(c, label, dims, "is searched for a position"), dims, keep)
+        return [contracted, _places(call, contracted)]
     return [contracted] * len(call.outputs)
+
+
+def _places(call: Call, label: Label) -> Label:
+    """Positions, one for each neuron: they are exchanged with the neurons, and no map changes them."""
+    c, own = call.constraints, []
+    for factor in label.factors:
+        places = c.fresh(np.zeros(factor.shape, dtype=np.int64))
+        c.tie(factor, places, linked=False)
+        c.limit(places, Limit.FIXED, "are positions")
+        own.append(places)
+    return Label(label.shape, tuple(own))
 
 
 def _kept(call: Call, dims: list[int]) -> Limit:
