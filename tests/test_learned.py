@@ -60,7 +60,7 @@ def test_the_loss_between_the_ends_falls_and_the_ends_stay() -> None:
     _, a, b, batches = planted()
     state_a, state_b = copy.deepcopy(a.state_dict()), copy.deepcopy(b.state_dict())
     found = learned()
-    assert found.objective < 0.4 * found.start_objective and found.best_step > 0
+    assert found.objective < 0.45 * found.start_objective and found.best_step > 0
     assert found.endpoints == pytest.approx((0, 0), abs=1e-8)
     scores = [step.objective for step in found.history]
     assert scores == sorted(scores, reverse=True) and len(scores) == 61

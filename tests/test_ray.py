@@ -168,7 +168,8 @@ def test_a_killed_process_changes_nothing(tmp_path: Path) -> None:
     files = [save_safetensors(tmp_path / f"{seed}.safetensors", mlp_state(seed)) for seed in range(4)]
     pool = Processes()
     found = match_to_mean(mlp(), files, workers=Killed(pool, tmp_path / "killed"))
-    assert pool.ended == 1 and same(found, two_workers()[0])
+    # The same files: where their tensors lie in memory is not where others do, which may change a sum's last bit.
+    assert pool.ended == 1 and same(found, match_to_mean(mlp(), files, workers=Here(2)))
 
 
 def test_a_component_travels_by_the_name_of_its_file(tmp_path: Path) -> None:

@@ -99,6 +99,11 @@ class Alignment:
         """How many continuous groups have a map."""
         return len(self.member.maps)
 
+    @property
+    def turned(self) -> int:
+        """How many of these maps are more than rounding away from the identity."""
+        return len(self.member.turned)
+
     def views(
         self,
         states: Mapping[str, State],
@@ -455,7 +460,7 @@ class Aligning:
                 figures["learned"] = {n: getattr(found, n) for n in LEARNED}
             else:
                 found = weight_alignment(spec, *states, max_sweeps=request.max_sweeps, **common)
-            figures |= {MAPS: len(found.alignment.maps), "left_out": dict(found.left_out)}
+            figures |= {MAPS: len(found.alignment.turned), "left_out": dict(found.left_out)}
             return [found.alignment], {key: getattr(found, key) for key in FIGURES + OF_TWO} | figures
         if len(states) == 2:
             common |= {**options, "workers": request.workers, **resume.arguments(weight_matching)}

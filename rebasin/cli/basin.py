@@ -27,6 +27,10 @@ MAPPED = 0.5
 """Maps that leave less than this share of the distance that permutations leave have found what permutations can't."""
 
 
+NEAR = 0.01
+"""|A - B| / |A| that is no distance."""
+
+
 @dataclass(frozen=True)
 class Block:
     """A part of a component: its neurons, the share of them that stay, and |A - B| / |A| before and after aligning;
@@ -113,7 +117,7 @@ def shared_basin(blocks: Sequence[Block]) -> tuple[str, str, str]:
         near = min(apart(blocks, "before"), apart(blocks, "after"))
         mapped = apart(blocks, "mapped")
         distances = f"permutations leave |A-B|/|A| at {near:.3g}, maps at {mapped:.3g}"
-        if mapped < MAPPED * near and share < SAME:
+        if mapped < MAPPED * near and near > NEAR:
             text = f"{distances}: B is near a model that computes what A does in another basis; align with --maps."
             return "Up to maps", "green", text
         told = f"{told} ({distances})"

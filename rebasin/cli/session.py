@@ -86,7 +86,7 @@ def say_alignment(
 ) -> None:
     """Whether the alignments preserved what the models compute, and whether anything moved; were they merged then?"""
     moved, figures = sum(one.moved for one in found), found[0].figures.values()
-    maps = found[0].mapped
+    maps = found[0].turned
     many = len(found) > 1
     if many:
         text = "The symmetries are proved, so each model computes what it did."
@@ -117,7 +117,8 @@ def say_alignment(
     else:
         text = f"{moved:,} of {neurons:,} neurons ({100 * moved / max(1, neurons):.1f}%) moved"
         text += f", {maps:,} groups have maps." if maps else "."
-        text += f" The distance of the weights fell from {before:.4g} to {after:.4g}." if before else ""
+        way = "fell" if after < before else "went"
+        text += f" The distance of the weights {way} from {before:.4g} to {after:.4g}." if before else ""
     answer(console, "Did anything move?", "Yes", "green", text)
 
 

@@ -92,6 +92,8 @@ def require_maps(request: Request) -> None:
         )
     if not request.align:
         raise ConfigError(f"{way} and --no-align contradict each other; leave one of them out.")
+    if request.maps and request.learned:
+        raise ConfigError("--learned learns maps and --maps finds the closest ones; leave one of them out.")
     if request.learned:
         require_learned(request)
     if request.maps and request.start != "forward":

@@ -190,7 +190,7 @@ def align(
         mover = found if found.maps else found.permutation
         # A state that is read from a file stays there: SDXL's would not fit in memory three times.
         aligned = mover.apply(b) if isinstance(b, dict) else mover.view(b)
-        maps = f", {len(found.maps)} of {len(spec.continuous)} maps" if found.maps else ""
+        maps = f", {len(found.turned)} of {len(spec.continuous)} maps" if found.maps else ""
         job.say(f"{algorithm.name}: {match.moved:,} of {spec.neurons:,} neurons moved{maps}")
     return AlignedPair(task, spec, a, b, aligned, match)
 

@@ -28,7 +28,7 @@ from ..spec import Alignment, Permutation, PermutationSpec
 from ..tensors import SafetensorsState, load_safetensors, save_safetensors
 from ..types import DerivedState, passed
 
-FORMAT = "4"
+FORMAT = "5"
 
 DIGESTS = ("architecture", "weights", "models", "batches", "sites")
 """Options whose values tell a reader nothing."""

@@ -15,6 +15,9 @@ from .results import Results
 NEGLIGIBLE = 0.02
 """A barrier below this share of the endpoints' loss is called none."""
 
+TURNED = 1e-6
+"""A map that is no further from the identity has moved nothing."""
+
 Tone = Literal["good", "mixed", "bad", "neutral"]
 
 LEARNED = (
@@ -76,7 +79,8 @@ def _legal(results: Results) -> Answer:
 def _helped(results: Results) -> Answer:
     question = "Did it help?"
     moved, total = results["match"]["moved"], results["match"]["neurons"]
-    maps = len((results["match"].get("maps") or {"groups": ()})["groups"])
+    groups = (results["match"].get("maps") or {"groups": ()})["groups"]
+    maps = sum(row["moved"] is None or row["moved"] > TURNED for row in groups)
     if not results["curves"]:
         text = f"{moved:,} of {total:,} neurons moved; no loss was measured, because the task has no data."
         return Answer(question, "Not measured", text, "neutral")

@@ -36,7 +36,7 @@ def stuck(groups: Sequence[ContinuousGroup], aliases: Mapping[str, str], state: 
 def gains_of(aliases: Mapping[str, str], state: State, name: str, offset: float) -> tuple[Tensor, str]:
     """The vector that a map divides by, float64, and why it can't ("" if it can)."""
     key = name if name in state else next((a for a, t in aliases.items() if t == name and a in state), name)
-    values = state[key].double() + offset
+    values = state[key].detach().double() + offset
     smallest, median, largest = (float(f(values.abs())) for f in (torch.min, torch.median, torch.max))
     if smallest > TINY.get(state[key].dtype, 0.1) * median and largest < float("inf"):
         return values, ""

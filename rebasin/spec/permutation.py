@@ -478,6 +478,9 @@ class Permutation:
 TOLERANCE = 1e-5
 """How far from orthogonal the matrices of an alignment may be."""
 
+TURNED = 1e-6
+"""Matrices that differ by less from the identity move nothing."""
+
 MAP = "map:"
 """Before the names of matrices in a file."""
 
@@ -564,6 +567,12 @@ class Alignment:
                     " spec.continuous."
                 )
         return Alignment(self.permutation, {n: m for n, m in self.maps.items() if n not in left_out})
+
+    @property
+    def turned(self) -> tuple[str, ...]:
+        """The continuous groups whose matrices are more than rounding away from the identity."""
+        far = {n: float((maps - self.groups[n].identity()).abs().max()) for n, maps in self.maps.items()}
+        return tuple(name for name, distance in far.items() if distance > TURNED)
 
     @property
     def is_identity(self) -> bool:

@@ -186,3 +186,31 @@ def _grams(group: ContinuousGroup, state: Mapping[str, Tensor]) -> Tensor:
 def _root(matrix: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return vectors * values.clamp_min(1e-30)[..., None, :] ** exponent @ vectors.mT
+
+
+GRID = torch.linspace(-3, 3, 121, dtype=torch.float64)
+"""Logarithms of scales that are tried."""
+
+
+def closest_scales(group: ContinuousGroup, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """Of positive scales s those with the smallest |A_w - s B_w|^2 + |A_r - B_r / s|^2 over writers and readers, for
+    each neuron by itself, float64 [neurons]: the best of GRID, and Newton's method from there.
+    """
+    products, squares = (torch.zeros(2, group.neurons, dtype=torch.float64) for _ in range(2))
+    for site in group.sites:
+        x, y = (rows(site, s[site.parameter], group.neurons).double() for s in (a, b))
+        products[int(site.power < 0)] += (x * y).sum((1, 2))
+        squares[int(site.power < 0)] += y.square().sum((1, 2))
+
+    def value(t: Tensor) -> Tensor:
+        up, down = t.exp(), (-t).exp()
+        return squares[0] * up**2 - 2 * products[0] * up + squares[1] * down**2 - 2 * products[1] * down
+
+    t = GRID[torch.stack([value(t.expand(group.neurons)) for t in GRID]).argmin(0)]
+    for _ in range(8):
+        up, down = t.exp(), (-t).exp()
+        slope = 2 * (squares[0] * up**2 - products[0] * up - squares[1] * down**2 + products[1] * down)
+        bend = 2 * (2 * squares[0] * up**2 - products[0] * up + 2 * squares[1] * down**2 - products[1] * down)
+        step = torch.where(bend > 0, slope / bend, torch.zeros_like(t)).clamp(-0.05, 0.05)
+        t = t - step
+    return torch.where(value(t) < value(torch.zeros_like(t)), t.exp(), torch.ones_like(t))

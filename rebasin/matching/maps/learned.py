@@ -87,8 +87,8 @@ def learned_matching(
         model_a, model_b: the endpoints, of one architecture.
         objective: what good means; see `rebasin.objectives`. A function (model, batch) -> loss will do.
         batches: of the objective; they are gone through in a random order, again and again.
-        heldout: more of them, by which the best step is chosen. Default: the last fifth of `batches`. Data that results
-            are reported on belongs in neither.
+        heldout: more of them, by which the best step is chosen. Default: the last fifth of `batches`, of a single one
+            this one again. Data that results are reported on belongs in neither.
         init: where it starts: a permutation by name (see `rebasin.straight_through`), "weight_alignment", a permutation
             or an alignment, so that what another search found can be gone on from, in turns.
         kinds: of the continuous groups, those to learn ("rotations", "rotations that keep ones", "invertible",
@@ -143,11 +143,11 @@ def learned_matching(
         with clock("start"):
             if last.start is None:
                 found = _start(init, ends, model_a, model_b, objective, (learn, select), seed)
-                gauge = Alignment(spec.identity(), _same_gains(spec, ends.a, found.view(ends.b))).compose(
-                    found
-                )
+                same = _same_gains(spec, ends.a, found.view(ends.b))
+                gauge = Alignment(spec.identity(), same).compose(found)
             else:
                 gauge = Alignment(last.start, dict(last.gauge))
+                found, same = Alignment(last.start, dict(last.given)), last.gauge
             b = {**ends.a, **gauge.apply(ends.b)}
             latents = Latents(spec, groups, b, where)
             latents.restore(last.latents)
@@ -161,11 +161,22 @@ def learned_matching(
             return found
 
         def best() -> Alignment:
+            if seen.as_given and not seen.best_step:
+                return found
             return Alignment(spec.identity(), latents.maps(kept)).compose(gauge)
 
         def keep() -> None:
             if checkpoint is not None:
-                now = gauge.permutation, gauge.maps, seen, latents.tensors, kept, draw.made, dict(seconds)
+                now = (
+                    gauge.permutation,
+                    gauge.maps,
+                    found.maps,
+                    seen,
+                    latents.tensors,
+                    kept,
+                    draw.made,
+                    dict(seconds),
+                )
                 checkpoint(LearnedState(options, *now))
 
         kept = {name: tensor.to(where) for name, tensor in last.kept.items()} or latents.copy()
@@ -175,13 +186,15 @@ def learned_matching(
                 losses = ends.endpoints(select)
                 mean = sum(losses) / 2
                 naive = ends.evaluate(ends.midpoint(spec.identity()), select) - mean
-                first = ends.evaluate(between(0.5), select) - mean
+                alike = ends.evaluate(between(0.5), select) - mean
+                first = ends.evaluate(_halfway(ends, found), select) - mean if same else alike
             if not math.isfinite(naive + mean + first):
                 raise DataError(
                     "The losses of A, B and their midpoint on the held-out batches must be finite numbers."
                 )
-            start = LearnedStep(0, "start", None, first, first, 0.0, seconds["scoring"])
-            seen = Learned(losses, naive, first, first, history=(start,))
+            lowest = min(first, alike)
+            start = LearnedStep(0, "start", None, first, lowest, 0.0, seconds["scoring"])
+            seen = Learned(losses, naive, first, lowest, history=(start,), as_given=first <= alike)
             keep()
         else:
             seen = last.seen
@@ -256,6 +269,12 @@ def _learnable(
             "There is nothing to learn: the spec has no continuous group of these kinds that can act."
         )
     return found
+
+
+def _halfway(ends: Ends, alignment: Alignment) -> dict[str, Tensor]:
+    """1/2 (A + M pi(B)), all tensors of the model."""
+    moved = {**ends.a, **alignment.apply(ends.b)}
+    return {name: interpolate_tensor(name, a, moved[name], 0.5) for name, a in ends.a.items()}
 
 
 def _few(batches: Sequence[Any]) -> Sequence[Any]:

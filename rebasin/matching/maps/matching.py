@@ -52,7 +52,7 @@ from ..weights.costs import Choose, WeightCosts
 from ..weights.endpoints import Endpoints
 from ..weights.matching import weight_matching
 from ..weights.nearness import arrangement
-from .gauge import canonical, gain_vectors, is_gain, rows, sign_vector, undetermined
+from .gauge import canonical, closest_scales, gain_vectors, is_gain, rows, sign_vector, undetermined
 
 GAIN = 1e-10
 """Of the largest objective that there could be: less than that is no gain."""
@@ -188,9 +188,32 @@ def _descended(
             converged = True
             break
     found = Alignment(pair.permutation, pair.maps)
-    alignment = gauges[0].invert().compose(found).compose(gauges[1])
+    alignment = _rescaled(spec, a, b, gauges[0].invert().compose(found).compose(gauges[1]))
     left = distance(spec, a, alignment.apply(b))
     return _Descended(alignment, tuple(history), converged, initial, left, pair.left_out)
+
+
+def _rescaled(
+    spec: PermutationSpec, a: dict[str, Tensor], b: dict[str, Tensor], alignment: Alignment
+) -> Alignment:
+    """The gauge balances scales of A and of B each by itself; of positive ones the closest are known in closed form."""
+    groups = [group for group in spec.continuous if group.kind == "positive scales"]
+    if not groups:
+        return alignment
+    moved = alignment.apply(b)
+    for _ in range(ROUNDS):
+        for group in groups:
+            scales = closest_scales(group, a, moved)
+            step = Alignment(spec.identity(), {group.name: scales})
+            names = {site.parameter for site in group.sites}
+            view = MappedState([group], step.maps, spec.aliases, {name: moved[name] for name in names})
+            moved |= {name: view[name] for name in names}
+            alignment = step.compose(alignment)
+    return alignment
+
+
+ROUNDS = 3
+"""Over all groups of positive scales, each given all others."""
 
 
 def touched_by(spec: PermutationSpec) -> list[str]:

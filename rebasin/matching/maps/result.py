@@ -105,7 +105,12 @@ class LearnedResult(Found):
 
     @typed
     def apply(self, state_a: State, state_b: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """A as it is and B moved, so that their mean computes well."""
+        """A as it is and B moved, so that their mean computes well.
+
+        Raises:
+            SpecMismatchError: one of them is of another architecture.
+        """
+        self.alignment.spec.check(state_a, "A")
         return dict(state_a), self.alignment.apply(state_b)
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,6 +124,7 @@ class Learned:
     Attributes:
         endpoints, naive: the losses of A and B, and what the plain midpoint has above their mean.
         first, objective, best_step: the start's loss, the lowest so far, and the step that it came with.
+        as_given: whether the start is better as it was given than with B's norms brought to A's gains.
         history: the start and the steps.
     """
 
@@ -128,6 +134,7 @@ class Learned:
     objective: float
     best_step: int = 0
     history: tuple[LearnedStep, ...] = ()
+    as_given: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +145,8 @@ class LearnedState(ResumeState):
 
     Attributes:
         options: what must not change between interruption and continuation, weights and batches included.
-        start, gauge: the permutation that was started from, and the maps, float64.
+        start, gauge: the permutation that was started from, and the maps, float64, norms brought to A's gains.
+        given: the maps of the start as it was given.
         seen: what was learned so far; None: nothing yet.
         latents: what is learned, and the moments of its optimiser (see `Latents.tensors`).
         kept: group -> what was learned at the best step.
@@ -150,6 +158,7 @@ class LearnedState(ResumeState):
 
     start: Permutation | None = None
     gauge: Mapping[str, Tensor] = field(default_factory=dict)
+    given: Mapping[str, Tensor] = field(default_factory=dict)
     seen: Learned | None = None
     latents: Mapping[str, Tensor] = field(default_factory=dict)
     kept: Mapping[str, Tensor] = field(default_factory=dict)

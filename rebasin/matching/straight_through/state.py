@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ...spec import Permutation
 from ..resume_state import ResumeState, digest_of, told
-from ..weights.endpoints import Endpoints
 from .best_seen import Seen
 from .loss_descent import Pass
 from .midpoint import Ends
@@ -58,11 +58,28 @@ def fingerprint(ends: Ends, objective: Any, batches: Any, given: Mapping[str, An
     computed and who is told, and what is looked at more closely here.
     """
     own = getattr(objective, "given", objective)
-    pair = Endpoints(ends.spec, ends.a, ends.b, device=ends.device)
     return {
         "architecture": ends.spec.hash,
-        "weights": repr((pair.objective, pair.distance)),
-        "objective": getattr(own, "__qualname__", type(own).__qualname__),
+        "weights": digest_of([ends.a, ends.b]),
+        "objective": f"{getattr(own, '__qualname__', type(own).__qualname__)} {_digest_of_objective(own)[:12]}",
         "batches": digest_of(batches),
         **{name: told(value) for name, value in given.items() if name not in ELSEWHERE},
     }
+
+
+def _digest_of_objective(own: Any) -> str:
+    """Of a function its code, of an object its plain values and tensors; what they refer to elsewhere is not seen."""
+    code = getattr(own, "__code__", None)
+    return digest_of(dict(getattr(own, "__dict__", {})) if code is None else list(_plain(code)))
+
+
+def _plain(code: CodeType) -> Iterator[Any]:
+    """What a function's code is made of, without addresses in memory: the same in another process."""
+    yield from (code.co_code.hex(), *code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _plain(constant)
+        elif isinstance(constant, frozenset):  # in an order that each process has its own of
+            yield from sorted(map(repr, constant))
+        else:
+            yield repr(constant)
