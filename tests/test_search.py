@@ -697,3 +697,22 @@ def test_an_error_of_a_scorer_is_not_the_end_of_the_budget(tmp_path, monkeypatch
         tmp_path, *TINY, *QUICK, "search.trials=0", "search.minutes=0.02", "space=model", "algo=naive"
     )
     assert results["trials"], "the trial that failed is none, and the search goes on"
+
+
+def test_a_start_that_a_kill_interrupted_is_tried_again_in_its_place(tmp_path: Path) -> None:
+    """Its number too: the trials are those of a search that was not interrupted, and in their order."""
+    import optuna
+
+    from rebasin.search.study import enqueue, take_over
+
+    starts = [("A", {"x": 0.5}), ("B", {"x": 0.1})]
+    place = f"sqlite:///{tmp_path}/study.db"
+    study = optuna.create_study(storage=place)
+    enqueue(study, starts)
+    study.ask().suggest_float("x", 0, 1)  # and the process ends here
+    again = optuna.load_study(study_name=study.study_name, storage=place)
+    assert take_over(again) == 1
+    enqueue(again, starts)
+    again.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    told = [(trial.number, trial.user_attrs.get("start"), trial.state.name) for trial in again.trials]
+    assert told == [(0, "A", "COMPLETE"), (1, "B", "COMPLETE"), (2, None, "COMPLETE")]

@@ -206,10 +206,18 @@ def _quick(engine: Any) -> None:
 
 
 def take_over(study: optuna.Study) -> int:
-    """Call trials that a killed search left running failed; returns how many. Only while no other worker runs."""
+    """Call trials that a killed search left running failed; returns how many. Only while no other worker runs.
+
+    One that had a start to try waits again under its own number, so that the order of trials is that without a kill.
+    """
+    states = need_optuna().trial.TrialState
     stale = finished(study, "RUNNING")
     for trial in stale:
-        study.tell(trial.number, state=need_optuna().trial.TrialState.FAIL, skip_if_finished=True)
+        if "start" in trial.user_attrs and not trial.intermediate_values:
+            # What optuna does the other way round when it takes a queued trial; its public face has no way back.
+            study._storage.set_trial_state_values(trial._trial_id, state=states.WAITING)
+        else:
+            study.tell(trial.number, state=states.FAIL, skip_if_finished=True)
     return len(stale)
 
 
