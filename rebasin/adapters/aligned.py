@@ -18,7 +18,7 @@ from ..errors import AdapterError, SpecMismatchError, shown
 from ..spec import DIAGONAL, Alignment, PermutationSpec, PermutedState
 from ..spec.mapped import MappedState, Rounding
 from ..types import LazyState, State, passed, shape_of, widened
-from .complete import require_complete, require_size
+from .complete import fitting, require_complete, require_size
 from .embeddings import move_embeddings
 from .keys import EXTRA
 from .lokr import unfolded
@@ -191,19 +191,9 @@ def _written_out(view: MappedState, spec: PermutationSpec, adapter: State, what:
         for key in (*factors.values(), *(module.keys[f] for f in ("constant",) if f in module.keys)):
             made.pop(key)
         lokr = any(factor.startswith("lokr_") for factor in factors)
-        where = module.name
-        try:
-            plain = (
-                unfolded(where, state, spec.shapes[parameter])
-                if lokr
-                else unfolded_loha(state, spec.shapes[parameter])
-            )
-        except AdapterError:
-            raise
-        except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-            raise AdapterError(
-                f"The factors of the module {shown(module.name)} of {what} do not fit together, so the file is damaged."
-            ) from error
+        shape = spec.shapes[parameter]
+        with fitting(named):
+            plain = unfolded(module.name, state, shape) if lokr else unfolded_loha(state, shape)
         whole |= {module.name + FIRST_OF.get(factor, f".{factor}"): t for factor, t in plain.items()}
     return {**{name: one.make() for name, one in made.items()}, **whole} if whole else adapter
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 from ..errors import AdapterError
 
@@ -125,6 +126,23 @@ def require_size(where: str, kind: str, shapes: Shapes, weight: tuple[int, ...])
             f"{where} does not make up a {kind} of the model's weight of shape {weight}: the file is damaged, or was"
             " trained on another architecture."
         )
+
+
+@contextmanager
+def fitting(where: str) -> Iterator[None]:
+    """Factors that do not fit together inside the block are told: `where` says of which module.
+
+    Raises:
+        AdapterError: from what they have given rise to.
+    """
+    try:
+        yield
+    except AdapterError:
+        raise
+    except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise AdapterError(
+            f"The factors of {where[0].lower()}{where[1:]} do not fit together, so the file is damaged."
+        ) from error
 
 
 def _called(factor: str) -> str:

@@ -12,7 +12,7 @@ from ..errors import AdapterError, shown
 from ..spec import Permutation, PermutationSpec
 from ..types import State, shape_of
 from . import names
-from .complete import require_complete, require_size
+from .complete import fitting, require_complete, require_size
 from .embeddings import TEXT, TEXT_2, move_embeddings
 from .factors import Moves, move_factor
 from .keys import EXTRA, AdapterInfo, kind_of, split_key
@@ -120,19 +120,13 @@ def move_adapter(
             raise AdapterError(f"Axis {axis} of {parameter!r} is permuted, which an adapter can't follow.")
         moves = Moves(tuple(shape), index.get(0), index.get(1))
         factors = {factor: adapter[key] for factor, key in module.keys.items()}
-        try:
+        with fitting(where):
             if kind == "LoKr":
                 require_size(where, kind, shapes, moves.shape)
                 result = move_lokr(module.name, factors, moves, unfold)
             else:
                 result = {f: move_factor(module.name, f, t, moves, factors) for f, t in factors.items()}
                 require_size(where, kind, shapes, moves.shape)
-        except AdapterError:
-            raise
-        except (LookupError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-            raise AdapterError(
-                f"The factors of the module {shown(module.name)} of {what} do not fit together, so the file is damaged."
-            ) from error
         for factor, tensor in result.items():
             key = module.keys.get(factor, module.name + FIRST_OF.get(factor, f".{factor}"))
             moved[key] = tensor

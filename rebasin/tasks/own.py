@@ -15,11 +15,13 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ..checkpoints.weights import weights_for
 from ..data import classification, own
 from ..errors import ConfigError, DataError, TraceError, first_line
 from ..files import cache_folder
+from ..integrations.functions import located
 from ..integrations.hydra import function_of, resolved
 from ..models.cache import Place, digest, on_cpu
 from ..objectives import Objective, checked
@@ -192,7 +194,7 @@ def _data(cfg: DictConfig) -> tuple[dict[str, list[Any]], str, str]:
         raise ConfigError(
             "data=own needs a data set: give data.dataset=package.module:name, or other data, such as data=mnist."
         )
-    found = located_data(config)
+    found = _dataset(config)
     size, limit = config["batch_size"], config["limit"]
     if size < 1 or (limit is not None and (not isinstance(limit, int) or limit < 1)):
         name = "batch_size" if size < 1 else "limit"
@@ -201,15 +203,13 @@ def _data(cfg: DictConfig) -> tuple[dict[str, list[Any]], str, str]:
     return *own.splits(found, given, size, limit, f"data.dataset={config['dataset']}"), str(config["dataset"])
 
 
-def located_data(config: Mapping[str, Any]) -> Callable[..., Any]:
+def _dataset(config: Mapping[str, Any]) -> Callable[..., Any]:
     """What `data.dataset` names: a function or class, or data themselves, which then are what it returns."""
     try:
         return function_of(config, "data.dataset", "data=own")
     except ConfigError as error:
         if "can't be called" not in str(error):
             raise
-    from ..integrations.functions import located
-
     made = located(config["dataset"])
     return lambda: made
 
@@ -295,8 +295,6 @@ def _trained(
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:
-    from torch.utils import _pytree as pytree
-
     return [leaf.cpu() for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
 
 

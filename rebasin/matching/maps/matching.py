@@ -123,13 +123,14 @@ def weight_alignment(
         )  # fmt: skip
 
     found = _descended(spec, a, b, seed, max_sweeps, tell_sweep)
+    initial = found.initial
     if found.distance:
         # What the forward start misses may be a permutation that needs no maps: begin there, too.
         start = weight_matching(spec, a, b, seed=seed).permutation
         plain = distance(spec, a, start.apply(b))
         if plain < found.distance:
             found = _descended(spec, a, dict(start.apply(b)), seed, max_sweeps, tell_sweep, forward=False)
-            found = replace(found, alignment=found.alignment.compose(Alignment.of(start)))
+            found = replace(found, alignment=found.alignment.compose(Alignment.of(start)), initial=initial)
             if plain < found.distance:
                 found = replace(found, alignment=Alignment.of(start), distance=plain)
     if before < found.distance:
@@ -644,9 +645,8 @@ def _forward(pair: Pair) -> None:
             turned = list(unit.maps)
         else:
             turned = [unit]
-        for group in (
-            turned
-        ):  # before its own axes count as settled: a map that acts on both of a matrix is no product
+        # Before its own axes count as settled: what a map that acts on both axes of a matrix gains is no product.
+        for group in turned:
             if (matrices := best(group, pair, choose)) is not None:
                 pair.turn(group, matrices)
         done.add(name)
