@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rebasin import Permutation, trace
 from rebasin.checkpoints.joint import without_prefix
-from rebasin.checkpoints.key_map import KeyMapping, component_state, replaced
+from rebasin.checkpoints.key_map import component_state, replaced, rows, same
 from rebasin.checkpoints.output import cast
 from rebasin.errors import CheckpointError
 from rebasin.matching.result import Attempt, MatchState
@@ -66,9 +66,9 @@ def spec() -> PermutationSpec:
 
 def test_names_shapes_and_types_of_derived_states_read_nothing(source: Source) -> None:
     keys = [
-        KeyMapping("q", "x.a", "rows", 0, 2),
-        KeyMapping("k", "x.a", "rows", 1, 2),
-        KeyMapping("b", "x.b"),
+        rows("q", "x.a", (6, 2), 0, 2),
+        rows("k", "x.a", (6, 2), 1, 2),
+        same("b", "x.b", (3,)),
     ]
     part = component_state(source, keys)
     states = [

@@ -11,6 +11,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch
 
 from ..errors import CheckpointError, shown
 from ..types import dtype_of
+from .classes.call import call
 from .components import TEXT, TEXT_2, UNET, VAE
 from .families import TITLES, Shapes, text_width
 from .folders import own_config
@@ -54,6 +56,8 @@ def published(family: str) -> Config:
 def component_config(checkpoint: Checkpoint, component: str) -> Config:
     """The config of a component: that of its diffusers folder, or the released one, fitted to its shapes."""
     checkpoint.require(component)
+    if component in checkpoint.classes:
+        return dict(checkpoint.classes[component].config)
     own = own_config(checkpoint.path, component)
     if own is not None:
         return own
@@ -226,6 +230,8 @@ def architecture(what: Checkpoint | str, component: str, device: str | None = "m
     Raises:
         CheckpointError: there is no such component, or the file lacks tensors of it, or has them in other shapes.
     """
+    if not isinstance(what, str) and component in what.classes:
+        return _of_class(what, component, device)
     config = published(what).get(component) if isinstance(what, str) else component_config(what, component)
     if config is None:
         raise CheckpointError(f"{TITLES[str(what)]} has no {component}.")
@@ -246,16 +252,32 @@ def architecture(what: Checkpoint | str, component: str, device: str | None = "m
     return built
 
 
+def _of_class(checkpoint: Checkpoint, component: str, device: str | None) -> Built:
+    """The same of a component that is known by its class."""
+    checkpoint.require(component)
+    with placed(device):
+        made = call(checkpoint.classes[component], checkpoint.path, part=len(checkpoint.classes) > 1)
+    if device is None and callable(tie := getattr(made[0], "tie_weights", None)):
+        tie()  # which are not one any more where each has lost its numbers
+    _check_shapes(checkpoint, component, made[0])
+    return made
+
+
+def placed(device: str | None) -> AbstractContextManager[Any]:
+    """Where modules are built: on a device, or, with None, parameters without numbers and the rest on the CPU."""
+    from accelerate import init_empty_weights
+
+    return init_empty_weights(include_buffers=False) if device is None else torch.device(device)
+
+
 def build(component: str, config: Mapping[str, Any], device: str | None = "meta") -> Built:
     """The module of a config, freshly initialised (or without numbers, on "meta"), and example inputs.
 
     `device=None`: parameters without numbers, to be filled, and everything else on the CPU.
     """
-    from accelerate import init_empty_weights
-
     from . import modules  # late: diffusers and transformers take seconds to import
 
-    with init_empty_weights(include_buffers=False) if device is None else torch.device(device):
+    with placed(device):
         return modules.build(component, dict(config))
 
 
@@ -268,9 +290,11 @@ def _numbers(value: Any) -> list[int]:
 def _check_shapes(checkpoint: Checkpoint, component: str, module: nn.Module) -> None:
     shapes, state = checkpoint.shapes(component), checkpoint.component(component)
     missing = []
-    for name, tensor in module.state_dict().items():
+    whole = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    known = {id(tensor) for name, tensor in whole.items() if name in shapes}
+    for name, tensor in whole.items():
         if name not in shapes:
-            missing.append(name)
+            missing += [name] if id(tensor) not in known else []  # not those that are tied to another
         elif tensor.is_floating_point() and not dtype_of(state, name).is_floating_point:
             raise CheckpointError(
                 f"Tensor {checkpoint.source(component, name)!r} of {checkpoint.path} has type"

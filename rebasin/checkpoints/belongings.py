@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,22 +29,26 @@ class Belongings:
     notes: tuple[str, ...] = ()
 
 
-def belongings(folder: Path) -> Belongings:
+def belongings(folder: Path, components: Collection[str] = PARTS, own: Collection[str] = OWN) -> Belongings:
     """What is to be copied out of a diffusers folder when a result is written like it; hidden files are not.
+
+    Args:
+        components: the folders in it that have weights of their own; none of them there: the folder itself has.
+        own: files that are written anew, besides the components' own.
 
     Links are followed, as a hub's cache is made of them, but links to folders only at the top.
     """
     files: dict[str, Path] = {}
     large, lost = [], []
-    pipeline = any((folder / part).is_dir() for part in PARTS)
+    pipeline = any((folder / part).is_dir() for part in components)
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
         found, size = {}, 0
         for path in _files(entry):
             place = path.relative_to(folder).as_posix()
-            of_component = place.partition("/")[0] in PARTS if pipeline else "/" not in place
-            if place in OWN or (of_component and (path.name == "config.json" or is_weights(path.name))):
+            of_component = place.partition("/")[0] in components if pipeline else "/" not in place
+            if place in own or (of_component and (path.name == "config.json" or is_weights(path.name))):
                 continue
             try:
                 if not path.is_file():

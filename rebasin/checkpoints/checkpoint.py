@@ -13,10 +13,14 @@ from ..spec.permutation import is_permutation
 from ..tensors.codes import decoded
 from ..types import WRAPPER, DerivedState, State, passed
 from . import components, folders
+from .classes.folder import STRUCTURE, TRANSFORMER, classes_in, differences
+from .classes.known import Known
+from .classes.names import names_in_files
+from .classes.single_file import Single, single
 from .components import UNET, Found
-from .families import EXPECTED, TITLES, Shapes, foreign, identify, no_model, title
+from .families import EXPECTED, NO_MODEL, TITLES, Shapes, foreign, identify, no_model, title
 from .folder_checks import require_sound
-from .key_map import KeyMapping, component_state, replaced, shapes_of
+from .key_map import KeyMapping, component_state, replaced, shapes_of, sources
 from .pickled import load_tensors
 from .prediction_type import Prediction, prediction
 
@@ -33,6 +37,10 @@ class Checkpoint:
         raw: its tensors under their own names, in their own order and types, lazily.
         metadata: of the file's header.
         found: component -> where it lies.
+        key_map: component -> how its tensors lie in the file.
+        classes: component -> its class, of a folder of transformers or diffusers that is none of Stable Diffusion, and
+            of files of newer families; `family` is then the class of the model or pipeline.
+        file_variant: the word in the names of the files of weights that was asked for ("fp16").
         others: names of further states in the same file, which are not read.
     """
 
@@ -45,6 +53,8 @@ class Checkpoint:
     found: Mapping[str, Found] = field(repr=False)
     key_map: Mapping[str, Sequence[KeyMapping]] = field(repr=False)
     others: tuple[str, ...] = ()
+    classes: Mapping[str, Known] = field(default_factory=dict, repr=False)
+    file_variant: str | None = None
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -54,6 +64,8 @@ class Checkpoint:
     @property
     def title(self) -> str:
         """What it is, for a sentence."""
+        if self.classes:
+            return next(iter(self.classes.values())).title if len(self.classes) == 1 else self.family
         return title(self.family, self.variant)
 
     def component(self, name: str) -> DerivedState:
@@ -87,7 +99,7 @@ class Checkpoint:
     @cached_property
     def extras(self) -> dict[str, list[str]]:
         """The tensors that belong to no component, by kind: "ema", "position_ids", "schedule", "unused", "other"."""
-        known = {key.source for keys in self.key_map.values() for key in keys}
+        known = sources(self.key_map)
         kinds: dict[str, list[str]] = {}
         for name in self.raw:
             if name not in known:
@@ -140,17 +152,22 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
             what was expected.
     """
     where = Path(path)
+    if where.is_dir() and (found := classes_in(where)) is not None:
+        return _open_folder(where, *found, variant)
     raw = folders.load_folder(where, variant) if where.is_dir() else load_tensors(where)
     metadata, others = dict(getattr(raw, "metadata", {})), getattr(raw, "others", ())
     raw = decoded(unwrapped(raw, where), where)
+    names = dict.fromkeys(raw)
+    if not where.is_dir() and foreign(names) not in NO_MODEL and (own := single(raw, where)) is not None:
+        return _of_today(where, raw, metadata, own, others)
     raw = raw if where.is_dir() else without_prefix(raw)
     names = dict.fromkeys(raw)
     other = "a permutation that rebasin wrote" if is_permutation(raw, metadata) else foreign(names)
     found = components.locate(names)
     if not found or other is not None:
         raise no_model(where, other)
-    key_map = {name: components.key_map(place, raw) for name, place in found.items()}
     try:
+        key_map = {name: components.key_map(place, raw) for name, place in found.items()}
         shapes = {name: shapes_of(component_state(raw, own)) for name, own in key_map.items()}
         family, kind = identify(shapes, found, where, folders.own_config(where, UNET))
     except IndexError as error:
@@ -163,6 +180,31 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
     diffusers = any(place.layout == "diffusers" or "/" in place.prefix for place in found.values())
     layout = "diffusers" if diffusers or where.is_dir() else "ldm"
     return Checkpoint(where, family, kind, layout, raw, metadata, found, key_map, others)
+
+
+def _of_today(
+    where: Path, raw: State, metadata: Mapping[str, str], own: Single, others: tuple[str, ...]
+) -> Checkpoint:
+    """A single file of one of today's families."""
+    found = {TRANSFORMER: Found(TRANSFORMER, own.prefix, "ldm")}
+    keys, classes = {TRANSFORMER: own.keys}, {TRANSFORMER: own.known}
+    return Checkpoint(where, own.family.kind, "", "ldm", raw, metadata, found, keys, others, classes)
+
+
+def _open_folder(where: Path, family: str, classes: Mapping[str, Known], variant: str | None) -> Checkpoint:
+    """A folder of transformers or diffusers whose models are of these classes."""
+    if not classes:
+        raise CheckpointError(
+            f"{where} has no model: no folder in it has a config.json and weights of a known class."
+        )
+    whole = not (where / folders.INDEX).is_file()
+    raw = folders.load_weights(where, variant) if whole else folders.load_parts(where, classes, variant)
+    raw = decoded(unwrapped(raw, where), where)
+    found, key_map = {}, {}
+    for name, known in classes.items():
+        found[name] = Found(name, "" if whole else f"{name}/", "folder")
+        key_map[name] = names_in_files(known, raw, found[name].prefix, where)
+    return Checkpoint(where, family, "", "folder", raw, {}, found, key_map, (), classes, variant)
 
 
 def open_each(
@@ -232,6 +274,11 @@ def without_prefix(state: State) -> State:
 
 def require_same_family(a: Checkpoint, b: Checkpoint) -> None:
     """Raise `CheckpointError`, in one sentence, unless two checkpoints can be aligned and merged."""
+    if a.classes or b.classes:
+        shared = [name for name in a.classes if name in b.classes]
+        if not shared or any(a.classes[name].name != b.classes[name].name for name in shared):
+            raise _apart(a, b, "they have different architectures")
+        return _require_alike(a, b)
     if a.family == b.family and a.variant == b.variant:
         return
     if (UNET in a.components) != (UNET in b.components):
@@ -240,7 +287,39 @@ def require_same_family(a: Checkpoint, b: Checkpoint) -> None:
         reason = "they have different architectures"
     else:
         reason = "their UNets have different inputs"
-    raise CheckpointError(f"{a.path} is {a.title} and {b.path} is {b.title}; {reason} and can't be merged.")
+    raise _apart(a, b, reason)
+
+
+def _apart(a: Checkpoint, b: Checkpoint, reason: str) -> CheckpointError:
+    return CheckpointError(f"{a.path} is {a.title} and {b.path} is {b.title}; {reason} and can't be merged.")
+
+
+def _require_alike(a: Checkpoint, b: Checkpoint) -> None:
+    """Models of one class may be other networks by their configurations, of the same tensors even."""
+    for name in a.classes.keys() & b.classes.keys():
+        for key, (one, other) in differences(a.classes[name].config, b.classes[name].config).items():
+            if STRUCTURE.search(key):
+                raise CheckpointError(
+                    f"The {name} of {a.path} has {key} {shown(one)} and that of {b.path} {shown(other)}; they are"
+                    " different networks and can't be merged."
+                )
+
+
+def unlike(models: Sequence[Checkpoint]) -> list[str]:
+    """A sentence about each further model whose configuration has other numbers than the first's."""
+    told = []
+    for model in models[1:]:
+        for name in models[0].classes.keys() & model.classes.keys():
+            found = differences(models[0].classes[name].config, model.classes[name].config)
+            if found:
+                listed = ", ".join(
+                    f"{key} {shown(one)} and {shown(other)}" for key, (one, other) in found.items()
+                )
+                told.append(
+                    f"The configurations of {models[0].path.name} and {model.path.name} differ: {listed}; the result"
+                    " has the first's."
+                )
+    return told
 
 
 def _parts_alone(whole: Checkpoint, part: Checkpoint) -> CheckpointError:

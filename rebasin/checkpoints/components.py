@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..types import shape_of
 from . import keys_text, keys_unet, keys_vae
-from .key_map import KeyMapping
+from .key_map import KeyMapping, matrix, rows, same, transposed
 
 UNET, VAE, TEXT, TEXT_2 = "unet", "vae", "text_encoder", "text_encoder_2"
 
@@ -91,8 +91,9 @@ def _image(found: Found, sources: Mapping[str, str], raw: Mapping[str, Tensor]) 
             name = keys_vae.to_diffusers(own, levels)
         if name is None:
             continue
-        matrix = found.component == VAE and ".attentions." in name and name.endswith("weight")
-        yield KeyMapping(name, source, "matrix" if matrix and len(shape_of(raw, source)) > 1 else "same")
+        flat = found.component == VAE and ".attentions." in name and name.endswith("weight")
+        shape = shape_of(raw, source)
+        yield matrix(name, source, shape) if flat and len(shape) > 1 else same(name, source, shape)
 
 
 def vae_levels(names: Iterable[str]) -> int:
@@ -105,17 +106,18 @@ def _text(found: Found, sources: Mapping[str, str], raw: Mapping[str, Tensor]) -
     if found.layout == "transformers":
         for own, source in sources.items():
             if keys_text.from_transformers(keys_text.ROOT + own):  # position ids are none
-                yield KeyMapping(keys_text.ROOT + own, source)
+                yield same(keys_text.ROOT + own, source, shape_of(raw, source))
         projection = found.prefix.removesuffix(keys_text.ROOT) + "text_projection.weight"
         if found.component == TEXT_2 and projection in raw:
-            yield KeyMapping("text_projection.weight", projection)
+            yield same("text_projection.weight", projection, shape_of(raw, projection))
         return
     layers = _used_layers(found, raw)
     for own, source in sources.items():
-        names = keys_text.to_transformers(own, layers)
-        how = "transposed" if own == keys_text.PROJECTION else "same" if len(names) == 1 else "rows"
-        for part, name in enumerate(names):
-            yield KeyMapping(name, source, how, part, len(names))
+        names, shape = keys_text.to_transformers(own, layers), shape_of(raw, source)
+        if own == keys_text.PROJECTION:
+            yield from (transposed(name, source, shape) for name in names)
+        else:
+            yield from (rows(name, source, shape, part, len(names)) for part, name in enumerate(names))
 
 
 def _used_layers(found: Found, raw: Mapping[str, Tensor]) -> int | None:

@@ -23,7 +23,10 @@ TITLES = {
 }
 """The families, as a sentence names them."""
 
-EXPECTED = "a model of Stable Diffusion 1, 2 or XL, or its UNet, VAE or text encoder, was expected"
+EXPECTED = (
+    "a model of Stable Diffusion 1, 2, XL or 3, Flux, Chroma, Lumina 2, Z-Image, Qwen-Image, Krea 2 or Wan, or a folder"
+    " of transformers or diffusers was expected"
+)
 
 VARIANTS = {4: "base", 9: "inpainting", 8: "instruct-pix2pix", 5: "depth"}
 """By the UNet's input channels."""
@@ -151,8 +154,8 @@ FOREIGN = {
     "a T2I or IP adapter": r"^(image_proj|ip_adapter)\.|^adapter\.body\.",
     "a motion module (AnimateDiff)": r"motion_modules\.",
     "a video model": r"time_stack\.|temporal_transformer_blocks\.",
-    "Stable Diffusion 3": r"joint_blocks\.|transformer_blocks\.\d+\.attn\.add_q_proj",
-    "Flux": r"double_blocks\.|single_transformer_blocks\.",
+    "a part of Stable Diffusion 3": r"joint_blocks\.|transformer_blocks\.\d+\.attn\.add_q_proj",
+    "a part of Flux": r"double_blocks\.|single_transformer_blocks\.",
     "Stable Cascade": r"clip_txt_mapper\.|channelwise\.0\.",
     "a PixArt or DiT model": r"adaln_single\.|^(model\.)?blocks\.\d+\.(cross_attn|adaLN)",
     EMBEDDING: r"^emb_params$|^string_to_param|^clip_[lg]$|^<.*>$",
@@ -160,6 +163,9 @@ FOREIGN = {
     "an upscaler (ESRGAN)": r"RDB\d\.conv|^model\.0\.weight$",
 }
 """What people mistake for a model, by the names of its tensors."""
+
+NO_MODEL = (ADAPTER, "a ControlNet", "a T2I or IP adapter", "a motion module (AnimateDiff)", EMBEDDING)
+"""What belongs to a model and is none."""
 
 INSTEAD = {
     ADAPTER: "rebasin apply PERMUTATION FILE moves it along with its model",

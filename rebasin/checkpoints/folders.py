@@ -7,7 +7,7 @@ index are compared with what is there.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,16 @@ def load_folder(folder: Path, variant: str | None = None) -> State:
                 f"{folder} is no diffusers folder: it has neither a config.json nor one of {', '.join(PARTS)}."
             )
         return load_weights(folder, variant)
+    return load_parts(folder, parts, variant)
+
+
+def load_parts(folder: Path, parts: Iterable[str], variant: str | None = None) -> State:
+    """The tensors of these components' folders, lazily, named `component/tensor`.
+
+    Raises:
+        CheckpointError: one has no weights, an incomplete set of shards, or no such variant.
+    """
+    parts = list(parts)
     # One that lacks the variant, as VAEs often do, is taken as it is, unless all lack it.
     has = [name for name in parts if variant in variants(folder / name)] or parts
     states = {name: load_weights(folder / name, variant if name in has else None) for name in parts}
@@ -77,6 +87,27 @@ def load_weights(folder: Path, variant: str | None = None) -> State:
         shard_of = {files[n].name: own for n, own in zip(sorted(files), states, strict=True)}
         _check_index(folder, suffix, chosen, shard_of)
     return state
+
+
+def shards(folder: Path, variant: str | None = None) -> dict[str, list[str]]:
+    """File -> its tensors, as `load_weights` reads them, under the names that safetensors without a variant have."""
+    sets, _ = _sets(folder)
+    files = sets[_choose(folder, list(sets), variant)]
+    return {_plain(files[n].name): list(load_tensors(files[n])) for n in sorted(files)}
+
+
+def _plain(name: str) -> str:
+    """The name of a file of weights as safetensors, without a variant."""
+    found = WEIGHTS.fullmatch(name)
+    assert found is not None
+    stem = "model" if found["stem"] == "pytorch_model" else found["stem"]
+    part = f"-{found['shard']}-of-{found['shards']}" if found["shard"] else ""
+    return f"{stem}{part}.safetensors"
+
+
+def index_of(name: str) -> str:
+    """The name of the index of the shards of which one is called so."""
+    return re.sub(r"-\d{5}-of-\d{5}\.safetensors$", ".safetensors.index.json", name)
 
 
 Key = tuple[str, str]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from ..errors import CheckpointError
 from ..types import DerivedState, LazyTensor, State, dtype_of, origin_of, shape_of
 from . import keys_text, keys_unet, keys_vae
 from .components import TEXT, TEXT_2, UNET, VAE, vae_levels
-from .key_map import KeyMapping, write
+from .key_map import matrix, rows, same, transposed, write
 
 PREFIXES: dict[str, dict[str, tuple[str, str]]] = {
     "sd1": {TEXT: ("cond_stage_model.transformer.", "transformers")},
@@ -35,19 +37,35 @@ def single_file(family: str, components: Mapping[str, State]) -> DerivedState:
     """
     tensors: dict[str, LazyTensor] = {}
     for component, state in components.items():
-        places: dict[str, list[KeyMapping]] = {}
-        for key in _keys(family, component, state):
-            places.setdefault(key.source, []).append(key)
-        for source, keys in places.items():
-            if keys[0].how == "rows" and len(keys) != keys[0].parts:
+        places: dict[str, list[Place]] = {}
+        for place in _places(family, component, state):
+            places.setdefault(place.source, []).append(place)
+        for source, own in places.items():
+            if own[0].how == "rows" and len(own) != PARTS:
                 raise CheckpointError(
-                    f"The {component} has no {source!r}: only {len(keys)} of its 3 parts are there."
+                    f"The {component} has no {source!r}: only {len(own)} of its {PARTS} parts are there."
                 )
-            tensors[source] = _joined(state, keys)
+            tensors[source] = _joined(state, own)
     return DerivedState(tensors)
 
 
-def _keys(family: str, component: str, state: State) -> Iterator[KeyMapping]:
+@dataclass(frozen=True)
+class Place:
+    """Tensor `name` of a component goes into tensor `source` of the file: as it is, as a 1x1 convolution, transposed,
+    or as a third of its rows.
+    """
+
+    name: str
+    source: str
+    how: Literal["same", "matrix", "transposed", "rows"] = "same"
+    part: int = 0
+
+
+PARTS = 3
+"""Query, key and value, of which OpenCLIP makes one tensor."""
+
+
+def _places(family: str, component: str, state: State) -> Iterator[Place]:
     if family not in PREFIXES:
         raise CheckpointError(
             f"{family} is a part of a model and has no single-file layout; save it as it came."
@@ -70,21 +88,26 @@ def _keys(family: str, component: str, state: State) -> Iterator[KeyMapping]:
             raise CheckpointError(
                 f"Tensor {name!r} of the {component} has no place in a single file of {family}."
             )
-        yield KeyMapping(name, prefix + source, how, part or 0, 3 if how == "rows" else 1)
+        yield Place(name, prefix + source, how, part or 0)
 
 
-def _joined(state: State, keys: list[KeyMapping]) -> LazyTensor:
-    """The tensor of a file that is made of those that these keys lead to."""
-    first = keys[0]
-    shape = shape_of(state, first.name)
+def _joined(state: State, places: list[Place]) -> LazyTensor:
+    """The tensor of a file that is made of those that these places lead to."""
+    first = places[0]
+    shape, source = shape_of(state, first.name), first.source
     if first.how == "rows":
-        shape = (sum(shape_of(state, key.name)[0] for key in keys), *shape[1:])
+        shape = (sum(shape_of(state, place.name)[0] for place in places), *shape[1:])
+        keys = [rows(place.name, source, shape, place.part, PARTS) for place in places]
     elif first.how == "matrix":
         shape = (*shape, 1, 1)
+        keys = [matrix(first.name, source, shape)]
     elif first.how == "transposed":
         shape = shape[::-1]
+        keys = [transposed(first.name, source, shape)]
+    else:
+        keys = [same(first.name, source, shape)]
 
     def make() -> Tensor:
-        return write(keys, [state[key.name] for key in keys], shape)
+        return write(source, keys, [state[key.name] for key in keys], shape)
 
     return LazyTensor(shape, dtype_of(state, first.name), make, origin_of(state, first.name))

@@ -34,8 +34,9 @@ from .architectures import PARTS_OF, component_config, published, unlike_release
 from .belongings import Belongings, belongings, copy_into
 from .components import TEXT, TEXT_2, UNET, VAE
 from .folders import INDEX
-from .key_map import component_state
+from .key_map import component_state, sources
 from .layouts import single_file
+from .model_folder import save_as_folder, save_model_folder
 from .pipeline import pipeline_class, pipeline_index, pipeline_options
 from .schedulers import own_scheduler, released_scheduler
 from .tokenizers import TOKENIZERS, clip_files, clip_merges, padding, vocabulary_of
@@ -96,7 +97,18 @@ def save_checkpoint(
             path, state, header, keep_order=True, finite=True, closing=last, progress=progress
         )
 
+    def save_plain(path: Path, state: State) -> Path:
+        return save_safetensors(path, state, header, keep_order=True, finite=True, progress=progress)
+
     notes: list[str] = []
+    if checkpoint.classes and not is_file(target):
+        require_space(target, bytes_of(whole))
+        if checkpoint.path.is_dir():
+            notes += save_model_folder(target, checkpoint, whole, save_plain, closing)
+        else:
+            notes += _without_place(checkpoint, state, "a diffusers folder")
+            save_as_folder(target, checkpoint, parts(checkpoint, whole), save)
+        return Saved(target, size_of_folder(target), tuple(notes))
     if not is_file(target):
         return _save_folder(target, checkpoint, whole, save)
     if checkpoint.path.is_dir():
@@ -144,7 +156,8 @@ def stored(checkpoint: Checkpoint) -> Types:
 def parts(checkpoint: Checkpoint, state: State) -> dict[str, State]:
     """Component -> its tensors in diffusers' names, out of a state that has the names of `checkpoint`."""
     keys = {
-        name: [k for k in checkpoint.key_map[name] if k.source in state] for name in checkpoint.components
+        name: [k for k in checkpoint.key_map[name] if all(p.source in state for p in k.pieces)]
+        for name in checkpoint.components
     }
     return {name: component_state(state, own) for name, own in keys.items()}
 
@@ -155,6 +168,13 @@ def _one_file(checkpoint: Checkpoint, state: State) -> State:
     Raises:
         CheckpointError: they are built unlike those of the release, which a single file can't tell.
     """
+    if checkpoint.classes:
+        if len(checkpoint.classes) > 1:
+            raise CheckpointError(
+                f"{checkpoint.path} is a {checkpoint.title} of several models, which no single file holds; name a"
+                " folder for the result."
+            )
+        return state
     own = parts(checkpoint, state)
     for name in own:
         if differs := unlike_release(checkpoint, name):
@@ -169,7 +189,7 @@ def _one_file(checkpoint: Checkpoint, state: State) -> State:
 
 def _without_place(checkpoint: Checkpoint, state: State, where: str) -> list[str]:
     """The sentence about tensors that belong to no component, if there are any."""
-    known = {key.source for keys in checkpoint.key_map.values() for key in keys}
+    known = sources(checkpoint.key_map)
     left = sum(name not in known for name in state)
     return [f"{left} tensors that belong to no component have no place in {where}."] if left else []
 
@@ -241,8 +261,12 @@ def _save_folder(target: Path, checkpoint: Checkpoint, state: State, save: Calla
             save(temporary / name / f"{WEIGHTS[name]}.safetensors", part, name)
         _save_index(temporary, checkpoint, own, beside, notes)
         copy_into(temporary, beside)
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    return Saved(target, size, tuple(notes))
+    return Saved(target, size_of_folder(target), tuple(notes))
+
+
+def size_of_folder(folder: Path) -> int:
+    """Bytes of all files in it."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _save_index(

@@ -21,6 +21,8 @@ from ..files import SchemaError, cache_folder, conform, keep, parse, write_text
 from ..spec import PermutationSpec
 from ..tracing import cache, trace, verify
 from .architectures import Built, architecture, build, component_config, release_of
+from .classes.call import call
+from .classes.narrow import narrow as narrow_class
 from .reduced_width import narrow
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ def component_spec(checkpoint: Checkpoint, component: str, prove: bool = True) -
     if not prove:
         module, args, kwargs = model
         return trace(module, *args, **kwargs)
+    if component in checkpoint.classes:
+        return proved(model, lambda spec: _class_proof(spec, checkpoint, component))
     config = component_config(checkpoint, component)
     return proved(model, lambda spec: proof(spec, config, checkpoint.family, component))
 
@@ -76,6 +80,22 @@ def proved(model: Built, proof: Callable[[PermutationSpec], Any]) -> Permutation
         spec = trace(module, *args, **kwargs)
         proof(spec)
     return spec
+
+
+def _class_proof(spec: PermutationSpec, checkpoint: Checkpoint, component: str) -> Proof:
+    """The proof of a component that is known by its class."""
+    what = checkpoint.classes[component]
+    told, part = f"The spec of the {component} of {checkpoint.path}", len(checkpoint.classes) > 1
+    if (kept := _kept(spec)) is not None:
+        return kept
+    small = narrow_class(what)
+
+    def reduced() -> Built:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return call(small, checkpoint.path, part=part)
+
+    return prove(spec, reduced, told, twin=small != what)
 
 
 def proof(spec: PermutationSpec, config: dict[str, Any], family: str, component: str) -> Proof:

@@ -18,7 +18,12 @@ def align(
     b: B,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Aligned B. Default: B_aligned.safetensors."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Aligned B. Default: B_aligned.safetensors, or the folder B_aligned.",
+        ),
     ] = None,
     **given: Any,
 ) -> None:
@@ -35,8 +40,9 @@ def align(
         rebasin apply aligned.permutation.safetensors my_lora.safetensors
     """
     from . import pipeline
+    from .inputs import aligned_name
     from .session import begin
 
-    output = output or b.with_name(f"{b.name if b.is_dir() else b.stem}_aligned.safetensors")
+    output = output or aligned_name(b)
     request = Request((a, b), output, **given)
     pipeline.align(begin(request.device, request.threads), request)

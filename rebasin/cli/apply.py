@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,10 @@ def apply(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="OUT", help="What to write. Default: FILE_aligned.safetensors."
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="What to write. Default: FILE_aligned.safetensors; of a model's folder a folder.",
         ),
     ] = None,
     base: Annotated[
@@ -72,18 +76,20 @@ def apply(
     Kinds: LoRA (kohya, diffusers, PEFT), LoCon, LoHa, LoKr, full differences,
     IA3, each with DoRA or without; ControlNet; textual inversions.
     """
-    from ..checkpoints import provenance, save_safetensors
-    from ..checkpoints.provenance import sha256_of
+    from ..checkpoints import provenance, save_checkpoint, save_safetensors
+    from ..checkpoints.output import FILES
+    from ..checkpoints.provenance import sha256_of, size_of
     from . import session
     from .alignment import not_the_model, rounding_of
-    from .inputs import check_output, kind_of_file, load_member, open_each
+    from .inputs import aligned_name, check_output, kind_of_file, load_member, open_each
     from .permute_file import moved
 
     console = session.begin()
-    output = output or file.with_name(f"{file.name if file.is_dir() else file.stem}_aligned.safetensors")
+    output = output or aligned_name(file)
     given = [permutation, file, *([base] if base is not None else [])]
-    check_output(output, given, overwrite or dry_run, (".safetensors", ".sft"))
     kind = kind_of_file(file)
+    folder = kind == "model" and not output.suffix
+    check_output(output, given, overwrite or dry_run, FILES if folder else (".safetensors", ".sft"))
     found = load_member(permutation)
     if inverse:
         found = found.invert()
@@ -110,17 +116,21 @@ def apply(
         header = provenance.header(
             done.metadata, [(file, sha256_of(file), done.metadata)], recipe, None, rounding=rounds
         )
-        save_safetensors(
-            output,
-            done.state,
-            header,
-            keep_order=True,
-            finite=True,
-            closing=(lambda: provenance.with_rounding(header, rounding_of(done.roundings).error))
-            if rounds
-            else None,
-            progress=console.progress,
-        )
-        console.say(f"{output.name}, {session.size(output.stat().st_size)}")
+
+        def closing(part: str | None = None) -> Mapping[str, str]:
+            own = {name: one for name, one in done.roundings.items() if part in (None, name)}
+            return provenance.with_rounding(header, rounding_of(own).error)
+
+        last, progress = closing if rounds else None, console.progress
+        if done.checkpoint is not None:
+            saved = save_checkpoint(
+                output, done.checkpoint, done.state, header, closing=last, progress=progress
+            )
+            session.remark(console, saved.notes)
+        else:
+            save_safetensors(
+                output, done.state, header, keep_order=True, finite=True, closing=last, progress=progress
+            )
+        console.say(f"{output.name}, {session.size(size_of(output))}")
     session.say_rounding(console, done.roundings if rounds else None)
     session.say_where(console, output)

@@ -48,8 +48,12 @@ class Block:
 
 
 def block_of(parameter: str) -> str:
-    """The block that people would say a tensor is in: `down_blocks.1`, `mid_block`, `decoder.up_blocks.0`."""
+    """The block that people would say a tensor is in: `down_blocks.1`, `mid_block`, `decoder.up_blocks.0`,
+    `model.layers.3`.
+    """
     name = parameter.removeprefix("text_model.")
+    if found := re.match(r"((?:\w+\.)*(?:layers?|h|blocks?|\w+_blocks|block_list|resblocks)\.\d+)\.", name):
+        return found[1]
     found = re.match(r"(encoder\.layers\.\d+|(?:(?:encoder|decoder)\.)?(?:\w+_blocks\.\d+|\w+))", name)
     return found[1] if found else name.split(".")[0]
 

@@ -85,7 +85,26 @@ def compute(
     from ..checkpoints import architecture
     from ..tracing.export import named_outputs
 
-    module, args, kwargs = architecture(checkpoint, component)
+    if component in checkpoint.classes:  # whose example is drawn at random, and knows what numbers mean
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            module, args, kwargs = architecture(checkpoint, component, device=None)
+    else:
+        module, args, kwargs = architecture(checkpoint, component)
+        args, kwargs = _drawn(module, args, kwargs, seed)
+        _fill_constants(module)
+    if inputs is not None:
+        args, kwargs = inputs(args, kwargs)
+    wide: Any = DerivedState(
+        {name: _computable(state, own, checkpoint) for name, own in _with_tied(module, state).items()}
+    )
+    cpu_offload(module, execution_device=torch.device("cpu"), state_dict=wide)
+    with torch.no_grad():
+        return named_outputs(module(*args, **kwargs))
+
+
+def _drawn(module: nn.Module, args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:
+    """Random numbers and tokens in the place of an example's."""
     generator = torch.Generator().manual_seed(seed)
     tokens = min((m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)), default=1000)
 
@@ -94,14 +113,15 @@ def compute(
             return torch.randn(example.shape, generator=generator)
         return torch.randint(0, tokens, example.shape, generator=generator)
 
-    args, kwargs = tree_map_only(Tensor, draw, (args, kwargs))
-    if inputs is not None:
-        args, kwargs = inputs(args, kwargs)
-    _fill_constants(module)
-    wide: Any = DerivedState({name: _computable(state, name, checkpoint) for name in state})
-    cpu_offload(module, execution_device=torch.device("cpu"), state_dict=wide)
-    with torch.no_grad():
-        return named_outputs(module(*args, **kwargs))
+    return tree_map_only(Tensor, draw, (args, kwargs))
+
+
+def _with_tied(module: nn.Module, state: State) -> dict[str, str]:
+    """Name -> name in `state`, of its tensors and of those of the module that are one with them."""
+    whole = module.state_dict(keep_vars=True)
+    known = {id(whole[name]): name for name in whole if name in state}
+    tied = {name: known[id(own)] for name, own in whole.items() if name not in state and id(own) in known}
+    return {name: name for name in state} | tied
 
 
 def _computable(state: State, name: str, checkpoint: Checkpoint) -> LazyTensor:

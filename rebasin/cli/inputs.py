@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapters import is_adapter, is_controlnet
 from ..checkpoints import Checkpoint, require_same_family
 from ..checkpoints.checkpoint import open_each, require_fitting, unwrapped
+from ..checkpoints.classes.folder import classes_in
 from ..checkpoints.families import ADAPTER, foreign
 from ..checkpoints.folders import load_config, load_weights
 from ..checkpoints.output import FILES, is_file
@@ -179,6 +180,18 @@ def common(checkpoints: Sequence[Checkpoint], only: Sequence[str]) -> tuple[str,
         told = " and ".join(f"{c.path.name} has {', '.join(c.components)}" for c in checkpoints[:2])
         raise CheckpointError(f"There is nothing to merge: {told}.")
     return shared
+
+
+def aligned_name(file: Path) -> Path:
+    """Where an aligned file goes by default: a file beside it, or for a folder of transformers or diffusers a folder.
+
+    Raises:
+        CheckpointError: a folder's configuration is damaged, or of an unknown class.
+    """
+    if file.is_dir():
+        whole = classes_in(file) is not None
+        return file.with_name(f"{file.resolve().name}_aligned{'' if whole else '.safetensors'}")
+    return file.with_name(f"{file.stem}_aligned.safetensors")
 
 
 def check_output(output: Path, inputs: Sequence[Path], overwrite: bool, forms: Sequence[str] = FILES) -> None:

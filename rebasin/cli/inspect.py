@@ -75,7 +75,7 @@ def _model(file: Path, variant: str | None) -> dict[str, Any]:
     metadata = provenance.metadata_of(checkpoint)
     return {
         "what": checkpoint.title,
-        "layout": _layout(checkpoint.layout == "ldm"),
+        "layout": "a folder" if checkpoint.classes else _layout(checkpoint.layout == "ldm"),
         "predicts": f"{predicted.kind or 'unknown'}: {predicted.reason}" if has_unet else None,
         "tensors": len(checkpoint.raw),
         "also_has": {kind: len(names) for kind, names in checkpoint.extras.items()},

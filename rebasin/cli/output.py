@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..checkpoints import FORMATS
+from ..checkpoints.classes.folder import MODEL
 from ..checkpoints.output import Types, bytes_of, cast, stored
 from ..errors import CheckpointError, ConfigError
 from ..types import DerivedState, LazyTensor, State, passed
@@ -34,13 +35,13 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 
 
 def stored_as(wanted: torch.dtype | None, checkpoint: Checkpoint) -> Types:
-    """The type of each tensor; 8 bits are for the UNet's matrices only, as the loaders of such files expect."""
+    """The type of each tensor; 8 bits are for the denoiser's matrices only, as the loaders of such files expect."""
     if wanted is None:
         return stored(checkpoint)
-    if wanted.itemsize > 1 or "unet" not in checkpoint.components:
+    main = next((name for name in ("unet", "transformer", MODEL) if name in checkpoint.components), None)
+    if wanted.itemsize > 1 or main is None:
         return wanted
-    shapes = checkpoint.shapes("unet")
-    large = {key.source for key in checkpoint.key_map["unet"] if len(shapes[key.name]) > 1}
+    large = {p.source for key in checkpoint.key_map[main] for p in key.pieces if len(key.shape) > 1}
     return lambda name, own: wanted if name in large else torch.float16
 
 

@@ -21,7 +21,7 @@ from ..adapters.aligned import maps_at_work
 from ..adapters.embeddings import move_embeddings, moves, table_of
 from ..adapters.move import changed_by
 from ..adapters.union import prefix_of
-from ..checkpoints import Checkpoint, component_spec
+from ..checkpoints import Checkpoint, component_spec, provenance
 from ..checkpoints.architectures import build, fit, published
 from ..checkpoints.checkpoint import unwrapped
 from ..checkpoints.components import locate
@@ -49,7 +49,8 @@ EMB_PARAMS = "emb_params"
 @dataclass(frozen=True, eq=False)
 class Moved:
     """What becomes of a file: what it is, its tensors, its header, how many of its neurons moved, and how
-    many groups of maps act on it. `roundings` tells what rounding costs as soon as the tensors were read.
+    many groups of maps act on it. `roundings` tells what rounding costs as soon as the tensors were read; `checkpoint`
+    is that of a model.
     """
 
     kind: str
@@ -58,6 +59,7 @@ class Moved:
     neurons: int
     maps: int
     roundings: Mapping[str, Rounding]
+    checkpoint: Checkpoint | None = None
 
 
 def moved(
@@ -148,8 +150,9 @@ def _moved_model(file: Path, member: Alignment, variant: str | None, base: Mappi
     whole = output.finished(checkpoint, {name: states[name] for name in aligned})
     own = [f"{prefix_of(member.spec, n)}{t}" for n in aligned for t in checkpoint.shapes(n)]
     return Moved(
-        "model", whole, dict(checkpoint.metadata), moved_of(member, own), maps_of(member, own), roundings
-    )
+        "model", whole, dict(provenance.metadata_of(checkpoint)), moved_of(member, own), maps_of(member, own),
+        roundings, checkpoint,
+    )  # fmt: skip
 
 
 def _in_names_of(spec: PermutationSpec, components: Mapping[str, State]) -> State:

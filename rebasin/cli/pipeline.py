@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..checkpoints.checkpoint import require_same_prediction, several_variants
+from ..checkpoints.checkpoint import require_same_prediction, several_variants, unlike
 from ..errors import ConfigError
 from ..spec.mapped import Rounding
 from ..types import State
@@ -85,7 +85,14 @@ def merge(console: Console, request: Request) -> None:
         console.say(f"{len(models)} x {models[0].title}: {', '.join(components)}")
     unasked = several_variants([*opened, *([vae] if vae else [])], request.variant)
     session.remark(
-        console, [*unasked, *left_out(models), *weights.remarks(method), *copies(models, components, base)]
+        console,
+        [
+            *unasked,
+            *unlike(models),
+            *left_out(models),
+            *weights.remarks(method),
+            *copies(models, components, base),
+        ],
     )
     stages.require_space(request, models[0])
     if request.dry_run:

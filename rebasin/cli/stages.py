@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.union import component_of, prefix_of
 from ..checkpoints import Checkpoint, provenance, save_checkpoint
-from ..checkpoints.checkpoint import several_variants
+from ..checkpoints.checkpoint import several_variants, unlike
 from ..checkpoints.joint import PARTS
 from ..checkpoints.output import require_place
 from ..checkpoints.provenance import sha256_of
@@ -42,7 +42,7 @@ def read(console: Console, request: Request) -> tuple[list[Checkpoint], tuple[st
     with console.stage("read"):
         models, components = open_all(request.inputs, request.components, request.variant)
         console.say(f"{models[0].title}: {', '.join(components)}")
-    session.remark(console, several_variants(models, request.variant))
+    session.remark(console, [*several_variants(models, request.variant), *unlike(models)])
     return models, components
 
 

@@ -109,6 +109,25 @@ def save_safetensors(
     return target
 
 
+def replace_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Give a safetensors file other metadata, which must not be longer than what it has.
+
+    Raises:
+        ValueError: they are.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header[METADATA] = dict(sorted(metadata.items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(f"the metadata of {path} are longer than what it has room for")
+        file.seek(8)
+        file.write(text.ljust(size))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def target_dtype(
     name: str, own: torch.dtype, dtype: torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None
 ) -> torch.dtype:
