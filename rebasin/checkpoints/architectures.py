@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError, shown
-from ..types import dtype_of
 from .classes.call import call
 from .components import TEXT, TEXT_2, UNET, VAE
 from .families import TITLES, Shapes, text_width
+from .fitting import require_whole
 from .folders import own_config
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def architecture(what: Checkpoint | str, component: str, device: str | None = "m
             f" {shown(str(error))}."
         ) from error
     if not isinstance(what, str):
-        _check_shapes(what, component, built[0])
+        _require_whole(what, component, built[0])
     return built
 
 
@@ -259,7 +259,6 @@ def _of_class(checkpoint: Checkpoint, component: str, device: str | None) -> Bui
         made = call(checkpoint.classes[component], checkpoint.path, part=len(checkpoint.classes) > 1)
     if device is None and callable(tie := getattr(made[0], "tie_weights", None)):
         tie()  # which are not one any more where each has lost its numbers
-    _check_shapes(checkpoint, component, made[0])
     return made
 
 
@@ -287,27 +286,9 @@ def _numbers(value: Any) -> list[int]:
     return [value] if isinstance(value, int) else []
 
 
-def _check_shapes(checkpoint: Checkpoint, component: str, module: nn.Module) -> None:
-    shapes, state = checkpoint.shapes(component), checkpoint.component(component)
-    missing = []
-    whole = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
-    known = {id(tensor) for name, tensor in whole.items() if name in shapes}
-    for name, tensor in whole.items():
-        if name not in shapes:
-            missing += [name] if id(tensor) not in known else []  # not those that are tied to another
-        elif tensor.is_floating_point() and not dtype_of(state, name).is_floating_point:
-            raise CheckpointError(
-                f"Tensor {checkpoint.source(component, name)!r} of {checkpoint.path} has type"
-                f" {str(dtype_of(state, name)).removeprefix('torch.')}, but weights are floating point numbers."
-            )
-        elif shapes[name] != tuple(tensor.shape):
-            raise CheckpointError(
-                f"Tensor {checkpoint.source(component, name)!r} of {checkpoint.path} has shape {shapes[name]}, but"
-                f" {checkpoint.title} has {tuple(tensor.shape)} there."
-            )
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.path} is incomplete: its {component} lacks {missing[0]!r}"
-            + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
-            + f" of {checkpoint.title}."
-        )
+def _require_whole(checkpoint: Checkpoint, component: str, module: nn.Module) -> None:
+    def source(name: str) -> str:
+        return checkpoint.source(component, name)
+
+    state = checkpoint.component(component)
+    require_whole(module, state, component, checkpoint.title, checkpoint.path, source)

@@ -15,7 +15,7 @@ from ..types import WRAPPER, DerivedState, State, passed
 from . import components, folders
 from .classes.folder import STRUCTURE, TRANSFORMER, classes_in, differences
 from .classes.known import Known
-from .classes.names import names_in_files
+from .classes.names import names_in_files, require_all, without_numbers
 from .classes.single_file import Single, single
 from .components import UNET, Found
 from .families import EXPECTED, NO_MODEL, TITLES, Shapes, foreign, identify, no_model, title
@@ -186,6 +186,7 @@ def _of_today(
     where: Path, raw: State, metadata: Mapping[str, str], own: Single, others: tuple[str, ...]
 ) -> Checkpoint:
     """A single file of one of today's families."""
+    require_all(without_numbers(own.known, where), own.known, raw, own.keys, TRANSFORMER, where)
     found = {TRANSFORMER: Found(TRANSFORMER, own.prefix, "ldm")}
     keys, classes = {TRANSFORMER: own.keys}, {TRANSFORMER: own.known}
     return Checkpoint(where, own.family.kind, "", "ldm", raw, metadata, found, keys, others, classes)
@@ -203,7 +204,7 @@ def _open_folder(where: Path, family: str, classes: Mapping[str, Known], variant
     found, key_map = {}, {}
     for name, known in classes.items():
         found[name] = Found(name, "" if whole else f"{name}/", "folder")
-        key_map[name] = names_in_files(known, raw, found[name].prefix, where)
+        key_map[name] = names_in_files(known, raw, found[name].prefix, name, where)
     return Checkpoint(where, family, "", "folder", raw, {}, found, key_map, (), classes, variant)
 
 

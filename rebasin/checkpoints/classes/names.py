@@ -7,7 +7,7 @@ several is run on numbers that tell where they are from (see `tagged`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ import torch
 
 from ...errors import CheckpointError, shown
 from ...types import DerivedState, State, passed, shape_of
-from ..key_map import KeyMapping, same
+from ..fitting import require_whole
+from ..key_map import KeyMapping, component_state, same
 from .known import Known, built
 from .tagged import key_mappings
 
@@ -23,16 +24,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def names_in_files(what: Known, raw: State, prefix: str, where: object) -> list[KeyMapping]:
+def names_in_files(what: Known, raw: State, prefix: str, component: str, where: object) -> list[KeyMapping]:
     """The tensors of a model of this class among those of its folder whose names begin with `prefix`, in the order of
     the files; others are left out.
 
     Raises:
-        CheckpointError: nothing can be built from its configuration, or the library makes a tensor of several in a way
-            that is not understood here.
+        CheckpointError: nothing can be built from its configuration, a tensor is missing or has another shape, or the
+            library makes a tensor of several in a way that is not understood here.
     """
-    with torch.device("meta"):
-        model = built(what, where)
+    model = without_numbers(what, where)
     own = DerivedState({n.removeprefix(prefix): passed(raw, n) for n in raw if n.startswith(prefix)})
     wanted: dict[str, Any] = {
         name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)
@@ -40,7 +40,29 @@ def names_in_files(what: Known, raw: State, prefix: str, where: object) -> list[
     found: dict[str, KeyMapping] = {}
     for key in _mapped(model, wanted, own, where):
         found.setdefault(key.name, key)
-    return [under(prefix, key) for key in found.values()]
+    keys = [under(prefix, key) for key in found.values()]
+    require_all(model, what, raw, keys, component, where)
+    return keys
+
+
+def without_numbers(what: Known, where: object) -> nn.Module:
+    """A model of this class that takes no memory.
+
+    Raises:
+        CheckpointError: nothing can be built from its configuration.
+    """
+    with torch.device("meta"):
+        return built(what, where)
+
+
+def require_all(
+    model: nn.Module, what: Known, raw: State, keys: Sequence[KeyMapping], component: str, where: object
+) -> None:
+    """Whether `keys` lead to all tensors of `model`, in its shapes (see `require_whole`)."""
+    sources = {key.name: key.source for key in keys}
+    require_whole(
+        model, component_state(raw, keys), component, what.title, where, lambda n: sources.get(n, n)
+    )
 
 
 def under(prefix: str, key: KeyMapping) -> KeyMapping:

@@ -42,6 +42,8 @@ FEW_WORDS = 96
 
 TOKEN = re.compile(r"token_ids?$|_tokens?_id$|^(bos|eos|pad)_|_suppress_tokens$|_token_index$")
 
+LABELS = ("id2label", "label2id")
+
 LEAST, SMALL = 8, 16
 """Channels that a head keeps at least, and sizes that are small already."""
 
@@ -121,7 +123,7 @@ def _divided(config: Config, thinner: int, fewer: int) -> Config:
     made: dict[str, Any] = {}
     words = min([FEW_WORDS, *(n for n in _numbers(config, VOCABULARY))])
     for key, value in config.items():
-        if isinstance(value, Mapping) and key not in ("id2label", "label2id"):
+        if isinstance(value, Mapping) and key not in LABELS:
             made[key] = _divided(value, thinner, fewer)
         elif VOCABULARY.search(key):
             made[key] = changed(key, value, lambda n: min(n, FEW_WORDS))
@@ -139,9 +141,10 @@ def _divided(config: Config, thinner: int, fewer: int) -> Config:
 
 
 def _parts(config: Config) -> Iterator[Config]:
+    """A configuration and those in it."""
     yield config
-    for value in config.values():
-        if isinstance(value, Mapping):
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key not in LABELS:
             yield from _parts(value)
 
 

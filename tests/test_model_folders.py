@@ -1,0 +1,238 @@
+"""Folders of transformers and diffusers through the command: any class that the installed libraries have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_files import read, rebasin
+from torch import Tensor, nn
+
+from rebasin.checkpoints import component_spec, open_checkpoint
+from rebasin.checkpoints.classes.call import call
+from rebasin.checkpoints.classes.known import Known
+from rebasin.checkpoints.classes.narrow import ENOUGH, narrow, shapes_under
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 96,
+}  # fmt: skip
+GROUPED = {**TEXT, "num_key_value_heads": 2}
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "LlamaForCausalLM": ("LlamaConfig", GROUPED),
+    "MixtralForCausalLM": ("MixtralConfig", {**GROUPED, "num_local_experts": 3}),
+    "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96}),
+    "BertForMaskedLM": ("BertConfig", TEXT),
+    "T5ForConditionalGeneration": (
+        "T5Config",
+        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 96},
+    ),
+    "ViTForImageClassification": ("ViTConfig", {**TEXT, "image_size": 16, "patch_size": 8}),
+}
+"""Class -> its configuration's, and entries that make it small."""
+
+
+def small(name: str, seed: int = 0) -> nn.Module:
+    """A model of this class with random weights, norms and biases included."""
+    import transformers
+
+    config, entries = SMALL[name]
+    torch.manual_seed(seed)
+    model = getattr(transformers, name)(getattr(transformers, config)(**entries)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def outputs(model: nn.Module) -> Tensor:
+    from rebasin.checkpoints.classes.examples import example
+
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return model(**example(model)).logits
+
+
+def loaded(folder: Path, name: str) -> nn.Module:
+    import transformers
+
+    return getattr(transformers, name).from_pretrained(folder).eval()
+
+
+@cache
+def pair(name: str, root: Path) -> tuple[Path, Path]:
+    """Two models of this class as folders, in shards, with something beside the weights."""
+    folders = root / name / "a", root / name / "b"
+    for seed, folder in enumerate(folders):
+        small(name, seed).save_pretrained(folder, max_shard_size="40KB")  # pyright: ignore[reportCallIssue]
+        (folder / "tokenizer.json").write_text(json.dumps({"made": "for a test"}))
+    return folders
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("folders")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_aligned_folder_loads_and_computes_what_it_did(name: str, root: Path, tmp_path: Path) -> None:
+    a, b = pair(name, root)
+    text = rebasin("align", a, b, "-o", tmp_path / "aligned")
+    assert "Is it legal? Yes" in text and "Did anything move? Yes" in text
+    torch.testing.assert_close(
+        outputs(loaded(tmp_path / "aligned", name)), outputs(small(name, 1)), rtol=1e-4, atol=1e-5
+    )
+    assert {f.name for f in (tmp_path / "aligned").iterdir()} == {f.name for f in b.iterdir()}
+    for file in b.glob("*.safetensors"):
+        assert list(read(tmp_path / "aligned" / file.name)) == list(read(file))
+    assert "Yes" in rebasin("verify", b, tmp_path / "aligned")
+    # And back, by the permutation that was kept.
+    rebasin(
+        "apply",
+        tmp_path / "aligned.permutation.safetensors",
+        tmp_path / "aligned",
+        "--inverse",
+        "-o",
+        tmp_path / "b",
+    )
+    for file in b.glob("*.safetensors"):
+        assert all(torch.equal(read(tmp_path / "b" / file.name)[n], t) for n, t in read(file).items())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_planted_permutation_is_undone(name: str, root: Path, tmp_path: Path) -> None:
+    a, _ = pair(name, root)
+    checkpoint = open_checkpoint(a)
+    spec = component_spec(checkpoint, "model")
+    assert spec.neurons > 0
+    moved = spec.random(3).apply(checkpoint.component("model"))
+    model = small(name)
+    model.load_state_dict(moved, strict=False)
+    model.tie_weights()  # pyright: ignore[reportCallIssue]
+    model.save_pretrained(tmp_path / "b")  # pyright: ignore[reportCallIssue]
+    rebasin("merge", a, tmp_path / "b", "-o", tmp_path / "merged", "--alpha", "1")
+    for file in a.glob("*.safetensors"):
+        for tensor, expected in read(file).items():
+            torch.testing.assert_close(
+                read(tmp_path / "merged" / file.name)[tensor], expected, rtol=0, atol=0
+            )
+
+
+def test_where_nothing_moves_a_merge_is_the_plain_mean(root: Path, tmp_path: Path) -> None:
+    name = "LlamaForCausalLM"
+    a, _ = pair(name, root)
+    near, mean = small(name), small(name)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter, middle in zip(near.parameters(), mean.parameters(), strict=True):
+            parameter += 1e-3 * torch.randn_like(parameter)
+            middle.copy_((parameter + middle) / 2)
+    near.save_pretrained(tmp_path / "near", max_shard_size="30KB")  # pyright: ignore[reportCallIssue]
+    text = rebasin("merge", a, tmp_path / "near", "-o", tmp_path / "merged")
+    assert "Did anything move? No" in text
+    torch.testing.assert_close(
+        outputs(loaded(tmp_path / "merged", name)), outputs(mean), rtol=1e-5, atol=1e-6
+    )
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == {n for f in a.glob("*.safetensors") for n in read(f)}
+    assert all(n in read(tmp_path / "merged" / file) for n, file in index["weight_map"].items())
+    assert json.loads((tmp_path / "merged" / "tokenizer.json").read_text()) == {"made": "for a test"}
+    # As one file, and in another type, which the configuration then says.
+    rebasin("merge", a, tmp_path / "near", "-o", tmp_path / "merged.safetensors")
+    assert len(read(tmp_path / "merged.safetensors")) == len(index["weight_map"])
+    rebasin("merge", a, tmp_path / "near", "-o", tmp_path / "half", "--dtype", "bf16")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert next(loaded(tmp_path / "half", name).parameters()).dtype in (torch.bfloat16, torch.float32)
+
+
+def test_maps_of_a_language_model_are_exact(root: Path, tmp_path: Path) -> None:
+    name = "LlamaForCausalLM"
+    a, b = pair(name, root)
+    text = rebasin("align", a, b, "-o", tmp_path / "mapped", "--maps")
+    assert "groups have maps" in text
+    torch.testing.assert_close(
+        outputs(loaded(tmp_path / "mapped", name)), outputs(small(name, 1)), rtol=1e-3, atol=1e-4
+    )
+    text = rebasin("compare", a, b, "--json", tmp_path / "apart.json")
+    blocks = [block["name"] for block in json.loads((tmp_path / "apart.json").read_text())["blocks"]]
+    assert "model.layers.0" in blocks and "model.layers.1" in blocks and "share a basin? No" in text
+    told = json.loads(rebasin("inspect", a, "--json"))
+    assert told["what"] == "LlamaForCausalLM of transformers"
+
+
+def _config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda c: c.update(architectures=["LlamaForNothing"]), "which transformers"),
+        (lambda c: c.update(architectures=["Own"], auto_map={"AutoModel": "own.Own"}), "is not run"),
+        (lambda c: c.update(num_attention_heads=2, num_key_value_heads=1, head_dim=16), "different networks"),
+        (lambda c: c.update(num_attention_heads=8, head_dim=8), "has shape (32, 32), but"),
+        (lambda c: c.update(hidden_act="relu"), "hidden_act"),
+        (lambda c: c.update(num_hidden_layers=3), "lacks 'model.layers.2."),
+        (lambda c: c.update(hidden_size="wide"), "can be built"),
+        (lambda c: c.update(architectures=["LlamaModel"]), "different architectures"),
+    ],
+    ids=["unknown", "own code", "heads", "more heads", "activation", "a layer more", "no number", "another head"],
+)  # fmt: skip
+def test_another_folder_is_refused_in_a_sentence(
+    harm: Callable[[dict[str, Any]], object], said: str, root: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    a, b = pair("LlamaForCausalLM", root)
+    shutil.copytree(b, tmp_path / "b")
+    _config(tmp_path / "b", harm)
+    text = rebasin("merge", a, tmp_path / "b", "-o", tmp_path / "merged", expect=2)
+    assert (
+        said in text.replace("\n", " ") and text.startswith("Error: ") and not (tmp_path / "merged").exists()
+    )
+
+
+def test_what_configurations_differ_in_is_told(root: Path, tmp_path: Path) -> None:
+    import shutil
+
+    a, b = pair("LlamaForCausalLM", root)
+    shutil.copytree(b, tmp_path / "b")
+    _config(tmp_path / "b", lambda c: c.update(max_position_embeddings=7, eos_token_id=5))
+    text = rebasin("merge", a, tmp_path / "b", "-o", tmp_path / "merged", "--dry-run")
+    assert "max_position_embeddings 2048 and 7" in text and "eos_token_id" not in text
+
+
+PUBLISHED = (
+    "LlamaConfig",
+    "MistralConfig",
+    "Gemma2Config",
+    "Qwen3Config",
+    "PhiConfig",
+    "GPTNeoXConfig",
+    "MixtralConfig",
+)
+
+
+@pytest.mark.parametrize("config", PUBLISHED)
+def test_a_narrow_twin_has_the_same_tensors_and_ratios(config: str) -> None:
+    import transformers
+
+    name = config.replace("Config", "ForCausalLM")
+    full = getattr(transformers, config)().to_dict()
+    what = Known("transformers", name, full)
+    twin = narrow(what)
+    wide, thin = shapes_under(what), shapes_under(twin)
+    assert wide.keys() == thin.keys() and sum(s.numel() for s in thin.values()) < ENOUGH / 5
+    heads, keys = full["num_attention_heads"], full.get("num_key_value_heads", full["num_attention_heads"])
+    fewer = (
+        twin.config["num_attention_heads"],
+        twin.config.get("num_key_value_heads", twin.config["num_attention_heads"]),
+    )
+    assert heads / keys == fewer[0] / fewer[1] and min(fewer) > 1
+    assert call(twin, "here")[0] is not None
