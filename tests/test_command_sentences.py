@@ -226,7 +226,7 @@ NOTHING_TO_MOVE: dict[str, tuple[dict[str, Tensor], str]] = {
         {"layer.weight": torch.ones(2, 2)},
         "nothing that is known here; give a model, a LoRA",
     ),
-    "flux.safetensors": ({"double_blocks.0.x": torch.ones(2)}, "is Flux; give a model, a LoRA"),
+    "flux.safetensors": ({"double_blocks.0.x": torch.ones(2)}, "is a part of Flux; give a model, a LoRA"),
 }
 
 

@@ -236,3 +236,30 @@ def test_a_narrow_twin_has_the_same_tensors_and_ratios(config: str) -> None:
     )
     assert heads / keys == fewer[0] / fewer[1] and min(fewer) > 1
     assert call(twin, "here")[0] is not None
+
+
+@pytest.mark.parametrize("longer", ["a", "b"])
+def test_added_words_are_named_and_can_be_taken_from_a(longer: str, root: Path, tmp_path: Path) -> None:
+    name = "LlamaForCausalLM"
+    words = {"a": 96, "b": 96, longer: 100}
+    models = {}
+    for seed, which in enumerate("ab"):
+        models[which] = small(name, seed)
+        models[which].resize_token_embeddings(words[which])  # pyright: ignore[reportCallIssue]
+        models[which].save_pretrained(tmp_path / which)  # pyright: ignore[reportCallIssue]
+    a, b = tmp_path / "a", tmp_path / "b"
+    text = rebasin("merge", a, b, "-o", tmp_path / "merged", expect=2)
+    assert f"{words['b']} words and that of" in text.replace("\n", " ") and "--resize-vocabulary" in text
+    rebasin("align", a, b, "-o", tmp_path / "aligned", "--resize-vocabulary")
+    found = outputs(loaded(tmp_path / "aligned", name).eval())
+    assert found.shape[-1] == words["a"]
+    ids = torch.randint(0, 96, (1, 6))
+    with torch.no_grad():
+        told = loaded(tmp_path / "aligned", name)(input_ids=ids).logits[..., :96]
+        torch.testing.assert_close(told, models["b"](input_ids=ids).logits[..., :96], rtol=1e-4, atol=1e-5)
+    rebasin("merge", a, b, "-o", tmp_path / "merged", "--resize-vocabulary")
+    ours = read(a / "model.safetensors")["model.embed_tokens.weight"]
+    assert loaded(tmp_path / "merged", name).get_input_embeddings().weight.shape == ours.shape  # pyright: ignore
+    if longer == "a":  # aligned to themselves, what only A has is A's
+        merged = read(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"]
+        assert merged.shape[0] == 100 and not torch.equal(merged[:96], ours[:96])

@@ -23,6 +23,7 @@ from .folder_checks import require_sound
 from .key_map import KeyMapping, component_state, replaced, shapes_of, sources
 from .pickled import load_tensors
 from .prediction_type import Prediction, prediction
+from .vocabulary import vocabulary_sentence
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,6 +344,8 @@ def require_fitting(a: Checkpoint, b: Checkpoint, components: Sequence[str]) -> 
     """
     for name in components:
         ours, theirs = a.component(name), b.component(name)
+        if told := vocabulary_sentence(a, b, name):
+            raise CheckpointError(told)
         for one, other, mine, others in ((a, b, ours, theirs), (b, a, theirs, ours)):
             if missing := next((own for own in mine if own not in others), None):
                 raise CheckpointError(

@@ -11,7 +11,8 @@ from .request import A, B, Request, command
 
 
 @command(
-    "a b output maps learned prompts learn joint components variant start seed device threads check overwrite dry_run"
+    "a b output maps learned prompts learn joint components variant resize_vocabulary start seed device threads check"
+    " overwrite dry_run"
 )
 def align(
     a: A,

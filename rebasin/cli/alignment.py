@@ -399,6 +399,7 @@ class Aligning:
             # Other ways to a result than one permutation after the other.
             **({} if self.request.ray is None else {"ray": True}),
             **({"maps": True} if self.request.maps else {}),
+            **({"words": True} if self.request.resize_vocabulary else {}),
             **({"learned": self._learning} if self.request.learned else {}),
         }
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,7 @@ import typer
 from .request import A, B, Request, command
 
 
-@command("a b maps permutation components variant start seed device threads json_file plot")
+@command("a b maps permutation components variant resize_vocabulary start seed device threads json_file plot")
 def compare(
     a: A,
     b: B,

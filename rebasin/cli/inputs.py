@@ -17,6 +17,7 @@ from ..checkpoints.families import ADAPTER, foreign
 from ..checkpoints.folders import load_config, load_weights
 from ..checkpoints.output import FILES, is_file
 from ..checkpoints.pickled import load_tensors
+from ..checkpoints.vocabulary import with_words_of
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..spec import Alignment, Permutation
 from ..spec.permutation import MAP, is_permutation
@@ -27,13 +28,18 @@ Kind = Literal["permutation", "adapter", "controlnet", "model"]
 
 
 def open_all(
-    paths: Sequence[Path], only: Sequence[str] = (), variant: str | None = None, without: str = ""
+    paths: Sequence[Path],
+    only: Sequence[str] = (),
+    variant: str | None = None,
+    without: str = "",
+    resize_vocabulary: bool = False,
 ) -> tuple[list[Checkpoint], tuple[str, ...]]:
     """The checkpoints of these paths, and the components that they share (see `common`), checked whole.
 
     Args:
         variant: of the diffusers folders that have it.
         without: a component that does not matter.
+        resize_vocabulary: give each further model the first's number of words.
 
     Raises:
         CheckpointError: one is missing, damaged, something else, of another family, or has other tensors than the
@@ -45,6 +51,8 @@ def open_all(
         if whole or not only or "unet" in only:  # of parts the tensors are compared
             require_same_family(found[0], other)
     components = tuple(name for name in common(found, only) if name != without)
+    if resize_vocabulary:
+        found = [found[0], *(with_words_of(found[0], other, components) for other in found[1:])]
     for other in found[1:]:
         require_fitting(found[0], other, components)
     return found, components

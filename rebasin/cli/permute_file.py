@@ -24,8 +24,9 @@ from ..adapters.union import prefix_of
 from ..checkpoints import Checkpoint, component_spec, provenance
 from ..checkpoints.architectures import build, fit, published
 from ..checkpoints.checkpoint import unwrapped
+from ..checkpoints.classes.single_file import probed
 from ..checkpoints.components import locate
-from ..checkpoints.families import EMBEDDING, foreign, identify
+from ..checkpoints.families import EMBEDDING, NO_MODEL, foreign, identify
 from ..errors import CheckpointError, ConfigError, SpecMismatchError
 from ..spec import Alignment, Permutation, PermutationSpec
 from ..spec.mapped import Rounding
@@ -193,6 +194,8 @@ def require_known(file: Path) -> None:
     if not len(state):
         raise CheckpointError(f"{file} has no tensors, so there is nothing to move; give {MOVABLE}.")
     what = foreign(dict.fromkeys(state))
+    if what not in NO_MODEL and probed(state):
+        return
     if what == EMBEDDING:
         raise CheckpointError(
             f"{file} is {what}, which no permutation moves: it fits an aligned model as it is, unless that was aligned"

@@ -136,6 +136,13 @@ class Request:
             help="Of diffusers folders with several, the word in the names of their weights: fp16, non_ema, ...",
         ),
     ] = None
+    resize_vocabulary: Annotated[
+        bool,
+        typer.Option(
+            "--resize-vocabulary",
+            help="Language models with added words: take what only A has from A, and leave out what only others have.",
+        ),
+    ] = False
     mix_predictions: Annotated[
         bool,
         typer.Option(

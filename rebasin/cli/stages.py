@@ -33,14 +33,18 @@ def choices(request: Request) -> dict[str, Any]:
     """The options of a request that change its result, for the header."""
     names = ("components", "dtype", "prune", "fix_clip", "start", "seed", "joint")
     return {name: getattr(request, name) for name in names} | {
-        name: getattr(request, name) for name in ("maps", "learned", "learn") if getattr(request, name)
+        name: getattr(request, name)
+        for name in ("maps", "learned", "learn", "resize_vocabulary")
+        if getattr(request, name)
     }
 
 
 def read(console: Console, request: Request) -> tuple[list[Checkpoint], tuple[str, ...]]:
     """The models that were given, and the components that they share."""
     with console.stage("read"):
-        models, components = open_all(request.inputs, request.components, request.variant)
+        models, components = open_all(
+            request.inputs, request.components, request.variant, resize_vocabulary=request.resize_vocabulary
+        )
         console.say(f"{models[0].title}: {', '.join(components)}")
     session.remark(console, [*several_variants(models, request.variant), *unlike(models)])
     return models, components
@@ -64,6 +68,10 @@ def require_ray(request: Request) -> None:
     if len(request.inputs) < 3 or not request.align or request.permutation is not None:
         raise ConfigError(
             "--ray matches several models at once; leave it out where less than two are to be matched."
+        )
+    if request.resize_vocabulary:
+        raise ConfigError(
+            "--ray opens the files where it matches them, as they are; leave out --resize-vocabulary."
         )
     require_package()
 

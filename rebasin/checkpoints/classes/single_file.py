@@ -8,7 +8,7 @@ out when the module's shapes are compared with the file's.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from math import isqrt, prod
 from typing import Any
@@ -317,10 +317,16 @@ def single(raw: State, where: object) -> Single | None:
     Raises:
         CheckpointError: it is of a family, but not as diffusers knows it.
     """
+    found = probed(raw)
+    return None if found is None else _understood(*found, raw, where)
+
+
+def probed(names: Container[str]) -> tuple[Family, str] | None:
+    """The family of a file with these names, and what stands before those of its transformer; None if it has none."""
     for prefix in PREFIXES:
         for family in FAMILIES:
-            if all(prefix + probe in raw for probe in family.probes):
-                return _understood(family, prefix, raw, where)
+            if all(prefix + probe in names for probe in family.probes):
+                return family, prefix
     return None
 
 
