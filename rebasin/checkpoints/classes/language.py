@@ -1,0 +1,4 @@
+"""Inputs of the classes of transformers."""
+from .facts import Facts
+def rules(facts: Facts):
+    return lambda n: None
