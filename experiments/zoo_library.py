@@ -294,3 +294,104 @@ DIFFUSERS: dict[str, Config] = {
         axes_dims=[4, 6, 6], axes_lens=[64, 16, 16],
     ),
 }  # fmt: skip
+
+_TEXT: Config = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=64
+)
+_GROUPED: Config = {**_TEXT, "num_key_value_heads": 2}
+_IMAGE: Config = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
+)
+_CLIP_TEXT: Config = {**_TEXT, "eos_token_id": 1, "projection_dim": 12}
+_CLIP: Config = dict(text_config=_CLIP_TEXT, vision_config={**_IMAGE, "projection_dim": 12}, projection_dim=12)
+_SOUND: Config = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=20,
+    conv_dim=(8, 8, 8), conv_kernel=(5, 3, 2), conv_stride=(3, 2, 2), num_conv_pos_embeddings=4,
+    num_conv_pos_embedding_groups=2, num_feat_extract_layers=3,
+)  # fmt: skip
+_T5: Config = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64)
+_BART: Config = dict(
+    d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=64, max_position_embeddings=20,
+)  # fmt: skip
+_WHISPER: Config = dict(
+    {k: v for k, v in _BART.items() if k != "max_position_embeddings"}, num_mel_bins=8, max_source_positions=10,
+    max_target_positions=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+)  # fmt: skip
+_GPT2: Config = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=16)
+_DISTIL: Config = dict(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=64, max_position_embeddings=16)
+_SWIN: Config = dict(image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
+_CONVNEXT: Config = dict(image_size=32, hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 2, 1])
+
+TRANSFORMERS: dict[str, Config] = {
+    "LlamaForCausalLM": _GROUPED,
+    "LlamaForSequenceClassification": {**_GROUPED, "pad_token_id": 0},
+    "LlamaForTokenClassification": _GROUPED,
+    "LlamaForQuestionAnswering": _GROUPED,
+    "MistralForCausalLM": {**_GROUPED, "head_dim": 8},
+    "MistralForSequenceClassification": {**_GROUPED, "head_dim": 8, "pad_token_id": 0},
+    "MixtralForCausalLM": {**_GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "Qwen2ForCausalLM": _GROUPED,
+    "Qwen2ForSequenceClassification": {**_GROUPED, "pad_token_id": 0},
+    "Qwen3ForCausalLM": {**_GROUPED, "head_dim": 8},
+    "GemmaForCausalLM": {**_GROUPED, "head_dim": 8},
+    "Gemma2ForCausalLM": {**_GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4},
+    "Gemma3ForCausalLM": {**_GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4},
+    "PhiForCausalLM": _GROUPED,
+    "Phi3ForCausalLM": {**_GROUPED, "pad_token_id": 0},
+    "GPT2LMHeadModel": _GPT2,
+    "GPT2ForSequenceClassification": {**_GPT2, "pad_token_id": 0},
+    "GPTNeoXForCausalLM": _TEXT,
+    "OPTForCausalLM": dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, vocab_size=64,
+        word_embed_proj_dim=32, max_position_embeddings=16,
+    ),
+    "FalconForCausalLM": dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, new_decoder_architecture=True,
+        num_kv_heads=2,
+    ),
+    "BloomForCausalLM": dict(hidden_size=32, n_layer=2, n_head=4, vocab_size=64),
+    "StableLmForCausalLM": _GROUPED,
+    "Olmo2ForCausalLM": _GROUPED,
+    "CohereForCausalLM": {**_GROUPED, "pad_token_id": 0},
+    "BertModel": _TEXT,
+    "BertForMaskedLM": _TEXT,
+    "BertForSequenceClassification": _TEXT,
+    "BertForMultipleChoice": _TEXT,
+    "RobertaForMaskedLM": _TEXT,
+    "RobertaForSequenceClassification": _TEXT,
+    "DistilBertForMaskedLM": _DISTIL,
+    "DistilBertForSequenceClassification": _DISTIL,
+    "DebertaV2ForMaskedLM": {
+        **_TEXT, "relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 4,
+        "max_relative_positions": 8, "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False,
+    },
+    "DebertaV2ForSequenceClassification": {**_TEXT, "relative_attention": True, "pos_att_type": "p2c|c2p"},
+    "ElectraForMaskedLM": {**_TEXT, "embedding_size": 20},
+    "ElectraForSequenceClassification": {**_TEXT, "embedding_size": 20},
+    "T5ForConditionalGeneration": _T5,
+    "T5EncoderModel": _T5,
+    "BartForConditionalGeneration": _BART,
+    "BartForSequenceClassification": {**_BART, "eos_token_id": 3},
+    "WhisperForConditionalGeneration": _WHISPER,
+    "WhisperForAudioClassification": _WHISPER,
+    "ViTForImageClassification": _IMAGE,
+    "Dinov2Model": _IMAGE,
+    "Dinov2ForImageClassification": _IMAGE,
+    "SwinModel": _SWIN,
+    "SwinForImageClassification": _SWIN,
+    "ConvNextModel": _CONVNEXT,
+    "ConvNextForImageClassification": _CONVNEXT,
+    "CLIPModel": _CLIP,
+    "CLIPTextModel": _CLIP_TEXT,
+    "CLIPTextModelWithProjection": _CLIP_TEXT,
+    "CLIPVisionModel": _IMAGE,
+    "CLIPVisionModelWithProjection": {**_IMAGE, "projection_dim": 12},
+    "SiglipModel": dict(text_config={**_TEXT, "projection_size": 32}, vision_config=_IMAGE),
+    "SiglipTextModel": {**_TEXT, "projection_size": 32},
+    "SiglipVisionModel": _IMAGE,
+    "Wav2Vec2Model": _SOUND,
+    "Wav2Vec2ForCTC": _SOUND,
+    "HubertModel": _SOUND,
+    "HubertForSequenceClassification": _SOUND,
+}  # fmt: skip

@@ -213,6 +213,8 @@ def _wide(facts: Facts, *keys: str, length: int = TOKENS) -> Tensor:
     return floats(1, facts.number(*keys), length)
 
 
+_ATOM_CONDITIONS = "hbond pistack pication saltbridge hydrophobic metal-coord".split()
+
 _OWN: dict[str, dict[str, Rule]] = {
     "AceStepTransformer1DModel": {
         "hidden_states": lambda f: floats(1, TOKENS, f.number("audio_acoustic_hidden_dim")),
@@ -290,6 +292,22 @@ _OWN: dict[str, dict[str, Rule]] = {
     "GlmImageTransformer2DModel": {
         "prior_token_id": lambda f: ids(_rows(f), f.number("prior_vq_quantizer_codebook_size")),
         "prior_token_drop": lambda f: whole([[False] * _rows(f)], torch.bool),
+    },
+    "Flux3Transformer2DModel": {
+        "image_cond_hidden_states": lambda f: floats(1, TOKENS, f.number("cond_in_channels")),
+        "image_cond_ids": _image_ids,
+        "target_timestep": lambda f: torch.rand(1) if f.get("flow_map") else None,
+    },
+    "HeliosTransformer3DModel": {
+        "indices_hidden_states": lambda f: _upto(0, FRAMES)[None],
+        **{
+            f"{prefix}latents_history_{name}": rule
+            for name, frames in {"short": 2, "mid": 2, "long": 4}.items()
+            for prefix, rule in {
+                "": lambda f, n=frames: _clips(f, n) if f.get("has_multi_term_memory_patch") else None,
+                "indices_": lambda f, n=frames: _upto(0, n)[None] if f.get("has_multi_term_memory_patch") else None,
+            }.items()
+        },
     },
     "HiDreamImageTransformer2DModel": {
         "hidden_states": lambda f: _image(f, f.number("in_channels")),
@@ -450,6 +468,12 @@ _OWN: dict[str, dict[str, Rule]] = {
         "conditioning": lambda f: {
             "is_in_context_conditioning": whole([[False] * TOKENS], torch.bool),
             "supports_local_latent": ones(1, TOKENS, dtype=torch.bool),
+            **{f"condition_{name}_1_atom": ones(1, TOKENS, 37) for name in _ATOM_CONDITIONS},
+            **dict.fromkeys(("charge", "element"), ones(1, TOKENS, 37)),
+            "condition_secondary-structure_1_residue": ones(1, TOKENS),
+            "condition_index-group_1_token": ones(1, TOKENS),
+            **dict.fromkeys(("molecule_iid", "molecule_entity_id"), ones(1, TOKENS)),
+            "token_bond_path_length": ones(1, TOKENS, TOKENS),
         },
     },
     "SanaWMLTX2RefinerTransformer3DModel": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,11 @@ class Facts:
     """A model, and what its configuration says."""
 
     model: nn.Module
+    part: Any = None
+
+    def within(self, part: Any) -> Facts:
+        """Of a part of the configuration."""
+        return Facts(self.model, part)
 
     @property
     def name(self) -> str:
@@ -34,7 +39,7 @@ class Facts:
 
     @property
     def config(self) -> Any:
-        return getattr(self.model, "config", None)
+        return getattr(self.model, "config", None) if self.part is None else self.part
 
     @property
     def arguments(self) -> Mapping[str, inspect.Parameter]:
@@ -107,7 +112,3 @@ def turns(*shape: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of angles of positions, each angle for two neighbours."""
     angles = torch.rand(*shape[:-1], shape[-1] // 2).repeat_interleave(2, -1)
     return angles.cos(), angles.sin()
-
-
-def all_of(facts: Facts, rules: Iterable[tuple[str, Rule]]) -> dict[str, Any]:
-    return {name: rule(facts) for name, rule in rules}
