@@ -104,7 +104,7 @@ DIFFUSERS: dict[str, Config] = {
         cross_attention_dim=24, sample_height=8, sample_width=8, sample_frames=2, caption_channels=12,
     ),
     "AnyFlowTransformer3DModel": _WAN,
-    "AnyFlowFARTransformer3DModel": {**_WAN, "chunk_partition": (1, 1)},
+    "AnyFlowFARTransformer3DModel": {**_WAN, "chunk_partition": (1, 1), "attention_head_dim": 24},
     "BriaTransformer2DModel": {**_FLUX, "axes_dims_rope": [4, 4, 8]},
     "BriaFiboTransformer2DModel": {**_FLUX, "axes_dims_rope": [4, 4, 8], "text_encoder_dim": 10},
     "BriaFibo2Transformer2DModel": dict(
@@ -155,7 +155,7 @@ DIFFUSERS: dict[str, Config] = {
     },
     "HiDreamImageTransformer2DModel": dict(
         patch_size=2, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
-        caption_channels=(12, 10), text_emb_dim=14, num_routed_experts=2, num_activated_experts=1,
+        caption_channels=(12, 10), text_emb_dim=14, num_routed_experts=0,
         axes_dims_rope=(4, 2, 2), max_resolution=(8, 8), llama_layers=(0, 1, 1, 0),
     ),
     "HunyuanVideoTransformer3DModel": _HUNYUAN,
@@ -330,7 +330,7 @@ TRANSFORMERS: dict[str, Config] = {
     "LlamaForQuestionAnswering": _GROUPED,
     "MistralForCausalLM": {**_GROUPED, "head_dim": 8},
     "MistralForSequenceClassification": {**_GROUPED, "head_dim": 8, "pad_token_id": 0},
-    "MixtralForCausalLM": {**_GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "MixtralForCausalLM": {**_GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "batched_mm"},
     "Qwen2ForCausalLM": _GROUPED,
     "Qwen2ForSequenceClassification": {**_GROUPED, "pad_token_id": 0},
     "Qwen3ForCausalLM": {**_GROUPED, "head_dim": 8},

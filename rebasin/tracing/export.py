@@ -7,6 +7,7 @@ Operators for which the engine has no rule, and in-place ones, are rewritten by 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import logging
@@ -88,15 +89,22 @@ class _Names:
 class _Flat(nn.Module):
     """The model with its outputs as a plain tuple, whatever class it returns."""
 
-    def __init__(self, model: nn.Module, record: _Names, values: Mapping[Key, Tensor] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        record: _Names,
+        held: Mapping[str, Any],
+        values: Mapping[Key, Tensor] | None = None,
+    ):
         super().__init__()
         self.model = model
         self._record = record
+        self._held = held
         self._values = values
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         with contextlib.nullcontext() if self._values is None else Shadows(self._values, args, kwargs):
-            output = self.model(*args, **kwargs)
+            output = self.model(*args, **kwargs, **copy.deepcopy(self._held))
         outputs = named_outputs(output)
         self._record.names = tuple(outputs)
         return tuple(outputs.values())
@@ -164,6 +172,7 @@ def export(
     Raises:
         TraceError: the model can't be exported; the message has the line and what to do.
     """
+    args, kwargs, held = _without_objects(args, kwargs)
     values = whole_numbers(args, kwargs)
     if any(p.is_meta for p in model.parameters()):
         args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
@@ -173,10 +182,10 @@ def export(
         try:
             program = None
             with contextlib.suppress(*_LOOKS) if values else contextlib.nullcontext():
-                program = torch.export.export(_Flat(model, record), args, kwargs, strict=False)
+                program = torch.export.export(_Flat(model, record, held), args, kwargs, strict=False)
             if program is None or (values and _has_unknown_sizes(program)):
                 fixed = True
-                program = torch.export.export(_Flat(model, record, values), args, kwargs, strict=False)
+                program = torch.export.export(_Flat(model, record, held, values), args, kwargs, strict=False)
             table = _decompositions(program.graph_module, known)
             if table is not None:
                 program = _decompose(program, table)
@@ -198,6 +207,18 @@ def export(
     written = [s.target or "" for s in signature.output_specs if s.kind != OutputKind.USER_OUTPUT]
     writes = tuple(t[strip:] if t[strip:] in persistent else None for t in written)
     return Exported(program.graph_module, record.names, states, constants, writes, fixed)
+
+
+def _without_objects(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    """Named arguments that torch can't look into (a cache of a library's own) apart: the model gets a copy of each."""
+    held = {name: value for name, value in kwargs.items() if not all(map(_is_input, tree_leaves(value)))}
+    return args, {name: value for name, value in kwargs.items() if name not in held}, held
+
+
+def _is_input(leaf: Any) -> bool:
+    return isinstance(leaf, (Tensor, *_PLAIN)) or callable(leaf)
 
 
 _LOOKS = (Exception,)

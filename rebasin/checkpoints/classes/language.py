@@ -28,7 +28,15 @@ def _vision_config(facts: Facts) -> Facts:
 
 def _tokens(facts: Facts) -> Tensor:
     found = ids(TOKENS, _text_config(facts).number("vocab_size"))
+    end = facts.get("eos_token_id")
+    if _reads_ends(facts) and isinstance(end, int):
+        found[:, -1] = end
     return found[:, None] if facts.name.endswith("ForMultipleChoice") else found
+
+
+def _reads_ends(facts: Facts) -> bool:
+    """Whether a class reads what its decoder says of the end of the text, which then is the decoder's, too."""
+    return bool(facts.get("is_encoder_decoder")) and facts.name.endswith("ForSequenceClassification")
 
 
 def _decoder_tokens(facts: Facts) -> Tensor:
@@ -76,7 +84,7 @@ def rules(facts: Facts) -> Callable[[str], Rule | None]:
         raise Untold(f"a main input {main!r}, of which nothing is known")
 
     made[main] = _MAIN.get(main, unknown)
-    if facts.get("is_encoder_decoder", default=False):
+    if facts.get("is_encoder_decoder") and not _reads_ends(facts):
         made["decoder_input_ids"] = _decoder_tokens
     if main == "input_ids" and hasattr(facts.model, "logit_scale") and facts.get("vision_config") is not None:
         made["pixel_values"] = _pixels  # an encoder of texts beside one of images

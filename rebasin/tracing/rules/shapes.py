@@ -91,9 +91,11 @@ def repeat_interleave(call: Call) -> Result:
 def cat(call: Call) -> Result:
     tensors: list[Traced] = [t for t in call.args["tensors"] if t.shape != (0,)]
     labels, shapes = [t.label for t in tensors], [t.shape for t in tensors]
-    if call.name in ("hstack", "vstack", "dstack", "column_stack"):
-        raise Unsupported("is stacked")
     dim = call.args.get("dim", 0) % len(call.shape)
+    if call.name in ("hstack", "vstack", "dstack", "column_stack"):
+        if call.name == "dstack" or any(len(s) < 2 for s in shapes):
+            raise Unsupported("is stacked")
+        dim = 0 if call.name == "vstack" else 1
     if call.name == "stack":
         labels = [label.expand_rank([dim]) for label in labels]
         shapes = [(*s[:dim], 1, *s[dim:]) for s in shapes]
