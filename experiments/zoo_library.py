@@ -1,8 +1,8 @@
 """Every transformer class of diffusers and the usual classes of transformers, by class name, as small configurations.
 
-The inputs are made by `rebasin.checkpoints.classes.example`. `real=True` gives a class with the defaults of its library,
-which is a published size for most of them; where no default can be built or traced in about a minute, `SMALL_ONLY` says
-so, and the table's parameters are those of the small configuration.
+The inputs are made by `rebasin.checkpoints.classes.example`. Those in `PUBLISHED` are measured with the defaults of their
+library, which is a published size for most; the others have no defaults that can be built, or take too long to trace:
+for these the table's parameters are those of the small configuration.
 """
 
 # Configs are dicts with keys of many types.
@@ -11,6 +11,8 @@ so, and the table's parameters are those of the small configuration.
 from __future__ import annotations
 
 from typing import Any
+
+from torch import nn
 
 Config = dict[str, Any]
 
@@ -295,6 +297,46 @@ DIFFUSERS: dict[str, Config] = {
     ),
 }  # fmt: skip
 
+_UNET: Config = dict(
+    block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1, cross_attention_dim=12, attention_head_dim=8,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+)  # fmt: skip
+_UP: Config = dict(up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+_WAN_VAE: Config = dict(z_dim=4, base_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True])
+
+DIFFUSERS |= {
+    "UNet2DConditionModel": dict(
+        _UNET, **_UP, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64, use_linear_projection=True, transformer_layers_per_block=2,
+    ),
+    "UNet2DModel": dict(
+        sample_size=8, block_out_channels=(16, 32), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=8, attention_head_dim=8, layers_per_block=1,
+    ),
+    "ControlNetModel": dict(_UNET, conditioning_embedding_out_channels=(8, 16)),
+    "SD3ControlNetModel": dict(
+        sample_size=8, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, out_channels=4,
+        pos_embed_max_size=8,
+    ),
+    "FluxControlNetModel": dict(_FLUX, pooled_projection_dim=16, num_mode=None),
+    "QwenImageControlNetModel": dict(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, axes_dims_rope=(4, 4, 8),
+    ),
+    "AutoencoderKL": dict(
+        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=8,
+    ),
+    "AutoencoderKLWan": _WAN_VAE,
+    "AutoencoderKLQwenImage": _WAN_VAE,
+    "AutoencoderTiny": {},
+    "VQModel": dict(
+        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=8, num_vq_embeddings=12,
+    ),
+}  # fmt: skip
+
 _TEXT: Config = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=64
 )
@@ -395,3 +437,34 @@ TRANSFORMERS: dict[str, Config] = {
     "HubertModel": _SOUND,
     "HubertForSequenceClassification": _SOUND,
 }  # fmt: skip
+
+PUBLISHED = frozenset(
+    "MiniMaxMusic3RVQDepthDecoder T5FilmDecoder PriorTransformer JoyImageEditTransformer3DModel"
+    " JoyImageEditPlusTransformer3DModel SD3Transformer2DModel RFD4ProteinaTransformer"
+    " GPT2ForSequenceClassification BertForSequenceClassification RobertaForSequenceClassification"
+    " DistilBertForMaskedLM DistilBertForSequenceClassification ElectraForMaskedLM OPTForCausalLM"
+    " Dinov2ForImageClassification SwinForImageClassification ConvNextForImageClassification CLIPModel SiglipModel"
+    " Wav2Vec2ForCTC HubertForSequenceClassification BartForConditionalGeneration DebertaV2ForMaskedLM".split()
+)
+"""Classes whose defaults are traced in about a quarter of a minute."""
+
+NOT_POSSIBLE: dict[str, str] = {}
+"""Class -> why it is not in the table."""
+
+
+def build(library: str, name: str, real: bool) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A class of diffusers or transformers, and its example inputs."""
+    import contextlib
+    import importlib
+
+    import torch
+
+    from rebasin.checkpoints.classes import example
+
+    cls = getattr(importlib.import_module(library), name)
+    config = {"diffusers": DIFFUSERS, "transformers": TRANSFORMERS}[library][name]
+    published = real and name in PUBLISHED
+    with torch.device("cpu") if real and not published else contextlib.nullcontext():
+        config = {} if published else config
+        model = cls(**config) if library == "diffusers" else cls(cls.config_class(**config))
+        return model, (), example(model)

@@ -30,8 +30,8 @@ _SHAPED = frozenset(
 )
 """Calls whose results have a shape that depends on values."""
 _COUNTED = frozenset(
-    "arange zeros ones full linspace empty eye new_zeros new_ones new_full new_empty view reshape expand repeat split"
-    " unflatten narrow tensor_split chunk pad tril_indices triu_indices".split()
+    "arange zeros ones full linspace empty eye new_zeros new_ones new_full new_empty view reshape expand repeat"
+    " split unflatten narrow tensor_split chunk pad tril_indices triu_indices".split()
 )
 """Calls that need Python's numbers, and ask a tensor for its own out of sight."""
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "uniform", "exponential", "dropout", "empty")
@@ -75,6 +75,8 @@ class Shadows(TorchFunctionMode):
         """
         if isinstance(value, torch.device):
             return torch.device("cpu")
+        if isinstance(value, slice):
+            return slice(*map(self._shadow, _ends(value)))
         if not isinstance(value, Tensor):
             return value
         if value in self._shadows:
@@ -88,7 +90,7 @@ class Shadows(TorchFunctionMode):
     def _known(self, *values: Any) -> list[Any] | None:
         """`values` with shadows in the place of all tensors; None if one has none."""
         try:
-            return [tree_map(lambda v: slice(*map(self._shadow, _ends(v))) if isinstance(v, slice) else self._shadow(v), v) for v in values]
+            return [tree_map(self._shadow, value) for value in values]
         except LookupError:
             return None
 
@@ -104,6 +106,10 @@ class Shadows(TorchFunctionMode):
             known = self._known(args, kwargs)
             if known is not None:
                 return self._constants(_compute(func, *known), args)
+        if name == "repeat_interleave" and not {"output_size", "repeats"} & kwargs.keys() and len(args) > 1:
+            known = self._known(args[1]) if isinstance(args[1], Tensor) else None
+            if known is not None and known[0].ndim:
+                kwargs["output_size"] = int(_compute(torch.sum, known, {}))
         if name in _COUNTED:
             args, kwargs = tree_map(self._number, (args, kwargs))
         if name in ("__getitem__", "__setitem__"):

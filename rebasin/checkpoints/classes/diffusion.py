@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .facts import FRAMES, PLACES, WORDS, Facts, Rule, Untold, floats, grid, ids, ones, turns, whole
 
@@ -38,6 +38,39 @@ def _latents(facts: Facts) -> Tensor:
     if "3D" in facts.name or "Video" in facts.name:
         return _video(facts, channels)
     return _image(facts, channels)
+
+
+def _side(facts: Facts) -> int:
+    """So that two places are left along each side after all that makes an image smaller."""
+    levels = facts.get("block_out_channels", "dim_mult", "ch_mult", default=())
+    return 2 ** max(len(levels), 2)
+
+
+def _scaled(facts: Facts, channels: int) -> Tensor:
+    """What a network of convolutions sees; a video where they are of three dimensions."""
+    side = _side(facts)
+    if any(isinstance(module, nn.Conv3d) for module in facts.model.modules()):
+        return floats(1, channels, 1 + 4 * (FRAMES - 1), side, side)
+    return floats(1, channels, side, side)
+
+
+def _added(facts: Facts) -> dict[str, Tensor] | None:
+    """The sizes and the pooled text of SDXL's U-Net, or the picture of one with image prompts."""
+    if facts.get("addition_embed_type") != "text_time":
+        return None
+    sizes = 6
+    pooled = facts.number("projection_class_embeddings_input_dim") - sizes * facts.number("addition_time_embed_dim")
+    return {"text_embeds": floats(1, pooled), "time_ids": torch.full((1, sizes), 8.0)}
+
+
+def _control(facts: Facts) -> Tensor:
+    """A picture of `ControlNetModel`, or latents as a transformer's own."""
+    if "hidden_states" in facts.arguments:
+        extra = facts.get("extra_conditioning_channels", default=0)
+        latents = _latents(facts)
+        return latents if latents.ndim == 3 else floats(1, latents.shape[1] + extra, *latents.shape[2:])
+    finer = 2 ** (len(facts.get("conditioning_embedding_out_channels", default=(0,) * 4)) - 1)
+    return floats(1, facts.get("conditioning_channels", default=3), *[finer * _side(facts)] * 2)
 
 
 def _text(facts: Facts, *keys: str, words: int = WORDS) -> Tensor:
@@ -73,8 +106,10 @@ def _two_masks(facts: Facts) -> Tensor:
 
 _GENERAL: dict[str, Rule] = {
     "hidden_states": _latents,
-    "sample": lambda f: _image(f, f.number("in_channels")),
+    "sample": lambda f: _scaled(f, f.get("in_channels", "input_channels", default=3)),
     "timestep": _time,
+    "added_cond_kwargs": lambda f: _added(f),
+    "controlnet_cond": lambda f: _control(f),
     "r_timestep": lambda f: torch.zeros(1),
     "encoder_hidden_states": _text,
     "encoder_attention_mask": lambda f: ones(1, WORDS),
@@ -441,6 +476,7 @@ _OWN: dict[str, dict[str, Rule]] = {
         "attention_mask": lambda f: ones(1, WORDS + 1 + _rows(f), WORDS + 1 + _rows(f)),
         "position_ids": lambda f: _upto(0, WORDS + 1 + _rows(f))[None],
     },
+    "QwenImageControlNetModel": {"controlnet_cond": lambda f: floats(1, TOKENS, f.number("in_channels"))},
     "PixArtTransformer2DModel": {"added_cond_kwargs": _additional_conditions},
     "PriorTransformer": {
         "hidden_states": lambda f: floats(1, f.number("embedding_dim")),
