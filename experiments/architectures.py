@@ -3,6 +3,7 @@
     python -m experiments.architectures                        # all; writes docs/architectures.md and .json
     python -m experiments.architectures --family blocks        # one family, printed only
     python -m experiments.architectures --family torchvision --only resnet50 --only vit_b_16
+    python -m experiments.architectures --family diffusers --only VQModel --update   # this row anew, the others as they are
 
 Soundness is computed on small random-weight models (a random member of the group, fp32 and fp64, norms and biases
 randomised first). Coverage is by shape at the published size. torchvision's wheel wants CUDA; the operators that a CPU
@@ -28,6 +29,7 @@ import rebasin
 from rebasin.spec.continuous import KINDS
 
 from .zoo import ZOO
+from .zoo_library import NOT_POSSIBLE
 
 Row = dict[str, Any]
 SIZED = ("transformers", "diffusers")
@@ -83,6 +85,8 @@ def markdown(rows: list[Row]) -> str:
         "streams that may be rotated; free dimensions of rotations (O), invertible matrices (GL) and of factors for",
         "single neurons (scales), see [continuous.md](continuous.md). Not permuted: vocabularies, inputs, outputs, and",
         "models whose output *is* their residual stream (encoders without a head: trace them with what reads them).",
+        "Rows with the name of a class are measured with the defaults of its library where these are traced in about",
+        "a quarter of a minute, else with the small configuration: the parameters say which. Each row is of its last run.",
         "",
     ]
     for family in ZOO:
@@ -111,7 +115,15 @@ def markdown(rows: list[Row]) -> str:
                 f" {r['seconds']:.1f} | {', '.join(r['pins'])} |"
             )
         lines.append("")
-    return "\n".join(lines)
+    lines += ["## Not possible here", ""]
+    lines += [f"- `{name}`: {why}" for name, why in sorted(NOT_POSSIBLE.items())]
+    return "\n".join([*lines, ""])
+
+
+def merged(old: list[Row], new: list[Row]) -> list[Row]:
+    """Old rows, those of the same name replaced, in the order of the zoo; what the zoo has no more is left out."""
+    known = {(r["family"], r["name"]): r for r in [*old, *new]}
+    return [known[family, name] for family in ZOO for name in ZOO[family] if (family, name) in known]
 
 
 def main(
@@ -124,6 +136,9 @@ def main(
     out: Annotated[
         Path | None, typer.Option(help="folder for architectures.md and .json; default docs/ for a full run")
     ] = None,
+    update: Annotated[
+        bool, typer.Option(help="write these rows into the files of the folder (docs/), and keep their others")
+    ] = False,
 ) -> None:
     """Trace, prove and measure the architectures; exits with 1 if one line is not green."""
     warnings.simplefilter("ignore")
@@ -136,6 +151,7 @@ def main(
         raise typer.BadParameter(f"unknown family {', '.join(unknown)}; choose from {', '.join(ZOO)}")
     work = [(f, n) for f in (family or ZOO) for n in ZOO[f] if not only or n in only]
     rows = [examine(f, n) for f, n in track(work, description="architectures")]
+    sound = all(r["sound"] for r in rows)
     table = Table("architecture", "sound", "fp32", "fp64", "one", "both", "seconds")
     for r in rows:
         cells = (
@@ -154,12 +170,14 @@ def main(
     import rich
 
     rich.print(table)
-    folder = out or (Path("docs") if not family and not only else None)
+    folder = out or (Path("docs") if update or (not family and not only) else None)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        if update:
+            rows = merged(json.loads((folder / "architectures.json").read_text()), rows)
         (folder / "architectures.md").write_text(markdown(rows) + "\n")
         (folder / "architectures.json").write_text(json.dumps(rows, indent=1) + "\n")
-    if not all(r["sound"] for r in rows):
+    if not sound:
         raise typer.Exit(1)
 
 

@@ -230,7 +230,7 @@ def main(
             start = weight_matching(spec, a, b, seed=seed).permutation
         elif name == "activations":
             start = activation_matching(
-                spec, models[0], models[1], learn[:16], objective=classified, seed=seed
+                spec, models[0], models[1], learn[:64], objective=classified, seed=seed
             ).permutation
         end = start.apply(b)
         if more:

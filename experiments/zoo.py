@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import zoo_blocks
+from . import zoo_blocks, zoo_library
 
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 Builder = Callable[[bool], Built]
@@ -536,3 +536,11 @@ def dit(real: bool) -> Built:
     )
     model = DiTTransformer2DModel(**({} if real else small))
     return model, (torch.randn(1, 4, 8, 8),), dict(timestep=torch.tensor([7]), class_labels=torch.tensor([3]))
+
+
+# ------------------------------------------------------------------ classes of both libraries, by their names
+
+for _library, _classes in (("transformers", zoo_library.TRANSFORMERS), ("diffusers", zoo_library.DIFFUSERS)):
+    for _name in _classes:
+        if _name not in zoo_library.NOT_POSSIBLE:
+            ZOO[_library][_name] = lambda real, of=_library, name=_name: zoo_library.build(of, name, real)

@@ -7,6 +7,7 @@ Operators for which the engine has no rule, and in-place ones, are rewritten by 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import logging
@@ -24,11 +25,12 @@ import torch
 import torch.fx.proxy
 from torch import Tensor, nn
 from torch.export.graph_signature import OutputKind
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..arguments import typed
 from ..errors import TraceError
 from ..tensors.modules import eval_mode
+from .values import Key, Shadows, whole_numbers
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 
@@ -87,13 +89,23 @@ class _Names:
 class _Flat(nn.Module):
     """The model with its outputs as a plain tuple, whatever class it returns."""
 
-    def __init__(self, model: nn.Module, record: _Names):
+    def __init__(
+        self,
+        model: nn.Module,
+        record: _Names,
+        held: Mapping[str, Any],
+        values: Mapping[Key, Tensor] | None = None,
+    ):
         super().__init__()
         self.model = model
         self._record = record
+        self._held = held
+        self._values = values
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        outputs = named_outputs(self.model(*args, **kwargs))
+        with contextlib.nullcontext() if self._values is None else Shadows(self._values, args, kwargs):
+            output = self.model(*args, **kwargs, **copy.deepcopy(self._held))
+        outputs = named_outputs(output)
         self._record.names = tuple(outputs)
         return tuple(outputs.values())
 
@@ -147,6 +159,7 @@ class Exported:
     writes: tuple[
         str | None, ...
     ]  # what the results before the outputs are written to: a tensor of the state, if any
+    fixed: bool = False  # the model asked for values of whole numbers: the graph is that of those in the example
 
 
 def export(
@@ -154,17 +167,25 @@ def export(
 ) -> Exported:
     """Export `model` for these example inputs; `known` are the operators that need no decomposition.
 
+    A model that asks for values of whole numbers or masks among them is exported for those of the example.
+
     Raises:
         TraceError: the model can't be exported; the message has the line and what to do.
     """
+    args, kwargs, held = _without_objects(args, kwargs)
+    values = whole_numbers(args, kwargs)
     if any(p.is_meta for p in model.parameters()):
         args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
-    record = _Names()
-    flat = _Flat(model, record)
+    record, fixed = _Names(), False
     with warnings.catch_warnings(), _quiet(), _short_stacks(), evaluation_mode(model), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            program = torch.export.export(flat, args, kwargs, strict=False)
+            program = None
+            with contextlib.suppress(*_LOOKS) if values else contextlib.nullcontext():
+                program = torch.export.export(_Flat(model, record, held), args, kwargs, strict=False)
+            if program is None or (values and _has_unknown_sizes(program)):
+                fixed = True
+                program = torch.export.export(_Flat(model, record, held, values), args, kwargs, strict=False)
             table = _decompositions(program.graph_module, known)
             if table is not None:
                 program = _decompose(program, table)
@@ -185,7 +206,33 @@ def export(
         constants[node] = program.constants.get(name)
     written = [s.target or "" for s in signature.output_specs if s.kind != OutputKind.USER_OUTPUT]
     writes = tuple(t[strip:] if t[strip:] in persistent else None for t in written)
-    return Exported(program.graph_module, record.names, states, constants, writes)
+    return Exported(program.graph_module, record.names, states, constants, writes, fixed)
+
+
+def _without_objects(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    """Named arguments that torch can't look into (a cache of a library's own) apart: the model gets a copy of each."""
+    held = {name: value for name, value in kwargs.items() if not all(map(_is_input, tree_leaves(value)))}
+    return args, {name: value for name, value in kwargs.items() if name not in held}, held
+
+
+def _is_input(leaf: Any) -> bool:
+    return isinstance(leaf, (Tensor, *_PLAIN)) or callable(leaf)
+
+
+_LOOKS = (Exception,)
+
+
+def _has_unknown_sizes(program: torch.export.ExportedProgram) -> bool:
+    """Whether a shape in the graph depends on values."""
+    return any(
+        isinstance(size, torch.SymInt)
+        for node in program.graph.nodes
+        for value in tree_leaves(node.meta.get("val"))
+        if isinstance(value, Tensor)
+        for size in value.shape
+    )
 
 
 def _decompose(program: torch.export.ExportedProgram, table: dict[Any, Any]) -> torch.export.ExportedProgram:

@@ -38,7 +38,7 @@ rule(
     "positive polar complex fill relu6"
     " hardtanh rrelu logical_not nan_to_num float_power true_divide square conj celu"
     " selu hardswish hardsigmoid mish silu gelu elu leaky_relu softplus log_sigmoid threshold"
-    " addcmul addcdiv lerp copy type_as",
+    " addcmul addcdiv lerp copy",
     takes="self other value tensor1 tensor2 end weight src exponent abs angle real imag",
     refuses="training generator",
     every_output=True,
@@ -46,7 +46,7 @@ rule(
 
 
 @rule(
-    "clone contiguous to _to_copy detach detach_ alias lift_fresh_copy lift_fresh dropout feature_dropout"
+    "clone contiguous to _to_copy detach detach_ alias lift_fresh_copy lift_fresh type_as dropout feature_dropout"
     " native_dropout",
     takes="self input other",
     refuses="train",  # dropout that draws random numbers: each has its position

@@ -56,10 +56,53 @@ def index(call: Call) -> Result:
     return label.drop(used).expand_rank(places).sized({d: call.shape[d] for d in places})
 
 
+@rule("index_put", takes="self values accumulate", index="indices", maps="values")
+def write_at(call: Call) -> Result:
+    """x[i, :, j, ...] = v: `index` turned round. The places are fixed, the other dimensions hold the one or the other."""
+    x, values, indices = call.tensor("self"), call.tensor("values"), list(call.args["indices"])
+    used = [d for d, i in enumerate(indices) if isinstance(i, Traced)]
+    if not used or any(indices[d].dtype in (torch.bool, torch.uint8) for d in used):
+        raise Unsupported("is written by a mask")
+    width = max(indices[d].ndim for d in used)
+    at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    places = range(at, at + width)
+    label = values.label.right_align(x.ndim - len(used) + width)
+    label = fix(call.constraints, label, places, "is written by index").drop(places).expand_rank(used)
+    return _written(call, label, used, bool(call.args.get("accumulate")))
+
+
+@rule("index_copy index_add", takes="self dim source alpha", index="index", maps="values")
+def write_along(call: Call) -> Result:
+    """y[index[i], c] = source[i, c], or added to it."""
+    dim = call.args["dim"] % call.tensor("self").ndim
+    label = fix(call.constraints, call.tensor("source").label, [dim], "is written by index").sized({dim: 1})
+    return _written(call, label, [dim], call.name == "index_add")
+
+
+def _written(call: Call, values: Label, dims: list[int], added: bool) -> Label:
+    """Values without extent along `dims`, written or added somewhere along them."""
+    x = fix(call.constraints, call.tensor("self").label, dims, "is written by index").sized(dict.fromkeys(dims, 1))
+    label = combine(call.constraints, [x, values], "sum" if added else "join")
+    return label.sized({d: call.shape[d] for d in dims})
+
+
+@rule("scatter_add", takes="self src dim index")
+def scatter(call: Call) -> Result:
+    """y[index[i, c], c] += src[i, c]: as in `gather`, the dimension is fixed and on the others all move together."""
+    c, x, index, source = call.constraints, call.tensor("self"), call.tensor("index"), call.tensor("src")
+    if not x.ndim or not x.ndim == index.ndim == source.ndim:
+        raise Unsupported("is written by index")
+    dim = call.args["dim"] % x.ndim
+    if any(len({t.shape[d] for t in (x, index, source)}) > 1 for d in range(x.ndim) if d != dim):
+        raise Unsupported("is written by index in part")
+    labels = [fix(c, t.label, [dim], "is written by index").sized({dim: 1}) for t in (x, source, index)]
+    return combine(c, labels).sized({dim: x.shape[dim]})
+
+
 @rule(
-    "index_put scatter scatter_add scatter_reduce index_add index_copy masked_scatter",
+    "scatter scatter_reduce masked_scatter",
     takes="self src dim index",
-    refuses="indices values source mask value reduce accumulate",
+    refuses="source mask value reduce",
 )
 def write(call: Call) -> Result:
     raise Unsupported("is written by index")

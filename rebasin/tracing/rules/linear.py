@@ -54,6 +54,23 @@ def linear(call: Call) -> Result:
     return result.drop([result.ndim - 1]) if call.tensor("weight").ndim == 1 else result
 
 
+@rule(
+    "_grouped_mm transformers::grouped_mm_fallback",
+    takes="self input mat2 weight bias",
+    index="offs",
+    maps="values",
+)
+def grouped(call: Call) -> Result:
+    """Each row by the matrix of its own group (an expert): rows and groups stay, all groups share their axes."""
+    c, x = call.constraints, call.tensor("self" if "self" in call.args else "input")
+    weight = call.tensor("mat2" if "mat2" in call.args else "weight")
+    if x.ndim != 2 or weight.ndim != 3 or call.optional("bias") is not None:
+        raise Unsupported("is multiplied in groups of another form")
+    rows = fix(c, x.label, [0], "is one of a group's rows")
+    matrix = fix(c, weight.label, [0], "is a group's matrix").drop([0])
+    return matrix_product(c, rows, matrix)
+
+
 @rule("einsum", takes="equation tensors", refuses="a", maps="values")
 def einsum(call: Call) -> Result:
     """Each operand is laid out over all the letters, multiplied, and summed over those that the result lacks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..constraints import Constraints, Limit
-from ..labels import Label, combine, covered, distinct, fix, flat_index, reshape, take
+from ..labels import Label, combine, covered, distinct, fix, flat_index, pin, reshape, take
 from .registry import Call, Result, Traced, Unsupported, hold, rule
 
 
@@ -73,9 +73,15 @@ def repeat(call: Call) -> Result:
 def repeat_interleave(call: Call) -> Result:
     x = call.tensor("self")
     times, dim = call.args["repeats"], call.args.get("dim")
-    if not isinstance(times, int) or dim is None:
-        raise Unsupported("is repeated by a tensor of counts")
+    if dim is None:
+        raise Unsupported("is repeated without a dimension")
     dim %= x.ndim
+    if isinstance(times, Traced):  # a look-up: each place has its own count
+        pin(call.constraints, times.label, "is used as a count")
+        label = fix(call.constraints, x.label, [dim], "is repeated by a tensor of counts")
+        return label.sized({dim: call.shape[dim]})
+    if not isinstance(times, int):
+        raise Unsupported("is repeated by something that is no number")
     wide = x.label.expand_rank([dim + 1])
     old = [*x.shape[: dim + 1], times, *x.shape[dim + 1 :]]
     return reshape(call.constraints, wide, old, call.shape)
@@ -85,9 +91,11 @@ def repeat_interleave(call: Call) -> Result:
 def cat(call: Call) -> Result:
     tensors: list[Traced] = [t for t in call.args["tensors"] if t.shape != (0,)]
     labels, shapes = [t.label for t in tensors], [t.shape for t in tensors]
-    if call.name in ("hstack", "vstack", "dstack", "column_stack"):
-        raise Unsupported("is stacked")
     dim = call.args.get("dim", 0) % len(call.shape)
+    if call.name in ("hstack", "vstack", "dstack", "column_stack"):
+        if call.name == "dstack" or any(len(s) < 2 for s in shapes):
+            raise Unsupported("is stacked")
+        dim = 0 if call.name == "vstack" else 1
     if call.name == "stack":
         labels = [label.expand_rank([dim]) for label in labels]
         shapes = [(*s[:dim], 1, *s[dim:]) for s in shapes]
