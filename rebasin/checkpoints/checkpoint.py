@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import CheckpointError, shown
 from ..files import PathLike
 from ..spec.permutation import is_permutation
-from ..tensors.codes import decoded
+from ..tensors.quantised import Quantised, decoded
 from ..types import WRAPPER, DerivedState, State, passed
 from . import components, folders
 from .components import UNET, Found
@@ -34,6 +34,7 @@ class Checkpoint:
         metadata: of the file's header.
         found: component -> where it lies.
         others: names of further states in the same file, which are not read.
+        quantised: how the file has those of `raw` as codes that it does not have as numbers; None without.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Checkpoint:
     found: Mapping[str, Found] = field(repr=False)
     key_map: Mapping[str, Sequence[KeyMapping]] = field(repr=False)
     others: tuple[str, ...] = ()
+    quantised: Quantised | None = field(default=None, repr=False)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -142,8 +144,11 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
     where = Path(path)
     raw = folders.load_folder(where, variant) if where.is_dir() else load_tensors(where)
     metadata, others = dict(getattr(raw, "metadata", {})), getattr(raw, "others", ())
-    raw = decoded(unwrapped(raw, where), where)
-    raw = raw if where.is_dir() else without_prefix(raw)
+    whole = decoded(unwrapped(raw, where), where, metadata)
+    raw = whole if where.is_dir() else without_prefix(whole)
+    quantised = getattr(whole, "quantised", None)
+    if quantised is not None and raw is not whole:
+        quantised = quantised.without(next(iter(whole)).removesuffix(next(iter(raw))))
     names = dict.fromkeys(raw)
     other = "a permutation that rebasin wrote" if is_permutation(raw, metadata) else foreign(names)
     found = components.locate(names)
@@ -162,7 +167,7 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
         prediction(where, family, raw, metadata)
     diffusers = any(place.layout == "diffusers" or "/" in place.prefix for place in found.values())
     layout = "diffusers" if diffusers or where.is_dir() else "ldm"
-    return Checkpoint(where, family, kind, layout, raw, metadata, found, key_map, others)
+    return Checkpoint(where, family, kind, layout, raw, metadata, found, key_map, others, quantised)
 
 
 def open_each(

@@ -17,6 +17,7 @@ import torch
 from ..errors import CheckpointError, ConfigError
 from ..files import PathLike, atomic_folder, atomic_path, write_text
 from ..tensors import save_safetensors
+from ..tensors.quantised import EncodedState
 from ..tensors.writer import convert, require_space, target_dtype
 from ..types import (
     DerivedState,
@@ -76,7 +77,8 @@ def save_checkpoint(
             A .ckpt is a plain dictionary of tensors and is put together in memory.
         state: `checkpoint.restore(...)`, a merge, or None for the checkpoint itself; may lack or add tensors.
         metadata: for the headers.
-        dtype: as of `save_safetensors`; a function is asked with the names of `checkpoint`.
+        dtype: as of `save_safetensors`; a function is asked with the names of `checkpoint`. None: as `checkpoint` has
+            them, with codes and scales where it has such, if this is a single file as that is; else these in float16.
         closing: as of `save_safetensors`, asked with the component whose file is written in a folder, or with None.
 
     Raises:
@@ -87,18 +89,22 @@ def save_checkpoint(
     require_place(target, checkpoint, state)
     if target.exists() and checkpoint.path.exists() and target.samefile(checkpoint.path):
         raise CheckpointError(f"{target} is an input; choose another name for the result.")
-    whole = cast(state, dtype or stored(checkpoint), target)
-    header = {"format": "pt", **(metadata or {})}
+    whole, notes = as_written(target, checkpoint, state, dtype), []
+    told = {}
+    if checkpoint.quantised is not None and isinstance(whole, EncodedState):
+        told = checkpoint.quantised.metadata
+    elif checkpoint.quantised is not None and dtype is None:
+        notes.append(_as_numbers(checkpoint))
+    header = {"format": "pt", **(metadata or {}), **told}
 
     def save(path: Path, state: State, part: str | None = None) -> Path:
-        last = None if closing is None else partial(_closed, closing, part)
+        last = None if closing is None else partial(_closed, closing, part, told)
         return save_safetensors(
             path, state, header, keep_order=True, finite=True, closing=last, progress=progress
         )
 
-    notes: list[str] = []
     if not is_file(target):
-        return _save_folder(target, checkpoint, whole, save)
+        return _save_folder(target, checkpoint, whole, save, notes)
     if checkpoint.path.is_dir():
         notes += _without_place(checkpoint, state, "a single file")
         whole = _one_file(checkpoint, whole)
@@ -109,8 +115,17 @@ def save_checkpoint(
     return Saved(target, target.stat().st_size, tuple(notes))
 
 
-def _closed(closing: Callable[[str | None], Mapping[str, str]], part: str | None) -> dict[str, str]:
-    return {"format": "pt", **closing(part)}
+def _closed(
+    closing: Callable[[str | None], Mapping[str, str]], part: str | None, told: Mapping[str, str]
+) -> dict[str, str]:
+    return {"format": "pt", **closing(part), **told}
+
+
+def _as_numbers(checkpoint: Checkpoint) -> str:
+    return (
+        f"What {checkpoint.path.name} has as codes and scales is written as float16; name a single file for a result in"
+        " its own format."
+    )
 
 
 def is_file(target: Path) -> bool:
@@ -136,9 +151,22 @@ def require_place(target: Path, checkpoint: Checkpoint, state: State) -> None:
 
 
 def stored(checkpoint: Checkpoint) -> Types:
-    """The types in which a checkpoint's tensors are written: its own, and half precision for what it has as codes."""
-    codes = getattr(checkpoint.raw, "codes", None)
-    return (lambda name, own: torch.float16 if name in codes else own) if codes else None
+    """The types of a checkpoint's tensors as numbers: its own, and half precision for what it has as codes."""
+    if checkpoint.quantised is None:
+        return None
+    codes = checkpoint.quantised.codes
+    return lambda name, own: torch.float16 if name in codes else own
+
+
+def as_written(target: Path, checkpoint: Checkpoint, state: State, dtype: Types) -> State:
+    """`state`, which has the names of `checkpoint`, in the types in which `target` is to have it; see
+    `save_checkpoint`. What has codes and scales is an `EncodedState`.
+    """
+    if dtype is not None or checkpoint.quantised is None:
+        return cast(state, dtype, target)
+    if checkpoint.path.is_dir() or not is_file(target):
+        return cast(state, stored(checkpoint), target)
+    return checkpoint.quantised.encoded(state, target)
 
 
 def parts(checkpoint: Checkpoint, state: State) -> dict[str, State]:
@@ -193,7 +221,7 @@ def _save_pickle(target: Path, state: State, progress: Progress | None) -> None:
     """A .ckpt as the original code wrote it: {"state_dict": tensors}."""
     require_space(target, bytes_of(state))
     tensors = {}
-    for step, name in enumerate(state, 1):
+    for step, name in enumerate(getattr(state, "together", state), 1):
         tensors[name] = state[name].detach().cpu().contiguous()
         if not is_finite(tensors[name]):
             raise CheckpointError(
@@ -203,7 +231,7 @@ def _save_pickle(target: Path, state: State, progress: Progress | None) -> None:
         tell(progress, "save", step, len(state), name=name)
     with atomic_path(target) as temporary:
         try:
-            torch.save({"state_dict": tensors}, temporary)
+            torch.save({"state_dict": {name: tensors[name] for name in state}}, temporary)
         except RuntimeError as error:  # torch's writer hides the system's error
             raise CheckpointError(
                 f"{target} can't be written: {str(error).splitlines()[0][:100]}."
@@ -225,10 +253,12 @@ CLASSES = {
 }
 
 
-def _save_folder(target: Path, checkpoint: Checkpoint, state: State, save: Callable[..., Path]) -> Saved:
+def _save_folder(
+    target: Path, checkpoint: Checkpoint, state: State, save: Callable[..., Path], notes: list[str]
+) -> Saved:
     require_space(target, bytes_of(state))
     own = parts(checkpoint, state)
-    notes = _without_place(checkpoint, state, "a diffusers folder")
+    notes += _without_place(checkpoint, state, "a diffusers folder")
     # Looked for before anything is written, as the result may lie in the folder.
     beside = belongings(checkpoint.path) if checkpoint.path.is_dir() else Belongings({})
     notes += beside.notes

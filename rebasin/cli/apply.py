@@ -89,7 +89,7 @@ def apply(
         found = found.invert()
     like = None if base is None else open_each([base])[0]
     if dry_run:
-        done = moved(kind, file, found, unfold, variant, like)
+        done = moved(kind, file, found, unfold, output, variant, like)
         maps = f" and {done.maps:,} maps" if done.maps else ""
         text = f"Would move the {done.kind} {file} by {done.neurons:,} neurons{maps} and write {output}."
         text += " Nothing was done."
@@ -98,7 +98,7 @@ def apply(
     if base is not None and found.maps and not inverse:
         session.remark(console, not_the_model(permutation, base, sha256_of(base)))
     with console.stage("move"):
-        done = moved(kind, file, found, unfold, variant, like)
+        done = moved(kind, file, found, unfold, output, variant, like)
         followers = "" if kind == "model" else f"{len(done.state):,} tensors follow "
         maps = f" and {done.maps:,} maps" if done.maps else ""
         console.say(f"{done.kind}: {followers}{done.neurons:,} neurons{maps}")
@@ -110,6 +110,7 @@ def apply(
         header = provenance.header(
             done.metadata, [(file, sha256_of(file), done.metadata)], recipe, None, rounding=rounds
         )
+        header |= done.marks
         save_safetensors(
             output,
             done.state,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..checkpoints import FORMATS
-from ..checkpoints.output import Types, bytes_of, cast, stored
+from ..checkpoints.output import Types, as_written, bytes_of
 from ..errors import CheckpointError, ConfigError
 from ..types import DerivedState, LazyTensor, State, passed
 
@@ -34,9 +34,11 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 
 
 def stored_as(wanted: torch.dtype | None, checkpoint: Checkpoint) -> Types:
-    """The type of each tensor; 8 bits are for the UNet's matrices only, as the loaders of such files expect."""
+    """The type of each tensor, None for the checkpoint's own; 8 bits are for the UNet's matrices only, as the loaders
+    of such files expect.
+    """
     if wanted is None:
-        return stored(checkpoint)
+        return None
     if wanted.itemsize > 1 or "unet" not in checkpoint.components:
         return wanted
     shapes = checkpoint.shapes("unet")
@@ -92,4 +94,4 @@ def _fitting_vae(checkpoint: Checkpoint, vae: Checkpoint) -> State:
 def size_of(like: Checkpoint, request: Request) -> int:
     """Bytes of the tensors of a result that has what `like` has."""
     types = stored_as(dtype_of(request.dtype), like)
-    return bytes_of(cast(finished(like, {}, prune=request.prune), types, like.path))
+    return bytes_of(as_written(request.output, like, finished(like, {}, prune=request.prune), types))
