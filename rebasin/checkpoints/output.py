@@ -123,8 +123,8 @@ def _closed(
 
 def _as_numbers(checkpoint: Checkpoint) -> str:
     return (
-        f"What {checkpoint.path.name} has as codes and scales is written as float16; name a single file for a result in"
-        " its own format."
+        f"What {checkpoint.path.name} has as codes and scales is written as float16, as a result of this form holds"
+        " numbers."
     )
 
 
@@ -164,7 +164,8 @@ def as_written(target: Path, checkpoint: Checkpoint, state: State, dtype: Types)
     """
     if dtype is not None or checkpoint.quantised is None:
         return cast(state, dtype, target)
-    if checkpoint.path.is_dir() or not is_file(target):
+    pickled = is_file(target) and target.suffix.lower() == ".ckpt"
+    if checkpoint.path.is_dir() or not is_file(target) or (pickled and checkpoint.quantised.metadata):
         return cast(state, stored(checkpoint), target)
     return checkpoint.quantised.encoded(state, target)
 
