@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from math import ceil
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -138,3 +139,38 @@ def in_blocks(weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Tensor]:
             exponents[i, j] = float(stored[place]) - 127
     codes = whole / torch.exp2(exponents).repeat_interleave(size, 1)
     return {"": codes.to(torch.float8_e4m3fn), "_scale": scale}, cut
+
+
+def write_gguf(path: Path, state: Mapping[str, Tensor], kind: str, arch: str = "sd1") -> dict[str, Tensor]:
+    """A GGUF file of a UNet as ComfyUI-GGUF's converter writes it; the numbers that it holds.
+
+    Vectors and small tensors are float32, matrices whose rows are no multiple of 256 lie as rows of 256 if they can,
+    and what the type can't hold is float16.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    numbers = {}
+    for name, tensor in state.items():
+        own, data = name.removeprefix("model.diffusion_model."), tensor.float().numpy()
+        wanted = "F32" if tensor.dim() < 2 or tensor.numel() <= 1024 else kind
+        if (
+            tensor.dim() > 1
+            and tensor.numel() >= 512
+            and tensor.numel() % 256 == 0
+            and tensor.shape[-1] % 256
+        ):
+            writer.add_array(f"comfy.gguf.orig_shape.{own}", [int(n) for n in tensor.shape])
+            data = data.reshape(-1, 256)
+        number = gguf.GGMLQuantizationType[wanted]
+        if data.shape[-1] % gguf.GGML_QUANT_SIZES[number][0]:
+            number = gguf.GGMLQuantizationType.F16
+        packed = gguf.quants.quantize(data, number)
+        numbers[own] = torch.from_numpy(gguf.quants.dequantize(packed, number)).reshape(tensor.shape)
+        writer.add_tensor(own, packed, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return numbers

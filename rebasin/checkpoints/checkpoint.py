@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import CheckpointError, shown
 from ..files import PathLike
 from ..spec.permutation import is_permutation
+from ..tensors.gguf_files import GGUFState, GGUFTensors
 from ..tensors.quantised import Quantised, decoded
 from ..types import WRAPPER, DerivedState, State, passed
 from . import components, folders
@@ -46,7 +47,7 @@ class Checkpoint:
     found: Mapping[str, Found] = field(repr=False)
     key_map: Mapping[str, Sequence[KeyMapping]] = field(repr=False)
     others: tuple[str, ...] = ()
-    quantised: Quantised | None = field(default=None, repr=False)
+    quantised: Quantised | GGUFTensors | None = field(default=None, repr=False)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -144,11 +145,13 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
     where = Path(path)
     raw = folders.load_folder(where, variant) if where.is_dir() else load_tensors(where)
     metadata, others = dict(getattr(raw, "metadata", {})), getattr(raw, "others", ())
-    whole = decoded(unwrapped(raw, where), where, metadata)
+    file, whole = raw, decoded(unwrapped(raw, where), where, metadata)
     raw = whole if where.is_dir() else without_prefix(whole)
     quantised = getattr(whole, "quantised", None)
     if quantised is not None and raw is not whole:
         quantised = quantised.without(next(iter(whole)).removesuffix(next(iter(raw))))
+    if isinstance(file, GGUFState):
+        quantised = GGUFTensors(file, dict(zip(raw, file, strict=True)), {})
     names = dict.fromkeys(raw)
     other = "a permutation that rebasin wrote" if is_permutation(raw, metadata) else foreign(names)
     found = components.locate(names)

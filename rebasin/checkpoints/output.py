@@ -17,6 +17,7 @@ import torch
 from ..errors import CheckpointError, ConfigError
 from ..files import PathLike, atomic_folder, atomic_path, write_text
 from ..tensors import save_safetensors
+from ..tensors.gguf_files import GGUFTensors
 from ..tensors.quantised import EncodedState
 from ..tensors.writer import convert, require_space, target_dtype
 from ..types import (
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 Types = torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None
 
-FILES = (".safetensors", ".sft", ".ckpt")
+FILES = (".safetensors", ".sft", ".ckpt", ".gguf")
 """What a single file may end in, in small or capital letters; a name without such an ending is that of a folder."""
 
 
@@ -74,7 +75,8 @@ def save_checkpoint(
     Args:
         path: NAME.safetensors, NAME.sft or NAME.ckpt is one file: in the names that the checkpoint came with, or, if
             it came as a diffusers folder, in the original layout. A name without an ending is a new diffusers folder.
-            A .ckpt is a plain dictionary of tensors and is put together in memory.
+            A .ckpt is a plain dictionary of tensors and is put together in memory. NAME.gguf is for checkpoints that
+            came as GGUF.
         state: `checkpoint.restore(...)`, a merge, or None for the checkpoint itself; may lack or add tensors.
         metadata: for the headers.
         dtype: as of `save_safetensors`; a function is asked with the names of `checkpoint`. None: as `checkpoint` has
@@ -86,9 +88,12 @@ def save_checkpoint(
     """
     target = Path(path)
     state = checkpoint.raw if state is None else state
-    require_place(target, checkpoint, state)
+    require_place(target, checkpoint, state, dtype)
     if target.exists() and checkpoint.path.exists() and target.samefile(checkpoint.path):
         raise CheckpointError(f"{target} is an input; choose another name for the result.")
+    if isinstance(checkpoint.quantised, GGUFTensors) and is_gguf(target):
+        checkpoint.quantised.save(target, state, metadata or {}, dtype, progress)
+        return Saved(target, target.stat().st_size, ())
     whole, notes = as_written(target, checkpoint, state, dtype), []
     told = {}
     if checkpoint.quantised is not None and isinstance(whole, EncodedState):
@@ -144,8 +149,20 @@ def is_file(target: Path) -> bool:
     return False
 
 
-def require_place(target: Path, checkpoint: Checkpoint, state: State) -> None:
+def is_gguf(target: Path) -> bool:
+    """Whether this is the name of a GGUF file."""
+    return target.suffix.lower() == ".gguf"
+
+
+def require_place(target: Path, checkpoint: Checkpoint, state: State, dtype: Types = None) -> None:
     """Raise a `RebasinError` if a state with the names of `checkpoint` can't be written as this; nothing is read."""
+    if is_gguf(target):
+        if not isinstance(checkpoint.quantised, GGUFTensors):
+            raise ConfigError(
+                f"{target} would be a GGUF file, whose types and entries come from the model that is written, but"
+                f" {checkpoint.path} is none; name a .safetensors file for the result."
+            )
+        checkpoint.quantised.require_writable(target, dtype)
     if is_file(target) and checkpoint.path.is_dir():
         _one_file(checkpoint, state)
 
@@ -162,12 +179,15 @@ def as_written(target: Path, checkpoint: Checkpoint, state: State, dtype: Types)
     """`state`, which has the names of `checkpoint`, in the types in which `target` is to have it; see
     `save_checkpoint`. What has codes and scales is an `EncodedState`.
     """
-    if dtype is not None or checkpoint.quantised is None:
+    quantised = checkpoint.quantised
+    if dtype is not None or quantised is None:
         return cast(state, dtype, target)
-    pickled = is_file(target) and target.suffix.lower() == ".ckpt"
-    if checkpoint.path.is_dir() or not is_file(target) or (pickled and checkpoint.quantised.metadata):
+    if isinstance(quantised, GGUFTensors):
         return cast(state, stored(checkpoint), target)
-    return checkpoint.quantised.encoded(state, target)
+    pickled = is_file(target) and target.suffix.lower() == ".ckpt"
+    if checkpoint.path.is_dir() or not is_file(target) or (pickled and quantised.metadata):
+        return cast(state, stored(checkpoint), target)
+    return quantised.encoded(state, target)
 
 
 def parts(checkpoint: Checkpoint, state: State) -> dict[str, State]:
@@ -237,6 +257,13 @@ def _save_pickle(target: Path, state: State, progress: Progress | None) -> None:
             raise CheckpointError(
                 f"{target} can't be written: {str(error).splitlines()[0][:100]}."
             ) from error
+
+
+def size_in(target: Path, checkpoint: Checkpoint, state: State, dtype: Types) -> int:
+    """Bytes of the tensors of `state` in `target`; none is read."""
+    if isinstance(checkpoint.quantised, GGUFTensors) and is_gguf(target):
+        return checkpoint.quantised.size(state, dtype)
+    return bytes_of(as_written(target, checkpoint, state, dtype))
 
 
 def bytes_of(state: State) -> int:

@@ -82,7 +82,8 @@ def apply(
     console = session.begin()
     output = output or file.with_name(f"{file.name if file.is_dir() else file.stem}_aligned.safetensors")
     given = [permutation, file, *([base] if base is not None else [])]
-    check_output(output, given, overwrite or dry_run, (".safetensors", ".sft"))
+    forms = (".safetensors", ".sft", *([".gguf"] if file.suffix.lower() == ".gguf" else []))
+    check_output(output, given, overwrite or dry_run, forms)
     kind = kind_of_file(file)
     found = load_member(permutation)
     if inverse:
@@ -111,6 +112,9 @@ def apply(
             done.metadata, [(file, sha256_of(file), done.metadata)], recipe, None, rounding=rounds
         )
         header |= done.marks
+        if done.gguf is not None:
+            done.gguf.save(output, done.state, header, None, console.progress)
+            return session.say_where(console, output)
         save_safetensors(
             output,
             done.state,

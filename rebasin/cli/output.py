@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..checkpoints import FORMATS
-from ..checkpoints.output import Types, as_written, bytes_of
+from ..checkpoints.output import Types, size_in
 from ..errors import CheckpointError, ConfigError
 from ..types import DerivedState, LazyTensor, State, passed
 
@@ -94,4 +94,4 @@ def _fitting_vae(checkpoint: Checkpoint, vae: Checkpoint) -> State:
 def size_of(like: Checkpoint, request: Request) -> int:
     """Bytes of the tensors of a result that has what `like` has."""
     types = stored_as(dtype_of(request.dtype), like)
-    return bytes_of(as_written(request.output, like, finished(like, {}, prune=request.prune), types))
+    return size_in(request.output, like, finished(like, {}, prune=request.prune), types)

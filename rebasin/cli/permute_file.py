@@ -26,11 +26,12 @@ from ..checkpoints.architectures import build, fit, published
 from ..checkpoints.checkpoint import unwrapped
 from ..checkpoints.components import locate
 from ..checkpoints.families import EMBEDDING, foreign, identify
-from ..checkpoints.output import as_written
+from ..checkpoints.output import as_written, is_gguf, require_place
 from ..errors import CheckpointError, ConfigError, SpecMismatchError
 from ..spec import Alignment, Permutation, PermutationSpec
 from ..spec.mapped import Rounding
 from ..spec.permutation import displaced
+from ..tensors.gguf_files import GGUFTensors
 from ..tensors.quantised import EncodedState, decoded
 from ..types import DerivedState, State, passed
 from . import alignment, output
@@ -51,7 +52,7 @@ EMB_PARAMS = "emb_params"
 class Moved:
     """What becomes of a file: what it is, its tensors, its header, how many of its neurons moved, and how
     many groups of maps act on it. `roundings` tells what rounding costs as soon as the tensors were read, `marks` what
-    the header has to say of codes in it.
+    the header has to say of codes in it; `gguf` writes it if it is to be a GGUF file.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Moved:
     maps: int
     roundings: Mapping[str, Rounding]
     marks: Mapping[str, str] = field(default_factory=dict)
+    gguf: GGUFTensors | None = None
 
 
 def moved(
@@ -157,11 +159,14 @@ def _moved_model(
         parts(checkpoint, checkpoint.components), roundings=roundings, base=base
     )
     whole = output.finished(checkpoint, {name: states[name] for name in aligned})
-    whole = as_written(target, checkpoint, whole, None)
+    require_place(target, checkpoint, checkpoint.raw)
+    quantised = checkpoint.quantised
+    gguf = quantised if isinstance(quantised, GGUFTensors) and is_gguf(target) else None
+    whole = whole if gguf else as_written(target, checkpoint, whole, None)
     own = [f"{prefix_of(member.spec, n)}{t}" for n in aligned for t in checkpoint.shapes(n)]
-    marks = checkpoint.quantised.metadata if isinstance(whole, EncodedState) and checkpoint.quantised else {}
+    marks = quantised.metadata if isinstance(whole, EncodedState) and quantised else {}
     neurons, maps = moved_of(member, own), maps_of(member, own)
-    return Moved("model", whole, dict(checkpoint.metadata), neurons, maps, roundings, marks)
+    return Moved("model", whole, dict(checkpoint.metadata), neurons, maps, roundings, marks, gguf)
 
 
 def _in_names_of(spec: PermutationSpec, components: Mapping[str, State]) -> State:
