@@ -86,7 +86,7 @@ def test_a_merge_has_the_types_of_the_first_model(tmp_path: Path, kind: str) -> 
     rebasin("merge", path, b, "-o", tmp_path / "wide.gguf", "--no-align", "--dtype", "fp32")
     assert {t[0].name for t in kinds_of(tmp_path / "wide.gguf").values()} == {"F32"}
     wide = open_checkpoint(tmp_path / "wide.gguf").raw
-    assert {n: wide.shape_of(n) for n in wide} == {n: t.shape for n, t in numbers.items()}
+    assert {n: wide[n].shape for n in wide} == {n: t.shape for n, t in numbers.items()}
 
 
 def test_an_aligned_file_stays_gguf(tmp_path: Path) -> None:
