@@ -336,7 +336,8 @@ def test_names_of_files_are_those_of_files(tmp_path):
         assert open_checkpoint(tmp_path / name).family == "sd1"
     for name in ("m.pt", "m.safetensorz", "m.bin", "m.ckpt.tmp"):
         with pytest.raises(
-            ConfigError, match=r"written as NAME\.safetensors, NAME\.sft, NAME\.ckpt, or as a folder"
+            ConfigError,
+            match=r"written as NAME\.safetensors, NAME\.sft, NAME\.ckpt, NAME\.gguf, or as a folder",
         ):
             save_checkpoint(tmp_path / name, checkpoint)
         assert not (tmp_path / name).exists()

@@ -245,10 +245,15 @@ def require_same_family(a: Checkpoint, b: Checkpoint) -> None:
     if (UNET in a.components) != (UNET in b.components):
         raise _parts_alone(*((a, b) if UNET in a.components else (b, a)))
     if a.family in TITLES and b.family in TITLES and a.family != b.family:
-        reason = "they have different architectures"
+        reason = "they have different architectures and can't be merged"
+    elif a.family == b.family and "base" in (a.variant, b.variant):
+        reason = (
+            "their UNets have different inputs, so only what the plain one has learnt since a plain base can be added"
+            " to the other: rebasin merge with --method add_difference and --base, the one with more inputs first"
+        )
     else:
-        reason = "their UNets have different inputs"
-    raise CheckpointError(f"{a.path} is {a.title} and {b.path} is {b.title}; {reason} and can't be merged.")
+        reason = "their UNets have different inputs and can't be merged"
+    raise CheckpointError(f"{a.path} is {a.title} and {b.path} is {b.title}; {reason}.")
 
 
 def _parts_alone(whole: Checkpoint, part: Checkpoint) -> CheckpointError:

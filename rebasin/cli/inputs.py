@@ -14,6 +14,7 @@ from ..checkpoints import Checkpoint, require_same_family
 from ..checkpoints.checkpoint import open_each, require_fitting, unwrapped
 from ..checkpoints.families import ADAPTER, foreign
 from ..checkpoints.folders import load_config, load_weights
+from ..checkpoints.further_inputs import with_further_inputs
 from ..checkpoints.output import FILES, is_file
 from ..checkpoints.pickled import load_tensors
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
@@ -26,19 +27,26 @@ Kind = Literal["permutation", "adapter", "controlnet", "model"]
 
 
 def open_all(
-    paths: Sequence[Path], only: Sequence[str] = (), variant: str | None = None, without: str = ""
+    paths: Sequence[Path],
+    only: Sequence[str] = (),
+    variant: str | None = None,
+    without: str = "",
+    further_inputs: bool = False,
 ) -> tuple[list[Checkpoint], tuple[str, ...]]:
     """The checkpoints of these paths, and the components that they share (see `common`), checked whole.
 
     Args:
         variant: of the diffusers folders that have it.
         without: a component that does not matter.
+        further_inputs: plain models may follow one with more inputs (see `checkpoints.further_inputs`).
 
     Raises:
         CheckpointError: one is missing, damaged, something else, of another family, or has other tensors than the
             first; names it.
     """
     found = open_each(paths, variant)
+    if further_inputs:
+        found = with_further_inputs(found)
     for other in found[1:]:
         whole = all("unet" in one.components for one in (found[0], other))
         if whole or not only or "unet" in only:  # of parts the tensors are compared
