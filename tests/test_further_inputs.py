@@ -12,6 +12,7 @@ from cli_files import rebasin
 from torch import Tensor
 
 from rebasin.checkpoints import component_spec, load_safetensors, open_checkpoint, save_safetensors
+from rebasin.checkpoints.further_inputs import with_further_inputs
 from rebasin.checkpoints.random_weights import noisy, random_checkpoint
 from rebasin.types import State
 
@@ -35,13 +36,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_safetensors(folder / f"{variant}.safetensors", dict(unet(variant)), {"modelspec.title": "A"})
     save_safetensors(folder / "base.safetensors", dict(unet("base")))
     plain = open_checkpoint(save_safetensors(folder / "tuned.safetensors", dict(unet("base", 0.05))))
-    moved = component_spec(plain, "unet").random(5).view(plain.component("unet"))
-    save_safetensors(folder / "b.safetensors", plain.restore({"unet": moved}))
+    # Moved as the first model's neurons are: the one spec is derived once.
+    first, wide = with_further_inputs([open_checkpoint(folder / "inpainting.safetensors"), plain])
+    moved = wide.restore({"unet": component_spec(first, "unet").random(5).view(wide.component("unet"))})
+    tensors = {name: moved[name][:, :4].contiguous() if name == CONV else moved[name] for name in moved}
+    save_safetensors(folder / "b.safetensors", tensors)
     return folder
 
 
-@pytest.mark.parametrize("variant", ["inpainting", "instruct-pix2pix"])
-@pytest.mark.parametrize("tuned", ["b", "tuned"])
+@pytest.mark.parametrize(
+    ("variant", "tuned"), [("inpainting", "b"), ("inpainting", "tuned"), ("instruct-pix2pix", "tuned")]
+)
 def test_the_difference_is_added_and_further_inputs_stay(
     files: Path, tmp_path: Path, variant: str, tuned: str
 ) -> None:
