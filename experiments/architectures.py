@@ -137,7 +137,8 @@ def main(
         Path | None, typer.Option(help="folder for architectures.md and .json; default docs/ for a full run")
     ] = None,
     update: Annotated[
-        bool, typer.Option(help="write these rows into the files of the folder (docs/), and keep their others")
+        bool,
+        typer.Option(help="write these rows into the files of the folder (docs/), and keep their others"),
     ] = False,
 ) -> None:
     """Trace, prove and measure the architectures; exits with 1 if one line is not green."""

@@ -302,7 +302,9 @@ _UNET: Config = dict(
     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
 )  # fmt: skip
 _UP: Config = dict(up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
-_WAN_VAE: Config = dict(z_dim=4, base_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True])
+_WAN_VAE: Config = dict(
+    z_dim=4, base_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True]
+)
 
 DIFFUSERS |= {
     "UNet2DConditionModel": dict(
@@ -342,10 +344,17 @@ _TEXT: Config = dict(
 )
 _GROUPED: Config = {**_TEXT, "num_key_value_heads": 2}
 _IMAGE: Config = dict(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    image_size=16,
+    patch_size=8,
 )
 _CLIP_TEXT: Config = {**_TEXT, "eos_token_id": 1, "projection_dim": 12}
-_CLIP: Config = dict(text_config=_CLIP_TEXT, vision_config={**_IMAGE, "projection_dim": 12}, projection_dim=12)
+_CLIP: Config = dict(
+    text_config=_CLIP_TEXT, vision_config={**_IMAGE, "projection_dim": 12}, projection_dim=12
+)
 _SOUND: Config = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=20,
     conv_dim=(8, 8, 8), conv_kernel=(5, 3, 2), conv_stride=(3, 2, 2), num_conv_pos_embeddings=4,
@@ -361,8 +370,12 @@ _WHISPER: Config = dict(
     max_target_positions=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
 )  # fmt: skip
 _GPT2: Config = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=16)
-_DISTIL: Config = dict(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=64, max_position_embeddings=16)
-_SWIN: Config = dict(image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
+_DISTIL: Config = dict(
+    dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=64, max_position_embeddings=16
+)
+_SWIN: Config = dict(
+    image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
+)
 _CONVNEXT: Config = dict(image_size=32, hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 2, 1])
 
 TRANSFORMERS: dict[str, Config] = {

@@ -62,21 +62,27 @@ def test_unknown_classes_and_arguments_are_told() -> None:
     import transformers
     from diffusers import ModelMixin
 
-    with pytest.raises(CheckpointError, match=r"^Linear is a class of neither diffusers nor transformers, .* your own\.$"):
+    with pytest.raises(
+        CheckpointError, match=r"^Linear is a class of neither diffusers nor transformers, .* your own\.$"
+    ):
         example(nn.Linear(2, 2))
 
     class Own(ModelMixin):
         def forward(self, curvature: Tensor) -> Tensor:
             return curvature
 
-    with pytest.raises(CheckpointError, match=r"^Own needs 'curvature', and nothing is known .* example inputs\.$"):
+    with pytest.raises(
+        CheckpointError, match=r"^Own needs 'curvature', and nothing is known .* example inputs\.$"
+    ):
         example(Own())
 
     class Other(ModelMixin):
         def forward(self, sample: Tensor, encoder_hidden_states: Tensor) -> Tensor:
             return sample
 
-    with pytest.raises(CheckpointError, match=r"^Other needs 'encoder_hidden_states', but .* no number as 'joint_"):
+    with pytest.raises(
+        CheckpointError, match=r"^Other needs 'encoder_hidden_states', but .* no number as 'joint_"
+    ):
         example(Other())
 
     class Nose(transformers.PreTrainedModel):
@@ -85,7 +91,9 @@ def test_unknown_classes_and_arguments_are_told() -> None:
         def forward(self, smells: Tensor | None = None) -> Tensor | None:
             return smells
 
-    with pytest.raises(CheckpointError, match=r"^Nose needs 'smells', but its configuration has a main input 'smells', of"):
+    with pytest.raises(
+        CheckpointError, match=r"^Nose needs 'smells', but its configuration has a main input 'smells', of"
+    ):
         example(Nose(transformers.PretrainedConfig()))
 
 
@@ -97,7 +105,9 @@ def test_every_transformer_class_of_diffusers_is_in_the_table_or_has_a_reason() 
     classes = {n for n in dir(package) if inspect.isclass(getattr(package, n))}
     classes |= {"MiniMaxMusic3RVQDepthDecoder"} & set(zoo_library.DIFFUSERS)
     missing = classes - set(ZOO["diffusers"]) - set(zoo_library.NOT_POSSIBLE)
-    assert {n for n in missing if issubclass(getattr(package, n), __import__("diffusers").ModelMixin)} == set()
+    assert {
+        n for n in missing if issubclass(getattr(package, n), __import__("diffusers").ModelMixin)
+    } == set()
 
 
 def test_the_table_takes_new_rows_and_keeps_the_old() -> None:
@@ -239,7 +249,9 @@ MOVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def test_neurons_move_with_what_is_written_by_index(name: str) -> None:
     model, x = Around(MOVES[name]), torch.randn(2, 4, 3)
     spec = rebasin.trace(model, x)
-    assert spec.neurons >= 5 and any(s.parameter == "b.weight" for g in spec for c in g.cells for s in c.sites)
+    assert spec.neurons >= 5 and any(
+        s.parameter == "b.weight" for g in spec for c in g.cells for s in c.sites
+    )
     rebasin.verify(model, spec, x, dtype=torch.float64).require()
 
 
@@ -254,7 +266,9 @@ def test_neurons_that_are_written_to_by_their_place_stay() -> None:
         model = Around(use)
         spec = rebasin.trace(model, x)
         rebasin.verify(model, spec, x, dtype=torch.float64).require()
-        assert not any(c.size == 5 for g in spec for c in g.cells if any(s.parameter == "b.weight" for s in c.sites))
+        assert not any(
+            c.size == 5 for g in spec for c in g.cells if any(s.parameter == "b.weight" for s in c.sites)
+        )
 
 
 def test_experts_share_their_axes() -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from ..errors import CheckpointError, shown
 from ..files import PathLike
 from ..spec.permutation import is_permutation
-from ..tensors.codes import decoded
-from ..types import WRAPPER, DerivedState, State, passed
+from ..tensors.gguf_files import GGUFState, GGUFTensors
+from ..tensors.quantised import Quantised, decoded
+from ..types import WRAPPER, DerivedState, LazyTensor, State, passed
 from . import components, folders
 from .classes.folder import STRUCTURE, TRANSFORMER, classes_in, differences
 from .classes.known import Known
@@ -20,7 +21,7 @@ from .classes.single_file import Single, single
 from .components import UNET, Found
 from .families import EXPECTED, NO_MODEL, TITLES, Shapes, foreign, identify, no_model, title
 from .folder_checks import require_sound
-from .key_map import KeyMapping, component_state, replaced, shapes_of, sources
+from .key_map import KeyMapping, component_state, replaced, same, shapes_of, sources
 from .pickled import load_tensors
 from .prediction_type import Prediction, prediction
 from .vocabulary import vocabulary_sentence
@@ -43,6 +44,7 @@ class Checkpoint:
             of files of newer families; `family` is then the class of the model or pipeline.
         file_variant: the word in the names of the files of weights that was asked for ("fp16").
         others: names of further states in the same file, which are not read.
+        quantised: how the file has those of `raw` as codes that it does not have as numbers; None without.
     """
 
     path: Path
@@ -56,6 +58,7 @@ class Checkpoint:
     others: tuple[str, ...] = ()
     classes: Mapping[str, Known] = field(default_factory=dict, repr=False)
     file_variant: str | None = None
+    quantised: Quantised | GGUFTensors | None = field(default=None, repr=False)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -87,6 +90,18 @@ class Checkpoint:
         for name in states:
             self.require(name)
         return replaced(self.raw, self.key_map, states, keep_dtype)
+
+    def with_tensors(self, component: str, tensors: Mapping[str, LazyTensor]) -> Checkpoint:
+        """The checkpoint with other tensors, maybe of other shapes, in the place of some of a component's, which are
+        each a whole tensor of the file.
+        """
+        keys = [
+            same(key.name, key.source, tensors[key.name].shape) if key.name in tensors else key
+            for key in self.key_map[component]
+        ]
+        own = {key.source: tensors[key.name] for key in self.key_map[component] if key.name in tensors}
+        raw = DerivedState({name: own.get(name) or passed(self.raw, name) for name in self.raw})
+        return replace(self, raw=raw, key_map={**self.key_map, component: keys})
 
     def require(self, name: str) -> None:
         """Raise `CheckpointError` if there is no component of this name."""
@@ -157,11 +172,13 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
         return _open_folder(where, *found, variant)
     raw = folders.load_folder(where, variant) if where.is_dir() else load_tensors(where)
     metadata, others = dict(getattr(raw, "metadata", {})), getattr(raw, "others", ())
-    raw = decoded(unwrapped(raw, where), where)
-    names = dict.fromkeys(raw)
-    if not where.is_dir() and foreign(names) not in NO_MODEL and (own := single(raw, where)) is not None:
-        return _of_today(where, raw, metadata, own, others)
-    raw = raw if where.is_dir() else without_prefix(raw)
+    file, whole = raw, decoded(unwrapped(raw, where), where, metadata)
+    names = dict.fromkeys(whole)
+    if not where.is_dir() and foreign(names) not in NO_MODEL and (own := single(whole, where)) is not None:
+        quantised = _in_codes(file, whole, whole)
+        return _of_today(where, whole, metadata, own, others, quantised)
+    raw = whole if where.is_dir() else without_prefix(whole)
+    quantised = _in_codes(file, whole, raw)
     names = dict.fromkeys(raw)
     other = "a permutation that rebasin wrote" if is_permutation(raw, metadata) else foreign(names)
     found = components.locate(names)
@@ -180,17 +197,38 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
         prediction(where, family, raw, metadata)
     diffusers = any(place.layout == "diffusers" or "/" in place.prefix for place in found.values())
     layout = "diffusers" if diffusers or where.is_dir() else "ldm"
-    return Checkpoint(where, family, kind, layout, raw, metadata, found, key_map, others)
+    return Checkpoint(where, family, kind, layout, raw, metadata, found, key_map, others, quantised=quantised)
+
+
+Codes = Quantised | GGUFTensors
+"""How a file has tensors as codes."""
+
+
+def _in_codes(file: State, whole: State, raw: State) -> Codes | None:
+    """How `file` has as codes what `whole` has as numbers, by the names of `raw`, which are shorter or the same."""
+    if isinstance(file, GGUFState):
+        return GGUFTensors(file, dict(zip(raw, file, strict=True)), {})
+    quantised = getattr(whole, "quantised", None)
+    if quantised is not None and raw is not whole:
+        return quantised.without(next(iter(whole)).removesuffix(next(iter(raw))))
+    return quantised
 
 
 def _of_today(
-    where: Path, raw: State, metadata: Mapping[str, str], own: Single, others: tuple[str, ...]
+    where: Path,
+    raw: State,
+    metadata: Mapping[str, str],
+    own: Single,
+    others: tuple[str, ...],
+    quantised: Codes | None,
 ) -> Checkpoint:
     """A single file of one of today's families."""
     require_all(without_numbers(own.known, where), own.known, raw, own.keys, TRANSFORMER, where)
     found = {TRANSFORMER: Found(TRANSFORMER, own.prefix, "ldm")}
     keys, classes = {TRANSFORMER: own.keys}, {TRANSFORMER: own.known}
-    return Checkpoint(where, own.family.kind, "", "ldm", raw, metadata, found, keys, others, classes)
+    return Checkpoint(
+        where, own.family.kind, "", "ldm", raw, metadata, found, keys, others, classes, None, quantised
+    )
 
 
 def _open_folder(where: Path, family: str, classes: Mapping[str, Known], variant: str | None) -> Checkpoint:
@@ -201,12 +239,14 @@ def _open_folder(where: Path, family: str, classes: Mapping[str, Known], variant
         )
     whole = not (where / folders.INDEX).is_file()
     raw = folders.load_weights(where, variant) if whole else folders.load_parts(where, classes, variant)
-    raw = decoded(unwrapped(raw, where), where)
+    raw = decoded(unwrapped(raw, where), where, {})
     found, key_map = {}, {}
     for name, known in classes.items():
         found[name] = Found(name, "" if whole else f"{name}/", "folder")
         key_map[name] = names_in_files(known, raw, found[name].prefix, name, where)
-    return Checkpoint(where, family, "", "folder", raw, {}, found, key_map, (), classes, variant)
+    return Checkpoint(
+        where, family, "", "folder", raw, {}, found, key_map, (), classes, variant, _in_codes(raw, raw, raw)
+    )
 
 
 def open_each(
@@ -286,14 +326,19 @@ def require_same_family(a: Checkpoint, b: Checkpoint) -> None:
     if (UNET in a.components) != (UNET in b.components):
         raise _parts_alone(*((a, b) if UNET in a.components else (b, a)))
     if a.family in TITLES and b.family in TITLES and a.family != b.family:
-        reason = "they have different architectures"
+        reason = "they have different architectures and can't be merged"
+    elif a.family == b.family and "base" in (a.variant, b.variant):
+        reason = (
+            "their UNets have different inputs, so only what the plain one has learnt since a plain base can be added"
+            " to the other: rebasin merge with --method add_difference and --base, the one with more inputs first"
+        )
     else:
-        reason = "their UNets have different inputs"
+        reason = "their UNets have different inputs and can't be merged"
     raise _apart(a, b, reason)
 
 
 def _apart(a: Checkpoint, b: Checkpoint, reason: str) -> CheckpointError:
-    return CheckpointError(f"{a.path} is {a.title} and {b.path} is {b.title}; {reason} and can't be merged.")
+    return CheckpointError(f"{a.path} is {a.title} and {b.path} is {b.title}; {reason}.")
 
 
 def _require_alike(a: Checkpoint, b: Checkpoint) -> None:

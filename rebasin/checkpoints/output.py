@@ -17,6 +17,8 @@ import torch
 from ..errors import CheckpointError, ConfigError
 from ..files import PathLike, atomic_folder, atomic_path, write_text
 from ..tensors import save_safetensors
+from ..tensors.gguf_files import GGUFTensors
+from ..tensors.quantised import EncodedState
 from ..tensors.writer import convert, require_space, target_dtype
 from ..types import (
     DerivedState,
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
 Types = torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None
 
-FILES = (".safetensors", ".sft", ".ckpt")
+FILES = (".safetensors", ".sft", ".ckpt", ".gguf")
 """What a single file may end in, in small or capital letters; a name without such an ending is that of a folder."""
 
 
@@ -74,10 +76,12 @@ def save_checkpoint(
     Args:
         path: NAME.safetensors, NAME.sft or NAME.ckpt is one file: in the names that the checkpoint came with, or, if
             it came as a diffusers folder, in the original layout. A name without an ending is a new diffusers folder.
-            A .ckpt is a plain dictionary of tensors and is put together in memory.
+            A .ckpt is a plain dictionary of tensors and is put together in memory. NAME.gguf is for checkpoints that
+            came as GGUF.
         state: `checkpoint.restore(...)`, a merge, or None for the checkpoint itself; may lack or add tensors.
         metadata: for the headers.
-        dtype: as of `save_safetensors`; a function is asked with the names of `checkpoint`.
+        dtype: as of `save_safetensors`; a function is asked with the names of `checkpoint`. None: as `checkpoint` has
+            them, with codes and scales where it has such, if this is a single file as that is; else these in float16.
         closing: as of `save_safetensors`, asked with the component whose file is written in a folder, or with None.
 
     Raises:
@@ -85,14 +89,23 @@ def save_checkpoint(
     """
     target = Path(path)
     state = checkpoint.raw if state is None else state
-    require_place(target, checkpoint, state)
+    require_place(target, checkpoint, state, dtype)
     if target.exists() and checkpoint.path.exists() and target.samefile(checkpoint.path):
         raise CheckpointError(f"{target} is an input; choose another name for the result.")
-    whole = cast(state, dtype or stored(checkpoint), target)
-    header = {"format": "pt", **(metadata or {})}
+    if isinstance(checkpoint.quantised, GGUFTensors) and is_gguf(target):
+        checkpoint.quantised.save(target, state, metadata or {}, dtype, progress)
+        return Saved(target, target.stat().st_size, ())
+    whole = as_written(target, checkpoint, state, dtype)
+    notes: list[str] = []
+    told: Mapping[str, str] = {}
+    if checkpoint.quantised is not None and isinstance(whole, EncodedState):
+        told = checkpoint.quantised.metadata
+    elif checkpoint.quantised is not None and dtype is None:
+        notes.append(_as_numbers(checkpoint))
+    header = {"format": "pt", **(metadata or {}), **told}
 
     def save(path: Path, state: State, part: str | None = None) -> Path:
-        last = None if closing is None else partial(_closed, closing, part)
+        last = None if closing is None else partial(_closed, closing, part, told)
         return save_safetensors(
             path, state, header, keep_order=True, finite=True, closing=last, progress=progress
         )
@@ -100,7 +113,6 @@ def save_checkpoint(
     def save_plain(path: Path, state: State) -> Path:
         return save_safetensors(path, state, header, keep_order=True, finite=True, progress=progress)
 
-    notes: list[str] = []
     if checkpoint.classes and not is_file(target):
         require_space(target, bytes_of(whole))
         if checkpoint.path.is_dir():
@@ -110,7 +122,7 @@ def save_checkpoint(
             save_as_folder(target, checkpoint, parts(checkpoint, whole), save)
         return Saved(target, size_of_folder(target), tuple(notes))
     if not is_file(target):
-        return _save_folder(target, checkpoint, whole, save)
+        return _save_folder(target, checkpoint, whole, save, notes)
     if checkpoint.path.is_dir():
         notes += _without_place(checkpoint, state, "a single file")
         whole = _one_file(checkpoint, whole)
@@ -121,8 +133,17 @@ def save_checkpoint(
     return Saved(target, target.stat().st_size, tuple(notes))
 
 
-def _closed(closing: Callable[[str | None], Mapping[str, str]], part: str | None) -> dict[str, str]:
-    return {"format": "pt", **closing(part)}
+def _closed(
+    closing: Callable[[str | None], Mapping[str, str]], part: str | None, told: Mapping[str, str]
+) -> dict[str, str]:
+    return {"format": "pt", **closing(part), **told}
+
+
+def _as_numbers(checkpoint: Checkpoint) -> str:
+    return (
+        f"What {checkpoint.path.name} has as codes and scales is written as float16, as a result of this form holds"
+        " numbers."
+    )
 
 
 def is_file(target: Path) -> bool:
@@ -141,16 +162,45 @@ def is_file(target: Path) -> bool:
     return False
 
 
-def require_place(target: Path, checkpoint: Checkpoint, state: State) -> None:
+def is_gguf(target: Path) -> bool:
+    """Whether this is the name of a GGUF file."""
+    return target.suffix.lower() == ".gguf"
+
+
+def require_place(target: Path, checkpoint: Checkpoint, state: State, dtype: Types = None) -> None:
     """Raise a `RebasinError` if a state with the names of `checkpoint` can't be written as this; nothing is read."""
+    if is_gguf(target):
+        if not isinstance(checkpoint.quantised, GGUFTensors):
+            raise ConfigError(
+                f"{target} would be a GGUF file, whose types and entries come from the model that is written, but"
+                f" {checkpoint.path} is none; name a .safetensors file for the result."
+            )
+        checkpoint.quantised.require_writable(target, dtype)
     if is_file(target) and checkpoint.path.is_dir():
         _one_file(checkpoint, state)
 
 
 def stored(checkpoint: Checkpoint) -> Types:
-    """The types in which a checkpoint's tensors are written: its own, and half precision for what it has as codes."""
-    codes = getattr(checkpoint.raw, "codes", None)
-    return (lambda name, own: torch.float16 if name in codes else own) if codes else None
+    """The types of a checkpoint's tensors as numbers: its own, and half precision for what it has as codes."""
+    if checkpoint.quantised is None:
+        return None
+    codes = checkpoint.quantised.codes
+    return lambda name, own: torch.float16 if name in codes else own
+
+
+def as_written(target: Path, checkpoint: Checkpoint, state: State, dtype: Types) -> State:
+    """`state`, which has the names of `checkpoint`, in the types in which `target` is to have it; see
+    `save_checkpoint`. What has codes and scales is an `EncodedState`.
+    """
+    quantised = checkpoint.quantised
+    if dtype is not None or quantised is None:
+        return cast(state, dtype, target)
+    if isinstance(quantised, GGUFTensors):
+        return cast(state, stored(checkpoint), target)
+    pickled = is_file(target) and target.suffix.lower() == ".ckpt"
+    if checkpoint.path.is_dir() or not is_file(target) or (pickled and quantised.metadata):
+        return cast(state, stored(checkpoint), target)
+    return quantised.encoded(state, target)
 
 
 def parts(checkpoint: Checkpoint, state: State) -> dict[str, State]:
@@ -213,7 +263,7 @@ def _save_pickle(target: Path, state: State, progress: Progress | None) -> None:
     """A .ckpt as the original code wrote it: {"state_dict": tensors}."""
     require_space(target, bytes_of(state))
     tensors = {}
-    for step, name in enumerate(state, 1):
+    for step, name in enumerate(getattr(state, "together", state), 1):
         tensors[name] = state[name].detach().cpu().contiguous()
         if not is_finite(tensors[name]):
             raise CheckpointError(
@@ -223,11 +273,18 @@ def _save_pickle(target: Path, state: State, progress: Progress | None) -> None:
         tell(progress, "save", step, len(state), name=name)
     with atomic_path(target) as temporary:
         try:
-            torch.save({"state_dict": tensors}, temporary)
+            torch.save({"state_dict": {name: tensors[name] for name in state}}, temporary)
         except RuntimeError as error:  # torch's writer hides the system's error
             raise CheckpointError(
                 f"{target} can't be written: {str(error).splitlines()[0][:100]}."
             ) from error
+
+
+def size_in(target: Path, checkpoint: Checkpoint, state: State, dtype: Types) -> int:
+    """Bytes of the tensors of `state` in `target`; none is read."""
+    if isinstance(checkpoint.quantised, GGUFTensors) and is_gguf(target):
+        return checkpoint.quantised.size(state, dtype)
+    return bytes_of(as_written(target, checkpoint, state, dtype))
 
 
 def bytes_of(state: State) -> int:
@@ -245,10 +302,12 @@ CLASSES = {
 }
 
 
-def _save_folder(target: Path, checkpoint: Checkpoint, state: State, save: Callable[..., Path]) -> Saved:
+def _save_folder(
+    target: Path, checkpoint: Checkpoint, state: State, save: Callable[..., Path], notes: list[str]
+) -> Saved:
     require_space(target, bytes_of(state))
     own = parts(checkpoint, state)
-    notes = _without_place(checkpoint, state, "a diffusers folder")
+    notes += _without_place(checkpoint, state, "a diffusers folder")
     # Looked for before anything is written, as the result may lie in the folder.
     beside = belongings(checkpoint.path) if checkpoint.path.is_dir() else Belongings({})
     notes += beside.notes

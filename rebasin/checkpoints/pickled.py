@@ -25,6 +25,7 @@ from torch import Tensor
 from ..errors import CheckpointError, shown
 from ..files import PathLike
 from ..tensors import SafetensorsState, load_safetensors
+from ..tensors.gguf_files import MAGIC, GGUFState
 from ..tensors.header import DTYPES
 from ..tensors.reader import RawFile
 from ..types import LazyState
@@ -143,17 +144,20 @@ def load_pickled(path: PathLike) -> PickledState:
     return PickledState(path)
 
 
-def load_tensors(path: PathLike) -> SafetensorsState | PickledState:
-    """The tensors of a file of either kind, which is told by its first bytes, not by its name.
+def load_tensors(path: PathLike) -> SafetensorsState | PickledState | GGUFState:
+    """The tensors of a file of any kind, which is told by its first bytes, not by its name.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or is neither.
+        CheckpointError: the file is missing or damaged, or is none of these.
+        ConfigError: it is a GGUF file, and the package for these is not installed.
     """
     where = Path(path)
     if not where.is_file():
         return load_safetensors(where)  # its error says what is missing
     with open(where, "rb") as file:
         start = file.read(9)
+    if start[:4] == MAGIC and start[8:9] != b"{":
+        return GGUFState(where)
     named = where.suffix.lower() in (".safetensors", ".sft") and start[:4] != b"PK\x03\x04"
     return load_safetensors(where) if named or start[8:9] == b"{" else load_pickled(where)
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..types import DerivedState, LazyTensor, dtype_of, origin_of, passed
-from .key_map import same
+from ..types import LazyTensor, dtype_of, origin_of, shape_of
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -47,29 +46,26 @@ def with_words_of(a: Checkpoint, b: Checkpoint, components: Sequence[str]) -> Ch
 
 
 def _with_words(a: Checkpoint, b: Checkpoint, component: str, pair: tuple[int, int]) -> Checkpoint:
-    shapes, more = a.shapes(component), a.component(component)
-    changed: dict[str, LazyTensor] = {}
-    keys = []
-    for key in b.key_map[component]:
-        if key.shape == shapes[key.name]:
-            keys.append(key)
-            continue
-        axis = next(i for i, (m, n) in enumerate(zip(shapes[key.name], key.shape, strict=True)) if m != n)
+    ours, theirs, shapes = a.component(component), b.component(component), a.shapes(component)
+    wanted, words = pair
 
-        def make(key: str = key.name, source: str = key.source, axis: int = axis) -> Tensor:
-            own, (wanted, n) = b.raw[source], pair
-            if wanted < n:
+    def resized(name: str) -> LazyTensor:
+        axis = next(
+            i for i, (m, n) in enumerate(zip(shapes[name], shape_of(theirs, name), strict=True)) if m != n
+        )
+
+        def make() -> Tensor:
+            own = theirs[name]
+            if wanted < words:
                 return own.narrow(axis, 0, wanted).contiguous()
-            return torch.cat([own, more[key].narrow(axis, n, wanted - n).to(own.dtype)], axis)
+            return torch.cat([own, ours[name].narrow(axis, words, wanted - words).to(own.dtype)], axis)
 
-        origin = origin_of(b.raw, key.source)
-        changed[key.source] = LazyTensor(shapes[key.name], dtype_of(b.raw, key.source), make, origin)
-        keys.append(same(key.name, key.source, shapes[key.name]))
-    raw = DerivedState({name: changed.get(name) or passed(b.raw, name) for name in b.raw})
+        return LazyTensor(shapes[name], dtype_of(theirs, name), make, origin_of(theirs, name))
+
+    changed = {name: resized(name) for name, shape in b.shapes(component).items() if shape != shapes[name]}
     known = b.classes[component]
-    config = {**known.config, "vocab_size": pair[0]}
-    classes = {**b.classes, component: known.with_config(config)}
-    return replace(b, raw=raw, key_map={**b.key_map, component: keys}, classes=classes)
+    classes = {**b.classes, component: known.with_config({**known.config, "vocab_size": wanted})}
+    return replace(b.with_tensors(component, changed), classes=classes)
 
 
 def vocabulary_sentence(

@@ -87,15 +87,16 @@ def apply(
     console = session.begin()
     output = output or aligned_name(file)
     given = [permutation, file, *([base] if base is not None else [])]
+    forms = (".safetensors", ".sft", *([".gguf"] if file.suffix.lower() == ".gguf" else []))
     kind = kind_of_file(file)
     folder = kind == "model" and not output.suffix
-    check_output(output, given, overwrite or dry_run, FILES if folder else (".safetensors", ".sft"))
+    check_output(output, given, overwrite or dry_run, FILES if folder else forms)
     found = load_member(permutation)
     if inverse:
         found = found.invert()
     like = None if base is None else open_each([base])[0]
     if dry_run:
-        done = moved(kind, file, found, unfold, variant, like)
+        done = moved(kind, file, found, unfold, output, variant, like)
         maps = f" and {done.maps:,} maps" if done.maps else ""
         text = f"Would move the {done.kind} {file} by {done.neurons:,} neurons{maps} and write {output}."
         text += " Nothing was done."
@@ -104,7 +105,7 @@ def apply(
     if base is not None and found.maps and not inverse:
         session.remark(console, not_the_model(permutation, base, sha256_of(base)))
     with console.stage("move"):
-        done = moved(kind, file, found, unfold, variant, like)
+        done = moved(kind, file, found, unfold, output, variant, like)
         followers = "" if kind == "model" else f"{len(done.state):,} tensors follow "
         maps = f" and {done.maps:,} maps" if done.maps else ""
         console.say(f"{done.kind}: {followers}{done.neurons:,} neurons{maps}")
@@ -129,7 +130,13 @@ def apply(
             session.remark(console, saved.notes)
         else:
             save_safetensors(
-                output, done.state, header, keep_order=True, finite=True, closing=last, progress=progress
+                output,
+                done.state,
+                {**header, **done.marks},
+                keep_order=True,
+                finite=True,
+                closing=last,
+                progress=progress,
             )
         console.say(f"{output.name}, {session.size(size_of(output))}")
     session.say_rounding(console, done.roundings if rounds else None)

@@ -15,6 +15,7 @@ from ..checkpoints.checkpoint import open_each, require_fitting, unwrapped
 from ..checkpoints.classes.folder import classes_in
 from ..checkpoints.families import ADAPTER, foreign
 from ..checkpoints.folders import load_config, load_weights
+from ..checkpoints.further_inputs import with_further_inputs
 from ..checkpoints.output import FILES, is_file
 from ..checkpoints.pickled import load_tensors
 from ..checkpoints.vocabulary import with_words_of
@@ -33,6 +34,7 @@ def open_all(
     variant: str | None = None,
     without: str = "",
     resize_vocabulary: bool = False,
+    further_inputs: bool = False,
 ) -> tuple[list[Checkpoint], tuple[str, ...]]:
     """The checkpoints of these paths, and the components that they share (see `common`), checked whole.
 
@@ -40,12 +42,15 @@ def open_all(
         variant: of the diffusers folders that have it.
         without: a component that does not matter.
         resize_vocabulary: give each further model the first's number of words.
+        further_inputs: plain models may follow one with more inputs (see `checkpoints.further_inputs`).
 
     Raises:
         CheckpointError: one is missing, damaged, something else, of another family, or has other tensors than the
             first; names it.
     """
     found = open_each(paths, variant)
+    if further_inputs:
+        found = with_further_inputs(found)
     for other in found[1:]:
         whole = all("unet" in one.components for one in (found[0], other))
         if whole or not only or "unet" in only:  # of parts the tensors are compared

@@ -20,6 +20,8 @@ def merge(**given: Any) -> None:
         rebasin merge A B C D -o soup.safetensors --weights 4,2,1,1
     What B has learnt since its base, added to A:
         rebasin merge A B -o AB.safetensors --method add_difference --base C
+    The same into an inpainting model; B and C are plain, its further inputs stay:
+        rebasin merge INPAINT B -o AB.safetensors --method add_difference --base C
     Other shares in some blocks (--dry-run shows them as a table and a picture):
         rebasin merge A B -o AB.safetensors --alpha 0.5 --weights IN=0.2,OUT=0.7
     A plain merge:

@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoints import FORMATS
 from ..checkpoints.classes.folder import MODEL
-from ..checkpoints.output import Types, bytes_of, cast, stored
+from ..checkpoints.output import Types, size_in
 from ..errors import CheckpointError, ConfigError
 from ..types import DerivedState, LazyTensor, State, passed
 
@@ -35,9 +35,11 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 
 
 def stored_as(wanted: torch.dtype | None, checkpoint: Checkpoint) -> Types:
-    """The type of each tensor; 8 bits are for the denoiser's matrices only, as the loaders of such files expect."""
+    """The type of each tensor, None for the checkpoint's own; 8 bits are for the denoiser's matrices only, as the
+    loaders of such files expect.
+    """
     if wanted is None:
-        return stored(checkpoint)
+        return None
     main = next((name for name in ("unet", "transformer", MODEL) if name in checkpoint.components), None)
     if wanted.itemsize > 1 or main is None:
         return wanted
@@ -93,4 +95,4 @@ def _fitting_vae(checkpoint: Checkpoint, vae: Checkpoint) -> State:
 def size_of(like: Checkpoint, request: Request) -> int:
     """Bytes of the tensors of a result that has what `like` has."""
     types = stored_as(dtype_of(request.dtype), like)
-    return bytes_of(cast(finished(like, {}, prune=request.prune), types, like.path))
+    return size_in(request.output, like, finished(like, {}, prune=request.prune), types)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..adapters import (
@@ -27,11 +27,12 @@ from ..checkpoints.checkpoint import unwrapped
 from ..checkpoints.classes.single_file import probed
 from ..checkpoints.components import locate
 from ..checkpoints.families import EMBEDDING, NO_MODEL, foreign, identify
+from ..checkpoints.output import require_place
 from ..errors import CheckpointError, ConfigError, SpecMismatchError
 from ..spec import Alignment, Permutation, PermutationSpec
 from ..spec.mapped import Rounding
 from ..spec.permutation import displaced
-from ..tensors.codes import decoded
+from ..tensors.quantised import decoded
 from ..types import DerivedState, State, passed
 from . import alignment, output
 from .inputs import Kind, joined, named, open_each, open_raw, parts
@@ -50,8 +51,8 @@ EMB_PARAMS = "emb_params"
 @dataclass(frozen=True, eq=False)
 class Moved:
     """What becomes of a file: what it is, its tensors, its header, how many of its neurons moved, and how
-    many groups of maps act on it. `roundings` tells what rounding costs as soon as the tensors were read; `checkpoint`
-    is that of a model.
+    many groups of maps act on it. `roundings` tells what rounding costs as soon as the tensors were read, `marks` what
+    the header has to say of codes in it; `checkpoint` is that of a model.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Moved:
     neurons: int
     maps: int
     roundings: Mapping[str, Rounding]
+    marks: Mapping[str, str] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
 
 
@@ -68,12 +70,14 @@ def moved(
     file: Path,
     member: Alignment,
     unfold: bool,
+    target: Path,
     variant: str | None = None,
     base: Checkpoint | None = None,
 ) -> Moved:
     """What becomes of a file.
 
     Args:
+        target: what is to be written.
         base: the model that the file is for, whose gains maps are turned by.
 
     Raises:
@@ -84,7 +88,7 @@ def moved(
     known = {} if base is None else parts(base, base.components)
     embedding = kind == "model" and not file.is_dir() and foreign(dict.fromkeys(open_raw(file))) == EMBEDDING
     if kind == "model" and not embedding:
-        return _moved_model(file, member, variant, known)
+        return _moved_model(file, member, target, variant, known)
     state = open_raw(file, variant)
     metadata = dict(getattr(state, "metadata", {}))
     if unfold and kind != "adapter":
@@ -118,7 +122,8 @@ def moved(
                 whole = move_adapter(member.permutation, state, unfold=unfold, what=file.name)
             own = changed_by(member.spec, state, file.name)
         return done(whole, member, own)
-    state = unwrapped(decoded(state, file), file)
+    state = decoded(unwrapped(state, file), file, metadata)
+    quantised = getattr(state, "quantised", None)
     if any(name.startswith(BESIDE) for name in state):
         raise CheckpointError(
             f"{file} holds a model besides a ControlNet, and only one of the two can be moved; save the ControlNet"
@@ -127,10 +132,15 @@ def moved(
     joint = controlnet_spec(member.spec)
     whole = move_controlnet(member, state, joint, base=seen, what=file.name, rounding=rounding)
     own = [name for name in joint.shapes if name.startswith("controlnet.")]
-    return done(whole, extend(member, joint, base=seen), own)
+    found = done(whole, extend(member, joint, base=seen), own)
+    if quantised is None:
+        return found
+    return replace(found, state=quantised.encoded(found.state, target), marks=quantised.metadata)
 
 
-def _moved_model(file: Path, member: Alignment, variant: str | None, base: Mapping[str, State]) -> Moved:
+def _moved_model(
+    file: Path, member: Alignment, target: Path, variant: str | None, base: Mapping[str, State]
+) -> Moved:
     if not file.is_dir():
         require_known(file)
     checkpoint = open_each([file], variant)[0]
@@ -149,11 +159,11 @@ def _moved_model(file: Path, member: Alignment, variant: str | None, base: Mappi
         parts(checkpoint, checkpoint.components), roundings=roundings, base=base
     )
     whole = output.finished(checkpoint, {name: states[name] for name in aligned})
+    require_place(target, checkpoint, checkpoint.raw)
     own = [f"{prefix_of(member.spec, n)}{t}" for n in aligned for t in checkpoint.shapes(n)]
-    return Moved(
-        "model", whole, dict(provenance.metadata_of(checkpoint)), moved_of(member, own), maps_of(member, own),
-        roundings, checkpoint,
-    )  # fmt: skip
+    neurons, maps = moved_of(member, own), maps_of(member, own)
+    metadata = dict(provenance.metadata_of(checkpoint))
+    return Moved("model", whole, metadata, neurons, maps, roundings, checkpoint=checkpoint)
 
 
 def _in_names_of(spec: PermutationSpec, components: Mapping[str, State]) -> State:

@@ -75,8 +75,12 @@ def merge(console: Console, request: Request) -> None:
         vae = open_each([request.vae])[0] if request.vae else None
         if vae is not None:
             vae.require("vae")
+        # Opened anew from their files, models have the inputs that they have.
+        adds = method.name == "add_difference" and request.base is not None
+        further = adds and not request.learned and request.ray is None
+        without = "vae" if vae else ""
         opened, components = open_all(
-            given, request.components, request.variant, "vae" if vae else "", request.resize_vocabulary
+            given, request.components, request.variant, without, request.resize_vocabulary, further
         )
         models, base = opened[: len(request.inputs)], opened[-1] if request.base else None
         if not request.mix_predictions and "unet" in components:

@@ -52,7 +52,8 @@ def read(console: Console, request: Request) -> tuple[list[Checkpoint], tuple[st
 
 def require_space(request: Request, like: Checkpoint) -> None:
     """Refuse a full disk, and tensors without a place in the output, before hours of work, not after."""
-    require_place(request.output, like, like.raw)
+    types = output.stored_as(output.dtype_of(request.dtype), like)
+    require_place(request.output, like, like.raw, types)
     if not request.dry_run:
         writer.require_space(request.output, output.size_of(like, request))
 

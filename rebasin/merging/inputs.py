@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..tensors.codes import require_numbers
+from ..tensors.quantised import require_numbers
 from ..types import State, common_dtype, dtype_of, is_finite, is_number, require_state, shape_of, wrapped
 
 

@@ -79,12 +79,14 @@ def save_safetensors(
     # Wide types first, so that every tensor is aligned to its item size.
     listed = list(layout) if keep_order else sorted(layout)
     names = sorted(listed, key=lambda name: -layout[name][0].itemsize)
-    head, size = _header(layout, listed if keep_order else names, names, metadata)
+    head, places, size = _header(layout, listed if keep_order else names, names, metadata)
     require_space(target, size)
+    # Tensors that are made together (codes and their scales) are asked for one after the other, wherever they lie.
+    asked = getattr(state, "together", names)
 
     with atomic_path(target) as temporary, open(temporary, "wb") as file:
         file.write(head)
-        for step, name in enumerate(names, 1):
+        for step, name in enumerate(asked, 1):
             stored, shape = layout[name]
             tensor = state[name].detach().cpu()
             if tuple(tensor.shape) != shape:
@@ -95,11 +97,12 @@ def save_safetensors(
                     f"Tensor {origin_of(state, name) or repr(name)} has values that are infinite or no numbers, so"
                     f" {target} was not written."
                 )
+            file.seek(len(head) + places[name])
             file.write(as_bytes(tensor))
             tell(progress, "save", step, len(names), name=name, bytes=prod(shape) * stored.itemsize)
             del tensor
         if closing is not None:
-            last, _ = _header(layout, listed if keep_order else names, names, closing())
+            last, *_ = _header(layout, listed if keep_order else names, names, closing())
             if len(last) != len(head):
                 raise ValueError(f"the closing header of {target} has {len(last)} bytes, not {len(head)}")
             file.seek(0)
@@ -199,9 +202,12 @@ def _header(
     listed: list[str],
     names: list[str],
     metadata: Mapping[str, str] | None,
-) -> tuple[bytes, int]:
-    """The bytes before the tensors, and the size of the whole file; data lie in the order of `names`."""
-    offsets, end = {}, 0
+) -> tuple[bytes, dict[str, int], int]:
+    """The bytes before the tensors, where behind them each begins, and the size of the whole file; data lie in the
+    order of `names`.
+    """
+    offsets: dict[str, list[int]] = {}
+    end = 0
     for name in names:
         dtype, shape = layout[name]
         start, end = end, end + prod(shape) * dtype.itemsize
@@ -212,4 +218,5 @@ def _header(
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": offsets[name]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, 8 + len(text) + end
+    begins = {name: place[0] for name, place in offsets.items()}
+    return len(text).to_bytes(8, "little") + text, begins, 8 + len(text) + end

@@ -23,7 +23,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 _LARGEST = 1 << 20
 """Elements of the largest tensor that has a shadow."""
-_ASKED = frozenset("item tolist __bool__ __int__ __float__ __index__ __contains__ is_nonzero equal allclose".split())
+_ASKED = frozenset(
+    "item tolist __bool__ __int__ __float__ __index__ __contains__ is_nonzero equal allclose".split()
+)
 """Calls that give Python's numbers."""
 _SHAPED = frozenset(
     "nonzero argwhere masked_select unique unique_consecutive bincount repeat_interleave one_hot unique_dim".split()

@@ -14,7 +14,7 @@ from ...errors import CheckpointError, ConfigError
 from ...merging.interpolate import COUNTERS
 from ...spec import Permutation, PermutationSpec
 from ...tensors import load_safetensors
-from ...tensors.codes import decoded
+from ...tensors.quantised import decoded
 from ...types import LazyState, State, dtype_of, is_number, place_of, require_state, shape_of, widened
 from ..weights.endpoints import keys_of, require_finite, squared
 

@@ -81,7 +81,9 @@ def write_along(call: Call) -> Result:
 
 def _written(call: Call, values: Label, dims: list[int], added: bool) -> Label:
     """Values without extent along `dims`, written or added somewhere along them."""
-    x = fix(call.constraints, call.tensor("self").label, dims, "is written by index").sized(dict.fromkeys(dims, 1))
+    x = fix(call.constraints, call.tensor("self").label, dims, "is written by index").sized(
+        dict.fromkeys(dims, 1)
+    )
     label = combine(call.constraints, [x, values], "sum" if added else "join")
     return label.sized({d: call.shape[d] for d in dims})
 
