@@ -215,6 +215,31 @@ def test_scales_keep_their_narrow_type(kind: str, dtype: torch.dtype) -> None:
     assert all((read[n] - w).abs().max() <= step(kind) * w.abs().max() for n, w in new.items())
 
 
+@pytest.mark.parametrize("kind", ["mxfp8", "nvfp4"])
+def test_marks_in_tensors_and_rows_that_the_bias_tells(kind: str) -> None:
+    """As ComfyUI itself saves them: no header, rows filled up, and mxfp8's scales of the type e8m0."""
+    weights = {"x.transformer_blocks.0.a.weight": torch.randn(19, 64)}
+    tensors, _, numbers = as_file(weights, kind)
+    (name,) = weights
+    layer = name.removesuffix("weight")
+    tensors |= {f"{layer}bias": torch.zeros(19), f"{layer}comfy_quant": mark(json.dumps({"format": kind}))}
+    if kind == "mxfp8":
+        tensors[f"{name}_scale"] = tensors[f"{name}_scale"].view(torch.float8_e8m0fnu)
+    state = decoded(tensors, "file")
+    assert torch.equal(state[name], numbers[name])
+    written = state.quantised.encoded({**state, name: 2 * numbers[name]}, "out")  # pyright: ignore[reportAttributeAccessIssue]
+    assert {n: (t.dtype, t.shape) for n, t in written.items()} == {
+        n: (t.dtype, t.shape) for n, t in tensors.items()
+    }
+    assert torch.equal(decoded(dict(written), "out")[name], 2 * numbers[name])
+
+
+def test_scales_of_the_type_e8m0_are_read_and_written(tmp_path: Path) -> None:
+    scales = torch.tensor([0, 1, 127, 254], dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    state = load_safetensors(save_safetensors(tmp_path / "x.safetensors", {"x": scales}))
+    assert same(state["x"], scales)
+
+
 # ----------------------------------------------------------------------------------------------- what is refused
 
 
@@ -292,6 +317,8 @@ def test_names_lose_their_prefix_with_all_that_belongs_to_them(tmp_path: Path) -
 def test_a_folder_holds_numbers_and_the_user_is_told(tmp_path: Path) -> None:
     tensors, header = plain_file("mxfp8")
     checkpoint = open_checkpoint(save_safetensors(tmp_path / "a.safetensors", tensors, header))
+    assert checkpoint.stored_as("unet", "conv_in.weight") == "float16"
+    assert "mxfp8" in rebasin("inspect", tmp_path / "a.safetensors")
     saved = save_checkpoint(tmp_path / "folder", checkpoint)
     assert any("written as float16" in note for note in saved.notes)
     written = load_safetensors(tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors")

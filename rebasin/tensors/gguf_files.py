@@ -138,6 +138,10 @@ class GGUFTensors:
         """The names of what is quantised."""
         return frozenset(own for own, name in self.names.items() if self.file.known[name].kind not in PLAIN)
 
+    def kind(self, name: str) -> str:
+        """The type of a tensor in the format's own word."""
+        return self.file.known[self.names[name]].kind
+
     def require_writable(
         self, target: Path, dtype: torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None
     ) -> None:
