@@ -85,6 +85,7 @@ def test_a_merge_has_the_types_of_the_first_model(tmp_path: Path, kind: str) -> 
     assert all(plain.dtype_of(name) == torch.float16 for name in quantised.codes)
     rebasin("merge", path, b, "-o", tmp_path / "wide.gguf", "--no-align", "--dtype", "fp32")
     assert {t[0].name for t in kinds_of(tmp_path / "wide.gguf").values()} == {"F32"}
+    assert "general.file_type" not in gguf.GGUFReader(tmp_path / "wide.gguf").fields, "it was that of A"
     wide = open_checkpoint(tmp_path / "wide.gguf").raw
     assert {n: wide[n].shape for n in wide} == {n: t.shape for n, t in numbers.items()}
 

@@ -173,11 +173,30 @@ def test_moved_rows_and_columns_keep_their_numbers(kind: str) -> None:
             assert any(not torch.equal(read[name], moved[name]) for name in moved)
 
 
+@pytest.mark.parametrize("kind", ["fp8_old", "fp8", "fp8_e5m2", "fp8_rows", "int8", "int8_rows"])
+def test_scales_that_are_not_those_of_the_largest_values_stay_when_neurons_move(kind: str) -> None:
+    """As converters choose them that look for the scale with the smallest error."""
+    tensors, header, _ = as_file(odd(), kind)
+    codes = {
+        n: (t.float() / 2).round() if t.dtype == torch.int8 else t.float() / 2 for n, t in tensors.items()
+    }
+    halved = {n: codes[n].to(t.dtype) if n in odd() else t for n, t in tensors.items()}
+    state = decoded(halved, "file", header)
+    for axis in (0, 1):
+        moved = {name: state[name].flip(axis).roll(1, axis) for name in state}
+        written = dict(state.quantised.encoded(moved, "out"))  # pyright: ignore[reportAttributeAccessIssue]
+        read = decoded(written, "out", header)
+        assert all(torch.equal(read[name], moved[name]) for name in moved)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_and_tiny_numbers_stay(kind: str) -> None:
     state, quantised, _, header = opened(odd(), kind)
     zeros = {name: torch.zeros_like(state[name]) for name in state}
     assert all(not again(quantised, zeros, header)[name].any() for name in zeros)
+    if kind not in ("mxfp8", "nvfp4"):  # loaders divide by these
+        written = quantised.encoded(zeros, "out")
+        assert all(bool((written[layer.parts["scale"]] > 0).all()) for layer in quantised.layers.values())
     small = {name: 1e-20 * state[name] for name in state}
     read = again(quantised, small, header)
     assert all((read[n] - w).abs().max() <= 0.51 * step(kind) * w.abs().max() for n, w in small.items())
@@ -194,6 +213,31 @@ def test_scales_keep_their_narrow_type(kind: str, dtype: torch.dtype) -> None:
     assert all(written[n].dtype == t.dtype for n, t in narrow.items())
     read = decoded(written, "out", header)
     assert all((read[n] - w).abs().max() <= step(kind) * w.abs().max() for n, w in new.items())
+
+
+@pytest.mark.parametrize("kind", ["mxfp8", "nvfp4"])
+def test_marks_in_tensors_and_rows_that_the_bias_tells(kind: str) -> None:
+    """As ComfyUI itself saves them: no header, rows filled up, and mxfp8's scales of the type e8m0."""
+    weights = {"x.transformer_blocks.0.a.weight": torch.randn(19, 64)}
+    tensors, _, numbers = as_file(weights, kind)
+    (name,) = weights
+    layer = name.removesuffix("weight")
+    tensors |= {f"{layer}bias": torch.zeros(19), f"{layer}comfy_quant": mark(json.dumps({"format": kind}))}
+    if kind == "mxfp8":
+        tensors[f"{name}_scale"] = tensors[f"{name}_scale"].view(torch.float8_e8m0fnu)
+    state = decoded(tensors, "file")
+    assert torch.equal(state[name], numbers[name])
+    written = state.quantised.encoded({**state, name: 2 * numbers[name]}, "out")  # pyright: ignore[reportAttributeAccessIssue]
+    assert {n: (t.dtype, t.shape) for n, t in written.items()} == {
+        n: (t.dtype, t.shape) for n, t in tensors.items()
+    }
+    assert torch.equal(decoded(dict(written), "out")[name], 2 * numbers[name])
+
+
+def test_scales_of_the_type_e8m0_are_read_and_written(tmp_path: Path) -> None:
+    scales = torch.tensor([0, 1, 127, 254], dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    state = load_safetensors(save_safetensors(tmp_path / "x.safetensors", {"x": scales}))
+    assert same(state["x"], scales)
 
 
 # ----------------------------------------------------------------------------------------------- what is refused
@@ -273,6 +317,8 @@ def test_names_lose_their_prefix_with_all_that_belongs_to_them(tmp_path: Path) -
 def test_a_folder_holds_numbers_and_the_user_is_told(tmp_path: Path) -> None:
     tensors, header = plain_file("mxfp8")
     checkpoint = open_checkpoint(save_safetensors(tmp_path / "a.safetensors", tensors, header))
+    assert checkpoint.stored_as("unet", "conv_in.weight") == "float16"
+    assert "mxfp8" in rebasin("inspect", tmp_path / "a.safetensors")
     saved = save_checkpoint(tmp_path / "folder", checkpoint)
     assert any("written as float16" in note for note in saved.notes)
     written = load_safetensors(tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors")

@@ -12,7 +12,7 @@ from ..files import PathLike
 from ..spec.permutation import is_permutation
 from ..tensors.gguf_files import GGUFState, GGUFTensors
 from ..tensors.quantised import Quantised, decoded
-from ..types import WRAPPER, DerivedState, LazyTensor, State, passed
+from ..types import WRAPPER, DerivedState, LazyTensor, State, dtype_of, passed
 from . import components, folders
 from .classes.folder import STRUCTURE, TRANSFORMER, classes_in, differences
 from .classes.known import Known
@@ -107,6 +107,13 @@ class Checkpoint:
         """Raise `CheckpointError` if there is no component of this name."""
         if name not in self.found:
             raise CheckpointError(f"{self.path} has no {name}; it has {', '.join(self.components)}.")
+
+    def stored_as(self, component: str, name: str) -> str:
+        """The type of a component's tensor in the file, in a word: "float16", "nvfp4", "Q8_0", ..."""
+        source, quantised = self.source(component, name), self.quantised
+        if quantised is not None and source in quantised.codes:
+            return quantised.kind(source)
+        return str(dtype_of(self.raw, source)).removeprefix("torch.")
 
     def source(self, component: str, name: str) -> str:
         """The file's own name of a component's tensor, for messages."""

@@ -87,7 +87,7 @@ def _model(file: Path, variant: str | None) -> dict[str, Any]:
 
 def _component(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     state = checkpoint.component(name)
-    types = Counter(str(state.dtype_of(n)).removeprefix("torch.") for n in state)
+    types = Counter(checkpoint.stored_as(name, n) for n in state)
     return {
         "component": name,
         "type": ", ".join(types),

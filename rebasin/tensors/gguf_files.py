@@ -96,7 +96,7 @@ class GGUFState(LazyState):
         shape, *_ = self.fields.get(f"{ORIGINAL}{tensor.name}", (stored,))
         shape = tuple(int(n) for n in shape)
         start, size = int(tensor.data_offset), int(tensor.n_bytes)
-        if prod(shape) != prod(stored) or min(shape, default=0) < 0 or start + size > self._raw.size:
+        if prod(shape) != prod(stored) or min(shape, default=0) < 0:
             raise ValueError(tensor.name)
         return Entry(PLAIN.get(kind, torch.float32), shape, kind, stored, start, size)
 
@@ -137,6 +137,10 @@ class GGUFTensors:
     def codes(self) -> frozenset[str]:
         """The names of what is quantised."""
         return frozenset(own for own, name in self.names.items() if self.file.known[name].kind not in PLAIN)
+
+    def kind(self, name: str) -> str:
+        """The type of a tensor in the format's own word."""
+        return self.file.known[self.names[name]].kind
 
     def require_writable(
         self, target: Path, dtype: torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None

@@ -27,10 +27,12 @@ class Format:
 
     Attributes:
         block: the length of a tile, where a file tells it; 0: by the shapes alone.
+        name: if it has one that tells more than the type of its codes.
     """
 
     block: int = 0
     tiled: bool = False
+    name: str = ""
 
     def shape(self, codes: Shape) -> Shape:
         """The shape of the weight that codes of this shape are, paddings included."""
@@ -137,6 +139,7 @@ class MXFP8(Blocks):
     """e4m3 with a power of two for 32 entries of a row, stored as its exponent (e8m0)."""
 
     block: int = 32
+    name: str = "mxfp8"
     scales: tuple[torch.dtype, ...] = (torch.uint8, torch.float8_e8m0fnu)
 
     def factors(self, parts: Parts) -> Tensor:
@@ -166,6 +169,7 @@ class NVFP4(Blocks):
     """Pairs of e2m1 with an e4m3 for 16 entries of a row and a float32 for all."""
 
     block: int = 16
+    name: str = "nvfp4"
     grid: Grid = PAIRS
     scales: tuple[torch.dtype, ...] = (torch.float8_e4m3fn,)
     pad: int = 16

@@ -61,6 +61,12 @@ class Quantised:
         """The names of the weights that are codes."""
         return frozenset(self.layers)
 
+    def kind(self, name: str) -> str:
+        """What a weight that is codes is stored as, in a word."""
+        layer = self.layers[name]
+        dtype = str(dtype_of(self.file, name)).removeprefix("torch.")
+        return layer.format.name or f"{dtype} with scales"
+
     def numbers(self, name: str) -> Tensor:
         """A weight that is codes, in float32."""
         layer = self.layers[name]
