@@ -3,8 +3,8 @@
 `torch.export` runs a model on tensors without numbers, so `mask.sum().item()`, `x[mask]` and `range(lengths[0])` have no
 answer there. Here each tensor that is made of nothing but whole numbers and masks among the inputs, and of numbers that
 the code itself writes down, has a shadow that holds its numbers, computed next to it by the same calls. What a model
-asks of such tensors is answered from the shadow. Nothing of floating point inputs, parameters and buffers has one: what
-depends on them is refused, as before.
+asks of such tensors is answered from the shadow. Nothing of floating point inputs, parameters and buffers has one, but for
+tensors without elements: what depends on them is refused.
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ def whole_numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Key,
     found: dict[Key, Tensor] = {}
     for name, value in [*enumerate(args), *kwargs.items()]:
         for place, leaf in enumerate(tree_leaves(value)):
-            if _is_tensor(leaf) and not leaf.is_meta and not (leaf.is_floating_point() or leaf.is_complex()):
-                found[name, place] = leaf.detach().cpu().clone()
+            if not _is_tensor(leaf):
+                continue
+            whole = not (leaf.is_meta or leaf.is_floating_point() or leaf.is_complex())
+            if whole or not leaf.numel():
+                found[name, place] = torch.zeros_like(leaf, device="cpu") if leaf.is_meta else leaf.detach().cpu().clone()
     return found
 
 
@@ -79,6 +82,8 @@ class Shadows(TorchFunctionMode):
             return slice(*map(self._shadow, _ends(value)))
         if not isinstance(value, Tensor):
             return value
+        if 0 in value.shape:  # nothing to know
+            return _compute(torch.zeros, (tuple(value.shape),), {"dtype": value.dtype})
         if value in self._shadows:
             shadow, apart = self._shadows[value]
             if value._version - shadow._version == apart:

@@ -377,7 +377,8 @@ _OWN: dict[str, dict[str, Rule]] = {
         "timestep": lambda f: torch.full((1,), 7.0),
         "encoder_hidden_states_2": lambda f: _text(f, "text_embed_2_dim"),
         "encoder_attention_mask_2": lambda f: ones(1, WORDS),
-        "image_embeds": lambda f: _text(f, "image_embed_dim"),
+        # The class asks whether the picture is all zeros, which it may be told only of one without places.
+        "image_embeds": lambda f: _text(f, "image_embed_dim", words=0),
     },
     "HunyuanVideoFramepackTransformer3DModel": {
         "image_embeds": lambda f: _text(f, "image_proj_dim"),
