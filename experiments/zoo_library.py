@@ -1,7 +1,7 @@
 """Every transformer class of diffusers and the usual classes of transformers, by class name, as small configurations.
 
-The inputs are made by `rebasin.checkpoints.classes.example`. Those in `PUBLISHED` are measured with the defaults of their
-library, which is a published size for most; the others have no defaults that can be built, or take too long to trace:
+The inputs are made by `rebasin.checkpoints.classes.example`. Those in `PUBLISHED` are measured with the defaults of
+their library, a published size for most; the others have no defaults that can be built, or take too long to trace:
 for these the table's parameters are those of the small configuration.
 """
 
@@ -302,7 +302,9 @@ _UNET: Config = dict(
     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
 )  # fmt: skip
 _UP: Config = dict(up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
-_WAN_VAE: Config = dict(z_dim=4, base_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True])
+_WAN_VAE: Config = dict(
+    z_dim=4, base_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True]
+)
 
 DIFFUSERS |= {
     "UNet2DConditionModel": dict(
@@ -342,10 +344,17 @@ _TEXT: Config = dict(
 )
 _GROUPED: Config = {**_TEXT, "num_key_value_heads": 2}
 _IMAGE: Config = dict(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    image_size=16,
+    patch_size=8,
 )
 _CLIP_TEXT: Config = {**_TEXT, "eos_token_id": 1, "projection_dim": 12}
-_CLIP: Config = dict(text_config=_CLIP_TEXT, vision_config={**_IMAGE, "projection_dim": 12}, projection_dim=12)
+_CLIP: Config = dict(
+    text_config=_CLIP_TEXT, vision_config={**_IMAGE, "projection_dim": 12}, projection_dim=12
+)
 _SOUND: Config = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=20,
     conv_dim=(8, 8, 8), conv_kernel=(5, 3, 2), conv_stride=(3, 2, 2), num_conv_pos_embeddings=4,
@@ -360,9 +369,14 @@ _WHISPER: Config = dict(
     {k: v for k, v in _BART.items() if k != "max_position_embeddings"}, num_mel_bins=8, max_source_positions=10,
     max_target_positions=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
 )  # fmt: skip
+_EXPERTS: Config = dict(num_local_experts=3, num_experts_per_tok=2, experts_implementation="batched_mm")
 _GPT2: Config = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=16)
-_DISTIL: Config = dict(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=64, max_position_embeddings=16)
-_SWIN: Config = dict(image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4)
+_DISTIL: Config = dict(
+    dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=64, max_position_embeddings=16
+)
+_SWIN: Config = dict(
+    image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
+)
 _CONVNEXT: Config = dict(image_size=32, hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 2, 1])
 
 TRANSFORMERS: dict[str, Config] = {
@@ -372,7 +386,7 @@ TRANSFORMERS: dict[str, Config] = {
     "LlamaForQuestionAnswering": _GROUPED,
     "MistralForCausalLM": {**_GROUPED, "head_dim": 8},
     "MistralForSequenceClassification": {**_GROUPED, "head_dim": 8, "pad_token_id": 0},
-    "MixtralForCausalLM": {**_GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "batched_mm"},
+    "MixtralForCausalLM": {**_GROUPED, **_EXPERTS},
     "Qwen2ForCausalLM": _GROUPED,
     "Qwen2ForSequenceClassification": {**_GROUPED, "pad_token_id": 0},
     "Qwen3ForCausalLM": {**_GROUPED, "head_dim": 8},
@@ -406,7 +420,8 @@ TRANSFORMERS: dict[str, Config] = {
     "DistilBertForSequenceClassification": _DISTIL,
     "DebertaV2ForMaskedLM": {
         **_TEXT, "relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 4,
-        "max_relative_positions": 8, "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False,
+        "max_relative_positions": 8, "share_att_key": True, "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
     },
     "DebertaV2ForSequenceClassification": {**_TEXT, "relative_attention": True, "pos_att_type": "p2c|c2p"},
     "ElectraForMaskedLM": {**_TEXT, "embedding_size": 20},
@@ -439,12 +454,31 @@ TRANSFORMERS: dict[str, Config] = {
 }  # fmt: skip
 
 PUBLISHED = frozenset(
-    "MiniMaxMusic3RVQDepthDecoder T5FilmDecoder PriorTransformer JoyImageEditTransformer3DModel"
-    " JoyImageEditPlusTransformer3DModel SD3Transformer2DModel RFD4ProteinaTransformer"
-    " GPT2ForSequenceClassification BertForSequenceClassification RobertaForSequenceClassification"
-    " DistilBertForMaskedLM DistilBertForSequenceClassification ElectraForMaskedLM OPTForCausalLM"
-    " Dinov2ForImageClassification SwinForImageClassification ConvNextForImageClassification CLIPModel SiglipModel"
-    " Wav2Vec2ForCTC HubertForSequenceClassification BartForConditionalGeneration DebertaV2ForMaskedLM".split()
+    [
+        "MiniMaxMusic3RVQDepthDecoder",
+        "T5FilmDecoder",
+        "PriorTransformer",
+        "JoyImageEditTransformer3DModel",
+        "JoyImageEditPlusTransformer3DModel",
+        "SD3Transformer2DModel",
+        "RFD4ProteinaTransformer",
+        "GPT2ForSequenceClassification",
+        "BertForSequenceClassification",
+        "RobertaForSequenceClassification",
+        "DistilBertForMaskedLM",
+        "DistilBertForSequenceClassification",
+        "ElectraForMaskedLM",
+        "OPTForCausalLM",
+        "Dinov2ForImageClassification",
+        "SwinForImageClassification",
+        "ConvNextForImageClassification",
+        "CLIPModel",
+        "SiglipModel",
+        "Wav2Vec2ForCTC",
+        "HubertForSequenceClassification",
+        "BartForConditionalGeneration",
+        "DebertaV2ForMaskedLM",
+    ]
 )
 """Classes whose defaults are traced in about a quarter of a minute."""
 

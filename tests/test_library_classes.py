@@ -25,8 +25,8 @@ QUICK = {
         "WanTransformer3DModel", "MiniMaxH3Transformer3DModel", "VQModel",
     ],
     "transformers": [
-        "LlamaForSequenceClassification", "BartForSequenceClassification", "CLIPModel", "HubertForSequenceClassification",
-        "MixtralForCausalLM",
+        "LlamaForSequenceClassification", "BartForSequenceClassification", "CLIPModel",
+        "HubertForSequenceClassification", "MixtralForCausalLM",
     ],
 }  # fmt: skip
 
@@ -62,21 +62,25 @@ def test_unknown_classes_and_arguments_are_told() -> None:
     import transformers
     from diffusers import ModelMixin
 
-    with pytest.raises(CheckpointError, match=r"^Linear is a class of neither diffusers nor transformers, .* your own\.$"):
+    with pytest.raises(CheckpointError, match=r"^Linear is a class of neither diffusers nor .* your own\.$"):
         example(nn.Linear(2, 2))
 
     class Own(ModelMixin):
         def forward(self, curvature: Tensor) -> Tensor:
             return curvature
 
-    with pytest.raises(CheckpointError, match=r"^Own needs 'curvature', and nothing is known .* example inputs\.$"):
+    with pytest.raises(
+        CheckpointError, match=r"^Own needs 'curvature', and nothing is known .* example inputs\.$"
+    ):
         example(Own())
 
     class Other(ModelMixin):
         def forward(self, sample: Tensor, encoder_hidden_states: Tensor) -> Tensor:
             return sample
 
-    with pytest.raises(CheckpointError, match=r"^Other needs 'encoder_hidden_states', but .* no number as 'joint_"):
+    with pytest.raises(
+        CheckpointError, match=r"^Other needs 'encoder_hidden_states', but .* no number as 'joint_"
+    ):
         example(Other())
 
     class Nose(transformers.PreTrainedModel):
@@ -85,7 +89,9 @@ def test_unknown_classes_and_arguments_are_told() -> None:
         def forward(self, smells: Tensor | None = None) -> Tensor | None:
             return smells
 
-    with pytest.raises(CheckpointError, match=r"^Nose needs 'smells', but its configuration has a main input 'smells', of"):
+    with pytest.raises(
+        CheckpointError, match=r"^Nose needs 'smells', .* has a main input 'smells', of which"
+    ):
         example(Nose(transformers.PretrainedConfig()))
 
 
@@ -97,7 +103,9 @@ def test_every_transformer_class_of_diffusers_is_in_the_table_or_has_a_reason() 
     classes = {n for n in dir(package) if inspect.isclass(getattr(package, n))}
     classes |= {"MiniMaxMusic3RVQDepthDecoder"} & set(zoo_library.DIFFUSERS)
     missing = classes - set(ZOO["diffusers"]) - set(zoo_library.NOT_POSSIBLE)
-    assert {n for n in missing if issubclass(getattr(package, n), __import__("diffusers").ModelMixin)} == set()
+    assert {
+        n for n in missing if issubclass(getattr(package, n), __import__("diffusers").ModelMixin)
+    } == set()
 
 
 def test_the_table_takes_new_rows_and_keeps_the_old() -> None:
@@ -145,7 +153,7 @@ READ: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "write": lambda y, m: y.masked_fill(~m[..., None], 0.0)[:, : m[0].sum()],
     "put": lambda y, m: torch.zeros(2, 4, 5).to(y).index_put((m.nonzero()[:, 0], m.nonzero()[:, 1]), y[m]),
     "positions": positions,
-    "one hot": lambda y, m: nn.functional.one_hot(m.long().sum(1)).to(y) @ y.new_ones(4, 1, 1).expand(4, 1, 5).flatten(1) + y.sum(1),
+    "one hot": lambda y, m: y[:, nn.functional.one_hot(m.long().sum(1))[0]],
 }  # fmt: skip
 
 
@@ -181,6 +189,11 @@ def test_what_depends_on_floats_is_not_answered() -> None:
     for use in (poisoned, through_a_view, compared, drawn):
         with pytest.raises(TraceError, match="depends on values of tensors|can't be exported"):
             rebasin.trace(Reads(use), torch.randn(2, 4, 3), mask)
+    model = Reads(lambda y, mask: y * model.held[0].sum().item())
+    for held in (model.a.weight.data, model.a.weight.data.t()):
+        model.held = held
+        with pytest.raises(TraceError, match="depends on values of tensors|can't be exported"):
+            rebasin.trace(model, torch.randn(2, 4, 3), mask)
 
 
 def test_weights_that_the_example_does_not_reach_stay() -> None:
@@ -239,7 +252,9 @@ MOVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def test_neurons_move_with_what_is_written_by_index(name: str) -> None:
     model, x = Around(MOVES[name]), torch.randn(2, 4, 3)
     spec = rebasin.trace(model, x)
-    assert spec.neurons >= 5 and any(s.parameter == "b.weight" for g in spec for c in g.cells for s in c.sites)
+    assert spec.neurons >= 5 and any(
+        s.parameter == "b.weight" for g in spec for c in g.cells for s in c.sites
+    )
     rebasin.verify(model, spec, x, dtype=torch.float64).require()
 
 
@@ -254,7 +269,9 @@ def test_neurons_that_are_written_to_by_their_place_stay() -> None:
         model = Around(use)
         spec = rebasin.trace(model, x)
         rebasin.verify(model, spec, x, dtype=torch.float64).require()
-        assert not any(c.size == 5 for g in spec for c in g.cells if any(s.parameter == "b.weight" for s in c.sites))
+        assert not any(
+            c.size == 5 for g in spec for c in g.cells if any(s.parameter == "b.weight" for s in c.sites)
+        )
 
 
 def test_experts_share_their_axes() -> None:
@@ -272,7 +289,10 @@ def test_experts_share_their_axes() -> None:
 
 def test_views_of_what_is_empty_end() -> None:
     """A view of a tensor without elements that has neurons went on for ever."""
-    model, x = Around(lambda y, z: torch.cat([y, z[:, :0].reshape(0, 2, 5).reshape(2, 0, 5)], 1)), torch.randn(2, 4, 3)
+    model, x = (
+        Around(lambda y, z: torch.cat([y, z[:, :0].reshape(0, 2, 5).reshape(2, 0, 5)], 1)),
+        torch.randn(2, 4, 3),
+    )
     spec = rebasin.trace(model, x)
     assert rebasin.verify(model, spec, x, dtype=torch.float64).passed and spec.neurons >= 5
 

@@ -159,7 +159,9 @@ class Exported:
     writes: tuple[
         str | None, ...
     ]  # what the results before the outputs are written to: a tensor of the state, if any
-    fixed: bool = False  # the model asked for values of whole numbers: the graph is that of those in the example
+    fixed: bool = (
+        False  # the model asked for values of whole numbers: the graph is that of those in the example
+    )
 
 
 def export(

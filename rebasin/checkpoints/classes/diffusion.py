@@ -14,11 +14,24 @@ ROWS, COLUMNS = 2, 3
 """Of the grid of an image that is given as a row of tokens."""
 TOKENS = ROWS * COLUMNS
 
-_TEXT_WIDTHS = (
-    "joint_attention_dim text_embed_dim caption_channels text_dim cap_feat_dim context_in_dim text_in_dim"
-    " cross_attention_input_dim in_text_dim llm_features_dim condition_dim cond_token_dim dit_text_dim"
-    " crossattn_proj_in_channels cross_attention_dim encoder_hid_dim"
-).split()
+_TEXT_WIDTHS = [
+    "joint_attention_dim",
+    "text_embed_dim",
+    "caption_channels",
+    "text_dim",
+    "cap_feat_dim",
+    "context_in_dim",
+    "text_in_dim",
+    "cross_attention_input_dim",
+    "in_text_dim",
+    "llm_features_dim",
+    "condition_dim",
+    "cond_token_dim",
+    "dit_text_dim",
+    "crossattn_proj_in_channels",
+    "cross_attention_dim",
+    "encoder_hid_dim",
+]
 
 
 def _image(facts: Facts, channels: int) -> Tensor:
@@ -59,7 +72,9 @@ def _added(facts: Facts) -> dict[str, Tensor] | None:
     if facts.get("addition_embed_type") != "text_time":
         return None
     sizes = 6
-    pooled = facts.number("projection_class_embeddings_input_dim") - sizes * facts.number("addition_time_embed_dim")
+    pooled = facts.number("projection_class_embeddings_input_dim") - sizes * facts.number(
+        "addition_time_embed_dim"
+    )
     return {"text_embeds": floats(1, pooled), "time_ids": torch.full((1, sizes), 8.0)}
 
 
@@ -88,7 +103,11 @@ def _axes(facts: Facts) -> int:
 
 def _image_ids(facts: Facts) -> Tensor:
     places = grid(ROWS, COLUMNS).to(torch.get_default_dtype())
-    columns = [torch.zeros(TOKENS, 1), places, *([torch.zeros(TOKENS, _axes(facts) - 3)] if _axes(facts) > 3 else [])]
+    columns = [
+        torch.zeros(TOKENS, 1),
+        places,
+        *([torch.zeros(TOKENS, _axes(facts) - 3)] if _axes(facts) > 3 else []),
+    ]
     return torch.cat([c.to(places.device) for c in columns], 1)
 
 
@@ -132,7 +151,7 @@ _GENERAL: dict[str, Rule] = {
 """By the name of an argument: what most classes mean by it. None leaves it out."""
 
 _NOT_NEEDED = frozenset(
-    "encoder_attention_mask encoder_hidden_states_mask encoder_hidden_states_image class_labels".split()
+    ["encoder_attention_mask", "encoder_hidden_states_mask", "encoder_hidden_states_image", "class_labels"]
 )
 """Arguments that are left out wherever a class has a default for them."""
 
@@ -248,7 +267,7 @@ def _wide(facts: Facts, *keys: str, length: int = TOKENS) -> Tensor:
     return floats(1, facts.number(*keys), length)
 
 
-_ATOM_CONDITIONS = "hbond pistack pication saltbridge hydrophobic metal-coord".split()
+_ATOM_CONDITIONS = ["hbond", "pistack", "pication", "saltbridge", "hydrophobic", "metal-coord"]
 
 _OWN: dict[str, dict[str, Rule]] = {
     "AceStepTransformer1DModel": {
@@ -311,9 +330,11 @@ _OWN: dict[str, dict[str, Rule]] = {
         "vision_noisy_frame_indexes": lambda f: [_upto(0, FRAMES)],
     },
     "CosmosTransformer3DModel": {
-        "encoder_hidden_states": lambda f: _text(f, "crossattn_proj_in_channels", "text_embed_dim")
-        if f.get("use_crossattn_projection")
-        else _text(f, "text_embed_dim"),
+        "encoder_hidden_states": lambda f: (
+            _text(f, "crossattn_proj_in_channels", "text_embed_dim")
+            if f.get("use_crossattn_projection")
+            else _text(f, "text_embed_dim")
+        ),
         "padding_mask": lambda f: (
             torch.zeros(1, 1, _pixels_of(f), _pixels_of(f)) if f.get("concat_padding_mask") else None
         ),
@@ -340,7 +361,9 @@ _OWN: dict[str, dict[str, Rule]] = {
             for name, frames in {"short": 2, "mid": 2, "long": 4}.items()
             for prefix, rule in {
                 "": lambda f, n=frames: _clips(f, n) if f.get("has_multi_term_memory_patch") else None,
-                "indices_": lambda f, n=frames: _upto(0, n)[None] if f.get("has_multi_term_memory_patch") else None,
+                "indices_": lambda f, n=frames: (
+                    _upto(0, n)[None] if f.get("has_multi_term_memory_patch") else None
+                ),
             }.items()
         },
     },
@@ -355,7 +378,9 @@ _OWN: dict[str, dict[str, Rule]] = {
     "HunyuanDiT2DModel": {
         "timestep": lambda f: torch.full((1,), 7.0),
         "encoder_hidden_states": lambda f: _text(f, "cross_attention_dim", words=f.number("text_len")),
-        "encoder_hidden_states_t5": lambda f: _text(f, "cross_attention_dim_t5", words=f.number("text_len_t5")),
+        "encoder_hidden_states_t5": lambda f: _text(
+            f, "cross_attention_dim_t5", words=f.number("text_len_t5")
+        ),
         "text_embedding_mask": lambda f: ones(1, f.number("text_len")),
         "text_embedding_mask_t5": lambda f: ones(1, f.number("text_len_t5")),
         "image_meta_size": lambda f: torch.full((1, 6), 8.0),
@@ -368,7 +393,9 @@ _OWN: dict[str, dict[str, Rule]] = {
             if len(f.get("patch_size")) == 2
             else _video(f, f.number("in_channels"))
         ),
-        "encoder_hidden_states_2": lambda f: _text(f, "text_embed_2_dim") if f.get("text_embed_2_dim") else None,
+        "encoder_hidden_states_2": lambda f: (
+            _text(f, "text_embed_2_dim") if f.get("text_embed_2_dim") else None
+        ),
         "encoder_attention_mask_2": lambda f: ones(1, WORDS) if f.get("text_embed_2_dim") else None,
         "timestep": lambda f: torch.full((1,), 7.0),
         "timestep_r": lambda f: torch.full((1,), 3.0) if f.get("use_meanflow") else None,
@@ -573,7 +600,9 @@ _OWN: dict[str, dict[str, Rule]] = {
         "encoder_hidden_states_image": lambda f: floats(1, 257, 1280) if f.get("use_img_emb") else None,
     },
     "WanTransformer3DModel": {
-        "encoder_hidden_states_image": lambda f: floats(1, 4, f.number("image_dim")) if f.get("image_dim") else None
+        "encoder_hidden_states_image": lambda f: (
+            floats(1, 4, f.number("image_dim")) if f.get("image_dim") else None
+        )
     },
     "WanVACETransformer3DModel": {
         "control_hidden_states": lambda f: _video(f, f.number("vace_in_channels")),
