@@ -3,7 +3,7 @@
     python -m experiments.architectures                        # all; writes docs/architectures.md and .json
     python -m experiments.architectures --family blocks        # one family, printed only
     python -m experiments.architectures --family torchvision --only resnet50 --only vit_b_16
-    python -m experiments.architectures --family diffusers --only VQModel --update   # this row anew, the others as they are
+    python -m experiments.architectures --family diffusers --only VQModel --update   # this row anew
 
 Soundness is computed on small random-weight models (a random member of the group, fp32 and fp64, norms and biases
 randomised first). Coverage is by shape at the published size. torchvision's wheel wants CUDA; the operators that a CPU
@@ -86,7 +86,7 @@ def markdown(rows: list[Row]) -> str:
         "single neurons (scales), see [continuous.md](continuous.md). Not permuted: vocabularies, inputs, outputs, and",
         "models whose output *is* their residual stream (encoders without a head: trace them with what reads them).",
         "Rows with the name of a class are measured with the defaults of its library where these are traced in about",
-        "a quarter of a minute, else with the small configuration: the parameters say which. Each row is of its last run.",
+        "a quarter of a minute, else with the small configuration: the parameters say which. A row is of its last run.",
         "",
     ]
     for family in ZOO:

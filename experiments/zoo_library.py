@@ -1,7 +1,7 @@
 """Every transformer class of diffusers and the usual classes of transformers, by class name, as small configurations.
 
-The inputs are made by `rebasin.checkpoints.classes.example`. Those in `PUBLISHED` are measured with the defaults of their
-library, which is a published size for most; the others have no defaults that can be built, or take too long to trace:
+The inputs are made by `rebasin.checkpoints.classes.example`. Those in `PUBLISHED` are measured with the defaults of
+their library, a published size for most; the others have no defaults that can be built, or take too long to trace:
 for these the table's parameters are those of the small configuration.
 """
 
@@ -369,6 +369,7 @@ _WHISPER: Config = dict(
     {k: v for k, v in _BART.items() if k != "max_position_embeddings"}, num_mel_bins=8, max_source_positions=10,
     max_target_positions=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
 )  # fmt: skip
+_EXPERTS: Config = dict(num_local_experts=3, num_experts_per_tok=2, experts_implementation="batched_mm")
 _GPT2: Config = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=16)
 _DISTIL: Config = dict(
     dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=64, max_position_embeddings=16
@@ -385,7 +386,7 @@ TRANSFORMERS: dict[str, Config] = {
     "LlamaForQuestionAnswering": _GROUPED,
     "MistralForCausalLM": {**_GROUPED, "head_dim": 8},
     "MistralForSequenceClassification": {**_GROUPED, "head_dim": 8, "pad_token_id": 0},
-    "MixtralForCausalLM": {**_GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "batched_mm"},
+    "MixtralForCausalLM": {**_GROUPED, **_EXPERTS},
     "Qwen2ForCausalLM": _GROUPED,
     "Qwen2ForSequenceClassification": {**_GROUPED, "pad_token_id": 0},
     "Qwen3ForCausalLM": {**_GROUPED, "head_dim": 8},
@@ -419,7 +420,8 @@ TRANSFORMERS: dict[str, Config] = {
     "DistilBertForSequenceClassification": _DISTIL,
     "DebertaV2ForMaskedLM": {
         **_TEXT, "relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 4,
-        "max_relative_positions": 8, "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False,
+        "max_relative_positions": 8, "share_att_key": True, "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
     },
     "DebertaV2ForSequenceClassification": {**_TEXT, "relative_attention": True, "pos_att_type": "p2c|c2p"},
     "ElectraForMaskedLM": {**_TEXT, "embedding_size": 20},
@@ -452,12 +454,31 @@ TRANSFORMERS: dict[str, Config] = {
 }  # fmt: skip
 
 PUBLISHED = frozenset(
-    "MiniMaxMusic3RVQDepthDecoder T5FilmDecoder PriorTransformer JoyImageEditTransformer3DModel"
-    " JoyImageEditPlusTransformer3DModel SD3Transformer2DModel RFD4ProteinaTransformer"
-    " GPT2ForSequenceClassification BertForSequenceClassification RobertaForSequenceClassification"
-    " DistilBertForMaskedLM DistilBertForSequenceClassification ElectraForMaskedLM OPTForCausalLM"
-    " Dinov2ForImageClassification SwinForImageClassification ConvNextForImageClassification CLIPModel SiglipModel"
-    " Wav2Vec2ForCTC HubertForSequenceClassification BartForConditionalGeneration DebertaV2ForMaskedLM".split()
+    [
+        "MiniMaxMusic3RVQDepthDecoder",
+        "T5FilmDecoder",
+        "PriorTransformer",
+        "JoyImageEditTransformer3DModel",
+        "JoyImageEditPlusTransformer3DModel",
+        "SD3Transformer2DModel",
+        "RFD4ProteinaTransformer",
+        "GPT2ForSequenceClassification",
+        "BertForSequenceClassification",
+        "RobertaForSequenceClassification",
+        "DistilBertForMaskedLM",
+        "DistilBertForSequenceClassification",
+        "ElectraForMaskedLM",
+        "OPTForCausalLM",
+        "Dinov2ForImageClassification",
+        "SwinForImageClassification",
+        "ConvNextForImageClassification",
+        "CLIPModel",
+        "SiglipModel",
+        "Wav2Vec2ForCTC",
+        "HubertForSequenceClassification",
+        "BartForConditionalGeneration",
+        "DebertaV2ForMaskedLM",
+    ]
 )
 """Classes whose defaults are traced in about a quarter of a minute."""
 

@@ -25,8 +25,8 @@ QUICK = {
         "WanTransformer3DModel", "MiniMaxH3Transformer3DModel", "VQModel",
     ],
     "transformers": [
-        "LlamaForSequenceClassification", "BartForSequenceClassification", "CLIPModel", "HubertForSequenceClassification",
-        "MixtralForCausalLM",
+        "LlamaForSequenceClassification", "BartForSequenceClassification", "CLIPModel",
+        "HubertForSequenceClassification", "MixtralForCausalLM",
     ],
 }  # fmt: skip
 
@@ -62,9 +62,7 @@ def test_unknown_classes_and_arguments_are_told() -> None:
     import transformers
     from diffusers import ModelMixin
 
-    with pytest.raises(
-        CheckpointError, match=r"^Linear is a class of neither diffusers nor transformers, .* your own\.$"
-    ):
+    with pytest.raises(CheckpointError, match=r"^Linear is a class of neither diffusers nor .* your own\.$"):
         example(nn.Linear(2, 2))
 
     class Own(ModelMixin):
@@ -92,7 +90,7 @@ def test_unknown_classes_and_arguments_are_told() -> None:
             return smells
 
     with pytest.raises(
-        CheckpointError, match=r"^Nose needs 'smells', but its configuration has a main input 'smells', of"
+        CheckpointError, match=r"^Nose needs 'smells', .* has a main input 'smells', of which"
     ):
         example(Nose(transformers.PretrainedConfig()))
 
@@ -155,7 +153,7 @@ READ: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "write": lambda y, m: y.masked_fill(~m[..., None], 0.0)[:, : m[0].sum()],
     "put": lambda y, m: torch.zeros(2, 4, 5).to(y).index_put((m.nonzero()[:, 0], m.nonzero()[:, 1]), y[m]),
     "positions": positions,
-    "one hot": lambda y, m: nn.functional.one_hot(m.long().sum(1)).to(y) @ y.new_ones(4, 1, 1).expand(4, 1, 5).flatten(1) + y.sum(1),
+    "one hot": lambda y, m: y[:, nn.functional.one_hot(m.long().sum(1))[0]],
 }  # fmt: skip
 
 
@@ -191,6 +189,11 @@ def test_what_depends_on_floats_is_not_answered() -> None:
     for use in (poisoned, through_a_view, compared, drawn):
         with pytest.raises(TraceError, match="depends on values of tensors|can't be exported"):
             rebasin.trace(Reads(use), torch.randn(2, 4, 3), mask)
+    model = Reads(lambda y, mask: y * model.held[0].sum().item())
+    for held in (model.a.weight.data, model.a.weight.data.t()):
+        model.held = held
+        with pytest.raises(TraceError, match="depends on values of tensors|can't be exported"):
+            rebasin.trace(model, torch.randn(2, 4, 3), mask)
 
 
 def test_weights_that_the_example_does_not_reach_stay() -> None:
@@ -282,3 +285,41 @@ def test_experts_share_their_axes() -> None:
     spec = rebasin.trace(model, **inputs)
     rebasin.verify(model, spec, **inputs).require()
     assert spec.coverage().one > 0.95 and not any("no rule" in p.reason for p in spec.pins)
+
+
+def test_views_of_what_is_empty_end() -> None:
+    """A view of a tensor without elements that has neurons went on for ever."""
+    model, x = (
+        Around(lambda y, z: torch.cat([y, z[:, :0].reshape(0, 2, 5).reshape(2, 0, 5)], 1)),
+        torch.randn(2, 4, 3),
+    )
+    spec = rebasin.trace(model, x)
+    assert rebasin.verify(model, spec, x, dtype=torch.float64).passed and spec.neurons >= 5
+
+
+def test_what_has_no_elements_is_tied_as_if_it_had() -> None:
+    """A picture without places is the only one whose zeros this class may ask for; the spec holds for others, too."""
+    model, _, kwargs = ZOO["diffusers"]["HunyuanVideo15Transformer3DModel"](False)
+    spec = rebasin.trace(model, **kwargs)
+    picture = torch.randn(1, 3, kwargs["image_embeds"].shape[-1])
+    rebasin.verify(model, spec, dtype=torch.float64, **{**kwargs, "image_embeds": picture}).require()
+    assert {"image_embedder.linear_1.weight"} <= {s.parameter for g in spec for c in g.cells for s in c.sites}
+
+
+def test_flex_attention_is_proved_in_double_precision() -> None:
+    """With casts to float32 that the model writes out: computed in float64, they are no reason to fail."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    class Flex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.tanh(self.b(self.a(x))).float().view(1, 1, 16, 16)
+            return flex_attention(y, y, y).sum(-1)  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+
+    model, x = Flex(), torch.randn(1, 16, 16)
+    spec = rebasin.trace(model, x)
+    report = rebasin.verify(model, spec, x, dtype=torch.float64)
+    assert report.passed and report.max_relative_error < 1e-12 and spec.neurons == 16

@@ -25,8 +25,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> PermutationSpec:
     """The permutation symmetries of `model`, derived from what it computes on these example inputs.
 
     Weights and inputs may be on the meta device: only shapes are used. The model is traced in evaluation mode and
-    left as it was. What it asks of whole numbers and masks among the inputs (lengths, positions) is answered by those of
-    the example. A permutation of the spec leaves every floating point output unchanged; what the engine can't
+    left as it was. What it asks of whole numbers and masks among the inputs (lengths, positions) is answered by those
+    of the example. A permutation of the spec leaves every floating point output unchanged; what the engine can't
     express stays in place and is listed in `spec.pins`. Use `verify` to prove the result numerically, and `compose`
     to trace several modules together. Specs of models from installed packages are cached on disk by a hash of the
     architecture (`REBASIN_CACHE` sets the folder, `REBASIN_CACHE=off` turns it off).

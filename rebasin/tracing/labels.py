@@ -347,8 +347,13 @@ def reshape(constraints: Constraints, label: Label, old: Sequence[int], new: Seq
 
     Where a labelled and a plain dimension merge (convolution, flatten, linear), a neuron occurs several times along
     the new dimension: its occurrences become copies that keep their place (role). Where two factors merge, their
-    pairs become elements that belong to both.
+    pairs become elements that belong to both. A tensor without elements is treated as if it had some.
     """
+    if 0 in old:
+        old, new = [n or 1 for n in old], [n or 1 for n in new]
+        if math.prod(old) != math.prod(new):
+            fix(constraints, label, range(len(old)), "is laid out anew without elements")
+            return Label((1,) * len(new))
     segments = _segments(old, new)
     factors = list(label.factors)
     for ins, outs in segments:  # two factors that the same segment mixes must be one before

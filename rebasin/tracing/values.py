@@ -1,10 +1,10 @@
 """What whole numbers and masks are in the example: a model may ask for their values while it is exported.
 
-`torch.export` runs a model on tensors without numbers, so `mask.sum().item()`, `x[mask]` and `range(lengths[0])` have no
-answer there. Here each tensor that is made of nothing but whole numbers and masks among the inputs, and of numbers that
-the code itself writes down, has a shadow that holds its numbers, computed next to it by the same calls. What a model
-asks of such tensors is answered from the shadow. Nothing of floating point inputs, parameters and buffers has one: what
-depends on them is refused, as before.
+`torch.export` runs a model on tensors without numbers, so `mask.sum().item()`, `x[mask]` and `range(lengths[0])` have
+no answer there. Here each tensor that is made of nothing but whole numbers and masks among the inputs, and of numbers
+that the code itself writes down, has a shadow that holds its numbers, computed next to it by the same calls. What a
+model asks of such tensors is answered from the shadow. Nothing of floating point inputs, parameters and buffers has
+one, but for tensors without elements: what depends on them is refused.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 _LARGEST = 1 << 20
 """Elements of the largest tensor that has a shadow."""
-_ASKED = frozenset(
-    "item tolist __bool__ __int__ __float__ __index__ __contains__ is_nonzero equal allclose".split()
-)
+_ASKED = frozenset({
+    "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__contains__", "is_nonzero", "equal",
+    "allclose",
+})  # fmt: skip
 """Calls that give Python's numbers."""
-_SHAPED = frozenset(
-    "nonzero argwhere masked_select unique unique_consecutive bincount repeat_interleave one_hot unique_dim".split()
-)
+_SHAPED = frozenset({
+    "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "repeat_interleave",
+    "one_hot",
+})  # fmt: skip
 """Calls whose results have a shape that depends on values."""
-_COUNTED = frozenset(
-    "arange zeros ones full linspace empty eye new_zeros new_ones new_full new_empty view reshape expand repeat"
-    " split unflatten narrow tensor_split chunk pad tril_indices triu_indices".split()
-)
+_COUNTED = frozenset({
+    "arange", "zeros", "ones", "full", "linspace", "empty", "eye", "new_zeros", "new_ones", "new_full", "new_empty",
+    "view", "reshape", "expand", "repeat", "split", "unflatten", "narrow", "tensor_split", "chunk", "pad",
+    "tril_indices", "triu_indices",
+})  # fmt: skip
 """Calls that need Python's numbers, and ask a tensor for its own out of sight."""
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "uniform", "exponential", "dropout", "empty")
 
@@ -46,8 +49,13 @@ def whole_numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Key,
     found: dict[Key, Tensor] = {}
     for name, value in [*enumerate(args), *kwargs.items()]:
         for place, leaf in enumerate(tree_leaves(value)):
-            if _is_tensor(leaf) and not leaf.is_meta and not (leaf.is_floating_point() or leaf.is_complex()):
-                found[name, place] = leaf.detach().cpu().clone()
+            if not _is_tensor(leaf):
+                continue
+            whole = not (leaf.is_meta or leaf.is_floating_point() or leaf.is_complex())
+            if whole or not leaf.numel():
+                found[name, place] = (
+                    torch.zeros_like(leaf, device="cpu") if leaf.is_meta else leaf.detach().cpu().clone()
+                )
     return found
 
 
@@ -81,6 +89,8 @@ class Shadows(TorchFunctionMode):
             return slice(*map(self._shadow, _ends(value)))
         if not isinstance(value, Tensor):
             return value
+        if 0 in value.shape:  # nothing to know
+            return _compute(torch.zeros, (tuple(value.shape),), {"dtype": value.dtype})
         if value in self._shadows:
             shadow, apart = self._shadows[value]
             if value._version - shadow._version == apart:
@@ -108,9 +118,9 @@ class Shadows(TorchFunctionMode):
             known = self._known(args, kwargs)
             if known is not None:
                 return self._constants(_compute(func, *known), args)
-        if name == "repeat_interleave" and not {"output_size", "repeats"} & kwargs.keys() and len(args) > 1:
-            known = self._known(args[1]) if isinstance(args[1], Tensor) else None
-            if known is not None and known[0].ndim:
+        if name == "repeat_interleave" and not {"output_size", "repeats"} & kwargs.keys():
+            known = self._known(*args[1:2])
+            if known and isinstance(known[0], Tensor) and known[0].ndim:
                 kwargs["output_size"] = int(_compute(torch.sum, known, {}))
         if name in _COUNTED:
             args, kwargs = tree_map(self._number, (args, kwargs))
@@ -125,12 +135,12 @@ class Shadows(TorchFunctionMode):
             return self._constants(_compute(func, *known), args)  # it looks at values within
         self._note(name, args, kwargs)
         leaves = tree_leaves(result)
-        if known is not None and (name == "__setitem__" or any(_is_tensor(leaf) for leaf in leaves)):
-            if all(leaf.numel() <= _LARGEST for leaf in leaves if _is_tensor(leaf)):
-                with contextlib.suppress(Exception):
-                    for leaf, shadow in zip(leaves, tree_leaves(_compute(func, *known)), strict=True):
-                        if _is_tensor(leaf) and not _is_written_down(leaf):
-                            self._remember(leaf, shadow)
+        made = [leaf for leaf in leaves if _is_tensor(leaf)]
+        if known is not None and (made or name == "__setitem__") and all(t.numel() <= _LARGEST for t in made):
+            with contextlib.suppress(Exception):  # then it has none
+                for leaf, shadow in zip(leaves, tree_leaves(_compute(func, *known)), strict=True):
+                    if _is_tensor(leaf) and not _is_written_down(leaf):
+                        self._remember(leaf, shadow)
         return result
 
     def _note(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -180,9 +190,12 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _is_written_down(value: Tensor) -> bool:
-    """Whether a tensor has its own numbers while the model is exported: one that is no parameter, buffer or input."""
+    """Whether a tensor holds whole numbers while the model is exported: one that is no parameter, buffer or input.
+
+    Those of floats may be views of weights.
+    """
     plain = type(value) is Tensor and not value.is_meta and value.numel() <= _LARGEST
-    return plain and not isinstance(value, FakeTensor)
+    return plain and not (value.is_floating_point() or value.is_complex())
 
 
 def _ends(part: slice) -> Iterator[Any]:

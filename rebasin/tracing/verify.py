@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -385,6 +386,9 @@ def _randomise(model: nn.Module, seed: int, noise: str) -> None:
             buffer.add_(normal(buffer), alpha=0.3)
 
 
+_SWITCH = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+
+
 class _DoublePrecision(TorchDispatchMode):
     """Models that compute a norm or an angle in float32 on purpose do it in float64 here, or 1e-9 means nothing."""
 
@@ -394,11 +398,18 @@ class _DoublePrecision(TorchDispatchMode):
     def __enter__(self) -> Any:
         self.default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)  # what integers become
+        # flex_attention compiles itself, which no mode stands: it has a switch.
+        self.flex: Any = sys.modules.get("torch.nn.attention.flex_attention")
+        self.uncompiled = getattr(self.flex, _SWITCH, None)
+        if self.uncompiled is not None:
+            setattr(self.flex, _SWITCH, True)
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
         torch.set_default_dtype(self.default)
+        if self.uncompiled is not None:
+            setattr(self.flex, _SWITCH, self.uncompiled)
         if self.compiled:
             torch._dynamo.reset()  # what was compiled under a mode fails without it
 

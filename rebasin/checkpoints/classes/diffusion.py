@@ -14,11 +14,24 @@ ROWS, COLUMNS = 2, 3
 """Of the grid of an image that is given as a row of tokens."""
 TOKENS = ROWS * COLUMNS
 
-_TEXT_WIDTHS = (
-    "joint_attention_dim text_embed_dim caption_channels text_dim cap_feat_dim context_in_dim text_in_dim"
-    " cross_attention_input_dim in_text_dim llm_features_dim condition_dim cond_token_dim dit_text_dim"
-    " crossattn_proj_in_channels cross_attention_dim encoder_hid_dim"
-).split()
+_TEXT_WIDTHS = [
+    "joint_attention_dim",
+    "text_embed_dim",
+    "caption_channels",
+    "text_dim",
+    "cap_feat_dim",
+    "context_in_dim",
+    "text_in_dim",
+    "cross_attention_input_dim",
+    "in_text_dim",
+    "llm_features_dim",
+    "condition_dim",
+    "cond_token_dim",
+    "dit_text_dim",
+    "crossattn_proj_in_channels",
+    "cross_attention_dim",
+    "encoder_hid_dim",
+]
 
 
 def _image(facts: Facts, channels: int) -> Tensor:
@@ -138,7 +151,7 @@ _GENERAL: dict[str, Rule] = {
 """By the name of an argument: what most classes mean by it. None leaves it out."""
 
 _NOT_NEEDED = frozenset(
-    "encoder_attention_mask encoder_hidden_states_mask encoder_hidden_states_image class_labels".split()
+    ["encoder_attention_mask", "encoder_hidden_states_mask", "encoder_hidden_states_image", "class_labels"]
 )
 """Arguments that are left out wherever a class has a default for them."""
 
@@ -254,7 +267,7 @@ def _wide(facts: Facts, *keys: str, length: int = TOKENS) -> Tensor:
     return floats(1, facts.number(*keys), length)
 
 
-_ATOM_CONDITIONS = "hbond pistack pication saltbridge hydrophobic metal-coord".split()
+_ATOM_CONDITIONS = ["hbond", "pistack", "pication", "saltbridge", "hydrophobic", "metal-coord"]
 
 _OWN: dict[str, dict[str, Rule]] = {
     "AceStepTransformer1DModel": {
@@ -391,7 +404,8 @@ _OWN: dict[str, dict[str, Rule]] = {
         "timestep": lambda f: torch.full((1,), 7.0),
         "encoder_hidden_states_2": lambda f: _text(f, "text_embed_2_dim"),
         "encoder_attention_mask_2": lambda f: ones(1, WORDS),
-        "image_embeds": lambda f: _text(f, "image_embed_dim"),
+        # The class asks whether the picture is all zeros, which it may be told only of one without places.
+        "image_embeds": lambda f: _text(f, "image_embed_dim", words=0),
     },
     "HunyuanVideoFramepackTransformer3DModel": {
         "image_embeds": lambda f: _text(f, "image_proj_dim"),

@@ -20,8 +20,8 @@ def example(model: nn.Module) -> dict[str, Any]:
     """Keyword arguments for one call of `model`, of any class of diffusers or transformers.
 
     They are made from the signature of its forward pass and its configuration: as small as its patches allow, random
-    floats on torch's default device, token ids in its vocabulary. Whole numbers (ids, positions, masks) say what a model
-    does, so under `torch.device("meta")` they stay on the CPU, where `rebasin.trace` can read them.
+    floats on torch's default device, token ids in its vocabulary. Whole numbers (ids, positions, masks) say what a
+    model does, so under `torch.device("meta")` they stay on the CPU, where `rebasin.trace` can read them.
 
     Raises:
         CheckpointError: the class is of neither library, or an argument can't be told from its configuration.

@@ -87,7 +87,7 @@ def floats(*shape: int) -> Tensor:
 
 
 def whole(values: Any, dtype: torch.dtype = torch.long) -> Tensor:
-    """Positions, lengths and masks: their values say what the model does, so on the meta device they stay on the CPU."""
+    """Positions, lengths and masks: their values say what a model does, so for the meta device they are on the CPU."""
     device = torch.get_default_device()
     return torch.tensor(values, dtype=dtype, device="cpu" if device.type == "meta" else device)
 
@@ -98,7 +98,7 @@ def ones(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
 
 
 def ids(count: int, vocabulary: int, least: int = 3) -> Tensor:
-    """Token ids in the vocabulary, all different where there are enough, none of them one of the first (padding, ends)."""
+    """Token ids in the vocabulary, different where it has enough, none of them one of the first (padding, ends)."""
     room = max(vocabulary - least, 1)
     return whole([[least % vocabulary + 7 * k % room for k in range(count)]])
 

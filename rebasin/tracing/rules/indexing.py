@@ -58,7 +58,7 @@ def index(call: Call) -> Result:
 
 @rule("index_put", takes="self values accumulate", index="indices", maps="values")
 def write_at(call: Call) -> Result:
-    """x[i, :, j, ...] = v: `index` turned round. The places are fixed, the other dimensions hold the one or the other."""
+    """x[i, :, j, ...] = v: `index` turned round. The places are fixed, on the others x and v move together."""
     x, values, indices = call.tensor("self"), call.tensor("values"), list(call.args["indices"])
     used = [d for d, i in enumerate(indices) if isinstance(i, Traced)]
     if not used or any(indices[d].dtype in (torch.bool, torch.uint8) for d in used):
