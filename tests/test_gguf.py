@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from rebasin.checkpoints import (
 )
 from rebasin.checkpoints.random_weights import noisy, random_checkpoint
 from rebasin.errors import CheckpointError, ConfigError
-from rebasin.tensors.gguf_files import GGUFTensors
+from rebasin.tensors.gguf_files import GGUFState, GGUFTensors
 
 torch.set_num_threads(1)
 
@@ -160,6 +161,19 @@ def test_a_damaged_file_and_a_missing_package_are_one_sentence(
             CheckpointError, match=r"cut.gguf is no readable GGUF file: it is cut off or damaged"
         ):
             open_checkpoint(tmp_path / "cut.gguf")
+    end = whole.index(b"input_blocks.0.0.bias") + 200
+    generator = random.Random(0)
+    read = 0
+    for _ in range(60):
+        data, place = bytearray(whole), generator.randrange(end)
+        data[place] ^= 1 << generator.randrange(8)
+        (tmp_path / "bad.gguf").write_bytes(data)
+        try:
+            GGUFState(tmp_path / "bad.gguf")
+            read += 1
+        except CheckpointError as error:
+            assert "bad.gguf" in str(error)
+    assert read < 50, "names may change, but no size and no place"
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ConfigError, match=r"a.gguf is a GGUF file, .* pip install 'git-rebasin\[gguf\]'"):
         open_checkpoint(path)

@@ -25,7 +25,8 @@ from torch import Tensor
 from ..errors import CheckpointError, shown
 from ..files import PathLike
 from ..tensors import SafetensorsState, load_safetensors
-from ..tensors.gguf_files import MAGIC, GGUFState
+from ..tensors.gguf_files import GGUFState
+from ..tensors.gguf_header import MAGIC
 from ..tensors.header import DTYPES
 from ..tensors.reader import RawFile
 from ..types import LazyState

@@ -7,6 +7,7 @@ entries `comfy.gguf.orig_shape.NAME` tell it. Quantised tensors are float32 here
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,10 +22,9 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, shown
 from ..files import PathLike, atomic_path
 from ..types import LazyState, Progress, State, dtype_of, is_finite, origin_of, shape_of, tell
+from .gguf_header import Place, read_header
 from .reader import RawFile
 from .writer import convert, require_space, target_dtype
-
-MAGIC = b"GGUF"
 
 PLAIN = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8,
@@ -63,17 +63,12 @@ class GGUFState(LazyState):
         self.path = Path(path)
         self._raw = RawFile(self.path)
         gguf = _package(self.path)
+        sizes = {int(kind): pair for kind, pair in gguf.GGML_QUANT_SIZES.items()}
         try:
-            reader = gguf.GGUFReader(self.path)
-            self.fields = {
-                name: (field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
-                for name, field in reader.fields.items()
-                if field.types and not name.startswith("GGUF.")
-            }
-            entries = {str(tensor.name): self._entry(tensor) for tensor in reader.tensors}
-            if len(entries) != len(reader.tensors):
-                raise ValueError("two tensors have one name")
-        except Exception as error:  # whatever a damaged file does to the package's reader
+            self.fields, places = read_header(self._raw, sizes)
+            kinds = {int(kind): kind.name for kind in gguf.GGMLQuantizationType}
+            entries = {name: self._entry(name, place, kinds[place.kind]) for name, place in places.items()}
+        except (ValueError, KeyError, TypeError, OverflowError, struct.error) as error:
             raise CheckpointError(
                 f"{self.path} is no readable GGUF file: it is cut off or damaged; download it again."
             ) from error
@@ -85,20 +80,17 @@ class GGUFState(LazyState):
                 )
         super().__init__(entries)
         self.metadata: dict[str, str] = {
-            name: value
-            for name, (value, *_) in self.fields.items()
-            if isinstance(value, str) and not name.startswith(OWN)
+            name: field.value
+            for name, field in self.fields.items()
+            if isinstance(field.value, str) and not name.startswith(OWN)
         }
 
-    def _entry(self, tensor: Any) -> Entry:
-        kind = tensor.tensor_type.name
-        stored = tuple(int(n) for n in reversed(tensor.shape))
-        shape, *_ = self.fields.get(f"{ORIGINAL}{tensor.name}", (stored,))
-        shape = tuple(int(n) for n in shape)
-        start, size = int(tensor.data_offset), int(tensor.n_bytes)
-        if prod(shape) != prod(stored) or min(shape, default=0) < 0:
-            raise ValueError(tensor.name)
-        return Entry(PLAIN.get(kind, torch.float32), shape, kind, stored, start, size)
+    def _entry(self, name: str, place: Place, kind: str) -> Entry:
+        field = self.fields.get(f"{ORIGINAL}{name}")
+        shape = place.shape if field is None else tuple(field.value)
+        if any(type(n) is not int or n < 0 for n in shape) or prod(shape) != prod(place.shape):
+            raise ValueError(name)
+        return Entry(PLAIN.get(kind, torch.float32), shape, kind, place.shape, place.start, place.bytes)
 
     def bytes_of(self, name: str) -> Tensor:
         """A tensor as it lies in the file: uint8 [bytes]."""
@@ -201,13 +193,17 @@ class GGUFTensors:
         self.require_writable(target, dtype)
         require_space(target, self.size(state, dtype))
         fields = dict(self.file.fields)
-        arch = str(fields.pop("general.architecture", ("unknown",))[0])
+        known = fields.pop("general.architecture", None)
+        arch = "unknown" if known is None else str(known.value)
         with atomic_path(target) as temporary:
             writer = gguf.GGUFWriter(temporary, arch)
-            for name, (value, kind, part) in fields.items():
+            for name, field in fields.items():
                 stale = dtype is not None and name.startswith((ORIGINAL, "general.file_type"))
                 if not stale and name not in metadata and name != "general.alignment":
-                    writer.add_key_value(name, value, kind, part)
+                    kind, items = (
+                        None if n is None else gguf.GGUFValueType(n) for n in (field.kind, field.items)
+                    )
+                    writer.add_key_value(name, field.value, kind, items)
             for name, text in metadata.items():
                 if name != "format":  # of safetensors
                     writer.add_string(name, text)

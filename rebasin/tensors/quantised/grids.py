@@ -48,9 +48,9 @@ class Pairs(Grid):
 
     def codes(self, numbers: Tensor) -> Tensor:
         size = numbers.abs()
-        bounds = (E2M1[:7] + E2M1[1:8]) / 2
-        low, high = torch.bucketize(size, bounds), torch.bucketize(size, bounds, right=True)
-        one = torch.where(low % 2 == 0, low, high).to(torch.uint8)  # where they differ it is a tie
+        one = torch.zeros(numbers.shape, dtype=torch.uint8)
+        for code, bound in enumerate(((E2M1[:7] + E2M1[1:8]) / 2).tolist()):
+            one += size >= bound if code % 2 else size > bound  # a tie goes to the even code
         one |= torch.signbit(numbers).to(torch.uint8) << 3
         return (one[..., ::2] << 4) | one[..., 1::2]
 

@@ -75,18 +75,23 @@ def quantised(
     sizes = largest(weight, tile)
     scale = fresh(sizes)
 
-    def coded(scale: Tensor) -> tuple[Tensor, Tensor]:
+    def coded(scale: Tensor) -> Tensor:
         by = spread(scale, tile, *weight.shape)
-        codes = grid.codes(weight / torch.where(by == 0, 1.0, by))
-        return codes, grid.numbers(codes) * by
+        return grid.codes(weight / torch.where(by == 0, 1.0, by))
 
-    if old is None:
-        return coded(scale)[0], scale
-    found = known(largest(old[0], tile), old[1], sizes)
-    codes, numbers = coded(torch.where(found.isnan(), scale, found))
-    exact = (largest(numbers - weight, tile) == 0) & ~found.isnan()
-    mixed = torch.where(exact, found, scale)
-    return (codes if bool((exact | found.isnan()).all()) else coded(mixed)[0]), mixed
+    found = sizes.new_full(sizes.shape, torch.nan)
+    if old is not None:
+        found = known(largest(old[0], tile), old[1], sizes)
+    if bool(found.isnan().all()):
+        return coded(scale), scale
+    tried = torch.where(found.isnan(), scale, found)
+    codes = coded(tried)
+    numbers = grid.numbers(codes).mul_(spread(tried, tile, *weight.shape))
+    lost = (largest(numbers.sub_(weight), tile) != 0) & ~found.isnan()
+    if not bool(lost.any()):
+        return codes, tried
+    mixed = torch.where(lost, scale, tried)
+    return coded(mixed), mixed
 
 
 def swizzled(scales: Tensor) -> Tensor:
