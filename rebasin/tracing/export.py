@@ -104,7 +104,7 @@ class _Flat(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         with contextlib.nullcontext() if self._values is None else Shadows(self._values, args, kwargs):
-            output = self.model(*args, **kwargs, **copy.deepcopy(self._held))
+            output = self.model(*args, **kwargs, **self._held)
         outputs = named_outputs(output)
         self._record.names = tuple(outputs)
         return tuple(outputs.values())
@@ -159,9 +159,7 @@ class Exported:
     writes: tuple[
         str | None, ...
     ]  # what the results before the outputs are written to: a tensor of the state, if any
-    fixed: bool = (
-        False  # the model asked for values of whole numbers: the graph is that of those in the example
-    )
+    fixed: bool = False  # for the values of whole numbers in the example, which the model asked for
 
 
 def export(
@@ -183,11 +181,15 @@ def export(
         warnings.simplefilter("ignore")
         try:
             program = None
-            with contextlib.suppress(*_LOOKS) if values else contextlib.nullcontext():
-                program = torch.export.export(_Flat(model, record, held), args, kwargs, strict=False)
+            with contextlib.suppress(Exception) if values else contextlib.nullcontext():
+                program = torch.export.export(
+                    _Flat(model, record, copy.deepcopy(held)), args, kwargs, strict=False
+                )
             if program is None or (values and _has_unknown_sizes(program)):
                 fixed = True
-                program = torch.export.export(_Flat(model, record, held, values), args, kwargs, strict=False)
+                program = torch.export.export(
+                    _Flat(model, record, copy.deepcopy(held), values), args, kwargs, strict=False
+                )
             table = _decompositions(program.graph_module, known)
             if table is not None:
                 program = _decompose(program, table)
@@ -221,9 +223,6 @@ def _without_objects(
 
 def _is_input(leaf: Any) -> bool:
     return isinstance(leaf, (Tensor, *_PLAIN)) or callable(leaf)
-
-
-_LOOKS = (Exception,)
 
 
 def _has_unknown_sizes(program: torch.export.ExportedProgram) -> bool:

@@ -3,8 +3,8 @@
 `torch.export` runs a model on tensors without numbers, so `mask.sum().item()`, `x[mask]` and `range(lengths[0])` have
 no answer there. Here each tensor that is made of nothing but whole numbers and masks among the inputs, and of numbers
 that the code itself writes down, has a shadow that holds its numbers, computed next to it by the same calls. What a
-model asks of such tensors is answered from the shadow. Nothing of floating point inputs, parameters and buffers has
-one, but for tensors without elements: what depends on them is refused.
+model asks of such tensors is answered from the shadow. Nothing of floating point inputs, parameters, buffers and other
+tensors that a model holds has one, but for tensors without elements: what depends on them is refused.
 """
 
 from __future__ import annotations
@@ -67,7 +67,6 @@ class Shadows(TorchFunctionMode):
         # For each tensor its shadow, and by how much their counts of writes differed: if that changes, something that
         # has no shadow was written into the tensor, or into what it is a view of.
         self._shadows: Any = WeakTensorKeyDictionary()
-        self._written: set[int] = set()
         for name, value in [*enumerate(args), *kwargs.items()]:
             for place, leaf in enumerate(tree_leaves(value)):
                 if (name, place) in given:
@@ -95,8 +94,6 @@ class Shadows(TorchFunctionMode):
             shadow, apart = self._shadows[value]
             if value._version - shadow._version == apart:
                 return shadow
-        elif _is_written_down(value) and id(value) not in self._written:
-            return value
         raise LookupError
 
     def _known(self, *values: Any) -> list[Any] | None:
@@ -133,22 +130,14 @@ class Shadows(TorchFunctionMode):
             if known is None:
                 raise
             return self._constants(_compute(func, *known), args)  # it looks at values within
-        self._note(name, args, kwargs)
         leaves = tree_leaves(result)
         made = [leaf for leaf in leaves if _is_tensor(leaf)]
         if known is not None and (made or name == "__setitem__") and all(t.numel() <= _LARGEST for t in made):
             with contextlib.suppress(Exception):  # then it has none
                 for leaf, shadow in zip(leaves, tree_leaves(_compute(func, *known)), strict=True):
-                    if _is_tensor(leaf) and not _is_written_down(leaf):
+                    if isinstance(leaf, FakeTensor):
                         self._remember(leaf, shadow)
         return result
-
-    def _note(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Tensors of the model's own that are written into have other numbers from now on."""
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs:
-            for target in (*args[:1], kwargs.get("out")):
-                if isinstance(target, Tensor) and not isinstance(target, FakeTensor):
-                    self._written.add(id(target))
 
     def _number(self, value: Any) -> Any:
         """A tensor of one whole number as that number, where it has a shadow."""
@@ -187,15 +176,6 @@ class Shadows(TorchFunctionMode):
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
-
-
-def _is_written_down(value: Tensor) -> bool:
-    """Whether a tensor holds whole numbers while the model is exported: one that is no parameter, buffer or input.
-
-    Those of floats may be views of weights.
-    """
-    plain = type(value) is Tensor and not value.is_meta and value.numel() <= _LARGEST
-    return plain and not (value.is_floating_point() or value.is_complex())
 
 
 def _ends(part: slice) -> Iterator[Any]:
