@@ -221,6 +221,30 @@ def test_specs_of_values_are_not_kept(tmp_path: Any, monkeypatch: pytest.MonkeyP
     assert not list(tmp_path.rglob("*.json"))
 
 
+def test_a_table_that_is_made_on_the_first_call_keeps_no_tensors_of_the_export() -> None:
+    class Table:
+        def __init__(self) -> None:
+            self.angles: Tensor | None = None
+
+        def __call__(self, n: int) -> Tensor:
+            if self.angles is None:
+                self.angles = torch.arange(n).float().cos()
+            return self.angles
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.table = nn.Linear(3, 5), nn.Linear(5, 2), Table()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x)) * self.table(2)[:, None])
+
+    model, x = Net(), torch.randn(2, 3)
+    spec = rebasin.trace(model, x)
+    assert model.table.angles is None and model(x).shape == (2, 2)
+    assert rebasin.verify(model, spec, x).passed and spec.neurons == 5
+
+
 # ------------------------------------------------------------------------------------------------ rules
 
 

@@ -177,7 +177,15 @@ def export(
     if any(p.is_meta for p in model.parameters()):
         args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     record, fixed = _Names(), False
-    with warnings.catch_warnings(), _quiet(), _short_stacks(), evaluation_mode(model), torch.no_grad():
+    quiet, unchanged = _quiet(), _objects_as_before(model)
+    with (
+        warnings.catch_warnings(),
+        quiet,
+        _short_stacks(),
+        evaluation_mode(model),
+        unchanged,
+        torch.no_grad(),
+    ):
         warnings.simplefilter("ignore")
         try:
             program = None
@@ -223,6 +231,27 @@ def _without_objects(
 
 def _is_input(leaf: Any) -> bool:
     return isinstance(leaf, (Tensor, *_PLAIN)) or callable(leaf)
+
+
+@contextlib.contextmanager
+def _objects_as_before(model: nn.Module) -> Iterator[None]:
+    """Objects of a model that are no modules (a table that is made on the first call) keep nothing of the export."""
+    held = [value for module in model.modules() for value in vars(module).values() if _is_object(value)]
+    before = [(vars(value), dict(vars(value))) for value in held]
+    try:
+        yield
+    finally:
+        for own, kept in before:
+            if own.keys() != kept.keys() or any(own[name] is not value for name, value in kept.items()):
+                own.clear()
+                own.update(kept)
+
+
+def _is_object(value: Any) -> bool:
+    code = (type, types.ModuleType, types.FunctionType, types.MethodType)
+    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(
+        value, (nn.Module, Tensor, *code)
+    )
 
 
 def _has_unknown_sizes(program: torch.export.ExportedProgram) -> bool:
