@@ -177,27 +177,19 @@ def export(
     if any(p.is_meta for p in model.parameters()):
         args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     record, fixed = _Names(), False
-    quiet, unchanged = _quiet(), _objects_as_before(model)
-    with (
-        warnings.catch_warnings(),
-        quiet,
-        _short_stacks(),
-        evaluation_mode(model),
-        unchanged,
-        torch.no_grad(),
-    ):
+    first = contextlib.suppress(Exception) if values else contextlib.nullcontext()
+    with warnings.catch_warnings(), _quiet(), _short_stacks(), evaluation_mode(model), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             program = None
-            with contextlib.suppress(Exception) if values else contextlib.nullcontext():
-                program = torch.export.export(
-                    _Flat(model, record, copy.deepcopy(held)), args, kwargs, strict=False
-                )
+            with first, _objects_as_before(model):
+                flat = _Flat(model, record, copy.deepcopy(held))
+                program = torch.export.export(flat, args, kwargs, strict=False)
             if program is None or (values and _has_unknown_sizes(program)):
                 fixed = True
-                program = torch.export.export(
-                    _Flat(model, record, copy.deepcopy(held), values), args, kwargs, strict=False
-                )
+                with _objects_as_before(model):
+                    flat = _Flat(model, record, copy.deepcopy(held), values)
+                    program = torch.export.export(flat, args, kwargs, strict=False)
             table = _decompositions(program.graph_module, known)
             if table is not None:
                 program = _decompose(program, table)
