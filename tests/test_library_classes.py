@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -237,7 +238,11 @@ def test_a_table_that_is_made_on_the_first_call_keeps_no_tensors_of_the_export()
             self.a, self.b, self.table = nn.Linear(3, 5), nn.Linear(5, 2), Table()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(torch.tanh(self.a(x)) * self.table(2)[:, None])
+            return self.b(torch.tanh(self.a(x)) * self.table(2)[:, None] * self.kept(2)[:, None])
+
+        @functools.lru_cache(maxsize=8)  # noqa: B019
+        def kept(self, n: int) -> Tensor:
+            return torch.arange(n).float().cos()
 
     model, x = Net(), torch.randn(2, 3)
     spec = rebasin.trace(model, x)

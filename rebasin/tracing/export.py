@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import logging
 import os
@@ -237,6 +238,14 @@ def _objects_as_before(model: nn.Module) -> Iterator[None]:
             if own.keys() != kept.keys() or any(own[name] is not value for name, value in kept.items()):
                 own.clear()
                 own.update(kept)
+        for method in {m for cls in {type(module) for module in model.modules()} for m in _methods(cls)}:
+            method.cache_clear()
+
+
+def _methods(cls: type) -> Iterator[Any]:
+    """Those that keep what they have computed (functools.cache)."""
+    found = (value for part in cls.__mro__ for value in vars(part).values())
+    return (value for value in found if isinstance(value, functools._lru_cache_wrapper))
 
 
 def _is_object(value: Any) -> bool:
