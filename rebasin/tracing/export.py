@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import logging
 import os
@@ -177,10 +178,12 @@ def export(
     if any(p.is_meta for p in model.parameters()):
         args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     record, fixed = _Names(), False
+    first = contextlib.suppress(Exception) if values else contextlib.nullcontext()
     with warnings.catch_warnings(), _quiet(), _short_stacks(), evaluation_mode(model), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             program = None
+<<<<<<< HEAD
             with contextlib.suppress(Exception) if values else contextlib.nullcontext():
                 program = torch.export.export(
                     _Flat(model, record, copy.deepcopy(held)), args, kwargs, strict=False
@@ -190,6 +193,16 @@ def export(
                 program = torch.export.export(
                     _Flat(model, record, copy.deepcopy(held), values), args, kwargs, strict=False
                 )
+=======
+            with first, _objects_as_before(model):
+                flat = _Flat(model, record, copy.deepcopy(held))
+                program = torch.export.export(flat, args, kwargs, strict=False)
+            if program is None or (values and _has_unknown_sizes(program)):
+                fixed = True
+                with _objects_as_before(model):
+                    flat = _Flat(model, record, copy.deepcopy(held), values)
+                    program = torch.export.export(flat, args, kwargs, strict=False)
+>>>>>>> h10a
             table = _decompositions(program.graph_module, known)
             if table is not None:
                 program = _decompose(program, table)
@@ -225,6 +238,38 @@ def _is_input(leaf: Any) -> bool:
     return isinstance(leaf, (Tensor, *_PLAIN)) or callable(leaf)
 
 
+<<<<<<< HEAD
+=======
+@contextlib.contextmanager
+def _objects_as_before(model: nn.Module) -> Iterator[None]:
+    """Objects of a model that are no modules (a table that is made on the first call) keep nothing of the export."""
+    held = [value for module in model.modules() for value in vars(module).values() if _is_object(value)]
+    before = [(vars(value), dict(vars(value))) for value in held]
+    try:
+        yield
+    finally:
+        for own, kept in before:
+            if own.keys() != kept.keys() or any(own[name] is not value for name, value in kept.items()):
+                own.clear()
+                own.update(kept)
+        for method in {m for cls in {type(module) for module in model.modules()} for m in _methods(cls)}:
+            method.cache_clear()
+
+
+def _methods(cls: type) -> Iterator[Any]:
+    """Those that keep what they have computed (functools.cache)."""
+    found = (value for part in cls.__mro__ for value in vars(part).values())
+    return (value for value in found if isinstance(value, functools._lru_cache_wrapper))
+
+
+def _is_object(value: Any) -> bool:
+    code = (type, types.ModuleType, types.FunctionType, types.MethodType)
+    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(
+        value, (nn.Module, Tensor, *code)
+    )
+
+
+>>>>>>> h10a
 def _has_unknown_sizes(program: torch.export.ExportedProgram) -> bool:
     """Whether a shape in the graph depends on values."""
     return any(

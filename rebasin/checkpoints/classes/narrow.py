@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import product
 from math import ceil, gcd, prod
 from typing import Any
@@ -35,6 +36,15 @@ WIDTHS = re.compile(
 
 KEPT = re.compile(r"^(in|out|num|latent|audio|image)_channels$|^num_mel|patch|^freq_dim$|^time_freq|^rope_")
 """Sizes that inputs have, or that are no widths."""
+
+GROUPS = re.compile(r"(^|_)(norm_)?(num_)?groups$")
+"""Counts of groups that norms divide widths into."""
+
+LEVELS = re.compile(r"^(\w+_)?block_out_channels$")
+"""The widths that norms divide, of a network of several levels."""
+
+ALONE = (64, 32, 16, 8, 4, 2)
+"""What widths are divided by where heads stay as they are."""
 
 VOCABULARY = re.compile(r"^vocab_size$|^n_vocab$")
 
@@ -91,7 +101,7 @@ def _runs(what: Known) -> bool:
 
 
 def candidates(config: Config) -> Iterator[Config]:
-    """Configurations with fewer channels and heads, the narrowest first."""
+    """Configurations with fewer channels and heads, the narrowest first; at last those with the same heads."""
     counts = {n for n in _numbers(config, COUNTS) if n > 1}
     heads = _numbers(config, PER_HEAD) or {
         w // n
@@ -102,9 +112,11 @@ def candidates(config: Config) -> Iterator[Config]:
     }
     common, sizes = gcd(*counts) if counts else 1, gcd(*heads) if heads else 0
     fewer = [g for g in range(common, 0, -1) if common % g == 0 and all(n // g > 1 for n in counts)] or [1]
-    thinner = [f for f in range(sizes, 0, -1) if sizes % f == 0 and _stands(heads, f)] or [8, 4, 2, 1]
+    thinner = [f for f in range(sizes, 0, -1) if sizes % f == 0 and _stands(heads, f)]
     for f, g in product(thinner[:4], fewer[:3]):
-        yield _divided(config, f, g)
+        yield _divided(config, f, g, f * g)
+    for by in ALONE:
+        yield _divided(config, 1, 1, by)
 
 
 def _stands(heads: set[int], by: int) -> bool:
@@ -112,8 +124,8 @@ def _stands(heads: set[int], by: int) -> bool:
     return all(n // by % 2 == 0 for n in heads) and max(heads) // by >= LEAST
 
 
-def _divided(config: Config, thinner: int, fewer: int) -> Config:
-    """A configuration with sizes and counts divided."""
+def _divided(config: Config, thinner: int, fewer: int, narrower: int) -> Config:
+    """A configuration with the sizes of heads, their counts and widths divided by these."""
 
     def changed(key: str, value: Any, change: Callable[[int], int]) -> Any:
         if isinstance(value, list | tuple):
@@ -124,7 +136,7 @@ def _divided(config: Config, thinner: int, fewer: int) -> Config:
     words = min([FEW_WORDS, *(n for n in _numbers(config, VOCABULARY))])
     for key, value in config.items():
         if isinstance(value, Mapping) and key not in LABELS:
-            made[key] = _divided(value, thinner, fewer)
+            made[key] = _divided(value, thinner, fewer, narrower)
         elif VOCABULARY.search(key):
             made[key] = changed(key, value, lambda n: min(n, FEW_WORDS))
         elif TOKEN.search(key):
@@ -134,10 +146,26 @@ def _divided(config: Config, thinner: int, fewer: int) -> Config:
         elif PER_HEAD.search(key):
             made[key] = changed(key, value, lambda n: n // thinner)
         elif WIDTHS.search(key) and not KEPT.search(key):
-            made[key] = changed(key, value, lambda n: n if n < SMALL else 2 * ceil(n / (2 * thinner * fewer)))
+            made[key] = changed(key, value, lambda n: n if n < SMALL else 2 * ceil(n / (2 * narrower)))
         else:
             made[key] = value
+    for key in made:
+        if GROUPS.search(key):
+            levels = _own(made, LEVELS) or _own(made, WIDTHS)
+            made[key] = changed(key, made[key], partial(_dividing, levels))
     return made
+
+
+def _dividing(widths: set[int], groups: int) -> int:
+    """As many groups as all widths can be divided into, of two channels at least; with one all is another network."""
+    return next(
+        (
+            n
+            for n in range(groups, 0, -1)
+            if groups % n == 0 and all(w % n == 0 and w // n > 1 for w in widths)
+        ),
+        1,
+    )
 
 
 def _parts(config: Config) -> Iterator[Config]:
