@@ -183,17 +183,6 @@ def export(
         warnings.simplefilter("ignore")
         try:
             program = None
-<<<<<<< HEAD
-            with contextlib.suppress(Exception) if values else contextlib.nullcontext():
-                program = torch.export.export(
-                    _Flat(model, record, copy.deepcopy(held)), args, kwargs, strict=False
-                )
-            if program is None or (values and _has_unknown_sizes(program)):
-                fixed = True
-                program = torch.export.export(
-                    _Flat(model, record, copy.deepcopy(held), values), args, kwargs, strict=False
-                )
-=======
             with first, _objects_as_before(model):
                 flat = _Flat(model, record, copy.deepcopy(held))
                 program = torch.export.export(flat, args, kwargs, strict=False)
@@ -202,7 +191,6 @@ def export(
                 with _objects_as_before(model):
                     flat = _Flat(model, record, copy.deepcopy(held), values)
                     program = torch.export.export(flat, args, kwargs, strict=False)
->>>>>>> h10a
             table = _decompositions(program.graph_module, known)
             if table is not None:
                 program = _decompose(program, table)
@@ -238,8 +226,6 @@ def _is_input(leaf: Any) -> bool:
     return isinstance(leaf, (Tensor, *_PLAIN)) or callable(leaf)
 
 
-<<<<<<< HEAD
-=======
 @contextlib.contextmanager
 def _objects_as_before(model: nn.Module) -> Iterator[None]:
     """Objects of a model that are no modules (a table that is made on the first call) keep nothing of the export."""
@@ -269,7 +255,6 @@ def _is_object(value: Any) -> bool:
     )
 
 
->>>>>>> h10a
 def _has_unknown_sizes(program: torch.export.ExportedProgram) -> bool:
     """Whether a shape in the graph depends on values."""
     return any(
