@@ -24,7 +24,8 @@ COUNTS = re.compile(r"(^|_)(n|num|attention|kv|key_value)_heads?(_kv)?$|^n_head(
 """Entries that count heads."""
 
 PER_HEAD = re.compile(
-    r"(^|_)head_(dim|size)$|^d_kv$|^kv_channels$|^(rotary|rope)_dim$|^axes_dims?(_rope)?$|^rope_axes_dim$"
+    r"(^|_)head_(dim|size)$|^d_kv$|^kv_channels$|^(rotary|rope)_dim$|^axes_dims?(_rope)?$"
+    r"|^rope_(axes_dim|dim_list|freq_dim)$|^mrope_section$"
 )
 """Sizes of one head."""
 
@@ -57,7 +58,7 @@ LABELS = ("id2label", "label2id")
 LEAST, SMALL = 8, 16
 """Channels that a head keeps at least, and sizes that are small already."""
 
-ENOUGH = 60_000_000
+ENOUGH = 150_000_000
 """Parameters of a model that is computed with as it is."""
 
 
