@@ -113,7 +113,10 @@ def test_the_attack_finds_what_is_planted(monkeypatch: pytest.MonkeyPatch) -> No
 
 def schemas(name: str) -> list[torch._C.FunctionSchema]:
     """The schemas of an operator's overloads that work on tensors, without those that write their result elsewhere."""
-    packet = getattr(torch.ops.aten, name)
+    space, _, own = name.rpartition("::")
+    if space == "transformers":
+        import transformers.integrations.moe  # noqa: F401 - which registers its operators
+    packet = getattr(getattr(torch.ops, space or "aten"), own)
     found = [getattr(packet, overload)._schema for overload in packet.overloads()]
     return [
         s
@@ -478,7 +481,7 @@ def test_false_spec_of_a_component_is_traced_anew(tmp_path: Path, monkeypatch: p
             raise VerificationError("Not this one.")
 
     monkeypatch.setattr(specs, "proof", proof)
-    checkpoint: Any = type("Checkpoint", (), {"family": "sd15"})()
+    checkpoint: Any = type("Checkpoint", (), {"family": "sd15", "classes": {}})()
     assert specs.component_spec(checkpoint, "unet") == right and tried == [false, right]
     right_now = right
     right = false

@@ -39,7 +39,7 @@ rule(
     " hardtanh rrelu logical_not nan_to_num float_power true_divide square conj celu"
     " selu hardswish hardsigmoid mish silu gelu elu leaky_relu softplus log_sigmoid threshold"
     " addcmul addcdiv lerp copy",
-    takes="self other value tensor1 tensor2 end weight src exponent abs angle real imag",
+    takes="self value tensor1 tensor2 end weight src exponent abs angle real imag",
     refuses="training generator",
     every_output=True,
 )(pointwise)
