@@ -27,7 +27,7 @@ def call(what: Known, where: object, *, part: bool = False) -> Built:
     model = built(what, where)
     inputs = example(model)
     if what.library == "diffusers" and hasattr(model, "encode") and hasattr(model, "decode"):
-        return _halves(model, inputs)
+        return _halves(what, where, model, inputs)
     known = inspect.signature(model.forward).parameters
     if (
         part
@@ -38,12 +38,12 @@ def call(what: Known, where: object, *, part: bool = False) -> Built:
     return model, (), inputs
 
 
-def _halves(model: Any, inputs: dict[str, Any]) -> Built:
+def _halves(what: Known, where: object, model: Any, inputs: dict[str, Any]) -> Built:
     picture = next(iter(inputs.values()))
-    with torch.no_grad():
-        latent = _latent(model.encode(picture))
+    with torch.device("meta"), torch.no_grad():  # the model itself may have no numbers beside such that has
+        latent = _latent(built(what, where).encode(torch.empty(picture.shape)))
     model.__class__ = _called_by_halves(type(model))
-    return model, (), {"sample": picture, "latent": torch.randn_like(latent)}
+    return model, (), {"sample": picture, "latent": torch.randn(latent.shape)}
 
 
 def _latent(encoded: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .facts import FRAMES, PLACES, WORDS, Facts, Rule, Untold, floats, grid, ids, ones, turns, whole
 
@@ -103,12 +104,8 @@ def _axes(facts: Facts) -> int:
 
 def _image_ids(facts: Facts) -> Tensor:
     places = grid(ROWS, COLUMNS).to(torch.get_default_dtype())
-    columns = [
-        torch.zeros(TOKENS, 1),
-        places,
-        *([torch.zeros(TOKENS, _axes(facts) - 3)] if _axes(facts) > 3 else []),
-    ]
-    return torch.cat([c.to(places.device) for c in columns], 1)
+    # Frame, row, column, and what further axes there are; on the device of the coordinates.
+    return functional.pad(places, (1, max(0, _axes(facts) - 3)))
 
 
 def _guidance(facts: Facts) -> Tensor | None:
