@@ -370,6 +370,6 @@ def tensors(shapes: Shapes, seed: int = 0, dtype: torch.dtype = torch.float32) -
     def one(name: str, shape: tuple[int, ...]) -> Tensor:
         random = torch.randn(shape, generator=made)
         gain = len(shape) == 1 and name.endswith(("scale", "weight"))
-        return (1 + 0.1 * random if gain else random / max(1, shape[-1]) ** 0.5).to(dtype)
+        return (1 + 0.1 * random if gain else random / max(1, 1, *shape[-1:]) ** 0.5).to(dtype)
 
     return {name: one(name, shape) for name, shape in shapes.items()}

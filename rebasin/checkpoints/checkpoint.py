@@ -16,7 +16,7 @@ from . import components, folders
 from .classes.folder import STRUCTURE, TRANSFORMER, classes_in, differences
 from .classes.known import Known
 from .classes.names import names_in_files
-from .classes.single_file import Single, single
+from .classes.single_file import Single, beside, single
 from .components import UNET, Found
 from .families import EXPECTED, NO_MODEL, TITLES, Shapes, foreign, identify, no_model, title
 from .folder_checks import require_sound
@@ -320,6 +320,29 @@ def unlike(models: Sequence[Checkpoint]) -> list[str]:
                     " has the first's."
                 )
     return told
+
+
+def kept_beside(model: Checkpoint) -> list[str]:
+    """A sentence about what a single file of today's families has beside its transformer, which a merge leaves as it
+    is.
+    """
+    if not model.classes or model.path.is_dir():
+        return []
+    prefix = model.found[TRANSFORMER].prefix
+    counts: dict[str, dict[str, int]] = {}
+    for name in (name for names in model.extras.values() for name in names):
+        if name.startswith(prefix) and (prefix or beside(name) is None):
+            continue  # of the transformer itself, which does not use it
+        where = name.partition(".")[0]
+        own = counts.setdefault(beside(name) or "something else", {})
+        own[where] = own.get(where, 0) + 1
+    if not counts:
+        return []
+    listed = [f"{sum(own.values())} of {what} ({', '.join(own)})" for what, own in counts.items()]
+    return [
+        f"The result has {model.path.name}'s tensors of what is not merged: {', '.join(listed[:-1])}"
+        f"{' and ' if listed[1:] else ''}{listed[-1]}."
+    ]
 
 
 def _parts_alone(whole: Checkpoint, part: Checkpoint) -> CheckpointError:
