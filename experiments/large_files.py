@@ -70,10 +70,8 @@ def make(a: Path, doubles: int, singles: int) -> None:
 def make_b(a: Path, b: Path, pair: str) -> None:
     checkpoint = open_checkpoint(a)
     state = checkpoint.component("transformer")
-    if pair == "moved":
-        changed = component_spec(checkpoint, "transformer").random(1).view(state)
-    else:
-        changed = noisy(state, 0.02)
+    moved = component_spec(checkpoint, "transformer").random(1).view(state) if pair == "moved" else None
+    changed = moved or noisy(state, 0.02)
     save_safetensors(b, checkpoint.restore({"transformer": changed}), keep_order=True)
 
 
@@ -89,6 +87,10 @@ def dropped(*paths: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def took(figures: dict[str, Any]) -> str:
+    return f"{figures['seconds']:.0f} s ({figures['cpu']:.0f} s of processor)"
+
+
 STEP = "import sys; from pathlib import Path; from experiments import large_files; large_files.{}"
 
 
@@ -98,7 +100,9 @@ def main(
     singles: Annotated[int, typer.Option(help="blocks for both together")] = 38,
     pair: Annotated[str, typer.Option(help="what B is: moved, near or same")] = "moved",
     threads: Annotated[int, typer.Option(help="of torch")] = 1,
-    copies: Annotated[bool, typer.Option(help="measure copying, too, which takes a third file's place")] = True,
+    copies: Annotated[
+        bool, typer.Option(help="measure copying, too, which takes a third file's place")
+    ] = True,
 ) -> None:
     """Make the pair, copy it, align and merge it, print a row; the files are removed."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,8 +114,7 @@ def main(
     def step(name: str, command: list[str]) -> None:
         dropped(*(path for path in (a, b) if path.exists()))
         found[name] = measured(command)
-        figures = found[name]
-        typer.echo(f"{name}: {figures['seconds']:.0f} s, {figures['cpu']:.0f} s of processor, peak {figures['peak'] / 1e9:.2f} GB")
+        typer.echo(f"{name}: {took(found[name])}, peak {found[name]['peak'] / 1e9:.2f} GB")
 
     def own(call: str) -> list[str]:
         return [sys.executable, "-c", STEP.format(call), *map(str, (a, b, out))]
@@ -124,19 +127,25 @@ def main(
         else:
             step("make B", own(f"make_b(Path(sys.argv[1]), Path(sys.argv[2]), {pair!r})"))
         if copies:
-            copy = "for p in sys.argv[1:3]: shutil.copyfile(p, sys.argv[3]); os.sync(); os.remove(sys.argv[3])"
-            step("copy A and B", [sys.executable, "-c", f"import os, shutil, sys\n{copy}", *map(str, (a, b, out))])
+            copy = (
+                "for p in sys.argv[1:3]: shutil.copyfile(p, sys.argv[3]); os.sync(); os.remove(sys.argv[3])"
+            )
+            step(
+                "copy A and B",
+                [sys.executable, "-c", f"import os, shutil, sys\n{copy}", *map(str, (a, b, out))],
+            )
         step("merge", [*REBASIN, "merge", str(a), str(b), "-o", str(out), "--threads", str(threads)])
         told = apart(equal, out, a)
         size = a.stat().st_size
         merge, copying = found["merge"], found.get("copy A and B", {}).get("seconds")
         times = f"{merge['seconds'] / copying:.1f}" if copying else "-"
-        took = f"{merge['seconds']:.0f} s ({merge['cpu']:.0f} s of processor)"
-        typer.echo("| parameters | a file | pair | trace and prove | copying both | merge | as often | peak | as A |")
+        typer.echo(
+            "| parameters | a file | pair | trace and prove | copying both | merge | as often | peak | as A |"
+        )
         typer.echo("|--:|--:|---|--:|--:|--:|--:|--:|---|")
         typer.echo(
             f"| {size / 2e9:.1f} billion | {size / 1e9:.1f} GB | {pair} | {found['trace and prove']['seconds']:.0f} s"
-            f" | {copying or 0:.0f} s | {took} | {times} | {merge['peak'] / 1e9:.1f} GB"
+            f" | {copying or 0:.0f} s | {took(merge)} | {times} | {merge['peak'] / 1e9:.1f} GB"
             f" | {told['equal']} of {told['tensors']} tensors |"
         )
     finally:

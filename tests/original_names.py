@@ -29,18 +29,28 @@ def blocks(name: str, count: int, block: Callable[[int], Shapes]) -> Shapes:
     return joined(*(under(f"{name}.{i}", block(i)) for i in range(count)))
 
 
-def sd3(width: int = 32, head: int = 16, text: int = 12, depth: int = 2) -> Shapes:
-    """3.5, as its medium model: with norms of queries and keys, and a second attention in the first block."""
+def sd3(
+    width: int = 32,
+    head: int = 16,
+    text: int = 12,
+    pooled: int = 10,
+    depth: int = 2,
+    dual: int = 1,
+    places: int = 8,
+) -> Shapes:
+    """3.5, as its medium model: with norms of queries and keys, and a second attention in the first `dual` blocks."""
 
     def attention(name: str, last: bool = False) -> Shapes:
         norms = {"ln_q.weight": (head,), "ln_k.weight": (head,)}
-        return under(name, linear("qkv", 3 * width, width), {} if last else linear("proj", width, width), norms)
+        return under(
+            name, linear("qkv", 3 * width, width), {} if last else linear("proj", width, width), norms
+        )
 
     def mlp() -> Shapes:
         return under("mlp", linear("fc1", 4 * width, width), linear("fc2", width, 4 * width))
 
     def block(i: int) -> Shapes:
-        last, dual = i == depth - 1, i == 0
+        last, twice = i == depth - 1, i < dual
         context = joined(
             attention("attn", last),
             {} if last else mlp(),
@@ -48,17 +58,17 @@ def sd3(width: int = 32, head: int = 16, text: int = 12, depth: int = 2) -> Shap
         )
         x = joined(
             attention("attn"),
-            attention("attn2") if dual else {},
+            attention("attn2") if twice else {},
             mlp(),
-            linear("adaLN_modulation.1", (9 if dual else 6) * width, width),
+            linear("adaLN_modulation.1", (9 if twice else 6) * width, width),
         )
         return under("context_block", context) | under("x_block", x)
 
     return joined(
-        {"pos_embed": (1, 64, width)},
+        {"pos_embed": (1, places**2, width)},
         {"x_embedder.proj.weight": (width, 16, 2, 2), "x_embedder.proj.bias": (width,)},
         under("t_embedder.mlp", linear("0", width, 256), linear("2", width, width)),
-        under("y_embedder.mlp", linear("0", width, 10), linear("2", width, width)),
+        under("y_embedder.mlp", linear("0", width, pooled), linear("2", width, width)),
         linear("context_embedder", width, text),
         blocks("joint_blocks", depth, block),
         linear("final_layer.linear", 64, width),
@@ -89,12 +99,12 @@ def _single(width: int, head: int, inner: int, gate: int = 1, bias: bool = True)
 
 
 def _embedding(name: str, width: int, into: int, bias: bool = True) -> Shapes:
-    return under(
-        name, linear("in_layer", width, into, bias), linear("out_layer", width, width, bias)
-    )
+    return under(name, linear("in_layer", width, into, bias), linear("out_layer", width, width, bias))
 
 
-def flux1(width: int = 48, head: int = 16, text: int = 12, depth: int = 2, singles: int = 2) -> Shapes:
+def flux1(
+    width: int = 48, head: int = 16, text: int = 12, pooled: int = 10, depth: int = 2, singles: int = 2
+) -> Shapes:
     """Flux.1-dev, with guidance."""
 
     def double(i: int) -> Shapes:
@@ -104,7 +114,7 @@ def flux1(width: int = 48, head: int = 16, text: int = 12, depth: int = 2, singl
     return joined(
         linear("img_in", width, 64),
         _embedding("time_in", width, 256),
-        _embedding("vector_in", width, 10),
+        _embedding("vector_in", width, pooled),
         _embedding("guidance_in", width, 256),
         linear("txt_in", width, text),
         blocks("double_blocks", depth, double),
@@ -118,8 +128,15 @@ def flux1(width: int = 48, head: int = 16, text: int = 12, depth: int = 2, singl
     )
 
 
-def chroma(width: int = 48, head: int = 16, text: int = 12) -> Shapes:
-    inner = 20
+def chroma(
+    width: int = 48,
+    head: int = 16,
+    text: int = 12,
+    inner: int = 20,
+    guides: int = 2,
+    depth: int = 2,
+    singles: int = 2,
+) -> Shapes:
     return joined(
         linear("img_in", width, 64),
         linear("txt_in", width, text),
@@ -127,27 +144,33 @@ def chroma(width: int = 48, head: int = 16, text: int = 12) -> Shapes:
             "distilled_guidance_layer",
             linear("in_proj", inner, 64),
             linear("out_proj", width, inner),
-            blocks("layers", 2, lambda i: linear("in_layer", inner, inner) | linear("out_layer", inner, inner)),
-            blocks("norms", 2, lambda i: {"scale": (inner,)}),
+            blocks(
+                "layers",
+                guides,
+                lambda i: linear("in_layer", inner, inner) | linear("out_layer", inner, inner),
+            ),
+            blocks("norms", guides, lambda i: {"scale": (inner,)}),
         ),
-        blocks("double_blocks", 2, lambda i: _double(width, head, 4 * width)),
-        blocks("single_blocks", 2, lambda i: _single(width, head, 4 * width)),
+        blocks("double_blocks", depth, lambda i: _double(width, head, 4 * width)),
+        blocks("single_blocks", singles, lambda i: _single(width, head, 4 * width)),
         linear("final_layer.linear", 64, width),
     )
 
 
-def flux2(width: int = 32, head: int = 16, text: int = 12) -> Shapes:
+def flux2(
+    width: int = 32, head: int = 16, text: int = 12, time: int = 32, depth: int = 2, singles: int = 2
+) -> Shapes:
     inner = 3 * width
     return joined(
         linear("img_in", width, 128, False),
-        _embedding("time_in", width, 32, False),
-        _embedding("guidance_in", width, 32, False),
+        _embedding("time_in", width, time, False),
+        _embedding("guidance_in", width, time, False),
         linear("txt_in", width, text, False),
         linear("double_stream_modulation_img.lin", 6 * width, width, False),
         linear("double_stream_modulation_txt.lin", 6 * width, width, False),
         linear("single_stream_modulation.lin", 3 * width, width, False),
-        blocks("double_blocks", 2, lambda i: _double(width, head, inner, 2, False)),
-        blocks("single_blocks", 2, lambda i: _single(width, head, inner, 2, False)),
+        blocks("double_blocks", depth, lambda i: _double(width, head, inner, 2, False)),
+        blocks("single_blocks", singles, lambda i: _single(width, head, inner, 2, False)),
         linear("final_layer.linear", 128, width, False),
         linear("final_layer.adaLN_modulation.1", 2 * width, width, False),
     )
@@ -167,48 +190,50 @@ def _next(width: int, head: int, keys: int, inner: int, modulation: Shapes) -> S
     )
 
 
-def lumina2(width: int = 72, head: int = 12, text: int = 12) -> Shapes:
+def lumina2(
+    width: int = 72, head: int = 12, text: int = 12, adaptive: int = 72, inner: int = 320, depth: int = 2
+) -> Shapes:
     """Three heads of queries to one of keys, as released."""
-    inner, keys = 4 * width + 32, width // head // 3
+    keys = width // head // 3
 
     def modulated(i: int) -> Shapes:
-        return _next(width, head, keys, inner, linear("adaLN_modulation.1", 4 * width, width))
+        return _next(width, head, keys, inner, linear("adaLN_modulation.1", 4 * width, adaptive))
 
     return joined(
         linear("x_embedder", width, 64),
         blocks("noise_refiner", 2, modulated),
         blocks("context_refiner", 2, lambda i: _next(width, head, keys, inner, {})),
-        under("t_embedder.mlp", linear("0", width, 256), linear("2", width, width)),
+        under("t_embedder.mlp", linear("0", adaptive, 256), linear("2", adaptive, adaptive)),
         {"cap_embedder.0.weight": (text,)},
         linear("cap_embedder.1", width, text),
-        blocks("layers", 2, modulated),
+        blocks("layers", depth, modulated),
         {"norm_final.weight": (width,)},
         linear("final_layer.linear", 64, width),
-        linear("final_layer.adaLN_modulation.1", width, width),
+        linear("final_layer.adaLN_modulation.1", width, adaptive),
     )
 
 
-def z_image(width: int = 32, head: int = 16, text: int = 12) -> Shapes:
+def z_image(width: int = 32, head: int = 16, text: int = 12, adaptive: int = 32, depth: int = 2) -> Shapes:
     inner, heads = int(width / 3 * 8), width // head
 
     def modulated(i: int) -> Shapes:
-        return _next(width, head, heads, inner, linear("adaLN_modulation.0", 4 * width, width))
+        return _next(width, head, heads, inner, linear("adaLN_modulation.0", 4 * width, adaptive))
 
     return joined(
         linear("x_embedder", width, 64),
         linear("final_layer.linear", 64, width),
-        linear("final_layer.adaLN_modulation.1", width, width),
+        linear("final_layer.adaLN_modulation.1", width, adaptive),
         blocks("noise_refiner", 2, modulated),
         blocks("context_refiner", 2, lambda i: _next(width, head, heads, inner, {})),
-        under("t_embedder.mlp", linear("0", 1024, 256), linear("2", width, 1024)),
+        under("t_embedder.mlp", linear("0", 1024, 256), linear("2", adaptive, 1024)),
         {"cap_embedder.0.weight": (text,)},
         linear("cap_embedder.1", width, text),
-        blocks("layers", 2, modulated),
+        blocks("layers", depth, modulated),
         {"x_pad_token": (1, width), "cap_pad_token": (1, width)},
     )
 
 
-def qwen_image(width: int = 32, head: int = 16, text: int = 12) -> Shapes:
+def qwen_image(width: int = 32, head: int = 16, text: int = 12, depth: int = 2) -> Shapes:
     def block(i: int) -> Shapes:
         attention = [linear(n, width, width) for n in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")]
         added = [linear(f"add_{n}_proj", width, width) for n in "qkv"]
@@ -231,13 +256,13 @@ def qwen_image(width: int = 32, head: int = 16, text: int = 12) -> Shapes:
         {"txt_norm.weight": (text,)},
         linear("img_in", width, 64),
         linear("txt_in", width, text),
-        blocks("transformer_blocks", 2, block),
+        blocks("transformer_blocks", depth, block),
         linear("norm_out.linear", 2 * width, width),
         linear("proj_out", 64, width),
     )
 
 
-def qwen_image21(width: int = 32, head: int = 16, text: int = 12) -> Shapes:
+def qwen_image21(width: int = 32, head: int = 16, text: int = 12, depth: int = 2) -> Shapes:
     """Gate and inner layer in one tensor."""
     inner = 3 * width
 
@@ -257,20 +282,29 @@ def qwen_image21(width: int = 32, head: int = 16, text: int = 12) -> Shapes:
         linear("txt_in.out_layer", width, width, False),
         linear("img_in", width, 64, False),
         linear("modulation.1", 4 * width, width, False),
-        blocks("transformer_blocks", 2, block),
+        blocks("transformer_blocks", depth, block),
         linear("norm_out.linear", width, width, False),
         linear("proj_out", 64, width, False),
     )
 
 
-def krea2(width: int = 64, head: int = 16, text: int = 32) -> Shapes:
+def krea2(
+    width: int = 64,
+    head: int = 16,
+    keys: int = 2,
+    inner: int = 48,
+    text: int = 32,
+    text_inner: int = 40,
+    layers: int = 3,
+    depth: int = 2,
+) -> Shapes:
     """Two heads of queries to one of keys."""
 
-    def block(own: int, keys: int, inner: int) -> Shapes:
+    def block(own: int, few: int, inner: int) -> Shapes:
         attention = joined(
             linear("wq", own, own, False),
-            linear("wk", keys * head, own, False),
-            linear("wv", keys * head, own, False),
+            linear("wk", few * head, own, False),
+            linear("wv", few * head, own, False),
             linear("gate", own, own, False),
             linear("wo", own, own, False),
             {"qknorm.qnorm.scale": (head,), "qknorm.knorm.scale": (head,)},
@@ -289,10 +323,10 @@ def krea2(width: int = 64, head: int = 16, text: int = 32) -> Shapes:
         {"txtmlp.0.scale": (text,)},
         linear("txtmlp.1", width, text),
         linear("txtmlp.3", width, width),
-        blocks("txtfusion.layerwise_blocks", 2, lambda i: block(text, text // head, 40)),
-        {"txtfusion.projector.weight": (1, 3)},
-        blocks("txtfusion.refiner_blocks", 2, lambda i: block(text, text // head, 40)),
-        blocks("blocks", 2, lambda i: block(width, 2, 48) | {"mod.lin": (6 * width,)}),
+        blocks("txtfusion.layerwise_blocks", 2, lambda i: block(text, text // head, text_inner)),
+        {"txtfusion.projector.weight": (1, layers)},
+        blocks("txtfusion.refiner_blocks", 2, lambda i: block(text, text // head, text_inner)),
+        blocks("blocks", depth, lambda i: block(width, keys, inner) | {"mod.lin": (6 * width,)}),
         {"last.norm.scale": (width,), "last.modulation.lin": (2, width)},
         linear("last.linear", 64, width),
     )
@@ -311,9 +345,10 @@ def _wan_block(width: int, inner: int, image: bool) -> Shapes:
     )
 
 
-def wan(width: int = 256, text: int = 12, image: int = 0, depth: int = 2, channels: int = 16) -> Shapes:
+def wan(
+    width: int = 256, text: int = 12, inner: int = 40, time: int = 32, image: int = 0, depth: int = 2
+) -> Shapes:
     """Heads have 128 channels in all of them; `image`: the width of an encoded first frame, and last one."""
-    inner = 40
     seen = joined(
         under("img_emb.proj.0", {"weight": (image,), "bias": (image,)}),
         linear("img_emb.proj.1", image, image),
@@ -322,9 +357,9 @@ def wan(width: int = 256, text: int = 12, image: int = 0, depth: int = 2, channe
         {"img_emb.emb_pos": (1, 8, image)},
     )
     return joined(
-        {"patch_embedding.weight": (width, channels, 1, 2, 2), "patch_embedding.bias": (width,)},
+        {"patch_embedding.weight": (width, 16, 1, 2, 2), "patch_embedding.bias": (width,)},
         under("text_embedding", linear("0", width, text), linear("2", width, width)),
-        under("time_embedding", linear("0", width, 32), linear("2", width, width)),
+        under("time_embedding", linear("0", width, time), linear("2", width, width)),
         linear("time_projection.1", 6 * width, width),
         blocks("blocks", depth, lambda i: _wan_block(width, inner, bool(image))),
         {"head.modulation": (1, 2, width)},
@@ -333,21 +368,23 @@ def wan(width: int = 256, text: int = 12, image: int = 0, depth: int = 2, channe
     )
 
 
-def wan_vace(width: int = 256, text: int = 12) -> Shapes:
-    """Every second block has one that reads the conditions."""
+def wan_vace(
+    width: int = 256, text: int = 12, inner: int = 40, time: int = 32, depth: int = 4, own_blocks: int = 2
+) -> Shapes:
+    """Blocks at equal distances have one that reads the conditions."""
 
     def own(i: int) -> Shapes:
         first = linear("before_proj", width, width) if i == 0 else {}
-        return first | _wan_block(width, 40, False) | linear("after_proj", width, width)
+        return first | _wan_block(width, inner, False) | linear("after_proj", width, width)
 
     return joined(
-        wan(width, text, depth=4),
+        wan(width, text, inner, time, depth=depth),
         {"vace_patch_embedding.weight": (width, 96, 1, 2, 2), "vace_patch_embedding.bias": (width,)},
-        blocks("vace_blocks", 2, own),
+        blocks("vace_blocks", own_blocks, own),
     )
 
 
-ORIGINAL: dict[str, Callable[[], Shapes]] = {
+ORIGINAL: dict[str, Callable[..., Shapes]] = {
     "SD3Transformer2DModel": sd3,
     "FluxTransformer2DModel": flux1,
     "Flux2Transformer2DModel": flux2,
@@ -361,6 +398,26 @@ ORIGINAL: dict[str, Callable[[], Shapes]] = {
     "WanVACETransformer3DModel": wan_vace,
 }
 """Class of diffusers -> the tensors of a narrow file of its own code."""
+
+
+RELEASED: dict[str, dict[str, int]] = {
+    "SD3Transformer2DModel": dict(width=1536, head=64, text=4096, pooled=2048, depth=24, dual=13, places=384),
+    "FluxTransformer2DModel": dict(width=3072, head=128, text=4096, pooled=768, depth=19, singles=38),
+    "Flux2Transformer2DModel": dict(width=6144, head=128, text=15360, time=256, depth=8, singles=48),
+    "ChromaTransformer2DModel": dict(
+        width=3072, head=128, text=4096, inner=5120, guides=5, depth=19, singles=38
+    ),
+    "Lumina2Transformer2DModel": dict(width=2304, head=96, text=1024, adaptive=1024, inner=9216, depth=26),
+    "ZImageTransformer2DModel": dict(width=3840, head=128, text=2560, adaptive=256, depth=30),
+    "QwenImageTransformer2DModel": dict(width=3072, head=128, text=3584, depth=60),
+    "QwenImage21Transformer2DModel": dict(width=4096, head=128, text=4096, depth=32),
+    "Krea2Transformer2DModel": dict(
+        width=6144, head=128, keys=12, inner=16384, text=2560, text_inner=6912, layers=12, depth=28
+    ),
+    "WanTransformer3DModel": dict(width=5120, text=4096, inner=13824, time=256, depth=40),
+    "WanVACETransformer3DModel": dict(width=5120, text=4096, inner=13824, time=256, depth=40, own_blocks=8),
+}
+"""The sizes of a release of each."""
 
 
 def tensors(shapes: Shapes, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

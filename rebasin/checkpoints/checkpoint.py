@@ -339,10 +339,8 @@ def kept_beside(model: Checkpoint) -> list[str]:
     if not counts:
         return []
     listed = [f"{sum(own.values())} of {what} ({', '.join(own)})" for what, own in counts.items()]
-    return [
-        f"The result has {model.path.name}'s tensors of what is not merged: {', '.join(listed[:-1])}"
-        f"{' and ' if listed[1:] else ''}{listed[-1]}."
-    ]
+    more = " and ".join([", ".join(listed[:-1]), listed[-1]] if listed[1:] else listed)
+    return [f"Not merged, and in the result as in {model.path.name}, are other tensors: {more}."]
 
 
 def _parts_alone(whole: Checkpoint, part: Checkpoint) -> CheckpointError:

@@ -397,7 +397,8 @@ def _unlike(family: Family, where: object, why: str) -> CheckpointError:
 def _names(known: Known) -> set[str]:
     """The tensors that the class has; no memory is taken for them."""
     with torch.device("meta"):
-        return {name for name, t in built(known, known.title).state_dict().items() if isinstance(t, torch.Tensor)}
+        state = built(known, known.title).state_dict()
+    return {name for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
 FEW = 2
@@ -420,7 +421,7 @@ def _keys(family: Family, shapes: Shapes) -> list[KeyMapping]:
     def converted(tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         tall = {name: _taller(tensor, times) for name, tensor in tensors.items()}
         return {
-            ALSO.get(name, name): tensor[::times] if times > 1 else tensor
+            ALSO.get(str(name), str(name)): tensor[::times] if times > 1 else tensor
             for name, tensor in convert(checkpoint=tall).items()
         }
 
