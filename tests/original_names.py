@@ -1,6 +1,7 @@
 """Narrow single files of today's image and video models: the names and shapes that their own code gives them.
 
-Widths are the least that have two heads; blocks of each kind are two, so that the first and the last may differ.
+Widths have two heads or a little more, and most are so narrow that they are their own narrow twins; blocks of each kind
+are two, so that the first and the last may differ.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def blocks(name: str, count: int, block: Callable[[int], Shapes]) -> Shapes:
 
 
 def sd3(
-    width: int = 32,
-    head: int = 16,
+    width: int = 16,
+    head: int = 8,
     text: int = 12,
     pooled: int = 10,
     depth: int = 2,
@@ -103,7 +104,7 @@ def _embedding(name: str, width: int, into: int, bias: bool = True) -> Shapes:
 
 
 def flux1(
-    width: int = 48, head: int = 16, text: int = 12, pooled: int = 10, depth: int = 2, singles: int = 2
+    width: int = 16, head: int = 8, text: int = 12, pooled: int = 10, depth: int = 2, singles: int = 2
 ) -> Shapes:
     """Flux.1-dev, with guidance."""
 
@@ -129,8 +130,8 @@ def flux1(
 
 
 def chroma(
-    width: int = 48,
-    head: int = 16,
+    width: int = 16,
+    head: int = 8,
     text: int = 12,
     inner: int = 20,
     guides: int = 2,
@@ -158,7 +159,7 @@ def chroma(
 
 
 def flux2(
-    width: int = 32, head: int = 16, text: int = 12, time: int = 32, depth: int = 2, singles: int = 2
+    width: int = 16, head: int = 8, text: int = 12, time: int = 32, depth: int = 2, singles: int = 2
 ) -> Shapes:
     inner = 3 * width
     return joined(
@@ -191,7 +192,7 @@ def _next(width: int, head: int, keys: int, inner: int, modulation: Shapes) -> S
 
 
 def lumina2(
-    width: int = 72, head: int = 12, text: int = 12, adaptive: int = 72, inner: int = 320, depth: int = 2
+    width: int = 144, head: int = 24, text: int = 12, adaptive: int = 144, inner: int = 640, depth: int = 2
 ) -> Shapes:
     """Three heads of queries to one of keys, as released."""
     keys = width // head // 3
@@ -213,7 +214,7 @@ def lumina2(
     )
 
 
-def z_image(width: int = 32, head: int = 16, text: int = 12, adaptive: int = 32, depth: int = 2) -> Shapes:
+def z_image(width: int = 40, head: int = 20, text: int = 12, adaptive: int = 40, depth: int = 2) -> Shapes:
     inner, heads = int(width / 3 * 8), width // head
 
     def modulated(i: int) -> Shapes:
@@ -233,7 +234,7 @@ def z_image(width: int = 32, head: int = 16, text: int = 12, adaptive: int = 32,
     )
 
 
-def qwen_image(width: int = 32, head: int = 16, text: int = 12, depth: int = 2) -> Shapes:
+def qwen_image(width: int = 16, head: int = 8, text: int = 12, depth: int = 2) -> Shapes:
     def block(i: int) -> Shapes:
         attention = [linear(n, width, width) for n in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")]
         added = [linear(f"add_{n}_proj", width, width) for n in "qkv"]
@@ -262,7 +263,7 @@ def qwen_image(width: int = 32, head: int = 16, text: int = 12, depth: int = 2) 
     )
 
 
-def qwen_image21(width: int = 32, head: int = 16, text: int = 12, depth: int = 2) -> Shapes:
+def qwen_image21(width: int = 16, head: int = 8, text: int = 12, depth: int = 2) -> Shapes:
     """Gate and inner layer in one tensor."""
     inner = 3 * width
 
@@ -289,11 +290,11 @@ def qwen_image21(width: int = 32, head: int = 16, text: int = 12, depth: int = 2
 
 
 def krea2(
-    width: int = 64,
-    head: int = 16,
+    width: int = 32,
+    head: int = 8,
     keys: int = 2,
     inner: int = 48,
-    text: int = 32,
+    text: int = 16,
     text_inner: int = 40,
     layers: int = 3,
     depth: int = 2,
@@ -369,7 +370,7 @@ def wan(
 
 
 def wan_vace(
-    width: int = 256, text: int = 12, inner: int = 40, time: int = 32, depth: int = 4, own_blocks: int = 2
+    width: int = 256, text: int = 12, inner: int = 40, time: int = 32, depth: int = 2, own_blocks: int = 2
 ) -> Shapes:
     """Blocks at equal distances have one that reads the conditions."""
 
