@@ -151,9 +151,20 @@ def test_files_in_diffusers_own_names_are_known(kind: str, tmp_path: Path) -> No
     state = original.component("transformer")
     path = save_safetensors(tmp_path / "own.safetensors", {f"transformer.{n}": state[n] for n in state})
     own = open_checkpoint(path)
-    assert own.classes == original.classes
+    assert own.classes == original.classes and own.layout == "diffusers"
     assert equal(dict(sorted(own.component("transformer").items())), dict(sorted(state.items())))
     architecture(own, "transformer")
+
+
+def test_inspect_tells_the_layout(tmp_path: Path) -> None:
+    original, own = written(tmp_path, flux1()), tmp_path / "own.safetensors"
+    save_safetensors(own, open_checkpoint(original).component("transformer"))
+    saved = save_checkpoint(tmp_path / "folder", open_checkpoint(own)).path
+    layouts = "single file, in the names of its own code", "single file, in diffusers' names", "a folder"
+    for path, layout in zip((original, own, saved), layouts, strict=True):
+        told = rebasin("inspect", path)
+        assert "Flux.1" in told or "FluxTransformer2DModel" in told
+        assert layout in told
 
 
 def test_the_last_frame_of_wan_is_known_where_the_converter_forgets_it(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class Checkpoint:
         path: the file or folder.
         family: "sd1", "sd2", "sdxl", "sdxl_refiner", or of parts alone "vae", "clip_l", "clip_h", "clip_g".
         variant: "base", "inpainting", "instruct-pix2pix" or "depth"; "" for parts without a UNet.
-        layout: "ldm" (the original one, of single files) or "diffusers".
+        layout: "ldm" (the original one, of single files), "diffusers", or "folder" (of models known by their classes).
         raw: its tensors under their own names, in their own order and types, lazily.
         metadata: of the file's header.
         found: component -> where it lies.
@@ -188,7 +188,7 @@ def _of_today(
     """A single file of one of today's families."""
     found = {TRANSFORMER: Found(TRANSFORMER, own.prefix, "ldm")}
     keys, classes = {TRANSFORMER: own.keys}, {TRANSFORMER: own.known}
-    return Checkpoint(where, own.family.kind, "", "ldm", raw, metadata, found, keys, others, classes)
+    return Checkpoint(where, own.family.kind, "", own.layout, raw, metadata, found, keys, others, classes)
 
 
 def _open_folder(where: Path, family: str, classes: Mapping[str, Known], variant: str | None) -> Checkpoint:

@@ -59,7 +59,7 @@ def _blocks(shapes: Shapes, name: str) -> int:
 
 def _axes(published: tuple[int, ...], head: int) -> list[int]:
     """The share of each axis in a head's rotations, as published or in a narrower head; they turn pairs."""
-    shares = [2 * (n * head // (2 * sum(published))) for n in published]
+    shares = [2 * max(1, n * head // (2 * sum(published))) for n in published]
     return [*shares[:-1], head - sum(shares[:-1])]
 
 
@@ -331,12 +331,15 @@ BESIDE = {
 
 @dataclass(frozen=True)
 class Single:
-    """The transformer of a file: its family, its class, what stands before its names, and how its tensors lie there."""
+    """The transformer of a file: its family, its class, what stands before its names, how its tensors lie there, and
+    whether in the layout of its own code ("ldm") or in diffusers' names.
+    """
 
     family: Family
     known: Known
     prefix: str
     keys: list[KeyMapping]
+    layout: str
 
 
 def single(raw: State, where: object) -> Single | None:
@@ -384,7 +387,8 @@ def _understood(family: Family, prefix: str, raw: State, where: object, convert:
     read = {piece.source for key in keys for piece in key.pieces}
     if strange := [name for name in shapes if name not in read and name not in family.unread]:
         raise _unlike(family, where, f"its {shown(prefix + strange[0])} is unknown")
-    return Single(family, known, prefix, [under(prefix, key) for key in keys])
+    layout = "ldm" if convert else "diffusers"
+    return Single(family, known, prefix, [under(prefix, key) for key in keys], layout)
 
 
 def _unlike(family: Family, where: object, why: str) -> CheckpointError:
