@@ -7,6 +7,7 @@ out when the module's shapes are compared with the file's.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -376,7 +377,7 @@ def _understood(family: Family, prefix: str, raw: State, where: object, convert:
     try:
         keys = _keys(family, shapes) if convert else [same(n, n, s) for n, s in shapes.items()]
         config = family.config({key.name: key.shape for key in keys})
-        known = Known("diffusers", family.kind, {"_class_name": family.kind, **config}, family.title)
+        known = Known("diffusers", family.kind, _whole(family.kind, config), family.title)
         wanted = _names(known)
     except (KeyError, ValueError, IndexError, RuntimeError, StopIteration, ZeroDivisionError) as error:
         raise _unlike(family, where, f"{shown(str(error))}") from error
@@ -389,6 +390,19 @@ def _understood(family: Family, prefix: str, raw: State, where: object, convert:
         raise _unlike(family, where, f"its {shown(prefix + strange[0])} is unknown")
     layout = "ldm" if convert else "diffusers"
     return Single(family, known, prefix, [under(prefix, key) for key in keys], layout)
+
+
+def _whole(kind: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the class's defaults, as a folder has it."""
+    with quiet():
+        import diffusers
+
+    known = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    config = {name: one.default for name, one in known.items() if one.default is not one.empty}
+    same_out = config.get("out_channels", 0) is None and found.get("out_channels") == found["in_channels"]
+    config |= {n: value for n, value in found.items() if not (same_out and n == "out_channels")}
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
+    return {"_class_name": kind, **lists}
 
 
 def _unlike(family: Family, where: object, why: str) -> CheckpointError:
