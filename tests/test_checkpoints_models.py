@@ -313,8 +313,11 @@ FOREIGN = {
     "PEFT": ("unet.down_blocks.0.attn.to_q.lora_A.weight", "is a LoRA or another adapter"),
     "LoKr": ("lycoris_unet_mid.lokr_w1", "is a LoRA or another adapter"),
     "ControlNet": ("control_model.input_blocks.0.0.weight", "is a ControlNet"),
-    "SD3": ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "is Stable Diffusion 3"),
-    "Flux": ("double_blocks.0.img_attn.proj.weight", "is Flux"),
+    "SD3": (
+        "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
+        "is a part of Stable Diffusion 3",
+    ),
+    "Flux": ("double_blocks.0.img_attn.proj.weight", "is a part of Flux"),
     "inversion": ("emb_params", "is a textual inversion"),
     "unknown": ("layers.0.weight", "is no model that is known here"),
 }

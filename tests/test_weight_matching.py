@@ -184,6 +184,21 @@ def test_a_planted_permutation_is_recovered_completely(name: str, noise: float, 
         assert result.distance_after == 0
 
 
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("init", ["identity", "forward"])
+def test_a_b_too_large_to_be_held_gives_the_same(
+    name: str, init: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = SPECS[name]()
+    a, b, _ = planted(spec, 0.3)
+    held = weight_matching(spec, a, b, init=init)
+    monkeypatch.setattr("rebasin.matching.weights.endpoints.HELD", 200)
+    assert Endpoints(spec, a, b)._followed  # pyright: ignore[reportPrivateUsage]
+    followed = weight_matching(spec, a, b, init=init)
+    assert followed.permutation == held.permutation
+    assert (followed.sweeps, followed.distance_after) == (held.sweeps, held.distance_after)
+
+
 def networks() -> dict[str, tuple[Any, tuple[Tensor, ...], dict[str, Tensor]]]:
     """Real models, their specs to be traced: (model, example arguments, example keywords)."""
     from transformers import ViTConfig, ViTModel

@@ -17,7 +17,7 @@ from . import components, folders
 from .classes.folder import STRUCTURE, TRANSFORMER, classes_in, differences
 from .classes.known import Known
 from .classes.names import names_in_files, require_all, without_numbers
-from .classes.single_file import Single, single
+from .classes.single_file import Single, beside, single
 from .components import UNET, Found
 from .families import EXPECTED, NO_MODEL, TITLES, Shapes, foreign, identify, no_model, title
 from .folder_checks import require_sound
@@ -35,7 +35,7 @@ class Checkpoint:
         path: the file or folder.
         family: "sd1", "sd2", "sdxl", "sdxl_refiner", or of parts alone "vae", "clip_l", "clip_h", "clip_g".
         variant: "base", "inpainting", "instruct-pix2pix" or "depth"; "" for parts without a UNet.
-        layout: "ldm" (the original one, of single files) or "diffusers".
+        layout: "ldm" (the original one, of single files), "diffusers", or "folder" (of models known by their classes).
         raw: its tensors under their own names, in their own order and types, lazily.
         metadata: of the file's header.
         found: component -> where it lies.
@@ -234,7 +234,7 @@ def _of_today(
     found = {TRANSFORMER: Found(TRANSFORMER, own.prefix, "ldm")}
     keys, classes = {TRANSFORMER: own.keys}, {TRANSFORMER: own.known}
     return Checkpoint(
-        where, own.family.kind, "", "ldm", raw, metadata, found, keys, others, classes, None, quantised
+        where, own.family.kind, "", own.layout, raw, metadata, found, keys, others, classes, None, quantised
     )
 
 
@@ -374,6 +374,27 @@ def unlike(models: Sequence[Checkpoint]) -> list[str]:
                     " has the first's."
                 )
     return told
+
+
+def kept_beside(model: Checkpoint) -> list[str]:
+    """A sentence about what a single file of today's families has beside its transformer, which a merge leaves as it
+    is.
+    """
+    if not model.classes or model.path.is_dir():
+        return []
+    prefix = model.found[TRANSFORMER].prefix
+    counts: dict[str, dict[str, int]] = {}
+    for name in (name for names in model.extras.values() for name in names):
+        if name.startswith(prefix) and (prefix or beside(name) is None):
+            continue  # of the transformer itself, which does not use it
+        where = name.partition(".")[0]
+        own = counts.setdefault(beside(name) or "something else", {})
+        own[where] = own.get(where, 0) + 1
+    if not counts:
+        return []
+    listed = [f"{sum(own.values())} of {what} ({', '.join(own)})" for what, own in counts.items()]
+    more = " and ".join([", ".join(listed[:-1]), listed[-1]] if listed[1:] else listed)
+    return [f"Not merged, and in the result as in {model.path.name}, are other tensors: {more}."]
 
 
 def _parts_alone(whole: Checkpoint, part: Checkpoint) -> CheckpointError:

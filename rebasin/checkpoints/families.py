@@ -150,7 +150,8 @@ FOREIGN = {
     ADAPTER: r"\.lora_(down|up|A|B|mid)\b|\.lora[_.](linear|unet|te)|^lora_"
     r"|\.(hada_w|lokr_w|oft_|diff_b)|^(unet|text_encoder):\d+:(up|down)$|\.on_input$|\.(diff|dora_scale)$"
     r"|^bundle_emb\.",
-    "a ControlNet": r"input_hint_block\.|controlnet_cond_embedding\.|^control_model\.",
+    "a ControlNet": r"input_hint_block\.|controlnet_cond_embedding\.|^control_model\."
+    r"|(^|\.)(controlnet_(blocks|x_embedder)|control_(layers|noise_refiner|all_x_embedder))\.",
     "a T2I or IP adapter": r"^(image_proj|ip_adapter)\.|^adapter\.body\.",
     "a motion module (AnimateDiff)": r"motion_modules\.",
     "a video model": r"time_stack\.|temporal_transformer_blocks\.",

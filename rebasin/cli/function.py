@@ -98,6 +98,10 @@ def compute(
     wide: Any = DerivedState(
         {name: _computable(state, own, checkpoint) for name, own in _with_tied(module, state).items()}
     )
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():  # which the offloading leaves as they were built
+            if name in wide and not buffer.is_meta:
+                buffer.copy_(wide[name])
     cpu_offload(module, execution_device=torch.device("cpu"), state_dict=wide)
     with torch.no_grad():
         return named_outputs(module(*args, **kwargs))

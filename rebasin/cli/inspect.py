@@ -75,7 +75,7 @@ def _model(file: Path, variant: str | None) -> dict[str, Any]:
     metadata = provenance.metadata_of(checkpoint)
     return {
         "what": checkpoint.title,
-        "layout": "a folder" if checkpoint.classes else _layout(checkpoint.layout == "ldm"),
+        "layout": _of_class(checkpoint) if checkpoint.classes else _layout(checkpoint.layout == "ldm"),
         "predicts": f"{predicted.kind or 'unknown'}: {predicted.reason}" if has_unet else None,
         "tensors": len(checkpoint.raw),
         "also_has": {kind: len(names) for kind, names in checkpoint.extras.items()},
@@ -165,6 +165,13 @@ KINDS = {"permutation": _permutation, "adapter": _adapter, "controlnet": _contro
 
 def _layout(ldm: bool) -> str:
     return "single file (LDM)" if ldm else "diffusers"
+
+
+def _of_class(checkpoint: Checkpoint) -> str:
+    """The layout of what is known by its class."""
+    names = {"ldm": "in the names of its own code", "diffusers": "in diffusers' names"}
+    told = names.get(checkpoint.layout)
+    return f"single file, {told}" if told else "a folder"
 
 
 def _text(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..checkpoints.checkpoint import require_same_prediction, several_variants, unlike
+from ..checkpoints.checkpoint import kept_beside, require_same_prediction, several_variants, unlike
 from ..errors import ConfigError
 from ..spec.mapped import Rounding
 from ..types import State
@@ -95,6 +95,7 @@ def merge(console: Console, request: Request) -> None:
         [
             *unasked,
             *unlike(models),
+            *kept_beside(models[0]),
             *left_out(models),
             *weights.remarks(method),
             *copies(models, components, base),

@@ -91,8 +91,10 @@ def show_plan(
 
 
 def _memory(spec: PermutationSpec, model: Checkpoint, component: str, models: int) -> float:
-    """Bytes: the interpreter, tensors that moved (at worst all of one component), cost matrices, and a mean of many."""
+    """Bytes: the interpreter, tensors that moved and are held, cost matrices, and a mean of many."""
+    from ..matching.weights.endpoints import HELD
+
     sizes = [prod(shape) for shape in model.shapes(component).values()]
-    item = 2 if models == 2 else 4
+    moved = min(HELD, 2 * sum(sizes)) if models == 2 else 4 * sum(sizes)
     group = max((max(cell.size for cell in g.cells) for g in spec), default=0)
-    return 6e8 + item * sum(sizes) + 3 * 8 * group**2 + 8 * max(sizes)
+    return 6e8 + moved + 3 * 8 * group**2 + 8 * max(sizes)

@@ -2,7 +2,7 @@
 
 Nothing of the caller's is changed. B's tensors are read through until a permutation moves them; only those
 that moved are held here, in their own dtype, so that aligning two nearly identical models costs hardly any
-memory.
+memory. Of a large B some are held, the others are read and permuted each time that they are asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -29,6 +30,9 @@ Normalize = Literal["tensor"]
 CHUNK = 1 << 18
 """Elements that are widened to float64 at a time: they stay in the cache."""
 
+HELD = 3 << 30
+"""Bytes of B's tensors that are held when they have moved, on the CPU; the largest of a larger B are not."""
+
 FAR = 1e-3
 """Squared distances above this share of the squared norms follow from inner products without loss of digits."""
 
@@ -44,11 +48,11 @@ class Slices:
 
 @dataclass(frozen=True)
 class Move:
-    """A group's rearrangement, computed but not yet made: what changes in which tensor, what each inner product gains
-    by that, and the objective.
+    """A group's rearrangement, computed but not yet made: what changes in which tensor (None: not held), what each
+    inner product gains by that, and the objective.
     """
 
-    slices: Mapping[str, Slices]
+    slices: Mapping[str, Slices | None]
     gains: Mapping[str, float]
     gain: float
 
@@ -88,6 +92,7 @@ class Endpoints:
         self._key_a, self._key_b = keys_of(spec, state_a, "A"), keys_of(spec, state_b, "B")
         self._kept: dict[tuple[str, str], Tensor] = {}
         self._moved: dict[str, Tensor] = {}
+        self._followed = self._too_many(state_b)  # which are never held
         self.index = {name: np.arange(cell.size) for name, cell in spec.cells.items()}
         wide = all(
             torch.float64 in (dtype_of(state_a, self._key_a[name]), dtype_of(state_b, self._key_b[name]))
@@ -123,8 +128,26 @@ class Endpoints:
 
     def b(self, name: str) -> Tensor:
         """pi(B)'s tensor `name`, on the device, in its own dtype."""
-        moved = self._moved.get(name)
-        return self._read("b", name, self._b, self._key_b) if moved is None else moved
+        if (moved := self._moved.get(name)) is not None:
+            return moved
+        tensor = self._read("b", name, self._b, self._key_b)
+        return (
+            Permutation.trusted(self.spec, self.index).apply_to(name, tensor)
+            if name in self._followed
+            else tensor
+        )
+
+    def _too_many(self, state: State) -> frozenset[str]:
+        """The tensors of B that would take more memory than `HELD`, the largest."""
+        if self.device.type != "cpu":
+            return frozenset()
+        sizes = {
+            n: math.prod(self.spec.shapes[n]) * dtype_of(state, self._key_b[n]).itemsize
+            for n in self.parameters
+        }
+        small = sorted(sizes, key=lambda name: sizes[name])
+        sums = accumulate(sizes[name] for name in small)
+        return frozenset(name for name, taken in zip(small, sums, strict=True) if taken > HELD)
 
     def _read(self, side: str, name: str, state: State, keys: Mapping[str, str]) -> Tensor:
         kept = self._kept.get((side, name))
@@ -178,7 +201,8 @@ class Endpoints:
         self._dots = {}
         for name in self.parameters:
             if permutation.axes_of(name):
-                self._moved[name] = permutation.apply_to(name, self.b(name))
+                if name not in self._followed:
+                    self._moved[name] = permutation.apply_to(name, self.b(name))
             elif name in self._naive_dots:
                 self._dots[name] = self._naive_dots[name]
 
@@ -186,14 +210,14 @@ class Endpoints:
         """What it would do to the objective if the neurons of `group` moved by `index`, relative to where
         they are now. The work is proportional to what moves.
         """
-        slices: dict[str, Slices] = {}
+        slices: dict[str, Slices | None] = {}
         gains: dict[str, float] = {}
         for name, changed, old in self._rearranged(group, index):
             a = self.a(name)
             if changed.places is not None:
                 a = a.index_select(changed.axis, changed.places)
                 old = old.index_select(changed.axis, changed.places)
-            slices[name] = changed
+            slices[name] = None if name in self._followed else changed
             # <a, new> - <a, old>, float64
             gains[name] = _summed([x.dot(z.sub_(y)) for x, y, z in _chunks(a, old, changed.values)])
         return Move(slices, gains, math.fsum(self.weight[name] * gain for name, gain in gains.items()))
@@ -232,8 +256,10 @@ class Endpoints:
                 here, there = (torch.from_numpy(p).to(b.device) for p in (places, full[places]))
                 yield name, Slices(b.index_select(axis, there), axis, here), b
 
-    def _change(self, name: str, changed: Slices) -> None:
+    def _change(self, name: str, changed: Slices | None) -> None:
         self._dots.pop(name, None)
+        if changed is None or name in self._followed:
+            return  # it follows the index
         if changed.places is None:
             self._moved[name] = changed.values
             return
