@@ -41,7 +41,8 @@ def call(what: Known, where: object, *, part: bool = False) -> Built:
 def _halves(what: Known, where: object, model: Any, inputs: dict[str, Any]) -> Built:
     picture = next(iter(inputs.values()))
     with torch.device("meta"), torch.no_grad():  # the model itself may have no numbers beside such that has
-        latent = _latent(built(what, where).encode(torch.empty(picture.shape)))
+        other: Any = built(what, where)
+        latent = _latent(other.encode(torch.empty(picture.shape)))
     model.__class__ = _called_by_halves(type(model))
     return model, (), {"sample": picture, "latent": torch.randn(latent.shape)}
 
