@@ -28,10 +28,11 @@ Do they need aligning at all?
 What is this file, and how was it made?
     rebasin inspect merged.safetensors
 
-Files are Stable Diffusion 1, 2 or XL checkpoints (.safetensors, .ckpt,
-diffusers folders) and adapters for them. Inputs are never changed, and a
-command that was interrupted continues where it stopped when it is given
-again. Every command explains itself: rebasin COMMAND --help
+Models are single files of Stable Diffusion, Flux, Qwen-Image, Wan and their
+like (.safetensors, .ckpt, .gguf), or folders of any class of transformers and
+diffusers; adapters follow Stable Diffusion 1, 2 and XL. Inputs are never
+changed, and a command that was interrupted continues where it stopped when it
+is given again. Every command explains itself: rebasin COMMAND --help
 """
 
 
