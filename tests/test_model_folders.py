@@ -263,3 +263,13 @@ def test_added_words_are_named_and_can_be_taken_from_a(longer: str, root: Path, 
     if longer == "a":  # aligned to themselves, what only A has is A's
         merged = read(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"]
         assert merged.shape[0] == 100 and not torch.equal(merged[:96], ours[:96])
+
+
+@pytest.mark.parametrize("option", ["--learned", "--joint"])
+@pytest.mark.parametrize("command", ["merge", "align"])
+def test_what_is_about_a_unet_is_refused_at_once(
+    command: str, option: str, root: Path, tmp_path: Path
+) -> None:
+    a, b = pair("GPT2LMHeadModel", root)
+    text = rebasin(command, a, b, "-o", tmp_path / "out", option, expect=2)
+    assert "UNet" in text and "hash" not in text and not (tmp_path / "out").exists()

@@ -30,6 +30,7 @@ def align(console: Console, request: Request) -> None:
     check_output(request.output, request.inputs, request.overwrite or request.dry_run)
     models, components = stages.read(console, request)
     session.remark(console, copies(models, components))
+    stages.require_unet(request, components)
     stages.require_permutation(request, models[0], components)
     stages.require_space(request, models[1])
     if request.dry_run:
@@ -87,6 +88,7 @@ def merge(console: Console, request: Request) -> None:
             require_same_prediction(opened)
         weights = merge_weights(request, method, len(models), models[0], components)
         information = fisher_files(method, request.fisher, models, components)
+        stages.require_unet(request, components)
         stages.require_permutation(request, models[0], components)
         console.say(f"{len(models)} x {models[0].title}: {', '.join(components)}")
     unasked = several_variants([*opened, *([vae] if vae else [])], request.variant)

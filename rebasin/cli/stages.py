@@ -138,6 +138,21 @@ def require_learned(request: Request) -> None:
     configured(request, request.inputs)
 
 
+def require_unet(request: Request, components: Sequence[str]) -> None:
+    """Whether the models have what --learned and --joint are about.
+
+    Raises:
+        ConfigError: they have not.
+    """
+    have = ", ".join(components)
+    if request.learned and "unet" not in components:
+        raise ConfigError(
+            f"--learned learns maps of a UNet, but the models have {have}; leave it out (--maps finds maps of all)."
+        )
+    if request.joint and ("unet" not in components or not set(components) & set(PARTS) - {"unet"}):
+        raise ConfigError(f"--joint needs a UNet and a text encoder in all models; they have {have}.")
+
+
 def require_permutation(request: Request, model: Checkpoint, components: Sequence[str]) -> None:
     """Look at the file of --permutation before any work.
 
