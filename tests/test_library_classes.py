@@ -17,8 +17,10 @@ import rebasin
 from experiments import zoo_library
 from experiments.architectures import markdown, merged
 from experiments.zoo import ZOO
+from rebasin import tracing
 from rebasin.checkpoints.classes import example
 from rebasin.errors import CheckpointError, TraceError
+from rebasin.tracing.export import export
 
 QUICK = {
     "diffusers": [
@@ -214,12 +216,18 @@ def test_weights_that_the_example_does_not_reach_stay() -> None:
     }  # fmt: skip
 
 
-def test_specs_of_values_are_not_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache knows shapes: another mask of the same shape may take another way."""
+def test_specs_of_values_are_kept_for_these_values(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another mask of the same shape may take another way."""
     monkeypatch.setenv("REBASIN_CACHE", str(tmp_path))
     model, _, kwargs = ZOO["transformers"]["BartForSequenceClassification"](False)
-    rebasin.trace(model, **kwargs)
-    assert not list(tmp_path.rglob("*.json"))
+    spec = rebasin.trace(model, **kwargs)
+    exported: list[Any] = []
+    monkeypatch.setattr(tracing, "export", lambda *given: exported.append(given) or export(*given))
+    assert rebasin.trace(model, **kwargs) == spec and not exported
+    ids = kwargs["input_ids"].clone()
+    ids[:, 1:-1] += 1
+    rebasin.trace(model, **{**kwargs, "input_ids": ids})
+    assert len(exported) == 1
 
 
 def test_a_table_that_is_made_on_the_first_call_keeps_no_tensors_of_the_export() -> None:

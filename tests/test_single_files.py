@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from cli_files import read, rebasin
-from original_names import (
+from torch import Tensor
+
+from experiments.original_names import (
     ORIGINAL,
     RELEASED,
     Shapes,
@@ -28,8 +30,6 @@ from original_names import (
     wan,
     z_image,
 )
-from torch import Tensor
-
 from rebasin.checkpoints import Checkpoint, component_spec, open_checkpoint, save_checkpoint, save_safetensors
 from rebasin.checkpoints.architectures import architecture
 from rebasin.checkpoints.classes.known import built

@@ -50,15 +50,16 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> PermutationSpec:
     # Tables that a model keeps as buffers (sinusoidal positions) are matched like weights; statistics only follow.
     statistics = ("running_mean", "running_var")
     buffers = frozenset(n for n in shapes.keys() - parameters if n.split(".")[-1] in statistics)
-    cached = cache.load(key)
-    if cached is not None and dict(cached.shapes) == shapes and _stands(model, cached, args, kwargs):
-        return cached
+    valued = cache.with_values(key, args, kwargs)
+    for known in (key, valued):
+        cached = cache.load(known)
+        if cached is not None and dict(cached.shapes) == shapes and _stands(model, cached, args, kwargs):
+            return cached
     exported = export(model, args, kwargs, RULES)
     shared = sharing(state, {f"the constant {n}": t for n, t in exported.constants.items() if t is not None})
     constraints = walk(exported, state, shared)
     spec = build(constraints, solve(constraints), shapes, buffers, shared.aliases)
-    if not exported.fixed:  # the cache knows only the shapes of inputs
-        cache.store(key, spec)
+    cache.store(valued if exported.fixed else key, spec)
     return spec
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import SpecMismatchError
 from ..files import cache_folder, keep, write_text
@@ -72,6 +73,22 @@ def fingerprint(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     except Exception:  # whatever can't be described is traced anew
         return None
     return hashlib.sha256(repr(description).encode()).hexdigest()
+
+
+def with_values(key: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """A fingerprint together with the values of whole numbers and masks among the inputs, of a spec that depends on
+    them; None where there is none, or a value is not there.
+    """
+    if key is None:
+        return None
+    digest = hashlib.sha256(key.encode())
+    for tensor in tree_leaves((args, kwargs)):
+        if isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex()):
+            if tensor.is_meta or tensor.numel() > _NUMBERS:
+                return None
+            digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Unknown(Exception):
