@@ -360,3 +360,20 @@ def test_flex_attention_is_proved_in_double_precision() -> None:
     spec = rebasin.trace(model, x)
     report = rebasin.verify(model, spec, x, dtype=torch.float64)
     assert report.passed and report.max_relative_error < 1e-12 and spec.neurons == 16
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_numbers_that_the_code_writes_down_are_known_on_every_device(device: str) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            ids = torch.full_like(mask, -1, dtype=torch.long)
+            ids[mask.nonzero(as_tuple=True)[0]] = torch.tensor([0, 3], device=mask.device)
+            return self.b(torch.tanh(self.a(x))) * len(set(ids.tolist()))
+
+    with torch.device(device):
+        model, x = Writes(), torch.randn(1, 4)
+    assert rebasin.trace(model, x, mask=torch.tensor([False, True, True])).neurons == 5

@@ -135,7 +135,7 @@ class Shadows(TorchFunctionMode):
         if known is not None and (made or name == "__setitem__") and all(t.numel() <= _LARGEST for t in made):
             with contextlib.suppress(Exception):  # then it has none
                 for leaf, shadow in zip(leaves, tree_leaves(_compute(func, *known)), strict=True):
-                    if isinstance(leaf, FakeTensor):
+                    if isinstance(leaf, FakeTensor) or (_is_tensor(leaf) and leaf.is_meta):
                         self._remember(leaf, shadow)
         return result
 
