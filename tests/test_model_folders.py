@@ -273,3 +273,67 @@ def test_what_is_about_a_unet_is_refused_at_once(
     a, b = pair("GPT2LMHeadModel", root)
     text = rebasin(command, a, b, "-o", tmp_path / "out", option, expect=2)
     assert "UNet" in text and "hash" not in text and not (tmp_path / "out").exists()
+
+
+def test_what_the_example_does_not_reach_is_refused(tmp_path: Path) -> None:
+    """Cross attention reads another model's states, which no example of a decoder alone has."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96, add_cross_attention=True)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / "ab"[seed])
+    given = (tmp_path / "a", tmp_path / "b", "-o", tmp_path / "m")
+    text = rebasin("merge", *given, expect=2)
+    assert "reads 8 tensors of the model" in text and "--no-align" in text and not (tmp_path / "m").exists()
+    assert "This is the plain merge" in rebasin("merge", *given, "--no-align")
+
+
+def test_a_permutation_is_for_its_own_architecture(root: Path, tmp_path: Path) -> None:
+    import transformers
+
+    a, b = pair("LlamaForCausalLM", root)
+    kept = tmp_path / "aligned.permutation.safetensors"
+    rebasin("align", a, b, "-o", tmp_path / "aligned")
+    text = rebasin("merge", a, b, "-o", tmp_path / "m", "--permutation", kept)
+    assert "Did anything move? Yes" in text
+    for change in ({"num_hidden_layers": 3}, {"intermediate_size": 64}):
+        config = transformers.LlamaConfig(**{**GROUPED, **change})
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / str(change))
+        text = rebasin("apply", kept, tmp_path / str(change), "-o", tmp_path / "x", expect=2)
+        assert "another architecture" in text and not (tmp_path / "x").exists()
+
+
+def test_verify_computes_each_model_by_its_own_configuration(root: Path, tmp_path: Path) -> None:
+    import shutil
+
+    _, b = pair("LlamaForCausalLM", root)
+    shutil.copytree(b, tmp_path / "b")
+    _config(tmp_path / "b", lambda c: c.update(rope_parameters={"rope_theta": 7.0, "rope_type": "default"}))
+    assert "Do they compute the same? No" in rebasin("verify", b, tmp_path / "b", expect=1)
+
+
+def test_nothing_is_written_into_an_input_or_left_unsaid(root: Path, tmp_path: Path) -> None:
+    import shutil
+
+    a, b = pair("LlamaForCausalLM", root)
+    assert "would be inside" in rebasin("merge", a, b, "-o", a / "sub", expect=2)
+    shutil.copytree(a, tmp_path / "a")
+    shutil.copytree(b, tmp_path / "b")
+    for folder in ("a", "b"):
+        _config(tmp_path / folder, lambda c: c.update(num_hidden_layers=1, layer_types=None))
+    text = rebasin("merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "m", "--dry-run")
+    assert "Not read from a, as its configuration has no place for it: 'model.layers.1." in text
+    rebasin("merge", a, b, "-o", tmp_path / "eight", "--dtype", "fp8")
+    assert json.loads((tmp_path / "eight" / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_counts_of_norms_are_no_weights(tmp_path: Path) -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    for seed in range(2):
+        torch.manual_seed(seed)
+        ResNetForImageClassification(config).save_pretrained(tmp_path / "ab"[seed])
+    text = rebasin("align", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "aligned")
+    assert "Is it legal? Yes" in text and "Did anything move? Yes" in text

@@ -18,12 +18,12 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from typer.testing import CliRunner
 
-from rebasin.checkpoints.weights import weights_for
+from rebasin.checkpoints.weights import require_weights, weights_for
 from rebasin.data import own as own_data
 from rebasin.errors import CheckpointError, ConfigError, DataError, RebasinError
 from rebasin.integrations.signatures import own_options
 from rebasin.jobs.commands import RUN
-from rebasin.jobs.own import own
+from rebasin.jobs.own import flags_first, own
 from rebasin.new.__main__ import main, new
 from rebasin.new.study import NETWORK, Kind, create
 from rebasin.reporting.results import load_results
@@ -111,6 +111,44 @@ def returns(network, batches):
 
 def wrong(network, batches):
     return 5
+
+
+def still(network, batches):
+    pass
+
+
+def other(network, batches):
+    return nn.Linear(3, 3)
+
+
+def task():
+    return 3
+
+
+def three(cfg):
+    return 3
+
+
+def rows(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+class Short:
+    def loss(self, model, batch):
+        return loss(model, batch)
+
+    def evaluate(self, model, batches):
+        x, y = batches
+        return {"loss": 0.0}
+
+
+def typed(width: int = 4):
+    return Net(width)
+
+
+def endless(split: str):
+    while True:
+        yield x(4)
 
 
 DATA = x(40)
@@ -216,6 +254,32 @@ FAULTS = [
     ((TRAIN, "objective=mine:elsewhere"), "The objective never calls the model"),
     ((TRAIN, "objective=denoising"), "model=own needs objective of the kind 'own' or 'classification'"),
     (("model.train=mine:wrong",), "model.train=mine:wrong returns an object of type int"),
+    (("model.train=mine:still",), "left the network as it was (seed 0)"),
+    (("model.train=mine:other",), "model.train=mine:other returns another network than it was given"),
+    (
+        ("model.a=a.pt", "model.b=b.pt", "model.seeds=[1,2]"),
+        "model.seeds has no effect where files are given",
+    ),
+    ((TRAIN, "model.task=mine:task"), "model.task=mine:task must take the configuration"),
+    ((TRAIN, "model.task=mine:three"), "returns an object of type int, not a rebasin.tasks.Task"),
+    ((TRAIN, "objective=mine:rows"), "must be one real number: take the mean"),
+    (
+        (TRAIN, "objective=mine:Short"),
+        "can't compute a batch of (2, 4) float32, (2,) int64: ValueError",
+    ),
+    (
+        (TRAIN, "model.network=mien:Net", "model.options.width=3"),
+        "model.network is 'mien:Net', which can't be",
+    ),
+    (
+        (TRAIN, "model.network=mine:typed", "model.options.width=3.5"),
+        "model.options.width is 3.5, but mine.typed takes a",
+    ),
+    ((TRAIN, "data.dataset=mine:endless"), "goes on after 5,000 batches; give data.limit=NUMBER"),
+    (
+        (TRAIN, "data.dataset=lost:load", "data.options.n=3"),
+        "data.dataset is 'lost:load', which can't be imported",
+    ),
     (("model.train=mine:broken",), "must take the network and the training batches, but it takes nothing"),
 ]
 
@@ -233,6 +297,39 @@ def test_faults_are_one_sentence(
     told = capsys.readouterr().err.splitlines()[-1]
     assert caught.value.code == 2 and words in told and told.startswith("Error: ") and told.endswith(".")
     assert len(told) <= 320
+
+
+def test_flags_may_stand_anywhere() -> None:
+    given = ["--config-dir", "conf", "model=own", "+a.b=1", "--multirun", "~c", "x.y=1,2"]
+    assert flags_first(given) == [
+        "--config-dir",
+        "conf",
+        "--multirun",
+        "model=own",
+        "+a.b=1",
+        "~c",
+        "x.y=1,2",
+    ]
+
+
+def test_averages_beside_the_weights_are_told(tmp_path: Path) -> None:
+    net = nn.Linear(2, 3)
+    state = {name: tensor + 1 for name, tensor in net.state_dict().items()}
+    averages = {name: tensor * 0 for name, tensor in state.items()}
+    kinds = (
+        {"state_dict": state, "state_dict_ema": averages},
+        {**state, **{f"ema.{name}": t for name, t in averages.items()}},
+        {**{f"model.{n}": t for n, t in state.items()}, **{f"model_ema.{n}": t for n, t in averages.items()}},
+    )
+    for content in kinds:
+        torch.save(content, tmp_path / "a.pt")
+        told = require_weights(net, tmp_path / "a.pt")
+        assert told is not None and told.startswith(
+            "Not read from a.pt: averages of the weights beside them ("
+        )
+        assert all(torch.equal(t, state[name]) for name, t in weights_for(net, tmp_path / "a.pt").items())
+    torch.save(state, tmp_path / "a.pt")
+    assert require_weights(net, tmp_path / "a.pt") is None
 
 
 def test_paths_become_groups_and_options(place: Path) -> None:
@@ -269,6 +366,7 @@ KINDS = {
     "a stream": (lambda split: _Stream(), 5, 3),
     "a generator": (lambda split: (X[i : i + 2] for i in range(0, 10, 2)), 3, 5),
     "a list": (lambda split: [(row, 1) for row in X], 4, 3),
+    "a list of batches": (lambda split: [(X[:5], Y[:5]), (X[5:], Y[5:])], 4, 2),
     "both": (lambda: {"train": X, "heldout": X[:4]}, 4, 3),
     "one": (lambda: (X, Y), 4, 2),
     "batches": (lambda: iter([X] * 10), 4, 8),

@@ -6,6 +6,7 @@ components', with parameters named `unet.*`, `vae.*`, `text_encoder.*` (as `reba
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -32,6 +33,11 @@ from ..types import State
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet", "transformer")
 """The names of a pipeline's parts, as diffusers names its folders."""
+
+PART = re.compile(
+    rf"({'|'.join(COMPONENTS)}|model|image_encoder|prior|vocoder|audio_vae|unconditional)(_\d+)?"
+)
+"""What parts are called, those of a folder of one model and of larger pipelines, too."""
 
 Member = TypeVar("Member", bound=Permutation | Alignment)
 """Of a spec's symmetry group: what comes out is what went in."""
@@ -96,8 +102,9 @@ def is_joint(spec: PermutationSpec) -> bool:
 def component_of(spec: PermutationSpec) -> tuple[str, ...]:
     """The components that `spec` speaks of: those of a union, or the one that the parameters' names betray."""
     first = {name.split(".")[0] for name in spec.shapes}
-    if first <= set(COMPONENTS):
-        return tuple(name for name in COMPONENTS if name in first)
+    if all(PART.fullmatch(name) for name in first):
+        known = [name for name in COMPONENTS if name in first]
+        return (*known, *sorted(first - set(known)))
     if {"conv_in", "time_embedding", "down_blocks"} <= first:
         return ("unet",)
     if "text_projection" in first:  # of the encoders of Stable Diffusion only the second has it

@@ -60,6 +60,11 @@ def component_config(checkpoint: Checkpoint, component: str) -> Config:
         return dict(checkpoint.classes[component].config)
     own = own_config(checkpoint.path, component)
     if own is not None:
+        shapes = checkpoint.shapes(component)
+        if (
+            component == UNET and "in_channels" in own
+        ):  # which may be more than its file has (see further_inputs)
+            own["in_channels"] = _size(shapes, *SIZES[UNET]["in_channels"], own["in_channels"])
         return own
     family, released = release_of(checkpoint.family, component)
     return fit(published(family)[released], component, checkpoint.shapes(component))

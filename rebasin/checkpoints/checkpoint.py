@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -359,9 +360,32 @@ def _require_alike(a: Checkpoint, b: Checkpoint) -> None:
                 )
 
 
+KNOWN_LEFT = re.compile(r"inv_freq$|position_ids$|masked_bias$|attn\.bias$|num_batches_tracked$|rotary_emb")
+"""What files of older libraries have besides the weights."""
+
+
 def unlike(models: Sequence[Checkpoint]) -> list[str]:
-    """A sentence about each further model whose configuration has other numbers than the first's."""
+    """Sentences about folders: tensors that their class does not read, parts of the first that another lacks, and
+    configurations with other numbers than the first's.
+    """
     told = []
+    for model in models:
+        left = [name for kind in ("unused", "other") for name in model.extras.get(kind, ())]
+        left = [
+            name for name in left if model.path.is_dir() and model.classes and not KNOWN_LEFT.search(name)
+        ]
+        if left:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            told.append(
+                f"Not read from {model.path.name}, as its configuration has no place for it: {shown(left[0])}{more}."
+            )
+    for model in models[1:]:
+        lacking = [name for name in models[0].classes if name not in model.components]
+        if lacking:
+            told.append(
+                f"{model.path.name} has no {', '.join(lacking)} that could be read; in the result that is"
+                f" {models[0].path.name}'s."
+            )
     for model in models[1:]:
         for name in models[0].classes.keys() & model.classes.keys():
             found = differences(models[0].classes[name].config, model.classes[name].config)
@@ -423,13 +447,13 @@ def require_fitting(a: Checkpoint, b: Checkpoint, components: Sequence[str]) -> 
             if missing := next((own for own in mine if own not in others), None):
                 raise CheckpointError(
                     f"{other.path} has no tensor {shown(one.source(name, missing))}, which the {name} of {one.path}"
-                    " has."
+                    f" has{_apart_by(a, b, name)}."
                 )
         for own in ours:
             if ours.shape_of(own) != theirs.shape_of(own):
                 raise CheckpointError(
                     f"Tensor {shown(b.source(name, own))} of {b.path} has shape {theirs.shape_of(own)}, but"
-                    f" {ours.shape_of(own)} in {a.path}."
+                    f" {ours.shape_of(own)} in {a.path}{_apart_by(a, b, name)}."
                 )
             for checkpoint, state in ((a, ours), (b, theirs)):
                 if not state.dtype_of(own).is_floating_point:
@@ -443,6 +467,20 @@ def require_fitting(a: Checkpoint, b: Checkpoint, components: Sequence[str]) -> 
                     f"{one.path} has the tensor {shown(strange)} in its unet, which is not known here and which"
                     f" {other.path} has not."
                 )
+
+
+def _apart_by(a: Checkpoint, b: Checkpoint, component: str) -> str:
+    """What the configurations of two models say about their tensors, as a part of a sentence; "" without any."""
+    if component not in a.classes or component not in b.classes:
+        return ""
+    ours, theirs = a.classes[component].config, b.classes[component].config
+    told = differences(ours, theirs)
+    tied = [config.get("tie_word_embeddings") for config in (ours, theirs)]
+    told |= {"tie_word_embeddings": (tied[0], tied[1])} if tied[0] != tied[1] else {}
+    listed = ", ".join(
+        f"{key} {shown(one)} and {shown(other)}" for key, (one, other) in list(told.items())[:4]
+    )
+    return f" ({listed})" if listed else ""
 
 
 def require_same_prediction(checkpoints: Sequence[Checkpoint], option: str = "--mix-predictions") -> None:

@@ -25,6 +25,7 @@ def require_whole(
         CheckpointError: names the first that is missing, or has another shape, or holds no floating point numbers.
     """
     whole: dict[str, Any] = {n: t for n, t in module.state_dict(keep_vars=True).items() if torch.is_tensor(t)}
+    whole = {name: t for name, t in whole.items() if t.is_floating_point() or name in state}  # not counts
     known = {id(tensor) for name, tensor in whole.items() if name in state}
     missing = []
     for name, tensor in whole.items():

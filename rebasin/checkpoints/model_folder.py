@@ -108,5 +108,10 @@ def _config(checkpoint: Checkpoint, component: str, files: Mapping[str, State]) 
             types[dtype_of(state, name)] = (
                 types.get(dtype_of(state, name), 0) + torch.Size(shape_of(state, name)).numel()
             )
-    most = str(max(types, key=lambda dtype: types[dtype])).removeprefix("torch.")
+    numbers = {
+        dtype: count for dtype, count in types.items() if dtype.itemsize > 1
+    }  # libraries compute in these
+    most = str(max(numbers or {torch.float16: 1}, key=lambda dtype: numbers.get(dtype, 0))).removeprefix(
+        "torch."
+    )
     return config | {key: most for key in ("dtype", "torch_dtype") if config.get(key) is not None}

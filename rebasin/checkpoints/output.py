@@ -34,6 +34,7 @@ from ..types import (
 )
 from .architectures import PARTS_OF, component_config, published, unlike_release
 from .belongings import Belongings, belongings, copy_into
+from .classes.single_file import probed
 from .components import TEXT, TEXT_2, UNET, VAE
 from .folders import INDEX
 from .key_map import component_state, sources
@@ -126,6 +127,11 @@ def save_checkpoint(
     if checkpoint.path.is_dir():
         notes += _without_place(checkpoint, state, "a single file")
         whole = _one_file(checkpoint, whole)
+        if checkpoint.classes and not probed(whole):
+            notes.append(
+                f"{target.name} does not tell of which class it is, so no command reads it; name a folder for a result"
+                " to go on with."
+            )
     if target.suffix.lower() == ".ckpt":
         _save_pickle(target, whole, progress)
     else:

@@ -9,24 +9,32 @@ the spec.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import VerificationError
+from ..errors import CheckpointError, VerificationError
 from ..files import SchemaError, cache_folder, conform, keep, parse, write_text
-from ..spec import PermutationSpec
+from ..spec import UNREAD, PermutationSpec
 from ..tracing import cache, trace, verify
 from .architectures import Built, architecture, build, component_config, release_of
 from .classes.call import call
+from .classes.known import Known
 from .classes.narrow import narrow as narrow_class
+from .folders import INDEX, load_config
 from .reduced_width import narrow
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
+
+
+SMALL = 20_000_000
+"""Numbers of a model that needs no twin of reduced width."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,10 @@ def component_spec(checkpoint: Checkpoint, component: str, prove: bool = True) -
         module, args, kwargs = model
         return trace(module, *args, **kwargs)
     if component in checkpoint.classes:
-        return proved(model, lambda spec: _class_proof(spec, checkpoint, component))
+        _require_alone(checkpoint, component)
+        spec = proved(model, lambda spec: _class_proof(spec, checkpoint, component))
+        _require_reached(spec, checkpoint, component)
+        return spec
     config = component_config(checkpoint, component)
     return proved(model, lambda spec: proof(spec, config, checkpoint.family, component))
 
@@ -82,20 +93,56 @@ def proved(model: Built, proof: Callable[[PermutationSpec], Any]) -> Permutation
     return spec
 
 
+IN_TRAINING = re.compile(r"mask(ed_spec)?_(embed|token)|logit_scale")
+"""Parameters that models read in training alone, or that are numbers on no axis of neurons."""
+
+
+def _require_reached(spec: PermutationSpec, checkpoint: Checkpoint, component: str) -> None:
+    """Raise `CheckpointError` where tensors are read only with other inputs than the example's: what moves with what
+    they read or write is not known.
+    """
+    unread = {pin.parameter for pin in spec.pins if pin.reason == UNREAD}
+    unread = sorted(name for name in unread if not IN_TRAINING.search(name))
+    if unread and spec.neurons:
+        what = checkpoint.classes[component]
+        raise CheckpointError(
+            f"{what.title} reads {len(unread)} tensors of the {component} of {checkpoint.path} ({unread[0]}, ...) only"
+            " with inputs that are not made here, such as pictures beside a text or another model's states: what has"
+            " to move with them is not known, so it is not aligned; --no-align merges it as it is."
+        )
+
+
+BESIDE = re.compile(r"ControlNet|Adapter|IPAdapter")
+"""Classes of parts of a pipeline that read or write within another one."""
+
+
+def _require_alone(checkpoint: Checkpoint, component: str) -> None:
+    """Raise `CheckpointError` where another part of a pipeline works within this one: it would have to move, too."""
+    index = load_config(checkpoint.path, INDEX) if checkpoint.path.is_dir() else None
+    for name, told in (index or {}).items():
+        kind = str(told[1]) if isinstance(told, list) and len(told) == 2 else ""
+        if name != component and BESIDE.search(kind) and component in ("transformer", "unet"):
+            raise CheckpointError(
+                f"The {name} of {checkpoint.path} ({kind}) works within its {component} and would have to move with it,"
+                " which is not done here: align the pipeline without it, or leave the alignment out (--no-align)."
+            )
+
+
 def _class_proof(spec: PermutationSpec, checkpoint: Checkpoint, component: str) -> Proof:
     """The proof of a component that is known by its class."""
     what = checkpoint.classes[component]
     told, part = f"The spec of the {component} of {checkpoint.path}", len(checkpoint.classes) > 1
     if (kept := _kept(spec)) is not None:
         return kept
-    small = narrow_class(what)
+    itself = sum(map(prod, checkpoint.shapes(component).values())) <= SMALL
 
-    def reduced() -> Built:
+    def reduced(small: Known) -> Built:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return call(small, checkpoint.path, part=part)
 
-    return prove(spec, reduced, told, twin=small != what)
+    small = what if itself else narrow_class(what)
+    return prove(spec, lambda: reduced(small), told, twin=small != what)
 
 
 def proof(spec: PermutationSpec, config: dict[str, Any], family: str, component: str) -> Proof:

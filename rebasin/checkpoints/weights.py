@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, listed, shown
+from ..types import LazyState
 from .pickled import load_tensors
 
 
@@ -20,9 +21,41 @@ def weights_for(network: nn.Module, path: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file can't be read, lacks a tensor, has one of another shape, or has more than the network.
     """
+    found, before = _understood(network, path)
+    return {name: found[before + name].clone() for name in _wanted(network)}
+
+
+def require_weights(network: nn.Module, path: str | Path) -> str | None:
+    """Whether `weights_for` will find them, from the file's header; a sentence about averages that are passed over.
+
+    Raises:
+        CheckpointError: see `weights_for`.
+    """
+    found, before = _understood(network, path)
+    others = [name for name in getattr(found, "others", ()) if AVERAGES.search(name)]
+    others += [
+        name for name in found if not (before and name.startswith(before)) and _is_average(name, before)
+    ]
+    if not others:
+        return None
+    return f"Not read from {Path(path).name}: averages of the weights beside them ({listed(others, 60)})."
+
+
+def _is_average(name: str, before: str) -> bool:
+    """Whether what stands before a name says that it is an average's."""
+    first = name.removeprefix(before).partition(".")
+    return bool(first[1]) and AVERAGES.search(first[0]) is not None
+
+
+def _wanted(network: nn.Module) -> dict[str, Tensor]:
+    return {name: t for name, t in network.state_dict().items() if isinstance(t, Tensor)}
+
+
+def _understood(network: nn.Module, path: str | Path) -> tuple[LazyState, str]:
+    """The tensors of a file, and what stands before the network's names there."""
     file = Path(path).expanduser()
     found = load_tensors(file)
-    wanted = {name: t for name, t in network.state_dict().items() if isinstance(t, Tensor)}
+    wanted = _wanted(network)
     names, shapes = list(found), {name: tuple(found.shape_of(name)) for name in found}
     before = _before(names, list(wanted), file)
     for name, tensor in wanted.items():
@@ -33,13 +66,19 @@ def weights_for(network: nn.Module, path: str | Path) -> dict[str, Tensor]:
                 f"{file} has {shape} for {shown(name)}, but the network has {tuple(tensor.shape)}: give its own"
                 " weights."
             )
-    more = [name for name in names if name.startswith(before) and name.removeprefix(before) not in wanted]
+    more = [
+        name
+        for name in names
+        if name.startswith(before)
+        and name.removeprefix(before) not in wanted
+        and not _is_average(name, before)
+    ]
     if more:
         raise CheckpointError(
             f"{file} has {len(more)} tensors that the network has not ({listed(more, 80)}): give the weights of this"
             " network, or the options that it was trained with."
         )
-    return {name: found[before + name].clone() for name in wanted}
+    return found, before
 
 
 AVERAGES = re.compile(r"ema|average|avg|shadow|teacher", re.IGNORECASE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -35,15 +36,17 @@ def rounding_in(checkpoint: Checkpoint) -> float:
         return 0.0
 
 
-def compare_functions(checkpoint: Checkpoint, component: str, other: State, seed: int = 0) -> float:
+def compare_functions(
+    checkpoint: Checkpoint, component: str, other: State, seed: int = 0, of: Checkpoint | None = None
+) -> float:
     """How far apart a component's outputs are with its own weights and with `other`: the relative difference of the
-    worst of them, on a random input, in float32.
+    worst of them, on a random input, in float32. `of` is the model whose `other` are, with its own configuration.
 
     Raises:
         CheckpointError: the component does not fit its architecture.
     """
-    states = checkpoint.component(component), other
-    return _distance(*(compute(checkpoint, component, state, seed) for state in states))
+    ours = compute(checkpoint, component, checkpoint.component(component), seed)
+    return _distance(ours, compute(of or checkpoint, component, other, seed))
 
 
 def compare_chains(checkpoint: Checkpoint, others: Mapping[str, State], seed: int = 0) -> float:
@@ -102,7 +105,11 @@ def compute(
         for name, buffer in module.named_buffers():  # which the offloading leaves as they were built
             if name in wide and not buffer.is_meta:
                 buffer.copy_(wide[name])
-    cpu_offload(module, execution_device=torch.device("cpu"), state_dict=wide)
+    if component in checkpoint.classes and "return_dict" in inspect.signature(module.forward).parameters:
+        kwargs = {**kwargs, "return_dict": False}  # hooks can't put every class of outputs together again
+    # Its parts are not called, but read.
+    whole = ["MultiheadAttention"]
+    cpu_offload(module, torch.device("cpu"), state_dict=wide, preload_module_classes=whole)
     with torch.no_grad():
         return named_outputs(module(*args, **kwargs))
 

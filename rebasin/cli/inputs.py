@@ -221,6 +221,12 @@ def check_output(output: Path, inputs: Sequence[Path], overwrite: bool, forms: S
             f"{output} would be a safetensors file, so its name must end in {' or '.join(forms)}."
         )
     folder = output.resolve().parent
+    if within := next(
+        (path for path in inputs if path.is_dir() and path.resolve() in (folder, *folder.parents)), None
+    ):
+        raise ConfigError(
+            f"{output} would be inside {within}, an input, which is never changed; write elsewhere."
+        )
     if any(path.exists() and output.exists() and path.samefile(output) for path in inputs):
         raise ConfigError(f"{output} is one of the inputs, which are never changed; choose another name.")
     if not folder.is_dir():

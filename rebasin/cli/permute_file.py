@@ -28,7 +28,7 @@ from ..checkpoints.classes.single_file import probed
 from ..checkpoints.components import locate
 from ..checkpoints.families import EMBEDDING, NO_MODEL, foreign, identify
 from ..checkpoints.output import require_place
-from ..errors import CheckpointError, ConfigError, SpecMismatchError
+from ..errors import AdapterError, CheckpointError, ConfigError, SpecMismatchError, shown
 from ..spec import Alignment, Permutation, PermutationSpec
 from ..spec.mapped import Rounding
 from ..spec.permutation import displaced
@@ -39,6 +39,9 @@ from .inputs import Kind, joined, named, open_each, open_raw, parts
 
 BESIDE = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "up_blocks.")
 """What names begin with that no ControlNet has, but the model that some files hold beside one."""
+
+FOLLOWED = ("unet", "text_encoder", "text_encoder_2")
+"""Components whose adapters are moved."""
 
 MOVABLE = "a model, a LoRA or another adapter, or a ControlNet"
 
@@ -114,6 +117,12 @@ def moved(
             whole = move_embeddings(member, state, view, what=file.name, rounding=rounding)
         whole = {EMB_PARAMS if key.startswith(WEBUI) else key: tensor for key, tensor in whole.items()}
         return done(whole, member, [table for table in tables if table is not None])
+    others = set(component_of(member.spec)) - {"vae"}
+    if kind == "adapter" and others and not others & set(FOLLOWED):
+        raise AdapterError(
+            f"{file} is an adapter, and those of {', '.join(component_of(member.spec)) or 'this model'} are not moved"
+            " here: it does not fit the aligned model as it is, so merge it into B with its own tools, and align that."
+        )
     if kind == "adapter":
         with named(file):
             if member.maps:
@@ -153,6 +162,8 @@ def _moved_model(
     for name in aligned if not is_joint(member.spec) else ():
         own = of_component(member, name)
         assert own is not None
+        if name in checkpoint.classes:
+            _require_same(own, checkpoint, name)
         part(own, component_spec(checkpoint, name))  # legal for this file, too
     roundings: dict[str, Rounding] = {}
     states = alignment.Alignment(member, {}, {}).views(
@@ -164,6 +175,19 @@ def _moved_model(
     neurons, maps = moved_of(member, own), maps_of(member, own)
     metadata = dict(provenance.metadata_of(checkpoint))
     return Moved("model", whole, metadata, neurons, maps, roundings, checkpoint=checkpoint)
+
+
+def _require_same(own: Alignment, checkpoint: Checkpoint, component: str) -> None:
+    """Raise `SpecMismatchError` unless a model has the very tensors that a member was found for."""
+    ours, theirs = dict(own.spec.shapes), checkpoint.shapes(component)
+    names = own.spec.aliases
+    other = next((n for n in theirs if n not in names and ours.get(n) != theirs[n]), None)
+    other = other or next((n for n in ours if n not in theirs and n not in names), None)
+    if other is not None:
+        raise SpecMismatchError(
+            f"The permutation was found for another architecture: {shown(other)} has shape"
+            f" {ours.get(other, 'none')} there and {theirs.get(other, 'none')} in {checkpoint.path}."
+        )
 
 
 def _in_names_of(spec: PermutationSpec, components: Mapping[str, State]) -> State:

@@ -99,7 +99,8 @@ def verify(
                 except RebasinError as error:
                     failures.append(f"{name}: {error}")
                     continue
-            check(name, compare_functions(models[0], name, counterpart(name), request.seed))
+            other = models[1] if member is None else None
+            check(name, compare_functions(models[0], name, counterpart(name), request.seed, other))
     if not rows and not failures:
         raise CheckpointError(f"{a} moves none of the components of {b}.")
     console.console.print()

@@ -1,7 +1,7 @@
 """Data of a user's own: whatever a function returns, as batches of two splits.
 
-What comes sample by sample (a Dataset, a list, arrays of equal length) is put into batches by torch's own collation, in
-its order; a DataLoader, or another iterable, brings its batches.
+What comes sample by sample (a Dataset, arrays of equal length, a list of samples) is put into batches by torch's own
+collation, in its order; a DataLoader, a list of batches, or another iterable brings its own.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from ..errors import ConfigError, DataError, first_line
 
 SPLITS = ("train", "heldout")
+
+MOST = 5000
+"""Batches of data that do not tell how many they are, after which they are taken to have no end."""
 
 HELD = 5
 """Of data that know no splits, every fifth sample is held out, or every fifth batch."""
@@ -77,15 +81,17 @@ def batches(made: Any, size: int, limit: int | None, name: str) -> list[Any]:
         made = DataLoader(whole, batch_size=size)
     elif not isinstance(made, Iterable) or isinstance(made, str | bytes | Mapping | Tensor | np.ndarray):
         raise DataError(
-            f"{name} is of type {type(made).__name__}; give a Dataset, a DataLoader, arrays of equal length, or an"
-            " iterable of batches."
+            f"{name} is of type {type(made).__name__}; give a Dataset, a DataLoader, arrays of equal length, an"
+            " iterable of batches, or a mapping of those with 'train' and 'heldout'."
         )
     try:
-        found = list(islice(iter(made), limit))
+        found = list(islice(iter(made), MOST + 1 if limit is None else limit))
     except Exception as error:
         raise DataError(f"{name} can't be read: {type(error).__name__}: {first_line(error)}") from error
     if not found:
         raise DataError(f"{name} has no batch.")
+    if limit is None and len(found) > MOST and not hasattr(made, "__len__"):
+        raise DataError(f"{name} goes on after {MOST:,} batches; give data.limit=NUMBER if it has no end.")
     return found
 
 
@@ -101,8 +107,20 @@ def _samples(made: Any) -> Dataset[Any] | None:
         return TensorDataset(*tensors) if isinstance(made, tuple) else _Single(tensors[0])
     if isinstance(made, DataLoader | IterableDataset | Mapping | str | bytes | tuple):
         return None
-    numbered = hasattr(made, "__getitem__") and hasattr(made, "__len__")
-    return made if numbered else None
+    if isinstance(made, list) and made and _is_batch(made[0]):
+        return None
+    numbered: Any = made if hasattr(made, "__getitem__") and hasattr(made, "__len__") else None
+    return numbered
+
+
+def _is_batch(element: Any) -> bool:
+    """Whether an element of a list is a batch: arrays alone, with as many rows each."""
+    leaves = pytree.tree_leaves(element)
+    return (
+        bool(leaves)
+        and all(isinstance(t, Tensor | np.ndarray) and t.ndim for t in leaves)
+        and (len({len(leaf) for leaf in leaves}) == 1)
+    )
 
 
 class _Single(Dataset[Tensor]):

@@ -98,6 +98,21 @@ def own_options(role: str, path: str) -> dict[str, Any]:
     return found
 
 
+def whole_options(path: str) -> list[str]:
+    """The options of the function or class at `path` that its signature says are whole numbers.
+
+    Raises:
+        ConfigError: its source can't be found.
+    """
+    _, node = _found(path)
+    if isinstance(node, ast.ClassDef):
+        node = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), node)
+    if not isinstance(node, ast.FunctionDef):
+        return []
+    names = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    return [one.arg for one in names if isinstance(one.annotation, ast.Name) and one.annotation.id == "int"]
+
+
 @cache
 def options(path: str) -> dict[str, Any]:
     """Option -> default of the function or class at `path`, "package.module.name"; "???" where it has none.
@@ -142,12 +157,21 @@ def meanings(path: str, seen: frozenset[str] = frozenset()) -> dict[str, str]:
 
 
 def _found(path: str) -> tuple[str, ast.AST]:
+    module, _, name = path.rpartition(".")
     try:
-        return _look_up(*path.rpartition(".")[::2])
+        return _look_up(module, name)
     except (LookupError, ImportError, ValueError) as error:
-        raise ConfigError(
-            f"There is no function {path!r} whose source can be read; give package.module.function of another one."
-        ) from error
+        top = module.partition(".")[0]
+        try:
+            known = importlib.util.find_spec(top) is not None
+        except (ImportError, ValueError):
+            known = False
+        reason = "give package.module.function of another one"
+        if not known:
+            reason = (
+                f"the module {top!r} is not found from here: go to its folder, or put that into PYTHONPATH"
+            )
+        raise ConfigError(f"There is no function {path!r} whose source can be read; {reason}.") from error
 
 
 @cache

@@ -27,11 +27,11 @@ from omegaconf.errors import (
 
 from ..errors import ConfigError, RebasinError, shown, unknown
 from ..files import config_dir, print_anything, unwritable
-from ..integrations.signatures import CONFIG, VERSION_BASE, composed, options
+from ..integrations.signatures import CONFIG, VERSION_BASE, composed, options, whole_options
 from . import option_help  # noqa: F401 - the configs' help templates name what it registers
 from .experiments import GROUP as EXPERIMENT
 from .experiments import expand
-from .own import is_own, own
+from .own import flags_first, is_own, own
 from .paths import quoted
 from .resume import UNFINISHED
 
@@ -90,7 +90,7 @@ def launch(job: Callable[[DictConfig], Any], config: str = CONFIG, kept: str = A
     os.environ[FULL_ERROR] = "1"
     try:
         sys.path[:0] = [] if {"", os.getcwd()} & set(sys.path) else [os.getcwd()]  # what is named by its path
-        sys.argv[1:] = expand(quoted(own(sys.argv[1:])))
+        sys.argv[1:] = flags_first(expand(quoted(own(sys.argv[1:]))))
         application(checked)()
     except KeyboardInterrupt:
         told = "the same command with resume=true goes on where it stopped" if UNFINISHED else kept
@@ -311,6 +311,16 @@ def check_types(cfg: DictConfig, config: str = CONFIG) -> None:
         group = str(key)
         own = _typed(defaults[key]) if group in loose and group in cfg else defaults[key]
         _compare(own, cfg[key], group, f" of {mine[group]}" if group in mine else "")
+    for told in named:
+        _require_whole(cfg, *told.removeprefix("+own/").replace("=", "@").split("@"))
+
+
+def _require_whole(cfg: DictConfig, role: str, where: str, path: str) -> None:
+    """Raise `ConfigError` where an option that a signature says is an int has a fraction."""
+    for name in whole_options(path):
+        value = OmegaConf.select(cfg, f"{where}.{name}")
+        if isinstance(value, float):
+            raise ConfigError(f"{where}.{name} is {value!r}, but {path} takes a whole number there ({role}).")
 
 
 def _require_references(node: DictConfig, path: str, told: str) -> None:

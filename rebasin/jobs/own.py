@@ -10,11 +10,11 @@ a mistake is told beside the options that there are.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Container, Sequence
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
+from ..integrations.functions import located
 from ..integrations.signatures import own_options
 
 FIELDS = {
@@ -54,11 +54,31 @@ def own(arguments: Sequence[str]) -> list[str]:
         key, _, value = argument.partition("=")
         if key in FIELDS and PATH.fullmatch(value):
             (where, role), path = FIELDS[key], value.replace(":", ".")
-            # What can't be read may still be imported: its options need a + then.
-            with contextlib.suppress(ConfigError):
+            try:
                 own_options(role, path)
                 found.append(f"+own/{role}@{where}={path}")
+            except ConfigError:  # what can't be read may still be imported: its options need a + then
+                if any(other.startswith(f"{where}.") for other in written):
+                    _require(key, value)
     return found
+
+
+def _require(option: str, path: str) -> None:
+    """Raise `ConfigError` where there is nothing at a path: its options would be named as the fault."""
+    try:
+        located(path)
+    except ImportError as error:
+        raise ConfigError(
+            f"{option} is {shown(path)}, which can't be imported ({error}); give the path of a function or class,"
+            " package.module:name, that is found from this folder."
+        ) from error
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """Hydra's own flags, with their values, before what sets options: it takes both in one order alone."""
+    sets = [bool(re.match(r"[+~]|[^-=][^=]*=", argument)) for argument in arguments]
+    chosen = [[a for a, one in zip(arguments, sets, strict=True) if one is kind] for kind in (False, True)]
+    return [*chosen[0], *chosen[1]]
 
 
 def _last(arguments: Sequence[str], keys: Container[str]) -> list[str]:

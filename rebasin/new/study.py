@@ -40,7 +40,7 @@ README = """\
     python -m rebasin.run --config-dir conf model={name} algo=ste               # see --help for all algorithms
     python -m rebasin.run --config-dir conf model={name} algo=learned           # maps beside permutations
     python -m rebasin.run --config-dir conf model={name} model.options.width=64 # options of its signature
-    python -m rebasin.run --config-dir conf model={name} --multirun model.options.width=16,32,64
+    python -m rebasin.run --multirun --config-dir conf model={name} model.options.width=16,32,64
     python -m rebasin.run --config-dir conf model={name} model.train=null model.a=a.safetensors model.b=b.pt
 
 Two networks of yours that are trained already are given as in the last line. Each run leaves a folder with report.html.

@@ -13,6 +13,7 @@ The semantics of a permutation is that of the paper's code: `new[i] = old[index[
 
 from .continuous import DIAGONAL, ContinuousGroup, GainSite, Kind, MapSite
 from .permutation import (
+    UNREAD,
     Alignment,
     Coverage,
     Permutation,
@@ -25,6 +26,7 @@ from .structure import Branch, Cell, Group, Indices, Leaf, Node, Site, admits, f
 
 __all__ = [
     "DIAGONAL",
+    "UNREAD",
     "Alignment",
     "Branch",
     "Cell",

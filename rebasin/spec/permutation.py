@@ -42,6 +42,10 @@ class Pin:
     reason: str
 
 
+UNREAD = "is read by nothing with these inputs"
+"""The reason of pins of parameters that the example does not reach: what they are tied to is not known."""
+
+
 @dataclass(frozen=True)
 class Coverage:
     """Shares (0 to 1) of all parameters with at least one, and of the matrices' with both, axes permuted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -130,7 +131,17 @@ def load_task(cfg: DictConfig) -> Task:
 
     watched = copy.deepcopy(cfg)
     object.__setattr__(watched, "__class__", Watched)  # whose own attributes are the options
-    task = function_of(cfg.model, "model.task", f"model={cfg.model.name}")(watched)
+    function = function_of(cfg.model, "model.task", f"model={cfg.model.name}")
+    if not _takes_one(function):
+        raise ConfigError(
+            f"model.task={cfg.model.task} must take the configuration, as its only argument, and return a"
+            " rebasin.tasks.Task."
+        )
+    task = function(watched)
+    if not isinstance(task, Task):
+        raise ConfigError(
+            f"model.task={cfg.model.task} returns an object of type {type(task).__name__}, not a rebasin.tasks.Task."
+        )
     device = find_device(cfg.device)
     return replace(
         task,
@@ -139,6 +150,16 @@ def load_task(cfg: DictConfig) -> Task:
         batches={split: OnDevice(batches, device) for split, batches in task.batches.items()},
         reads=frozenset(read),
     )
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature to look at
+        return True
+    return True
 
 
 def require(cfg: DictConfig, group: str, *kinds: str) -> None:

@@ -17,9 +17,9 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..checkpoints.weights import weights_for
+from ..checkpoints.weights import require_weights, weights_for
 from ..data import classification, own
-from ..errors import ConfigError, DataError, TraceError, first_line
+from ..errors import ConfigError, DataError, RebasinError, TraceError, first_line
 from ..files import cache_folder
 from ..integrations.functions import located
 from ..integrations.hydra import function_of, resolved
@@ -49,6 +49,7 @@ def load(cfg: DictConfig) -> Task:
     model, device = resolved(cfg.model), find_device(cfg.device)
     network = _made(model, "network", "options")
     files = _files(model)
+    averages = [told for file in files if (told := require_weights(network, file)) is not None]
     seeds = () if files else seeds_of(model["seeds"], cfg.seed)
     train = None if model["train"] is None else function_of(model, "model.train", "model=own")
     if not files and train is None:
@@ -78,7 +79,9 @@ def load(cfg: DictConfig) -> Task:
         )
 
     network = network.eval().to(device)
-    args, kwargs = _example(network, objective, to_device(head(batches["heldout"][0]), device))
+    few = to_device(head(batches["heldout"][0]), device)
+    args, kwargs = _example(network, objective, few)
+    _try(network, objective, few)
     return Task(
         parts={cfg.model.name: Part(network, args, kwargs)},
         aligned=cfg.model.name,
@@ -86,7 +89,7 @@ def load(cfg: DictConfig) -> Task:
         endpoints=endpoints,
         objective=objective,
         batches=batches,
-        remarks=(remark,) if remark else (),
+        remarks=(*averages, *([remark] if remark else [])),
         data=name,
     )
 
@@ -109,8 +112,9 @@ def _files(model: Mapping[str, Any]) -> tuple[str, ...]:
         raise ConfigError(f"{have} is given, but {lack} is not; give both, or neither and model.train.")
     else:
         found = pair
-    if model["train"] is not None:
-        raise ConfigError("model.train has no effect where files are given; leave it, or them, out.")
+    for option in ("train", "train_options", "seeds"):
+        if model[option]:
+            raise ConfigError(f"model.{option} has no effect where files are given; leave it, or them, out.")
     return tuple(map(str, found))
 
 
@@ -245,6 +249,28 @@ def _example(model: nn.Module, objective: Objective, batch: Any) -> tuple[tuple[
     return found[0]
 
 
+def _try(model: nn.Module, objective: Objective, batch: Any) -> None:
+    """Ask the objective for what it will be asked for, on two samples.
+
+    Raises:
+        ConfigError, DataError: it fails, or gives no figures.
+    """
+    objective = checked(objective)
+    if hasattr(objective, "loss"):
+        with torch.no_grad(), computing(batch):
+            objective.loss(model, batch)
+    try:
+        with computing(batch):
+            objective.evaluate(model, [batch])
+    except RebasinError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"The objective's evaluate(model, batches) fails on a list of one batch: {type(error).__name__}:"
+            f" {first_line(error)}"
+        ) from error
+
+
 def _trained(
     network: nn.Module,
     train: Callable[..., Any],
@@ -286,10 +312,20 @@ def _trained(
             f"{told} returns an object of type {type(made).__name__}; give the trained network, its state_dict, or"
             " nothing, if it was trained in place."
         )
-    if isinstance(made, Mapping):
+    if isinstance(made, nn.Module):
+        made = made.state_dict()
+    shapes = {name: t.shape for name, t in network.state_dict().items() if isinstance(t, torch.Tensor)}
+    if made is not None:
+        if {n: t.shape for n, t in made.items() if isinstance(t, torch.Tensor)} != shapes:
+            raise ConfigError(
+                f"{told} returns another network than it was given, with other tensors; give back the one that it got."
+            )
         network.load_state_dict(made)
-        made = None
-    state = on_cpu(network if made is None else made)
+    if digest(on_cpu(network)) == begun["start"]:
+        raise ConfigError(
+            f"{told} left the network as it was (seed {seed}); train it in place, or return the trained one."
+        )
+    state = on_cpu(network)
     place.write(state, [], time.perf_counter() - began)
     return state
 

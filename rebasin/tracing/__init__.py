@@ -58,7 +58,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> PermutationSpec:
     exported = export(model, args, kwargs, RULES)
     shared = sharing(state, {f"the constant {n}": t for n, t in exported.constants.items() if t is not None})
     constraints = walk(exported, state, shared)
-    spec = build(constraints, solve(constraints), shapes, buffers, shared.aliases)
+    unread = exported.unread - {shared.aliases.get(name, name) for name in exported.read}
+    spec = build(constraints, solve(constraints), shapes, buffers, shared.aliases, unread)
     cache.store(valued if exported.fixed else key, spec)
     return spec
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from ..spec import Branch, Cell, Group, Leaf, Node, PermutationSpec, Pin, Site, indices
+from ..spec import UNREAD, Branch, Cell, Group, Leaf, Node, PermutationSpec, Pin, Site, indices
 from .constraints import Constraints
 from .maps import solve_maps
 from .solve import Part, Solution
@@ -134,14 +134,17 @@ def build(
     shapes: Mapping[str, tuple[int, ...]],
     buffers: frozenset[str],
     aliases: Mapping[str, str],
+    unread: Collection[str] = (),
 ) -> PermutationSpec:
     groups = tuple(_Builder(constraints, solution).groups(solution.parts))
     spec = PermutationSpec(groups, dict(shapes), buffers, dict(aliases))
-    pins = _pins(constraints, solution, spec)
+    pins = _pins(constraints, solution, spec, unread)
     return PermutationSpec(groups, spec.shapes, buffers, spec.aliases, pins, solve_maps(constraints))
 
 
-def _pins(constraints: Constraints, solution: Solution, spec: PermutationSpec) -> tuple[Pin, ...]:
+def _pins(
+    constraints: Constraints, solution: Solution, spec: PermutationSpec, unread: Collection[str]
+) -> tuple[Pin, ...]:
     """For each axis that does not move as a whole, who forbade it first."""
     reasons = ["is tied to neurons that differ in what else is done with them", "is used by no operator"]
     blame = np.zeros(int(solution.neuron.max()) + 1 if solution.neuron.size else 0, dtype=np.int64)
@@ -154,6 +157,9 @@ def _pins(constraints: Constraints, solution: Solution, spec: PermutationSpec) -
             blame[solution.neuron[elements]] = len(reasons) - 1
     pins = []
     for axis in constraints.axes:
+        if axis.parameter in unread:
+            pins.append(Pin(axis.parameter, axis.axis, axis.size, UNREAD))
+            continue
         moved = np.zeros(axis.size, dtype=bool)
         for _, site in spec.axes.get(axis.parameter, {}).get(axis.axis, ()):
             moved[np.asarray(site.positions)] = True

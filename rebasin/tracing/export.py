@@ -162,6 +162,17 @@ class Exported:
     ]  # what the results before the outputs are written to: a tensor of the state, if any
     fixed: bool = False  # for the values of whole numbers in the example, which the model asked for
 
+    @property
+    def read(self) -> frozenset[str]:
+        """The tensors of the state that something is computed from."""
+        used = {node.name for node in self.module.graph.nodes if node.op == "placeholder" and node.users}
+        return frozenset(name for place, name in self.states.items() if place in used)
+
+    @property
+    def unread(self) -> frozenset[str]:
+        """Those from which nothing is computed with these inputs."""
+        return frozenset(self.states.values()) - self.read
+
 
 def export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Collection[str]

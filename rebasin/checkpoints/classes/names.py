@@ -35,7 +35,9 @@ def names_in_files(what: Known, raw: State, prefix: str, component: str, where: 
     model = without_numbers(what, where)
     own = DerivedState({n.removeprefix(prefix): passed(raw, n) for n in raw if n.startswith(prefix)})
     wanted: dict[str, Any] = {
-        name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)
+        name: t
+        for name, t in model.state_dict().items()
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
     }
     found: dict[str, KeyMapping] = {}
     for key in _mapped(model, wanted, own, where):
