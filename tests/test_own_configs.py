@@ -154,7 +154,7 @@ CONFIGS = {
     "listed": ("_target_: rebasin.matching.naive\nname: [1, 2]\n", "algo.name of algo=listed ({}) is [1, 2], but it"),
     "stray": (
         "defaults: [/function/x.y@_here_]\nname: stray\n",
-        "{} has a fault in its defaults: there is no function 'x.y' whose source can be read; the module 'x' is not found",
+        "{} has a fault in its defaults: there is no function 'x.y' whose source can be read; the module 'x' is",
     ),
     "heir": (
         "defaults:\n  - /logger@own: nix\nname: heir\n",
