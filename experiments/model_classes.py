@@ -61,7 +61,7 @@ def examine(library: str, name: str) -> Row:
     import rebasin
     from rebasin.checkpoints.classes.call import call
     from rebasin.checkpoints.classes.known import Known
-    from rebasin.checkpoints.classes.narrow import narrow, shapes_under
+    from rebasin.checkpoints.classes.narrow import in_double, narrow, shapes_under
     from rebasin.checkpoints.specs import structure
 
     torch.set_num_threads(1)
@@ -72,7 +72,7 @@ def examine(library: str, name: str) -> Row:
         model, args, kwargs = call(what, name)
     spec = rebasin.trace(model, *args, **kwargs)
     traced = time.process_time()
-    twin = narrow(what)
+    twin = in_double(narrow(what))
     small, args, kwargs = call(twin, name)
     own = rebasin.trace(small, *args, **kwargs)
     report = rebasin.verify(small, own, *args, dtype=torch.float64, **kwargs)

@@ -25,6 +25,7 @@ from ..tracing import cache, trace, verify
 from .architectures import Built, architecture, build, component_config, release_of
 from .classes.call import call
 from .classes.known import Known
+from .classes.narrow import in_double
 from .classes.narrow import narrow as narrow_class
 from .folders import INDEX, load_config
 from .reduced_width import narrow
@@ -141,7 +142,7 @@ def _class_proof(spec: PermutationSpec, checkpoint: Checkpoint, component: str) 
             torch.manual_seed(0)
             return call(small, checkpoint.path, part=part)
 
-    small = what if itself else narrow_class(what)
+    small = in_double(what if itself else narrow_class(what))
     return prove(spec, lambda: reduced(small), told, twin=small != what)
 
 

@@ -38,6 +38,9 @@ WIDTHS = re.compile(
 KEPT = re.compile(r"^(in|out|num|latent|audio|image)_channels$|^num_mel|patch|^freq_dim$|^time_freq|^rope_")
 """Sizes that inputs have, or that are no widths."""
 
+EXPERTS = re.compile(r"^(num|n)_(local_|routed_)?experts$")
+"""Counts of experts."""
+
 GROUPS = re.compile(r"(^|_)(norm_)?(num_)?groups$")
 """Counts of groups that norms divide widths into."""
 
@@ -85,6 +88,17 @@ def narrow(what: Known) -> Known:
         f"No narrow twin of {what.title} could be made, on which its symmetries would be proved; describe the network"
         " yourself (model=own, docs/own_model.md)."
     )
+
+
+def in_double(what: Known) -> Known:
+    """A model with experts, which multiplies them in the type of its weights: the products of its library are in single
+    precision. Other models as they are.
+    """
+    if what.library != "transformers" or not any(
+        EXPERTS.search(key) for part in _parts(what.config) for key in part
+    ):
+        return what
+    return what.with_config({**what.config, "experts_implementation": "batched_mm"})
 
 
 def shapes_under(what: Known) -> dict[str, torch.Size]:
