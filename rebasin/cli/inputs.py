@@ -221,9 +221,8 @@ def check_output(output: Path, inputs: Sequence[Path], overwrite: bool, forms: S
             f"{output} would be a safetensors file, so its name must end in {' or '.join(forms)}."
         )
     folder = output.resolve().parent
-    if within := next(
-        (path for path in inputs if path.is_dir() and path.resolve() in (folder, *folder.parents)), None
-    ):
+    inside = (path for path in inputs if path.is_dir() and path.resolve() in (folder, *folder.parents))
+    if within := next((path for path in inside if classes_in(path) is not None), None):
         raise ConfigError(
             f"{output} would be inside {within}, an input, which is never changed; write elsewhere."
         )
