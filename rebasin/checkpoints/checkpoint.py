@@ -17,7 +17,7 @@ from ..types import WRAPPER, DerivedState, LazyTensor, State, dtype_of, passed
 from . import components, folders
 from .classes.folder import STRUCTURE, TRANSFORMER, classes_in, differences
 from .classes.known import Known
-from .classes.names import names_in_files, require_all, without_numbers
+from .classes.names import names_in_files
 from .classes.single_file import Single, beside, single
 from .components import UNET, Found
 from .families import EXPECTED, NO_MODEL, TITLES, Shapes, foreign, identify, no_model, title
@@ -231,7 +231,6 @@ def _of_today(
     quantised: Codes | None,
 ) -> Checkpoint:
     """A single file of one of today's families."""
-    require_all(without_numbers(own.known, where), own.known, raw, own.keys, TRANSFORMER, where)
     found = {TRANSFORMER: Found(TRANSFORMER, own.prefix, "ldm")}
     keys, classes = {TRANSFORMER: own.keys}, {TRANSFORMER: own.known}
     return Checkpoint(

@@ -20,8 +20,9 @@ from ...errors import CheckpointError, shown
 from ...integrations.huggingface import quiet
 from ...types import State, shape_of
 from ..key_map import KeyMapping, Shape, same
-from .known import Known, built
-from .names import under
+from .folder import TRANSFORMER
+from .known import Known
+from .names import require_all, under, without_numbers
 from .tagged import key_mappings
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "net.", "")
@@ -388,7 +389,8 @@ def _understood(family: Family, prefix: str, raw: State, where: object, convert:
         keys = _keys(family, shapes) if convert else [same(n, n, s) for n, s in shapes.items()]
         config = family.config({key.name: key.shape for key in keys})
         known = Known("diffusers", family.kind, _whole(family.kind, config), family.title)
-        wanted = _names(known)
+        model = without_numbers(known, where)
+        wanted = {name for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
     except (KeyError, ValueError, IndexError, RuntimeError, StopIteration, ZeroDivisionError) as error:
         raise _unlike(family, where, f"{shown(str(error))}") from error
     keys = [key for key in keys if key.name in wanted]
@@ -399,7 +401,9 @@ def _understood(family: Family, prefix: str, raw: State, where: object, convert:
     if strange := [name for name in shapes if name not in read and name not in family.unread]:
         raise _unlike(family, where, f"its {shown(prefix + strange[0])} is unknown")
     layout = "ldm" if convert else "diffusers"
-    return Single(family, known, prefix, [under(prefix, key) for key in keys], layout)
+    own = [under(prefix, key) for key in keys]
+    require_all(model, known, raw, own, TRANSFORMER, where)
+    return Single(family, known, prefix, own, layout)
 
 
 def _whole(kind: str, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -420,13 +424,6 @@ def _unlike(family: Family, where: object, why: str) -> CheckpointError:
         f"{where} has the tensors of {family.title}, but not as diffusers knows them ({why}): it is incomplete, or of a"
         " variant that is not known here."
     )
-
-
-def _names(known: Known) -> set[str]:
-    """The tensors that the class has; no memory is taken for them."""
-    with torch.device("meta"):
-        state = built(known, known.title).state_dict()
-    return {name for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
 FEW = 2
