@@ -1,6 +1,7 @@
 """What the engine finds in classes of transformers and diffusers at their published sizes, and how it is proved.
 
     python -m experiments.model_classes                               # all of CLASSES; writes docs/model_classes.md
+    python -m experiments.model_classes --resume                      # those that have no row there yet
     python -m experiments.model_classes --only LlamaForCausalLM       # prints a row
 
 A row is a process of its own: the class is built with its library's default configuration on no memory, its spec is
@@ -126,6 +127,7 @@ def main(
     out: Annotated[
         Path | None, typer.Option(help="what to write; default docs/model_classes.md for all")
     ] = None,
+    resume: Annotated[bool, typer.Option(help="keep the rows that an earlier call wrote")] = False,
     row: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Derive and prove the symmetries of published classes; exits with 1 if one is not proved."""
@@ -138,7 +140,11 @@ def main(
     ]
     console, rows = Console(), []
     store = (out or Path("docs/model_classes.md")).with_suffix(".json")
+    kept = {one["class"]: one for one in json.loads(store.read_text())} if resume and store.is_file() else {}
     for library, name in track(work, description="classes"):
+        if "fault" not in kept.get(name, {"fault": ""}):
+            rows.append(kept[name])
+            continue
         command = [sys.executable, "-m", "experiments.model_classes", "--row", f"{library}:{name}"]
         done = subprocess.run(command, capture_output=True, text=True)
         found = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
