@@ -224,3 +224,13 @@ def test_an_index_of_shards_tells_where_each_tensor_is(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {**places, "c.weight": name.format(1)}}))
     with pytest.raises(CheckpointError, match="names the tensor 'c.weight', which is in none"):
         load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_the_folder_of_a_component_comes_back_as_one(whole: Path, tmp_path: Path, component: str) -> None:
+    a = Path(shutil.copytree(whole / component, tmp_path / "a"))
+    (a / "README.md").write_text("mine")
+    rebasin("merge", a, whole / component, "-o", tmp_path / "merged")
+    written = {file.name for file in (tmp_path / "merged").iterdir()}
+    assert written == {file.name for file in a.iterdir()}
+    assert open_checkpoint(tmp_path / "merged").components == open_checkpoint(a).components

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -337,3 +338,24 @@ def test_counts_of_norms_are_no_weights(tmp_path: Path) -> None:
         ResNetForImageClassification(config).save_pretrained(tmp_path / "ab"[seed])
     text = rebasin("align", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "aligned")
     assert "Is it legal? Yes" in text and "Did anything move? Yes" in text
+
+
+def test_a_configuration_that_names_no_class_is_told(root: Path, tmp_path: Path) -> None:
+    a, _ = pair("LlamaForCausalLM", root)
+    shutil.copytree(a, tmp_path / "a")
+    config = json.loads((a / "config.json").read_text())
+    named = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(named))
+    text = rebasin("merge", tmp_path / "a", a, "-o", tmp_path / "out", expect=2)
+    assert "its config.json names no class (architectures, model_type or _class_name)." in text
+
+
+def test_tied_and_untied_embeddings_are_told_with_a_way(root: Path, tmp_path: Path) -> None:
+    import transformers
+
+    a, _ = pair("LlamaForCausalLM", root)
+    config = transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    for one, other in ((a, tmp_path / "tied"), (tmp_path / "tied", a)):
+        text = rebasin("merge", one, other, "-o", tmp_path / "out", expect=2)
+        assert "tied has no tensor 'lm_head.weight'" in text and "untie the one that is tied" in text

@@ -475,11 +475,13 @@ def _apart_by(a: Checkpoint, b: Checkpoint, component: str) -> str:
     ours, theirs = a.classes[component].config, b.classes[component].config
     told = differences(ours, theirs)
     tied = [config.get("tie_word_embeddings") for config in (ours, theirs)]
-    told |= {"tie_word_embeddings": (tied[0], tied[1])} if tied[0] != tied[1] else {}
+    apart = tied[0] != tied[1]
+    told |= {"tie_word_embeddings": (tied[0], tied[1])} if apart else {}
     listed = ", ".join(
         f"{key} {shown(one)} and {shown(other)}" for key, (one, other) in list(told.items())[:4]
     )
-    return f" ({listed})" if listed else ""
+    instead = "; untie the one that is tied (transformers: tie_word_embeddings=False) and save it again"
+    return f" ({listed})" * bool(listed) + instead * apart
 
 
 def require_same_prediction(checkpoints: Sequence[Checkpoint], option: str = "--mix-predictions") -> None:

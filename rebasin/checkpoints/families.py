@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
@@ -180,6 +181,8 @@ INSTEAD = {
 def no_model(where: object, what: str | None) -> CheckpointError:
     """The error for a file that is something else, or unknown (None)."""
     instead = f"; {INSTEAD[what]}" if what in INSTEAD else ""
+    if what is None and isinstance(where, Path) and (where / "config.json").is_file():
+        instead = "; its config.json names no class (architectures, model_type or _class_name)"
     return CheckpointError(f"{where} is {what or 'no model that is known here'}, but {EXPECTED}{instead}.")
 
 

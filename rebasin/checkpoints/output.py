@@ -317,14 +317,17 @@ def _save_folder(
     # Looked for before anything is written, as the result may lie in the folder.
     beside = belongings(checkpoint.path) if checkpoint.path.is_dir() else Belongings({})
     notes += beside.notes
+    alone = (checkpoint.path / "config.json").is_file()  # the folder of one component
     with atomic_folder(target) as temporary:
         for name, part in own.items():
-            (temporary / name).mkdir()
+            folder = temporary if alone else temporary / name
+            folder.mkdir(exist_ok=True)
             config = component_config(checkpoint, name)
             config.pop("quantization_config", None)  # numbers are written, not codes
-            write_json(temporary / name / "config.json", config)
-            save(temporary / name / f"{WEIGHTS[name]}.safetensors", part, name)
-        _save_index(temporary, checkpoint, own, beside, notes)
+            write_json(folder / "config.json", config)
+            save(folder / f"{WEIGHTS[name]}.safetensors", part, name)
+        if not alone:
+            _save_index(temporary, checkpoint, own, beside, notes)
         copy_into(temporary, beside)
     return Saved(target, size_of_folder(target), tuple(notes))
 
