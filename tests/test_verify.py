@@ -510,3 +510,31 @@ def test_a_copy_shares_memory_as_the_model_does() -> None:
     with torch.no_grad():
         made.b.weight.zero_()
     assert not made.c.weight.any() and model.b.weight.any()
+
+
+class Recorder(nn.Module):
+    """Returns what a hook recorded inside, as transformers does: the hook is installed on the first call, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.installed = False
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not self.installed:
+            self.installed = True
+            for layer in (self.first, self.last):
+                layer.register_forward_hook(lambda _, __, y: self.seen.append(y.sum(-1)))
+        self.seen = []
+        y = self.last(self.first(x).relu())
+        return y, *self.seen
+
+
+def test_hooks_that_a_model_installs_on_its_first_call_are_its_state() -> None:
+    x = torch.randn(3, 4)
+    spec = rebasin.trace(Recorder(), x)
+    assert spec.neurons == 6
+    model = Recorder()
+    assert rebasin.verify(model, spec, x, dtype=torch.float64).passed
+    assert not model.installed and not model.first._forward_hooks and not model.last._forward_hooks

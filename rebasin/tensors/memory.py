@@ -7,6 +7,7 @@ a.data`, a transposed view or a slice are further names of the same numbers.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -255,18 +256,24 @@ class Attributes:
     def _keep(self, container: Any, depth: int) -> None:
         self.saved.append((container, container.copy()))
         for value in container.values() if isinstance(container, dict) else container:
-            if depth and type(value) in (dict, list):
+            if depth and type(value) in KEPT:
                 self._keep(value, depth - 1)
 
     def restore(self) -> None:
         for container, before in self.saved:
             if not _same(container, before):
                 container.clear()
-                container.update(before) if isinstance(container, dict) else container.extend(before)
+                container.extend(before) if isinstance(container, list) else container.update(before)
+
+
+KEPT = (dict, OrderedDict, list, set)
+"""Containers whose content is kept; hooks are in ordered ones, and who installs them notes that in an attribute."""
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two dictionaries or lists hold the same objects."""
+    """Whether two containers hold the same objects."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(value is b[key] for key, value in a.items())
+    if isinstance(a, set):
+        return a == b
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
