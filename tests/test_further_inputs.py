@@ -11,7 +11,13 @@ import torch
 from cli_files import rebasin
 from torch import Tensor
 
-from rebasin.checkpoints import component_spec, load_safetensors, open_checkpoint, save_safetensors
+from rebasin.checkpoints import (
+    component_spec,
+    load_safetensors,
+    open_checkpoint,
+    save_checkpoint,
+    save_safetensors,
+)
 from rebasin.checkpoints.further_inputs import with_further_inputs
 from rebasin.checkpoints.random_weights import noisy, random_checkpoint
 from rebasin.types import State
@@ -64,6 +70,22 @@ def test_the_difference_is_added_and_further_inputs_stay(
         own += 0.5 * (unet("base", 0.05)[name] - unet("base")[name])
         assert torch.allclose(merged[name], wanted, atol=1e-6, rtol=0), name
     assert (merged[CONV][:, :4] - unet(variant)[CONV][:, :4]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("named", ["unet of a pipeline", "unet alone"])
+def test_folders_are_merged_as_files_are(files: Path, tmp_path: Path, named: str) -> None:
+    """The configurations of the two kinds differ in their input channels, which is what is asked for."""
+    inside = "unet" if named == "unet alone" else "."
+    folders: list[Path] = []
+    for name in ("inpainting", "b", "base"):
+        saved = save_checkpoint(tmp_path / name, open_checkpoint(files / f"{name}.safetensors"))
+        folders.append(saved.path / inside)
+    single = [files / f"{name}.safetensors" for name in ("inpainting", "b", "base")]
+    for form, (a, b, base) in (("folder", folders), ("file", single)):
+        rebasin("merge", a, b, "-o", tmp_path / f"of-{form}", "--method", "add_difference", "--base", base)
+    one, other = (open_checkpoint(tmp_path / f"of-{form}") for form in ("folder", "file"))
+    for name, tensor in one.component("unet").items():
+        assert torch.equal(tensor, other.component("unet")[name]), name
 
 
 def test_the_check_of_a_permuted_model_computes_with_its_further_inputs(files: Path, tmp_path: Path) -> None:
