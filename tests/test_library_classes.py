@@ -358,8 +358,28 @@ def test_flex_attention_is_proved_in_double_precision() -> None:
 
     model, x = Flex(), torch.randn(1, 16, 16)
     spec = rebasin.trace(model, x)
+    with torch.device("meta"):
+        empty = Flex()
+    assert rebasin.trace(empty, x).hash == spec.hash
     report = rebasin.verify(model, spec, x, dtype=torch.float64)
     assert report.passed and report.max_relative_error < 1e-12 and spec.neurons == 16
+
+
+def test_autocast_by_the_device_of_a_tensor_is_exported_without_memory() -> None:
+    class Casts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast(device_type=x.device.type, enabled=False):
+                return self.b(torch.tanh(self.a(x)))
+
+    x, before = torch.randn(2, 4), torch.autocast.__init__
+    with torch.device("meta"):
+        empty = Casts()
+    assert rebasin.trace(empty, x).neurons == rebasin.trace(Casts(), x).neurons == 5
+    assert torch.autocast.__init__ is before
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -190,7 +190,10 @@ def export(
         args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
     record, fixed = _Names(), False
     first = contextlib.suppress(Exception) if values else contextlib.nullcontext()
-    with warnings.catch_warnings(), _quiet(), _short_stacks(), evaluation_mode(model), torch.no_grad():
+    with (
+        warnings.catch_warnings(), _quiet(), _short_stacks(), _without_memory(), evaluation_mode(model),
+        torch.no_grad(),
+    ):  # fmt: skip
         warnings.simplefilter("ignore")
         try:
             program = None
@@ -357,6 +360,32 @@ def _short_stacks() -> Iterator[None]:
         yield
     finally:
         setattr(place, name, before)
+
+
+@contextlib.contextmanager
+def _without_memory() -> Iterator[None]:
+    """Models on the meta device are exported where torch asks for a device that computes: `torch.autocast` of tensors
+    that have no memory is the CPU's, and flex_attention takes them.
+    """
+    flex: Any = sys.modules.get("torch.nn.attention.flex_attention")
+    autocast, accepts = torch.autocast.__init__, getattr(flex, "_validate_device", None)
+
+    def init(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        autocast(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    def validate(query: Tensor, *others: Tensor) -> None:
+        if accepts is not None and query.device.type != "meta":
+            accepts(query, *others)
+
+    torch.autocast.__init__ = init
+    if accepts is not None:
+        flex._validate_device = validate
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = autocast
+        if accepts is not None:
+            flex._validate_device = accepts
 
 
 def _explain(error: Exception, limit: int = 300) -> str:
