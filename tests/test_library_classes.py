@@ -397,3 +397,21 @@ def test_numbers_that_the_code_writes_down_are_known_on_every_device(device: str
     with torch.device(device):
         model, x = Writes(), torch.randn(1, 4)
     assert rebasin.trace(model, x, mask=torch.tensor([False, True, True])).neurons == 5
+
+
+WAN = ("WanTransformer3DModel", "ChronoEditTransformer3DModel", "SkyReelsV2Transformer3DModel")
+
+
+@pytest.mark.parametrize("name", WAN)
+@pytest.mark.parametrize("places", [None, 8], ids=["one picture", "first and last"])
+def test_pictures_beside_wans_texts_reach_their_weights(name: str, places: int | None) -> None:
+    import diffusers
+
+    config = {**zoo_library.DIFFUSERS[name], "image_dim": 10, "added_kv_proj_dim": 24}
+    model = getattr(diffusers, name)(**config, pos_embed_seq_len=places).eval()
+    output = model(**example(model)).sample
+    output.square().sum().backward()
+    own = [n for n, _ in model.named_parameters() if "add_" in n or "added" in n or "image_embedder" in n]
+    assert own and all(model.get_parameter(n).grad is not None for n in own)
+    flat = [n for n in own if float(model.get_parameter(n).grad.abs().max()) == 0]
+    assert not flat

@@ -120,6 +120,24 @@ def _two_masks(facts: Facts) -> Tensor:
     return ones(1, WORDS)
 
 
+def _wan_text(facts: Facts) -> Tensor:
+    """With pictures before them the texts have 512 words: Wan's code tells both apart by that number."""
+    return _text(facts, words=512 if facts.get("image_dim") else WORDS)
+
+
+def _wan_pictures(facts: Facts) -> Tensor | None:
+    """One picture, or the first and the last, whose places have an embedding each."""
+    if not facts.get("image_dim"):
+        return None
+    places = facts.get("pos_embed_seq_len")
+    return floats(2 if places else 1, places // 2 if places else 4, facts.number("image_dim"))
+
+
+_WAN_PICTURES: dict[str, Rule] = {
+    "encoder_hidden_states": _wan_text,
+    "encoder_hidden_states_image": _wan_pictures,
+}
+
 _GENERAL: dict[str, Rule] = {
     "hidden_states": _latents,
     "sample": lambda f: _scaled(f, f.get("in_channels", "input_channels", default=3)),
@@ -583,7 +601,7 @@ _OWN: dict[str, dict[str, Rule]] = {
     "WanAnimateTransformer3DModel": {
         "pose_hidden_states": lambda f: _video(f, f.number("latent_channels"), FRAMES - 1),
         "face_pixel_values": _face,
-        "encoder_hidden_states_image": lambda f: floats(1, 4, f.number("image_dim")),
+        **_WAN_PICTURES,
     },
     "WanAnimate2Transformer3DModel": {
         "hidden_states": lambda f: [_video(f, f.number("out_dim"))[0]],
@@ -596,11 +614,9 @@ _OWN: dict[str, dict[str, Rule]] = {
         "offset_grid_sizes": lambda f: whole([[FRAMES, PLACES, PLACES]]),
         "encoder_hidden_states_image": lambda f: floats(1, 257, 1280) if f.get("use_img_emb") else None,
     },
-    "WanTransformer3DModel": {
-        "encoder_hidden_states_image": lambda f: (
-            floats(1, 4, f.number("image_dim")) if f.get("image_dim") else None
-        )
-    },
+    "WanTransformer3DModel": _WAN_PICTURES,
+    "ChronoEditTransformer3DModel": _WAN_PICTURES,
+    "SkyReelsV2Transformer3DModel": _WAN_PICTURES,
     "WanVACETransformer3DModel": {
         "control_hidden_states": lambda f: _video(f, f.number("vace_in_channels")),
     },
