@@ -60,7 +60,7 @@ def examine(kind: str) -> Row:
 def table(rows: list[Row]) -> list[str]:
     lines = [
         "| | neurons | continuous maps | verified error | naive |"
-        + "".join(f" {'' if name == 'weight_matching' else 'algo='}`{name}` |" for name in ALGORITHMS)
+        + "".join(f" `{name}` |" for name in ALGORITHMS)
         + " CPU seconds | memory |",
         "|---|--:|--:|--:|--:|" + "--:|" * len(ALGORITHMS) + "--:|--:|",
     ]
@@ -76,9 +76,7 @@ def table(rows: list[Row]) -> list[str]:
 
 def main(only: Annotated[list[str] | None, typer.Option(help="a kind; may be repeated")] = None) -> None:
     """Run the networks of the page with three algorithms; some three minutes of a core."""
-    rows = [
-        examine(kind) for kind in track([k for k in KINDS if not only or k in only], description="kinds")
-    ]
+    rows = [examine(kind) for kind in track([k for k in KINDS if not only or k in only], description="kinds")]
     typer.echo("\n".join(table(rows)))
     if not only:
         page = Path("docs/own_model.md")
