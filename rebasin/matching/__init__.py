@@ -25,6 +25,7 @@ from .maps import (
 )
 from .naive import naive
 from .result import MatchResult, MatchState, Sweep, Update
+from .sinkhorn import SinkhornResult, SinkhornState, sinkhorn_matching
 from .weights.certificate import exchange_losses
 from .weights.matching import weight_matching
 
@@ -42,6 +43,8 @@ __all__ = [
     "MapsResult",
     "MatchResult",
     "MatchState",
+    "SinkhornResult",
+    "SinkhornState",
     "Sweep",
     "Update",
     "activation_alignment",
@@ -67,6 +70,7 @@ __all__ = [
     "naive_mean",
     "prompt_activation_matching",
     "save_permutations",
+    "sinkhorn_matching",
     "straight_through_many",
     "weight_alignment",
     "weight_matching",

@@ -13,13 +13,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, optim
+from torch import Tensor
 
-from ...errors import ConfigError
 from ...spec import DIAGONAL, ContinuousGroup, PermutationSpec
 from ...spec.continuous import ones_complement, power
 from ...spec.mapped import MappedState
-from ...types import State, is_finite
+from ..trained import Trained, through
 
 CONDITION = 30.0
 """Invertible matrices beyond this condition number are drawn back half the way to the identity."""
@@ -46,7 +45,7 @@ def matrices(group: ContinuousGroup, latent: Tensor) -> Tensor:
     return basis @ turned @ basis.mT + 1 / group.size
 
 
-class Latents:
+class Latents(Trained):
     """A model's tensors under maps that are learned, by Adam.
 
     Attributes:
@@ -62,13 +61,12 @@ class Latents:
         device: torch.device,
     ) -> None:
         self.groups = {group.name: group for group in groups}
-        self.values = {g.name: torch.zeros(latent_shape(g), device=device) for g in groups}
+        super().__init__({g.name: torch.zeros(latent_shape(g), device=device) for g in groups})
         sites = {site.parameter for group in groups for site in group.sites}
         self.names = [name for name in tensors if spec.aliases.get(name, name) in sites]
         self._powers = sorted({(group.name, site.power) for group in groups for site in group.sites})
         unset = dict.fromkeys(self.values, torch.empty(0))  # what acts is in `powers`
         self._view = MappedState(spec.continuous, unset, spec.aliases, tensors)
-        self._adam = optim.Adam(list(self.values.values()))
 
     def _acting(self, latents: Mapping[str, Tensor]) -> dict[tuple[str, int], Tensor]:
         """(group, exponent) -> what acts at its sites of that exponent."""
@@ -90,16 +88,7 @@ class Latents:
         Raises:
             ConfigError: it is not finite.
         """
-        found = self.gradient(slopes)
-        for name, x in self.values.items():
-            x.grad = found[name].mul_(share)
-        if not all(map(is_finite, found.values())):
-            raise ConfigError(
-                "The gradient of the objective is not finite: compute in float32 or bfloat16, or lower lr."
-            )
-        for group in self._adam.param_groups:
-            group["lr"] = rate
-        self._adam.step()
+        self.step({name: slope.mul_(share) for name, slope in self.gradient(slopes).items()}, rate)
         self._guard()
 
     def gradient(self, slopes: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -111,8 +100,7 @@ class Latents:
             self._view.powers = leaves
             for name, slope in slopes.items():
                 self._view[name].backward(slope)
-            reached = [key for key, leaf in leaves.items() if leaf.grad is not None]
-            torch.autograd.backward([acting[key] for key in reached], [leaves[key].grad for key in reached])
+            through(acting, leaves)
         return {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in latents.items()}
 
     def _guard(self) -> None:
@@ -126,30 +114,6 @@ class Latents:
     def maps(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The maps as an `Alignment` takes them, float64; those of `values` if given."""
         return {n: matrices(self.groups[n], x.double().cpu()) for n, x in (values or self.values).items()}
-
-    def copy(self) -> dict[str, Tensor]:
-        return {name: x.clone() for name, x in self.values.items()}
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The latents, and the moments of their optimiser, as GROUP/WHAT; the search goes on to change them."""
-        found = {f"{name}/value": x for name, x in self.values.items()}
-        for name, x in self.values.items():
-            found |= {f"{name}/{what}": value for what, value in self._adam.state[x].items()}
-        return found
-
-    def restore(self, tensors: State) -> None:
-        """Take over what `tensors` gave."""
-        moments: dict[str, dict[str, Tensor]] = {name: {} for name in self.values}
-        for key in tensors:
-            name, _, what = key.rpartition("/")
-            if what == "value":
-                self.values[name].copy_(tensors[key])
-            else:
-                moments[name][what] = tensors[key].clone()
-        state = {place: found for place, found in enumerate(moments.values()) if found}
-        if state:
-            self._adam.load_state_dict({**self._adam.state_dict(), "state": state})
 
 
 def turned(groups: Mapping[str, ContinuousGroup], maps: Mapping[str, Tensor]) -> dict[str, float]:

@@ -67,6 +67,7 @@ class BestSeen:
         began: float,
         progress: Progress | None,
         seen: Seen | None = None,
+        stage: str = "straight-through",
     ) -> None:
         """Look at the endpoints and at the naive midpoint, or go on from what an interrupted search has `seen`.
 
@@ -74,7 +75,7 @@ class BestSeen:
             DataError: a loss is not a finite number.
         """
         self._ends, self._heldout, self._total = ends, heldout, total
-        self._began, self._progress = began, progress
+        self._began, self._progress, self._stage = began, progress, stage
         self.lap: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         if seen is not None:
             self.now = seen
@@ -123,7 +124,7 @@ class BestSeen:
         times = {f"seconds_{part}": self.lap[part] for part in PARTS[1:]}
         step = Step(number, kind, train, heldout, now.objective, moved, norm, **times)
         self.now = replace(now, history=(*now.history, step), seconds=self._lapped(now.seconds))
-        stage = "straight-through" if kind != "pass" else "straight-through, refinement"
+        stage = self._stage if kind != "pass" else f"{self._stage}, refinement"
         told = {"objective": now.objective, "loss": train, "heldout": heldout, "moved": moved}
         told |= {"seconds": perf_counter() - self._began, "permutation": now.best}
         del times["seconds_scoring"]
