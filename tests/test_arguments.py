@@ -57,6 +57,7 @@ CALLS: dict[Callable[..., Any], Mapping[str, Any]] = {
     matching.activation_alignment: PAIR,
     rebasin.straight_through: {**PAIR, **SHORT, "refine": 0, "init": "identity"},
     rebasin.learned_matching: {**PAIR, **SHORT, "init": "identity"},
+    matching.sinkhorn_matching: {**PAIR, **SHORT, "init": "identity"},
     rebasin.merge_many: MANY,
     matching.weight_alignment: WEIGHTS,
     matching.activation_and_weight: PAIR,

@@ -218,9 +218,11 @@ WITH_LOSS: dict[str, Callable[[Any], Any]] = {
         SPEC, A, B, o, BATCHES, steps=1, init="identity", refine=1
     ),
     "straight_through_many": lambda o: matching.straight_through_many(SPEC, [W, V], A, o, BATCHES, steps=1),
+    "sinkhorn_matching": lambda o: matching.sinkhorn_matching(SPEC, A, B, o, BATCHES, steps=1),
     "diagonal_fisher": lambda o: diagonal_fisher(A, o, BATCHES, per_sample=False),
 }
-EVALUATED = {name: WITH_LOSS[name] for name in ("straight_through", "straight_through_many")} | {
+SEARCHES = ("straight_through", "straight_through_many", "sinkhorn_matching")
+EVALUATED = {name: WITH_LOSS[name] for name in SEARCHES} | {
     "compare": lambda o: compare(A, o, BATCHES, [W], {"merge": W})
 }
 
@@ -276,6 +278,7 @@ ON_DEVICE: dict[str, Callable[[], Any]] = {
         SPEC, [W, W], A, BATCHES, device=ABSENT
     ),
     "straight_through": lambda: rebasin.straight_through(SPEC, A, B, error_of, BATCHES, device=ABSENT),
+    "sinkhorn_matching": lambda: matching.sinkhorn_matching(SPEC, A, B, error_of, BATCHES, device=ABSENT),
     "straight_through_many": lambda: matching.straight_through_many(
         SPEC, [W], A, error_of, BATCHES, device=ABSENT
     ),

@@ -16,8 +16,9 @@ zero, which determines da and db, so for a loss with the gradient G by S
 No iteration has to be remembered for it. The system is singular along (1, -1), which changes nothing: b_n = 0.
 
 A group with structure has soft members, too (`soft_permutation`), as its best member is found exactly (see
-`assignment.blocks`): the value of child j at place i is <X, S(X)> of what is inside, an outer S of these values (by neuron)
-orders the children, and a block is the inner S times the outer share. Hardened, it is the exact nested assignment of X.
+`assignment.blocks`): the value of child j at place i is <X, S(X)> of what is inside, an outer S of these values
+(by neuron) orders the children, and a block is the inner S times the outer share. Hardened, it is the exact nested
+assignment of X.
 """
 
 from __future__ import annotations
