@@ -16,6 +16,7 @@ _PUBLIC = {
     "Alignment": "spec",
     "weight_matching": "matching",
     "activation_matching": "matching",
+    "auto_matching": "matching",
     "straight_through": "matching.straight_through",
     "learned_matching": "matching",
     "merge_many": "matching",
@@ -36,6 +37,7 @@ __all__ = [
     "RebasinError",
     "__version__",
     "activation_matching",
+    "auto_matching",
     "barrier",
     "compose",
     "interpolate",
@@ -51,7 +53,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .errors import RebasinError
     from .evaluation import barrier
-    from .matching import activation_matching, learned_matching, merge_many, weight_matching
+    from .matching import activation_matching, auto_matching, learned_matching, merge_many, weight_matching
     from .matching.straight_through.estimator import straight_through
     from .merging import interpolate, merge
     from .spec import Alignment, Permutation, PermutationSpec

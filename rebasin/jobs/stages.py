@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import ConfigError, VerificationError
 from ..evaluation import Curve, barrier
 from ..evaluation.samples import Samples
-from ..matching import MatchResult
+from ..matching import AutoResult, MatchResult
 from ..merging import interpolate
 from ..merging.block_figure import save_block_figure
 from ..merging.inputs import copies
@@ -191,7 +191,8 @@ def align(
         # A state that is read from a file stays there: SDXL's would not fit in memory three times.
         aligned = mover.apply(b) if isinstance(b, dict) else mover.view(b)
         maps = f", {len(found.turned)} of {len(spec.continuous)} maps" if found.maps else ""
-        job.say(f"{algorithm.name}: {match.moved:,} of {spec.neurons:,} neurons moved{maps}")
+        chosen = f" ({match.chosen})" if isinstance(match, AutoResult) else ""
+        job.say(f"{algorithm.name}{chosen}: {match.moved:,} of {spec.neurons:,} neurons moved{maps}")
     return AlignedPair(task, spec, a, b, aligned, match)
 
 

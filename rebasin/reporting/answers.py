@@ -81,8 +81,12 @@ def _helped(results: Results) -> Answer:
     moved, total = results["match"]["moved"], results["match"]["neurons"]
     groups = (results["match"].get("maps") or {"groups": ()})["groups"]
     maps = sum(row["moved"] is None or row["moved"] > TURNED for row in groups)
+    chosen, tried = results["match"].get("chosen"), results["match"].get("tried") or ()
     if not results["curves"]:
-        text = f"{moved:,} of {total:,} neurons moved; no loss was measured, because the task has no data."
+        text = (
+            f"{moved:,} of {total:,} neurons moved{' by weight matching' * (chosen is not None)}; no loss was measured,"
+            " because the task has no data: nobody has looked at what the merge computes."
+        )
         return Answer(question, "Not measured", text, "neutral")
     split, naive, aligned = primary(results)
     before, after = naive["barrier"], aligned["barrier"]
@@ -105,6 +109,11 @@ def _helped(results: Results) -> Answer:
         return Answer(question, "Nothing to do", text, "neutral")
     if moved == 0 and not maps:
         text = f"No neuron moved although there is a barrier: {measured}. This method saw nothing to align."
+        if chosen == "naive":
+            text = (
+                f"No neuron was moved although there is a barrier: {measured}. None of {len(tried) - 1} alignments that"
+                " were tried has a lower one on the batches that select."
+            )
         return Answer(question, "No", text, "bad")
     share = after / before
     _, short, tone, rest = next(row for row in SHARES if share <= row[0])
@@ -116,7 +125,8 @@ def _helped(results: Results) -> Answer:
     change = (
         f"The barrier on {where} went from {number(before)} to {number(after)}, {max(share, 0):.0%} of naive"
     )
-    text = f"{change}{rest}. {moved:,} of {total:,} neurons moved{turned}."
+    by = f" by {chosen}, the best of {len(tried)} that were tried" if chosen else ""
+    text = f"{change}{rest}. {moved:,} of {total:,} neurons moved{turned}{by}."
     text += LEARNED if maps and results["match"].get("search") and share <= 1 else ""
     return Answer(question, short, text, tone)
 

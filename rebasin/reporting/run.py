@@ -32,6 +32,7 @@ CURVES = {
     "highest": "highest", "at": "at λ", "barrier": "barrier", "share": "of naive", "barrier_mean": "against the mean",
     "accuracy": "accuracy at the midpoint",
 }  # fmt: skip
+TRIED = "What was tried, by its largest loss above the line between the ends, on training batches of no figure above:"
 MATCHED = ("converged", "seconds", "sweeps", "restarts", "initial_objective", "moved_per_group")
 SHORT = ("split", "kind", "a", "b", "midpoint", "barrier", "share", "accuracy")
 """What fits into a terminal."""
@@ -72,6 +73,7 @@ def figures(
             "history": [_entry(step) for step in match.history],
             **_losses(match),
             **_maps(match),
+            **_tried(match),
         },
         "distance": {"naive": match.distance_before, "aligned": match.distance_after},
         "curves": curves,
@@ -128,6 +130,17 @@ def _maps(match: MatchResult) -> dict[str, Any]:
     return {"maps": {"groups": groups, "left_out": dict(getattr(match, "left_out", {}))}}
 
 
+def _tried(match: Any) -> dict[str, Any]:
+    """What only a matching that compares several has: what each was measured by; `points` is how many lambdas of the
+    line were looked at, 0 where there was no data.
+    """
+    rows = [asdict(row) for row in getattr(match, "tried", ())]
+    if not rows:
+        return {}
+    chosen = getattr(match, "chosen", None)
+    return {"tried": rows, **({} if chosen is None else {"chosen": chosen, "points": match.points})}
+
+
 def drawings(results: Results) -> Drawings:
     found: Drawings = {"curve.png": lambda: draw_curves(results)} if results["curves"] else {}
     if loss_history.has_losses(results):
@@ -143,6 +156,7 @@ def page(results: Results) -> dict[str, Any]:
         "scores": score_table(results),
         "split": loss_history.time_split(results),
         "maps": _map_table(results),
+        "tried": tried_table(results),
         "parts": _parts(results),
         "history": _history(results),
     }
@@ -159,6 +173,8 @@ def told(results: Results) -> list[Table | Answer | str]:
     """What the terminal shows: the curves, the saved merge, scores, and the three answers."""
     curves, scores = curve_table(results, SHORT), score_table(results)
     tables = [curves, *merge_lines(results), *(["", scores] if scores.lines else [])]
+    tried = tried_table(results)
+    tables += ["", TRIED, tried] if tried.lines else []
     return [*tables, "", *answers(results)]
 
 
@@ -215,6 +231,24 @@ def score_table(results: Results) -> Table:
     seeds = results["config"]["evaluate"]["seeds"] if lines else 0
     interval = f"95 % interval ({seeds} seeds)"
     return Table(("model", "mean score", interval), lines, strong="mean score")
+
+
+def tried_table(results: Results) -> Table:
+    """The candidates that were compared; no lines if there were none, or no data to compare them by."""
+    match = results["match"]
+    chosen = match.get("chosen")
+    lines = [
+        (
+            row["name"] + (" (chosen)" if row["name"] == chosen else ""),
+            "" if row["why"] else number(row["loss"]),
+            "" if row["why"] else f"{row['moved']:,}",
+            f"{row['seconds']:.1f}",
+            row["why"] or (f"the same as {row['same_as']}" if row["same_as"] else ""),
+        )
+        for row in match.get("tried") or ()
+        if match.get("points") != 0
+    ]
+    return Table(("tried", "loss above the line", "neurons moved", "seconds", ""), tuple(lines), notes=1)
 
 
 def _parts(results: Results) -> Table:
