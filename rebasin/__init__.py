@@ -23,6 +23,7 @@ _PUBLIC = {
     "interpolate": "merging",
     "merge": "merging",
     "barrier": "evaluation",
+    "repair": "merging.repair",
     "RebasinError": "errors",
     # The names of the PyPI package `rebasin`, whose usage example runs unchanged.
     "PermutationCoordinateDescent": "compat",
@@ -44,6 +45,7 @@ __all__ = [
     "learned_matching",
     "merge",
     "merge_many",
+    "repair",
     "straight_through",
     "trace",
     "verify",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from .matching import activation_matching, auto_matching, learned_matching, merge_many, weight_matching
     from .matching.straight_through.estimator import straight_through
     from .merging import interpolate, merge
+    from .merging.repair import repair
     from .spec import Alignment, Permutation, PermutationSpec
     from .tracing import compose, trace, verify
 

@@ -28,9 +28,9 @@ Named = Literal[
     "identity",
     "weight_matching",
     "activation_matching",
-    "activation_matching_covariance",
-    "activation_matching_outputs",
-    "activation_matching_outputs_covariance",
+    "activation_covariance",
+    "activation_outputs",
+    "output_covariance",
     "activation_then_weight",
     "activation_and_weight",
     "best",
@@ -39,9 +39,9 @@ Start = Named | Permutation
 
 ACTIVATIONS: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]] = {
     "activation_matching": (activation_matching, {}),
-    "activation_matching_covariance": (activation_matching, {"statistic": "covariance"}),
-    "activation_matching_outputs": (activation_matching, {"reads": "outputs"}),
-    "activation_matching_outputs_covariance": (
+    "activation_covariance": (activation_matching, {"statistic": "covariance"}),
+    "activation_outputs": (activation_matching, {"reads": "outputs"}),
+    "output_covariance": (
         activation_matching,
         {"reads": "outputs", "statistic": "covariance"},
     ),

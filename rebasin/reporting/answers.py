@@ -6,7 +6,7 @@ The words are chosen by the figures alone, so a run that did not help says so.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .numbers import number
@@ -46,7 +46,8 @@ class Answer:
 
 def answers(results: Results) -> tuple[Answer, Answer, Answer]:
     """Answers to the three questions, in the order of the page."""
-    return _legal(results), _helped(results), _cost(results)
+    helped = _helped(results)
+    return _legal(results), replace(helped, text=helped.text + _repaired(results)), _cost(results)
 
 
 def primary(results: Results) -> tuple[str, dict, dict]:
@@ -129,6 +130,26 @@ def _helped(results: Results) -> Answer:
     text = f"{change}{rest}. {moved:,} of {total:,} neurons moved{turned}{by}."
     text += LEARNED if maps and results["match"].get("search") and share <= 1 else ""
     return Answer(question, short, text, tone)
+
+
+def _repaired(results: Results) -> str:
+    """What a repair has done, or that there is one."""
+    if not results["curves"]:
+        return ""
+    split, naive, aligned = primary(results)
+    found = results["curves"][split]
+    if "aligned_repaired" in found:
+        after, before = (number(found[f"{kind}_repaired"]["barrier"]) for kind in ("aligned", "naive"))
+        how = results["merge"]["repair"]
+        same = results["algorithm"] == "naive" or found["aligned"] == found["naive"]
+        return f" With repair={how} the barrier is {after}{'' if same else f', naive {before}'}."
+    ends = abs(naive["losses"][0] + naive["losses"][-1]) / 2
+    if not results.get("batch_norms") or not (aligned["barrier"] or 0) > NEGLIGIBLE * ends:
+        return ""
+    return (
+        " The network has BatchNorm, and the statistics of a merge are those of no network: try repair=reset, which"
+        " collects them anew."
+    )
 
 
 def _cost(results: Results) -> Answer:

@@ -50,6 +50,7 @@ def figures(
     rewards: Rewards | None = None,
     merge: Mapping[str, Any] | None = None,
     pictures: Sequence[str] = (),
+    batch_norms: int = 0,
 ) -> dict[str, Any]:
     """What was measured.
 
@@ -58,6 +59,7 @@ def figures(
         aligned: the part that was aligned.
         checks: part -> what was proved of its spec.
         pictures: the files of pictures that this run made of its models: results can't draw them again.
+        batch_norms: how many of the network's norms keep statistics.
     """
     return {
         "lam": lam,
@@ -79,6 +81,7 @@ def figures(
         "curves": curves,
         "rewards": rewards,
         "merge": merge,
+        "batch_norms": batch_norms,
         "pictures": [*pictures, *(["blocks.png"] if merge is not None and merge["blocks"] else [])],
     }
 
@@ -183,13 +186,13 @@ def curve_table(results: Results, columns: Iterable[str] = CURVES) -> Table:
     rows = []
     for split, kinds in results["curves"].items():
         for kind, curve in kinds.items():
-            if kind == "aligned" and results["algorithm"] == "naive":
+            if kind.startswith("aligned") and results["algorithm"] == "naive":
                 continue
             losses = np.asarray(curve["losses"], dtype=float)
             accuracy = curve["metrics"].get("accuracy")
             row = {
                 "split": split,
-                "kind": kind,
+                "kind": called(kind, results),
                 "a": number(curve["losses"][0]),
                 "b": number(curve["losses"][-1]),
                 "midpoint": number(float(np.interp(0.5, curve["lambdas"], losses))),
@@ -207,6 +210,12 @@ def curve_table(results: Results, columns: Iterable[str] = CURVES) -> Table:
     return Table.of(rows, {column: CURVES[column] for column in columns}, labels=2, strong="barrier")
 
 
+def called(kind: str, results: Results) -> str:
+    """A line's name for people: that along which models were repaired tells how."""
+    how = (results.get("merge") or {}).get("repair") or "repaired"
+    return kind.replace("_repaired", f", {how}")
+
+
 def merge_lines(results: Results) -> list[str]:
     """The saved merge in words: its method and its own figures, a line for each split."""
     merge = results.get("merge")
@@ -216,7 +225,8 @@ def merge_lines(results: Results) -> list[str]:
     for split, found in merge["figures"].items():
         more = f", accuracy {percent(found['accuracy'])}" if found.get("accuracy") is not None else ""
         loss = number(found["loss"])
-        lines.append(f"The saved merge ({merge['words']}) on {split} data: loss {loss}{more}.")
+        how = "" if merge.get("repair") in (None, "none") else f", {merge['repair']}"
+        lines.append(f"The saved merge ({merge['words']}{how}) on {split} data: loss {loss}{more}.")
     return [*lines, *merge["notes"]]
 
 
@@ -336,6 +346,7 @@ def save_tensors(
     written = [folder / f"{kind}.safetensors"]
     alignment.save(written[0], {**about, "content": f"the {kind} that brings B to A, and its spec"})
     merge = f"merge by {config['merge']['method']}"
+    merge += "" if config["repair"] == "none" else f", then repair by {config['repair']}"
     how = "B, permuted and mapped" if alignment.maps else "B, permuted"
     states = [("aligned", aligned, how), ("merged", merged, merge)]
     back = None if alignment.maps else alignment.permutation.invert()

@@ -91,9 +91,10 @@ def straight_through(
             which then gives no gradients (a single batch has to do for both). Data that results are reported
             on belongs in neither.
         init: where the search starts: "identity", "weight_matching", "activation_matching" (by the activations on
-            the batches that give gradients; "..._covariance" by another statistic, "..._outputs" by what layers write,
-            "..._outputs_covariance" both), "activation_then_weight" (then by the weights), "activation_and_weight" (by
-            both at once), "best" (the best of these on the held-out batches, see `auto_matching`), or a permutation.
+            the batches that give gradients), "activation_covariance" (by another statistic), "activation_outputs" (by
+            what layers write), "output_covariance" (both), "activation_then_weight" (then by the weights),
+            "activation_and_weight" (by both at once), "best" (the best of these on the held-out batches, see
+            `auto_matching`), or a permutation.
         steps: gradient steps. The paper makes 12,500 and more.
         optimizer: of the auxiliary weights, "adam" or "sgd" (the paper: lr 1e-2, momentum 0.9).
         lr: its learning rate.
