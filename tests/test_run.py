@@ -606,11 +606,7 @@ def test_the_command_sweeps_and_keeps_an_offline_wandb_run_in_each_folder(tmp_pa
     )
     assert found.summary["curves.nrows"] == 10 and found.summary["curve._type"] == "image-file"
     assert "candidates/objective" in found.history
-    named = {
-        name: files
-        for name, files in found.artifacts.items()
-        if name.startswith("digits-mlp-auto")
-    }
+    named = {name: files for name, files in found.artifacts.items() if name.startswith("digits-mlp-auto")}
     assert named == {
         "digits-mlp-auto-permutation": ["permutation.safetensors"],
         "digits-mlp-auto-results": ["config.yaml", "results.json"],
