@@ -140,8 +140,7 @@ class Algorithm:
     def _aim(self, task: Task, seed: int) -> dict[str, Any]:
         """What it looks at: the run's objective and its training batches, or those of the reward."""
         if self.reward is None:
-            batches = {"batches": Maker(lambda: task.batches["train"])} if "train" in task.batches else {}
-            return {"objective": task.objective, **batches}
+            return {"objective": task.objective, "batches": Maker(lambda: task.batches.get("train", ()))}
         options, maker = OmegaConf.create(dict(self.reward)), task.maker
         if maker is None:
             raise ConfigError(
