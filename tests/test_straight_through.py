@@ -17,12 +17,12 @@ import rebasin
 from rebasin.data import classification
 from rebasin.errors import ConfigError, DataError, RebasinError, SpecMismatchError
 from rebasin.matching.assignment import jonker_volgenant, linear_assignment
+from rebasin.matching.candidates import candidates
 from rebasin.matching.straight_through import midpoint
 from rebasin.matching.straight_through.estimator import straight_through
 from rebasin.matching.straight_through.loss_descent import descend
 from rebasin.matching.straight_through.midpoint import Ends
 from rebasin.matching.straight_through.result import StraightThroughResult
-from rebasin.matching.candidates import candidates
 from rebasin.matching.straight_through.state import StraightThroughState
 from rebasin.matching.weights.matching import weight_matching
 from rebasin.matching.weights.projection import Projected, Projector
