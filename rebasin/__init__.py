@@ -16,12 +16,14 @@ _PUBLIC = {
     "Alignment": "spec",
     "weight_matching": "matching",
     "activation_matching": "matching",
+    "auto_matching": "matching",
     "straight_through": "matching.straight_through",
     "learned_matching": "matching",
     "merge_many": "matching",
     "interpolate": "merging",
     "merge": "merging",
     "barrier": "evaluation",
+    "repair": "merging.repair",
     "RebasinError": "errors",
     # The names of the PyPI package `rebasin`, whose usage example runs unchanged.
     "PermutationCoordinateDescent": "compat",
@@ -36,12 +38,14 @@ __all__ = [
     "RebasinError",
     "__version__",
     "activation_matching",
+    "auto_matching",
     "barrier",
     "compose",
     "interpolate",
     "learned_matching",
     "merge",
     "merge_many",
+    "repair",
     "straight_through",
     "trace",
     "verify",
@@ -51,9 +55,10 @@ __all__ = [
 if TYPE_CHECKING:
     from .errors import RebasinError
     from .evaluation import barrier
-    from .matching import activation_matching, learned_matching, merge_many, weight_matching
+    from .matching import activation_matching, auto_matching, learned_matching, merge_many, weight_matching
     from .matching.straight_through.estimator import straight_through
     from .merging import interpolate, merge
+    from .merging.repair import repair
     from .spec import Alignment, Permutation, PermutationSpec
     from .tracing import compose, trace, verify
 

@@ -60,6 +60,8 @@ CALLS: dict[Callable[..., Any], Mapping[str, Any]] = {
     matching.sinkhorn_matching: {**PAIR, **SHORT, "init": "identity"},
     rebasin.merge_many: MANY,
     matching.weight_alignment: WEIGHTS,
+    rebasin.auto_matching: {**PAIR, "objective": error_of},
+    matching.auto_alignment: PAIR,
     matching.activation_and_weight: PAIR,
     matching.activation_then_weight: PAIR,
     matching.activation_statistics: PAIR,

@@ -34,6 +34,33 @@ def untouched(files: Files):
     files.check_untouched()
 
 
+def test_a_merge_that_is_further_from_both_than_the_plain_one_says_so_first(
+    files: Files, tmp_path: Path
+) -> None:
+    """F is A with a little noise, so any permutation of it harms; B is A permuted, which aligning undoes."""
+    spec = files.planted["text_encoder"].spec
+    rebasin("merge", files.a, files.b, "-o", tmp_path / "m.safetensors", "--only", "text_encoder")
+    undone = tmp_path / "m.permutation.safetensors"
+    assert Permutation.load(undone).spec.cells.keys() == {f"text_encoder.{name}" for name in spec.cells}
+    for other, worse in ((files.f, True), (files.b, False)):
+        given = [
+            "--permutation",
+            undone,
+            "--only",
+            "text_encoder",
+            "--overwrite",
+            "-o",
+            tmp_path / "o.safetensors",
+        ]
+        text = rebasin("merge", files.a, other, *given)
+        answers = [line for line in text.splitlines() if "? " in line]
+        assert answers[0].startswith("Did aligning help? No." if worse else "Is it legal? Yes.")
+        assert ("give --no-align" in text) == worse and "text_encoder" in text.split("compare ")[
+            1
+        ].splitlines()[0]
+        assert "compare " not in rebasin("merge", files.a, other, *given, "--no-check")
+
+
 def test_a_finished_alignment_is_used_again(files: Files, tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
     rebasin("merge", files.a, files.b, "-o", out)

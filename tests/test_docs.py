@@ -25,9 +25,10 @@ def test_the_page_of_algorithms_shows_the_reference_as_it_is() -> None:
         assert block in source
 
 
-def test_the_example_of_the_page_of_algorithms_runs() -> None:
-    [example] = [block for block in blocks("algorithms.md") if "import" in block]
-    exec(compile(example, "docs/algorithms.md", "exec"), {})
+@pytest.mark.parametrize("page", ["algorithms.md", "auto.md", "repair.md"])
+def test_the_example_of_a_page_runs(page: str) -> None:
+    [example] = [block for block in blocks(page) if "import" in block]
+    exec(compile(example, f"docs/{page}", "exec"), {})
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,8 @@ ON_DEVICE: dict[str, Callable[[], Any]] = {
     "match_many_activations": lambda: matching.match_many_activations(
         SPEC, [W, W], A, BATCHES, device=ABSENT
     ),
+    "auto_matching": lambda: rebasin.auto_matching(SPEC, A, B, error_of, BATCHES, device=ABSENT),
+    "auto_alignment": lambda: matching.auto_alignment(SPEC, A, B, error_of, BATCHES, device=ABSENT),
     "straight_through": lambda: rebasin.straight_through(SPEC, A, B, error_of, BATCHES, device=ABSENT),
     "sinkhorn_matching": lambda: matching.sinkhorn_matching(SPEC, A, B, error_of, BATCHES, device=ABSENT),
     "straight_through_many": lambda: matching.straight_through_many(

@@ -33,7 +33,10 @@ FILES = ["+model.files=[a.safetensors,b.safetensors]"]
     [
         (["resume=true", "algo=naive"], "resume=true has no effect here: algo=naive can't be continued"),
         (["sample_every=5"], "it needs a model that makes images"),
-        (["sample_every=5", "model=tiny_sd"], "algo=weight_matching has no steps to show"),
+        (["sample_every=5", "model=tiny_sd", "algo=weight_matching"], "algo=weight_matching has no steps to show"),
+        (["repair=reset"], "repair=reset has no effect here: it has no BatchNorm whose statistics could be collected"),
+        (["repair=rescale", "lam=1.5"], "repair=rescale has no effect here: lam is 1.5"),
+        (["repair=reset", *MANY], "repair=reset has no effect here: algo.repair says it for many models"),
         (["lam=0.3", "merge.weights=0.4"], "lam=0.3 has no effect here: merge.weights says it"),
         (["lam=0.3", "merge=uniform_soup"], "has no share of B"),
         (["lam=0.3", *MANY], "lam=0.3 has no effect here: a run on many models has no use for it"),

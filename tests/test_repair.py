@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import rebasin
 from rebasin import trace
 from rebasin.errors import ConfigError, DataError
 from rebasin.matching import weight_matching
 from rebasin.merging.repair import repair, reset_statistics
+from rebasin.merging.repair_closed_form import repair_closed_form
 from rebasin.models import build
 from rebasin.spec import PermutationSpec
 
@@ -175,6 +178,40 @@ def test_neurons_are_found_where_dimensions_have_the_same_size() -> None:
         reached.append(out[0].detach().double().mean(dim=(0, 2, 3)))
     assert out[0].shape == (8, 8, 8, 8)
     torch.testing.assert_close(reached[0], (reached[1] + reached[2]) / 2, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["reset", "rescale", "closed_form"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_each_way_of_repairing_by_its_name(how: Any, norm: bool) -> None:
+    spec, states = spec_of(norm), [state_of(k, norm) for k in range(2)]
+    given = spec, network(norm), mean_of(states), states, BATCHES
+    if how == "reset" and not norm:
+        with pytest.raises(ConfigError, match="how='reset': it has no BatchNorm"):
+            rebasin.repair(*given, how=how)
+        return
+    found = rebasin.repair(*given, how=how).state
+    own = {
+        "reset": lambda: reset_statistics(network(norm), given[2], BATCHES),
+        "rescale": lambda: rebasin.repair(*given).state,
+        "closed_form": lambda: repair_closed_form(*given).state,
+    }[how]()
+    assert all(torch.equal(found[name], own[name]) for name in own)
+    assert any(not torch.equal(found[name], given[2][name]) for name in own)
+
+
+def test_a_line_is_repaired_between_its_ends_only() -> None:
+    a, b = (state_of(k) for k in range(2))
+    asked: list[float] = []
+
+    def repaired(merged: Any, lam: float) -> State:
+        asked.append(lam)
+        return {name: tensor * 0 for name, tensor in merged.items()}
+
+    def size(model: nn.Module) -> float:
+        return sum(float(tensor.abs().sum()) for tensor in model.state_dict().values())
+
+    curve = rebasin.barrier(network(), a, b, size, points=5, repair=repaired)
+    assert asked == [0.25, 0.5, 0.75] and curve.losses[1:-1] == (0, 0, 0) and min(curve.losses[::4]) > 1
 
 
 def test_what_does_not_fit_is_told() -> None:

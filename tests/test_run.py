@@ -32,6 +32,7 @@ from rebasin.jobs.skeleton import settle
 from rebasin.reporting.console import Console
 from rebasin.reporting.experiments import parsed
 from rebasin.reporting.kinds import kind_of
+from rebasin.reporting.metrics import metrics
 from rebasin.reporting.results import load_results
 from rebasin.run import main, run
 from rebasin.spec import Alignment, Permutation
@@ -130,6 +131,54 @@ def _timeless(value):
     return [_timeless(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def test_what_was_tried_is_told_everywhere(finished):
+    folder, results, text = finished
+    match = results["match"]
+    assert results["algorithm"] == "auto" and match["points"] == 3
+    losses = {row["name"]: row["loss"] for row in match["tried"]}
+    assert match["objective"] == losses[match["chosen"]] == min(losses.values()) < losses["naive"]
+    for name in losses:
+        assert name in text and name in (folder / "report.html").read_text()
+    assert f"{match['chosen']} (chosen)" in text and f"auto ({match['chosen']})" in text
+
+
+BATCHNORM = [
+    "model=resnet20",
+    "model.norm=batch",
+    "model.width=.25",
+    "model.blocks=1",
+    "model.recipe.epochs=1",
+]
+BATCHNORM += ["data=digits", "evaluate.points=3", "algo=weight_matching"]
+
+
+def test_a_pair_is_repaired_on_the_line_and_in_the_file(tmp_path):
+    plain, told = execute(tmp_path / "plain", *BATCHNORM)
+    assert "try repair=reset" in told and plain["batch_norms"] > 0
+    for how in ("reset", "rescale", "closed_form"):
+        results, text = execute(tmp_path / how, *BATCHNORM, f"repair={how}")
+        kinds = results["curves"]["heldout"]
+        assert list(kinds) == ["naive", "aligned", "naive_repaired", "aligned_repaired"]
+        assert {k: kinds[k]["losses"] for k in ("naive", "aligned")} == {
+            k: plain["curves"]["heldout"][k]["losses"] for k in ("naive", "aligned")
+        }
+        for kind in ("naive", "aligned"):  # the ends are A and B, as they are
+            repaired = kinds[f"{kind}_repaired"]["losses"]
+            assert repaired[::2] == kinds[kind]["losses"][::2] and repaired[1] != kinds[kind]["losses"][1]
+        assert f"aligned, {how}" in text and f"With repair={how} the barrier is" in text
+        task = load_task(configured(*BATCHNORM))
+        merged, before = (load_safetensors(tmp_path / run / "merged.safetensors") for run in (how, "plain"))
+        changed = {name.rpartition(".")[2] for name in merged if not torch.equal(merged[name], before[name])}
+        assert changed == {
+            "reset": {"running_mean", "running_var", "num_batches_tracked"},
+            "closed_form": changed & {"running_var", "weight", "bias"},
+        }.get(how, {"running_mean", "running_var", "num_batches_tracked", "weight", "bias"})
+        task.model.load_state_dict(dict(merged))
+        found = task.objective.evaluate(task.model, task.batches["heldout"])
+        assert found["loss"] == pytest.approx(kinds["aligned_repaired"]["losses"][1], rel=1e-5)
+        assert "aligned_repaired/barrier/heldout/loss" in metrics(results)
+
+
 def test_naive_says_that_it_is_the_baseline(tmp_path):
     results, text = execute(tmp_path, *TINY, "algo=naive")
     assert results["match"]["moved"] == 0
@@ -143,7 +192,7 @@ def test_dry_run_shows_the_spec_and_trains_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("REBASIN_CACHE", str(tmp_path / "cache"))
     results, text = execute(tmp_path / "run", *TINY, "dry_run=true")
     assert results == {}
-    assert "align B (seed 1) to A (seed 0), the mlp, by weight_matching" in text
+    assert "align B (seed 1) to A (seed 0), the mlp, by auto" in text
     assert "layers.0.weight[0]" in text
     assert list((tmp_path / "run").iterdir()) == []
     assert not list((tmp_path / "cache").rglob("mlp-*"))
@@ -220,16 +269,17 @@ def _spec(task):
         ["algo=weight_matching", "algo.init=identity"],
         ["algo=activation_matching", "data.batch_size=200"],
         ["algo=learned", "algo.steps=4", "algo.evaluate_every=2", "algo.init=weight_matching"],
+        ["algo=auto"],
     ],
 )
 def test_an_interrupted_alignment_goes_on_where_it_stopped(options, tmp_path, monkeypatch):
     options = [*TINY, *options, f"path.cache={tmp_path / 'cache'}"]
-    stages = ("weight matching", "activations", "learned maps")
+    own = ("candidates",) if "algo=auto" in options else ("weight matching", "activations", "learned maps")
     first = "alignment.safetensors" if "algo=learned" in options else TENSORS[0]
     execute(tmp_path / "whole", *options)
 
     def interrupted(event):
-        if event["stage"] in stages and event["step"] == 2:
+        if event["stage"] in own and event["step"] == 2:
             raise KeyboardInterrupt
 
     cfg = configured(*options)
@@ -243,13 +293,13 @@ def test_an_interrupted_alignment_goes_on_where_it_stopped(options, tmp_path, mo
     seen: list[int] = []
 
     def note(self, event):
-        if event["stage"] in stages:
+        if event["stage"] in own:
             seen.append(event["step"])
 
     monkeypatch.setattr(Console, "progress", note)
     execute(tmp_path / "resumed", *options, "resume=true")
     assert seen[0] == (
-        2 if "algo=weight_matching" in options else 1
+        2 if {"algo=weight_matching", "algo=auto"} & set(options) else 1
     )  # the next sweep; the batches or steps done so far
     assert not kept.path.exists()
     for name in (first, *TENSORS[1:]):
@@ -288,7 +338,7 @@ def test_maps_that_can_not_be_found_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="nothing to learn"):
         execute(tmp_path, *TINY, "algo=learned", "algo.kinds=[scales]")
     with pytest.raises(ConfigError, match=r"algo.restarts=3 has no effect with maps"):
-        load_algorithm(configured("algo.maps=true", "algo.restarts=3").algo)
+        load_algorithm(configured("algo=weight_matching", "algo.maps=true", "algo.restarts=3").algo)
     with pytest.raises(ConfigError, match=r"algo=merge_many finds no maps"):
         load_algorithm(configured("algo=merge_many", "+algo.maps=true").algo, several=True)
 
@@ -313,7 +363,7 @@ def test_a_run_into_the_folder_of_another_algorithms_run(finished, tmp_path):
     execute(tmp_path, *TINY, "algo=ste_quick", "algo.steps=4")
     assert load_results(tmp_path)["algorithm"] == "ste_quick"
     execute(tmp_path, *TINY)
-    assert load_results(tmp_path)["algorithm"] == "weight_matching"
+    assert load_results(tmp_path)["algorithm"] == "auto"
     assert _timeless(load_results(tmp_path)["curves"]) == _timeless(expected["curves"])
     assert Permutation.load(tmp_path / TENSORS[0]).moved() == expected["match"]["moved"]
 
@@ -547,23 +597,19 @@ def test_the_command_sweeps_and_keeps_an_offline_wandb_run_in_each_folder(tmp_pa
     assert (found.group, found.job_type, found.tags) == (
         "mine",
         "match",
-        ("mlp", "digits", "weight_matching"),
+        ("mlp", "digits", "auto"),
     )
-    assert found.config["model"]["width"] == 16 and found.config["algo"]["name"] == "weight_matching"
+    assert found.config["model"]["width"] == 16 and found.config["algo"]["name"] == "auto"
     measured = kind_of(results).summary(results)
     assert {name: found.summary[name] for name in measured} == pytest.approx(measured), (
         "all that is documented"
     )
     assert found.summary["curves.nrows"] == 10 and found.summary["curve._type"] == "image-file"
-    assert "weight matching/objective" in found.history
-    named = {
-        name: files
-        for name, files in found.artifacts.items()
-        if name.startswith("digits-mlp-weight_matching")
-    }
+    assert "candidates/objective" in found.history
+    named = {name: files for name, files in found.artifacts.items() if name.startswith("digits-mlp-auto")}
     assert named == {
-        "digits-mlp-weight_matching-permutation": ["permutation.safetensors"],
-        "digits-mlp-weight_matching-results": ["config.yaml", "results.json"],
+        "digits-mlp-auto-permutation": ["permutation.safetensors"],
+        "digits-mlp-auto-results": ["config.yaml", "results.json"],
     }
     assert list(logged.glob("wandb/offline-run-*/files/media/images/curve*.png"))
     assert not [path for path in home.rglob("*wandb*") if path.is_file()]

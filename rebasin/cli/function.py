@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3
 """What rounding explains is less: relative changes of an output, in float32 and in another order of summation."""
 
+
+FURTHER = 1.02
+"""A merge whose outputs are so many times as far from A's and B's as the plain merge's is worse; less may be chance."""
 
 STACKED = 20
 """How many times the rounding of a narrow file's weights its outputs may differ: five or six times in a UNet."""
@@ -53,6 +56,19 @@ def compare_chains(checkpoint: Checkpoint, others: Mapping[str, State], seed: in
     """The same for text encoders and UNet together, from token ids to the predicted noise."""
     own = {name: checkpoint.component(name) for name in others}
     return _distance(*(_chain(checkpoint, states, seed) for states in (own, others)))
+
+
+def outputs_of(checkpoint: Checkpoint, states: Mapping[str, State], seed: int = 0) -> dict[str, Tensor]:
+    """What a component computes on a random input, of text encoders and UNet together what the UNet does."""
+    if len(states) > 1:
+        return _chain(checkpoint, states, seed)
+    ((name, state),) = states.items()
+    return compute(checkpoint, name, state, seed)
+
+
+def how_far(outputs: Mapping[str, Tensor], ends: Sequence[Mapping[str, Tensor]]) -> float:
+    """The mean over the ends (A and B) of how far outputs are from theirs, relative."""
+    return sum(_distance(end, outputs) for end in ends) / len(ends)
 
 
 def _chain(checkpoint: Checkpoint, states: Mapping[str, State], seed: int) -> dict[str, Tensor]:

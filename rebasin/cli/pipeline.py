@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..checkpoints.checkpoint import kept_beside, require_same_prediction, several_variants, unlike
@@ -110,7 +111,9 @@ def merge(console: Console, request: Request) -> None:
 
     found: list[Alignment] = []
     checks: dict[str, float] | None = None
+    far: dict[str, tuple[float, float]] | None = None
     views, companions = ([parts(model, components) for model in own] for own in (models, information))
+    given_views = [dict(view) for view in views]
     if request.align or request.permutation:
         specs = stages.specs(console, models[0], components, request.joint)
         wanted = Aligning(models, specs, request, hashes[: len(models)], console.progress, weights.shares)
@@ -128,22 +131,28 @@ def merge(console: Console, request: Request) -> None:
 
         bases = {name: base.component(name) for name in components} if base else {}
         labels = [path.name for path in request.inputs]
-        merged: dict[str, State] = {
-            name: combine(
-                method,
-                [view[name] for view in views],
-                base=bases.get(name),
-                weights=shares or weights.of(name),
-                companions=[view[name] for view in companions] or None,
-                seed=request.seed,
-                labels=labels if len(set(labels)) == len(labels) else None,
-                device=request.device,
-                dtype=None if dtype is None else torch.float32,
-                **own,
-            )
-            for name in components
-        }
+
+        def combined(views: Sequence[Mapping[str, State]]) -> dict[str, State]:
+            return {
+                name: combine(
+                    method,
+                    [view[name] for view in views],
+                    base=bases.get(name),
+                    weights=shares or weights.of(name),
+                    companions=[view[name] for view in companions] or None,
+                    seed=request.seed,
+                    labels=labels if len(set(labels)) == len(labels) else None,
+                    device=request.device,
+                    dtype=None if dtype is None else torch.float32,
+                    **own,
+                )
+                for name in components
+            }
+
+        merged = combined(views)
         console.say(f"{request.method}")
+    if len(found) == 1 and not companions and base is None:
+        far = stages.compared(console, request, models, found[0], merged, combined(given_views))
     state = output.finished(
         models[0], merged, keep_dtype=dtype is None, vae=vae, prune=request.prune, fix_clip=request.fix_clip
     )
@@ -168,6 +177,7 @@ def merge(console: Console, request: Request) -> None:
         )
         session.answer(console, "Did anything move?", "No", "yellow", "This is the plain merge.")
         return session.say_where(console, request.output)
+    session.say_far(console, far)
     session.say_alignment(console, found, checks, merged=True)
     files = (
         [one.file for one in found] if len(found) > 1 else [f"{session.called(found[0])} in {found[0].file}"]

@@ -17,6 +17,7 @@ __all__ = [
     "called",
     "remark",
     "say_alignment",
+    "say_far",
     "say_rounding",
     "say_where",
     "size",
@@ -120,6 +121,22 @@ def say_alignment(
         way = "fell" if after < before else "went"
         text += f" The distance of the weights {way} from {before:.4g} to {after:.4g}." if before else ""
     answer(console, "Did anything move?", "Yes", "green", text)
+
+
+def say_far(console: Console, far: Mapping[str, tuple[float, float]] | None) -> None:
+    """First of all, if aligning has made the merge worse by what can be computed here; nothing otherwise."""
+    from .function import FURTHER
+
+    worse = {name: pair for name, pair in (far or {}).items() if not pair[0] <= FURTHER * pair[1]}
+    if worse:
+        told = ", ".join(
+            f"{name} {aligned:.2g} against {plain:.2g}" for name, (aligned, plain) in worse.items()
+        )
+        text = (
+            "On a random input the merge's outputs are further from A's and B's than those of the plain merge are"
+            f" ({told}, relative): give --no-align to get that one."
+        )
+        answer(console, "Did aligning help?", "No", "red", text)
 
 
 def called(alignment: Alignment) -> str:

@@ -20,7 +20,7 @@ from ..tensors import writer
 from ..types import State
 from . import output, session
 from .alignment import JOINT, MAPS, Aligning, Alignment, rounding_of, specs_of
-from .function import TOLERANCE, compare_chains, compare_functions
+from .function import TOLERANCE, compare_chains, compare_functions, how_far, outputs_of
 from .inputs import load_member, open_all, parts
 from .request import Request
 
@@ -254,6 +254,43 @@ def checked(
                 )
         console.say(", ".join(f"{n} {difference:.1e}" for n, difference in checks.items()) + " relative")
     return checks
+
+
+def compared(
+    console: Console,
+    request: Request,
+    models: Sequence[Checkpoint],
+    alignment: Alignment,
+    merged: Mapping[str, State],
+    plain: Mapping[str, State],
+) -> dict[str, tuple[float, float]] | None:
+    """How far the outputs of the merge, and of the merge without aligning, are from those of A and B on a random input:
+    component -> both, where neurons moved; None without a check.
+    """
+    if not request.check or not (alignment.moved or alignment.mapped):
+        return None
+    together = [name for name in merged if name in PARTS] if JOINT in alignment.specs else []
+    moved = [name for name in merged if name not in together]
+    moved = [name for name in moved if (own := alignment.of(name)) is not None and not own.is_identity]
+    found = {}
+    with console.stage("compare"):
+        for name, parts_of in {
+            **{name: [name] for name in moved},
+            **({JOINT: together} if together else {}),
+        }.items():
+            ends = [
+                outputs_of(model, {part: model.component(part) for part in parts_of}, request.seed)
+                for model in models
+            ]
+            found[name] = tuple(
+                how_far(outputs_of(models[0], {part: state[part] for part in parts_of}, request.seed), ends)
+                for state in (merged, plain)
+            )
+        told = (
+            f"{name} {far:.2g} from A and B, not aligned {naive:.2g}" for name, (far, naive) in found.items()
+        )
+        console.say(", ".join(told))
+    return found
 
 
 def write(

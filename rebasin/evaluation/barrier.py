@@ -97,6 +97,7 @@ def barrier(
     evaluate: Evaluate,
     points: int = 25,
     progress: Progress | None = None,
+    repair: Callable[[State, float], State] | None = None,
 ) -> Curve:
     """Evaluate `points` equally spaced models on the line from A to B, both endpoints included.
 
@@ -111,6 +112,7 @@ def barrier(
         evaluate: takes the model, returns the loss, or a mapping with "loss" and other figures.
         points: 2 or more; 25 is the paper's.
         progress: called after each point with stage, step, total, lam, loss, seconds.
+        repair: makes of each model between the ends, and lambda, the one that is evaluated; see `rebasin.repair`.
 
     Raises:
         CheckpointError: the states do not fit each other or the model; names the tensor.
@@ -138,6 +140,10 @@ def barrier(
                             f"{tuple(slots[name].shape)} in the model: give their own architecture."
                         )
                     slots[name].copy_(merged)
+                if repair is not None and 0 < lam < 1:
+                    whole = {name: slots[name].clone() for name in state_a}
+                    for name, tensor in repair(whole, lam).items():
+                        slots[name].copy_(tensor)
             figures = figures_of(evaluate(model), "evaluate")
             if step and figures.keys() != {"loss", *columns}:
                 raise ConfigError(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import typed
-from ..merging.repair import member_weights
+from ..merging.neuron_moments import member_weights
 from ..objectives import LossFunction, Objective, checked
 from ..tensors.modules import eval_mode, with_weights
 from ..types import State

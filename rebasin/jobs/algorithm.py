@@ -140,7 +140,7 @@ class Algorithm:
     def _aim(self, task: Task, seed: int) -> dict[str, Any]:
         """What it looks at: the run's objective and its training batches, or those of the reward."""
         if self.reward is None:
-            return {"objective": task.objective, "batches": Maker(lambda: task.batches["train"])}
+            return {"objective": task.objective, "batches": Maker(lambda: task.batches.get("train", ()))}
         options, maker = OmegaConf.create(dict(self.reward)), task.maker
         if maker is None:
             raise ConfigError(
@@ -166,7 +166,6 @@ def load_algorithm(algo: DictConfig, several: bool = False) -> Algorithm:
     function = _function(algo)
     if several and not _of_many(function):
         function = _function(algo, "many")
-    plain = function
     if algo.get("maps"):
         if algo.get("with_maps") is None or several:
             raise ConfigError(
@@ -181,8 +180,9 @@ def load_algorithm(algo: DictConfig, several: bool = False) -> Algorithm:
     own = (*OWN, "repair") if _of_many(function) else OWN
     options = {name: value for name, value in resolved(algo).items() if name not in own}
     known = arguments_of(function, SUPPLY)
-    if function is not plain and algo.get("maps"):
-        options = _common(algo.name, options, arguments_of(plain, SUPPLY), known)
+    if function is not _function(algo):
+        where = "for several models" if several else "with maps"
+        options = _common(algo.name, options, arguments_of(_function(algo), SUPPLY), known, where)
     check_options(f"algo={algo.name}", options, known)
     if options.get("device") in (None, known.get("device")):
         options.pop("device", None)  # that of the run, if there is one
@@ -196,18 +196,17 @@ def load_algorithm(algo: DictConfig, several: bool = False) -> Algorithm:
 
 
 def _common(
-    name: str, options: Mapping[str, Any], plain: Mapping[str, Any], known: Mapping[str, Any]
+    name: str, options: Mapping[str, Any], plain: Mapping[str, Any], known: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    """Of the options of the matching without maps those that the one with maps has, too.
+    """Of the options of the plain matching those that the one with maps, or for several models, has, too.
 
     Raises:
         ConfigError: another one was set.
     """
+    end = f", or algo={name} algo.maps=false" if where == "with maps" else ""
     for option, value in options.items():
         if option not in known and option in plain and value != plain[option]:
-            raise ConfigError(
-                f"algo.{option}={value} has no effect with maps: leave it out, or algo={name} algo.maps=false."
-            )
+            raise ConfigError(f"algo.{option}={value} has no effect {where}: leave it out{end}.")
     return {option: value for option, value in options.items() if option in known or option not in plain}
 
 

@@ -13,8 +13,7 @@ from ..files import prepare_folder
 from ..matching.many.maps import ManyMapsResult
 from ..matching.many.pivot import naive_mean
 from ..matching.many.result import ManyResult, save_permutations
-from ..merging.repair import repair, reset_statistics
-from ..merging.repair_closed_form import repair_closed_form
+from ..merging.repair import REPAIRS, How, repair, unfit
 from ..reporting import many as report
 from ..reporting.results import Results
 from ..spec import Alignment, Permutation
@@ -27,8 +26,8 @@ from .skeleton import Job, Session
 ALIGNMENTS = "alignments"
 """The folder of those with maps: 0, the first model's, which does not move, 1, ..."""
 
-REPAIRS = ("reset", "rescale", "closed_form")
-"""What `algo.repair` can name."""
+REPAIRED: dict[How, str] = {"reset": "reset", "rescale": "REPAIR", "closed_form": "closed form"}
+"""What can be done to a merge, as its row is called."""
 
 
 def _plan(job: Session, planned: stages.Material) -> str:
@@ -123,19 +122,14 @@ def _merges(
         return merges
     batches = task.batches["train"]
     for name, (state, own) in found.items():
-        data = spec, task.model, state, own, batches
-        done = repair(*data, weights=result.weights) if "rescale" in ways else None
-        fresh = reset_statistics(task.model, state, batches) if "reset" in ways else state
-        if any(fresh[key] is not state[key] for key in state):
-            merges[f"{name}, reset"] = fresh
-        if done is not None and done.scales:
-            merges[f"{name}, REPAIR"] = done.state
-        if "closed_form" in ways:
-            merges[f"{name}, closed form"] = repair_closed_form(*data, weights=result.weights).state
+        for how in ways:
+            if unfit(spec, task.model, how) is None:
+                done = repair(spec, task.model, state, own, batches, how=how, weights=result.weights)
+                merges[f"{name}, {REPAIRED[how]}"] = done.state
     return merges
 
 
-def _repairs(cfg: DictConfig) -> tuple[str, ...]:
+def _repairs(cfg: DictConfig) -> tuple[How, ...]:
     """The ways of `algo.repair`: true is a reset and REPAIR, false none."""
     chosen = cfg.algo.get("repair", True)
     if isinstance(chosen, bool) or chosen is None:
@@ -146,7 +140,7 @@ def _repairs(cfg: DictConfig) -> tuple[str, ...]:
         raise ConfigError(
             f"algo.repair has {unknown[0]!r}; it takes true, false or some of {', '.join(REPAIRS)}."
         )
-    return ways
+    return tuple(how for how in REPAIRS if how in ways)
 
 
 run_many = Job(report.KIND, partial(stages.load, several=True), _plan, _work)

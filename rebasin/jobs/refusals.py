@@ -89,6 +89,14 @@ def _lam(case: Case) -> str | None:
     return case.is_no(RUN)
 
 
+def _repair(case: Case) -> str | None:
+    if case.kind == MANY:
+        return "algo.repair says it for many models"
+    if case.task is not None and not case.task.batches:
+        return "there is no data to collect statistics on"
+    return case.is_no(RUN)
+
+
 def _samples(case: Case) -> str | None:
     method = find_method(str(case.cfg.merge.method))
     return None if "companions" in method.takes else f"merge.method={method.name} looks at no data"
@@ -110,6 +118,7 @@ RULES: Mapping[str, Callable[[Case], str | None]] = {
     "sample_every": _sample_every,
     "device": _device,
     "lam": _lam,
+    "repair": _repair,
     "data": lambda case: case.brings("data"),
     "objective": lambda case: case.brings("objective"),
     "tensors": lambda case: case.is_no(RUN, MANY),

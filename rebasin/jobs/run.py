@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from ..errors import ConfigError
 from ..integrations.hydra import resolved
 from ..matching.weights.estimate import about, matching_seconds
+from ..merging.neuron_moments import batch_norms
 from ..reporting import run as report
 from ..reporting.console import Console
 from ..reporting.metrics import metrics
@@ -24,7 +25,7 @@ from .algorithm import is_many
 from .experiments import finished
 from .many import run_many
 from .scoring import in_words, load_scoring
-from .skeleton import Job, Session
+from .skeleton import NONE, Job, Session
 from .studies import run_study
 
 
@@ -69,10 +70,16 @@ def _work(job: Session, planned: stages.Material) -> Results:
         merged = combination(task, [a, pair.aligned], **job.given, progress=job.progress)
         information = merged.companions
         merged = dict(merged) if isinstance(b, dict) else merged
-        job.say(combination.words)
+        if cfg.repair != NONE:
+            merged = stages.repairing(cfg, pair, pair.aligned)(merged, combination.share)
+        job.say(combination.words + (f", {cfg.repair}" if cfg.repair != NONE else ""))
     with job.stage("evaluate"):
         curves = stages.curves(cfg, pair, job.progress)
-        merge = {**combination.record(), "figures": stages.evaluate_merged(cfg, task, merged)}
+        merge = {
+            **combination.record(),
+            "repair": cfg.repair,
+            "figures": stages.evaluate_merged(cfg, task, merged),
+        }
         job.say(stages.barriers(curves))
     with job.stage("sample"):
         samples = stages.sample(pair, cfg.seed)
@@ -102,6 +109,7 @@ def _work(job: Session, planned: stages.Material) -> Results:
             *([XYZ] if len(seeds) > 1 else []),
         ]
         more: Any = {"lam": cfg.lam, "rewards": rewards, "merge": merge, "pictures": pictures}
+        more["batch_norms"] = len(batch_norms(task.model))
         figures = report.figures(task.labels, task.aligned, pair.spec, checks, pair.match, curves, **more)
         return job.leave(figures, samples)
 
@@ -116,7 +124,7 @@ def _plan(job: Session, planned: stages.Material) -> str:
     )
     blocks = combination.blocks
     stages.draw_blocks(job, combination)
-    (a, b), estimate = task.labels, []
+    (a, b), estimate, repairs = task.labels, [], config["repair"] != NONE
     if config["algo"]["name"] == "weight_matching":
         seconds = about(matching_seconds(spec))
         estimate = [f"(about {seconds} here for every restart, if A and B are near each other);"]
@@ -129,6 +137,7 @@ def _plan(job: Session, planned: stages.Material) -> str:
             f"align B ({b}) to A ({a}), the {task.aligned}, by {config['algo']['name']};",
             *estimate,
             f"merge by {combination.words};",
+            *([f"repair the merge, and each model on the line, by {config['repair']};"] if repairs else []),
             f"evaluate {config['objective']['name']} at {config['evaluate']['points']} points on"
             f" {', '.join(config['evaluate']['splits'])} data;",
             f"and leave the result in {job.folder}.",

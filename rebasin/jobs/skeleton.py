@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..evaluation.samples import Samples
 from ..files import LARGEST_SEED, MOST_THREADS, prepare_folder
 from ..integrations.hydra import resolved
+from ..merging.repair import REPAIRS
 from ..reporting.console import Console
 from ..reporting.kinds import leave
 from ..reporting.loggers import Logger, both, open_logger
@@ -29,6 +30,9 @@ from ..tensors.modules import find_device
 from ..types import Progress
 
 SPLITS = ("train", "heldout")
+
+NONE = "none"
+"""The merge is not repaired."""
 
 Prepared = TypeVar("Prepared")
 
@@ -135,6 +139,8 @@ def settle(cfg: DictConfig) -> None:
         raise ConfigError(
             f"evaluate.splits is {list(cfg.evaluate.splits)}; it takes some of {', '.join(SPLITS)}."
         )
+    if cfg.repair not in (NONE, *REPAIRS):
+        raise ConfigError(f"repair is {cfg.repair!r}; it takes {NONE}, {', '.join(REPAIRS)}.")
     if cfg.evaluate.points < 2:
         raise ConfigError(
             f"evaluate.points is {cfg.evaluate.points}, but a line has at least 2 points, its ends."

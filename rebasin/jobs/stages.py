@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,12 @@ from torch import nn
 from ..errors import ConfigError, VerificationError
 from ..evaluation import Curve, barrier
 from ..evaluation.samples import Samples
-from ..matching import MatchResult
+from ..matching import AutoResult, MatchResult
+from ..matching.straight_through.draws import few
 from ..merging import interpolate
 from ..merging.block_figure import save_block_figure
 from ..merging.inputs import copies
+from ..merging.repair import repair, unfit
 from ..reporting.console import Console
 from ..reporting.loggers import both
 from ..spec import Alignment, Permutation, PermutationSpec
@@ -32,10 +34,16 @@ from .algorithm import Algorithm, load_algorithm
 from .combination import Combination, load_combination
 from .refusals import brought, refuse
 from .resume import load_resume
-from .skeleton import Session
+from .skeleton import NONE, Session
 
 NAIVE, PERMUTED, ALIGNED = "naive", "permuted", "aligned"
 """The lines from A: to B, to B in the order that learned maps were started from, to B aligned."""
+
+REPAIRED_AS = "{}_repaired"
+"""The lines along which each model is repaired before it is measured."""
+
+SAMPLES = 10_000
+"""Of training data, so many are looked at for a repair."""
 
 TOLERANCE = 1e-3
 """Largest relative change of B's loss by permuting it: a last check on the real weights and data."""
@@ -100,9 +108,26 @@ def load(job: Session, several: bool = False) -> Material:
         specs = {name: spec_of(job.cfg, task, name) for name in task.parts}
         spec = specs[task.aligned]
         job.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
+    if job.kind is None:
+        require_repair(job.cfg, task, spec)
     combination = load_combination(job.cfg, task)
     job.remark([combination.remark] if combination.remark else [])
     return Material(task, algorithm, specs, combination)
+
+
+def require_repair(cfg: DictConfig, task: Task, spec: PermutationSpec) -> None:
+    """Refuse a repair that changes nothing of this network, or of a merge that is no mean.
+
+    Raises:
+        ConfigError: tells which, and why.
+    """
+    if cfg.repair == NONE:
+        return
+    reason = unfit(spec, task.model, cfg.repair)
+    if reason is None and cfg.repair != "reset" and not 0 <= cfg.lam <= 1:
+        reason = f"lam is {cfg.lam}, and the goals are those of a mean, with lam between 0 and 1"
+    if reason is not None:
+        raise ConfigError(f"repair={cfg.repair} has no effect here: {reason}; leave it out.")
 
 
 def require_space(folder: Path, size: float) -> None:
@@ -191,7 +216,8 @@ def align(
         # A state that is read from a file stays there: SDXL's would not fit in memory three times.
         aligned = mover.apply(b) if isinstance(b, dict) else mover.view(b)
         maps = f", {len(found.turned)} of {len(spec.continuous)} maps" if found.maps else ""
-        job.say(f"{algorithm.name}: {match.moved:,} of {spec.neurons:,} neurons moved{maps}")
+        chosen = f" ({match.chosen})" if isinstance(match, AutoResult) else ""
+        job.say(f"{algorithm.name}{chosen}: {match.moved:,} of {spec.neurons:,} neurons moved{maps}")
     return AlignedPair(task, spec, a, b, aligned, match)
 
 
@@ -219,14 +245,17 @@ def curves(cfg: DictConfig, pair: AlignedPair, progress: Progress) -> dict[str, 
     found: dict[str, dict[str, Curve]] = {}
     task = pair.task
 
-    def measure(end: State, split: str, kind: str) -> Curve:
+    def measure(end: State, split: str, kind: str, repaired: bool = False) -> Curve:
         def evaluate(model: nn.Module) -> dict[str, float]:
             return task.objective.evaluate(model, task.batches[split])
 
         def listen(event: ProgressEvent) -> None:
             progress(within(event, f"{kind}, {split}"))
 
-        return barrier(task.model, pair.a, end, evaluate, points=cfg.evaluate.points, progress=listen)
+        each = repairing(cfg, pair, end) if repaired else None
+        return barrier(
+            task.model, pair.a, end, evaluate, points=cfg.evaluate.points, progress=listen, repair=each
+        )
 
     for split in splits(cfg, task):
         # Where nothing moved the lines are the same line.
@@ -234,7 +263,13 @@ def curves(cfg: DictConfig, pair: AlignedPair, progress: Progress) -> dict[str, 
         kinds = {
             kind: measure(end, split, kind) for kind, end in pair.ends.items() if not still or kind == NAIVE
         }
-        found[split] = kinds = {**kinds, ALIGNED: kinds[NAIVE]} if still else kinds
+        for kind in (NAIVE, ALIGNED) if cfg.repair != NONE else ():
+            if not still or kind == NAIVE:
+                name = REPAIRED_AS.format(kind)
+                kinds[name] = measure(pair.ends[kind], split, name, repaired=True)
+        if still:
+            kinds |= {kind.replace(NAIVE, ALIGNED): curve for kind, curve in kinds.items()}
+        found[split] = kinds
         before, after = kinds[NAIVE].losses[-1], kinds[ALIGNED].losses[-1]
         if math.isfinite(before) and not math.isclose(before, after, rel_tol=TOLERANCE, abs_tol=1e-6):
             raise VerificationError(
@@ -242,6 +277,21 @@ def curves(cfg: DictConfig, pair: AlignedPair, progress: Progress) -> dict[str, 
                 " not legal for these weights."
             )
     return found
+
+
+def repairing(cfg: DictConfig, pair: AlignedPair, end: State) -> Callable[[State, float], State]:
+    """What repairs a model between A and `end`, by training data: the model and lambda -> its tensors."""
+    task = pair.task
+    batches = few(task.batches["train"], SAMPLES)
+
+    def repaired(merged: State, share: float) -> State:
+        members = [(pair.a, 1 - share), (end, share)]
+        states, weights = zip(*((state, w) for state, w in members if w > 0), strict=True)
+        return repair(
+            pair.spec, task.model, merged, states, batches, how=cfg.repair, weights=weights, forward=task.objective.loss
+        ).state  # fmt: skip
+
+    return repaired
 
 
 def evaluate_merged(cfg: DictConfig, task: Task, merged: State) -> dict[str, dict[str, float]]:

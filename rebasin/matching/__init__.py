@@ -6,6 +6,8 @@ from .activations.prompts import prompt_activation_matching
 from .activations.statistics import ActivationState, ActivationStatistics, activation_statistics
 from .assignment.blocks import Assignment, Costs, assign
 from .assignment.linear_assignment import linear_assignment
+from .auto import AutoMapsResult, AutoResult, AutoState, auto_alignment, auto_matching
+from .candidates import Tried
 from .many.activations import match_many_activations
 from .many.cycle_consistent import match_cycle_consistently
 from .many.cycles import cycle_error
@@ -34,6 +36,9 @@ __all__ = [
     "ActivationState",
     "ActivationStatistics",
     "Assignment",
+    "AutoMapsResult",
+    "AutoResult",
+    "AutoState",
     "Costs",
     "LearnedResult",
     "LearnedState",
@@ -46,6 +51,7 @@ __all__ = [
     "SinkhornResult",
     "SinkhornState",
     "Sweep",
+    "Tried",
     "Update",
     "activation_alignment",
     "activation_and_weight",
@@ -53,6 +59,8 @@ __all__ = [
     "activation_statistics",
     "activation_then_weight",
     "assign",
+    "auto_alignment",
+    "auto_matching",
     "cycle_error",
     "exchange_losses",
     "learned_matching",

@@ -19,58 +19,34 @@ network, and are collected anew.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..arguments import typed
+from ..arguments import check_choices, typed
 from ..errors import ConfigError, DataError
 from ..spec import PermutationSpec
-from ..tensors.memory import duplicate
-from ..tensors.modules import (
-    Forward,
-    call_model,
-    computing,
-    device_of,
-    eval_mode,
-    find_device,
-    give_weights,
-    hooked,
-    to_device,
-)
-from ..types import State, is_finite, require_state
+from ..tensors.modules import Forward, call_model, computing, eval_mode, to_device
+from ..types import State, is_finite
 from .methods.linear import average
+from .neuron_moments import (
+    Repaired,
+    Rescaling,
+    batch_norms,
+    hidden_sites,
+    measure,
+    member_weights,
+    replaced,
+    working_copy,
+)
+from .repair_closed_form import repair_closed_form
 
-CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
-CHANNELS_SECOND = (nn.Conv1d, nn.Conv2d, nn.Conv3d, _BatchNorm, nn.GroupNorm)
-DEAD = 1e-6
-"""A neuron that varies by less than this share of its layer's most lively one is shifted, but not scaled."""
-
-
-@dataclass(frozen=True)
-class Repaired:
-    """A repaired merge.
-
-    Attributes:
-        state: name -> tensor, in the merge's own types.
-        scales: module -> the mean factor by which its neurons were scaled, in the order of execution.
-        left_out: modules with hidden neurons that can't be rescaled: they have no bias, share their weight with
-            another, or are of a kind that is not known.
-        reset: whether BatchNorm statistics were collected anew before.
-        seconds: wall time.
-    """
-
-    state: dict[str, Tensor]
-    scales: Mapping[str, float]
-    left_out: tuple[str, ...]
-    reset: bool
-    seconds: float
+How = Literal["reset", "rescale", "closed_form"]
+REPAIRS: tuple[How, ...] = get_args(How)
+"""What can be done to a merge, from the mildest: statistics of BatchNorm, REPAIR, REPAIR in closed form."""
 
 
 @typed
@@ -124,6 +100,17 @@ def reset_statistics(
     return replaced(state, fresh)
 
 
+def unfit(spec: PermutationSpec, model: nn.Module, how: How) -> str | None:
+    """Why a network has nothing that this repair changes; None if it has."""
+    if batch_norms(model):
+        return None
+    if how == "reset":
+        return "it has no BatchNorm whose statistics could be collected anew"
+    if not hidden_sites(spec, model)[0]:
+        return "no layer or norm whose neurons can move has both a weight and a bias of its own"
+    return None
+
+
 @typed
 def repair(
     spec: PermutationSpec,
@@ -132,15 +119,17 @@ def repair(
     members: Sequence[State],
     batches: Iterable[Any],
     *,
+    how: How = "rescale",
     weights: Sequence[float] | None = None,
     forward: Forward | None = None,
     device: torch.device | str | None = None,
 ) -> Repaired:
-    """Rescale and shift the hidden neurons of a merge to the members' mean and standard deviation.
+    """Give a merge's neurons back what averaging took from them; nothing is changed in place.
 
-    Done for the outputs of linear layers, convolutions and norms that have a weight and a bias and whose neurons
-    the spec permutes. BatchNorm statistics are reset before. One pass over the data for each member, and one for
-    each layer; members are read one after the other. Nothing is changed in place.
+    "reset" collects the statistics of BatchNorm anew, in one pass over the data; weights stay as they are. "rescale",
+    REPAIR, does that first, and then rescales and shifts the outputs of linear layers, convolutions and norms that have
+    a weight and a bias and whose neurons the spec permutes, to the members' mean and standard deviation: one pass for
+    each member, and one for each layer. "closed_form" approximates it without running the merge.
 
     Args:
         spec: the architecture's symmetries: they tell which neurons are hidden.
@@ -148,20 +137,32 @@ def repair(
         merged: the mean of the members.
         members: the models as they went into it: permuted (`result.members(states)`).
         batches: of training data, gone through many times.
+        how: what is done.
         weights: of the members in the mean, positive; by default all alike.
         forward, device: see `reset_statistics`.
 
     Raises:
         DataError: there are no batches, or an activation is not finite.
-        ConfigError: the weights do not fit, or there are no members.
+        ConfigError: the weights do not fit, there are no members, or the network has nothing that this changes.
     """
     began = perf_counter()
+    check_choices(how=(how, How))
     raw = member_weights(members, weights)
+    if (reason := unfit(spec, model, how)) is not None:
+        raise ConfigError(
+            f"This network can't be repaired by how={how!r}: {reason}; choose another way, or none."
+        )
+    if how == "closed_form":
+        return repair_closed_form(
+            spec, model, merged, members, batches, weights=weights, forward=forward, device=device
+        )
     batches = list(batches)
     call = forward or call_model
     plain, where = working_copy(model, merged, device)
     has_norms = bool(batch_norms(plain))
     start = reset_statistics(model, merged, batches, forward=forward, device=device) if has_norms else merged
+    if how == "reset":
+        return Repaired(dict(start), {}, (), True, perf_counter() - began)
     work, _ = working_copy(model, start, where)
     sites, left_out = hidden_sites(spec, work)
     found = [measure(working_copy(model, m, where)[0], sites, batches, call, where) for m in members]
@@ -174,187 +175,3 @@ def repair(
     return Repaired(
         replaced(start, rescaling.tensors), rescaling.scales, left, has_norms, perf_counter() - began
     )
-
-
-# What hidden neurons a network has, and the moments of what they give ----------------------------------------
-
-
-def member_weights(members: Sequence[State], weights: Sequence[float] | None) -> list[float]:
-    """The members' weights as given, or all 1.
-
-    Raises:
-        ConfigError: they do not fit, or there are no members.
-    """
-    raw = [1.0] * len(members) if weights is None else [float(w) for w in weights]
-    if not members or len(raw) != len(members) or not all(0 < w < math.inf for w in raw):
-        raise ConfigError(f"{len(members)} members need as many weights, all positive, not {tuple(raw)}.")
-    return raw
-
-
-def hidden_sites(spec: PermutationSpec, model: nn.Module) -> tuple[dict[str, int], list[str]]:
-    """Modules whose outputs are hidden neurons, affine in a weight and a bias: name -> number of neurons; and those
-    that can't be rescaled.
-    """
-    found, left_out = {}, []
-    tied = {*spec.aliases, *spec.aliases.values()}
-    for name, module in model.named_modules():
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        hidden = 0 in spec.axes.get(f"{name}.weight", {})
-        if not hidden or not isinstance(weight, Tensor):
-            continue
-        known = isinstance(module, CHANNELS_LAST + CHANNELS_SECOND)
-        whole = not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) == 1
-        if isinstance(bias, Tensor) and known and whole and f"{name}.weight" not in tied:
-            found[name] = weight.shape[0]
-        else:
-            left_out.append(name)
-    return found, left_out
-
-
-class NeuronMoments:
-    """Count, mean [neurons] and centred sum of squares [neurons] of the samples seen so far, float64."""
-
-    def __init__(self) -> None:
-        self.count = 0.0
-        self.centre = self.spread = torch.zeros((), dtype=torch.float64)
-
-    def add(self, rows: Tensor) -> None:
-        """Take in samples [samples, neurons] (Chan's way to join the moments of two sets)."""
-        rows = rows.double()
-        count, mean = float(len(rows)), torch.mean(rows, dim=0)
-        spread = (rows - mean).square().sum(dim=0)
-        step, share = mean - self.centre, count / (self.count + count)
-        self.spread = self.spread + spread + step.square() * self.count * share
-        self.centre = self.centre + step * share
-        self.count += count
-
-    def result(self, name: str) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (of the population).
-
-        Raises:
-            DataError: they are not finite; names the module `name`.
-        """
-        if not is_finite(self.centre + self.spread):
-            raise DataError(
-                f"The outputs of {name!r} are not finite on these batches, so they can't be repaired."
-            )
-        return self.centre, (self.spread / self.count).sqrt()
-
-
-def measure(
-    model: nn.Module, sites: Mapping[str, int], batches: Sequence[Any], call: Forward, device: torch.device
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and standard deviation [neurons], float64, of each site over all samples and positions, in the order in
-    which the sites run.
-    """
-    found: dict[str, NeuronMoments] = {}
-
-    def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        found.setdefault(name, NeuronMoments()).add(by_neuron(module, args, output, sites[name]))
-
-    watched = {name: model.get_submodule(name) for name in sites}
-    with hooked(watched, hook), torch.no_grad(), eval_mode(model):
-        for batch in batches:
-            with computing(batch):
-                call(model, to_device(batch, device))
-    if not batches:
-        raise DataError("There are no batches to measure activations on.")
-    return {name: moments.result(name) for name, moments in found.items()}
-
-
-def by_neuron(module: nn.Module, args: Any, output: Tensor, neurons: int, of: Tensor | None = None) -> Tensor:
-    """[samples and positions, neurons] of a module's output, or of a tensor `of` with the same dimensions."""
-    tensor = output if of is None else of
-    return tensor.detach().movedim(channels(module, args, output, neurons), -1).reshape(-1, neurons)
-
-
-def channels(module: nn.Module, args: Any, output: Tensor, neurons: int) -> int:
-    """The dimension of the neurons. A class derived from torch's may move it: it is then told by its size, and if
-    several dimensions have that size by what the first neuron's bias changes.
-    """
-    usual = 1 if isinstance(module, CHANNELS_SECOND) else -1
-    if output.shape[usual] == neurons and type(module).__module__.startswith("torch."):
-        return usual
-    fitting = [d for d in range(1, output.ndim) if output.shape[d] == neurons]
-    if len(fitting) > 1:
-        fitting = [d for d in fitting if _moves_first_only(module, args, output, d)]
-    if len(fitting) != 1:
-        raise DataError(
-            f"It can't be told which dimension of the output {tuple(output.shape)} of a {type(module).__name__} has its"
-            f" {neurons} neurons: give inputs of another size."
-        )
-    return fitting[0]
-
-
-def _moves_first_only(module: nn.Module, args: Any, output: Tensor, dim: int) -> bool:
-    """Whether another bias of the first neuron changes the output at index 0 of `dim` and nowhere else."""
-    bias = module.bias
-    assert isinstance(bias, Tensor)
-    with torch.no_grad():
-        before = bias.clone()
-        bias[0] += 1
-        moved = module.forward(*args) - output  # not module(...), whose hooks would run again
-        bias.copy_(before)
-        here, elsewhere = moved.split([1, moved.shape[dim] - 1], dim)
-        return bool((here.abs() > 0.5).all()) and bool((elsewhere.abs() < 0.5).all())
-
-
-def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """BatchNorms that keep running statistics, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None
-    }
-
-
-def ratio(goal: Tensor, std: Tensor) -> Tensor:
-    """goal / std, and 1 where there is hardly anything to scale."""
-    alive = std > DEAD * std.max()
-    return torch.where(alive, goal / torch.where(alive, std, 1.0), 1.0)
-
-
-class Rescaling:
-    """The layers of a merge that were rescaled so far: their new tensors, and module -> mean factor."""
-
-    def __init__(self, merge: nn.Module) -> None:
-        self.modules = dict(merge.named_modules())
-        self.scales: dict[str, float] = {}
-        self.tensors: dict[str, Tensor] = {}
-
-    def apply(self, name: str, moments: tuple[Tensor, Tensor], goal: tuple[Tensor, Tensor]) -> None:
-        """Change a module in place whose neurons have these means and standard deviations, so that they have the
-        goal's: its output y becomes scale * y + shift, both [neurons].
-        """
-        (mean, std), (goal_mean, goal_std) = moments, goal
-        scale = ratio(goal_std, std)
-        shift = goal_mean - scale * mean
-        weight, bias = self.modules[name].weight, self.modules[name].bias
-        assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
-        with torch.no_grad():
-            weight.mul_(scale.to(weight).reshape(-1, *[1] * (weight.ndim - 1)))
-            bias.copy_((bias.double() * scale + shift).to(bias))
-        self.tensors |= {f"{name}.weight": weight.detach(), f"{name}.bias": bias.detach()}
-        self.scales[name] = float(scale.mean())
-
-
-def replaced(state: State, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with other values for some tensors, in its own types and where they were."""
-    return {
-        name: changed[name].to(tensor.device, tensor.dtype) if name in changed else tensor
-        for name, tensor in state.items()
-    }
-
-
-def working_copy(
-    model: nn.Module, state: State, device: torch.device | str | None
-) -> tuple[nn.Module, torch.device]:
-    """A copy of `model` with the weights of `state`, in at least float32; and where it is."""
-    where = device_of(model) if device is None else find_device(device)
-    work = duplicate(model)
-    require_state(state, "the merge")
-    tensors = dict(state)
-    half = any(t.is_floating_point() and t.dtype.itemsize < 4 for t in tensors.values())
-    work = work.float() if half else work
-    give_weights(work, tensors, "the merge")
-    return work.to(where).eval(), where

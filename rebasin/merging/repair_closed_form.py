@@ -44,7 +44,7 @@ from ..spec import PermutationSpec
 from ..tensors.modules import Forward, call_model, computing, eval_mode, give_weights, hooked, to_device
 from ..types import State
 from .methods.linear import average
-from .repair import (
+from .neuron_moments import (
     NeuronMoments,
     Repaired,
     Rescaling,

@@ -6,7 +6,7 @@ The words are chosen by the figures alone, so a run that did not help says so.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .numbers import number
@@ -46,7 +46,8 @@ class Answer:
 
 def answers(results: Results) -> tuple[Answer, Answer, Answer]:
     """Answers to the three questions, in the order of the page."""
-    return _legal(results), _helped(results), _cost(results)
+    helped = _helped(results)
+    return _legal(results), replace(helped, text=helped.text + _repaired(results)), _cost(results)
 
 
 def primary(results: Results) -> tuple[str, dict, dict]:
@@ -81,8 +82,12 @@ def _helped(results: Results) -> Answer:
     moved, total = results["match"]["moved"], results["match"]["neurons"]
     groups = (results["match"].get("maps") or {"groups": ()})["groups"]
     maps = sum(row["moved"] is None or row["moved"] > TURNED for row in groups)
+    chosen, tried = results["match"].get("chosen"), results["match"].get("tried") or ()
     if not results["curves"]:
-        text = f"{moved:,} of {total:,} neurons moved; no loss was measured, because the task has no data."
+        text = (
+            f"{moved:,} of {total:,} neurons moved{' by weight matching' * (chosen is not None)}; no loss was measured,"
+            " because the task has no data: nobody has looked at what the merge computes."
+        )
         return Answer(question, "Not measured", text, "neutral")
     split, naive, aligned = primary(results)
     before, after = naive["barrier"], aligned["barrier"]
@@ -105,6 +110,11 @@ def _helped(results: Results) -> Answer:
         return Answer(question, "Nothing to do", text, "neutral")
     if moved == 0 and not maps:
         text = f"No neuron moved although there is a barrier: {measured}. This method saw nothing to align."
+        if chosen == "naive":
+            text = (
+                f"No neuron was moved although there is a barrier: {measured}. None of {len(tried) - 1} alignments that"
+                " were tried has a lower one on the batches that select."
+            )
         return Answer(question, "No", text, "bad")
     share = after / before
     _, short, tone, rest = next(row for row in SHARES if share <= row[0])
@@ -116,9 +126,30 @@ def _helped(results: Results) -> Answer:
     change = (
         f"The barrier on {where} went from {number(before)} to {number(after)}, {max(share, 0):.0%} of naive"
     )
-    text = f"{change}{rest}. {moved:,} of {total:,} neurons moved{turned}."
+    by = f" by {chosen}, the best of {len(tried)} that were tried" if chosen else ""
+    text = f"{change}{rest}. {moved:,} of {total:,} neurons moved{turned}{by}."
     text += LEARNED if maps and results["match"].get("search") and share <= 1 else ""
     return Answer(question, short, text, tone)
+
+
+def _repaired(results: Results) -> str:
+    """What a repair has done, or that there is one."""
+    if not results["curves"]:
+        return ""
+    split, naive, aligned = primary(results)
+    found = results["curves"][split]
+    if "aligned_repaired" in found:
+        after, before = (number(found[f"{kind}_repaired"]["barrier"]) for kind in ("aligned", "naive"))
+        how = results["merge"]["repair"]
+        same = results["algorithm"] == "naive" or found["aligned"] == found["naive"]
+        return f" With repair={how} the barrier is {after}{'' if same else f', naive {before}'}."
+    ends = abs(naive["losses"][0] + naive["losses"][-1]) / 2
+    if not results.get("batch_norms") or not (aligned["barrier"] or 0) > NEGLIGIBLE * ends:
+        return ""
+    return (
+        " The network has BatchNorm, and the statistics of a merge are those of no network: try repair=reset, which"
+        " collects them anew."
+    )
 
 
 def _cost(results: Results) -> Answer:

@@ -40,6 +40,7 @@ def metrics(results: Results) -> dict[str, float]:
     endpoints/SPLIT/loss_a, .../loss_b     of A and of B
     naive/..., permuted/...                the first five, without aligning, and with the permutation alone that
                                            learned maps were started from
+    naive_repaired/..., aligned_repaired/...   the same with each model on the line repaired (repair=...)
     reward/MODEL, reward_low/MODEL, reward_high/MODEL   mean score of a model's images, and its interval
     match/objective, moved, sweeps, seconds, l2_before, l2_after
     verify/PART                            largest relative change of an output under a random permutation

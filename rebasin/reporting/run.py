@@ -32,6 +32,7 @@ CURVES = {
     "highest": "highest", "at": "at λ", "barrier": "barrier", "share": "of naive", "barrier_mean": "against the mean",
     "accuracy": "accuracy at the midpoint",
 }  # fmt: skip
+TRIED = "What was tried, by its largest loss above the line between the ends, on training batches of no figure above:"
 MATCHED = ("converged", "seconds", "sweeps", "restarts", "initial_objective", "moved_per_group")
 SHORT = ("split", "kind", "a", "b", "midpoint", "barrier", "share", "accuracy")
 """What fits into a terminal."""
@@ -49,6 +50,7 @@ def figures(
     rewards: Rewards | None = None,
     merge: Mapping[str, Any] | None = None,
     pictures: Sequence[str] = (),
+    batch_norms: int = 0,
 ) -> dict[str, Any]:
     """What was measured.
 
@@ -57,6 +59,7 @@ def figures(
         aligned: the part that was aligned.
         checks: part -> what was proved of its spec.
         pictures: the files of pictures that this run made of its models: results can't draw them again.
+        batch_norms: how many of the network's norms keep statistics.
     """
     return {
         "lam": lam,
@@ -72,11 +75,13 @@ def figures(
             "history": [_entry(step) for step in match.history],
             **_losses(match),
             **_maps(match),
+            **_tried(match),
         },
         "distance": {"naive": match.distance_before, "aligned": match.distance_after},
         "curves": curves,
         "rewards": rewards,
         "merge": merge,
+        "batch_norms": batch_norms,
         "pictures": [*pictures, *(["blocks.png"] if merge is not None and merge["blocks"] else [])],
     }
 
@@ -128,6 +133,17 @@ def _maps(match: MatchResult) -> dict[str, Any]:
     return {"maps": {"groups": groups, "left_out": dict(getattr(match, "left_out", {}))}}
 
 
+def _tried(match: Any) -> dict[str, Any]:
+    """What only a matching that compares several has: what each was measured by; `points` is how many lambdas of the
+    line were looked at, 0 where there was no data.
+    """
+    rows = [asdict(row) for row in getattr(match, "tried", ())]
+    if not rows:
+        return {}
+    chosen = getattr(match, "chosen", None)
+    return {"tried": rows, **({} if chosen is None else {"chosen": chosen, "points": match.points})}
+
+
 def drawings(results: Results) -> Drawings:
     found: Drawings = {"curve.png": lambda: draw_curves(results)} if results["curves"] else {}
     if loss_history.has_losses(results):
@@ -143,6 +159,7 @@ def page(results: Results) -> dict[str, Any]:
         "scores": score_table(results),
         "split": loss_history.time_split(results),
         "maps": _map_table(results),
+        "tried": tried_table(results),
         "parts": _parts(results),
         "history": _history(results),
     }
@@ -159,6 +176,8 @@ def told(results: Results) -> list[Table | Answer | str]:
     """What the terminal shows: the curves, the saved merge, scores, and the three answers."""
     curves, scores = curve_table(results, SHORT), score_table(results)
     tables = [curves, *merge_lines(results), *(["", scores] if scores.lines else [])]
+    tried = tried_table(results)
+    tables += ["", TRIED, tried] if tried.lines else []
     return [*tables, "", *answers(results)]
 
 
@@ -167,13 +186,13 @@ def curve_table(results: Results, columns: Iterable[str] = CURVES) -> Table:
     rows = []
     for split, kinds in results["curves"].items():
         for kind, curve in kinds.items():
-            if kind == "aligned" and results["algorithm"] == "naive":
+            if kind.startswith("aligned") and results["algorithm"] == "naive":
                 continue
             losses = np.asarray(curve["losses"], dtype=float)
             accuracy = curve["metrics"].get("accuracy")
             row = {
                 "split": split,
-                "kind": kind,
+                "kind": called(kind, results),
                 "a": number(curve["losses"][0]),
                 "b": number(curve["losses"][-1]),
                 "midpoint": number(float(np.interp(0.5, curve["lambdas"], losses))),
@@ -191,6 +210,12 @@ def curve_table(results: Results, columns: Iterable[str] = CURVES) -> Table:
     return Table.of(rows, {column: CURVES[column] for column in columns}, labels=2, strong="barrier")
 
 
+def called(kind: str, results: Results) -> str:
+    """A line's name for people: that along which models were repaired tells how."""
+    how = (results.get("merge") or {}).get("repair") or "repaired"
+    return kind.replace("_repaired", f", {how}")
+
+
 def merge_lines(results: Results) -> list[str]:
     """The saved merge in words: its method and its own figures, a line for each split."""
     merge = results.get("merge")
@@ -200,7 +225,8 @@ def merge_lines(results: Results) -> list[str]:
     for split, found in merge["figures"].items():
         more = f", accuracy {percent(found['accuracy'])}" if found.get("accuracy") is not None else ""
         loss = number(found["loss"])
-        lines.append(f"The saved merge ({merge['words']}) on {split} data: loss {loss}{more}.")
+        how = "" if merge.get("repair") in (None, "none") else f", {merge['repair']}"
+        lines.append(f"The saved merge ({merge['words']}{how}) on {split} data: loss {loss}{more}.")
     return [*lines, *merge["notes"]]
 
 
@@ -215,6 +241,24 @@ def score_table(results: Results) -> Table:
     seeds = results["config"]["evaluate"]["seeds"] if lines else 0
     interval = f"95 % interval ({seeds} seeds)"
     return Table(("model", "mean score", interval), lines, strong="mean score")
+
+
+def tried_table(results: Results) -> Table:
+    """The candidates that were compared; no lines if there were none, or no data to compare them by."""
+    match = results["match"]
+    chosen = match.get("chosen")
+    lines = [
+        (
+            row["name"] + (" (chosen)" if row["name"] == chosen else ""),
+            "" if row["why"] else number(row["loss"]),
+            "" if row["why"] else f"{row['moved']:,}",
+            f"{row['seconds']:.1f}",
+            row["why"] or (f"the same as {row['same_as']}" if row["same_as"] else ""),
+        )
+        for row in match.get("tried") or ()
+        if match.get("points") != 0
+    ]
+    return Table(("tried", "loss above the line", "neurons moved", "seconds", ""), tuple(lines), notes=1)
 
 
 def _parts(results: Results) -> Table:
@@ -302,6 +346,7 @@ def save_tensors(
     written = [folder / f"{kind}.safetensors"]
     alignment.save(written[0], {**about, "content": f"the {kind} that brings B to A, and its spec"})
     merge = f"merge by {config['merge']['method']}"
+    merge += "" if config["repair"] == "none" else f", then repair by {config['repair']}"
     how = "B, permuted and mapped" if alignment.maps else "B, permuted"
     states = [("aligned", aligned, how), ("merged", merged, merge)]
     back = None if alignment.maps else alignment.permutation.invert()

@@ -40,6 +40,8 @@ LINES: dict[str, dict[str, Any]] = {
         ("naive", NAIVE, 1.8),
         ("permuted", LOOKS[2], 1.8),
         ("aligned", LOOKS[0], 2.0),
+        ("naive_repaired", LOOKS[4], 1.4),
+        ("aligned_repaired", LOOKS[5], 1.6),
     )
 }
 

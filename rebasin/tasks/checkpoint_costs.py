@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..data import captioned_folder
 from ..errors import ConfigError
+from ..matching.candidates import candidates
 from ..matching.weights.estimate import matching_seconds, matmul_rate
 from ..merging.merged import find_method
 from ..spec import PermutationSpec
@@ -272,7 +273,9 @@ class Run:
             passes += self._search(algo)
             matching *= 1 + 0.2 * int(algo["steps"]) / int(algo["project_every"])
         elif "model_a" in self.takes:
-            passes += 2 * self.train
+            passes += (
+                2 * self.train * (len(candidates()) if "ste" in self.takes else 1)
+            )  # algo=auto finds several
         pictures = int(self.cfg.model.samples) * int(self.cfg.model.seeds_shown) * 4
         passes += pictures * int(self.cfg.model.steps) * (2 if float(self.cfg.model.guidance) > 1 else 1)
         scores = self.cfg.evaluate

@@ -24,7 +24,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ...arguments import check_choices, check_range, typed
 from ...errors import ConfigError, DataError, SpecMismatchError
@@ -34,10 +33,10 @@ from ...spec import Alignment, ContinuousGroup, PermutationSpec, to_array
 from ...spec.continuous import KINDS
 from ...tensors.modules import device_of, find_device
 from ...types import Progress, tell
+from ..candidates import Start, start_of
 from ..straight_through.auxiliary import rate_of
-from ..straight_through.draws import Draws, mixed, split
+from ..straight_through.draws import Draws, few, mixed, split
 from ..straight_through.midpoint import Autocast, Ends
-from ..straight_through.starts import Start, candidates, start_from
 from ..straight_through.state import fingerprint
 from .gauge import gain_vectors, is_gain
 from .latents import Latents, turned
@@ -187,7 +186,7 @@ def learned_matching(
                 mean = sum(losses) / 2
                 naive = ends.evaluate(ends.midpoint(spec.identity()), select) - mean
                 alike = ends.evaluate(between(0.5), select) - mean
-                first = ends.evaluate(_halfway(ends, found), select) - mean if same else alike
+                first = ends.evaluate(ends.between(found, 0.5), select) - mean if same else alike
             if not math.isfinite(naive + mean + first):
                 raise DataError(
                     "The losses of A, B and their midpoint on the held-out batches must be finite numbers."
@@ -271,24 +270,6 @@ def _learnable(
     return found
 
 
-def _halfway(ends: Ends, alignment: Alignment) -> dict[str, Tensor]:
-    """1/2 (A + M pi(B)), all tensors of the model."""
-    moved = {**ends.a, **alignment.apply(ends.b)}
-    return {name: interpolate_tensor(name, a, moved[name], 0.5) for name, a in ends.a.items()}
-
-
-def _few(batches: Sequence[Any]) -> Sequence[Any]:
-    """The first batches, with START samples: enough for a permutation to start from."""
-    found, count = [], 0
-    for batch in batches:
-        found.append(batch)
-        leaves = (leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
-        count += len(next(leaves, (None,)))
-        if count >= START:
-            break
-    return found
-
-
 def _start(
     init: MapsStart,
     ends: Ends,
@@ -299,7 +280,7 @@ def _start(
     seed: int,
 ) -> Alignment:
     """What `init` stands for."""
-    learn, select = _few(batches[0]), batches[1]
+    learn, select = few(batches[0], START), batches[1]
     if isinstance(init, Alignment):
         if init.spec.maps_hash != ends.spec.maps_hash or not ends.spec.contains(init.permutation):
             raise SpecMismatchError(
@@ -308,13 +289,8 @@ def _start(
         return init
     if init == "weight_alignment":
         return weight_alignment(ends.spec, ends.a, ends.b, seed=seed).alignment
-    found = [
-        start_from(name, ends.spec, model_a, model_b, objective, learn, seed, ends.device)
-        for name in candidates(init)
-    ]
-    if len(found) == 1:
-        return Alignment.of(found[0])
-    return Alignment.of(min(found, key=lambda one: ends.evaluate(ends.midpoint(one), select)))
+    data = ends.spec, model_a, model_b, objective, learn, seed, ends.device
+    return Alignment.of(start_of(init, lambda one: ends.evaluate(ends.midpoint(one), select), *data))
 
 
 def _same_gains(spec: PermutationSpec, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,11 +27,11 @@ from ...objectives import LossFunction, Objective
 from ...spec import PermutationSpec
 from ...tensors.modules import device_of, find_device
 from ...types import Progress
+from ..candidates import Start, start_of
 from ..result import moved_between
 from ..straight_through.best_seen import BestSeen
 from ..straight_through.draws import Draws, mixed, split
 from ..straight_through.midpoint import Autocast, Ends
-from ..straight_through.starts import Start, candidates, start_from
 from ..straight_through.state import fingerprint
 from ..weights.endpoints import Endpoints
 from .result import SinkhornResult, SinkhornState
@@ -121,11 +121,7 @@ def sinkhorn_matching(
         start = seen.now.best
         if last.seen is None:
             with seen.clock("start"):
-                found = [
-                    start_from(name, spec, model_a, model_b, objective, batches, seed, where)
-                    for name in candidates(init)
-                ]
-                start = min(found, key=seen.score) if len(found) > 1 else found[0]
+                start = start_of(init, seen.score, spec, model_a, model_b, objective, learn, seed, where)
             seen.start(start)
         soft = SoftMember(spec, start, ends.b, tau, iterations, noise, decay, seed, where)
         soft.learned.restore(last.learned)

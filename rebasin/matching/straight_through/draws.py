@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ...errors import DataError
 from .midpoint import Ends
@@ -23,6 +25,18 @@ def split(batches: Sequence[Any], heldout: Sequence[Any] | None) -> tuple[Sequen
     if not batches or not heldout:
         raise DataError("A search by the loss needs at least one batch to learn from and one to select by.")
     return batches, heldout
+
+
+def few(batches: Sequence[Any], samples: int) -> Sequence[Any]:
+    """The first batches, until there are so many samples."""
+    found, count = [], 0
+    for batch in batches:
+        found.append(batch)
+        leaves = (leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
+        count += len(next(leaves, (None,)))
+        if count >= samples:
+            break
+    return found
 
 
 class Draws(Iterator[Sequence[Any]]):

@@ -17,6 +17,7 @@ spec moves has auxiliary weights, since nothing else can change pi.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from ...objectives import LossFunction, Objective
 from ...spec import PermutationSpec
 from ...tensors.modules import device_of, find_device
 from ...types import Progress
+from ..candidates import Comparison, Start, candidate, candidates
 from ..result import moved_between
 from ..weights.endpoints import Endpoints
 from ..weights.projection import Projector
@@ -37,7 +39,6 @@ from .draws import Draws, mixed, split
 from .loss_descent import descend
 from .midpoint import Autocast, Ends
 from .result import StraightThroughResult
-from .starts import Start, candidates, start_from
 from .state import StraightThroughState, fingerprint
 
 Represents = Literal["b_endpoint", "midpoint"]
@@ -90,8 +91,10 @@ def straight_through(
             which then gives no gradients (a single batch has to do for both). Data that results are reported
             on belongs in neither.
         init: where the search starts: "identity", "weight_matching", "activation_matching" (by the activations on
-            `batches`), "activation_then_weight" (then by the weights), "activation_and_weight" (by both at once),
-            "best" (the best of these on the held-out batches), or a permutation.
+            the batches that give gradients), "activation_covariance" (by another statistic), "activation_outputs" (by
+            what layers write), "output_covariance" (both), "activation_then_weight" (then by the weights),
+            "activation_and_weight" (by both at once), "best" (the best of these on the held-out batches, see
+            `auto_matching`), or a permutation.
         steps: gradient steps. The paper makes 12,500 and more.
         optimizer: of the auxiliary weights, "adam" or "sgd" (the paper: lr 1e-2, momentum 0.9).
         lr: its learning rate.
@@ -150,7 +153,8 @@ def straight_through(
     with ends.ready(checkpointing):
         seen = BestSeen(ends, select, steps + refine, began, progress, last.seen)
         draw = Draws(ends, learn, accumulate, seed, last.draws)
-        found, pi, sweeps, refined = list(last.candidates), last.permutation, last.sweeps, last.refined
+        pi, sweeps, refined = last.permutation, last.sweeps, last.refined
+        starts = Comparison(seen.score, last.candidates, last.tried)
         w = Auxiliary(ends, optimizer, lr, momentum)  # Initialize: w <- A
         w.restore(last.auxiliary)
         onto = Projector(spec, {name: ends.b[name] for name in ends.moved}, where)
@@ -160,17 +164,20 @@ def straight_through(
             if checkpoint is not None:
                 ongoing = pi is not None and refined is None
                 tensors, duals = (w.tensors, onto.tensors) if ongoing else ({}, {})
-                kept = tuple(found), seen.now, pi, tensors, duals, draw.made
+                kept = tuple(starts.found), tuple(starts.tried), seen.now, pi, tensors, duals, draw.made
                 seconds = perf_counter() - began
                 checkpoint(StraightThroughState(options, *kept, sweeps, refined, seconds))
 
         if pi is None:
-            for name in candidates(init)[len(found) :]:
+            data = spec, model_a, model_b, objective, learn, seed, where
+            for name in candidates(init)[len(starts.found) :]:
                 with seen.clock("start"):
-                    found.append(start_from(name, spec, model_a, model_b, objective, batches, seed, where))
+                    if init == "best":
+                        starts.add(str(name), partial(candidate, name, *data), spec.identity())
+                    else:
+                        starts.found.append(candidate(name, *data))
                 keep()
-            with seen.clock("start"):
-                pi = min(found, key=seen.score) if len(found) > 1 else found[0]
+            pi = starts.found[starts.best]
             seen.start(pi)
 
         midpoint = ends.midpoint(pi)
@@ -221,5 +228,6 @@ def straight_through(
         distance_before=before,
         distance_after=pair.distance,
         sweeps=sweeps,
+        tried=tuple(starts.tried),
         **{f"seconds_{part}": seconds for part, seconds in now.seconds.items()},
     )

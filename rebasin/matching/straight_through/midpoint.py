@@ -21,7 +21,7 @@ from ...errors import CheckpointError
 from ...merging.inputs import check_names
 from ...merging.interpolate import interpolate_tensor
 from ...objectives import LossFunction, Objective, checked
-from ...spec import Permutation, PermutationSpec
+from ...spec import Alignment, Permutation, PermutationSpec
 from ...tensors.modules import computing, eval_mode, to_device
 
 Autocast = Literal["bf16"]
@@ -73,6 +73,11 @@ class Ends:
             for name in self.moved
         }
         return {**self._fixed, **halfway}
+
+    def between(self, found: Permutation | Alignment, share: float) -> dict[str, Tensor]:
+        """(1 - share) A + share M pi(B), all tensors of the model, in A's dtype."""
+        moved = {**self.a, **found.apply(self.b)}
+        return {name: interpolate_tensor(name, a, moved[name], share) for name, a in self.a.items()}
 
     def gradient(
         self, tensors: Mapping[str, Tensor], batches: Sequence[Any], by: Sequence[str] | None = None

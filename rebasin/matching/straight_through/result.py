@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...spec import Permutation
+from ..candidates import Tried
 from ..result import Found
 
 
@@ -59,6 +60,7 @@ class StraightThroughResult(Found):
         endpoints: the held-out loss of A and of B.
         distance_before, distance_after: |A - B| and |A - pi(B)| over the parameters that the spec permutes.
         sweeps: of weight matching, in all projections together.
+        tried: the candidates for the start, of `init="best"`.
     """
 
     permutation: Permutation
@@ -77,6 +79,7 @@ class StraightThroughResult(Found):
     seconds_projection: float
     seconds_gradient: float
     seconds_scoring: float
+    tried: tuple[Tried, ...] = ()
 
     @property
     def restarts(self) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...spec import Permutation
+from ..candidates import Tried
 from ..resume_state import ResumeState, digest_of, told
 from .best_seen import Seen
 from .loss_descent import Pass
@@ -25,7 +26,7 @@ class StraightThroughState(ResumeState):
 
     Attributes:
         options: what must not change between interruption and continuation, weights and batches included.
-        candidates: for the start, as far as they are found.
+        candidates: for the start, as far as they are found; `tried` says how good each is.
         seen: the best so far, and the history; None before anything was looked at.
         permutation: pi of the last step; None: the start is yet to be chosen.
         auxiliary: w and the moments of its optimisers (see `Auxiliary.tensors`); none once the steps are done.
@@ -39,6 +40,7 @@ class StraightThroughState(ResumeState):
     called: ClassVar[str] = "straight-through search"
 
     candidates: tuple[Permutation, ...] = ()
+    tried: tuple[Tried, ...] = ()
     seen: Seen | None = None
     permutation: Permutation | None = None
     auxiliary: Mapping[str, Tensor] = field(default_factory=dict)
