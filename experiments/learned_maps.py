@@ -265,7 +265,7 @@ def main(
     console.print(table)
     if json_file is not None:
         about = {
-            "pair": pair,
+            "pair": Path(pair).name,
             "steps": steps,
             "train": train,
             "heldout": heldout,

@@ -77,7 +77,7 @@ def repaired(
 
 def table(rows: list[Row]) -> str:
     """The mean over pairs: a row for each norm, a column for each repair, accuracy of the midpoint (barrier)."""
-    head = "| norm | A and B | merge | none | reset | rescale (REPAIR) | closed form |"
+    head = "| norm | A and B | merge | none | reset | rescale (REPAIR) | closed form | least squares |"
     lines = []
     for norm in NETWORKS:
         for merge in ("naive", "aligned"):

@@ -25,6 +25,7 @@ from rebasin.arguments import kind_of, typed
 from rebasin.errors import CheckpointError, ConfigError, RebasinError, SpecMismatchError
 from rebasin.evaluation.many import compare
 from rebasin.files import config_dir
+from rebasin.merging.least_squares import repair_least_squares
 from rebasin.merging.repair import repair, reset_statistics
 from rebasin.merging.repair_closed_form import repair_closed_form
 from rebasin.objectives import CrossEntropy, Denoising, Distillation, Reward
@@ -87,6 +88,7 @@ CALLS: dict[Callable[..., Any], Mapping[str, Any]] = {
     compare: dict(model=A, objective=error_of, batches=BATCHES, members=[W, V], merges={"mean": W}),
     repair: REPAIRED,
     repair_closed_form: REPAIRED,
+    repair_least_squares: REPAIRED,
     reset_statistics: dict(model=A, state=W, batches=BATCHES),
     objectives.teach: dict(problem=NOISE, model_a=A, model_b=B, conditions=[], shape=(4,)),
     CrossEntropy: {},

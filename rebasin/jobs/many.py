@@ -26,7 +26,12 @@ from .skeleton import Job, Session
 ALIGNMENTS = "alignments"
 """The folder of those with maps: 0, the first model's, which does not move, 1, ..."""
 
-REPAIRED: dict[How, str] = {"reset": "reset", "rescale": "REPAIR", "closed_form": "closed form"}
+REPAIRED: dict[How, str] = {
+    "reset": "reset",
+    "rescale": "REPAIR",
+    "closed_form": "closed form",
+    "least_squares": "least squares",
+}
 """What can be done to a merge, as its row is called."""
 
 

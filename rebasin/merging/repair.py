@@ -20,6 +20,7 @@ network, and are collected anew.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Literal, get_args
 
@@ -31,6 +32,7 @@ from ..errors import ConfigError, DataError
 from ..spec import PermutationSpec
 from ..tensors.modules import Forward, call_model, computing, eval_mode, to_device
 from ..types import State, is_finite
+from .least_squares import repair_least_squares, solvable
 from .methods.linear import average
 from .neuron_moments import (
     Repaired,
@@ -44,9 +46,11 @@ from .neuron_moments import (
 )
 from .repair_closed_form import repair_closed_form
 
-How = Literal["reset", "rescale", "closed_form"]
+How = Literal["reset", "rescale", "closed_form", "least_squares"]
 REPAIRS: tuple[How, ...] = get_args(How)
-"""What can be done to a merge, from the mildest: statistics of BatchNorm, REPAIR, REPAIR in closed form."""
+"""What can be done to a merge, from the mildest: statistics of BatchNorm, REPAIR, REPAIR in closed form, new layers by
+least squares.
+"""
 
 
 @typed
@@ -102,6 +106,12 @@ def reset_statistics(
 
 def unfit(spec: PermutationSpec, model: nn.Module, how: How) -> str | None:
     """Why a network has nothing that this repair changes; None if it has."""
+    if how == "least_squares":
+        return (
+            None
+            if solvable(model)[0]
+            else "it has no linear layer and no convolution with a weight of its own"
+        )
     if batch_norms(model):
         return None
     if how == "reset":
@@ -129,7 +139,8 @@ def repair(
     "reset" collects the statistics of BatchNorm anew, in one pass over the data; weights stay as they are. "rescale",
     REPAIR, does that first, and then rescales and shifts the outputs of linear layers, convolutions and norms that have
     a weight and a bias and whose neurons the spec permutes, to the members' mean and standard deviation: one pass for
-    each member, and one for each layer. "closed_form" approximates it without running the merge.
+    each member, and one for each layer. "closed_form" approximates it without running the merge. "least_squares" solves for
+    linear layers and convolutions anew (`repair_least_squares`, PLeaS), then collects the statistics.
 
     Args:
         spec: the architecture's symmetries: they tell which neurons are hidden.
@@ -157,6 +168,12 @@ def repair(
             spec, model, merged, members, batches, weights=weights, forward=forward, device=device
         )
     batches = list(batches)
+    if how == "least_squares":
+        made = repair_least_squares(
+            spec, model, merged, members, batches, weights=weights, forward=forward, device=device
+        )
+        fresh = reset_statistics(model, made.state, batches, forward=forward, device=device)
+        return replace(made, state=fresh, reset=bool(batch_norms(model)), seconds=perf_counter() - began)
     call = forward or call_model
     plain, where = working_copy(model, merged, device)
     has_norms = bool(batch_norms(plain))
