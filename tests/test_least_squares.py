@@ -47,12 +47,14 @@ def test_one_layer_becomes_the_weighted_mean(kind: str) -> None:
     assert found.left_out == () and not found.reset
 
 
-def network(seed: int, norm: bool = True) -> nn.Module:
+def network(seed: int, norm: bool = True) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(
+    made = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), *([nn.BatchNorm2d(8)] if norm else []), nn.ReLU(),
         nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 4),
-    ).eval()  # fmt: skip
+    )  # fmt: skip
+    made.eval()
+    return made
 
 
 @cache
@@ -80,7 +82,7 @@ def test_each_layer_answers_nearer_than_that_of_the_mean() -> None:
         a.state_dict(),
         rebasin.weight_matching(spec, a.state_dict(), b.state_dict()).permutation.apply(b.state_dict()),
     ]
-    merged = rebasin.interpolate(*ends, 0.5)
+    merged = rebasin.interpolate(ends[0], ends[1], 0.5)
     found = repair_least_squares(spec, a, merged, ends, data())
     b.load_state_dict(ends[1])
     x = torch.cat(data())
@@ -92,7 +94,7 @@ def test_each_layer_answers_nearer_than_that_of_the_mean() -> None:
         errors = []
         for state in (merged, found.state):
             tensors = {n: state[f"{place}.{n}"] for n in ("weight", "bias")}
-            made = torch.func.functional_call(layer, tensors, (mean,))
+            made = torch.func.functional_call(layer, tensors, mean)
             errors.append(float((made - goal).detach().square().mean()))
         assert errors[1] < 0.9 * errors[0], place
     torch.testing.assert_close(found.state["0.weight"], merged["0.weight"], rtol=1e-3, atol=1e-4)

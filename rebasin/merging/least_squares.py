@@ -1,7 +1,7 @@
 """Permute, then least squares: a merge whose layers answer as the mean of the aligned members does.
 
 Nasery, Hayase, Koh and Oh, "PLeaS: Merging Models with Permutations and Least Squares" (CVPR 2025, arXiv 2407.02447).
-With x_j what a layer of member j reads and y_j what it gives, of members that were aligned, the weights of the merge are
+With x_j what a layer of member j reads and y_j what it gives, of members that were aligned, the merge's weights are
 
     argmin_W  sum over the data  | W x - y |^2  +  r | W - W_mean |^2,    x = sum_j w_j x_j,  y = sum_j w_j y_j
 
@@ -145,9 +145,9 @@ def repair_least_squares(
                 x = args[0] if args else kwargs["input"]
                 calls.setdefault(name, []).append((x.detach(), output.detach()))  # noqa: B023 (called at once)
 
-            with hooked({name: copy.get_submodule(name) for name in layers}, hook):
-                with torch.no_grad(), eval_mode(copy), computing(batch):
-                    call(copy, to_device(batch, where))
+            watched = {name: copy.get_submodule(name) for name in layers}
+            with hooked(watched, hook), torch.no_grad(), eval_mode(copy), computing(batch):
+                call(copy, to_device(batch, where))
             for name, made in calls.items():
                 module = layers[name]
                 x = torch.cat([_rows(module, one) for one, _ in made]) * share

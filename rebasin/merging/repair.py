@@ -139,8 +139,8 @@ def repair(
     "reset" collects the statistics of BatchNorm anew, in one pass over the data; weights stay as they are. "rescale",
     REPAIR, does that first, and then rescales and shifts the outputs of linear layers, convolutions and norms that have
     a weight and a bias and whose neurons the spec permutes, to the members' mean and standard deviation: one pass for
-    each member, and one for each layer. "closed_form" approximates it without running the merge. "least_squares" solves for
-    linear layers and convolutions anew (`repair_least_squares`, PLeaS), then collects the statistics.
+    each member, and one for each layer. "closed_form" approximates it without running the merge. "least_squares" solves
+    for linear layers and convolutions anew (`repair_least_squares`, PLeaS), then collects the statistics.
 
     Args:
         spec: the architecture's symmetries: they tell which neurons are hidden.
