@@ -4,7 +4,8 @@
     python -m experiments.results_page --check    # exits with 1 if the page is not what the logs say
 
 Nothing is computed here but means and shares. `<!-- table: NAME -->` is the table and the first figure of the sweep of
-that name, as `python -m rebasin.report` makes them; `<!-- table: leaderboard -->` has a line for each pair below.
+that name, as `python -m rebasin.report` makes them; `leaderboard` has a line for each pair below, `width_law` is
+that of `experiments.width_law`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import typer
 from rebasin.files import write_text
 from rebasin.reporting.sweep import load
 from rebasin.reporting.sweep_tables import table
+
+from . import width_law
 
 LOGS, PAGE = Path("docs/experiments"), Path("docs/results.md")
 MARK = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- /table -->", re.S)
@@ -201,7 +204,8 @@ def written(text: str) -> str:
     """The page with the tables that the logs give."""
 
     def one(match: re.Match[str]) -> str:
-        made = leaderboard() if match[1] == "leaderboard" else of_sweep(match[1])
+        own = {"leaderboard": leaderboard, "width_law": lambda: width_law.markdown(width_law.points())}
+        made = own[match[1]]() if match[1] in own else of_sweep(match[1])
         return f"<!-- table: {match[1]} -->\n{made}\n<!-- /table -->"
 
     return MARK.sub(one, text)
