@@ -279,7 +279,7 @@ def test_help_teaches_what_options_mean_and_waits_for_no_torch(tmp_path: Path):
     plain_help = run(tmp_path, "--help", code=no_torch)
     assert plain_help.returncode == 0 and "OPTIONS of" not in plain_help.stdout
     shown = run(tmp_path, "--cfg", "job", code=no_torch)
-    assert shown.returncode == 0 and "max_sweeps: 100" in shown.stdout
+    assert shown.returncode == 0 and "samples: 4000" in shown.stdout
 
 
 @pytest.mark.parametrize(
