@@ -1,17 +1,19 @@
 """What positive scales are worth on two real ResNet20 for CIFAR-10 that others trained, of the usual width.
 
     python -m experiments.learned_scales A.th B.th --data cifar10.npz
-    python -m experiments.learned_scales A.th B.th --data cifar10.npz --steps 2000 --json scales.json
+    python -m experiments.learned_scales A.th B.th --data cifar10.npz --rows activations+filters --json scales.json
 
 The files are those of `resnet20` with zero-padded shortcuts (He et al. 2016, option A), names as in
 akamaster/pytorch_resnet_cifar10, with or without `module.` in front. Behind each norm and along each residual stream
 neurons have positive scales, which change nothing of what the network computes; they are learned by the loss between
-A and B. BatchNorm computes with the statistics of the batch while they are learned, and with statistics collected
-anew at each point where the line is measured.
+A and B, on images that are flipped and shifted anew each time. BatchNorm computes with the statistics of the batch
+while they are learned, and with statistics collected anew at each point where the line is measured. The best step is
+chosen on training images that are not learned from.
 
 A norm does not see the scale of what enters it, up to its eps. `ROW+norms` first gives B's filters the norms of A's,
-in the order that was found; `ROW+filters` learns a scale of each of B's filters on top of that. The latter could turn
-the midpoint into A and hide the barrier near the ends, so all rows have the worst point of the line.
+in the order that was found; `ROW+filters` learns a scale of each of B's filters on top of that. The latter can turn
+nearly the whole line into one of the ends and hide the barrier close to the other, and in 2,400 steps does: so all rows
+have the worst point of the line.
 
 Barriers are of the cross entropy on test images: the worst of 21 points above the line between the ends' losses.
 Seconds are those of this process' CPU time.
@@ -110,6 +112,27 @@ def classified(model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1])
 
 
+def fast(x: Tensor) -> Tensor:
+    """Images in the order in which CPUs convolve them fastest."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class Augmented(Sequence[Batch]):
+    """Batches of training images, flipped and shifted anew whenever they are asked for."""
+
+    def __init__(self, x: Tensor, y: Tensor, size: int, random: torch.Generator) -> None:
+        self.x, self.y, self.random = x.split(size), y.split(size), random
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        moved = AUGMENTATIONS["crop"](self.x[number], self.random)
+        return fast(moved), self.y[number]
+
+
 def measured(model: nn.Module, fresh: Sequence[Tensor], held: Sequence[Batch]) -> dict[str, float]:
     """Loss and accuracy on `held`, with statistics collected on `fresh`; the model keeps them."""
     model.load_state_dict(reset_statistics(model, model.state_dict(), fresh))
@@ -157,13 +180,16 @@ def main(
     file_a: Annotated[Path, typer.Argument(help="A, a file of torch")],
     file_b: Annotated[Path, typer.Argument(help="B")],
     data: Annotated[Path, typer.Option(help="CIFAR-10: an .npz file or the publisher's folder")],
-    steps: Annotated[int, typer.Option(help="gradient steps")] = 600,
-    lr: Annotated[float, typer.Option(help="of Adam")] = 2e-2,
-    low: Annotated[float, typer.Option(help="the least share of B that is drawn")] = 0.2,
-    high: Annotated[float, typer.Option(help="the largest")] = 0.8,
-    batches: Annotated[int, typer.Option(help="training batches of 128, flipped and shifted")] = 120,
+    steps: Annotated[int, typer.Option(help="gradient steps")] = 2400,
+    lr: Annotated[float, typer.Option(help="of Adam")] = 1.5e-1,
+    low: Annotated[float, typer.Option(help="the least share of B that is drawn")] = 0.1,
+    high: Annotated[float, typer.Option(help="the largest")] = 0.9,
+    size: Annotated[int, typer.Option(help="images in a batch")] = 64,
+    batches: Annotated[int, typer.Option(help="training batches to learn from")] = 480,
+    select: Annotated[int, typer.Option(help="further ones, by which the best step is chosen")] = 20,
+    bf16: Annotated[bool, typer.Option(help="learn in bfloat16; what is measured is float32")] = True,
     test: Annotated[int, typer.Option(help="test images")] = 2000,
-    fresh: Annotated[int, typer.Option(help="training images for the statistics of each point")] = 2000,
+    fresh: Annotated[int, typer.Option(help="training images for the statistics of each point")] = 1000,
     points: Annotated[int, typer.Option(help="points of the line")] = 21,
     rows: Annotated[
         str, typer.Option(help="what to start from, with , between")
@@ -175,15 +201,22 @@ def main(
     console = Console(highlight=False, soft_wrap=True)
     images = load("cifar10", data)
     random = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(images.train_x), generator=random)[: batches * 128 + fresh]
+    used = (batches + select) * size
+    if used + fresh > len(images.train_x):
+        raise typer.BadParameter(
+            f"{used + fresh:,} training images are asked for, of {len(images.train_x):,}: lower --batches."
+        )
+    order = torch.randperm(len(images.train_x), generator=random)[: used + fresh]
     x, y = images.train_x[order], images.train_y[order]
-    held = list(zip(images.test_x[:test].split(500), images.test_y[:test].split(500), strict=True))
+    measured_x = fast(images.test_x[:test]).split(125)
+    held = list(zip(measured_x, images.test_y[:test].split(125), strict=True))
     del images
-    new = list(x[-fresh:].split(500))
-    moved = AUGMENTATIONS["crop"](x[: batches * 128], random)
-    learn = list(zip(moved.split(128), y[: batches * 128].split(128), strict=True))
+    new = list(fast(x[used:]).split(500))
+    learn = Augmented(x[: batches * size], y[: batches * size], size, random)
+    heldout = list(Augmented(x[batches * size : used], y[batches * size : used], size, random))
     a, b = read(file_a), read(file_b)
     models = [PaddedResNet20(len(a["conv1.weight"])).eval() for _ in "ab"]
+    models = [model.to(memory_format=torch.channels_last) for model in models]  # pyright: ignore[reportCallIssue]
     for model, state in zip(models, (a, b), strict=True):
         model.load_state_dict(state)
     a, b = ({name: t.clone() for name, t in model.state_dict().items()} for model in models)
@@ -193,6 +226,7 @@ def main(
     free = sum(group.dimension for group in spec.continuous)
     console.print(f"{spec.neurons:,} neurons; {free:,} scales in {report.maps} continuous groups, proved")
     figures: dict[str, dict[str, Any]] = {}
+    starts: dict[str, rebasin.Permutation] = {}
 
     def measure(name: str, end: State, seconds: float) -> None:
         curve = rebasin.barrier(work, a, end, lambda m: measured(m, new, held), points=points)
@@ -211,7 +245,10 @@ def main(
                 "steps": steps,
                 "lr": lr,
                 "shares": [low, high],
+                "size": size,
                 "batches": batches,
+                "select": select,
+                "bf16": bf16,
                 "test": test,
                 "seed": seed,
             }
@@ -225,13 +262,13 @@ def main(
     for row in dict.fromkeys(["naive", *rows.split(",")]):
         began = time.process_time()
         name, _, more = row.partition("+")
-        start = spec.identity()
-        if name == "weights":
-            start = weight_matching(spec, a, b, seed=seed).permutation
-        elif name == "activations":
-            start = activation_matching(
-                spec, models[0], models[1], learn[:64], objective=classified, seed=seed
+        if name not in starts and name == "weights":
+            starts[name] = weight_matching(spec, a, b, seed=seed).permutation
+        elif name not in starts and name == "activations":
+            starts[name] = activation_matching(
+                spec, models[0], models[1], learn[: max(1, 2048 // size)], objective=classified, seed=seed
             ).permutation
+        start = starts.get(name, spec.identity())
         end = start.apply(b)
         if more:
             end = with_norms_of(work, a, end)
@@ -241,8 +278,8 @@ def main(
             moved = loaded(copy.deepcopy(work), end).eval()
             found = learned_matching(
                 with_filters(work, spec) if more == "filters" else spec, models[0], moved, classified, learn,
-                init="identity", steps=steps, lr=lr, lam_low=low, lam_high=high, evaluate_every=25, seed=seed,
-                progress=say,
+                heldout=heldout, init="identity", steps=steps, lr=lr, lam_low=low, lam_high=high, evaluate_every=100,
+                autocast="bf16" if bf16 else None, seed=seed, progress=say,
             )  # fmt: skip
             measure(f"{row}, scales", found.alignment.apply(end), time.process_time() - began)
     table = Table(

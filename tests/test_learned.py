@@ -78,6 +78,39 @@ def test_the_loss_between_the_ends_falls_and_the_ends_stay() -> None:
     assert all(torch.equal(t, state_b[n]) for n, t in b.state_dict().items())
 
 
+@pytest.mark.parametrize(("low", "high", "shares"), [(0.4, 0.6, [0.5]), (0.2, 1.0, [0.4, 0.6, 0.8])])
+def test_what_is_asked_for_is_what_is_selected_by(low: float, high: float, shares: list[float]) -> None:
+    """The midpoint alone says little of a line that is learned as a whole."""
+    spec, a, b, batches = planted()
+    batches = [(x, 0.7 * y) for x, y in batches]  # the ends' losses are not 0
+    found = learned_matching(
+        spec,
+        a,
+        b,
+        loss,
+        batches,
+        init="weight_matching",
+        steps=20,
+        lam_low=low,
+        lam_high=high,
+        evaluate_every=5,
+    )
+
+    def worst(moved: dict[str, Tensor]) -> float:
+        line = copy.deepcopy(a)
+        excess = []
+        for share in shares:
+            line.load_state_dict(rebasin.interpolate(a.state_dict(), moved, share))
+            between = (1 - share) * found.endpoints[0] + share * found.endpoints[1]
+            excess.append(loss(line, batches[-1]).item() - between)
+        return max(excess)
+
+    assert found.objective == pytest.approx(worst(found.alignment.apply(b.state_dict())), rel=1e-3, abs=1e-6)
+    assert found.initial_objective == pytest.approx(worst(b.state_dict()), rel=1e-4)
+    told = {step.number: step.heldout for step in found.history if step.heldout is not None}
+    assert found.objective == min(told.values()) == told[found.best_step] <= found.start_objective
+
+
 def test_seeds_ends_and_kinds() -> None:
     few = {"steps": 4, "evaluate_every": 2}
     one, same, other = learned(**few), learned(**few), learned(**few, seed=1)

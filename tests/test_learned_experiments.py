@@ -49,8 +49,8 @@ def test_two_padded_resnets_are_read_and_measured(tmp_path: Path) -> None:
         x_train=pixels, y_train=labels, x_test=pixels[:20], y_test=labels[:20],
     )  # fmt: skip
     learned_scales.main(
-        tmp_path / "a.th", tmp_path / "b.th", tmp_path / "cifar10.npz", steps=2, batches=2, test=20, fresh=20,
-        points=3, rows="naive,weights+filters", json_file=tmp_path / "found.json",
+        tmp_path / "a.th", tmp_path / "b.th", tmp_path / "cifar10.npz", steps=2, size=90, batches=2, select=1, test=20,
+        fresh=20, points=3, rows="naive,weights+filters", json_file=tmp_path / "found.json",
     )  # fmt: skip
     found = json.loads((tmp_path / "found.json").read_text())["rows"]
     rows = ["naive", "naive, scales", "weights+filters", "weights+filters, scales"]

@@ -60,7 +60,7 @@ MAPS = "maps"
 """How many continuous groups have a map in a component, of an alignment with maps; `left_out` says which have none."""
 
 LEARNED = ("initial_objective", "start_objective", "objective", "best_step")
-"""What is kept of learned maps: the midpoint's loss above the ends', naive, at the start and at the best step."""
+"""What is kept of learned maps: the loss between the ends above theirs, naive, at the start and at the best step."""
 
 Specs = Mapping[str, PermutationSpec]
 Figures = Mapping[str, Mapping[str, Any]]
