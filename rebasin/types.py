@@ -163,6 +163,9 @@ class ProgressEvent(dict[str, Any]):
 Progress = Callable[[ProgressEvent], None]
 """The one way in which an algorithm talks while it works; printing and logging are the listener's."""
 
+Lost = Callable[[str, Tensor, Tensor], None]
+"""Told the name of a tensor, what it was to be, and what it is in the narrower type or code that is written."""
+
 
 def tell(progress: Progress | None, stage: str, step: int, total: int | None = None, **figures: Any) -> None:
     """Tell a listener, if there is one."""

@@ -359,3 +359,42 @@ def test_tied_and_untied_embeddings_are_told_with_a_way(root: Path, tmp_path: Pa
     for one, other in ((a, tmp_path / "tied"), (tmp_path / "tied", a)):
         text = rebasin("merge", one, other, "-o", tmp_path / "out", expect=2)
         assert "tied has no tensor 'lm_head.weight'" in text and "untie the one that is tied" in text
+
+
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("order", ["of A", "of B"])
+def test_a_base_is_taken_in_the_order_of_the_models(
+    order: str, maps: bool, root: Path, tmp_path: Path
+) -> None:
+    """A + (B - base) is that of the models as they were, in whichever order B and the base lie."""
+    name = "LlamaForCausalLM"
+    models = {n: small(name) for n in ("a", "b", "base")}
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for n in ("a", "b"):
+            for parameter in models[n].parameters():
+                parameter += 3e-3 * torch.randn_like(parameter)
+    for n, model in models.items():
+        model.save_pretrained(tmp_path / n)  # pyright: ignore[reportCallIssue]
+    spec = component_spec(open_checkpoint(tmp_path / "a"), "model")
+    moved = spec.random(3)
+    for n in ("b", *(["base"] if order == "of B" else [])):
+        state = moved.apply(models[n].state_dict())
+        small(name).save_pretrained(tmp_path / n, state_dict=state)  # pyright: ignore[reportCallIssue]
+    paths = [tmp_path / n for n in ("a", "b", "base")]
+    given = ["--method", "add_difference", "--alpha", "1", "--base", paths[2], *(["--maps"] if maps else [])]
+    text = rebasin("merge", *paths[:2], "-o", tmp_path / "m", *given)
+    assert ("moved along" in text) is (order == "of B") and "near none" not in text
+    made = read(tmp_path / "m" / "model.safetensors")
+    states = [models[n].state_dict() for n in ("a", "b", "base")]
+    if not maps:
+        for tensor, merged in made.items():
+            wanted = states[0][tensor] + states[1][tensor] - states[2][tensor]
+            torch.testing.assert_close(merged, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_base_that_is_near_no_model_is_told(root: Path, tmp_path: Path) -> None:
+    a, b = pair("LlamaForCausalLM", root)
+    small("LlamaForCausalLM", 7).save_pretrained(tmp_path / "base")  # pyright: ignore[reportCallIssue]
+    given = ["--method", "add_difference", "--base", tmp_path / "base"]
+    assert "base is near none of the models" in rebasin("merge", a, b, "-o", tmp_path / "m", *given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -399,3 +400,15 @@ def test_a_permutation_moves_a_file_in_its_format(encoders: Files, tmp_path: Pat
             if kind != "nvfp4":
                 assert torch.equal(found[name], weight), name
             assert (found[name] - weight).abs().max() <= 0.51 * step(kind) * weight.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["fp8_old", "int8_rows"])
+def test_what_codes_cost_where_maps_move_weights_is_told(encoders: Files, tmp_path: Path, kind: str) -> None:
+    tensors, header, _ = as_file(dict(load_safetensors(encoders.a)), kind, matrices)
+    a = save_safetensors(tmp_path / "a.safetensors", tensors, header, keep_order=True)
+    told = rebasin("align", encoders.b, a, "-o", tmp_path / "aligned.safetensors", "--maps")
+    cost = re.search(r"What did rounding cost\? (\d\.\de-\d+)\. relative", told)
+    assert cost and 1e-4 < float(cost[1]) < 0.1, told
+    rebasin("verify", a, tmp_path / "aligned.safetensors")  # it says yes, or ends with 1
+    again = rebasin("apply", tmp_path / "aligned.alignment.safetensors", a, "-o", tmp_path / "b.safetensors")
+    assert f"What did rounding cost? {cost[1]}." in again

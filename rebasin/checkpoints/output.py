@@ -23,6 +23,7 @@ from ..tensors.writer import convert, require_space, target_dtype
 from ..types import (
     DerivedState,
     LazyTensor,
+    Lost,
     Progress,
     State,
     dtype_of,
@@ -70,6 +71,7 @@ def save_checkpoint(
     *,
     dtype: Types = None,
     closing: Callable[[str | None], Mapping[str, str]] | None = None,
+    lost: Lost | None = None,
     progress: Progress | None = None,
 ) -> Saved:
     """Write `state`, which has the names of `checkpoint`, under `path`, whose form decides the layout.
@@ -84,6 +86,7 @@ def save_checkpoint(
         dtype: as of `save_safetensors`; a function is asked with the names of `checkpoint`. None: as `checkpoint` has
             them, with codes and scales where it has such, if this is a single file as that is; else these in float16.
         closing: as of `save_safetensors`, asked with the component whose file is written in a folder, or with None.
+        lost: is told what was to be written and what codes it has become, weight by weight.
 
     Raises:
         CheckpointError: one sentence; nothing was written.
@@ -94,9 +97,9 @@ def save_checkpoint(
     if target.exists() and checkpoint.path.exists() and target.samefile(checkpoint.path):
         raise CheckpointError(f"{target} is an input; choose another name for the result.")
     if isinstance(checkpoint.quantised, GGUFTensors) and is_gguf(target):
-        checkpoint.quantised.save(target, state, metadata or {}, dtype, progress)
+        checkpoint.quantised.save(target, state, metadata or {}, dtype, progress, lost)
         return Saved(target, target.stat().st_size, ())
-    whole = as_written(target, checkpoint, state, dtype)
+    whole = as_written(target, checkpoint, state, dtype, lost)
     notes: list[str] = []
     told: Mapping[str, str] = {}
     if checkpoint.quantised is not None and isinstance(whole, EncodedState):
@@ -194,7 +197,9 @@ def stored(checkpoint: Checkpoint) -> Types:
     return lambda name, own: torch.float16 if name in codes else own
 
 
-def as_written(target: Path, checkpoint: Checkpoint, state: State, dtype: Types) -> State:
+def as_written(
+    target: Path, checkpoint: Checkpoint, state: State, dtype: Types, lost: Lost | None = None
+) -> State:
     """`state`, which has the names of `checkpoint`, in the types in which `target` is to have it; see
     `save_checkpoint`. What has codes and scales is an `EncodedState`.
     """
@@ -206,7 +211,7 @@ def as_written(target: Path, checkpoint: Checkpoint, state: State, dtype: Types)
     pickled = is_file(target) and target.suffix.lower() == ".ckpt"
     if checkpoint.path.is_dir() or not is_file(target) or (pickled and quantised.metadata):
         return cast(state, stored(checkpoint), target)
-    return quantised.encoded(state, target)
+    return quantised.encoded(state, target, lost)
 
 
 def parts(checkpoint: Checkpoint, state: State) -> dict[str, State]:

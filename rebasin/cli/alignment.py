@@ -56,6 +56,9 @@ FIGURES = ("moved", "distance_before", "objective", "converged", "seconds")
 OF_TWO, OF_MANY = ("distance_after", "initial_objective"), ("distance", "passes")
 """and what either has besides."""
 
+CODES = "codes"
+"""What rounding to codes costs, among the components."""
+
 MAPS = "maps"
 """How many continuous groups have a map in a component, of an alignment with maps; `left_out` says which have none."""
 

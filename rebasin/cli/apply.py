@@ -79,8 +79,9 @@ def apply(
     from ..checkpoints import provenance, save_checkpoint, save_safetensors
     from ..checkpoints.output import FILES
     from ..checkpoints.provenance import sha256_of, size_of
+    from ..spec.mapped import Rounding
     from . import session
-    from .alignment import not_the_model, rounding_of
+    from .alignment import CODES, not_the_model, rounding_of
     from .inputs import aligned_name, check_output, kind_of_file, load_member, open_each
     from .permute_file import moved
 
@@ -113,20 +114,21 @@ def apply(
         recipe = {"command": "apply", "permutation": permutation.name, "inverse": inverse}
         recipe["permutation_sha256"] = sha256_of(permutation)
         recipe |= {} if base is None else {"base": base.name}
-        rounds = bool(found.maps)
+        rounds, codes = bool(found.maps), Rounding()
         header = provenance.header(
             done.metadata, [(file, sha256_of(file), done.metadata)], recipe, None, rounding=rounds
         )
 
         def closing(part: str | None = None) -> Mapping[str, str]:
             own = {name: one for name, one in done.roundings.items() if part in (None, name)}
-            return provenance.with_rounding(header, rounding_of(own).error)
+            return provenance.with_rounding(header, rounding_of({**own, CODES: codes}).error)
 
         last, progress = closing if rounds else None, console.progress
         if done.checkpoint is not None:
             saved = save_checkpoint(
-                output, done.checkpoint, done.state, header, closing=last, progress=progress
-            )
+                output, done.checkpoint, done.state, header, closing=last,
+                lost=codes.note if rounds else None, progress=progress,
+            )  # fmt: skip
             session.remark(console, saved.notes)
         else:
             save_safetensors(
@@ -139,5 +141,6 @@ def apply(
                 progress=progress,
             )
         console.say(f"{output.name}, {session.size(size_of(output))}")
-    session.say_rounding(console, done.roundings if rounds else None)
+    lost = {**done.roundings, **({CODES: codes} if codes.squares else {})}
+    session.say_rounding(console, lost if rounds else None)
     session.say_where(console, output)

@@ -11,6 +11,7 @@ from ..spec.mapped import Rounding
 from ..types import State
 from . import output, session, stages
 from .alignment import Aligning, Alignment
+from .base_order import placed
 from .companions import fisher_files, scored
 from .inputs import check_output, copies, left_out, open_all, open_each, parts
 from .merge_weights import merge_weights, method_options
@@ -124,12 +125,13 @@ def merge(console: Console, request: Request) -> None:
                 view |= one.views(view, wide=True, base=known)  # rounded once, when it is merged
         if len(models) == 2:
             checks = stages.checked(console, request, models[1], components, found[0])
+    bases, order = placed(base, components, found, views) if base else ({}, [])
+    session.remark(console, order)
     method, shares, own = scored(console, method, views, models[0], options)
     with console.stage("merge"):
         # In float32 if another type than A's is asked for, so that nothing is rounded twice.
         import torch
 
-        bases = {name: base.component(name) for name in components} if base else {}
         labels = [path.name for path in request.inputs]
 
         def combined(views: Sequence[Mapping[str, State]]) -> dict[str, State]:

@@ -19,7 +19,7 @@ from ..spec.mapped import Rounding
 from ..tensors import writer
 from ..types import State
 from . import output, session
-from .alignment import JOINT, MAPS, Aligning, Alignment, rounding_of, specs_of
+from .alignment import CODES, JOINT, MAPS, Aligning, Alignment, rounding_of, specs_of
 from .function import TOLERANCE, compare_chains, compare_functions, how_far, outputs_of
 from .inputs import load_member, open_all, parts
 from .request import Request
@@ -302,10 +302,10 @@ def write(
     used: Sequence[Checkpoint],
     recipe: Mapping[str, Any],
     found: Sequence[Alignment],
-    roundings: Mapping[str, Rounding] | None = None,
+    roundings: dict[str, Rounding] | None = None,
 ) -> None:
     """Write the result with a header that says how it was made; `used` and `hashes` are its inputs'. With `roundings`
-    (component -> what rounding costs, known when all is written) it says that, too.
+    (component -> what rounding costs, known when all is written; what codes cost comes in) it says that, too.
     """
     inputs = [
         (model.path, sha256, provenance.metadata_of(model))
@@ -313,14 +313,14 @@ def write(
     ]
     specs, figures = (found[0].specs, found[0].figures) if found else ({}, {})
     told = {name: {"spec": spec.hash, **figures.get(name, {})} for name, spec in specs.items()}
-    rounds = roundings is not None
+    rounds, codes = roundings is not None, Rounding()
     header = provenance.header(
         provenance.metadata_of(like), inputs, recipe, told if found else None, rounding=rounds
     )
 
     def closing(part: str | None) -> Mapping[str, str]:
         own = {name: one for name, one in (roundings or {}).items() if part in (None, name)}
-        return provenance.with_rounding(header, rounding_of(own).error)
+        return provenance.with_rounding(header, rounding_of({**own, CODES: codes}).error)
 
     with console.stage("write"):
         types = output.stored_as(output.dtype_of(request.dtype), like)
@@ -331,8 +331,11 @@ def write(
             header,
             dtype=types,
             closing=closing if rounds else None,
+            lost=codes.note if rounds else None,
             progress=console.progress,
         )
+        if roundings is not None and codes.squares:
+            roundings[CODES] = codes
         console.say(f"{request.output.name}, {session.size(saved.bytes)}")
     for note in saved.notes:
         console.console.print(note, markup=False)

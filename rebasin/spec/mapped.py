@@ -61,9 +61,13 @@ class Rounding:
         """`wide` in the type, and remembered what that has cost; a tensor that comes again counts once."""
         narrow = wide.to(dtype)
         if dtype != wide.dtype:
-            lost = (narrow.to(wide.dtype) - wide).double().square().sum()
-            self.squares[name] = float(lost), float(wide.double().square().sum())
+            self.note(name, wide, narrow)
         return narrow
+
+    def note(self, name: str, wide: Tensor, narrow: Tensor) -> None:
+        """Remember what writing `wide` as `narrow` has cost, if anything."""
+        lost = (narrow.to(wide.dtype) - wide).double().square().sum()
+        self.squares[name] = float(lost), float(wide.double().square().sum())
 
     @property
     def error(self) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, shown
 from ..files import PathLike, atomic_path
-from ..types import LazyState, Progress, State, dtype_of, is_finite, origin_of, shape_of, tell
+from ..types import LazyState, Lost, Progress, State, dtype_of, is_finite, origin_of, shape_of, tell
 from .gguf_header import Place, read_header
 from .reader import RawFile
 from .writer import convert, require_space, target_dtype
@@ -181,10 +181,12 @@ class GGUFTensors:
         metadata: Mapping[str, str],
         dtype: torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None,
         progress: Progress | None = None,
+        lost: Lost | None = None,
     ) -> Path:
         """Write `state`, which has the model's names, with the file's entries and `metadata`, whole or not at all.
 
         Without a `dtype` tensors have the file's types and lie in its shapes; one that has not changed has its bytes.
+        `lost` is told what each quantised one that has changed was to be and what its codes are worth.
 
         Raises:
             CheckpointError: a value can't be written, or the disk is full.
@@ -228,7 +230,7 @@ class GGUFTensors:
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for step, (name, kind) in enumerate(kinds.items(), 1):
-                data = self._data(gguf, name, state, kind, target, dtype)
+                data = self._data(gguf, name, state, kind, target, dtype, lost)
                 writer.write_tensor_data(data.numpy())
                 tell(progress, "save", step, len(kinds), name=name, bytes=len(data))
             for file in writer.fout:
@@ -240,7 +242,9 @@ class GGUFTensors:
     def _as_it_lies(self, name: str, dtype: object) -> bool:
         return dtype is None and name in self.names
 
-    def _data(self, gguf: Any, name: str, state: State, kind: str, target: Path, dtype: object) -> Tensor:
+    def _data(
+        self, gguf: Any, name: str, state: State, kind: str, target: Path, dtype: object, lost: Lost | None
+    ) -> Tensor:
         """The bytes of a tensor."""
         tensor = state[name].detach().cpu()
         if tensor.is_floating_point() and not is_finite(tensor):
@@ -255,7 +259,12 @@ class GGUFTensors:
         if self._as_it_lies(name, dtype) and torch.equal(tensor.to(torch.float32), self.file[own]):
             return self.file.bytes_of(own)
         rows = tensor.to(torch.float32).contiguous().numpy().reshape(self.file.known[own].stored)
-        return torch.from_numpy(gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind])).reshape(-1)
+        number = gguf.GGMLQuantizationType[kind]
+        codes = gguf.quants.quantize(rows, number)
+        if lost is not None:
+            worth = gguf.quants.dequantize(codes, number)
+            lost(name, torch.from_numpy(rows), torch.from_numpy(worth).reshape(rows.shape))
+        return torch.from_numpy(codes).reshape(-1)
 
 
 def _package(path: Path) -> Any:

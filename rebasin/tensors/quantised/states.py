@@ -15,6 +15,7 @@ from ...errors import CheckpointError
 from ...types import (
     DerivedState,
     LazyTensor,
+    Lost,
     State,
     dtype_of,
     is_finite,
@@ -94,12 +95,12 @@ class Quantised:
         file = DerivedState({own(name): passed(self.file, name) for name in self.file})
         return Quantised(file, layers, frozenset(map(own, self.marks)), metadata)
 
-    def encoded(self, state: State, where: object) -> EncodedState:
+    def encoded(self, state: State, where: object, lost: Lost | None = None) -> EncodedState:
         """`state`, which has the weights as numbers, as the file had them: in its order, with codes, scales and marks.
 
         A weight that has not changed has its codes and scales to the bit; else scales are found anew, but for tiles
         that have only moved. What the state lacks is left out with all that belongs to it; what it has besides comes
-        last.
+        last. `lost` is told what each weight that has changed was to be and what its codes are worth.
 
         Raises:
             CheckpointError: a weight has another shape, or, when it is asked for, values that are none.
@@ -110,7 +111,7 @@ class Quantised:
         def made(name: str, part: str) -> Tensor:
             if name not in last:
                 last.clear()
-                last[name] = self._made(name, state, where)
+                last[name] = self._made(name, state, where, lost)
             return last[name][part]
 
         present = set(state)
@@ -146,7 +147,7 @@ class Quantised:
                 " its format comes from."
             )
 
-    def _made(self, name: str, state: State, where: object) -> dict[str, Tensor]:
+    def _made(self, name: str, state: State, where: object, lost: Lost | None) -> dict[str, Tensor]:
         layer, like = self.layers[name], self.parts(name)
         weight = state[name].detach().cpu().to(torch.float32)
         if not is_finite(weight):
@@ -156,6 +157,8 @@ class Quantised:
             )
         same = torch.equal(weight, layer.format.dequantise(like, layer.shape))
         made = like if same else layer.format.quantise(weight, like)
+        if lost is not None and not same:
+            lost(name, weight, layer.format.dequantise(made, layer.shape))
         return {layer.parts[role]: tensor for role, tensor in made.items()}
 
 
