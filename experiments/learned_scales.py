@@ -1,7 +1,8 @@
 """What positive scales are worth on two real ResNet20 for CIFAR-10 that others trained, of the usual width.
 
     python -m experiments.learned_scales A.th B.th --data cifar10.npz
-    python -m experiments.learned_scales A.th B.th --data cifar10.npz --rows activations+filters --steps 600 --low 0 --high 1
+    python -m experiments.learned_scales A.th B.th --data cifar10.npz --rows activations+filters --steps 600 --low 0 \
+        --high 1
 
 The files are those of `resnet20` with zero-padded shortcuts (He et al. 2016, option A), names as in
 akamaster/pytorch_resnet_cifar10, with or without `module.` in front. Behind each norm and along each residual stream

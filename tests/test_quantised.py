@@ -412,3 +412,12 @@ def test_what_codes_cost_where_maps_move_weights_is_told(encoders: Files, tmp_pa
     rebasin("verify", a, tmp_path / "aligned.safetensors")  # it says yes, or ends with 1
     again = rebasin("apply", tmp_path / "aligned.alignment.safetensors", a, "-o", tmp_path / "b.safetensors")
     assert f"What did rounding cost? {cost[1]}." in again
+
+
+@pytest.mark.parametrize("kind", ["fp8_old", "fp8", "int8_rows"])
+def test_a_scale_that_was_lost_is_told(kind: str) -> None:
+    tensors, header, _ = as_file({f"{k}.weight": torch.randn(8, 8) for k in "ab"}, kind, matrices)
+    lost = next(name for name in tensors if "scale" in name and name.startswith("a."))
+    left = {name: tensor for name, tensor in tensors.items() if name != lost}
+    with pytest.raises(CheckpointError, match=r"Tensor 'a.weight' of x has no scale"):
+        decoded(left, "x", header)

@@ -54,7 +54,7 @@ def placed(
         if distances[best] > 0.5 * size:
             told.append(
                 f"The {name} of {base.path.name} is near none of the models, neither as it lies nor moved along"
-                " with them: if it is the base of one of them, it has another order; align it first (rebasin align A BASE)."
+                " with them: if it is the base of one of them, it has another order; align it first."
             )
     return made, told
 

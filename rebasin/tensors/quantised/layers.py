@@ -60,12 +60,15 @@ def layers_of(state: State, where: object, metadata: Mapping[str, str]) -> dict[
     for layer, own in told.items():
         if f"{layer}.weight" not in names:
             continue
-        # Plain numbers in 8 bits have no need of a scale.
-        if not (own.get("format", "").startswith("float8") and dtype_of(state, f"{layer}.weight") in GRIDS):
+        # Plain numbers in 8 bits have no need of a scale, but in a file that has scales one was lost.
+        plain = own.get("format", "").startswith("float8") and dtype_of(state, f"{layer}.weight") in GRIDS
+        if found or not plain:
             raise CheckpointError(
                 f"Tensor {shown(f'{layer}.weight')} of {where} has no scale that is known here, but is marked as"
                 f" {shown(own.get('format'))}; take the file that this one was made from."
             )
+    if found and any(re.search(r"(?:^|[./])scaled_fp8$", name) for name in names):
+        _require_all_scaled(state, found, where)
     used = {part for layer in found.values() for part in layer.parts.values()}
     foreign = next((name for name in state if name not in used and re.search(REFUSED, name)), None)
     if foreign is not None:
@@ -74,6 +77,16 @@ def layers_of(state: State, where: object, metadata: Mapping[str, str]) -> dict[
             " was made from."
         )
     return found
+
+
+def _require_all_scaled(state: State, found: Container[str], where: object) -> None:
+    """Raise `CheckpointError` for a matrix in 8 bits without a scale in a file that says that it is scaled."""
+    for name in state:
+        if name not in found and dtype_of(state, name) in GRIDS and len(shape_of(state, name)) > 1:
+            raise CheckpointError(
+                f"Tensor {shown(name)} of {where} has no scale, but the file is marked as scaled (scaled_fp8) and its"
+                " other weights have one; take the file that this one was made from."
+            )
 
 
 def scaled(state: State, floats: bool = True) -> Iterator[tuple[str, str]]:
