@@ -244,7 +244,8 @@ CTRL_C: dict[str, tuple[Configured, list[str], str, int, str, str]] = {
     ),
     "search": (SEARCH, [*TINY, *TRIALS], "trial", 4, "study.db", "was aligned and tried is kept, and the same command"),
     "compare_methods": (
-        COMPARE_METHODS, [*TINY, "algo=weight_matching", "methods.names=[slerp]"], "weight matching", 1, "mlp-digits-*.safetensors",
+        COMPARE_METHODS, [*TINY, "algo=weight_matching", "methods.names=[slerp]"], "weight matching", 1,
+        "mlp-digits-*.safetensors",
         "begins this run anew",
     ),
 }  # fmt: skip

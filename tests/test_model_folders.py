@@ -14,7 +14,7 @@ import torch
 from cli_files import read, rebasin
 from torch import Tensor, nn
 
-from rebasin.checkpoints import component_spec, open_checkpoint
+from rebasin.checkpoints import component_spec, open_checkpoint, save_safetensors
 from rebasin.checkpoints.classes.call import call
 from rebasin.checkpoints.classes.known import Known
 from rebasin.checkpoints.classes.narrow import ENOUGH, narrow, shapes_under
@@ -324,7 +324,8 @@ def test_nothing_is_written_into_an_input_or_left_unsaid(root: Path, tmp_path: P
     for folder in ("a", "b"):
         _config(tmp_path / folder, lambda c: c.update(num_hidden_layers=1, layer_types=None))
     text = rebasin("merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "m", "--dry-run")
-    assert "Not read from a, as its configuration has no place for it: 'model.layers.1." in text
+    named = "its configuration (LlamaForCausalLM of transformers)"
+    assert f"Not read from a, as {named} has no place for it, so not merged: 'model.layers.1." in text
     rebasin("merge", a, b, "-o", tmp_path / "eight", "--dtype", "fp8")
     assert json.loads((tmp_path / "eight" / "config.json").read_text())["dtype"] == "float16"
 
@@ -398,3 +399,28 @@ def test_a_base_that_is_near_no_model_is_told(root: Path, tmp_path: Path) -> Non
     small("LlamaForCausalLM", 7).save_pretrained(tmp_path / "base")  # pyright: ignore[reportCallIssue]
     given = ["--method", "add_difference", "--base", tmp_path / "base"]
     assert "base is near none of the models" in rebasin("merge", a, b, "-o", tmp_path / "m", *given)
+
+
+def test_a_plot_or_figures_that_can_not_be_written_are_told_before_any_work(
+    root: Path, tmp_path: Path
+) -> None:
+    a, b = pair("LlamaForCausalLM", root)
+    for option, name in (("--plot", "x.foo"), ("--json", "x.txt"), ("--json", "none/x.json")):
+        told = rebasin("compare", a, b, option, tmp_path / name, expect=2)
+        assert "read" not in told and told.strip().endswith(".") and "Traceback" not in told, told
+
+
+def test_a_copy_of_a_tied_tensor_is_told_with_a_way(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True)
+    for name in "ab":
+        model = transformers.LlamaForCausalLM(config)
+        model.save_pretrained(tmp_path / name)
+    file = tmp_path / "a" / "model.safetensors"
+    state = dict(read(file))
+    save_safetensors(
+        file, {**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, {"format": "pt"}
+    )
+    text = rebasin("merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "out", expect=2)
+    assert "has no tensor 'lm_head.weight'" in text and "save it again, without it" in text

@@ -376,7 +376,8 @@ def unlike(models: Sequence[Checkpoint]) -> list[str]:
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             told.append(
-                f"Not read from {model.path.name}, as its configuration has no place for it: {shown(left[0])}{more}."
+                f"Not read from {model.path.name}, as its configuration ({model.title}) has no place for it, so not"
+                f" merged: {shown(left[0])}{more}."
             )
     for model in models[1:]:
         lacking = [name for name in models[0].classes if name not in model.components]
@@ -446,7 +447,7 @@ def require_fitting(a: Checkpoint, b: Checkpoint, components: Sequence[str]) -> 
             if missing := next((own for own in mine if own not in others), None):
                 raise CheckpointError(
                     f"{other.path} has no tensor {shown(one.source(name, missing))}, which the {name} of {one.path}"
-                    f" has{_apart_by(a, b, name)}."
+                    f" has{_apart_by(a, b, name, missing)}."
                 )
         for own in ours:
             if ours.shape_of(own) != theirs.shape_of(own):
@@ -468,7 +469,7 @@ def require_fitting(a: Checkpoint, b: Checkpoint, components: Sequence[str]) -> 
                 )
 
 
-def _apart_by(a: Checkpoint, b: Checkpoint, component: str) -> str:
+def _apart_by(a: Checkpoint, b: Checkpoint, component: str, missing: str = "") -> str:
     """What the configurations of two models say about their tensors, as a part of a sentence; "" without any."""
     if component not in a.classes or component not in b.classes:
         return ""
@@ -481,7 +482,9 @@ def _apart_by(a: Checkpoint, b: Checkpoint, component: str) -> str:
         f"{key} {shown(one)} and {shown(other)}" for key, (one, other) in list(told.items())[:4]
     )
     instead = "; untie the one that is tied (transformers: tie_word_embeddings=False) and save it again"
-    return f" ({listed})" * bool(listed) + instead * apart
+    copied = "; the other file has a copy of a tied tensor: load it with transformers and save it again, without it"
+    both = tied[0] is True and tied[1] is True and missing.endswith("lm_head.weight")
+    return f" ({listed})" * bool(listed) + instead * apart + copied * both
 
 
 def require_same_prediction(checkpoints: Sequence[Checkpoint], option: str = "--mix-predictions") -> None:

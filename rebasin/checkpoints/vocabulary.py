@@ -79,6 +79,6 @@ def vocabulary_sentence(
         "takes the words that only A has from A" if pair[0] > pair[1] else "leaves out those that only B has"
     )
     return (
-        f"The {component} of {b.path} has {pair[1]:,} words and that of {a.path} {pair[0]:,}; {option} {way}, if the"
-        " others are the same words in the same order."
+        f"The {component} of {b.path} has {pair[1]:,} words and that of {a.path} {pair[0]:,}; where two models are"
+        f" compared, aligned or merged {option} {way}, if the others are the same words in the same order."
     )

@@ -9,6 +9,8 @@ import typer
 
 from .request import A, B, Request, command
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 @command("a b maps permutation components variant resize_vocabulary start seed device threads json_file plot")
 def compare(
@@ -47,8 +49,12 @@ def compare(
     from . import session
     from .alignment import Aligning, specs_of
     from .basin import by_block, draw, shared_basin
+    from .inputs import require_place
     from .stages import read, require_maps
 
+    for path, forms in ((plot, PICTURES), (json_file, (".json",))):
+        if path is not None:
+            require_place(path, forms)
     request = Request((a, b), Path(os.devnull), **given)  # writes no model
     require_maps(request)
     console = session.begin(request.device, request.threads)

@@ -73,6 +73,12 @@ def left_out(models: Sequence[Checkpoint]) -> list[str]:
         if model.others
     ]
     for model in models[1:]:
+        if not models[0].classes:  # of these each is told, see `unlike`
+            lacking = [name for name in models[0].components if name not in model.components]
+            told += [
+                f"{model.path.name} has no {name}; in the result that is {models[0].path.name}'s."
+                for name in lacking
+            ]
         parts = [name for name in model.components if name not in models[0].components]
         for kind, names in model.extras.items():
             lost = [name for name in names if name not in models[0].raw]
@@ -207,6 +213,18 @@ def aligned_name(file: Path) -> Path:
     return file.with_name(f"{file.stem}_aligned.safetensors")
 
 
+def require_place(path: Path, forms: Sequence[str]) -> None:
+    """Refuse the name of a file of figures whose ending is none of these, or whose folder is not there.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    if path.suffix.lower() not in forms:
+        raise ConfigError(f"{path} must end in {' or '.join(forms)}.")
+    if not path.resolve().parent.is_dir():
+        raise ConfigError(f"The folder {path.resolve().parent} does not exist; create it or write elsewhere.")
+
+
 def check_output(output: Path, inputs: Sequence[Path], overwrite: bool, forms: Sequence[str] = FILES) -> None:
     """Refuse an output that can't be written or would destroy something, now and not after hours of work.
 
@@ -231,7 +249,10 @@ def check_output(output: Path, inputs: Sequence[Path], overwrite: bool, forms: S
     if not folder.is_dir():
         raise ConfigError(f"The folder {folder} does not exist; create it or write elsewhere.")
     if output.is_dir():
-        raise ConfigError(f"{output} is a folder that exists already; remove it or choose another name.")
+        raise ConfigError(
+            f"{output} is a folder that exists already, and folders are never replaced; remove it or choose another"
+            " name."
+        )
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists; add --overwrite to replace it, or choose another name.")
     try:

@@ -196,7 +196,10 @@ class Request:
             help="Compute with B before and after moving its neurons, and compare the outputs.",
         ),
     ] = True
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace the output file if it exists."),
+    ] = False
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only print the plan: sizes, memory and an estimate of the time."),

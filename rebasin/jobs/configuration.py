@@ -394,7 +394,10 @@ KINDS: tuple[tuple[Any, str], ...] = (
 )
 
 FURTHER = {"algo.repair": ListConfig, "algo.points": ListConfig, "algo.pivot": str, "algo.anchor": type(None)}
-"""Options that take something else as well as what their default is; who uses them looks into it."""
+FURTHER |= dict.fromkeys(("model.train", "model.a", "model.b", "model.files"), type(None))
+"""Options that take something else as well as what their default is; who uses them looks into it. Of a network of the
+user's own files may stand in the place of a training, and the other way round.
+"""
 
 
 def _no_option(name: str, arguments: Iterable[str], config: str) -> str:

@@ -213,7 +213,7 @@ def _numbered(side: str, number: str) -> str:
 
 def _unknown(part: str, names: Sequence[str], blocks: Blocks) -> str:
     modules = sorted({piece for name in names for piece in name.split(".")[:-1] if not piece.isdigit()})
-    own = list(blocks.order) if blocks.kind != "layers" else []
+    own = list(blocks.order)
     near = difflib.get_close_matches(part, [*own, *modules, *KINDS, *preset_names()], n=3)
     hint = f"did you mean {' or '.join(near)}? There" if near else "there"
     layers = f"the blocks {listed(own)}, " if own else ""

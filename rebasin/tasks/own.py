@@ -112,7 +112,9 @@ def _files(model: Mapping[str, Any]) -> tuple[str, ...]:
         raise ConfigError(f"{have} is given, but {lack} is not; give both, or neither and model.train.")
     else:
         found = pair
-    for option in ("train", "train_options", "seeds"):
+    # A config of the user's own brings the options of the training that it names, and model.train=null takes away.
+    configured = model["name"] != "own" and not model["train"]
+    for option in ("train", "seeds", *(() if configured else ("train_options",))):
         if model[option]:
             raise ConfigError(f"model.{option} has no effect where files are given; leave it, or them, out.")
     return tuple(map(str, found))

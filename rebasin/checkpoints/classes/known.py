@@ -102,8 +102,15 @@ def built(what: Known, where: object) -> nn.Module:
             return _transformers_model(what).eval()
     except Exception as error:  # what the libraries make of a configuration that is none
         raise CheckpointError(
-            f"The configuration in {where} describes no {what.title} that can be built: {shown(str(error))}."
+            f"The configuration in {where} describes no {what.title} that can be built: {_reason(error)}."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What a library says, in one line."""
+    words = " ".join(str(error).split()).rstrip(".")
+    told = f"{type(error).__name__}: {words}" if isinstance(error, KeyError) or not words else words
+    return told if len(told) <= 240 else f"{told[:237]}..."
 
 
 def _diffusers_model(what: Known) -> nn.Module:
