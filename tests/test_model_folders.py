@@ -276,6 +276,12 @@ def test_what_is_about_a_unet_is_refused_at_once(
     assert "UNet" in text and "hash" not in text and not (tmp_path / "out").exists()
 
 
+def test_an_option_about_a_text_encoder_is_refused_where_there_is_none(root: Path, tmp_path: Path) -> None:
+    a, b = pair("LlamaForCausalLM", root)
+    text = rebasin("merge", a, b, "-o", tmp_path / "out", "--fix-clip", expect=2)
+    assert "--fix-clip repairs a text encoder" in text and "hash" not in text
+
+
 def test_what_the_example_does_not_reach_is_refused(tmp_path: Path) -> None:
     """Cross attention reads another model's states, which no example of a decoder alone has."""
     from transformers import GPT2Config, GPT2LMHeadModel

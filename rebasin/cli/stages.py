@@ -139,7 +139,7 @@ def require_learned(request: Request) -> None:
 
 
 def require_unet(request: Request, components: Sequence[str]) -> None:
-    """Whether the models have what --learned and --joint are about.
+    """Whether the models have what --learned, --joint and --fix-clip are about.
 
     Raises:
         ConfigError: they have not.
@@ -151,6 +151,8 @@ def require_unet(request: Request, components: Sequence[str]) -> None:
         )
     if request.joint and ("unet" not in components or not set(components) & set(PARTS) - {"unet"}):
         raise ConfigError(f"--joint needs a UNet and a text encoder in all models; they have {have}.")
+    if request.fix_clip and not any(name.startswith("text_encoder") for name in components):
+        raise ConfigError(f"--fix-clip repairs a text encoder of Stable Diffusion, but the models have {have}.")
 
 
 def require_permutation(request: Request, model: Checkpoint, components: Sequence[str]) -> None:
