@@ -51,6 +51,7 @@ from experiments.pairs import Cifar, Mnist, Pair, Pairs, Places, Real, available
 from rebasin.files import write_text
 from rebasin.matching.activations.joint import balanced
 from rebasin.matching.weights.endpoints import Endpoints
+from rebasin.matching.weights.noise import noise_weight
 from rebasin.spec import PermutationSpec
 
 States = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -120,9 +121,12 @@ def by_axes(figure: Callable[[float, float, int], float]) -> Weigh:
     return weigh
 
 
-noise = by_axes(lambda first, second, d: first / second if second else 0.0)
 effective = by_axes(lambda first, second, d: first**2 / second / d if second else 0.0)
 deviation = by_axes(lambda first, second, d: d / first if first else 0.0)
+
+
+def noise(spec: PermutationSpec, model: nn.Module, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
+    return {name: noise_weight(a[name], b[name], spec.axes[name]) for name in counted(spec)}
 
 
 def outliers(spec: PermutationSpec, model: nn.Module, a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
@@ -212,7 +216,7 @@ def measured(pair: Pair, spec: PermutationSpec, name: str, points: int, seeds: i
     for seed in range(seeds if name != "naive" else 1):
         began, moved, end = perf_counter(), 0, pair.b
         if name != "naive":
-            found = rebasin.weight_matching(spec, *prepared(name, pair, spec), seed=seed).permutation
+            found = rebasin.weight_matching(spec, *prepared(name, pair, spec), seed=seed, normalize="paper").permutation
             moved, end = found.moved(), found.apply(pair.b)
         seconds = perf_counter() - began
         run = {"moved": moved, "seconds": round(seconds, 3), "plain": figures(pair.curve(end, points))}

@@ -60,7 +60,7 @@ def weight_matching(
     seed: int = 0,
     max_sweeps: int = 100,
     restarts: int = 1,
-    normalize: Normalize | None = None,
+    normalize: Normalize = "noise",
     device: torch.device | str = "cpu",
     workers: int | None = None,
     tf32: bool = False,
@@ -85,8 +85,9 @@ def weight_matching(
         max_sweeps: give up then, with `converged=False`.
         restarts: that many descents, each with orders of its own (from a random start if nothing else would
             differ); the best is returned.
-        normalize: None, or "tensor": each parameter counts as if its norm were 1 in A and in B, so that large
-            tensors do not outweigh small ones.
+        normalize: how much each parameter counts. "noise" (measured to be the best): by what it tells about which
+            neuron is which, over the noise that it makes, see noise.py. "paper": all numbers alike, as in the
+            paper. "tensor": as if its norm were 1 in A and in B.
         device: where cost matrices are computed, unless they are so small that the CPU is quicker (`where_quicker`);
             assignments are solved on the CPU.
         workers: groups that share no tensor are updated by that many threads; the result is that of one.
@@ -121,7 +122,7 @@ def weight_matching(
         "order": told(order),
         "seed": str(seed),
         "restarts": str(restarts),
-        "normalize": str(normalize),
+        "normalize": normalize,
     }
     finished: tuple[float, ...] = ()
     best: Attempt | None = None
