@@ -12,8 +12,10 @@ A pair whose files are not given is left out; `missing` says why.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,8 +87,6 @@ class Pair:
 
     def models(self) -> list[nn.Module]:
         """A and B as models."""
-        import copy
-
         return [loaded(copy.deepcopy(self.model), state).eval() for state in (self.a, self.b)]
 
     def curve(self, end: State, points: int, reset: bool = False) -> rebasin.Curve:
@@ -96,9 +96,11 @@ class Pair:
         def anew(state: State, lam: float) -> State:
             return reset_statistics(self.model, state, self.fresh)
 
-        return rebasin.barrier(
-            self.model, self.a, end, lambda m: judge.evaluate(m, self.held), points=points, repair=anew if reset else None
-        )  # fmt: skip
+        def losses(model: nn.Module) -> dict[str, float]:
+            return judge.evaluate(model, self.held)
+
+        repair = anew if reset else None
+        return rebasin.barrier(self.model, self.a, end, losses, points=points, repair=repair)
 
 
 def plain(model: nn.Module, batch: Any) -> Tensor:
@@ -115,11 +117,13 @@ def by_batch(model: nn.Module, batch: Any) -> Tensor:
 class DDPM(nn.Module):
     """The MNIST diffusion model of two public repositories, by their names (`gt.` in front)."""
 
+    frequencies: Tensor
+
     class Block(nn.Module):
         def __init__(self, before: int, channels: int) -> None:
             super().__init__()
             self.net = nn.Sequential(
-                nn.Conv2d(before, channels, 7, padding=3), nn.LayerNorm((channels, 28, 28)), nn.GELU()
+                nn.Conv2d(before, channels, 7, padding=3), nn.LayerNorm([channels, 28, 28]), nn.GELU()
             )
 
         def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +132,7 @@ class DDPM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = (1, 16, 32, 32, 16)
-        blocks = [self.Block(n, m) for n, m in zip(sizes, sizes[1:], strict=False)]
+        blocks = [self.Block(n, m) for n, m in pairwise(sizes)]
         self.blocks = nn.ModuleList([*blocks, nn.Conv2d(16, 1, 3, padding=1)])
         time = [nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU()]
         self.time_embed = nn.Sequential(*time, nn.Linear(128, 16))
@@ -165,7 +169,9 @@ def available(places: Places, seed: int = 0) -> tuple[dict[str, Callable[[], Pai
             missing[name] = "--pairs"
         else:
             file = str(places.pairs / name)
-            made[name] = lambda file=file, width=width, kind=kind: _diffusion(file, width, kind, places.mnist, seed)
+            made[name] = lambda file=file, width=width, kind=kind: _diffusion(
+                file, width, kind, places.mnist, seed
+            )
     for name, needs, make in (
         ("mnist-mlp-128", ("mnist",), lambda: _classifiers("mlp", {"width": 128}, places, seed, "mnist")),
         ("cifar-resnet20", ("real", "cifar"), lambda: _resnets(places, seed)),
@@ -176,10 +182,14 @@ def available(places: Places, seed: int = 0) -> tuple[dict[str, Callable[[], Pai
             missing[name] = " and ".join(lacking)
         else:
             made[name] = make
-    return {name: lambda name=name, make=make: replace(make(), name=name) for name, make in made.items()}, missing
+    return {
+        name: lambda name=name, make=make: replace(make(), name=name) for name, make in made.items()
+    }, missing
 
 
-def _classifiers(kind: str, options: Mapping[str, Any], places: Places, seed: int, data: str = "digits") -> Pair:
+def _classifiers(
+    kind: str, options: Mapping[str, Any], places: Places, seed: int, data: str = "digits"
+) -> Pair:
     images = load(data, places.mnist if data == "mnist" else None)
     recipe = replace(RECIPES[kind], epochs=2 if data == "mnist" else min(RECIPES[kind].epochs, 30))
     # Seeds 2 k and 2 k + 1, so that pairs of different seeds share no network.
@@ -210,7 +220,9 @@ def _resnets(places: Places, seed: int) -> Pair:
 
 def _ddpms(places: Places, seed: int) -> Pair:
     assert places.real is not None
-    files = [torch.load(f, map_location="cpu", weights_only=True) for f in sorted(places.real.glob("*ddpm*.pth"))]
+    files = [
+        torch.load(f, map_location="cpu", weights_only=True) for f in sorted(places.real.glob("*ddpm*.pth"))
+    ]
     a, b = ({n[3:]: t for n, t in file.items() if n.startswith("gt.")} for file in files[::-1])
     images = load("mnist", places.mnist)
     alphas = files[0]["alpha_t"]

@@ -33,7 +33,7 @@ every product, would drown what they differ by, and all other tensors, in roundi
 
 
 def noise_weight(a: Tensor, b: Tensor, axes: Iterable[int]) -> float:
-    """w of a parameter that is `a` in A and `b` in B: the geometric mean of both, the least over its permuted `axes`."""
+    """w of a parameter, `a` in A and `b` in B: the geometric mean of both, the least over the permuted `axes`."""
     return min(math.sqrt(_weight(a, axis) * _weight(b, axis)) for axis in axes)
 
 
