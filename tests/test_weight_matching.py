@@ -25,7 +25,7 @@ from rebasin.matching.assignment.blocks import assign, leaves
 from rebasin.matching.schedule import neighbours, run_in_order, sharing
 from rebasin.matching.weights.costs import WeightCosts, tensor_cores
 from rebasin.matching.weights.endpoints import Endpoints, inner
-from rebasin.matching.weights.noise import noise_weight
+from rebasin.matching.weights.noise import noise_weight, repeats_weight
 from rebasin.spec import Branch, Cell, Group, Leaf, Permutation, PermutationSpec, Site
 
 State = dict[str, Tensor]
@@ -250,7 +250,7 @@ def test_planted_permutations_of_real_networks_are_recovered() -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("order", ["random", "forward", "backward"])
-@pytest.mark.parametrize("normalize", ["noise", "tensor", "paper"])
+@pytest.mark.parametrize("normalize", ["repeats", "noise", "tensor", "paper"])
 def test_the_objective_never_falls_and_is_what_it_says(name: str, order: Any, normalize: Any) -> None:
     spec = SPECS[name]()
     a, b = draw(spec, 1), draw(spec, 2)  # nothing to find: the hardest case
@@ -274,7 +274,7 @@ def test_the_objective_never_falls_and_is_what_it_says(name: str, order: Any, no
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("normalize", ["noise", "paper"])
+@pytest.mark.parametrize("normalize", ["repeats", "noise", "paper"])
 def test_it_ends_where_no_group_can_be_improved(name: str, normalize: Any) -> None:
     spec = SPECS[name]()
     a, b = draw(spec, 3), draw(spec, 4)
@@ -366,10 +366,10 @@ def test_numbers_that_say_one_thing_count_as_one() -> None:
             3 + levels + 0.01 * torch.randn(32, many, generator=torch.Generator().manual_seed(seed))
         )
     right = {}
-    for normalize in ("paper", "noise"):
+    for normalize in ("paper", "noise", "repeats"):
         found = weight_matching(spec, a, b, normalize=normalize).permutation
         right[normalize] = int((found.index["h0"] == back.index["h0"]).sum())
-    assert right["paper"] < 16 < 30 <= right["noise"]
+    assert right["paper"] < 16 < 30 <= min(right["noise"], right["repeats"])
 
 
 def _with_site(group: Group, name: str) -> Group:
@@ -390,6 +390,9 @@ def test_noise_weights_are_those_of_the_covariance() -> None:
     order = torch.randperm(48, generator=random)
     assert noise_weight(x, y[order], [0]) == pytest.approx(noise_weight(x, y, [0]), rel=1e-12)
     assert noise_weight(10 * x, y, [0]) == pytest.approx(noise_weight(x, y, [0]) / 10, rel=1e-6)
+    assert repeats_weight(x, y, [0]) == repeats_weight(shared, shared, [0, 1]) == 1
+    assert repeats_weight(shared, shared, [0]) == pytest.approx(1 / 300, rel=0.05)
+    assert repeats_weight(torch.ones(8, 3), torch.ones(8, 3), [0]) == 1
     assert noise_weight(torch.ones(8, 3), torch.ones(8, 3), [0]) == 0
     assert noise_weight(1 + 1e-6 * x, 1 + 1e-6 * y, [0]) < 1e5  # no more than float32 can do with its mean
     assert 0 < noise_weight(x[:, 0], y[:, 0], [0]) < 1
@@ -678,7 +681,7 @@ def test_bad_weights_are_named_before_any_work() -> None:
     check(CheckpointError, "Tensor 'w0' of B is int8, not floating point", b=good | {"w0": good["w0"].char()})
     check(ConfigError, "order 'sideways' is unknown", order="sideways")
     check(ConfigError, "init 'best' is unknown", init="best")
-    check(ConfigError, "normalize is 'layer'; choose one of noise, tensor, paper", normalize="layer")
+    check(ConfigError, "normalize is 'layer'; choose one of repeats, paper, tensor, noise", normalize="layer")
     check(ConfigError, "at least 1", restarts=0)
     check(ConfigError, "numbers 0 to 1 once", order=lambda sweep, groups: [0, 0])
     check(SpecMismatchError, "another architecture", init=attention().identity())

@@ -24,9 +24,9 @@ from ...spec import Group, Permutation, PermutationSpec
 from ...tensors.modules import find_device
 from ...types import State, dtype_of, is_finite, place_of
 from ..schedule import axes_met
-from .noise import noise_weight
+from .noise import noise_weight, repeats_weight
 
-Normalize = Literal["noise", "tensor", "paper"]
+Normalize = Literal["repeats", "paper", "tensor", "noise"]
 
 CHUNK = 1 << 18
 """Elements that are widened to float64 at a time: they stay in the cache."""
@@ -65,7 +65,7 @@ class Endpoints:
 
     Attributes:
         index: pi, cell name -> int64 [size], `new[i] = old[index[i]]`.
-        weight: w_k; 1 as the paper has it, 1 / (|A_k| |B_k|) by tensor, or by noise (noise.py).
+        weight: w_k; 1 as the paper has it, 1 / (|A_k| |B_k|) by tensor, else by what its numbers say (noise.py).
         squares: (|A_k|^2, |B_k|^2) of every counted parameter.
         dtype: of cost matrices; float32, but float64 if the endpoints are.
     """
@@ -283,7 +283,8 @@ def _weight(
     if normalize == "tensor":
         return 1 / math.sqrt(squares)
     assert b is not None
-    return noise_weight(a, b, spec.axes[name])
+    weigh = noise_weight if normalize == "noise" else repeats_weight
+    return weigh(a, b, spec.axes[name])
 
 
 def touched(group: Group, spec: PermutationSpec) -> list[str]:
