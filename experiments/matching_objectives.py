@@ -281,9 +281,9 @@ def cell(kept: Mapping[str, Any], name: str, reset: bool, naive: float) -> str:
     return f"{barrier_of(kept[name], reset) / naive:.3f}" if name in kept else ""
 
 
-def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+def table(found: Mapping[str, Mapping[str, Any]], show: Sequence[str] = OBJECTIVES) -> str:
     """Shares of naive, pairs down and objectives across; below, the means of the pairs that an objective has."""
-    names = [n for n in OBJECTIVES if any(n in kept for kept in found.values())]
+    names = [n for n in show if any(n in kept for kept in found.values())]
     lines = []
     for pair, kept in found.items():
         for reset in (False, True) if "reset" in kept["naive"]["runs"][0] else (False,):
@@ -325,6 +325,7 @@ def main(
     points: Annotated[int, typer.Option(help="points of the line")] = 11,
     seeds: Annotated[int, typer.Option(help="descents of each objective")] = 1,
     seed: Annotated[int, typer.Option(help="of the trainings and the data")] = 0,
+    show: Annotated[str, typer.Option(help="objectives in the table; default: all")] = "",
     json_file: Annotated[Path, typer.Option("--json", help="the log, which is gone on with")] = Path(
         "docs/experiments/matching_objectives.json"
     ),
@@ -356,7 +357,7 @@ def main(
             share = f"{now:.4f}, {now / naive:.1%} of naive"
             console.print(f"{key}, {objective}: {share}, {run['moved']} moved, {run['seconds']:.1f} s")
             write_text(json_file, json.dumps(log, indent=1) + "\n")
-    console.print(table(log["pairs"]))
+    console.print(table(log["pairs"], show.split(",") if show else OBJECTIVES))
     for sentence in told(log["pairs"]):
         console.print(sentence)
 

@@ -101,7 +101,7 @@ def main(
     mnist: Mnist = None,
     cifar: Cifar = None,
     only: Annotated[str, typer.Option(help="names of pairs, with , between")] = ",".join(NAMES),
-    steps: Annotated[int, typer.Option(help="of the searches by the loss")] = 40,
+    steps: Annotated[int, typer.Option(help="of the searches by the loss")] = 20,
     points: Annotated[int, typer.Option(help="points of the line")] = 11,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
     json_file: Annotated[Path, typer.Option("--json", help="the log, which is gone on with")] = Path(
