@@ -30,7 +30,7 @@ def _always_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nearness, "WORTH", 0.0)
 
 
-@pytest.mark.parametrize("normalize", [None, "tensor"])
+@pytest.mark.parametrize("normalize", ["repeats", "noise", "tensor", "paper"])
 @pytest.mark.parametrize("name", [n for n in SPECS if n not in ("recurrent", "bilinear")])
 @pytest.mark.parametrize("permuted", [False, True])
 def test_what_is_proved_is_the_exact_assignment(name: str, normalize, permuted: bool, monkeypatch) -> None:

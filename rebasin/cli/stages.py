@@ -152,7 +152,9 @@ def require_unet(request: Request, components: Sequence[str]) -> None:
     if request.joint and ("unet" not in components or not set(components) & set(PARTS) - {"unet"}):
         raise ConfigError(f"--joint needs a UNet and a text encoder in all models; they have {have}.")
     if request.fix_clip and not any(name.startswith("text_encoder") for name in components):
-        raise ConfigError(f"--fix-clip repairs a text encoder of Stable Diffusion, but the models have {have}.")
+        raise ConfigError(
+            f"--fix-clip repairs a text encoder of Stable Diffusion, but the models have {have}."
+        )
 
 
 def require_permutation(request: Request, model: Checkpoint, components: Sequence[str]) -> None:

@@ -81,7 +81,9 @@ class PermutationCoordinateDescent:
     def calculate_permutations(self, max_iterations: int = 100) -> None:
         """Find the permutation; `result` has it with its objective and history."""
         states = self.model_a.state_dict(), self.model_b.state_dict()
-        self.result = weight_matching(self.spec, *states, init="forward", max_sweeps=max_iterations)
+        self.result = weight_matching(
+            self.spec, *states, init="forward", normalize="paper", max_sweeps=max_iterations
+        )
         if self.logging_level <= logging.INFO:
             logging.getLogger(__name__).log(
                 self.logging_level, "%d of %d neurons move.", self.result.moved, self.spec.neurons

@@ -95,8 +95,8 @@ class MatchResult(Found):
 
     Attributes:
         permutation: the best that was found.
-        objective: `sum <A, pi(B)>` over the parameters that the spec permutes (of unit vectors if
-        normalised).
+        objective: `sum w <A, pi(B)>` over the parameters that the spec permutes; w is 1 as the paper has it, else the
+            weights that `normalize` gives each of them.
         history: the sweeps of the attempt that found it.
         converged: no single group can be improved any more: each was looked at after the last change of what
             its costs depend on. False if `max_sweeps` ended the search.

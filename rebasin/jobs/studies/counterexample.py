@@ -58,7 +58,7 @@ def study(cfg: DictConfig, console: Console, points: int = 21) -> list[dict[str,
         spec = trace(model, x[:2])
         verify(model, spec, x[:2]).require()
     with console.stage("align"):
-        chosen = weight_matching(spec, A, B, init="identity", seed=cfg.seed).permutation
+        chosen = weight_matching(spec, A, B, init="identity", normalize="paper", seed=cfg.seed).permutation
     cells = list(spec.cells)
     rows = []
     with console.stage("evaluate"):

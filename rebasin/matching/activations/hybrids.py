@@ -47,7 +47,7 @@ def activation_then_weight(
     forward: Forward | None = None,
     order: Order = "random",
     max_sweeps: int = 100,
-    normalize: Normalize | None = None,
+    normalize: Normalize = "repeats",
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,

@@ -122,7 +122,7 @@ class _Run:
 
     def __post_init__(self, match: Mapping[str, Any]) -> None:
         check_range(0, seed=self.seed)
-        self.options = match_options(match)
+        self.options = {**match_options(match), "normalize": "paper"}
         self.models = Models(self.spec, self.states, self.weights)
 
     def bring(self, a: Any, b: Any, model: int, total: int) -> tuple[Permutation, float]:

@@ -97,7 +97,11 @@ def matched(
     start: str | None,
     options: Mapping[str, Any],
 ) -> MatchResult:
-    """Match a model to the mean from `start`, unless that is for the worse, or from where it is `before`."""
+    """Match a model to the mean from `start`, unless that is for the worse, or from where it is `before`.
+
+    By the paper's objective: what falls is the distance from the mean.
+    """
+    options = {**options, "normalize": "paper"}
     if start is not None:
         found = weight_matching(spec, mean, state, init=start, **options)  # pyright: ignore[reportArgumentType]
         if before is None or found.objective > found.initial_objective:

@@ -713,7 +713,7 @@ def _sweep(pair: Pair, seed: int) -> Iterator[Update]:
                 yield Update(one.group.name, pair.objective - before, moved)
     if new := [group for group in plain if is_new("p " + group.name, group)]:
         part = PermutationSpec(tuple(new), pair.spec.shapes, pair.spec.buffers, pair.spec.aliases)
-        found = weight_matching(part, pair.a, pair.b, init="identity", seed=seed)
+        found = weight_matching(part, pair.a, pair.b, init="identity", seed=seed, normalize="paper")
         gained = found.objective - found.initial_objective
         moved = pair.permute(found.permutation.index)
         for group in new:

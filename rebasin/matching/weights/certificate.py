@@ -23,7 +23,7 @@ def exchange_losses(
     state_b: State,
     permutation: Permutation,
     *,
-    normalize: Normalize | None = None,
+    normalize: Normalize = "repeats",
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """For each group the least that the objective loses when two exchangeable neurons of it change places.

@@ -24,8 +24,9 @@ from ...spec import Group, Permutation, PermutationSpec
 from ...tensors.modules import find_device
 from ...types import State, dtype_of, is_finite, place_of
 from ..schedule import axes_met
+from .noise import noise_weight, repeats_weight
 
-Normalize = Literal["tensor"]
+Normalize = Literal["repeats", "paper", "tensor", "noise"]
 
 CHUNK = 1 << 18
 """Elements that are widened to float64 at a time: they stay in the cache."""
@@ -64,7 +65,7 @@ class Endpoints:
 
     Attributes:
         index: pi, cell name -> int64 [size], `new[i] = old[index[i]]`.
-        weight: w_k; 1, or 1 / (|A_k| |B_k|) if normalised by tensor.
+        weight: w_k; 1 as the paper has it, 1 / (|A_k| |B_k|) by tensor, else by what its numbers say (noise.py).
         squares: (|A_k|^2, |B_k|^2) of every counted parameter.
         dtype: of cost matrices; float32, but float64 if the endpoints are.
     """
@@ -75,7 +76,7 @@ class Endpoints:
         state_a: State,
         state_b: State,
         *,
-        normalize: Normalize | None = None,
+        normalize: Normalize = "paper",
         device: torch.device | str = "cpu",
         checked: Mapping[str, float] | None = None,
     ) -> None:
@@ -100,6 +101,7 @@ class Endpoints:
         )
         self.dtype = torch.float64 if wide else torch.float32
         self.squares: dict[str, tuple[float, float]] = {}
+        self.weight: dict[str, float] = {}
         self._naive_dots: dict[str, float] = {}
         for name in spec.axes:
             if checked is not None and name in checked:
@@ -114,13 +116,10 @@ class Endpoints:
                 require_finite(bb, b, kind, lambda name=name: place_of(state_b, self._key_b[name], "B"))
             if name not in spec.buffers:
                 self.squares[name] = aa, bb
+                self.weight[name] = _weight(spec, name, a, b, aa * bb, normalize)
                 if ab is not None:
                     self._naive_dots[name] = ab
         self._dots = dict(self._naive_dots)
-        self.weight = {
-            name: 1.0 if normalize is None or aa * bb == 0 else 1 / math.sqrt(aa * bb)
-            for name, (aa, bb) in self.squares.items()
-        }
 
     def a(self, name: str) -> Tensor:
         """A's tensor `name`, on the device, in its own dtype."""
@@ -273,6 +272,19 @@ class Endpoints:
     def _reindex(self, index: Mapping[str, np.ndarray]) -> None:
         for cell, relative in index.items():
             self.index[cell] = self.index[cell][relative]
+
+
+def _weight(
+    spec: PermutationSpec, name: str, a: Tensor, b: Tensor | None, squares: float, normalize: Normalize
+) -> float:
+    """How much a tensor counts; `squares` is |a|^2 |b|^2. Only the paper's needs no b."""
+    if normalize == "paper" or squares == 0:
+        return 1.0
+    if normalize == "tensor":
+        return 1 / math.sqrt(squares)
+    assert b is not None
+    weigh = noise_weight if normalize == "noise" else repeats_weight
+    return weigh(a, b, spec.axes[name])
 
 
 def touched(group: Group, spec: PermutationSpec) -> list[str]:

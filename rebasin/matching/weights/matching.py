@@ -9,10 +9,10 @@ and with all groups but one held fixed that is a linear assignment (costs.py), s
 (assignment/blocks.py). Doing so for one group after the other never lowers the objective and ends where no single
 group can be improved.
 
-What differs from the paper's code: block structure (heads, GroupNorm) is respected and solved exactly; a
-group is looked at again only if something that its costs depend on has changed, so the end is proved, not
-guessed from a sweep without progress; cost matrices are float32, but every gain is measured on the weights
-in float64 before it is accepted.
+What differs from the paper's code: what a tensor repeats counts once (noise.py; not with `normalize="paper"`);
+block structure (heads, GroupNorm) is respected and solved exactly; a group is looked at again only if something that
+its costs depend on has changed, so the end is proved, not guessed from a sweep without progress; cost matrices are
+float32, but every gain is measured on the weights in float64 before it is accepted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def weight_matching(
     seed: int = 0,
     max_sweeps: int = 100,
     restarts: int = 1,
-    normalize: Normalize | None = None,
+    normalize: Normalize = "repeats",
     device: torch.device | str = "cpu",
     workers: int | None = None,
     tf32: bool = False,
@@ -85,8 +85,9 @@ def weight_matching(
         max_sweeps: give up then, with `converged=False`.
         restarts: that many descents, each with orders of its own (from a random start if nothing else would
             differ); the best is returned.
-        normalize: None, or "tensor": each parameter counts as if its norm were 1 in A and in B, so that large
-            tensors do not outweigh small ones.
+        normalize: how much each parameter counts. "repeats": all numbers alike, but what a tensor repeats (gains for
+            every pixel that say one thing of a channel) as if it were written down once. "paper": all numbers alike.
+            "tensor": each as if its norm were 1 in A and in B. "noise": each by signal over noise (noise.py).
         device: where cost matrices are computed, unless they are so small that the CPU is quicker (`where_quicker`);
             assignments are solved on the CPU.
         workers: groups that share no tensor are updated by that many threads; the result is that of one.
@@ -121,7 +122,7 @@ def weight_matching(
         "order": told(order),
         "seed": str(seed),
         "restarts": str(restarts),
-        "normalize": str(normalize),
+        "normalize": normalize,
     }
     finished: tuple[float, ...] = ()
     best: Attempt | None = None
