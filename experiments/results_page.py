@@ -103,6 +103,17 @@ def joined(*parts: Callable[[], Found]) -> Callable[[], Found]:
     return read
 
 
+def real(name: str) -> Callable[[], Found]:
+    """The rows of a pair of `experiments.real_pairs`."""
+
+    def read() -> Found:
+        own = json.loads((LOGS / "real_pairs.json").read_text())["pairs"].get(name, {})
+        there = [a for a in ("naive", *ALGORITHMS) if "plain" in own.get(a, {})]
+        return {a: (own[a]["plain"]["barrier"], own[a]["seconds"], 1) for a in there}
+
+    return read
+
+
 BOTH, ALL = "permutation by both costs", "all maps, {} steps"
 LEADERBOARD = (
     Pair(
@@ -149,6 +160,10 @@ LEADERBOARD = (
                 "activation_and_weight": "both costs", "ste": "STE", "weight_alignment": "weights, maps",
             }),
         ), "python -m experiments.learned_transformers vit --data fashion_mnist",
+    ),
+    Pair(
+        "MNIST diffusion model, two public trainings", real("mnist-ddpm"),
+        "python -m experiments.real_pairs --real FOLDER --mnist mnist.npz",
     ),
     Pair(
         "GPT, the language reference of Python", log("learned_gpt", {
