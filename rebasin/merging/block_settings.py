@@ -216,7 +216,10 @@ def _unknown(part: str, names: Sequence[str], blocks: Blocks) -> str:
     own = list(blocks.order)
     near = difflib.get_close_matches(part, [*own, *modules, *KINDS, *preset_names()], n=3)
     hint = f"did you mean {' or '.join(near)}? There" if near else "there"
-    layers = f"the blocks {listed(own)}, " if own else ""
+    if blocks.kind == "layers":  # names are long, so one will do, where none is near
+        layers = f"blocks such as {own[0]}, " if own and not near else ""
+    else:
+        layers = f"the blocks {listed(own)}, "
     return (
         f"The block weight {shown(part)} is no block, module or kind of this model; {hint} are {layers}the modules"
         f" {', '.join(modules[:4])} and others, and the kinds {', '.join(KINDS)}."
