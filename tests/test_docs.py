@@ -52,3 +52,11 @@ def test_files_that_a_page_names_exist(page: str) -> None:
     }
     for name in re.findall(r"`XX`", text):
         assert any(path == name or path.endswith(f"/{name}") for path in known), f"{page} names {name}"
+
+
+def test_the_results_are_those_of_the_stored_logs() -> None:
+    from experiments.results_page import PAGE, written
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert written(text) == text, "run python -m experiments.results_page"
+    assert len(text.splitlines()) <= 250
