@@ -8,14 +8,17 @@ stays. Which of these it is, its distances tell: of a few tensors that moved, fr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
 
 from ..checkpoints import Checkpoint
 from ..types import State, shape_of
 from .alignment import Alignment
 from .inputs import parts
 
-TENSORS, NUMBERS = 16, 4_000_000
-"""How many tensors of a component are looked at, at most so large."""
+TENSORS = 16
+"""How many tensors of a component are looked at."""
 
 
 def placed(
@@ -65,23 +68,15 @@ def _acts(one: Alignment, component: str) -> bool:
 
 
 def _chosen(state: State, moved: State) -> list[str]:
-    """The names of a few tensors in the two that are not the same in both, spread over all of them."""
-    names = [n for n in state if n in moved and 0 < _numbers(state, n) <= NUMBERS] or list(state)
-    step = max(1, len(names) // (4 * TENSORS))
-    found = []
-    for name in names[::step]:
+    """The names of a few tensors that are not the same in the two: matrices before vectors, the smallest first."""
+    shapes = {name: shape_of(state, name) for name in state}
+    found: list[str] = []
+    for name in sorted(shapes, key=lambda name: (len(shapes[name]) < 2, prod(shapes[name]))):
+        if not torch.equal(state[name].float(), moved[name].float()):
+            found.append(name)
         if len(found) == TENSORS:
             break
-        if not bool((state[name].float() == moved[name].float()).all()):
-            found.append(name)
     return found
-
-
-def _numbers(state: State, name: str) -> int:
-    count = 1
-    for size in shape_of(state, name):
-        count *= size
-    return count
 
 
 def _distance(a: State, b: State | None, names: Sequence[str]) -> float:
