@@ -77,7 +77,7 @@ def repaired(
 
 def table(rows: list[Row]) -> str:
     """The mean over pairs: a row for each norm, a column for each repair, accuracy of the midpoint (barrier)."""
-    head = "| norm | A and B | merge | none | reset | rescale (REPAIR) | closed form | least squares |"
+    head = "| norm | A and B | merge | none | reset | rescale (REPAIR) | closed form | least squares | ZipIt |"
     lines = []
     for norm in NETWORKS:
         for merge in ("naive", "aligned"):
@@ -92,7 +92,7 @@ def table(rows: list[Row]) -> str:
                 )
                 cells.append(told)
             lines.append([norm, f"{mean(row['ends'] for row in own):.1%}", merge, *cells])
-    return markdown(head, "|:--|--:|:--|" + "--:|" * 4, lines)
+    return markdown(head, "|:--|--:|:--|" + "--:|" * (1 + len(REPAIRS)), lines)
 
 
 def main(

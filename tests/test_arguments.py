@@ -28,6 +28,7 @@ from rebasin.files import config_dir
 from rebasin.merging.least_squares import repair_least_squares
 from rebasin.merging.repair import repair, reset_statistics
 from rebasin.merging.repair_closed_form import repair_closed_form
+from rebasin.merging.zipit import repair_zipit
 from rebasin.objectives import CrossEntropy, Denoising, Distillation, Reward
 from rebasin.spec import Alignment, Permutation, PermutationSpec
 from rebasin.types import LazyState, State, supply
@@ -89,6 +90,7 @@ CALLS: dict[Callable[..., Any], Mapping[str, Any]] = {
     repair: REPAIRED,
     repair_closed_form: REPAIRED,
     repair_least_squares: REPAIRED,
+    repair_zipit: REPAIRED,
     reset_statistics: dict(model=A, state=W, batches=BATCHES),
     objectives.teach: dict(problem=NOISE, model_a=A, model_b=B, conditions=[], shape=(4,)),
     CrossEntropy: {},

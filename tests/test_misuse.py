@@ -29,6 +29,7 @@ from rebasin.merging import diagonal_fisher, interpolate, merge
 from rebasin.merging.least_squares import repair_least_squares
 from rebasin.merging.repair import repair, reset_statistics
 from rebasin.merging.repair_closed_form import repair_closed_form
+from rebasin.merging.zipit import repair_zipit
 from rebasin.models.cache import trained
 from rebasin.objectives import CrossEntropy, checked
 from rebasin.objectives.base import mean_over_batches
@@ -130,6 +131,7 @@ ON_STATES: dict[str, Callable[[Any], Any]] = {
     "repair, merge": lambda s: repair(SPEC, A, s, [W, W], BATCHES),
     "repair_closed_form": lambda s: repair_closed_form(SPEC, A, W, [W, s], BATCHES),
     "repair_least_squares": lambda s: repair_least_squares(SPEC, A, W, [W, s], BATCHES),
+    "repair_zipit": lambda s: repair_zipit(SPEC, A, W, [W, s], BATCHES),
     "reset_statistics": lambda s: reset_statistics(A, s, BATCHES),
     "compare": lambda s: compare(A, error_of, BATCHES, [W, s], {"merge": W}),
 }
@@ -291,6 +293,7 @@ ON_DEVICE: dict[str, Callable[[], Any]] = {
     "repair": lambda: repair(SPEC, A, W, [W, W], BATCHES, device=ABSENT),
     "repair_closed_form": lambda: repair_closed_form(SPEC, A, W, [W, W], BATCHES, device=ABSENT),
     "repair_least_squares": lambda: repair_least_squares(SPEC, A, W, [W, W], BATCHES, device=ABSENT),
+    "repair_zipit": lambda: repair_zipit(SPEC, A, W, [W, W], BATCHES, device=ABSENT),
     "reset_statistics": lambda: reset_statistics(A, W, BATCHES, device=ABSENT),
     "trained": lambda: trained("mlp", classification.load("digits"), device=ABSENT),
     "Evaluator": lambda: Evaluator(A, [W, W], device=ABSENT),

@@ -31,12 +31,14 @@ REPAIRED: dict[How, str] = {
     "rescale": "REPAIR",
     "closed_form": "closed form",
     "least_squares": "least squares",
+    "zipit": "zipped",
 }
 """What can be done to a merge, as its row is called."""
 
 
 def _plan(job: Session, planned: stages.Material) -> str:
     cfg, task, combination = job.cfg, planned.task, planned.combination
+    _repairs(cfg, len(task.labels))
     then = "" if combination.is_mean else f", then {combination.words}"
     return (
         f"\nWould verify the specs of {', '.join(planned.specs)};\nmerge {len(task.labels)} models"
@@ -49,6 +51,7 @@ def _plan(job: Session, planned: stages.Material) -> str:
 def _work(job: Session, planned: stages.Material) -> Results:
     cfg, task, spec, combination = job.cfg, planned.task, planned.spec, planned.combination
     name = planned.algorithm.name
+    ways = _repairs(cfg, len(task.labels))
     checks = stages.verify_all(job, task, planned.specs, planned.algorithm.maps)
     states = stages.endpoints(job, task)
     stages.draw_blocks(job, combination)
@@ -62,7 +65,7 @@ def _work(job: Session, planned: stages.Material) -> Results:
         members = result.members(states)
         job.say(f"weights {', '.join(f'{w:.3g}' for w in result.weights)}")
     with job.stage("repair"):
-        merges = _merges(cfg, planned, states, result)
+        merges = _merges(cfg, planned, states, result, ways)
         job.say(", ".join(merges))
     with job.stage("evaluate"):
         rows = {
@@ -105,7 +108,11 @@ def _movers(result: ManyResult) -> Sequence[Permutation | Alignment]:
 
 
 def _merges(
-    cfg: DictConfig, planned: stages.Material, states: Sequence[State], result: ManyResult
+    cfg: DictConfig,
+    planned: stages.Material,
+    states: Sequence[State],
+    result: ManyResult,
+    ways: Sequence[How],
 ) -> dict[str, State]:
     """Name -> state: the plain mean and the merge; with `repair` each of them again after a reset of statistics (if
     there are any), after REPAIR, and after REPAIR in closed form, with the goals of its own members.
@@ -122,7 +129,6 @@ def _merges(
         merged = combination(task, members, seed=cfg.seed, device=cfg.device)
         found[combination.method.name] = dict(merged), members
     merges: dict[str, State] = {name: state for name, (state, _) in found.items()}
-    ways = _repairs(cfg)
     if not ways or not hasattr(task.objective, "logits"):
         return merges
     batches = task.batches["train"]
@@ -134,8 +140,8 @@ def _merges(
     return merges
 
 
-def _repairs(cfg: DictConfig) -> tuple[How, ...]:
-    """The ways of `algo.repair`: true is a reset and REPAIR, false none."""
+def _repairs(cfg: DictConfig, models: int) -> tuple[How, ...]:
+    """The ways of `algo.repair` for so many models: true is a reset and REPAIR, false none."""
     chosen = cfg.algo.get("repair", True)
     if isinstance(chosen, bool) or chosen is None:
         return REPAIRS[:2] if chosen else ()
@@ -144,6 +150,10 @@ def _repairs(cfg: DictConfig) -> tuple[How, ...]:
     if unknown:
         raise ConfigError(
             f"algo.repair has {unknown[0]!r}; it takes true, false or some of {', '.join(REPAIRS)}."
+        )
+    if "zipit" in ways and models != 2:
+        raise ConfigError(
+            f"algo.repair has 'zipit', which pairs the neurons of two models, but this run has {models}."
         )
     return tuple(how for how in REPAIRS if how in ways)
 

@@ -45,11 +45,12 @@ from .neuron_moments import (
     working_copy,
 )
 from .repair_closed_form import repair_closed_form
+from .zipit import repair_zipit, zippable
 
-How = Literal["reset", "rescale", "closed_form", "least_squares"]
+How = Literal["reset", "rescale", "closed_form", "least_squares", "zipit"]
 REPAIRS: tuple[How, ...] = get_args(How)
-"""What can be done to a merge, from the mildest: statistics of BatchNorm, REPAIR, REPAIR in closed form, new layers by
-least squares.
+"""What can be done to a merge, from the mildest: statistics of BatchNorm, REPAIR, REPAIR in closed form; and what makes
+another network of the members: new layers by least squares, or neurons that are pairs of theirs.
 """
 
 
@@ -112,6 +113,9 @@ def unfit(spec: PermutationSpec, model: nn.Module, how: How) -> str | None:
             if solvable(model)[0]
             else "it has no linear layer and no convolution with a weight of its own"
         )
+    if how == "zipit":
+        found = zippable(spec, model)[0]
+        return None if found else "all its neurons lie in heads, blocks or modules that are not torch's own"
     if batch_norms(model):
         return None
     if how == "reset":
@@ -140,7 +144,8 @@ def repair(
     REPAIR, does that first, and then rescales and shifts the outputs of linear layers, convolutions and norms that have
     a weight and a bias and whose neurons the spec permutes, to the members' mean and standard deviation: one pass for
     each member, and one for each layer. "closed_form" approximates it without running the merge. "least_squares" solves
-    for linear layers and convolutions anew (`repair_least_squares`, PLeaS), then collects the statistics.
+    for linear layers and convolutions anew (`repair_least_squares`, PLeaS), "zipit" pairs the neurons of two members,
+    also inside one (`repair_zipit`); both then collect the statistics.
 
     Args:
         spec: the architecture's symmetries: they tell which neurons are hidden.
@@ -168,10 +173,9 @@ def repair(
             spec, model, merged, members, batches, weights=weights, forward=forward, device=device
         )
     batches = list(batches)
-    if how == "least_squares":
-        made = repair_least_squares(
-            spec, model, merged, members, batches, weights=weights, forward=forward, device=device
-        )
+    if how in ("least_squares", "zipit"):
+        work = repair_least_squares if how == "least_squares" else repair_zipit
+        made = work(spec, model, merged, members, batches, weights=weights, forward=forward, device=device)
         fresh = reset_statistics(model, made.state, batches, forward=forward, device=device)
         return replace(made, state=fresh, reset=bool(batch_norms(model)), seconds=perf_counter() - began)
     call = forward or call_model

@@ -38,8 +38,8 @@ from ...spec import (
 )
 from ...tensors.memory import duplicate
 from ...tensors.modules import Forward
+from ...tensors.places import Place, known_places, owner_of
 from ...types import Progress
-from ..activations.hook_sites import Place, known_places, owner_of
 from ..activations.matching import match_statistics
 from ..activations.moments import Moments
 from ..activations.statistics import TOKENS, ActivationStatistics, Precision, activation_statistics
