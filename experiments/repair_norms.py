@@ -77,7 +77,9 @@ def repaired(
 
 def table(rows: list[Row]) -> str:
     """The mean over pairs: a row for each norm, a column for each repair, accuracy of the midpoint (barrier)."""
-    head = "| norm | A and B | merge | none | reset | rescale (REPAIR) | closed form | least squares | ZipIt |"
+    head = (
+        "| norm | A and B | merge | none | reset | rescale (REPAIR) | closed form | least squares | ZipIt |"
+    )
     lines = []
     for norm in NETWORKS:
         for merge in ("naive", "aligned"):

@@ -187,8 +187,13 @@ def test_matching_ends_as_without_them(name: str, init: str, monkeypatch: pytest
     assert results[0].converged
 
 
+@pytest.mark.parametrize("pending", [None, 0, 500], ids=["held", "made anew", "some of each"])
 @pytest.mark.parametrize("name", SPECS)
-def test_a_pair_depends_on_the_permutation_not_on_the_way_to_it(name: str) -> None:
+def test_a_pair_depends_on_the_permutation_not_on_the_way_to_it(
+    name: str, pending: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if pending is not None:
+        monkeypatch.setattr("rebasin.matching.weights.endpoints.PENDING", pending)
     spec = SPECS[name]()
     a, b = draw(spec, 1), draw(spec, 2)
     before: State = {n: t.clone() for n, t in b.items()}

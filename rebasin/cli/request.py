@@ -198,7 +198,9 @@ class Request:
     ] = True
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace the output file if it exists."),
+        typer.Option(
+            "--overwrite", help="Replace the output if it exists and is a file; a folder is never replaced."
+        ),
     ] = False
     dry_run: Annotated[
         bool,

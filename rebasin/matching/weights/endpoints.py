@@ -8,10 +8,9 @@ memory. Of a large B some are held, the others are read and permuted each time t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 from typing import Literal
 
@@ -34,6 +33,9 @@ CHUNK = 1 << 18
 HELD = 3 << 30
 """Bytes of B's tensors that are held when they have moved, on the CPU; the largest of a larger B are not."""
 
+PENDING = 1 << 28
+"""Bytes of new values that a proposed move holds; the rest is put together anew if it is made."""
+
 FAR = 1e-3
 """Squared distances above this share of the squared norms follow from inner products without loss of digits."""
 
@@ -49,10 +51,11 @@ class Slices:
 
 @dataclass(frozen=True)
 class Move:
-    """A group's rearrangement, computed but not yet made: what changes in which tensor (None: not held), what each
+    """A rearrangement of `group`, computed but not yet made: what changes in which tensor (None: not held), what each
     inner product gains by that, and the objective.
     """
 
+    group: Group
     slices: Mapping[str, Slices | None]
     gains: Mapping[str, float]
     gain: float
@@ -158,6 +161,11 @@ class Endpoints:
         return self._kept.setdefault((side, name), tensor.to(self.device))  # over the bus once
 
     @property
+    def is_large(self) -> bool:
+        """Whether memory is short: some of B's tensors are not held."""
+        return bool(self._followed)
+
+    @property
     def permutation(self) -> Permutation:
         """A copy of pi."""
         return Permutation.trusted(self.spec, {name: index.copy() for name, index in self.index.items()})
@@ -211,23 +219,28 @@ class Endpoints:
         """
         slices: dict[str, Slices | None] = {}
         gains: dict[str, float] = {}
+        pending = 0
         for name, changed, old in self._rearranged(group, index):
             a = self.a(name)
             if changed.places is not None:
                 a = a.index_select(changed.axis, changed.places)
                 old = old.index_select(changed.axis, changed.places)
-            slices[name] = None if name in self._followed else changed
+            pending += changed.values.nbytes
+            slices[name] = None if name in self._followed or pending > PENDING else changed
             # <a, new> - <a, old>, float64
             gains[name] = _summed([x.dot(z.sub_(y)) for x, y, z in _chunks(a, old, changed.values)])
-        return Move(slices, gains, math.fsum(self.weight[name] * gain for name, gain in gains.items()))
+        return Move(group, slices, gains, math.fsum(self.weight[name] * gain for name, gain in gains.items()))
 
     def make(self, move: Move, index: Mapping[str, np.ndarray]) -> None:
         """Carry out a proposed move."""
+        before = {name: dot for name in move.slices if (dot := self._dots.get(name)) is not None}
+        again = {name for name, changed in move.slices.items() if changed is None} - self._followed
         for name, changed in move.slices.items():
-            dot = self._dots.get(name)
+            if name not in again:
+                self._change(name, changed)
+        for name, changed, _ in self._rearranged(move.group, index, again):
             self._change(name, changed)
-            if dot is not None:
-                self._dots[name] = dot + move.gains[name]
+        self._dots.update({name: dot + move.gains[name] for name, dot in before.items()})
         self._reindex(index)
 
     def move(self, group: Group, index: Mapping[str, np.ndarray]) -> None:
@@ -237,12 +250,12 @@ class Endpoints:
         self._reindex(index)
 
     def _rearranged(
-        self, group: Group, index: Mapping[str, np.ndarray]
+        self, group: Group, index: Mapping[str, np.ndarray], names: Collection[str] | None = None
     ) -> Iterator[tuple[str, Slices, Tensor]]:
-        """(name, what changes, tensor as it is) for each tensor that is not the same afterwards."""
+        """(name, what changes, tensor as it is) for each tensor, or those of `names`, that is not the same afterwards."""
         own = {cell.name: index[cell.name] for cell in group.cells}
         relative = Permutation.trusted(self.spec, {**self.spec.identity().index, **own})
-        for name in touched(group, self.spec):
+        for name in touched(group, self.spec) if names is None else names:
             moves = relative.axes_of(name)
             if not moves:
                 continue
@@ -345,18 +358,6 @@ def _chunks(*tensors: Tensor) -> Iterator[list[Tensor]]:
         for start in range(0, total, size):
             length = min(size, total - start)
             yield [w[:length].copy_(t[start : start + length]) for w, t in zip(wide, flat, strict=True)]
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Let glibc hold on to up to 64 MB of freed memory, once for the process; elsewhere nothing happens.
-
-    It gives freed memory back to the system at once, and the pages of the next matrix of the same size have to be
-    provided anew, a fifth of the time of matching a small network, until it has seen a large block freed: then it takes
-    blocks up to that size to be in steady use (mallopt(3), M_MMAP_THRESHOLD). So a block of 32 MB, the largest that
-    counts, is asked for and freed, without being written to.
-    """
-    np.empty((1 << 25) - (1 << 16), dtype=np.uint8)
 
 
 @contextmanager

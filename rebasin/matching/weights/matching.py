@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ...arguments import check_choices, check_range, typed
 from ...spec import Group, Indices, Node, PermutationSpec, displaced
+from ...tensors.free_memory import keep_freed_memory, return_freed_memory
 from ...tensors.modules import find_device
 from ...types import Progress, State, tell
 from ..assignment.blocks import Costs, assign, independent, leaves
@@ -40,7 +41,7 @@ from ..resume_state import told
 from ..schedule import Order, axes_met, neighbours, order_of, run_in_order, sharing
 from .accelerator import Accelerator
 from .costs import WeightCosts, tensor_cores
-from .endpoints import Endpoints, Move, Normalize, keep_freed_memory, touched
+from .endpoints import Endpoints, Move, Normalize, touched
 from .estimate import where_quicker
 from .initial import Init, Visits, start
 from .nearness import arrangement
@@ -112,8 +113,8 @@ def weight_matching(
     check_choices(normalize=(normalize, Normalize))
     device = where_quicker(spec, find_device(device))
     workers = workers or workers_for(device)
-    keep_freed_memory()
     pair = Endpoints(spec, state_a, state_b, normalize=normalize, device=device)
+    (return_freed_memory if pair.is_large else keep_freed_memory)()
     initial_objective, distance_before = pair.objective, pair.distance
     options = {
         "architecture": spec.hash,

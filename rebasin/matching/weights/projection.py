@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from ...spec import Permutation, PermutationSpec
+from ...tensors.free_memory import keep_freed_memory
 from ...types import State
 from ..schedule import order_of
 from .accelerator import Accelerator, Memory
 from .costs import WeightCosts, tensor_cores
-from .endpoints import Endpoints, keep_freed_memory
+from .endpoints import Endpoints
 from .estimate import where_quicker
 from .initial import Visits
 from .matching import sweeps, workers_for
