@@ -85,13 +85,13 @@ def keep_freed_memory() -> None:
 
 @cache
 def return_freed_memory() -> None:
-    """Let glibc give every freed block of more than 1 MB back to the system, from now on; elsewhere nothing happens.
+    """Let glibc give every freed block of more than 8 MB back to the system, from now on; elsewhere nothing happens.
 
     Of a large model tensors of 10 to 30 MB are read, moved and held in turn. They would come from the heap, between
     others that stay, and what is freed there is lost to the system (mallopt(3), M_MMAP_THRESHOLD).
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 23)
 
 
 _M_MMAP_THRESHOLD = -3
