@@ -5,7 +5,7 @@
 
 Nothing is computed here but means and shares. `<!-- table: NAME -->` is the table and the first figure of the sweep of
 that name, as `python -m rebasin.report` makes them; `leaderboard` has a line for each pair below, `width_law` is
-that of `experiments.width_law`.
+that of `experiments.width_law`, `readme` that of `experiments.readme_figures`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rebasin.files import write_text
 from rebasin.reporting.sweep import load
 from rebasin.reporting.sweep_tables import table
 
-from . import width_law
+from . import readme_figures, width_law
 
 LOGS, PAGE = Path("docs/experiments"), Path("docs/results.md")
 MARK = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- /table -->", re.S)
@@ -219,7 +219,11 @@ def written(text: str) -> str:
     """The page with the tables that the logs give."""
 
     def one(match: re.Match[str]) -> str:
-        own = {"leaderboard": leaderboard, "width_law": lambda: width_law.markdown(width_law.points())}
+        own = {
+            "leaderboard": leaderboard,
+            "width_law": lambda: width_law.markdown(width_law.points()),
+            "readme": lambda: readme_figures.table(readme_figures.read()).rstrip(),
+        }
         made = own[match[1]]() if match[1] in own else of_sweep(match[1])
         return f"<!-- table: {match[1]} -->\n{made}\n<!-- /table -->"
 

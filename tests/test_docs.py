@@ -60,3 +60,14 @@ def test_the_results_are_those_of_the_stored_logs() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert written(text) == text, "run python -m experiments.results_page"
     assert len(text.splitlines()) <= 250
+
+
+def test_the_readme_says_what_its_log_does() -> None:
+    from experiments.readme_figures import RUNS, read, wrong
+
+    log = read()
+    assert list(log) == list(RUNS), "run python -m experiments.readme_figures"
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("*", "")
+    assert not wrong(log, text)
+    log["auto"] = {**log["auto"], "barrier": log["auto"]["barrier"] + 0.01}
+    assert len(wrong(log, text)) == 1  # and it would be seen

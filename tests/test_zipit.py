@@ -100,6 +100,24 @@ def test_repeated_neurons_make_room_for_both_members(weights: tuple[float, float
     assert float((permuted - wanted).detach().square().mean()) > 1e-3  # what no permutation can do
 
 
+def test_dead_neurons_are_paired_with_each_other() -> None:
+    """Where the rest is told apart, the order of the members' neurons makes no difference."""
+    torch.manual_seed(3)
+    a, b = (nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in "ab")
+    for model in (a, b):
+        with torch.no_grad():
+            model[0].weight[2:4], model[0].bias[2:4] = 0, -1
+    batches = [torch.randn(100, 5)]
+    spec = rebasin.trace(a, batches[0])
+    made = []
+    for end in (b.state_dict(), spec.random(1).apply(b.state_dict())):
+        ends = [a.state_dict(), end]
+        found = repair_zipit(spec, a, rebasin.interpolate(*ends, 0.5), ends, batches).state
+        made.append(torch.func.functional_call(a, found, batches[0]))
+        assert int((found["0.weight"].abs().sum(1) == 0).sum()) == 2
+    torch.testing.assert_close(*made)
+
+
 def test_pairs_are_greedy_and_disjoint() -> None:
     matrix = torch.tensor([[1, 0.9, 0.8, 0.1], [0.9, 1, 0.7, 0.2], [0.8, 0.7, 1, 0.95], [0.1, 0.2, 0.95, 1]])
     assert pairs(matrix).tolist() == [[2, 3], [0, 1]]

@@ -158,10 +158,11 @@ class _Correlation:
         self.count += len(rows)
 
     def result(self) -> Tensor:
-        """Pearson's; 0 for what does not vary."""
+        """Pearson's; of what does not vary 1 with its like, where pairs cost nothing, and 0 with all others."""
         root = self.cross.diagonal().clamp_min(0).sqrt()
-        inverse = torch.where(root > 1e-6 * root.max(), 1 / root, 0.0)
-        return self.cross * inverse[:, None] * inverse
+        dead = root <= 1e-6 * root.max()
+        inverse = torch.where(dead, 0.0, 1 / root)
+        return self.cross * inverse[:, None] * inverse + dead[:, None] * dead
 
 
 @typed
