@@ -225,11 +225,18 @@ def require_place(path: Path, forms: Sequence[str]) -> None:
         raise ConfigError(f"The folder {path.resolve().parent} does not exist; create it or write elsewhere.")
 
 
-def check_output(output: Path, inputs: Sequence[Path], overwrite: bool, forms: Sequence[str] = FILES) -> None:
+def check_output(
+    output: Path,
+    inputs: Sequence[Path],
+    overwrite: bool,
+    forms: Sequence[str] = FILES,
+    resume: bool = False,
+) -> None:
     """Refuse an output that can't be written or would destroy something, now and not after hours of work.
 
     Args:
         forms: what the name of a file may end in; without an ending it is that of a folder, if a model is written.
+        resume: a folder may be there, which will be looked at (`stages.made_before`).
 
     Raises:
         ConfigError: it is an input, or exists, or its folder does not, or its name is none for what is written.
@@ -248,7 +255,7 @@ def check_output(output: Path, inputs: Sequence[Path], overwrite: bool, forms: S
         raise ConfigError(f"{output} is one of the inputs, which are never changed; choose another name.")
     if not folder.is_dir():
         raise ConfigError(f"The folder {folder} does not exist; create it or write elsewhere.")
-    if output.is_dir():
+    if output.is_dir() and not resume:
         raise ConfigError(
             f"{output} is a folder that exists already, and folders are never replaced; remove it or choose another"
             " name."

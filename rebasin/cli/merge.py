@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import typer
+
+from ..errors import ConfigError
 from .request import Request, command
 
 
-@command()
-def merge(**given: Any) -> None:
+@command(free="inputs output")
+def merge(context: typer.Context, **given: Any) -> None:
     """Align models and merge them into one file, which has A's names, order and types.
 
     \b
@@ -26,13 +29,25 @@ def merge(**given: Any) -> None:
         rebasin merge A B -o AB.safetensors --alpha 0.5 --weights IN=0.2,OUT=0.7
     A plain merge:
         rebasin merge A B -o AB.safetensors --no-align
+    The same again, by a recipe or by the file itself:
+        rebasin merge --recipe AB.yaml
+        rebasin merge --recipe AB.safetensors -o again.safetensors
 
     The permutation is kept beside the output and used again as long as the
     inputs are the same, so another --alpha or --method costs no second
     alignment. What was interrupted continues when the same command is given.
     """
-    from . import pipeline
+    from . import recipe_run
+    from .recipe_file import read_recipe
     from .session import begin
 
-    request = Request(**given)
-    pipeline.merge(begin(request.device, request.threads), request)
+    if given["recipe"] is None and (len(given["inputs"]) < 1 or given["output"] is None):
+        raise ConfigError("Give two models or more and -o FILE, or a recipe: --recipe FILE.")
+    console = begin(given["device"], given["threads"])
+    if given["recipe"] is None:
+        return recipe_run.plain(console, Request(**given))
+    said = {
+        name for name in given if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+    recipe = read_recipe(given["recipe"], alone="inputs" in said)
+    recipe_run.follow(console, recipe, {name: given[name] for name in said})

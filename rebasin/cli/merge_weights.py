@@ -22,6 +22,22 @@ FUNCTIONS = ("score",)
 """Options that are functions, given as package.module:function."""
 
 
+def method_texts(given: Sequence[str]) -> dict[str, str]:
+    """The values of NAME=VALUE pairs as they were written."""
+    return {name: text for name, _, text in (pair.partition("=") for pair in given)}
+
+
+def settled(weights: str | None) -> Any:
+    """What --weights says, with the content of a YAML file in the place of its name.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    from ..merging.block_settings import content
+
+    return content(weights) if weights is not None and weights.strip()[:1] != "[" else weights
+
+
 def method_options(method: Method, given: Sequence[str], models: int) -> dict[str, Any]:
     """NAME=VALUE pairs; values as JSON has them, else text or the function that is meant.
 

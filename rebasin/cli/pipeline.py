@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoints.checkpoint import kept_beside, require_same_prediction, several_variants, unlike
@@ -13,8 +14,8 @@ from . import output, session, stages
 from .alignment import Aligning, Alignment
 from .base_order import placed
 from .companions import fisher_files, scored
-from .inputs import check_output, copies, left_out, open_all, open_each, parts
-from .merge_weights import merge_weights, method_options
+from .inputs import copies, left_out, open_all, open_each, parts
+from .merge_weights import merge_weights, method_options, method_texts, settled
 from .plan import show_plan
 from .request import Request
 
@@ -22,22 +23,31 @@ if TYPE_CHECKING:
     from ..reporting.console import Console
 
 
-def align(console: Console, request: Request) -> None:
-    """Bring B to A and write it.
+Hashes = Mapping[Path, str]
+"""sha256 of the files that a command has read."""
+
+
+def align(console: Console, request: Request) -> Hashes:
+    """Bring B to A and write it; nothing is known of its files after --dry-run.
 
     Raises:
         RebasinError: an input is missing or does not fit; nothing was written.
     """
     stages.require_maps(request)
-    check_output(request.output, request.inputs, request.overwrite or request.dry_run)
+    stages.require_output(request, request.inputs)
     models, components = stages.read(console, request)
     session.remark(console, copies(models, components))
     stages.require_unet(request, components)
     stages.require_permutation(request, models[0], components)
     stages.require_space(request, models[1])
     if request.dry_run:
-        return show_plan(console, request, models, components)
-    hashes = stages.hashes(console, request.inputs)
+        show_plan(console, request, models, components)
+        return {}
+    hashes = stages.hashes(console, request, request.inputs)
+    recipe = {"command": "align", "to": request.inputs[0].name, **stages.choices(request)}
+    read = dict(zip(request.inputs, hashes, strict=True))
+    if stages.made_before(console, request, recipe, hashes[::-1]):
+        return read
     specs = stages.specs(console, models[0], components, request.joint)
     found = stages.aligned(console, Aligning(models, specs, request, hashes, console.progress))
     b, (alignment,) = models[1], found
@@ -47,16 +57,16 @@ def align(console: Console, request: Request) -> None:
     states = {name: moved[name] for name in components}
     # EMA copies of B's weights would have to move along; loaders that want them would find B's old order.
     state = output.finished(b, states, prune=request.prune)
-    recipe = {"command": "align", "to": request.inputs[0].name, **stages.choices(request)}
     stages.write(console, request, state, b, hashes[::-1], [b, models[0]], recipe, found, roundings)
     console.console.print()
     session.say_alignment(console, found, checks)
     session.say_rounding(console, roundings)
     session.say_where(console, request.output, f"{session.called(alignment)} in {alignment.file}")
+    return read
 
 
-def merge(console: Console, request: Request) -> None:
-    """Align all models to the first, merge, and write.
+def merge(console: Console, request: Request) -> Hashes:
+    """Align all models to the first, merge, and write; nothing is known of the files after --dry-run.
 
     Raises:
         RebasinError: an input is missing or does not fit; nothing was written.
@@ -69,7 +79,7 @@ def merge(console: Console, request: Request) -> None:
     stages.require_ray(request)
     stages.require_maps(request)
     others = [*(path for path in (request.base, request.vae) if path is not None), *request.fisher]
-    check_output(request.output, [*request.inputs, *others], request.overwrite or request.dry_run)
+    stages.require_output(request, [*request.inputs, *others])
     method = find_method(request.method)
     options = method_options(method, request.options, len(request.inputs))
     dtype = output.dtype_of(request.dtype)
@@ -107,8 +117,25 @@ def merge(console: Console, request: Request) -> None:
     )
     stages.require_space(request, models[0])
     if request.dry_run:
-        return show_plan(console, request, models, components, weights.blocks)
-    hashes = stages.hashes(console, [*request.inputs, *others])
+        show_plan(console, request, models, components, weights.blocks)
+        return {}
+    hashes = stages.hashes(console, request, [*request.inputs, *others])
+    written = method_texts(request.options)
+    recipe = {
+        "command": "merge",
+        "method": request.method,
+        "alpha": request.alpha,
+        "weights": settled(request.weights),
+        "options": {name: written[name] if callable(value) else value for name, value in options.items()},
+        "fisher": [path.name for path in request.fisher],
+        "base": request.base.name if request.base else None,
+        "vae": request.vae.name if request.vae else None,
+        "align": bool(request.align or request.permutation),
+        **stages.choices(request),
+    }
+    read = dict(zip([*request.inputs, *others], hashes, strict=True))
+    if stages.made_before(console, request, recipe, hashes):
+        return read
 
     found: list[Alignment] = []
     checks: dict[str, float] | None = None
@@ -158,18 +185,6 @@ def merge(console: Console, request: Request) -> None:
     state = output.finished(
         models[0], merged, keep_dtype=dtype is None, vae=vae, prune=request.prune, fix_clip=request.fix_clip
     )
-    recipe = {
-        "command": "merge",
-        "method": request.method,
-        "alpha": request.alpha,
-        "weights": request.weights,
-        "options": {name: getattr(value, "__name__", value) for name, value in options.items()},
-        "fisher": [path.name for path in request.fisher],
-        "base": request.base.name if request.base else None,
-        "vae": request.vae.name if request.vae else None,
-        "align": bool(found),
-        **stages.choices(request),
-    }
     used = [model for model in (*models, base, vae, *information) if model is not None]
     stages.write(console, request, state, models[0], hashes, used, recipe, found)
     console.console.print()
@@ -178,10 +193,12 @@ def merge(console: Console, request: Request) -> None:
             console, "Is it legal?", "Nothing to ask", "yellow", "No neuron was moved (--no-align)."
         )
         session.answer(console, "Did anything move?", "No", "yellow", "This is the plain merge.")
-        return session.say_where(console, request.output)
+        session.say_where(console, request.output)
+        return read
     session.say_far(console, far)
     session.say_alignment(console, found, checks, merged=True)
     files = (
         [one.file for one in found] if len(found) > 1 else [f"{session.called(found[0])} in {found[0].file}"]
     )
     session.say_where(console, request.output, *files)
+    return read

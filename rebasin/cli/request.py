@@ -6,8 +6,8 @@ Nothing here imports torch: `rebasin merge --help` must not wait for it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -37,6 +37,22 @@ class Request:
             help="What to write: NAME.safetensors, NAME.sft, NAME.ckpt, or the name of a new diffusers folder.",
         ),
     ]
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Do what this recipe says: YAML of ours or of mergekit, or a file that was merged or aligned, whose"
+            " header is one. Models and -o that are given take the place of its own.",
+        ),
+    ] = None
+    save_recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-recipe",
+            metavar="FILE",
+            help="Write what was done as a recipe: NAME.yaml, or NAME.mecha for sd-mecha.",
+        ),
+    ] = None
     alpha: Annotated[
         float | None,
         typer.Option(help="Share of B, or strength of what the method adds. Default: 0.5, or the method's."),
@@ -208,6 +224,12 @@ class Request:
     ] = False
     max_sweeps: int = 100
     workers: int | None = None
+    sha256: Mapping[Path, str] = field(default_factory=dict)
+    """Of a recipe: what files must have."""
+    resume: bool = False
+    """Of a recipe with several steps: an output that was made from the same files in the same way stays as it is."""
+    intermediate: bool = False
+    """Of such a recipe: the output is ours, and may be replaced whatever it is."""
 
     @property
     def by_maps(self) -> bool:
@@ -221,6 +243,34 @@ class Request:
 
         name = self.output.stem if self.output.suffix.lower() in FILES else self.output.name
         return self.output.with_name(f"{name}.{'alignment' if self.by_maps else 'permutation'}.safetensors")
+
+
+UNCHANGED = {
+    "output": "where the file goes",
+    "recipe": "the recipe itself",
+    "save_recipe": "where a recipe goes",
+    "check": "it refuses or tells, and changes nothing",
+    "overwrite": "whether an older file may go",
+    "dry_run": "nothing is written",
+    "workers": "how many groups are matched at once, with one result",
+    "sha256": "what a recipe has files checked for",
+    "resume": "whether what was made before is looked for",
+    "intermediate": "whether the file is one of our own",
+}
+"""The fields of `Request` that do not change the file, and why; all others stand in a recipe."""
+
+KEYS = {
+    "models" if field.name == "inputs" else field.name: field.name
+    for field in fields(Request)
+    if field.name not in UNCHANGED
+}
+"""Key of a recipe -> field of `Request`."""
+
+
+@cache
+def kinds() -> dict[str, Any]:
+    """Field of `Request` -> its type, without what the command says about it."""
+    return get_type_hints(Request)
 
 
 @cache
@@ -242,16 +292,37 @@ def _offered() -> dict[str, inspect.Parameter]:
     return found
 
 
-def command(names: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+def bounds(name: str) -> tuple[float | None, float | None]:
+    """The least and the largest value that the option of a field takes; None without."""
+    option = get_args(_offered()[name].annotation)[1] if name in _offered() else None
+    return getattr(option, "min", None), getattr(option, "max", None)
+
+
+def flag(name: str) -> str:
+    """How the option of a field is given: `--only` for components."""
+    option = get_args(_offered()[name].annotation)[1]
+    given = (str(one) for one in (option.default, *(option.param_decls or ())))
+    own = next((one for one in given if one.startswith("--")), f"--{name.replace('_', '-')}")
+    return own.partition("/")[0]
+
+
+def command(names: str = "", free: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command its options, in the order of `names`: its own parameters that are annotated as such, and
-    fields of `Request`, which it gets as keywords. Without names these are all fields that are options.
+    fields of `Request`, which it gets as keywords. Without names these are all fields that are options; those of
+    `free` may be left out. A parameter that is the context comes first.
     """
     offered = _offered()
+    for name in free.split():
+        kind, option = get_args(offered[name].annotation)
+        offered = offered | {
+            name: offered[name].replace(default=None, annotation=Annotated[kind | None, option])
+        }
 
     def declare(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True).parameters
         own = {name: one for name, one in signature.items() if get_origin(one.annotation) is Annotated}
-        parameters = [own.get(name, offered.get(name)) for name in names.split() or offered]
+        context = [one for one in signature.values() if one.annotation is typer.Context]
+        parameters = [*context, *(own.get(name, offered.get(name)) for name in names.split() or offered)]
 
         def called(**given: Any) -> None:
             for name in (

@@ -2,41 +2,87 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.union import component_of, prefix_of
 from ..checkpoints import Checkpoint, provenance, save_checkpoint
-from ..checkpoints.checkpoint import several_variants, unlike
+from ..checkpoints.checkpoint import open_each, several_variants, unlike
 from ..checkpoints.joint import PARTS
 from ..checkpoints.output import require_place
 from ..checkpoints.provenance import sha256_of
 from ..data.prompts import read_prompts
-from ..errors import ConfigError, SpecMismatchError, VerificationError, shown
+from ..errors import CheckpointError, ConfigError, SpecMismatchError, VerificationError, shown
 from ..integrations.ray_cluster import require_ray as require_package
 from ..spec.mapped import Rounding
 from ..tensors import writer
+from ..tensors.modules import find_device
 from ..types import State
 from . import output, session
 from .alignment import CODES, JOINT, MAPS, Aligning, Alignment, rounding_of, specs_of
 from .function import TOLERANCE, compare_chains, compare_functions, how_far, outputs_of
-from .inputs import load_member, open_all, parts
-from .request import Request
+from .inputs import check_output, load_member, open_all, parts
+from .request import KEYS, Request
 
 if TYPE_CHECKING:
     from ..reporting.console import Console
     from ..spec import PermutationSpec
 
 
+ALWAYS = ("components", "dtype", "prune", "fix_clip", "start", "seed", "joint")
+"""What a header tells of every result; other options only where they are not the default."""
+
+OWN = ("inputs", "base", "vae", "fisher", "method", "alpha", "weights", "options", "align")
+"""What `rebasin merge` tells by itself."""
+
+
 def choices(request: Request) -> dict[str, Any]:
-    """The options of a request that change its result, for the header."""
-    names = ("components", "dtype", "prune", "fix_clip", "start", "seed", "joint")
-    return {name: getattr(request, name) for name in names} | {
-        name: getattr(request, name)
-        for name in ("maps", "learned", "learn", "resize_vocabulary")
-        if getattr(request, name)
-    }
+    """The options of a request that change its result, for the header: that is a recipe."""
+    told: dict[str, Any] = {}
+    for name in (*ALWAYS, *(one for one in KEYS.values() if one not in (*ALWAYS, *OWN))):
+        value = getattr(request, name)
+        if name not in ALWAYS and value == Request.__dataclass_fields__[name].default and name != "device":
+            continue
+        if isinstance(value, Path):
+            found = sha256_of(value)
+            require_meant(value, found, request.sha256)
+            value = {"file": value.name, "sha256": found}
+        told[name] = list(value) if isinstance(value, tuple) else value
+    told["device"] = find_device(request.device, "--device").type
+    if request.ray is not None:  # whichever cluster: it is the way that counts
+        told["ray"] = "auto"
+    return told
+
+
+def made_before(console: Console, request: Request, recipe: Mapping[str, Any], hashes: Sequence[str]) -> bool:
+    """Whether the output is there and was made in this way from files of these hashes, where that is looked for.
+
+    Raises:
+        ConfigError: it was made otherwise, and must stay.
+    """
+    output = request.output
+    if not request.resume or not output.exists():
+        return False
+    try:
+        (checkpoint,) = open_each([output])
+        made = provenance.read(provenance.metadata_of(checkpoint)) or {}
+    except CheckpointError:
+        made = {}
+    inputs = [one.get("sha256") for one in made.get("inputs", ())]
+    if inputs == list(hashes) and made.get("recipe") == json.loads(json.dumps(recipe)):
+        session.remark(console, [f"{output} is there, made from the same files in the same way; it stays."])
+        return True
+    if not request.overwrite and not request.intermediate:
+        raise ConfigError(
+            f"{output} exists and was not made by this step of the recipe; add --overwrite to replace it, or name"
+            " another output."
+        )
+    if request.intermediate and output.is_dir():
+        shutil.rmtree(output)
+    return False
 
 
 def read(console: Console, request: Request) -> tuple[list[Checkpoint], tuple[str, ...]]:
@@ -48,6 +94,17 @@ def read(console: Console, request: Request) -> tuple[list[Checkpoint], tuple[st
         console.say(f"{models[0].title}: {', '.join(components)}")
     session.remark(console, [*several_variants(models, request.variant), *unlike(models)])
     return models, components
+
+
+def require_output(request: Request, inputs: Sequence[Path]) -> None:
+    """Refuse an output that can't be written or would destroy something.
+
+    Raises:
+        ConfigError: see `check_output`.
+    """
+    if not request.intermediate:  # which is in a folder of ours
+        replaceable = request.overwrite or request.dry_run or request.resume
+        check_output(request.output, inputs, replaceable, resume=request.resume)
 
 
 def require_space(request: Request, like: Checkpoint) -> None:
@@ -192,12 +249,27 @@ def require_permutation(request: Request, model: Checkpoint, components: Sequenc
                 )
 
 
-def hashes(console: Console, paths: Sequence[Path]) -> tuple[str, ...]:
-    """sha256 of every input."""
+def hashes(console: Console, request: Request, paths: Sequence[Path]) -> tuple[str, ...]:
+    """sha256 of every input.
+
+    Raises:
+        ConfigError: one is not the file that a recipe means.
+    """
     with console.stage("hash"):
         hashes = tuple(sha256_of(path, console.progress) for path in paths)
+        for path, found in zip(paths, hashes, strict=True):
+            require_meant(path, found, request.sha256)
         console.say("sha256 of " + ", ".join(f"{p.name} {h[:8]}" for p, h in zip(paths, hashes, strict=True)))
     return hashes
+
+
+def require_meant(path: Path, found: str, wanted: Mapping[Path, str]) -> None:
+    """Raise `ConfigError` if a file has another sha256 than a recipe says."""
+    if wanted.get(path, found) != found:
+        raise ConfigError(
+            f"{path} is not the file that the recipe means: its sha256 begins with {found[:12]}, in the recipe with"
+            f" {wanted[path][:12]}; give that file, or take its sha256 out of the recipe."
+        )
 
 
 def specs(
@@ -316,7 +388,10 @@ def write(
         for model, sha256 in zip(used, hashes, strict=True)
     ]
     specs, figures = (found[0].specs, found[0].figures) if found else ({}, {})
-    told = {name: {"spec": spec.hash, **figures.get(name, {})} for name, spec in specs.items()}
+    told = {  # but for the time that it took: a merge that is done again is the same file
+        name: {"spec": spec.hash, **{k: v for k, v in figures.get(name, {}).items() if k != "seconds"}}
+        for name, spec in specs.items()
+    }
     rounds, codes = roundings is not None, Rounding()
     header = provenance.header(
         provenance.metadata_of(like), inputs, recipe, told if found else None, rounding=rounds

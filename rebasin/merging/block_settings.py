@@ -17,6 +17,8 @@ import numpy as np
 import yaml
 
 from ..errors import ConfigError, shown
+from ..files import SchemaError, conform
+from ..files import parse as parse_json
 from .block_names import SD1, SDXL, Blocks
 
 Value = float | tuple[float, ...]
@@ -81,11 +83,21 @@ def preset(name: str) -> tuple[float, ...]:
     return presets[key]
 
 
-def _parse_text(text: str) -> list[tuple[str, Any]]:
+def content(text: str) -> Any:
+    """What a text says that is the path of a YAML file, or a mapping as JSON has it; any other as it is.
+
+    Raises:
+        ConfigError: the file can't be read, or one of the two is damaged.
+    """
     text = text.strip()
+    if text.startswith("{"):
+        try:
+            return conform(Mapping[str, Any], parse_json(text))
+        except SchemaError as error:
+            raise ConfigError(f"The block weights {shown(text)} are no entries: {error}.") from error
     if text.endswith((".yaml", ".yml")):
         try:
-            return parse(yaml.safe_load(Path(text).expanduser().read_text(encoding="utf-8")))
+            return yaml.safe_load(Path(text).expanduser().read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(
                 f"The block weights in {text} can't be read: {error.strerror or error}."
@@ -94,6 +106,13 @@ def _parse_text(text: str) -> list[tuple[str, Any]]:
             mark = getattr(error, "problem_mark", None)
             where = f" (line {mark.line + 1})" if mark else ""
             raise ConfigError(f"The block weights in {text} are no YAML{where}.") from error
+    return text
+
+
+def _parse_text(text: str) -> list[tuple[str, Any]]:
+    text = text.strip()
+    if (found := content(text)) is not text:
+        return parse(found)
     parts = re.split(r",(?![^\[(]*[\])])", text if "=" in text else text.strip("[]"))
     items = [part.strip() for part in parts if part.strip()]
     if items and all(_is_number(item) for item in items):
