@@ -178,7 +178,22 @@ def open_checkpoint(path: PathLike, variant: str | None = None) -> Checkpoint:
     where = Path(path)
     if where.is_dir() and (found := classes_in(where)) is not None:
         return _open_folder(where, *found, variant)
-    raw = folders.load_folder(where, variant) if where.is_dir() else load_tensors(where)
+    return _understood(where, folders.load_folder(where, variant) if where.is_dir() else load_tensors(where))
+
+
+def checkpoint_of(state: State, name: str) -> Checkpoint:
+    """What a state in memory is, in the names of a single file: a whole checkpoint, or one component.
+
+    Args:
+        name: what sentences call it.
+
+    Raises:
+        CheckpointError: it is nothing that is known.
+    """
+    return _understood(Path(name), state)
+
+
+def _understood(where: Path, raw: State) -> Checkpoint:
     metadata, others = dict(getattr(raw, "metadata", {})), getattr(raw, "others", ())
     file, whole = raw, decoded(unwrapped(raw, where), where, metadata)
     names = dict.fromkeys(whole)

@@ -105,7 +105,9 @@ def _located(loader: Any, node: Any, path: Path, budget: Iterator[int]) -> Locat
     if next(budget, None) is None:
         raise ConfigError(f"{path} is no recipe: it has more than {MOST:,} values.")
     if not isinstance(node, yaml.ScalarNode) and node.tag not in PLAIN:
-        raise ConfigError(f"{where}: this is no YAML of entries and lists, but of the kind {shown(node.tag)}.")
+        raise ConfigError(
+            f"{where}: this is no YAML of entries and lists, but of the kind {shown(node.tag)}."
+        )
     if isinstance(node, yaml.MappingNode):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(names)) < len(names):

@@ -181,7 +181,13 @@ def _require_files(console: Console, steps: Sequence[Step]) -> None:
     Raises:
         ConfigError: one has another sha256.
     """
-    wanted = {f.path: f.sha256 for step in steps for own in step.files.values() for f in own if f.sha256 and not f.step}
+    wanted = {
+        f.path: f.sha256
+        for step in steps
+        for own in step.files.values()
+        for f in own
+        if f.sha256 and not f.step
+    }
     with console.stage("hash"):
         for path in wanted:
             require_meant(path, sha256_of(path, console.progress), {path: str(wanted[path])})

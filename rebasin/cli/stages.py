@@ -369,6 +369,16 @@ def compared(
     return found
 
 
+def figures_of(found: Alignment) -> dict[str, Any]:
+    """Component -> what a header says of its alignment: but for the time that it took, so that a merge that is done
+    again is the same file.
+    """
+    return {
+        name: {"spec": spec.hash, **{k: v for k, v in found.figures.get(name, {}).items() if k != "seconds"}}
+        for name, spec in found.specs.items()
+    }
+
+
 def write(
     console: Console,
     request: Request,
@@ -387,11 +397,7 @@ def write(
         (model.path, sha256, provenance.metadata_of(model))
         for model, sha256 in zip(used, hashes, strict=True)
     ]
-    specs, figures = (found[0].specs, found[0].figures) if found else ({}, {})
-    told = {  # but for the time that it took: a merge that is done again is the same file
-        name: {"spec": spec.hash, **{k: v for k, v in figures.get(name, {}).items() if k != "seconds"}}
-        for name, spec in specs.items()
-    }
+    told = figures_of(found[0]) if found else {}
     rounds, codes = roundings is not None, Rounding()
     header = provenance.header(
         provenance.metadata_of(like), inputs, recipe, told if found else None, rounding=rounds
