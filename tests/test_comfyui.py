@@ -20,6 +20,7 @@ import pytest
 import torch
 from cli_files import Files, digest, read, rebasin
 
+from experiments.original_names import tensors, wan
 from rebasin.checkpoints import load_metadata, save_safetensors
 from rebasin.checkpoints.random_weights import random_checkpoint
 from rebasin.cli import loaded
@@ -219,8 +220,8 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
 
 
 def wan_of(seed: int) -> dict[str, torch.Tensor]:
-    """Wan's transformer, one block of one head, in the names of its own code: ComfyUI takes any width of it."""
-    raise NotImplementedError
+    """Wan's transformer, two blocks of one head, in the names of its own code: ComfyUI takes any width of it."""
+    return tensors(wan(text=4096, time=256), seed)  # widths that ComfyUI takes for granted
 
 
 @pytest.mark.comfyui
