@@ -14,10 +14,11 @@ import torch
 import yaml
 from cli_files import Files, digest, read, rebasin
 
-from rebasin.cli import stages
+from rebasin.cli import recipe_file, stages
 from rebasin.cli.recipe_file import read_recipe
 from rebasin.cli.recipe_text import Done, recipe_text
 from rebasin.cli.request import KEYS, UNCHANGED, Request, kinds
+from rebasin.errors import ConfigError
 
 BLOCKS = "fc1=0.4,fc2=[0,1],default=0.2"
 
@@ -239,6 +240,17 @@ def test_what_a_recipe_can_not_ask_for_is_one_sentence_with_the_line(
     found = rebasin("merge", "--recipe", written(folder, text), expect=2)
     assert sentence in " ".join(found.split()), found
     assert found.startswith("Error: ") and found.count("\n") == 1 and len(found) <= 302
+
+
+@pytest.mark.parametrize(
+    "told", [{"options": {"score": "os:system"}}, {"learned": True, "learn": ["model.task=os.system"]}]
+)
+def test_a_header_calls_no_function(told: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="may call a function of your Python"):
+        recipe_file.require_data(told, "the header of x")
+    recipe_file.require_data(
+        {"learn": ["algo.steps=7", "algo.lr=1e-3"], "options": {"k": 0.5}}, "the header of x"
+    )
 
 
 def test_what_changes_the_file_stands_in_the_recipe(folder: Path) -> None:

@@ -162,6 +162,7 @@ parameters: {weight: 0.5}
 
 TWO = "models:\n- {model: one, parameters: {weight: 0.5, density: 0.5}}\n"
 TWO += "- {model: two, parameters: {weight: 0.5, density: 0.5}}\n"
+PAIR = TWO.replace(", density: 0.5", "")
 
 
 @pytest.mark.parametrize(
@@ -192,19 +193,19 @@ TWO += "- {model: two, parameters: {weight: 0.5, density: 0.5}}\n"
         ),
         ("merge_method: linear\nmodels:\n- model: someone/Llama-7B\n", "line 3: there is no 'someone/Llama-7B'"),
         ("merge_method: linear\nmodels:\n- model: one+a-lora\n", "line 3: 'one+a-lora' is a model with a LoRA"),
-        ("merge_method: linear\nparameters: {normalize: false}\n" + TWO.replace("0.5", "0.7"), "line 2: `normalize"),
-        ("merge_method: linear\nparameters: {temperature: 1}\n" + TWO, "line 2: the parameter `temperature`"),
-        ("merge_method: linear\ndtype: int4\n" + TWO, "line 2: `dtype` is 'int4'"),
-        ("merge_method: linear\ntokenizer_source: union\n" + TWO, "line 2: the tokenizer is that of 'union'"),
-        ("merge_method: linear\ntokenizer_source: three\n" + TWO, "line 2: the tokenizer is that of 'three'"),
-        ("merge_method: linear\ntokenizer: {source: one, pad_to_multiple_of: 8}\n" + TWO, "`pad_to_multiple_of` of a"),
-        ("merge_method: linear\nchat_template: auto\n" + TWO, "line 2: `chat_template` is not done here"),
-        ("merge_method: linear\nmodules: {text: 1}\n" + TWO, "line 2: `modules` of mergekit is not done here"),
-        ("merge_method: slerp\n" + TWO + "parameters: {t: 1}\n", "line 1: `merge_method: slerp` needs a `base_model`"),
+        ("merge_method: linear\nparameters: {normalize: false}\n" + PAIR.replace("0.5", "0.7"), "line 2: `normalize"),
+        ("merge_method: linear\nparameters: {temperature: 1}\n" + PAIR, "line 2: the parameter `temperature`"),
+        ("merge_method: linear\ndtype: int4\n" + PAIR, "line 2: `dtype` is 'int4'"),
+        ("merge_method: linear\ntokenizer_source: union\n" + PAIR, "line 2: the tokenizer is that of 'union'"),
+        ("merge_method: linear\ntokenizer_source: three\n" + PAIR, "line 2: the tokenizer is that of 'three'"),
+        ("merge_method: linear\ntokenizer: {source: one, pad_to_multiple_of: 8}\n" + PAIR, "`pad_to_multiple_of` of a"),
+        ("merge_method: linear\nchat_template: auto\n" + PAIR, "line 2: `chat_template` is not done here"),
+        ("merge_method: linear\nmodules: {text: 1}\n" + PAIR, "line 2: `modules` of mergekit is not done here"),
+        ("merge_method: slerp\nmodels: [{model: one}, {model: two}]\nparameters: {t: 1}\n", "slerp` needs a `base"),
         ("merge_method: linear\nmodels:\n- {model: one}\n- {model: two}\n", "line 3: `linear` needs the parameter"),
         ("merge_method: slerp\nbase_model: one\nmodels: [{model: two}]\nparameters: {t: [{filter: mlp, value: 1}]}\n",
          "no `t` is for"),
-        ("merge_method: linear\nbase_model: base\n" + TWO, "line 2: `base_model` is none of the `models`"),
+        ("merge_method: linear\nbase_model: base\n" + PAIR, "line 2: `base_model` is none of the `models`"),
         ("name: a\nmerge_method: linear\nmodels: [{model: b}, {model: one}]\n---\nname: b\nmerge_method: linear\n"
          "models: [{model: a}, {model: one}]\n", "the merges a, b need each other"),
     ],

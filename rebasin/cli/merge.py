@@ -43,9 +43,9 @@ def merge(context: typer.Context, **given: Any) -> None:
 
     if given["recipe"] is None and (len(given["inputs"]) < 1 or given["output"] is None):
         raise ConfigError("Give two models or more and -o FILE, or a recipe: --recipe FILE.")
-    console = begin(given["device"], given["threads"])
     if given["recipe"] is None:
-        return recipe_run.plain(console, Request(**given))
+        return recipe_run.plain(begin(given["device"], given["threads"]), Request(**given))
+    console = begin()
     said = {
         name for name in given if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }

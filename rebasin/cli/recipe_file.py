@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from ..errors import ConfigError, shown
 from .located import located, read_yaml
 from .mergekit import translated
 from .recipe import COMMANDS, Recipe, Step, fields_of, require_format, step_of
+
+NUMBER = re.compile(r"[-+0-9.eE]+|true|false")
+"""A value that names no function."""
 
 
 def read_recipe(path: Path, alone: bool = False) -> Recipe:
@@ -88,6 +92,7 @@ def _made(
 
     told, files = dict(made["recipe"]), []
     command = told["command"]
+    require_data(told, where)
     for one in made.get("inputs", ()):
         file, sha256 = str(one.get("name")), str(one.get("sha256"))
         own, before = file.removesuffix(".safetensors"), understood(one.get("made")) or {}
@@ -109,3 +114,21 @@ def _made(
         told |= dict(zip(further, files[count:], strict=False))
         told["fisher"] = files[count + len(further) :]
     return step_of(located({**told, "name": name}, where), folder, list(steps or ()))
+
+
+def require_data(told: Mapping[str, Any], where: str) -> None:
+    """Refuse what would have a header, which may come from anyone, name functions that are called.
+
+    Raises:
+        ConfigError: it names one.
+    """
+    options = told.get("options")
+    named = [f"score={options['score']}"] if isinstance(options, Mapping) and "score" in options else []
+    given = told.get("learn")
+    pairs = [str(one).partition("=") for one in given] if isinstance(given, list) else []
+    named += [name + is_one + text for name, is_one, text in pairs if not NUMBER.fullmatch(text)]
+    if named or (given and not pairs):
+        raise ConfigError(
+            f"{where} asks for {shown(named[0] if named else given, 60)}, which may call a function of your Python, and"
+            " a header does not do that; give the options of this merge on the command line, or in a YAML recipe."
+        )

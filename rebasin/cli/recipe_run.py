@@ -62,7 +62,7 @@ def follow(console: Console, recipe: Recipe, given: Mapping[str, Any]) -> None:
     if len(steps) == 1:
         request = final.request({}, {**more, "output": final.output})
         require_saving(request.save_recipe, [request])
-        read = {"merge": pipeline.merge, "align": pipeline.align}[final.command](console, request)
+        read = _do(final.command, request)
         return save(console, request.save_recipe, [Done(final.command, request, read or {})], request.dry_run)
     folder = _folder(final.output, steps)
     made = _results(steps, folder)
@@ -76,11 +76,17 @@ def follow(console: Console, recipe: Recipe, given: Mapping[str, Any]) -> None:
     for number, (step, request) in enumerate(zip(steps, requests, strict=True), 1):
         title = f" ({step.name})" if step.name else ""
         console.console.print(f"\nStep {number} of {len(steps)}{title}: {step.command}", markup=False)
-        read = {"merge": pipeline.merge, "align": pipeline.align}[step.command](console, request)
+        read = _do(step.command, request)
         done.append(Done(step.command, request, read or {}, step.name, _made_by(step, made)))
     save(console, more.get("save_recipe"), done, False)
     for one in (folder, *final.output.parent.glob(f".{glob.escape(final.output.name)}-*.steps")):
         shutil.rmtree(one, ignore_errors=True)
+
+
+def _do(command: str, request: Request) -> Mapping[Path, str]:
+    """One step, on the device and with the threads that it asks for."""
+    console = session.begin(request.device, request.threads)
+    return {"merge": pipeline.merge, "align": pipeline.align}[command](console, request)
 
 
 def _allowed(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,7 +214,7 @@ def _plan(console: Console, steps: Sequence[Step], requests: Sequence[Request]) 
             markup=False,
         )
         if all(path.exists() for path in request.inputs):
-            {"merge": pipeline.merge, "align": pipeline.align}[step.command](console, request)
+            _do(step.command, request)
         else:
             names = ", ".join(path.name for path in request.inputs)
             say(f"Of {names}, some of which earlier steps make; write {request.output}.", markup=False)
