@@ -523,10 +523,15 @@ def _written(wanted: Wanted, first: str) -> dict[str, Any]:
                     f"`{key}` of a tokenizer is not done here; the result has that of its first model"
                 )
         source = own.get("source")
-    if source is not None and source.plain not in (None, "base", first):
-        raise source.wrong(
-            f"the tokenizer is {shown(source.plain)}, but the result has that of its first model here"
-        )
+    if source is not None and source.plain is not None:
+        base = wanted.base.model if wanted.base is not None else None
+        meant = base if source.plain == "base" and base is not None else str(source.plain)
+        known = meant == first or wanted.like(meant).is_dir()
+        if not known or _tokenizer(wanted.like(meant)) != _tokenizer(wanted.like(first)):
+            raise source.wrong(
+                f"the tokenizer is that of {shown(meant)}, but the result has that of {shown(first)} here, which is"
+                " another"
+            )
     if "chat_template" in top and top["chat_template"].plain is not None:
         raise top["chat_template"].wrong(
             "`chat_template` is not done here; the result has that of its first model"
