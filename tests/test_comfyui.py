@@ -169,7 +169,7 @@ class ComfyUI:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read())
 
-    def wait(self, seconds: float = 600) -> None:
+    def wait(self, seconds: float = 1800) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             assert self.process.poll() is None, (self.data / "log.txt").read_text()[-3000:]
@@ -180,7 +180,7 @@ class ComfyUI:
                 time.sleep(1)
         raise AssertionError((self.data / "log.txt").read_text()[-3000:])
 
-    def post(self, workflow: dict[str, Any], seconds: float = 600) -> dict[str, Any]:
+    def post(self, workflow: dict[str, Any], seconds: float = 1800) -> dict[str, Any]:
         try:
             number = self.ask("/prompt", {"prompt": workflow})["prompt_id"]
         except urllib.error.HTTPError as error:
