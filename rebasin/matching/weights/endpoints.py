@@ -252,7 +252,7 @@ class Endpoints:
     def _rearranged(
         self, group: Group, index: Mapping[str, np.ndarray], names: Collection[str] | None = None
     ) -> Iterator[tuple[str, Slices, Tensor]]:
-        """(name, what changes, tensor as it is) for each tensor, or those of `names`, that is not the same afterwards."""
+        """(name, what changes, tensor as it is) for each tensor (of `names`) that is not the same afterwards."""
         own = {cell.name: index[cell.name] for cell in group.cells}
         relative = Permutation.trusted(self.spec, {**self.spec.identity().index, **own})
         for name in touched(group, self.spec) if names is None else names:
