@@ -107,14 +107,13 @@ def table(log: Mapping[str, Mapping[str, float]]) -> str:
             f"{row['barrier']:.3g}",
             f"{row['share']:.0%}",
             f"{row['middle']:.3g}",
-            f"{row['align']:.2g}",
         ]
         for name, row in figures(log).items()
     ]
     head = (
-        "| command | naive barrier | barrier, held-out | of naive | loss at the midpoint | seconds to align |"
+        "| command | naive barrier | barrier, held-out | of naive | loss at the midpoint |"
     )
-    return markdown(head, "|:--|" + "--:|" * 5, rows)
+    return markdown(head, "|:--|" + "--:|" * 4, rows)
 
 
 def measured(options: str) -> dict[str, float]:
