@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import RebasinError
 from ..files import print_anything
-from . import align, apply, compare, inspect, merge, methods, search, verify
+from . import align, apply, compare, inspect, merge, methods, search, ui, verify
 
 HELP = """
 Align the neurons of models before merging them, and see what it did.
@@ -68,6 +68,7 @@ app.command("verify")(verify.verify)
 app.command("apply")(apply.apply)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
+app.command("ui")(ui.ui)
 app.command("search", context_settings=search.PASSED)(search.search)
 app.command("compare-methods", context_settings=search.PASSED)(search.compare_methods)
 

@@ -36,14 +36,11 @@ def inspect(
         rebasin inspect merged.permutation.safetensors
         rebasin inspect lora.safetensors --json
     """
-    from ..checkpoints.provenance import sha256_of, size_of
+    from ..checkpoints.provenance import sha256_of
     from . import session
-    from .inputs import kind_of_file
 
     console = session.begin().console
-    kind = kind_of_file(file)
-    told: dict[str, Any] = {"file": file.name, "kind": kind, "bytes": size_of(file)}
-    told |= _model(file, variant) if kind == "model" else KINDS[kind](file)
+    told = describe(file, variant)
     if hashed:
         told["sha256"] = sha256_of(file)
     if as_json:
@@ -63,6 +60,20 @@ def inspect(
         console.print("\nMade by rebasin " + str(made.get("version")), markup=False)
         for line in _lineage(made, "  "):
             console.print(line, markup=False)
+
+
+def describe(file: Path, variant: str | None = None) -> dict[str, Any]:
+    """What `rebasin inspect --json` prints.
+
+    Raises:
+        RebasinError: the file is missing, damaged or none that is known.
+    """
+    from ..checkpoints.provenance import size_of
+    from .inputs import kind_of_file
+
+    kind = kind_of_file(file)
+    told: dict[str, Any] = {"file": file.name, "kind": kind, "bytes": size_of(file)}
+    return told | (_model(file, variant) if kind == "model" else KINDS[kind](file))
 
 
 def _model(file: Path, variant: str | None) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def align(console: Console, request: Request) -> Hashes:
     console.console.print()
     session.say_alignment(console, found, checks)
     session.say_rounding(console, roundings)
-    session.say_where(console, request.output, f"{session.called(alignment)} in {alignment.file}")
+    session.say_where(console, request.output, (session.called(alignment), alignment.file))
     return read
 
 
@@ -197,8 +197,7 @@ def merge(console: Console, request: Request) -> Hashes:
         return read
     session.say_far(console, far)
     session.say_alignment(console, found, checks, merged=True)
-    files = (
-        [one.file for one in found] if len(found) > 1 else [f"{session.called(found[0])} in {found[0].file}"]
-    )
+    kinds = ["" if len(found) > 1 else session.called(one) for one in found]
+    files = ((kind, one.file) for kind, one in zip(kinds, found, strict=True))
     session.say_where(console, request.output, *files)
     return read

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -79,6 +80,7 @@ def answer(console: Console, question: str, short: str, tone: str, text: str) ->
     """One of the answers that end a command."""
     from rich.markup import escape
 
+    console.tell("answer", question=question, short=short, tone=tone, text=text)
     console.console.print(f"{question} [bold {tone}]{short}.[/] {escape(text)}")
 
 
@@ -163,8 +165,11 @@ def say_rounding(console: Console, roundings: Mapping[str, Rounding] | None) -> 
     answer(console, "What did rounding cost?", f"{whole.error:.1e}", "green", text)
 
 
-def say_where(console: Console, *paths: Any) -> None:
-    """Where the results are."""
+def say_where(console: Console, *paths: Path | tuple[str, Path | None]) -> None:
+    """Where the results are: paths, or what one is and its path."""
     from rich.markup import escape
 
-    console.console.print(f"Where is it? {escape(', '.join(str(path) for path in paths))}")
+    named = [("", path) if isinstance(path, Path) else path for path in paths]
+    console.tell("files", paths=[str(path) for _, path in named])
+    told = (f"{what} in {path}" if what else str(path) for what, path in named)
+    console.console.print(f"Where is it? {escape(', '.join(told))}")

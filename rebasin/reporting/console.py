@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,15 @@ from .answers import Answer
 from .numbers import duration, number
 from .results import Results
 from .table import Table
+
+EVENTS = "REBASIN_EVENTS"
+"""A variable of the environment that names a file. There a command tells other programs what it does, one JSON object
+a line: {"kind": "stage", "name"}, {"kind": "progress", "step", "total", "text"}, {"kind": "done", "name", "seconds",
+"text"}, {"kind": "answer", "question", "short", "tone", "text"} and {"kind": "files", "paths"}.
+"""
+
+OFTEN = 0.2
+"""Seconds between two progress events there."""
 
 TONES = {"good": "green", "mixed": "yellow", "bad": "red", "neutral": "default"}
 
@@ -61,12 +72,21 @@ class Console:
         self._details = ""
         self._first: tuple[str, float, float] | None = None  # stage, step and time of its first event
         self.seconds: dict[str, float] = {}
+        self._events = os.environ.get(EVENTS)
+        self._told = 0.0
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """An event for other programs; see `EVENTS`."""
+        if self._events:
+            with open(self._events, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": kind, **fields}) + "\n")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Show `name`, a bar and the seconds while the block runs; one line remains."""
         self._details = ""
         started = time.perf_counter()
+        self.tell("stage", name=name)
         with Progress(
             TextColumn("{task.description:<9}", markup=False),
             BarColumn(bar_width=24),
@@ -82,6 +102,7 @@ class Console:
             finally:
                 self._bar = None
                 self.seconds[name] = time.perf_counter() - started
+        self.tell("done", name=name, seconds=self.seconds[name], text=self._details)
         self.console.print(
             f"{name:<9} [dim]{self.seconds[name]:6.1f} s[/dim]  {escape(self._details)}".rstrip()
         )
@@ -114,6 +135,9 @@ class Console:
         if left is not None:
             parts.append(f"{duration(left)} left")
         self._show(completed=event["step"], total=event.get("total"), details=", ".join(parts))
+        if self._events and (now := time.perf_counter()) - self._told > OFTEN:
+            self._told = now
+            self.tell("progress", step=event["step"], total=event.get("total"), text=", ".join(parts))
 
     def _left(self, event: ProgressEvent) -> float | None:
         """The seconds that remain, if a step takes what it took so far; None where there is no telling."""
