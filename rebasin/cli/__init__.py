@@ -27,6 +27,8 @@ Do they need aligning at all?
     rebasin compare A.safetensors B.safetensors
 What is this file, and how was it made?
     rebasin inspect merged.safetensors
+The same by clicks, in the browser:
+    rebasin ui
 
 Models are single files of Stable Diffusion, Flux, Qwen-Image, Wan and their
 like (.safetensors, .ckpt, .gguf), or folders of any class of transformers and

@@ -61,7 +61,8 @@ def ui(
     The page sees these folders and nothing else. It needs Gradio:
         pip install "git-rebasin\\[ui]"
     """
-    from ..ui.server import Desk, require_gradio, serve
+    from ..ui.desk import Desk
+    from ..ui.server import require_gradio, serve
 
     require_gradio()
     from . import inspect as inspect_command  # these load torch
@@ -96,7 +97,9 @@ def _option(parameter: inspect.Parameter) -> Option:
     kind: Any = "choice" if choices else KINDS[hint]
     on, off = "", ""
     if isinstance(declared, typer.models.OptionInfo):
-        own = next((one for one in declared.param_decls or () if one.startswith("--")), "")
+        # In Annotated, typer takes the first spelling for a default and sorts that out later.
+        spelt = (one for one in (declared.default, *(declared.param_decls or ())) if isinstance(one, str))
+        own = next((one for one in spelt if one.startswith("--")), "")
         dashed = parameter.name.replace("_", "-")
         on, _, off = (own or (f"--{dashed}/--no-{dashed}" if kind == "flag" else f"--{dashed}")).partition(
             "/"

@@ -159,6 +159,9 @@ class Console:
             if isinstance(part, Table):
                 self.console.print(part.terminal())
             elif isinstance(part, Answer):
+                self.tell(
+                    "answer", question=part.question, short=part.short, tone=TONES[part.tone], text=part.text
+                )
                 question = part.question if part.question.endswith("?") else f"{part.question}:"
                 short = f"[bold {TONES[part.tone]}]{escape(part.short)}.[/]"
                 self.console.print(f"{escape(question)} {short} {escape(part.text)}")
@@ -167,6 +170,7 @@ class Console:
         shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         self.console.print(f"\nIn {shown}:", markup=False)
         there = {n: meaning for n, meaning in FILES.items() if n in files and (folder / n).exists()}
+        self.tell("files", paths=[str(folder / name) for name in there])
         width = max((24, *map(len, there)))
         for name, meaning in there.items():
             self.console.print(f"  {name:<{width}}  [dim]{meaning}[/dim]")

@@ -47,30 +47,36 @@ def sliders(models: Sequence[Path], text: str, default: float) -> Sliders:
 
 
 def text_of(models: Sequence[Path], values: Sequence[float], default: float) -> str:
-    """The shortest text that these sliders mean: nothing, a preset, or an entry for each block that differs.
+    """The shortest text that these sliders mean: nothing, a preset, or entries for the blocks that differ from it.
 
     Raises:
         RebasinError: a model can't be opened.
     """
     _, blocks = _blocks(models)
-    if all(abs(value - default) < SAME for value in values):
-        return ""
-    for name in preset_names():
-        if np.allclose(sliders(models, name, default).values, values, rtol=0, atol=SAME):
-            return name
-    told = [f"{round(value, 3):g}" for value in values]
+    wanted = np.asarray(values, dtype=float)
+    bases = {"": np.full(len(wanted), default)}
+    bases |= {name: np.asarray(sliders(models, name, default).values) for name in preset_names()}
+    near = {name: np.abs(base - wanted) < SAME for name, base in bases.items()}
     if blocks.kind == "layers":
-        return f"*=[{','.join(told)}]"
-    entries, start = [], 0
-    for end in range(1, len(told) + 1):
-        ends_alone = blocks.order[start] in ("BASE", "VAE")
-        if end < len(told) and told[end] == told[start] and blocks.order[end] != "VAE" and not ends_alone:
+        whole = next((name for name, same in near.items() if same.all()), None)
+        return f"*=[{','.join(f'{value:.3g}' for value in wanted)}]" if whole is None else whole
+    told = {name: _entries(blocks.order, wanted, same) for name, same in near.items()}
+    name = min(told, key=lambda name: (len(told[name]), bool(name)))
+    return ",".join([*([name] if name else []), *told[name]])
+
+
+def _entries(order: Sequence[str], values: np.ndarray, same: np.ndarray) -> list[str]:
+    """An entry for each run of neighbours of one value, but for those that are the same anyhow."""
+    found, start = [], 0
+    for end in range(1, len(order) + 1):
+        alone = "BASE" in order[start] or end == len(order) or order[end] == "VAE"
+        if not alone and abs(values[end] - values[start]) < SAME and same[end] == same[start]:
             continue
-        if abs(float(told[start]) - default) >= SAME:
-            first, last = blocks.order[start], blocks.order[end - 1]
-            entries.append(f"{first if first == last else f'{first}-{last}'}={told[start]}")
+        if not same[start]:
+            run = order[start] if end - start == 1 else f"{order[start]}-{order[end - 1]}"
+            found.append(f"{run}={values[start]:.3g}")
         start = end
-    return ",".join(entries)
+    return found
 
 
 def places() -> tuple[str, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, shown, unknown
 from ..merging import METHODS
 from ..merging.registry import plan_options
 
@@ -75,9 +76,11 @@ def values_of_merge(given: Mapping[str, Any], functions: tuple[str, ...] = ()) -
     if weights and weights.endswith((".yaml", ".yml")):
         raise ConfigError("Write the weights themselves here; a YAML file is for the command line.")
     usual, alpha = default_alpha(method), given.get("alpha")
+    if alpha is not None and not isinstance(alpha, int | float):
+        raise ConfigError(f"Alpha is {shown(alpha)}, but it is a number.")
     share = None
-    if usual is not None and alpha is not None and not _plain_numbers(weights):
-        share = alpha if weights or abs(float(alpha) - usual) > 1e-9 else None
+    if usual is not None and alpha is not None and not plain_numbers(weights):
+        share = alpha if weights or abs(alpha - usual) > 1e-9 else None
         share = None if len(models) > 2 and METHODS[method].weight == "weights" else share
     way = given.get("way") or "permutation"
     if way != "given":
@@ -102,9 +105,47 @@ def values_of_merge(given: Mapping[str, Any], functions: tuple[str, ...] = ()) -
     }
 
 
-def _plain_numbers(text: str | None) -> bool:
+def plain_numbers(text: str | None) -> bool:
     """Whether weights are numbers for models alone, beside which --alpha says the same twice."""
     try:
-        return text is not None and [float(part) for part in text.split(",")] != []
+        return bool(text) and [float(part) for part in str(text).split(",")] != []
     except ValueError:
         return False
+
+
+RUNS = "runs"
+"""The folder, in the first root, of what is measured."""
+
+OBJECTIVES = {
+    "agreement": "How far the outputs are from A's and B's, on random inputs",
+    "distillation": "How far what is predicted is from what A and B predict, on prompts",
+}
+"""What the line between A and B may be measured by."""
+
+
+def measuring(a: str, b: str, objective: str, samples: int, folder: str) -> list[str]:
+    """The words behind `python -m rebasin.run` that measure the line from A to B.
+
+    Args:
+        samples: pictures in each row; 0 for none.
+        folder: for the report.
+
+    Raises:
+        ConfigError: there is no such objective, or a path has what Hydra takes for a reference.
+    """
+    if objective not in OBJECTIVES:
+        raise unknown(f"There is no objective {shown(objective)} here", objective, OBJECTIVES)
+    if not isinstance(samples, int | float) or not 0 <= samples <= 16:
+        raise ConfigError(f"The number of pictures is {shown(samples)}, but it is one from 0 to 16.")
+    words = ["model=checkpoint", f"model.a={_quoted(a)}", f"model.b={_quoted(b)}", f"objective={objective}"]
+    words += [f"model.samples={int(samples)}"] if samples else []
+    return [*words, f"hydra.run.dir={_quoted(folder)}"]
+
+
+def _quoted(path: str) -> str:
+    """A path as Hydra reads it."""
+    if "${" in path or ("\\" in path and os.name != "nt"):
+        raise ConfigError(f"{shown(path)} has a name that Hydra would read as something else; rename it.")
+    path = path.replace("\\", "/")
+    plain = all(letter.isalnum() or letter in "/._-" for letter in path)
+    return path if plain else "'" + path.replace("'", "\\'") + "'"

@@ -58,7 +58,8 @@ class Job:
 
     Attributes:
         number: 1, 2, ... in the order of their clicks.
-        words: the command line behind `rebasin`; `quick`: it waits for no other job.
+        words: the command line behind the command; `quick`: it waits for no other job.
+        module: the command, as `python -m` takes it.
         status: of it; `ahead` is the number of jobs before it while it waits.
         seconds: that it has run.
         stages: those that it has begun.
@@ -72,6 +73,7 @@ class Job:
     number: int
     words: tuple[str, ...]
     quick: bool = False
+    module: str = "rebasin"
     status: Status = "waiting"
     ahead: int = 0
     seconds: float = 0.0
@@ -86,7 +88,7 @@ class Job:
     @property
     def line(self) -> str:
         """The same on the command line."""
-        return written(self.words)
+        return written(self.words, self.module)
 
     @property
     def over(self) -> bool:
@@ -112,12 +114,10 @@ class JobList:
 
     Args:
         at_once: so many run beside each other; the others wait, for each may want most of the memory.
-        program: what to start, the words of the command follow.
+        program: what to start; the module and the words of the command follow.
     """
 
-    def __init__(
-        self, at_once: int = 1, program: Sequence[str] = (sys.executable, "-P", "-m", "rebasin")
-    ) -> None:
+    def __init__(self, at_once: int = 1, program: Sequence[str] = (sys.executable, "-P", "-m")) -> None:
         self._at_once, self._program = at_once, tuple(program)
         self._jobs: dict[int, _Kept] = {}
         self._lock = threading.RLock()
@@ -125,7 +125,12 @@ class JobList:
         self._closed = False
 
     def start(
-        self, words: Sequence[str], quick: bool = False, output: Path | None = None, results: str = ""
+        self,
+        words: Sequence[str],
+        quick: bool = False,
+        output: Path | None = None,
+        results: str = "",
+        module: str = "rebasin",
     ) -> int:
         """Begin a job, or let it wait for its turn; returns its number.
 
@@ -133,6 +138,7 @@ class JobList:
             quick: it waits for no other.
             output: what it will write.
             results: the option of a file of figures, which is then what `results` of this object gives.
+            module: another command than `rebasin`, as `python -m` takes it.
 
         Raises:
             ConfigError: a job that is not over writes the same.
@@ -150,7 +156,7 @@ class JobList:
             folder = Path(self._folder.name) / str(number)
             folder.mkdir()
             self._jobs[number] = _Kept(
-                Job(number, tuple(words), quick), folder, output=target, results=results
+                Job(number, tuple(words), quick, module), folder, output=target, results=results
             )
             self._next()
         return number
@@ -164,7 +170,7 @@ class JobList:
             kept.cancels += 1
             if kept.process is None:
                 kept.job = replace(kept.job, status="cancelled")
-                return
+                return self._next()
             with contextlib.suppress(ProcessLookupError, OSError):
                 if kept.cancels > 1:
                     kept.process.kill()
@@ -177,7 +183,8 @@ class JobList:
         """The same job once more; what was found before it was cancelled is used."""
         with self._lock:
             kept = self._jobs[number]
-        return self.start(kept.job.words, kept.job.quick, kept.output, kept.results)
+        job = kept.job
+        return self.start(job.words, job.quick, kept.output, kept.results, job.module)
 
     def get(self, number: int) -> Job | None:
         """A job as it is now; None if there is none of this number."""
@@ -239,7 +246,7 @@ class JobList:
         try:
             with (kept.folder / "log").open("wb") as log:
                 kept.process = subprocess.Popen(
-                    [*self._program, *kept.job.words, *figures],
+                    [*self._program, kept.job.module, *kept.job.words, *figures],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

@@ -102,11 +102,11 @@ def _text(one: Option, value: Any, roots: Roots) -> str:
     return text
 
 
-def written(words: Sequence[str]) -> str:
-    """A command line to copy into a shell; `words` come after `rebasin`."""
+def written(words: Sequence[str], module: str = "rebasin") -> str:
+    """A command line to copy into a shell; `words` come after the command, that of a `module` but for `rebasin`."""
     quote: Callable[[Sequence[str]], str] = shlex.join
     if os.name == "nt":
         import subprocess
 
         quote = subprocess.list2cmdline
-    return quote(["rebasin", *words])
+    return quote([*(["python", "-m"] if module != "rebasin" else []), module, *words])

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints import FORMATS
-from ..errors import RebasinError
+from ..errors import ConfigError, RebasinError
 from ..merging import METHODS
 from ..merging.block_settings import preset_names
 from ..merging.registry import plan_options
 from . import blocks, form, shown
+from .desk import Desk, Links
 from .job_list import Job, JobList
 from .options import Command, Option, written
 from .roots import Roots
-from .server import Desk, Links
 
 HERE = Path(__file__).parent
 
 CALL = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """Of what answers at once."""
+
+TO_JOB: dict[str, Any] = {
+    "fn": None,
+    "js": """() => {
+  const wrong = document.querySelector('#merge-said .problem, #apply-said .problem');
+  if (window.innerWidth < 900 && !wrong) document.getElementById('jobs').scrollIntoView({ behavior: 'smooth' });
+}""",
+}
+"""In a narrow window, where it stands below the form, the job that was begun comes into sight."""
 
 NAMES = {
     "vae": "VAE",
@@ -148,7 +158,7 @@ class _Page:
                     elem_id="preset",
                 )  # fmt: skip
                 found["weights"] = gr.Textbox(
-                    "", label="Weights", elem_id="weights-text",
+                    "", label="Weights", elem_id="weights-text", max_lines=4,
                     info="A preset, entries such as IN=0.2,OUT=0.7,attn1=1, or a number for each model (4,2,1).",
                 )  # fmt: skip
             self.sliders = gr.HTML(
@@ -183,6 +193,17 @@ class _Page:
                 )  # fmt: skip
             with gr.Accordion({"Output": "How it is written"}.get(title, title), open=False):
                 self._fields(found, offered, form.GROUPS[title] + (rest if title == "Machine" else ()))
+        with gr.Accordion("Curve and samples", open=False, elem_id="measuring"):
+            gr.HTML(shown.hint(
+                "Measures the loss along the line from A to B, naive and aligned, and leaves a report: for Stable"
+                " Diffusion. A full-sized model takes minutes for each point of the line on a CPU."
+            ))  # fmt: skip
+            goals = [(told, name) for name, told in form.OBJECTIVES.items()]
+            self.objective = gr.Radio(goals, value="agreement", label="Measure", elem_id="objective")
+            self.samples = gr.Number(
+                0, label="Pictures", info="In each row of samples; 0: none.", precision=0, elem_id="samples"
+            )
+            self.measure = gr.Button("Measure", elem_id="measure")
         with gr.Row(elem_classes="buttons"):
             self.compare = gr.Button("Compare A and B", elem_id="compare")
             self.plan = gr.Button("Plan", elem_id="plan")
@@ -263,7 +284,7 @@ class _Page:
                 "", show_label=False, lines=10, max_lines=24, interactive=False, buttons=["copy"], elem_id="log-text",
                 elem_classes="line",
             )  # fmt: skip
-        self.seen = gr.State({})
+        self.seen, self.ended = gr.State({}), gr.State(0)
 
     # What clicks do
 
@@ -299,9 +320,15 @@ class _Page:
             return self.jobs.start(self.desk.compare.line(wanted, self.roots), results="--json")
 
         outcome = [self.merge_said, self.chosen]
-        self.plan.click(begin(True), fields, outcome, **CALL)
-        self.merge.click(begin(False), fields, outcome, **CALL)
-        self.compare.click(self._begin(compare), fields, outcome, **CALL)
+        self.plan.click(begin(True), fields, outcome, **CALL).then(**TO_JOB)
+        self.merge.click(begin(False), fields, outcome, **CALL).then(**TO_JOB)
+        self.compare.click(self._begin(compare), fields, outcome, **CALL).then(**TO_JOB)
+        self.measure.click(
+            self._begin(self._measure),
+            [found["a"], found["b"], self.objective, self.samples],
+            outcome,
+            **CALL,
+        ).then(**TO_JOB)
         for field in fields:
             field.change(line, fields, self.merge_line, **CALL)
         inputs = [found[name] for name in ("a", "b", "more", "base")]
@@ -334,6 +361,15 @@ class _Page:
             [self.merge_said, found["a"], found["b"], *lists[2:]], **CALL | {"show_progress": "full"},
         )  # fmt: skip
 
+    def _measure(self, a: str | None, b: str | None, objective: str, samples: float) -> int:
+        if not a or not b:
+            raise ConfigError("Choose two models, A and B.")
+        name = f"{Path(a).stem}-{Path(b).stem}-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+        folder = self.roots.inside(str(self.roots.folders[0] / form.RUNS / name))
+        paths = [str(self.roots.inside(path)) for path in (a, b)]
+        words = form.measuring(paths[0], paths[1], objective, int(samples or 0), str(folder))
+        return self.jobs.start(words, output=folder, module="rebasin.run")
+
     def _merge_words(self, told: dict[str, Any]) -> list[str]:
         return self.desk.merge.line(form.values_of_merge(told, self.functions), self.roots)
 
@@ -360,9 +396,7 @@ class _Page:
         def begin(plan: bool) -> Callable[..., Any]:
             def job(*given: Any) -> Any:
                 if not given[0] or not given[1]:
-                    raise form.ConfigError(
-                        "Choose a permutation or alignment, and the file that is to follow it."
-                    )
+                    raise ConfigError("Choose a permutation or alignment, and the file that is to follow it.")
                 told, output = words(given), str(given[names.index("output")] or "").strip()
                 if plan:
                     return self.jobs.start([*told, "--dry-run"], quick=True)
@@ -374,8 +408,8 @@ class _Page:
             return "".join(self._told(path) for path in given if path)
 
         outcome = [self.apply_said, self.chosen]
-        self.apply_plan.click(begin(True), fields, outcome, **CALL)
-        self.apply.click(begin(False), fields, outcome, **CALL)
+        self.apply_plan.click(begin(True), fields, outcome, **CALL).then(**TO_JOB)
+        self.apply.click(begin(False), fields, outcome, **CALL).then(**TO_JOB)
         for field in fields:
             field.change(line, fields, self.apply_line, **CALL)
         both = [found["permutation"], found["file"]]
@@ -400,7 +434,16 @@ class _Page:
         return self.gr.update(choices=[(str(page.parent), str(page)) for page in pages])
 
     def _wire_jobs(self, runs: Any) -> None:
-        fields = [self.chosen, self.job, self.job_line, self.log, self.cancel, self.again, self.seen]
+        fields = [
+            self.chosen,
+            self.job,
+            self.job_line,
+            self.log,
+            self.cancel,
+            self.again,
+            self.seen,
+            self.ended,
+        ]
         lists = [*self.models, *self.alignments]
         tick = {"fn": self._tick, "inputs": [self.chosen, self.seen], "outputs": fields, **CALL}
         self.gr.Timer(1.0).tick(**tick)
@@ -408,7 +451,7 @@ class _Page:
         self.blocks.load(self._tick, [self.chosen, self.seen], fields, **CALL)
         self.cancel.click(self._cancel, self.chosen, None, **CALL).then(**tick)
         self.again.click(self._begin(self._repeat), self.chosen, [self.merge_said, self.chosen], **CALL)
-        self.seen.change(self._lists, None, lists, **CALL)
+        self.ended.change(self._lists, None, lists, **CALL)  # a job may have written files
 
     def _begin(self, job: Callable[..., Any]) -> Callable[..., Any]:
         """Start a job and show it; a sentence if it can't be."""
@@ -424,7 +467,7 @@ class _Page:
 
     def _repeat(self, number: int | None) -> int:
         if number is None:
-            raise form.ConfigError("Choose a job.")
+            raise ConfigError("Choose a job.")
         return self.jobs.again(number)
 
     def _cancel(self, number: int | None) -> None:
@@ -451,9 +494,9 @@ class _Page:
             make.get(name, lambda told: told)(state[name]) if seen.get(name) != state[name] else gr.skip()
             for name in order
         ]
-        done = sum(one.status == "done" for one in self.jobs.all())
-        # Lists of files are read again when a job has ended, which may have written some.
-        return [*changed, gr.skip() if seen == state | {"done": done} else state | {"done": done}]
+        ended = sum(one.status == "done" for one in self.jobs.all())
+        last = gr.skip() if seen.get("ended") == ended else ended
+        return [*changed, state | {"ended": ended}, last]
 
     def _state(self, one: Job | None) -> dict[str, Any]:
         if one is None:
@@ -536,6 +579,8 @@ class _Page:
         name = text.strip() if text.strip() in preset_names() else ""
         if not a:
             return empty | {"notes": ["Choose the models; then their blocks are here."]}, name
+        if form.plain_numbers(text) and text.count(",") < 9:
+            return empty | {"notes": ["A number for each model; blocks have entries such as IN=0.2."]}, name
         try:
             models = [self.roots.inside(path) for path in (a, b) if path]
             found = blocks.sliders(models, text, alpha)

@@ -15,6 +15,9 @@ MARKS = {"waiting": "…", "running": "▶", "done": "✓", "failed": "✗", "ca
 
 TONES = {"green": "good", "yellow": "mixed", "red": "bad"}
 
+PICTURES = {"curve.png": "The loss from A to B", "samples.png": "Images of A, B and the midpoints"}
+"""Of the files of a run those that are shown, and what they show."""
+
 BARS = 80
 """Blocks that a chart shows; a model of more layers has the rest in `rebasin compare --json`."""
 
@@ -50,6 +53,10 @@ def file(path: str, told: Mapping[str, Any] | str) -> str:
 def title(job: Job) -> str:
     """A job in a few words, plain text."""
     words = list(job.words)
+    if job.module != "rebasin":
+        given = {name: value.strip("'") for name, _, value in (word.partition("=") for word in words)}
+        files = " and ".join(Path(given.get(name, "")).name for name in ("model.a", "model.b"))
+        return f"{job.number} {MARKS[job.status]} measure {files}"
     what = "plan" if "--dry-run" in words else words[0]
     output = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--output"), "")
     names = [Path(word).name for word in words[1:] if not word.startswith("-")][:2]
@@ -84,6 +91,7 @@ def job(
         parts.append(chart(comparison))
     if one.status == "done" and "--dry-run" in one.words:
         parts.append(f"<pre>{escape(one.log.strip())}</pre>")
+    parts += [_picture(name, address) for name, address in links if Path(name).name in PICTURES]
     if links:
         parts += ['<ul class="files">', *(_link(name, address) for name, address in links), "</ul>"]
     if one.stages and not one.over:
@@ -94,7 +102,14 @@ def job(
 def _link(name: str, address: str) -> str:
     if not address:
         return f"<li>{escape(name)}</li>"
-    return f'<li><a href="{escape(address, quote=True)}" download>{escape(name)}</a></li>'
+    # A page opens in a window of its own; all else is saved.
+    how = 'target="_blank" rel="noopener"' if address.startswith("reports/") else "download"
+    return f'<li><a href="{escape(address, quote=True)}" {how}>{escape(name)}</a></li>'
+
+
+def _picture(name: str, address: str) -> str:
+    told = escape(PICTURES[Path(name).name])
+    return f'<img class="picture" src="{escape(address, quote=True)}" alt="{told}">'
 
 
 def _progress(one: Job) -> str:

@@ -11,7 +11,8 @@ element.addEventListener('change', (event) => {
   if (!event.target.dataset || event.target.dataset.block === undefined) return;
   event.stopPropagation();
   focused = event.target.dataset.block;
-  const values = Array.from(element.querySelectorAll('input[data-block]'), (slider) => Number(slider.value));
+  const values = [...props.value.values];  // the others as they are: a preset has finer steps than sliders
+  values[Number(focused)] = Number(event.target.value);
   props.value = { ...props.value, values };
   trigger('input');
 });
