@@ -50,7 +50,7 @@ def content(path: Path) -> tuple[str, bytes]:
     """Header and tensors of a safetensors file, but for the seconds that its making took."""
     whole = path.read_bytes()
     begin = 8 + int.from_bytes(whole[:8], "little")
-    return re.sub(r'seconds\\": [\d.e+-]+', "", whole[8:begin].decode()), whole[begin:]
+    return re.sub(r'seconds\\": [\d.e+-]+', "", whole[8:begin].decode()).rstrip(), whole[begin:]
 
 
 def read(path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -305,6 +307,8 @@ time.sleep(600 if "long" in sys.argv else 0)
 
 
 def test_cancel_is_ctrl_c_and_then_more() -> None:
+    if threading.current_thread() is threading.main_thread():  # what ignores it hands that down to its jobs
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     jobs = JobList(program=(sys.executable, "-c", SLEEPER))
     try:
         polite, deaf, waits = (jobs.start(words) for words in (["long"], ["long", "deaf"], ["short"]))

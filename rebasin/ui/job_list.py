@@ -112,6 +112,9 @@ class _Kept:
 class JobList:
     """All jobs since the server has started. Its methods may be called from any thread.
 
+    Jobs inherit what this process does on Ctrl-C: if it ignores that, as a shell's background job does, they can't be
+    cancelled by it. `serve` has a handler of its own, so its jobs have theirs.
+
     Args:
         at_once: so many run beside each other; the others wait, for each may want most of the memory.
         program: what to start; the module and the words of the command follow.
@@ -171,13 +174,7 @@ class JobList:
             if kept.process is None:
                 kept.job = replace(kept.job, status="cancelled")
                 return self._next()
-            with contextlib.suppress(ProcessLookupError, OSError):
-                if kept.cancels > 1:
-                    kept.process.kill()
-                elif os.name == "nt":  # which has no signal that only one of several consoles' programs gets
-                    kept.process.terminate()
-                else:
-                    kept.process.send_signal(signal.SIGINT)
+            _signal(kept.process, signal.SIGINT if kept.cancels == 1 else None)
 
     def again(self, number: int) -> int:
         """The same job once more; what was found before it was cancelled is used."""
@@ -216,7 +213,7 @@ class JobList:
             try:
                 process.wait(max(0.1, until - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()
+                _signal(process, None)
                 process.wait()
         self._folder.cleanup()
 
@@ -251,7 +248,7 @@ class JobList:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=environment,
-                    start_new_session=True,  # Ctrl-C for the server is not for its jobs: it tells them by itself
+                    start_new_session=True,  # Ctrl-C for the server is not for its jobs: it tells them itself
                 )
         except OSError as error:
             kept.job = replace(kept.job, status="failed", error=f"It can't be started: {error}.")
@@ -294,6 +291,15 @@ class JobList:
                 kept.events = [json.loads(line) for line in whole.splitlines()]
                 return kept.events
         return []
+
+
+def _signal(process: subprocess.Popen[bytes], sign: signal.Signals | None) -> None:
+    """As a terminal does, to the program and all that it has started; None ends any program."""
+    with contextlib.suppress(OSError):
+        if os.name == "nt":  # which has no such signal for one program alone
+            process.kill()
+        elif process.poll() is None:
+            os.killpg(process.pid, sign or signal.SIGKILL)
 
 
 def told(job: Job, events: Sequence[dict[str, Any]]) -> Job:

@@ -15,6 +15,17 @@ MARKS = {"waiting": "…", "running": "▶", "done": "✓", "failed": "✗", "ca
 
 TONES = {"green": "good", "yellow": "mixed", "red": "bad"}
 
+STAGES = {
+    "read": "looks at the files",
+    "hash": "sums of the files, to know what was aligned before",
+    "spec": "derives and proves what may be permuted; the next time this is known",
+    "align": "matches neurons",
+    "check": "computes with B before and after it was moved",
+    "compare": "computes with A, B and the merge",
+    "measure": "distances of the blocks",
+}
+"""What stages do, as long as they tell nothing themselves."""
+
 PICTURES = {"curve.png": "The loss from A to B", "samples.png": "Images of A, B and the midpoints"}
 """Of the files of a run those that are shown, and what they show."""
 
@@ -114,7 +125,8 @@ def _picture(name: str, address: str) -> str:
 
 def _progress(one: Job) -> str:
     current = one.stages[-1].name if one.stages and one.stages[-1].seconds is None else ""
-    told = f"{current}: {one.text}" if one.text else current or ("" if one.stages else "starts")
+    text = one.text or STAGES.get(current, "")
+    told = f"{current}: {text}" if text else current or ("" if one.stages else "starts")
     role = f'role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-label="{escape(current or "job")}"'
     if one.share is None:
         bar = f'<div class="bar unknown" {role}><i></i></div>'
