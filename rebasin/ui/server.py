@@ -53,6 +53,7 @@ def serve(
     print("Starting the page ...", flush=True)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("NO_PROXY"), HOST)))  # Gradio asks itself
     gradio: Any = import_module("gradio")  # late: an extra
     from .page import LOOK, build
 
@@ -78,6 +79,7 @@ def serve(
                 run_history=False,
                 enable_monitoring=False,
                 ssr_mode=False,
+                _frontend=False,  # else it gives up if its first answer takes three seconds, as on a busy machine
                 app_kwargs=_app(links, shared=share),
                 **LOOK(gradio),
             )
