@@ -34,8 +34,10 @@ GROUPS = {
 OWN = ("inputs", "output", "alpha", "method", "weights", "align", "maps", "learned", "learn")
 """Options that have a place of their own on the page."""
 
-LEFT_OUT = ("ray", "dry_run")
-"""Options that the page does not have: a cluster's address, and what the button Plan stands for."""
+LEFT_OUT = ("ray", "dry_run", "recipe")
+"""Options that the page does not have: a cluster's address, what the button Plan stands for, and recipes, which name
+files that may lie outside its folders.
+"""
 
 
 def methods(functions: tuple[str, ...] = ()) -> list[str]:
