@@ -83,7 +83,8 @@ def offered(name: str, function: Callable[..., None]) -> Command:
     from ..ui import Command
 
     parameters = inspect.signature(function).parameters.values()
-    return Command(name, tuple(_option(parameter) for parameter in parameters))
+    declared = (one for one in parameters if get_origin(one.annotation) is Annotated)  # others are typer's own
+    return Command(name, tuple(map(_option, declared)))
 
 
 def _option(parameter: inspect.Parameter) -> Option:
