@@ -83,7 +83,9 @@ def offered(name: str, function: Callable[..., None]) -> Command:
     from ..ui import Command
 
     parameters = inspect.signature(function).parameters.values()
-    declared = (one for one in parameters if get_origin(one.annotation) is Annotated)  # others are typer's own
+    declared = (
+        one for one in parameters if get_origin(one.annotation) is Annotated
+    )  # others are typer's own
     return Command(name, tuple(map(_option, declared)))
 
 
