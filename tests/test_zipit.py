@@ -93,10 +93,10 @@ def test_repeated_neurons_make_room_for_both_members(weights: tuple[float, float
     found = rebasin.repair(spec, a, mean, ends, batches, how="zipit", weights=weights)
     x = torch.randn(40, 5)
     wanted = shares[0] * a(x) + shares[1] * b(x)
-    made = torch.func.functional_call(a, found.state, x)
+    made = torch.func.functional_call(a, found.state, (x,))
     torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
     aligned = rebasin.weight_matching(spec, *ends).permutation.apply(ends[1])
-    permuted = torch.func.functional_call(a, rebasin.interpolate(ends[0], aligned, shares[1]), x)
+    permuted = torch.func.functional_call(a, rebasin.interpolate(ends[0], aligned, shares[1]), (x,))
     assert float((permuted - wanted).detach().square().mean()) > 1e-3  # what no permutation can do
 
 
@@ -106,14 +106,16 @@ def test_dead_neurons_are_paired_with_each_other() -> None:
     a, b = (nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in "ab")
     for model in (a, b):
         with torch.no_grad():
-            model[0].weight[2:4], model[0].bias[2:4] = 0, -1
+            first = model[0]
+            assert isinstance(first, nn.Linear)
+            first.weight[2:4], first.bias[2:4] = 0, -1
     batches = [torch.randn(100, 5)]
     spec = rebasin.trace(a, batches[0])
     made = []
     for end in (b.state_dict(), spec.random(1).apply(b.state_dict())):
         ends = [a.state_dict(), end]
         found = repair_zipit(spec, a, rebasin.interpolate(*ends, 0.5), ends, batches).state
-        made.append(torch.func.functional_call(a, found, batches[0]))
+        made.append(torch.func.functional_call(a, found, (batches[0],)))
         assert int((found["0.weight"].abs().sum(1) == 0).sum()) == 2
     torch.testing.assert_close(*made)
 
