@@ -36,10 +36,12 @@ def inspect(
         rebasin inspect merged.permutation.safetensors
         rebasin inspect lora.safetensors --json
     """
+    from ..checkpoints.hub import local
     from ..checkpoints.provenance import sha256_of, size_of
     from . import session
     from .inputs import kind_of_file
 
+    file = local(file, variant)
     console = session.begin().console
     kind = kind_of_file(file)
     told: dict[str, Any] = {"file": file.name, "kind": kind, "bytes": size_of(file)}

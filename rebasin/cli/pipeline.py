@@ -34,6 +34,8 @@ def align(console: Console, request: Request) -> Hashes:
         RebasinError: an input is missing or does not fit; nothing was written.
     """
     stages.require_maps(request)
+    request = stages.require_hub(request)
+    check_output(request.output, request.inputs, request.overwrite or request.dry_run)
     stages.require_output(request, request.inputs)
     models, components = stages.read(console, request)
     session.remark(console, copies(models, components))
@@ -57,6 +59,12 @@ def align(console: Console, request: Request) -> Hashes:
     states = {name: moved[name] for name in components}
     # EMA copies of B's weights would have to move along; loaders that want them would find B's old order.
     state = output.finished(b, states, prune=request.prune)
+    recipe = {"command": "align", "to": request.inputs[0].name, **stages.choices(request)}
+    more = stages.write(console, request, state, b, hashes[::-1], [b, models[0]], recipe, found, roundings)
+    console.console.print()
+    session.say_alignment(console, found, checks)
+    session.say_rounding(console, roundings)
+    session.say_where(console, request.output, f"{session.called(alignment)} in {alignment.file}", *more)
     stages.write(console, request, state, b, hashes[::-1], [b, models[0]], recipe, found, roundings)
     console.console.print()
     session.say_alignment(console, found, checks)
@@ -78,6 +86,7 @@ def merge(console: Console, request: Request) -> Hashes:
         raise ConfigError("A merge needs two models or more; give their files one after the other.")
     stages.require_ray(request)
     stages.require_maps(request)
+    request = stages.require_hub(request)
     others = [*(path for path in (request.base, request.vae) if path is not None), *request.fisher]
     stages.require_output(request, [*request.inputs, *others])
     method = find_method(request.method)
@@ -186,13 +195,14 @@ def merge(console: Console, request: Request) -> Hashes:
         models[0], merged, keep_dtype=dtype is None, vae=vae, prune=request.prune, fix_clip=request.fix_clip
     )
     used = [model for model in (*models, base, vae, *information) if model is not None]
-    stages.write(console, request, state, models[0], hashes, used, recipe, found)
+    more = stages.write(console, request, state, models[0], hashes, used, recipe, found)
     console.console.print()
     if not found:
         session.answer(
             console, "Is it legal?", "Nothing to ask", "yellow", "No neuron was moved (--no-align)."
         )
         session.answer(console, "Did anything move?", "No", "yellow", "This is the plain merge.")
+        return session.say_where(console, request.output, *more)
         session.say_where(console, request.output)
         return read
     session.say_far(console, far)
@@ -200,5 +210,6 @@ def merge(console: Console, request: Request) -> Hashes:
     files = (
         [one.file for one in found] if len(found) > 1 else [f"{session.called(found[0])} in {found[0].file}"]
     )
+    session.say_where(console, request.output, *files, *more)
     session.say_where(console, request.output, *files)
     return read
