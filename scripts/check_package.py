@@ -2,7 +2,7 @@
 
     python scripts/check_package.py                  # build, twine, a fresh environment, another folder
     python scripts/check_package.py --resolve        # and: do all dependencies have builds for each Python?
-    python scripts/check_package.py --extras         # and: the table of docs/installation.md, written anew
+    python scripts/check_package.py --extras         # only: the table of docs/installation.md, written anew
 
 Needs `pip install build twine uv`, the network, and some gigabytes in the temporary folder.
 """
@@ -10,12 +10,10 @@ Needs `pip install build twine uv`, the network, and some gigabytes in the tempo
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,51 +87,46 @@ def try_out(python: Path, folder: Path) -> None:
     print(f"a run in {folder}: {', '.join(sorted(p.name for p in folder.glob('outputs/*/*/*')))[:120]}")
 
 
-def size_of(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def extras_of() -> dict[str, list[str]]:
+def extras_of() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return {"": project["dependencies"], **project["optional-dependencies"]}
+    return ["", *project["optional-dependencies"]]
 
 
-def sizes(python: Path, folder: Path, only: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
-    """Extra -> packages and bytes that it adds to an environment with the package; "" is that itself."""
-    site = Path(call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    found = {"": (len(list(site.glob("*.dist-info"))), size_of(site))}
-    for extra, wanted in extras_of().items():
-        if not extra or (only and extra not in only):
-            continue
-        report = json.loads(
-            call(python, "-m", "pip", "install", "--quiet", "--dry-run", "--report", "-", *wanted)
-        )
-        # Some only come at another version than what is there: they count as well.
-        new = [f"{one['metadata']['name']}=={one['metadata']['version']}" for one in report["install"]]
-        target = folder / extra
-        if new:
-            call(
-                python,
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--no-deps",
-                "--no-compile",
-                "--target",
-                target,
-                *new,
-            )
-        found[extra] = (len(new), size_of(target) if new else 0)
+ACCELERATOR = ("torch", "nvidia-", "cuda-", "triton")
+"""Counted apart: which builds of these come depends on the machine."""
+
+
+def downloads(extra: str) -> dict[str, int]:
+    """Package -> bytes of what is downloaded on Linux for the package with an extra, by uv's resolution."""
+    options = ["--quiet", "--python-version", PYTHONS[0], "--format", "pylock.toml"]
+    options += ["--extra", extra] if extra else []
+    told = tomllib.loads(
+        call(sys.executable, "-m", "uv", "pip", "compile", *options, ROOT / "pyproject.toml")
+    )
+    found = {}
+    for one in told["packages"]:
+        files = one.get("wheels") or [one["sdist"]]
+        found[one["name"]] = max(file["size"] for file in files)
+    return found
+
+
+def sizes() -> dict[str, tuple[int, int]]:
+    """Extra -> packages and bytes that it adds to the package; "" is that itself, without torch and what is its."""
+    known = downloads("")
+    base = {name: size for name, size in known.items() if not name.startswith(ACCELERATOR)}
+    found = {"": (len(base), sum(base.values()))}
+    for extra in extras_of()[1:]:
+        new = {name: size for name, size in downloads(extra).items() if name not in known}
+        found[extra] = (len(new), sum(new.values()))
         print(f"{extra}: {len(new)} packages, {found[extra][1] / 1e6:.0f} MB", flush=True)
     return found
 
 
 def table(found: dict[str, tuple[int, int]]) -> str:
-    lines = ["| extra | what it is for | packages more | size |", "|---|---|---|---|"]
+    lines = ["| extra | what it is for | packages more | download |", "|---|---|--:|--:|"]
     for extra, (packages, size) in found.items():
         name = f"`{extra}`" if extra else "none"
-        told = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(size, 1e6) / 1e6:.0f} MB"
+        told = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB" if size >= 5e5 else "< 1 MB"
         lines.append(f"| {name} | {WHAT[extra]} | {packages} | {told} |")
     return "\n".join(lines)
 
@@ -163,6 +156,9 @@ def main() -> None:
         "--resolve", action="store_true", help=f"look for builds for Python {', '.join(PYTHONS)}"
     )
     given = parser.parse_args()
+    if given.extras:
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), table(sizes())), encoding="utf-8")
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sdist, wheel = sorted(build(folder / "dist"), key=lambda file: file.suffix == ".whl")
@@ -172,9 +168,6 @@ def main() -> None:
         try_out(python, folder / "elsewhere")
         call(python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", sdist)
         print(f"from {sdist.name}: {call(python.parent / 'rebasin', '--version', cwd=folder).strip()}")
-        if given.extras:
-            rows = table(sizes(python, folder / "extras"))
-            PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,9 @@ def align(console: Console, request: Request) -> Hashes:
     stages.require_permutation(request, models[0], components)
     stages.require_space(request, models[1])
     if request.dry_run:
+        return show_plan(console, request, models, components)
+    stages.expect(console, request, models, components)
+    hashes = stages.hashes(console, request.inputs)
         show_plan(console, request, models, components)
         return {}
     hashes = stages.hashes(console, request, request.inputs)
@@ -126,6 +129,9 @@ def merge(console: Console, request: Request) -> Hashes:
     )
     stages.require_space(request, models[0])
     if request.dry_run:
+        return show_plan(console, request, models, components, weights.blocks)
+    stages.expect(console, request, models, components)
+    hashes = stages.hashes(console, [*request.inputs, *others])
         show_plan(console, request, models, components, weights.blocks)
         return {}
     hashes = stages.hashes(console, request, [*request.inputs, *others])

@@ -27,6 +27,9 @@ from ..types import State
 from . import card, output, session
 from .alignment import CODES, JOINT, MAPS, Aligning, Alignment, rounding_of, specs_of
 from .function import TOLERANCE, compare_chains, compare_functions, how_far, outputs_of
+from .inputs import load_member, open_all, parts
+from .plan import rough_seconds
+from .request import Request
 from .inputs import check_output, load_member, open_all, parts
 from .request import KEYS, Request
 
@@ -263,6 +266,17 @@ def require_permutation(request: Request, model: Checkpoint, components: Sequenc
                 )
 
 
+def expect(
+    console: Console, request: Request, models: Sequence[Checkpoint], components: Sequence[str]
+) -> None:
+    """Tell how long it will take, before anything that takes long."""
+    console.expect(
+        rough_seconds(request, models, components), "by the models' sizes; less if they are near each other"
+    )
+
+
+def hashes(console: Console, paths: Sequence[Path]) -> tuple[str, ...]:
+    """sha256 of every input."""
 def hashes(console: Console, request: Request, paths: Sequence[Path]) -> tuple[str, ...]:
     """sha256 of every input.
 
