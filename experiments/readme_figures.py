@@ -110,9 +110,7 @@ def table(log: Mapping[str, Mapping[str, float]]) -> str:
         ]
         for name, row in figures(log).items()
     ]
-    head = (
-        "| command | naive barrier | barrier, held-out | of naive | loss at the midpoint |"
-    )
+    head = "| command | naive barrier | barrier, held-out | of naive | loss at the midpoint |"
     return markdown(head, "|:--|" + "--:|" * 4, rows)
 
 

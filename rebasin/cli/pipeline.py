@@ -35,7 +35,6 @@ def align(console: Console, request: Request) -> Hashes:
     """
     stages.require_maps(request)
     request = stages.require_hub(request)
-    check_output(request.output, request.inputs, request.overwrite or request.dry_run)
     stages.require_output(request, request.inputs)
     models, components = stages.read(console, request)
     session.remark(console, copies(models, components))
@@ -43,11 +42,9 @@ def align(console: Console, request: Request) -> Hashes:
     stages.require_permutation(request, models[0], components)
     stages.require_space(request, models[1])
     if request.dry_run:
-        return show_plan(console, request, models, components)
-    stages.expect(console, request, models, components)
-    hashes = stages.hashes(console, request.inputs)
         show_plan(console, request, models, components)
         return {}
+    stages.expect(console, request, models, components)
     hashes = stages.hashes(console, request, request.inputs)
     recipe = {"command": "align", "to": request.inputs[0].name, **stages.choices(request)}
     read = dict(zip(request.inputs, hashes, strict=True))
@@ -62,17 +59,11 @@ def align(console: Console, request: Request) -> Hashes:
     states = {name: moved[name] for name in components}
     # EMA copies of B's weights would have to move along; loaders that want them would find B's old order.
     state = output.finished(b, states, prune=request.prune)
-    recipe = {"command": "align", "to": request.inputs[0].name, **stages.choices(request)}
     more = stages.write(console, request, state, b, hashes[::-1], [b, models[0]], recipe, found, roundings)
     console.console.print()
     session.say_alignment(console, found, checks)
     session.say_rounding(console, roundings)
     session.say_where(console, request.output, f"{session.called(alignment)} in {alignment.file}", *more)
-    stages.write(console, request, state, b, hashes[::-1], [b, models[0]], recipe, found, roundings)
-    console.console.print()
-    session.say_alignment(console, found, checks)
-    session.say_rounding(console, roundings)
-    session.say_where(console, request.output, f"{session.called(alignment)} in {alignment.file}")
     return read
 
 
@@ -129,11 +120,9 @@ def merge(console: Console, request: Request) -> Hashes:
     )
     stages.require_space(request, models[0])
     if request.dry_run:
-        return show_plan(console, request, models, components, weights.blocks)
-    stages.expect(console, request, models, components)
-    hashes = stages.hashes(console, [*request.inputs, *others])
         show_plan(console, request, models, components, weights.blocks)
         return {}
+    stages.expect(console, request, models, components)
     hashes = stages.hashes(console, request, [*request.inputs, *others])
     written = method_texts(request.options)
     recipe = {
@@ -208,8 +197,7 @@ def merge(console: Console, request: Request) -> Hashes:
             console, "Is it legal?", "Nothing to ask", "yellow", "No neuron was moved (--no-align)."
         )
         session.answer(console, "Did anything move?", "No", "yellow", "This is the plain merge.")
-        return session.say_where(console, request.output, *more)
-        session.say_where(console, request.output)
+        session.say_where(console, request.output, *more)
         return read
     session.say_far(console, far)
     session.say_alignment(console, found, checks, merged=True)
@@ -217,5 +205,4 @@ def merge(console: Console, request: Request) -> Hashes:
         [one.file for one in found] if len(found) > 1 else [f"{session.called(found[0])} in {found[0].file}"]
     )
     session.say_where(console, request.output, *files, *more)
-    session.say_where(console, request.output, *files)
     return read

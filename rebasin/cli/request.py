@@ -338,7 +338,6 @@ def fetched(given: dict[str, Any]) -> dict[str, Any]:
     return {name: here(name, value) for name, value in given.items()}
 
 
-def command(names: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
 def bounds(name: str) -> tuple[float | None, float | None]:
     """The least and the largest value that the option of a field takes; None without."""
     option = get_args(_offered()[name].annotation)[1] if name in _offered() else None

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.union import component_of, prefix_of
 from ..checkpoints import Checkpoint, provenance, save_checkpoint
-from ..checkpoints.checkpoint import several_variants, unlike
-from ..checkpoints.hub import require_repo
 from ..checkpoints.checkpoint import open_each, several_variants, unlike
+from ..checkpoints.hub import require_repo
 from ..checkpoints.joint import PARTS
 from ..checkpoints.output import require_place
 from ..checkpoints.provenance import sha256_of
@@ -27,10 +26,8 @@ from ..types import State
 from . import card, output, session
 from .alignment import CODES, JOINT, MAPS, Aligning, Alignment, rounding_of, specs_of
 from .function import TOLERANCE, compare_chains, compare_functions, how_far, outputs_of
-from .inputs import load_member, open_all, parts
-from .plan import rough_seconds
-from .request import Request
 from .inputs import check_output, load_member, open_all, parts
+from .plan import rough_seconds
 from .request import KEYS, Request
 
 if TYPE_CHECKING:
@@ -275,8 +272,6 @@ def expect(
     )
 
 
-def hashes(console: Console, paths: Sequence[Path]) -> tuple[str, ...]:
-    """sha256 of every input."""
 def hashes(console: Console, request: Request, paths: Sequence[Path]) -> tuple[str, ...]:
     """sha256 of every input.
 
