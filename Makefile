@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP = $(PY) -m pip install --quiet --no-compile $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint style types clean
+.PHONY: help demo test lint style types site clean
 
 help: ## show this help
 	@echo "Git Re-Basin: align the neurons of two models, then merge them."
@@ -38,8 +38,13 @@ style: .venv/.installed-dev
 types: .venv/.installed-dev
 	$(PY) -m pyright --pythonpath $(PY)
 
+site: .venv/.installed ## build the site into site/, strictly (the extra `docs` is installed on first use)
+	@.venv/bin/python -c 'import mkdocs, material, mkdocstrings, mkdocs_jupyter' 2>/dev/null || $(PIP) -e '.[docs]'
+	$(PY) -m mkdocs build --strict --quiet
+	@echo "Open site/index.html"
+
 clean: ## remove .venv, outputs and caches
-	rm -rf .venv outputs multirun dist build .pytest_cache .ruff_cache
+	rm -rf .venv outputs multirun dist build site .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:

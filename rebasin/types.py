@@ -8,14 +8,14 @@ import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from .errors import CheckpointError, ConfigError, unknown
+from .errors import CheckpointError, ConfigError, shown, unknown
 
 State = Mapping[str, Tensor]
 """A model as its tensors by name: a `state_dict()`, or any mapping that makes a tensor when it is asked for one."""
@@ -176,6 +176,53 @@ def tell(progress: Progress | None, stage: str, step: int, total: int | None = N
 def within(event: Mapping[str, Any], stage: str) -> ProgressEvent:
     """The same event as a part of another stage."""
     return ProgressEvent(**{**event, "stage": stage})
+
+
+Kind = TypeVar("Kind")
+
+
+def brief(kind: type[Kind]) -> type[Kind]:
+    """Give a dataclass of results a `repr` of one line: tensors by their shapes, what holds many by how many.
+
+    Stands above `@dataclass`, whose own prints everything, which of a history is pages.
+    """
+    kind.__repr__ = _in_one_line  # type: ignore[method-assign,assignment]
+    return kind
+
+
+LINE = 240
+"""Characters of such a line."""
+
+
+def _in_one_line(result: Any) -> str:
+    parts, name = [], type(result).__name__
+    shown_fields = [f for f in fields(result) if f.repr]
+    for f in shown_fields:
+        parts.append(f"{f.name}={_short_value(getattr(result, f.name))}")
+        if len(name) + sum(len(part) + 2 for part in parts) > LINE - 8:
+            parts[-1] = "..."
+            break
+    return f"{name}({', '.join(parts)})"
+
+
+def _short_value(value: Any) -> str:
+    """A value of a field in a few words."""
+    kind = type(value).__name__
+    if value is None or isinstance(value, bool | int):
+        return repr(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, str):
+        return shown(value, 40)
+    if hasattr(value, "shape") and hasattr(value, "dtype"):  # of torch or numpy
+        return f"{kind}{tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"{{{len(value):,} entries}}"
+    if isinstance(value, tuple | list | set | frozenset):
+        if len(value) <= 3 and all(one is None or isinstance(one, bool | int | float) for one in value):
+            return f"({', '.join(map(_short_value, value))})"
+        return f"({len(value):,} values)"
+    return kind
 
 
 def is_number(dtype: torch.dtype) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 
+from rebasin import cli
 from rebasin.matching import reference
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +41,10 @@ def test_the_example_of_a_page_runs(page: str) -> None:
 def test_links_within_the_repository_lead_somewhere(page: str) -> None:
     path = ROOT / page if (ROOT / page).is_file() else ROOT / "docs" / page
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
-        assert (path.parent / target).exists(), f"{page} links to {target}"
+        there = (path.parent / target).exists() or target.startswith(
+            "reference/"
+        )  # pages that the site generates
+        assert there, f"{page} links to {target}"
 
 
 @pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
@@ -52,6 +59,73 @@ def test_files_that_a_page_names_exist(page: str) -> None:
     }
     for name in re.findall(r"`XX`", text):
         assert any(path == name or path.endswith(f"/{name}") for path in known), f"{page} names {name}"
+
+
+COMMAND = re.compile(r"^    rebasin ([a-z][a-z-]*)(.*?)(?:\s+#.*)?$", re.M)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_commands_in_the_docs_have_the_options_that_they_are_given() -> None:
+    app: Any = typer.main.get_command(cli.app)
+    seen = 0
+    for page in PAGES:
+        for name, rest in COMMAND.findall(page.read_text(encoding="utf-8")):
+            assert name in app.commands, f"{page.name}: there is no rebasin {name}"
+            if name in ("search", "compare-methods"):  # Hydra's language
+                continue
+            known = {"--help"}.union(*(set(p.opts + p.secondary_opts) for p in app.commands[name].params))
+            given = {word.partition("=")[0] for word in rest.split() if re.match(r"--?[a-z]", word)}
+            assert given <= known, f"{page.name}: rebasin {name} has no {given - known}"
+            seen += 1
+    assert seen > 30
+
+
+def test_choices_in_the_docs_are_configurations() -> None:
+    groups = {folder.name: folder for folder in (ROOT / "configs").iterdir() if folder.is_dir()}
+    seen = 0
+    for page in PAGES:
+        for line in re.findall(r"^    python -m rebasin\.run(.*)$", page.read_text(encoding="utf-8"), re.M):
+            for group, choices in re.findall(
+                r"(?<![\w.])\+?(\w+)=([a-z0-9_,]+)(?=\s|$)", line.partition(" #")[0]
+            ):
+                for choice in choices.split(",") if group in groups else ():
+                    there = (groups[group] / f"{choice}.yaml").is_file()
+                    assert there or choice in ("mine", "my_study"), (
+                        f"{page.name}: there is no {group}={choice}"
+                    )
+                    seen += 1
+    assert seen > 40
+
+
+def test_the_site_has_every_page_and_each_is_there() -> None:
+    """What mkdocs would say as well, where it is not installed."""
+    nav = re.findall(r": ([\w/]+\.(?:md|ipynb))$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    generated = set(
+        re.findall(r'^    "([\w/]+\.md)": ', (ROOT / "scripts" / "site_hooks.py").read_text(), re.M)
+    )
+    pages = {p.name for p in (ROOT / "docs").glob("*.md")} - {"results_appendix.md"}
+    assert len(nav) == len(set(nav)) and pages <= set(nav) and len(generated) == 3
+    for page in nav:
+        assert page in generated or (ROOT / "docs" / page).is_file(), page
+
+
+@pytest.mark.parametrize(
+    "stored_as", sorted((ROOT / "docs" / "tutorials").glob("*.ipynb")), ids=lambda p: p.stem
+)
+def test_a_tutorial_is_stored_as_it_was_run(stored_as: Path) -> None:
+    source, notebook = stored_as.with_suffix(".py"), json.loads(stored_as.read_text(encoding="utf-8"))
+    cells = re.split(r"^# %%(?: \[markdown\])?\n", source.read_text(encoding="utf-8"), flags=re.M)[1:]
+    assert len(cells) == len(notebook["cells"])
+    for text, cell in zip(cells, notebook["cells"], strict=True):
+        stored = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            text = re.sub(r"^# ?", "", text, flags=re.M)
+        else:
+            text = re.sub(r"^# !", "!", text, flags=re.M)
+            assert cell["execution_count"] and not [o for o in cell["outputs"] if o["output_type"] == "error"]
+        assert stored.strip() == text.strip(), "run python scripts/run_tutorials.py"
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", source.read_text(encoding="utf-8")):
+        assert (source.parent / target).exists(), target
 
 
 def test_the_results_are_those_of_the_stored_logs() -> None:

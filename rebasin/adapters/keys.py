@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import AdapterError, shown
+from ..types import brief
 
 FACTORS = {
     r"\.lora_down\.weight|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight": "down",
@@ -42,6 +43,7 @@ _FACTOR = re.compile("(?:" + "|".join(f"(?P<_{i}>{p})" for i, p in enumerate(FAC
 _REFUSED = re.compile("(?:" + "|".join(f"(?P<_{i}>{p})" for i, p in enumerate(REFUSED)) + ")$")
 
 
+@brief
 @dataclass(frozen=True)
 class AdapterInfo:
     """What an adapter file holds: the modules of each kind ("LoRA", "LoHa", ...) and component, and the ranks."""

@@ -133,6 +133,12 @@ def is_weights(name: str) -> bool:
     )
 
 
+def weights_set(name: str) -> tuple[str, str] | None:
+    """Suffix and variant of the weights that a file of this name belongs to, an index of shards too; None: to none."""
+    found = WEIGHTS.fullmatch(name) or SHARD_INDEX.fullmatch(name)
+    return (found["suffix"], found["variant"] or found["late"] or "") if found else None
+
+
 def _check_index(folder: Path, suffix: str, variant: str, shards: Mapping[str, State]) -> None:
     """Compare the index of these shards (file -> tensors), if there is one, with what they are.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, listed, shown
 from ..types import LazyState
+from .hub import local
 from .pickled import load_tensors
 
 
@@ -53,7 +54,7 @@ def _wanted(network: nn.Module) -> dict[str, Tensor]:
 
 def _understood(network: nn.Module, path: str | Path) -> tuple[LazyState, str]:
     """The tensors of a file, and what stands before the network's names there."""
-    file = Path(path).expanduser()
+    file = local(path)
     found = load_tensors(file)
     wanted = _wanted(network)
     names, shapes = list(found), {name: tuple(found.shape_of(name)) for name in found}

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import RebasinError
 from ..files import print_anything
-from . import align, apply, compare, inspect, merge, methods, search, ui, verify
+from . import align, apply, compare, doctor, inspect, merge, methods, search, ui, verify
 
 HELP = """
 Align the neurons of models before merging them, and see what it did.
@@ -58,7 +58,6 @@ app = typer.Typer(
     cls=Commands,
     help=HELP,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -71,6 +70,7 @@ app.command("apply")(apply.apply)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
 app.command("ui")(ui.ui)
+app.command("doctor")(doctor.doctor)
 app.command("search", context_settings=search.PASSED)(search.search)
 app.command("compare-methods", context_settings=search.PASSED)(search.compare_methods)
 

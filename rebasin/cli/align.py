@@ -12,7 +12,7 @@ from .request import A, B, Request, command
 
 @command(
     "a b output maps learned prompts learn joint components variant resize_vocabulary start seed device threads check"
-    " overwrite dry_run"
+    " model_card push_to_hub overwrite dry_run"
 )
 def align(
     a: A,

@@ -50,7 +50,7 @@ def compare(
     from .alignment import Aligning, specs_of
     from .basin import by_block, draw, shared_basin
     from .inputs import require_place
-    from .stages import read, require_maps
+    from .stages import expect, read, require_maps
 
     for path, forms in ((plot, PICTURES), (json_file, (".json",))):
         if path is not None:
@@ -59,6 +59,7 @@ def compare(
     require_maps(request)
     console = session.begin(request.device, request.threads)
     models, components = read(console, request)
+    expect(console, request, models, components)
     with console.stage("spec"):
         specs = specs_of(models[0], components, joint=False)
         console.say(", ".join(f"{name} {spec.neurons:,} neurons" for name, spec in specs.items()))

@@ -16,6 +16,7 @@ from ..checkpoints.classes.folder import classes_in
 from ..checkpoints.families import ADAPTER, foreign
 from ..checkpoints.folders import load_config, load_weights
 from ..checkpoints.further_inputs import with_further_inputs
+from ..checkpoints.hub import came_from
 from ..checkpoints.output import FILES, is_file
 from ..checkpoints.pickled import load_tensors
 from ..checkpoints.vocabulary import with_words_of
@@ -202,15 +203,19 @@ def common(checkpoints: Sequence[Checkpoint], only: Sequence[str]) -> tuple[str,
 
 
 def aligned_name(file: Path) -> Path:
-    """Where an aligned file goes by default: a file beside it, or for a folder of transformers or diffusers a folder.
+    """Where an aligned file goes by default: a file beside it, or for a folder of transformers or diffusers a folder;
+    of what is from the Hub into the folder where the command was given.
 
     Raises:
         CheckpointError: a folder's configuration is damaged, or of an unknown class.
     """
+    hub = came_from(file) is not None
+    where = Path() if hub else file.parent
     if file.is_dir():
         whole = classes_in(file) is not None
-        return file.with_name(f"{file.resolve().name}_aligned{'' if whole else '.safetensors'}")
-    return file.with_name(f"{file.stem}_aligned.safetensors")
+        name = file.name if hub else file.resolve().name
+        return where / f"{name}_aligned{'' if whole else '.safetensors'}"
+    return where / f"{file.stem}_aligned.safetensors"
 
 
 def require_place(path: Path, forms: Sequence[str]) -> None:

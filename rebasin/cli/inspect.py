@@ -36,9 +36,11 @@ def inspect(
         rebasin inspect merged.permutation.safetensors
         rebasin inspect lora.safetensors --json
     """
+    from ..checkpoints.hub import local
     from ..checkpoints.provenance import sha256_of
     from . import session
 
+    file = local(file, variant)
     console = session.begin().console
     told = describe(file, variant)
     if hashed:

@@ -34,6 +34,7 @@ def align(console: Console, request: Request) -> Hashes:
         RebasinError: an input is missing or does not fit; nothing was written.
     """
     stages.require_maps(request)
+    request = stages.require_hub(request)
     stages.require_output(request, request.inputs)
     models, components = stages.read(console, request)
     session.remark(console, copies(models, components))
@@ -43,6 +44,7 @@ def align(console: Console, request: Request) -> Hashes:
     if request.dry_run:
         show_plan(console, request, models, components)
         return {}
+    stages.expect(console, request, models, components)
     hashes = stages.hashes(console, request, request.inputs)
     recipe = {"command": "align", "to": request.inputs[0].name, **stages.choices(request)}
     read = dict(zip(request.inputs, hashes, strict=True))
@@ -57,11 +59,11 @@ def align(console: Console, request: Request) -> Hashes:
     states = {name: moved[name] for name in components}
     # EMA copies of B's weights would have to move along; loaders that want them would find B's old order.
     state = output.finished(b, states, prune=request.prune)
-    stages.write(console, request, state, b, hashes[::-1], [b, models[0]], recipe, found, roundings)
+    more = stages.write(console, request, state, b, hashes[::-1], [b, models[0]], recipe, found, roundings)
     console.console.print()
     session.say_alignment(console, found, checks)
     session.say_rounding(console, roundings)
-    session.say_where(console, request.output, (session.called(alignment), alignment.file))
+    session.say_where(console, request.output, (session.called(alignment), alignment.file), *more)
     return read
 
 
@@ -78,6 +80,7 @@ def merge(console: Console, request: Request) -> Hashes:
         raise ConfigError("A merge needs two models or more; give their files one after the other.")
     stages.require_ray(request)
     stages.require_maps(request)
+    request = stages.require_hub(request)
     others = [*(path for path in (request.base, request.vae) if path is not None), *request.fisher]
     stages.require_output(request, [*request.inputs, *others])
     method = find_method(request.method)
@@ -119,6 +122,7 @@ def merge(console: Console, request: Request) -> Hashes:
     if request.dry_run:
         show_plan(console, request, models, components, weights.blocks)
         return {}
+    stages.expect(console, request, models, components)
     hashes = stages.hashes(console, request, [*request.inputs, *others])
     written = method_texts(request.options)
     recipe = {
@@ -186,18 +190,18 @@ def merge(console: Console, request: Request) -> Hashes:
         models[0], merged, keep_dtype=dtype is None, vae=vae, prune=request.prune, fix_clip=request.fix_clip
     )
     used = [model for model in (*models, base, vae, *information) if model is not None]
-    stages.write(console, request, state, models[0], hashes, used, recipe, found)
+    more = stages.write(console, request, state, models[0], hashes, used, recipe, found)
     console.console.print()
     if not found:
         session.answer(
             console, "Is it legal?", "Nothing to ask", "yellow", "No neuron was moved (--no-align)."
         )
         session.answer(console, "Did anything move?", "No", "yellow", "This is the plain merge.")
-        session.say_where(console, request.output)
+        session.say_where(console, request.output, *more)
         return read
     session.say_far(console, far)
     session.say_alignment(console, found, checks, merged=True)
     kinds = ["" if len(found) > 1 else session.called(one) for one in found]
     files = ((kind, one.file) for kind, one in zip(kinds, found, strict=True))
-    session.say_where(console, request.output, *files)
+    session.say_where(console, request.output, *files, *more)
     return read

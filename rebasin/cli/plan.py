@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,42 @@ DISK = 4e8
 """Bytes a second, a middling solid-state disk; there is no telling how much of a file is in memory already."""
 
 
+def rough_seconds(request: Request, models: Sequence[Checkpoint], components: Sequence[str]) -> float | None:
+    """What a command will take, by the shapes of its tensors alone, which is known at once; None: nobody knows (maps).
+
+    Counts reading, hashing and writing, and for aligning what `matching_seconds` counts, as if each matrix had the
+    neurons of its rows and columns to place and all of them had to move.
+    """
+    from ..matching.weights.estimate import SWEEPS, matmul_rate
+
+    seconds = reading_seconds(models)
+    if request.by_maps:
+        return None
+    if request.align and request.permutation is None:
+        rate = matmul_rate()
+        shapes = [s for name in components for s in models[0].shapes(name).values() if len(s) > 1]
+        own = sum(prod(s) * (s[0] + s[1]) / rate + 1e-10 * s[0] ** 2.5 for s in shapes)
+        seconds += SWEEPS * own * (1 if len(models) == 2 else 2 * (len(models) - 1))
+    return seconds
+
+
+def reading_seconds(models: Sequence[Checkpoint]) -> float:
+    """Of reading, hashing and writing."""
+    return 3 * sum(size_of(model.path) for model in models) / DISK
+
+
+def matching_of(
+    models: Sequence[Checkpoint], specs: Mapping[str, PermutationSpec], rate: float
+) -> dict[str, float]:
+    """Component -> seconds of bringing all models to the first."""
+    from ..matching.weights.estimate import matching_seconds, near_share
+
+    if len(models) == 2:
+        pairs = {name: [model.component(name) for model in models] for name in specs}
+        return {n: matching_seconds(spec, rate, near_share(spec, *pairs[n])) for n, spec in specs.items()}
+    return {n: matching_seconds(spec, rate) * 2 * max(1, len(models) - 1) for n, spec in specs.items()}
+
+
 def show_plan(
     console: Console,
     request: Request,
@@ -30,7 +66,7 @@ def show_plan(
 ) -> None:
     """Print the plan, the sizes, and estimates of memory and time; with block weights a table and a picture."""
     from ..checkpoints import component_spec
-    from ..matching.weights.estimate import about, matching_seconds, matmul_rate, near_share
+    from ..matching.weights.estimate import about, matmul_rate
 
     rows = [
         (model.path.name, model.title, model.layout, ", ".join(model.components), size(size_of(model.path)))
@@ -42,19 +78,14 @@ def show_plan(
     left_out = sorted({name for model in models for name in model.components} - set(components))
     if left_out:
         say(f"\nTaken from {models[0].path.name} as they are: {', '.join(left_out)}.", markup=False)
-    inputs = sum(size_of(model.path) for model in models)
     widest = max(prod(shape) for name in components for shape in models[0].shapes(name).values())
-    memory, seconds = 3e8 + 4 * len(models) * widest * 3, 3 * inputs / DISK
+    memory, seconds = 3e8 + 4 * len(models) * widest * 3, reading_seconds(models)
     if request.align and request.permutation is None:
         specs = {name: component_spec(models[0], name, prove=False) for name in components}
         rate = matmul_rate()
         rows = []
-        for name, spec in specs.items():
-            if len(models) == 2:
-                states = (model.component(name) for model in models)
-                own = matching_seconds(spec, rate, near_share(spec, *states))
-            else:
-                own = matching_seconds(spec, rate) * 2 * max(1, len(models) - 1)
+        for name, own in matching_of(models, specs, rate).items():
+            spec = specs[name]
             seconds += own
             rows.append((name, f"{spec.neurons:,}", len(spec), about(own)))
         say("\nAlign to the first model:")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from ..errors import ConfigError
 from ..files import LARGEST_SEED, MOST_THREADS
 
 A = Annotated[Path, typer.Argument(metavar="A", help="The model that stays as it is.")]
@@ -212,6 +213,23 @@ class Request:
             help="Compute with B before and after moving its neurons, and compare the outputs.",
         ),
     ] = True
+    model_card: Annotated[
+        bool | None,
+        typer.Option(
+            "--model-card/--no-model-card",
+            help="Write a page about the merge, for the Hub: README.md in a folder (the default there), NAME.md beside"
+            " a file.",
+            show_default=False,
+        ),
+    ] = None
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Send the result and its page to this repository on the Hub, which is made, private, if it is not"
+            " there.",
+        ),
+    ] = None
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -292,6 +310,34 @@ def _offered() -> dict[str, inspect.Parameter]:
     return found
 
 
+OUTPUTS = ("output", "json_file", "plot")
+"""Paths that are written."""
+
+
+def fetched(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a command with files of this machine in place of those on the Hub.
+
+    Raises:
+        CheckpointError: see `checkpoints.hub.local`.
+        ConfigError: an output is to be on the Hub.
+    """
+
+    def here(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(here(name, one) for one in value)
+        if not isinstance(value, Path) or not str(value).startswith("hf:"):
+            return value
+        if name in OUTPUTS:
+            raise ConfigError(
+                "What is written lies on this machine; to send it to the Hub, too, give --push-to-hub."
+            )
+        from ..checkpoints.hub import local  # late: torch
+
+        return local(value, given.get("variant"))
+
+    return {name: here(name, value) for name, value in given.items()}
+
+
 def bounds(name: str) -> tuple[float | None, float | None]:
     """The least and the largest value that the option of a field takes; None without."""
     option = get_args(_offered()[name].annotation)[1] if name in _offered() else None
@@ -334,7 +380,7 @@ def command(names: str = "", free: str = "") -> Callable[[Callable[..., None]], 
             ):  # an option that was not given is None
                 if name in given:
                     given[name] = tuple(given[name] or ())
-            function(**given)
+            function(**fetched(given))
 
         called.__name__, called.__doc__ = function.__name__, function.__doc__
         called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

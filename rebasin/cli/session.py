@@ -165,11 +165,11 @@ def say_rounding(console: Console, roundings: Mapping[str, Rounding] | None) -> 
     answer(console, "What did rounding cost?", f"{whole.error:.1e}", "green", text)
 
 
-def say_where(console: Console, *paths: Path | tuple[str, Path | None]) -> None:
-    """Where the results are: paths, or what one is and its path."""
+def say_where(console: Console, *paths: Path | str | tuple[str, Path | None]) -> None:
+    """Where the results are: paths, addresses on the Hub, or what one is and its path."""
     from rich.markup import escape
 
-    named = [("", path) if isinstance(path, Path) else path for path in paths]
-    console.tell("files", paths=[str(path) for _, path in named])
+    named = [path if isinstance(path, tuple) else ("", path) for path in paths]
+    console.tell("files", paths=[str(path) for _, path in named if not isinstance(path, str)])
     told = (f"{what} in {path}" if what else str(path) for what, path in named)
     console.console.print(f"Where is it? {escape(', '.join(told))}")

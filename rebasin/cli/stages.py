@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.union import component_of, prefix_of
 from ..checkpoints import Checkpoint, provenance, save_checkpoint
 from ..checkpoints.checkpoint import open_each, several_variants, unlike
+from ..checkpoints.hub import require_repo
 from ..checkpoints.joint import PARTS
 from ..checkpoints.output import require_place
 from ..checkpoints.provenance import sha256_of
@@ -21,10 +23,11 @@ from ..spec.mapped import Rounding
 from ..tensors import writer
 from ..tensors.modules import find_device
 from ..types import State
-from . import output, session
+from . import card, output, session
 from .alignment import CODES, JOINT, MAPS, Aligning, Alignment, rounding_of, specs_of
 from .function import TOLERANCE, compare_chains, compare_functions, how_far, outputs_of
 from .inputs import check_output, load_member, open_all, parts
+from .plan import rough_seconds
 from .request import KEYS, Request
 
 if TYPE_CHECKING:
@@ -132,6 +135,17 @@ def require_ray(request: Request) -> None:
             "--ray opens the files where it matches them, as they are; leave out --resize-vocabulary."
         )
     require_package()
+
+
+def require_hub(request: Request) -> Request:
+    """The request with the name of the repository that --push-to-hub means, looked at as far as is possible here.
+
+    Raises:
+        ConfigError: it is no name, or there is no token.
+    """
+    if request.push_to_hub is None:
+        return request
+    return replace(request, push_to_hub=require_repo(request.push_to_hub))
 
 
 def require_maps(request: Request) -> None:
@@ -247,6 +261,15 @@ def require_permutation(request: Request, model: Checkpoint, components: Sequenc
                     f"{path} was found for another architecture: {shown(prefix + own)} has shape"
                     f" {spec.shapes[prefix + own]} there and {tuple(shape)} in {model.path.name}."
                 )
+
+
+def expect(
+    console: Console, request: Request, models: Sequence[Checkpoint], components: Sequence[str]
+) -> None:
+    """Tell how long it will take, before anything that takes long."""
+    console.expect(
+        rough_seconds(request, models, components), "by the models' sizes; less if they are near each other"
+    )
 
 
 def hashes(console: Console, request: Request, paths: Sequence[Path]) -> tuple[str, ...]:
@@ -389,9 +412,10 @@ def write(
     recipe: Mapping[str, Any],
     found: Sequence[Alignment],
     roundings: dict[str, Rounding] | None = None,
-) -> None:
+) -> list[Path | str]:
     """Write the result with a header that says how it was made; `used` and `hashes` are its inputs'. With `roundings`
-    (component -> what rounding costs, known when all is written; what codes cost comes in) it says that, too.
+    (component -> what rounding costs, known when all is written; what codes cost comes in) it says that, too. Gives
+    the places of the page about it and on the Hub, if these were asked for.
     """
     inputs = [
         (model.path, sha256, provenance.metadata_of(model))
@@ -424,3 +448,5 @@ def write(
         console.say(f"{request.output.name}, {session.size(saved.bytes)}")
     for note in saved.notes:
         console.console.print(note, markup=False)
+    beside = [one.file for one in found if one.file is not None]
+    return card.leave(console, request, header, like.title, beside)

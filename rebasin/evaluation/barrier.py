@@ -20,11 +20,12 @@ from ..merging.inputs import check_names, with_ties
 from ..merging.interpolate import interpolate_tensor
 from ..objectives.base import figures_of
 from ..tensors.modules import restored
-from ..types import Progress, State, tell
+from ..types import Progress, State, brief, tell
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 
 
+@brief
 @dataclass(frozen=True)
 class Curve:
     """Losses (lower is better) and other figures along the line from A to B.

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
+from ..types import brief
 
 BINS = 15
 
 
+@brief
 @dataclass(frozen=True)
 class Calibration:
     """What a reliability diagram shows; each list has one entry for each of the bins of (0, 1].

@@ -15,12 +15,13 @@ from ..arguments import typed
 from ..merging.neuron_moments import member_weights
 from ..objectives import LossFunction, Objective, checked
 from ..tensors.modules import eval_mode, with_weights
-from ..types import State
+from ..types import State, brief
 from .calibration import Calibration, calibration
 
 MEMBERS, ENSEMBLE = "members", "ensemble"
 
 
+@brief
 @dataclass(frozen=True)
 class Row:
     """One line of the comparison.

@@ -15,11 +15,12 @@ from torch import nn
 from ..errors import ConfigError
 from ..objectives import Reward
 from ..tensors.modules import loaded
-from ..types import Progress, State, tell
+from ..types import Progress, State, brief, tell
 
 CONFIDENCE = 0.95
 
 
+@brief
 @dataclass(frozen=True)
 class Estimate:
     """A mean over seeds, and Student's interval for it; the interval is not a number for a single seed.
@@ -43,6 +44,7 @@ class Estimate:
         return cls(mean, mean - half, mean + half, tuple(values))
 
 
+@brief
 @dataclass(frozen=True)
 class Rewards:
     """Mean scores of models by label, and differences, which are paired: seed by seed, on the same noise.

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from PIL.Image import Image
 
+from ..types import brief
 
+
+@brief
 @dataclass(frozen=True)
 class Samples:
     """`rows[label][i]` is what the model `label` made from `prompts[i]`; its noise depends on i alone."""

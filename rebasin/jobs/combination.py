@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
+from ..checkpoints.hub import local
 from ..errors import ConfigError
 from ..integrations.hydra import resolved
 from ..merging import BlockWeights, MergedState, Method, block_weights, diagonal_fisher, merge
@@ -147,5 +147,5 @@ def load_combination(cfg: DictConfig, task: Task) -> Combination:
     try_options(method, options, models)
     for weight in [weights] if blocks is None else set(blocks.weights.values()):
         method.fit_weights(weight, models)
-    base = None if config["base"] is None else str(Path(str(config["base"])).expanduser())
+    base = None if config["base"] is None else str(local(str(config["base"])))
     return Combination(method, weights, blocks, base, options, int(config["samples"]))

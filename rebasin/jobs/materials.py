@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from ..checkpoints.hub import local
 from ..errors import CheckpointError, ConfigError
 from ..files import SchemaError, parse
 from ..integrations.hydra import resolved
@@ -34,7 +35,7 @@ def load_inputs(cfg: DictConfig, task: Task, progress: Progress | None = None) -
     states, base = tuple(task.endpoints(progress)), None
     name = base_name(cfg)  # pyright: ignore[reportArgumentType]
     if name is not None:
-        base = dict(task.load_other(str(Path(name).expanduser())))
+        base = dict(task.load_other(str(local(name))))
         missing = [tensor for tensor in states[0] if tensor not in base]
         if missing:
             raise CheckpointError(f"Base {name} lacks tensor '{missing[0]}': it is of another architecture.")

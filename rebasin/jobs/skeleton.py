@@ -7,7 +7,7 @@ A job is three functions: `prepare` looks at everything that could be wrong and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ..arguments import check_range
-from ..errors import ConfigError
+from ..errors import ConfigError, RebasinError
 from ..evaluation.samples import Samples
 from ..files import LARGEST_SEED, MOST_THREADS, prepare_folder
 from ..integrations.hydra import resolved
@@ -25,7 +25,7 @@ from ..merging.repair import REPAIRS
 from ..reporting.console import Console
 from ..reporting.kinds import leave
 from ..reporting.loggers import Logger, both, open_logger
-from ..reporting.results import Results, collect, effective
+from ..reporting.results import NAME, Results, collect, effective, load_results, plain, relevant
 from ..tensors.modules import find_device
 from ..types import Progress
 
@@ -116,6 +116,8 @@ class Job(Generic[Prepared]):
         settle(cfg)
         prepare_folder(folder)
         session = Session(cfg, console, folder, command, self.kind)
+        if not cfg.dry_run:
+            console.expect(*expected(folder, session.config))
         prepared = self.prepare(session)
         if cfg.dry_run:
             console.console.print(self.plan(session, prepared), markup=False)
@@ -126,6 +128,32 @@ class Job(Generic[Prepared]):
             session.wrote(folder / "wandb")
         console.summary(results, folder, session.files)
         return results
+
+
+EARLIER = 10
+"""So many earlier runs are looked at."""
+
+
+def expected(folder: Path, config: dict[str, Any]) -> tuple[float | None, str]:
+    """How long a run will take, and how that is known: by the newest run beside it that did the same, else by the
+    newest of the same model and algorithm; None where there is none.
+    """
+    found: list[tuple[float, bool]] = []
+    try:
+        files = sorted(folder.parent.glob(f"*/{NAME}"), key=lambda file: -file.stat().st_mtime)
+    except OSError:
+        files = []
+    for file in files[:EARLIER]:
+        with suppress(RebasinError, OSError, KeyError, TypeError, ValueError):
+            results = load_results(file.parent)
+            same = plain(relevant(config)) == relevant(results["config"])
+            names = (results["config"]["model"]["name"], results["config"]["algo"]["name"])
+            if names == (config["model"]["name"], config["algo"]["name"]):
+                found.append((float(results["seconds"]["total"]), same))
+    chosen = next((one for one in found if one[1]), found[0] if found else None)
+    if chosen is None:
+        return None, ""
+    return chosen[0], f"as the last such run{'' if chosen[1] else ', with other options,'} took"
 
 
 def settle(cfg: DictConfig) -> None:

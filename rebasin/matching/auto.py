@@ -30,7 +30,7 @@ from ..errors import DataError
 from ..objectives import LossFunction, Objective
 from ..spec import Alignment, Permutation, PermutationSpec
 from ..tensors.modules import device_of, find_device
-from ..types import Progress, ProgressEvent, tell, within
+from ..types import Progress, ProgressEvent, brief, tell, within
 from .candidates import Comparison, Tried, candidate, candidates
 from .maps.learned import learned_matching
 from .maps.matching import MapsResult
@@ -47,6 +47,7 @@ from .weights.matching import weight_matching
 NAIVE, STE, LEARNED = "naive", "straight_through", "learned"
 
 
+@brief
 @dataclass(frozen=True)
 class AutoResult(MatchResult):
     """The best of several alignments; the fields of `MatchResult`, with these differences:
@@ -67,11 +68,13 @@ class AutoResult(MatchResult):
     endpoints: tuple[float, float] = field(default=(math.nan, math.nan), kw_only=True)
 
 
+@brief
 @dataclass(frozen=True)
 class AutoMapsResult(AutoResult, MapsResult):
     """The same where maps were among the candidates; `alignment` has some if they were best."""
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class AutoState(ResumeState):
     """Where a comparison stands after a candidate, or within a search; given to `resume_from`, it ends as if never

@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import ConfigError, RebasinError, SpecMismatchError
 from ..objectives import LossFunction, Objective
 from ..spec import Alignment, Permutation, PermutationSpec
+from ..types import brief
 from .activations.hybrids import activation_and_weight, activation_then_weight
 from .activations.matching import activation_matching
 from .weights.matching import weight_matching
@@ -97,6 +98,7 @@ def candidate(
     return found.permutation
 
 
+@brief
 @dataclass(frozen=True)
 class Tried:
     """One candidate.

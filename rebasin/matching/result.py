@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..spec import Alignment, Permutation, displaced
+from ..types import brief
 from .resume_state import ResumeState
 
 
@@ -74,6 +75,7 @@ class Update:
     moved: int
 
 
+@brief
 @dataclass(frozen=True)
 class Sweep:
     """One pass over the groups; number 0 is the start. `updates` has the groups that had to be looked at.
@@ -89,6 +91,7 @@ class Sweep:
     seconds: float = 0.0
 
 
+@brief
 @dataclass(frozen=True)
 class MatchResult(Found):
     """An alignment of B to A: `permutation.apply(state_b)` is B brought to A.
@@ -142,6 +145,7 @@ class Attempt:
     converged: bool
 
 
+@brief
 @dataclass(frozen=True)
 class MatchState(ResumeState):
     """Where matching stands after a finished sweep; given to `resume_from`, it ends as if never interrupted.

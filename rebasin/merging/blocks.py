@@ -25,6 +25,7 @@ import numpy as np
 
 from ..arguments import typed
 from ..errors import ConfigError, shown
+from ..types import brief
 from .block_names import SD1, Blocks, find_blocks
 from .block_settings import Value, listed, parse, preset, select
 
@@ -41,6 +42,7 @@ class BlockRow:
     rules: tuple[str, ...]
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class BlockWeights:
     """A weight for every tensor; call it with a tensor's name. Made by `block_weights`, used as `merge(weights=...)`.

@@ -27,7 +27,7 @@ from ..tensors.modules import (
     hooked,
     to_device,
 )
-from ..types import State, is_finite, require_state
+from ..types import State, brief, is_finite, require_state
 
 CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 CHANNELS_SECOND = (nn.Conv1d, nn.Conv2d, nn.Conv3d, _BatchNorm, nn.GroupNorm)
@@ -35,6 +35,7 @@ DEAD = 1e-6
 """A neuron that varies by less than this share of its layer's most lively one is shifted, but not scaled."""
 
 
+@brief
 @dataclass(frozen=True)
 class Repaired:
     """A repaired merge.

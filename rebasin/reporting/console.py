@@ -12,7 +12,8 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from ..types import ProgressEvent
 from .answers import Answer
@@ -63,6 +64,19 @@ FILES = {
 }
 
 
+class _Remaining(ProgressColumn):
+    """The time that is left, counted down while nothing is told."""
+
+    max_refresh = 0.5
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._told = console
+
+    def render(self, task: Task) -> Text:
+        return Text(self._told.remaining(), style="dim")
+
+
 class Console:
     """Shows the stages of a run; `progress` is the callback that algorithms and evaluation report to."""
 
@@ -71,6 +85,7 @@ class Console:
         self._bar: Progress | None = None
         self._details = ""
         self._first: tuple[str, float, float] | None = None  # stage, step and time of its first event
+        self._end: float | None = None  # of the whole job, as `expect` was told
         self.seconds: dict[str, float] = {}
         self._events = os.environ.get(EVENTS)
         self._told = 0.0
@@ -80,6 +95,23 @@ class Console:
         if self._events:
             with open(self._events, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, **fields}) + "\n")
+
+    def expect(self, seconds: float | None, why: str = "") -> None:
+        """How long the rest of the job will take, roughly; from now on each bar counts down, too. None: nobody knows.
+
+        Args:
+            why: how that is known, for the line that is printed; without it none is.
+        """
+        self._end = None if seconds is None else time.perf_counter() + seconds
+        if seconds is not None and why:
+            self.console.print(f"About {duration(max(1.0, seconds))} in all, {why}.", markup=False)
+
+    def remaining(self) -> str:
+        """What is left of the whole job, for the bar."""
+        if self._end is None:
+            return ""
+        left = self._end - time.perf_counter()
+        return f"{duration(left)} left in all" if left > 0 else "longer than expected"
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -91,6 +123,7 @@ class Console:
             TextColumn("{task.description:<9}", markup=False),
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
+            _Remaining(self),
             TextColumn("{task.fields[details]}", markup=False),
             console=self.console,
             transient=True,

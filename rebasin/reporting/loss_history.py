@@ -44,17 +44,17 @@ def draw(results: Results) -> Figure:
                 top.plot(*zip(*points, strict=True), label=label, **look)
         for value, name in ((search["naive"], "naive"), (search["start"], "start")):
             if value is not None:
-                top.axhline(value, color=MUTED, linestyle=":", linewidth=1.1)
-                top.annotate(
-                    f"{name} {number(value)}", (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                    color=MUTED, fontsize=8,
-                )  # fmt: skip
+                style = ":" if name == "naive" else "-."
+                top.axhline(
+                    value, color=MUTED, linestyle=style, linewidth=1.1, label=f"{name}, {number(value)}"
+                )
         passes = [step["step"] for step in history if step["kind"] == "pass"]
         steps = [step["step"] for step in history]
         for ax in (top, bottom) if passes else ():
             ax.axvspan(passes[0] - 0.5, passes[-1] + 0.5, color=MUTED, alpha=0.1, linewidth=0)
         top.set(title="Loss at the midpoint, minus the mean of A's and B's", ylabel="excess loss")
-        top.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))
+        # Outside: wherever the curves go, nothing lies on them.
+        fig.legend(*top.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
         if "turned" in history[0]:
             bottom.plot(steps, [step["turned"] for step in history], color=INK, drawstyle="steps-pre")
         else:

@@ -38,6 +38,7 @@ def drawings(results: Results) -> Drawings:
 
 def _history(results: Results) -> Figure:
     aims, trials = results["aims"], results["trials"]
+    handles: Any = ()
     with figure(7.2, 3.0 * len(aims)) as fig:
         axes = fig.subplots(len(aims), 1, sharex=True, squeeze=False)[:, 0]
         for i, (ax, aim) in enumerate(zip(axes, aims, strict=True)):
@@ -61,8 +62,11 @@ def _history(results: Results) -> Figure:
                 value = aim["sign"] * average[i]
                 ax.axhline(value, color=KNOWN, linestyle="--", linewidth=1.2, label=AVERAGE)
             ax.set(title=f"{aim['name']} on the data of the search", ylabel=aim["name"])
-            ax.legend(fontsize=8, ncol=3, loc="best")
+            handles = ax.get_legend_handles_labels()
         axes[-1].set_xlabel("trial")
+        fig.legend(
+            *handles, fontsize=8, loc="outside lower center", ncols=5
+        )  # where nothing can lie below it
     return fig
 
 
@@ -77,7 +81,7 @@ def _importance(results: Results) -> Figure:
             widths = [values.get(name, 0.0) for name in names]
             ax.barh(places, widths, height=0.9 * height, color=(BEST, TRIED, INK)[i % 3], label=aim)
         ax.set_yticks(range(len(names)), names)
-        ax.set_title("Importance: share of the variance among good merges that a parameter explains")
+        ax.set(title="Importance", xlabel="share of the variance among good merges that a parameter explains")
         ax.grid(axis="y", visible=False)
         if len(found) > 1:
             ax.legend(fontsize=8)
@@ -149,8 +153,9 @@ def _weights(results: Results) -> Figure:
             ax.legend(fontsize=8)
         else:
             ax.axhline(0.5, color=MUTED, linestyle=":", linewidth=1)
-        whose = "" if many > 1 else f" ({results['labels'][-1]}'s share or strength)"
-        ax.set_title(f"Weights of the winner{whose}")
+        whose = "" if many > 1 else f"{results['labels'][-1][:24]}'s share or strength"
+        ax.set_title("Weights of the winner")
+        ax.set_ylabel(whose, wrap=True, fontsize=8.5)
         ax.grid(axis="x", visible=False)
     return fig
 

@@ -76,10 +76,13 @@ def _about(results: Results) -> tuple[Answer, Answer]:
 
 def _heldout(results: Results, intervals: bool = True) -> Table:
     """Held-out figures: a line for each objective and model; its own interval where `intervals`."""
-    lines = []
+    lines, won = [], results["winner"]["label"]
     for one in results["judged"]:
         for label, model in one["models"].items():
-            gap = one["differences"].get(label)
+            if label == won:  # the line of the winner has its name
+                continue
+            label = f"{label}: {won}" if label == "winner" and won in one["models"] else label
+            gap = one["differences"].get(label.partition(":")[0] if label.startswith("winner") else label)
             own = between(model["low"], model["high"], 4, one["sign"])
             line = (one["name"], label, signed(model["mean"], one, 5), *([own] if intervals else []))
             less = ("", "")
@@ -110,12 +113,20 @@ def _trials(results: Results) -> Table:
     aims = results["aims"]
     head = ("trial", *(aim["name"] for aim in aims), "known merge", "parameters")
     lines = []
+    again: dict[int, list[str]] = {}
     for trial in results["trials"]:
+        if (same := trial.get("same_as")) is not None:
+            again.setdefault(same, []).append(str(trial["number"]))
+    numbers = {trial["number"] for trial in results["trials"]}
+    for trial in results["trials"]:
+        if trial.get("same_as") in numbers:  # told in the line of its twin
+            continue
+        number = ", again ".join([str(trial["number"]), *again.get(trial["number"], [])])
         values = trial["values"] or [None] * len(aims)
         without = trial["error"] or "given up"
         shown = (without if x is None else signed(x, aim, 5) for aim, x in zip(aims, values, strict=True))
         parameters = ", ".join(f"{name} {_value(value)}" for name, value in trial["parameters"].items())
-        lines.append((str(trial["number"]), *shown, trial["start"] or "", parameters))
+        lines.append((number, *shown, trial["start"] or "", parameters))
     return Table(head, tuple(lines), labels=0, notes=2)
 
 

@@ -38,6 +38,10 @@ class Table:
     def numeric(self, column: int) -> bool:
         return self.labels <= column < len(self.head) - self.notes
 
+    def note(self, column: int) -> bool:
+        """Whether it holds words of any length."""
+        return column >= len(self.head) - self.notes
+
     def markdown(self) -> str:
         rules = tuple("--:" if self.numeric(i) else "---" for i in range(len(self.head)))
         return "\n".join("| " + " | ".join(row) + " |" for row in (self.head, rules, *self.lines)) + "\n"

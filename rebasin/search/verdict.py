@@ -67,7 +67,7 @@ def finals(
     entries = dict(known)
     for trial in trials:
         candidate = Candidate.from_dict(trial.user_attrs["candidate"])
-        if candidate not in known.values():
+        if candidate not in entries.values():  # two trials may be one merge
             entries[f"trial {trial.number}"] = candidate
     chosen: dict[str, tuple[float, ...]] = {}
     for number, (label, candidate) in enumerate(entries.items()):

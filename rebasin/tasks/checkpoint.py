@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from ..checkpoints import Checkpoint, component_spec, require_same_family
 from ..checkpoints.architectures import Built, Config, component_config
 from ..checkpoints.checkpoint import open_each, require_fitting, require_same_prediction, several_variants
+from ..checkpoints.hub import local
 from ..checkpoints.joint import joint_spec, joint_state, prompted_unet
 from ..checkpoints.output import bytes_of
 from ..checkpoints.pipeline import Plan, assemble, load_component, plan_pipeline
@@ -246,7 +247,7 @@ def _files(cfg: DictConfig) -> dict[str, Path]:
             raise ConfigError(
                 f"model=checkpoint needs model.{name}, a checkpoint's file or a diffusers folder."
             )
-    return {name: Path(str(path)).expanduser() for name, path in found.items()}
+    return {name: local(str(path), cfg.model.variant) for name, path in found.items()}
 
 
 def _labels(models: Sequence[Checkpoint]) -> tuple[str, ...]:

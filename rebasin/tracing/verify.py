@@ -22,6 +22,7 @@ from ..spec import Alignment, Permutation, PermutationSpec
 from ..tensors.memory import on_copies, place, sharing
 from ..tensors.modules import device_of
 from ..tensors.precision import full_precision
+from ..types import brief
 from . import cache
 from .export import evaluation_mode, named_outputs
 
@@ -35,6 +36,7 @@ _FLIPPED = 0.01
 """Share of whole numbers in an output (a class, a mask) that rounding may turn over."""
 
 
+@brief
 @dataclass(frozen=True)
 class VerificationReport:
     """Relative L2 error of each output under a permutation, the largest over all members and inputs that were tried.

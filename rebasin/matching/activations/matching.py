@@ -33,7 +33,7 @@ from ...errors import ConfigError
 from ...objectives import LossFunction, Objective
 from ...spec import Permutation, PermutationSpec, displaced
 from ...tensors.modules import Forward
-from ...types import Progress, State, tell
+from ...types import Progress, State, brief, tell
 from ..assignment.blocks import Assignment, assign
 from ..result import MatchResult, Sweep, Update
 from ..weights.endpoints import Endpoints
@@ -54,6 +54,7 @@ TIES = 1e-6
 TIE_SWEEPS = 100
 
 
+@brief
 @dataclass(frozen=True)
 class ActivationResult(MatchResult):
     """An alignment by activations; the fields of `MatchResult`, with these differences:

@@ -22,7 +22,7 @@ from ...spec import Group, Leaf, Node, PermutationSpec
 from ...tensors.memory import duplicate
 from ...tensors.modules import Forward, call_model, computing, device_of, find_device, head, hooked, to_device
 from ...tracing.export import evaluation_mode
-from ...types import Progress, tell
+from ...types import Progress, brief, tell
 from ..assignment.blocks import leaves
 from ..resume_state import ResumeState, digest_of
 from .hook_sites import HookSite, find_hook_sites, sample_rows, tensor_at
@@ -39,6 +39,7 @@ LARGE = 2 << 30
 """Statistics that would take more bytes than this in float64 are kept in float32."""
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class ActivationStatistics:
     """The moments of every cell's neurons at each of its hook sites; any of the statistics can be had from them.
@@ -90,6 +91,7 @@ class ActivationStatistics:
         return {group: tuple(dict.fromkeys(names)) for group, names in found.items()}
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class ActivationState(ResumeState):
     """Where a pass stands after some batches; given to `resume_from`, it ends as if it had not been interrupted.

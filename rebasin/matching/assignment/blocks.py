@@ -35,6 +35,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ...spec import Branch, Group, Indices, Leaf, Node, Permutation, PermutationSpec, indices, to_array
+from ...types import brief
 from .linear_assignment import TOLERANCE, linear_assignment, solved
 
 Matrix = Tensor | np.ndarray
@@ -83,6 +84,7 @@ class GivenCosts(Costs):
         return torch.as_tensor(given(neurons, neurons))
 
 
+@brief
 @dataclass(frozen=True)
 class Assignment:
     """The best arrangement, cell name -> int64 [size], its value, and its gain over moving nothing."""

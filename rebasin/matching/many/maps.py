@@ -21,7 +21,7 @@ from ...errors import ConfigError
 from ...objectives import LossFunction, Objective
 from ...spec import Alignment, Permutation, PermutationSpec
 from ...tensors.modules import loaded
-from ...types import Progress, ProgressEvent, arguments_of, check_options, is_number, tell, within
+from ...types import Progress, ProgressEvent, arguments_of, brief, check_options, is_number, tell, within
 from ..maps.learned import learned_matching
 from ..maps.matching import weight_alignment
 from .ends import conclude, first_distance
@@ -34,6 +34,7 @@ SPAN = 0.1
 """A learned map is asked for at shares of the joining model this far from that which it gets, on both sides."""
 
 
+@brief
 @dataclass(frozen=True)
 class ManyMapsResult(ManyResult):
     """N models in one basis: `alignments[i].apply(states[i])` is model i as it went into the mean.

@@ -18,11 +18,12 @@ from ...errors import CheckpointError, ConfigError
 from ...spec import Alignment, Permutation, PermutationSpec
 from ...spec.permutation import digest, require_digest
 from ...tensors import load_safetensors, save_safetensors
-from ...types import State
+from ...types import State, brief
 from ..result import plain
 from ..resume_state import ResumeState
 
 
+@brief
 @dataclass(frozen=True)
 class Step:
     """One model's update: how many of its neurons changed place (0: it is best as it was), and the time."""
@@ -32,6 +33,7 @@ class Step:
     seconds: float
 
 
+@brief
 @dataclass(frozen=True)
 class Pass:
     """One pass over the models; number 0 is the start. `distance` is that at its end (see `ManyResult`)."""
@@ -43,6 +45,7 @@ class Pass:
     seconds: float = 0.0
 
 
+@brief
 @dataclass(frozen=True)
 class ManyResult:
     """N models in one arrangement of their neurons, and their mean.
@@ -158,6 +161,7 @@ def _together(permutations: Sequence[Permutation]) -> dict[str, np.ndarray]:
     return {f"{i}/{cell}": index for i, p in enumerate(permutations) for cell, index in p.index.items()}
 
 
+@brief
 @dataclass(frozen=True)
 class ManyState(ResumeState):
     """Where the merge stands after a model's update; given to `resume_from`, it ends as if never interrupted.

@@ -45,7 +45,7 @@ from ...spec import (
 from ...spec.continuous import ones_complement
 from ...spec.mapped import MappedState
 from ...spec.permutation import moved_by
-from ...types import Progress, State, is_finite, tell
+from ...types import Progress, State, brief, is_finite, tell
 from ..assignment.blocks import Costs, assign, independent
 from ..result import MatchResult, Sweep, Update
 from ..weights.costs import Choose, WeightCosts
@@ -61,6 +61,7 @@ RANK = 1e-6
 """Singular values below this share of the largest tell nothing of a matrix."""
 
 
+@brief
 @dataclass(frozen=True)
 class MapsResult(MatchResult):
     """An alignment with maps; the fields of `MatchResult` with these differences.

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ...arguments import typed
 from ...spec import Alignment, Permutation
-from ...types import State
+from ...types import State, brief
 from ..result import Found
 from ..resume_state import ResumeState
 
 
+@brief
 @dataclass(frozen=True)
 class LearnedStep:
     """One step; losses are between the ends, minus the mean of the endpoints' on the same batches.
@@ -39,6 +40,7 @@ class LearnedStep:
     seconds: float
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class LearnedResult(Found):
     """What was learned: `alignment.apply(state_b)` is B brought to A; A stays where it is.
@@ -119,6 +121,7 @@ class LearnedResult(Found):
         return {**super().to_dict(), "converged": self.converged, "restarts": list(self.restarts)}
 
 
+@brief
 @dataclass(frozen=True)
 class Learned:
     """What was learned so far.
@@ -139,6 +142,7 @@ class Learned:
     as_given: bool = False
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class LearnedState(ResumeState):
     """Where learning stands after the start or a step; given to `resume_from`, it ends as if never interrupted.

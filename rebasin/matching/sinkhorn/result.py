@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...spec import Permutation
+from ...types import brief
 from ..result import Found
 from ..resume_state import ResumeState
 from ..straight_through.best_seen import Seen
 from ..straight_through.result import Step
 
 
+@brief
 @dataclass(frozen=True)
 class SinkhornResult(Found):
     """An alignment of B to A: `permutation.apply(state_b)` is B brought to A.
@@ -63,6 +65,7 @@ class SinkhornResult(Found):
         return {**super().to_dict(), "restarts": list(self.restarts), "converged": self.converged}
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class SinkhornState(ResumeState):
     """Where the search stands after the start or a step; given to `resume_from`, it ends as if never interrupted.

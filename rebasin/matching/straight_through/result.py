@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...spec import Permutation
+from ...types import brief
 from ..candidates import Tried
 from ..result import Found
 
 
+@brief
 @dataclass(frozen=True)
 class Step:
     """One step of the search; losses are at the midpoint, minus the mean of A's and B's on the same batches.
@@ -44,6 +46,7 @@ class Step:
         return self.seconds_projection + self.seconds_gradient + self.seconds_scoring
 
 
+@brief
 @dataclass(frozen=True)
 class StraightThroughResult(Found):
     """An alignment of B to A: `permutation.apply(state_b)` is B brought to A.

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...spec import Permutation
+from ...types import brief
 from ..candidates import Tried
 from ..resume_state import ResumeState, digest_of, told
 from .best_seen import Seen
@@ -17,6 +18,7 @@ from .loss_descent import Pass
 from .midpoint import Ends
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class StraightThroughState(ResumeState):
     """Where the search stands after a candidate for the start, a step or a pass; given to `resume_from`, it ends as if
