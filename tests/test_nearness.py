@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,15 +78,26 @@ def near(noise: float = 0.1) -> tuple[dict, dict]:
     return a, noisy(a, noise)
 
 
+@pytest.fixture(params=[0.0, 1e9], ids=["matrix held", "coordinates held"])
+def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearness, "MATRIX", request.param)
+
+
+@pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("rows", [7, 1024])
 def test_few_coordinates_are_enough_for_a_wide_cell(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nearness, "ROWS", rows)
-    seen = []
-    cat = torch.cat
-    monkeypatch.setattr(torch, "cat", lambda parts, dim=0: seen.append(made := cat(parts, dim=dim)) or made)
+    widths: list[int] = []
+    chosen = nearness._chosen
+
+    def watched(*args: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for x, y in chosen(*args):
+            widths.append(x.shape[1])
+            yield x, y
+
+    monkeypatch.setattr(nearness, "_chosen", watched)
     assert stays(nearest(WeightCosts(Endpoints(WIDE, *near())), WIDE.groups[0]))
-    widths = [made.shape[1] for made in seen if made.dim() == 2]
-    assert widths and max(widths) < 7001 / 20
+    assert len(widths) == 3 and sum(widths) < 7001 / 20
 
 
 @pytest.mark.parametrize("noise, tries", [(0.1, 1), (0.35, 2)])
@@ -97,6 +109,7 @@ def test_what_few_coordinates_do_not_prove_more_may(noise: float, tries: int, mo
     assert len(counts) == tries and max(counts) <= 7001 // nearness.MOST
 
 
+@pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("damage", ["swapped", "twin", "copied", "far", "opposite"])
 def test_one_neuron_that_may_move_is_enough_to_prove_nothing(damage: str) -> None:
     a, b = near()

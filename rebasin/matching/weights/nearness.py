@@ -18,7 +18,7 @@ group, whatever its structure, if that allows it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -55,6 +55,9 @@ PLAUSIBLE = 0.9
 
 ROWS = 1024
 """Rows of distances that are held at a time."""
+
+MATRIX = 0.5
+"""With more chosen coordinates than so many for each neuron the matrix of distances is held, and not they."""
 
 ROUNDING = 1e-3
 """No squared distance is wrong by this share: sums of 10^5 squares in float32."""
@@ -168,42 +171,59 @@ def _proved(costs: WeightCosts, cell: str, index: np.ndarray) -> bool:
     order = torch.from_numpy(index).to(costs.pair.device) if displaced([index]) else slice(None)
     own = torch.zeros(index.size, dtype=costs.dtype, device=costs.pair.device)
     few = max(FEWEST, total // SHARE)
-    lacking = _lacking(costs, own, *_chosen(costs, cell, few, order, own))
+    lacking = _lacking(own, _chosen(costs, cell, few, order, own), few)
     if lacking <= 1:
         return True
     more = int(MARGIN * lacking * few) if lacking < SHARE else total
-    return more <= total // MOST and _lacking(costs, own, *_chosen(costs, cell, more, order)) <= 1
+    return more <= total // MOST and _lacking(own, _chosen(costs, cell, more, order), more) <= 1
 
 
 def _chosen(
     costs: WeightCosts, cell: str, count: int, order: Tensor | slice, own: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """About `count` of the coordinates, A's and, in this order, pi(B)'s, [n, count]; adds |a_i - b_i|^2 over all of
-    them to `own`.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """About `count` of the coordinates, A's and, in this order, pi(B)'s, [n, some] of one site after the other; adds
+    |a_i - b_i|^2 over all of them to `own`.
     """
     step = max(1, costs.coordinates(cell) // count)
-    x, y = [], []
     for weight, a, b in costs.slices(cell):
         if own is not None:
             own += weight * _squared_distances(a, b[order], costs.dtype)
-        x.append(a[:, ::step].to(costs.dtype) * weight**0.5)
-        y.append(b[:, ::step][order].to(costs.dtype) * weight**0.5)
-    return torch.cat(x, dim=1), torch.cat(y, dim=1)
+        yield a[:, ::step].to(costs.dtype) * weight**0.5, b[:, ::step][order].to(costs.dtype) * weight**0.5
 
 
-def _lacking(costs: WeightCosts, own: Tensor, x: Tensor, y: Tensor) -> float:
-    """By which factor the distances to the nearest other neuron are too small for a proof; up to 1: it is proved."""
-    xx, yy = x.square().sum(dim=1), y.square().sum(dim=1)
+def _lacking(own: Tensor, chosen: Iterator[tuple[Tensor, Tensor]], count: int) -> float:
+    """By which factor the distances to the nearest other neuron are too small for a proof; up to 1: it is proved.
+
+    What is held is the smaller: all chosen coordinates, or (a stream meets every tensor) the matrix of distances.
+    """
+    n = len(own)
+    whole = count > MATRIX * n
+    pieces = chosen if whole else iter([_together(chosen)])
+    products: Tensor | None = None
+    xx, yy, columns = torch.zeros_like(own), torch.zeros_like(own), 0
+    for x, y in pieces:
+        xx += x.square().sum(dim=1)
+        yy += y.square().sum(dim=1)
+        columns += x.shape[1]
+        if whole:
+            products = own.new_zeros(n, n) if products is None else products
+            products.addmm_(x, y.T)
     # The most by which rounding can enlarge xx + yy - 2 x y: a bound for any order of summation.
-    slack = 4 * (x.shape[1] + 4) * torch.finfo(costs.dtype).eps * float(xx.max() + yy.max())
+    slack = 4 * (columns + 4) * torch.finfo(own.dtype).eps * float(xx.max() + yy.max())
     limit = own * (1 + ROUNDING) + slack
     worst = 0.0
-    for first in range(0, len(x), ROWS):
-        rows = slice(first, min(first + ROWS, len(x)))
-        distances = torch.addmm(yy.expand(rows.stop - first, -1), x[rows], y.T, alpha=-2).add_(xx[rows, None])
+    for first in range(0, n, ROWS):
+        rows = slice(first, min(first + ROWS, n))
+        product = products[rows] if products is not None else x[rows] @ y.T
+        distances = product.mul_(-2).add_(yy).add_(xx[rows, None])
         distances.diagonal(first).fill_(torch.inf)
         worst = max(worst, float((limit[rows] / distances.amin(dim=1).clamp_min_(0)).max()))
     return worst
+
+
+def _together(chosen: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    x, y = zip(*chosen, strict=True)
+    return torch.cat(x, dim=1), torch.cat(y, dim=1)
 
 
 def _squared_distances(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
