@@ -146,6 +146,29 @@ def test_a_training_that_stays_at_guessing_is_no_endpoint(small):
     assert guessing(torch.tensor([0, 0, 1, 1])) == pytest.approx(math.log(2))
 
 
+def test_a_network_that_knows_nothing_when_it_is_used_is_no_endpoint(digits, monkeypatch):
+    """The loss fell, but in evaluation mode all images look the same: BatchNorm's statistics are far off."""
+    model = build("resnet", width=0.25, norm="batch", channels=1, blocks=1)
+    late = digits.train_x[:500], digits.train_y[:500]
+    monkeypatch.setattr(type(model), "eval", lambda self: self.load_state_dict(
+        {k: v * 0 if "head" in k else v for k, v in self.state_dict().items()}
+    ) and self.train(False))  # fmt: skip
+    with pytest.raises(ConfigError, match=r"recognises \d+\.\d% of its training images, and always naming"):
+        train(model, *late, Recipe(epochs=5, batch_size=50, learning_rate=3e-3))
+
+
+def test_in_bfloat16_a_network_learns_too(digits):
+    model = build("vgg", width=4, channels=1)
+    history = train(
+        model,
+        digits.train_x,
+        digits.train_y,
+        Recipe(epochs=3, batch_size=32, learning_rate=3e-3, bfloat16=True),
+    )
+    assert history[-1] < 0.7 * history[0]
+    assert model.head.weight.dtype == torch.float32
+
+
 def test_the_gradient_is_clipped(small):
     """With plain SGD no step is longer than learning rate times clip."""
     model = build("mlp", width=4)
@@ -176,6 +199,46 @@ def test_the_cache_is_used(small, tmp_path):
     assert not second.model().training
     assert second.model()(small.test_x).equal(first.model()(small.test_x))
     assert first.path is not None and [path.name for path in tmp_path.iterdir()] == [first.path.name]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_killed_training_goes_on_where_it_stood(optimizer, small, tmp_path, monkeypatch):
+    recipe = Recipe(
+        epochs=4, batch_size=16, optimizer=optimizer, schedule="cosine", warmup_epochs=1.5, augment="affine"
+    )
+    monkeypatch.setattr("rebasin.models.cache.SECONDS", 0.0)
+
+    def get(folder: str, stop: int | None = None, **options) -> Trained:
+        def killing(event):
+            seen.append(event["step"])
+            if event["step"] == stop:
+                raise Killed
+
+        return trained(
+            "resnet",
+            small,
+            {"width": 0.25, "norm": "batch"},
+            recipe,
+            3,
+            tmp_path / folder,
+            killing,
+            **options,
+        )
+
+    seen: list[int] = []
+    whole = get("whole")
+    with pytest.raises(Killed):
+        get("killed", 2, kept=(1,))
+    seen.clear()
+    again = get("killed", kept=(1,))
+    assert seen == [3, 4] and again.history == whole.history
+    assert all(tensor.equal(again.state[name]) for name, tensor in whole.state.items())
+    assert get("killed", epoch=1).cached
+    assert not [path for path in (tmp_path / "killed").iterdir() if "unfinished" in path.name]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "text", "renamed"])

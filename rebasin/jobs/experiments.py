@@ -1,7 +1,7 @@
 """Experiments: named recipes with their axes and figures, `python -m rebasin.run +experiment=NAME [size=small]`.
 
 Each is one file of the config group `experiment` (in a checkout and in an installed wheel alike). What it
-shares with others it inherits, by its defaults list. Its blocks `full` and `small` are overrides, option -> value, in
+shares with others it inherits, by its defaults list. Its blocks `full`, `small` and, for some, `cpu` are overrides, option -> value, in
 Hydra's own language, sweeps included; `expand` puts those of the chosen size into the command line, behind everything
 that the user wrote: what the user sets wins.
 """
@@ -22,7 +22,7 @@ from ..reporting.results import IRRELEVANT, load_results, relevant
 
 __all__ = ["declaration", "expand", "finished", "names"]
 
-SIZES = ("full", "small")
+SIZES = ("full", "small", "cpu")
 SHOW = {"--cfg", "-c", "--info", "-i"}
 
 
@@ -48,8 +48,11 @@ def expand(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     size = given.get("size", "full")
     if size not in SIZES:
-        raise ConfigError(f"size is {size!r}, but an experiment has the sizes {' and '.join(SIZES)}.")
-    preset = [o for o in map(parsed, recipe(declaration(name), size)) if o is not None]
+        raise ConfigError(f"size is {size!r}, but an experiment has the sizes {', '.join(SIZES)}.")
+    declared = declaration(name)
+    if size not in declared:
+        raise ConfigError(f"The experiment {name} has no size={size}: take size=full or size=small.")
+    preset = [o for o in map(parsed, recipe(declared, size)) if o is not None]
     added = [override for override in preset if option_of(override) not in given]
     flags = [argument for argument in arguments if argument.startswith("-")]
     shown = [_first(o) if flags else str(o.input_line) for o in added]

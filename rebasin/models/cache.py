@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,18 @@ from ..tensors import load_safetensors, save_safetensors
 from ..tensors.modules import find_device, loaded
 from ..types import Progress, ProgressEvent, State
 from . import build, fitting_options
-from .train import RECIPES, Recipe, train
+from .train import RECIPES, Recipe, Standing, train
 
 # Raise it when a change of the models or of the loop changes the trained weights.
 VERSION = 1
 
 
-LATER = {"augment": "none", "clip": 0.0, "graphs": False}
+LATER = {"augment": "none", "clip": 0.0, "graphs": False, "bfloat16": False}
 """Fields of the recipe that came later: a training without them is the one that was cached before."""
+
+
+SECONDS = 60.0
+"""So often a training that takes longer writes down where it stands, after an epoch, to go on after a kill."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +77,9 @@ def trained(
 ) -> Trained:
     """Train classifier `name` on the training part of `dataset`, or take it from the cache.
 
+    A training that was interrupted goes on from the last epoch that it wrote down there (once in `SECONDS`), and ends
+    with the same weights.
+
     Args:
         options: of the model (`width`, `norm`, ...); the sizes that the data determines are filled in.
         recipe: by default `RECIPES[name]`.
@@ -107,29 +115,61 @@ def trained(
         at = config if done == last else {**config, "epoch": done}
         return Place.of(at, device, folder, f"{name}-{dataset.name}")
 
-    found, path = place(wanted).read(model), place(wanted).path
+    found, path = place(wanted).read(model.state_dict().keys()), place(wanted).path
     if found is not None:
         state, metadata = found
         history = tuple(json.loads(metadata["history"]))
         return Trained(name, options, state, history, float(metadata["seconds"]), True, path)
 
-    started = time.perf_counter()
     x, y = dataset.train_x.to(device), dataset.train_y.to(device)
-    states: dict[int, tuple[dict[str, Tensor], float]] = {}
+    unfinished = place(last).unfinished()
+    standing, states, before = _interrupted(unfinished, model)
+    started = written = time.perf_counter()
 
-    def keep(done: int) -> None:
+    def keep(done: int, stand: Callable[[], Standing]) -> None:
+        nonlocal written
+        seconds = before + time.perf_counter() - started
         if done in {*kept, wanted, last}:
-            states[done] = on_cpu(model), time.perf_counter() - started
+            states[done] = on_cpu(model), seconds
+        if done < last and time.perf_counter() - written >= SECONDS:
+            now = stand()
+            tensors = {f"standing/{key}": tensor for key, tensor in now.tensors.items()}
+            for epoch, (state, _) in states.items():
+                tensors |= {f"epoch/{epoch}/{key}": tensor for key, tensor in state.items()}
+            times = json.dumps({epoch: own for epoch, (_, own) in states.items()})
+            unfinished.write(tensors, now.history, seconds, times=times)
+            written = time.perf_counter()
 
     def named(event: ProgressEvent) -> None:
         if progress is not None:
             progress(ProgressEvent(**event, model=name, seed=seed))
 
-    history = train(model.to(device), x, y, recipe, seed, named, keep)
+    history = train(model.to(device), x, y, recipe, seed, named, keep, standing)
     for done, (state, seconds) in states.items():
         place(done).write(state, history[:done], seconds)
+    unfinished.remove()
     state, seconds = states[wanted]
     return Trained(name, options, state, history[:wanted], seconds, False, path)
+
+
+def _interrupted(
+    place: Place, model: nn.Module
+) -> tuple[Standing | None, dict[int, tuple[dict[str, Tensor], float]], float]:
+    """Where the training of this place stood when it was interrupted, the epochs it had kept with the seconds until
+    then, and the seconds it had taken.
+    """
+    names = model.state_dict().keys()
+    found = place.read({f"standing/model/{name}" for name in names})
+    if found is None:
+        return None, {}, 0.0
+    tensors, metadata = found
+    standing = {k.removeprefix("standing/"): v for k, v in tensors.items() if k.startswith("standing/")}
+    times = json.loads(metadata["times"])
+    states = {
+        int(epoch): ({name: tensors[f"epoch/{epoch}/{name}"] for name in names}, seconds)
+        for epoch, seconds in times.items()
+    }
+    return Standing(tuple(json.loads(metadata["history"])), standing), states, float(metadata["seconds"])
 
 
 @dataclass(frozen=True)
@@ -147,9 +187,21 @@ class Place:
         name = f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
         return cls(key, None if folder is None else folder / name)
 
-    def read(self, model: nn.Module) -> tuple[dict[str, Tensor], Mapping[str, str]] | None:
-        """The weights that `write` left for a model like this one, and the file's metadata; None if there are none, or
-        none that can be used, which is told as a warning.
+    def unfinished(self) -> Place:
+        """Where the same training stands while it is under way."""
+        return Place(
+            self.key, None if self.path is None else self.path.with_suffix(".unfinished.safetensors")
+        )
+
+    def remove(self) -> None:
+        """Remove the file, if it is there and can be removed."""
+        if self.path is not None:
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
+
+    def read(self, names: Set[str]) -> tuple[dict[str, Tensor], Mapping[str, str]] | None:
+        """The tensors that `write` left, these among them, and the file's metadata; None if there are none, or none
+        that can be used, which is told as a warning.
         """
         if self.path is None or not os.path.exists(self.path):  # which needs no permission
             return None
@@ -159,15 +211,15 @@ class Place:
             if metadata.get("config") != self.key or not {"sha256", "history", "seconds"} <= metadata.keys():
                 raise CheckpointError(f"{self.path} was not written for this model.")
             state = {name: file[name].clone() for name in file}  # so that nothing keeps the file mapped
-            if digest(state) != metadata["sha256"] or state.keys() != model.state_dict().keys():
+            if digest(state) != metadata["sha256"] or not names <= state.keys():
                 raise CheckpointError(f"{self.path} is damaged: its tensors are not those that were written.")
         except CheckpointError as error:
             warnings.warn(f"{error} The model is trained anew.", stacklevel=3)
             return None
         return state, metadata
 
-    def write(self, state: State, history: Sequence[float], seconds: float) -> None:
-        """Keep the weights; a folder that can't be written to costs a warning."""
+    def write(self, state: State, history: Sequence[float], seconds: float, **more: str) -> None:
+        """Keep the tensors, and more metadata; a folder that can't be written to costs a warning."""
         if self.path is None:
             return
         plain = {
@@ -175,6 +227,7 @@ class Place:
             "sha256": digest(state),
             "history": json.dumps(history),
             "seconds": repr(seconds),
+            **more,
         }
         keep(self.path, lambda path: save_safetensors(path, state, plain))
 

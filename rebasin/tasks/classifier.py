@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,13 @@ def load(cfg: DictConfig) -> Task:
         )
     function_of(cfg.objective.object, "objective.object._target_", f"objective={cfg.objective.name}")
     size = cfg.data.batch_size
+    few = None if cfg.data.matching_samples is None else math.ceil(cfg.data.matching_samples / size)
     batches = {
         name: [(x.to(device), y.to(device)) for x, y in own]
-        for name, own in (("train", data.batches("train", size)), ("heldout", data.batches("test", size)))
+        for name, own in (
+            ("train", data.batches("train", size)[:few]),
+            ("heldout", data.batches("test", size)),
+        )
     }
     names = [Path(file).stem for file in files] if files else [f"seed {seed}" for seed in seeds]
     return Task(
