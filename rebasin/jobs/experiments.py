@@ -1,7 +1,7 @@
 """Experiments: named recipes with their axes and figures, `python -m rebasin.run +experiment=NAME [size=small]`.
 
 Each is one file of the config group `experiment` (in a checkout and in an installed wheel alike). What it
-shares with others it inherits, by its defaults list. Its blocks `full`, `small` and, for some, `cpu` are overrides, option -> value, in
+shares with others it inherits, by its defaults list. Its blocks `full`, `small` and, for some, `short` are overrides, option -> value, in
 Hydra's own language, sweeps included; `expand` puts those of the chosen size into the command line, behind everything
 that the user wrote: what the user sets wins.
 """
@@ -22,7 +22,7 @@ from ..reporting.results import IRRELEVANT, load_results, relevant
 
 __all__ = ["declaration", "expand", "finished", "names"]
 
-SIZES = ("full", "small", "cpu")
+SIZES = ("full", "small", "short")
 SHOW = {"--cfg", "-c", "--info", "-i"}
 
 

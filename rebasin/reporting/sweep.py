@@ -44,7 +44,7 @@ class Sweep:
 
     Attributes:
         declaration: the experiment's block of its file: name, title, question, figures, table.
-        size: "full", "small" or "cpu".
+        size: "full", "small" or "short".
         common: options that all runs share.
         rows: the options that differ, and the measurements.
         runs: in the order of their folders.
