@@ -4,6 +4,7 @@
     python -m experiments.check_gpu --out DIR --device cpu --tiny      # less than a minute: does the check itself work?
     python -m experiments.check_gpu --out DIR --data cifar10.npz       # with CIFAR-10 instead of synthetic images
     python -m experiments.check_gpu --out DIR --only sdxl --only ste
+    python -m experiments.check_gpu --out DIR --only width --data cifar10.npz    # ResNet20 on CIFAR-10, widths 1 to 32
 
 Small models are computed beside the CPU, which must agree; SDXL's and SD 1.5's UNets have random weights. A part that
 fails does not end the others. After each, check_gpu.json and check_gpu.md in DIR have what is known so far: device,
@@ -188,11 +189,11 @@ def commit() -> str | None:
 
 
 def chosen(only: Sequence[str] | None) -> list[Part]:
-    """The parts of these names, all by default."""
+    """The parts of these names; by default all that are checks."""
     known = {part.name: part for part in PARTS}
     if unknown := [name for name in only or () if name not in known]:
         raise typer.BadParameter(f"There is no part {unknown[0]!r}: choose of {', '.join(known)}.")
-    return [part for part in PARTS if not only or part.name in only]
+    return [part for part in PARTS if (part.name in only if only else not part.asked)]
 
 
 def table(found: Sequence[Outcome]) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -62,13 +63,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Part:
-    """A row of the table: a function, the seconds that it may take on an H100, and the packages that it imports."""
+    """A row of the table: a function, the seconds that it may take on an H100, and the packages that it imports.
+
+    One that is `asked` for runs only where it is named: it is no check but an experiment that is worth a GPU.
+    """
 
     name: str
     title: str
     run: Callable[[Setting], Figures]
     seconds: float
     needs: tuple[str, ...] = ()
+    asked: bool = False
 
 
 def require(right: bool, sentence: str) -> None:
@@ -430,8 +435,8 @@ def wide_activations(given: Setting) -> Figures:
 # Whole jobs ---------------------------------------------------------------------------------------------------
 
 
-def embedded(given: Setting) -> Figures:
-    """`python -m rebasin.run algo=ste` on the embedded pair of tiny Stable Diffusion UNets."""
+def job(folder: Path, options: Sequence[str]) -> Any:
+    """The results of `python -m rebasin.run` with these options, in this process and without its output."""
     from hydra import compose, initialize_config_dir
     from rich.console import Console as RichConsole
 
@@ -440,6 +445,13 @@ def embedded(given: Setting) -> Figures:
     from rebasin.jobs.run import run
     from rebasin.reporting.console import Console
 
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("config", overrides=[*options])
+    return run(cfg, folder, Console(RichConsole(file=io.StringIO())))
+
+
+def embedded(given: Setting) -> Figures:
+    """`python -m rebasin.run algo=ste` on the embedded pair of tiny Stable Diffusion UNets."""
     few = [
         "algo.init=identity", "algo.steps=1", "algo.projection_sweeps=1", "algo.refine=0", "data.train=10",
         "data.heldout=10", "evaluate.points=3", "model.samples=1", "model.steps=1",
@@ -452,11 +464,9 @@ def embedded(given: Setting) -> Figures:
         f"threads={torch.get_num_threads()}",
     ]
     options += given.of(few, ["algo.steps=40", "algo.refine=2"])
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        cfg = compose("config", overrides=options)
     figures: Figures = {}
     with timed(figures, "run", given.device):
-        results: Any = run(cfg, given.folder / "embedded", Console(RichConsole(file=io.StringIO())))
+        results = job(given.folder / "embedded", options)
     curves = results["curves"]["heldout"]
     stages = {f"seconds {name}": round(seconds, 2) for name, seconds in results["seconds"].items()}
     return {**figures, **{f"barrier, {name}": curve["barrier"] for name, curve in curves.items()}, **stages}
@@ -519,6 +529,45 @@ def training(given: Setting) -> Figures:
     return figures
 
 
+def width(given: Setting) -> Figures:
+    """`+experiment=width_resnet20 size=short` at the paper's widths, a run each: the barrier, naive and aligned.
+
+    The trainings are kept in the cache, so that the same command goes on after a kill.
+    """
+    from rebasin.reporting.experiments import declaration, recipe
+
+    path = given.data
+    if path is None:
+        path = given.folder / "cifar10.npz"
+        data, arrays = synthetic(given.of(100, 10_000)), {}
+        for split, x, y in (("train", data.train_x, data.train_y), ("test", data.test_x, data.test_y)):
+            pixels = (128 + 40 * x).clamp(0, 255).byte().movedim(1, -1)
+            arrays |= {f"x_{split}": pixels.numpy(), f"y_{split}": y.numpy()}
+        np.savez(path, allow_pickle=False, **arrays)
+    declared = [o for o in recipe(declaration("width_resnet20"), "short") if not o.startswith("model.width=")]
+    epochs = given.of(1, 20)
+    own = [
+        "+experiment=width_resnet20", *declared, "size=short", f"data.path={path}", f"model.recipe.epochs={epochs}",
+        f"device={given.device}", f"threads={torch.get_num_threads()}",
+        *given.of(["model.blocks=1", "evaluate.points=3"], ["evaluate.points=11", "data.batch_size=1000"]),
+    ]  # fmt: skip
+    figures: Figures = {"epochs": epochs}
+    for number in given.of((0.5,), (1, 2, 4, 8, 16, 32)):
+        for algo in ("activation_matching", "weight_matching")[given.of(1, 0) :]:
+            given.say(f"width {number}, {algo}")
+            with timed(figures, f"width {number}, {algo}", given.device):
+                found = job(
+                    given.folder / f"{number}-{algo}", [*own, f"model.width={number}", f"algo={algo}"]
+                )
+            curves = found["curves"]["heldout"]
+            for name in ("naive", "aligned") if algo == "weight_matching" else ("aligned",):
+                told = name if name == "naive" else algo
+                figures[f"width {number}, {told}: losses"] = [round(x, 4) for x in curves[name]["losses"]]
+                figures[f"width {number}, {told}: barrier"] = curves[name]["barrier"]
+        figures[f"width {number}: accuracy of A"] = curves["aligned"]["metrics"]["accuracy"][0]
+    return figures
+
+
 DIFFUSERS = ("diffusers", "transformers", "accelerate")
 
 PARTS: Sequence[Part] = (
@@ -540,4 +589,12 @@ PARTS: Sequence[Part] = (
         (*DIFFUSERS, "hydra", "sklearn", "matplotlib"),
     ),
     Part("training", "Training, two ResNet20", training, 60),
+    Part(
+        "width",
+        "ResNet20 on CIFAR-10, barrier against width",
+        width,
+        3600,
+        ("hydra", "sklearn", "matplotlib"),
+        asked=True,
+    ),
 )

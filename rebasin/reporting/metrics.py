@@ -37,7 +37,7 @@ def metrics(results: Results) -> dict[str, float]:
     barrier/SPLIT/loss, .../loss_mean      of the aligned line; against the line between A and B, their mean
     barrier/SPLIT/accuracy                 largest loss of accuracy on it (classifiers)
     midpoint/SPLIT/loss, .../accuracy      at lambda 0.5 of the aligned line
-    endpoints/SPLIT/loss_a, .../loss_b     of A and of B
+    endpoints/SPLIT/loss_a, .../loss_b     of A and of B; accuracy_a, accuracy_b
     naive/..., permuted/...                the first five, without aligning, and with the permutation alone that
                                            learned maps were started from
     naive_repaired/..., aligned_repaired/...   the same with each model on the line repaired (repair=...)
@@ -56,6 +56,8 @@ def metrics(results: Results) -> dict[str, float]:
             if "accuracy" in curve.metrics:
                 found[f"{prefix}barrier/{split}/accuracy"] = curve.drop("accuracy")
                 found[f"{prefix}midpoint/{split}/accuracy"] = curve.at(0.5, "accuracy")
+                ends = curve.metrics["accuracy"]
+                found |= {f"endpoints/{split}/accuracy_{name}": ends[k] for k, name in ((0, "a"), (-1, "b"))}
         found |= {f"endpoints/{split}/loss_a": curve.losses[0], f"endpoints/{split}/loss_b": curve.losses[-1]}
     for label, score in ((results.get("rewards") or {}).get("models") or {}).items():
         for prefix, side in (("reward", "mean"), ("reward_low", "low"), ("reward_high", "high")):
