@@ -41,6 +41,7 @@ from rebasin.reporting.sweep_tables import table
 from rebasin.run import main
 from rebasin.spec import Leaf
 from rebasin.spec.restrict import restrict
+from rebasin.tasks import load_task
 
 TINY = (
     "model.width=8", "model.recipe.epochs=2", "evaluate.points=3", "evaluate.splits=[heldout]", "logger=none",
@@ -144,6 +145,23 @@ def test_the_full_recipe_of_the_papers_networks_is_theirs():
         "affine",
     )
     assert (cfg.data.name, cfg.model.norm) == ("cifar10", "layer")
+
+
+def test_algorithms_look_at_as_many_images_as_they_are_told():
+    options = ("model=mlp", "algo=naive", "data.batch_size=100")
+    task = load_task(configured(*options, "data.matching_samples=250"))
+    assert sum(len(y) for _, y in task.batches["train"]) == 300 and len(task.batches["heldout"]) == 4
+    with pytest.raises(
+        ConfigError, match="data.matching_samples is -3, but it takes a number of training images"
+    ):
+        load_task(configured(*options, "data.matching_samples=-3"))
+
+
+def test_a_size_that_an_experiment_does_not_have_is_refused():
+    with pytest.raises(
+        ConfigError, match="The experiment width has no size=short: take size=full or size=small"
+    ):
+        experiments.expand(["+experiment=width", "size=short"])
 
 
 # The command line -------------------------------------------------------------------------------------------

@@ -61,7 +61,13 @@ def load(cfg: DictConfig) -> Task:
         )
     function_of(cfg.objective.object, "objective.object._target_", f"objective={cfg.objective.name}")
     size = cfg.data.batch_size
-    few = None if cfg.data.matching_samples is None else math.ceil(cfg.data.matching_samples / size)
+    few = cfg.data.matching_samples
+    if few is not None:
+        if not isinstance(few, int) or few < 1:
+            raise ConfigError(
+                f"data.matching_samples is {few}, but it takes a number of training images, 1 or more, or null for all."
+            )
+        few = math.ceil(few / size)
     batches = {
         name: [(x.to(device), y.to(device)) for x, y in own]
         for name, own in (
