@@ -1,9 +1,9 @@
 """Experiments: named recipes with their axes and figures, `python -m rebasin.run +experiment=NAME [size=small]`.
 
 Each is one file of the config group `experiment` (in a checkout and in an installed wheel alike). What it
-shares with others it inherits, by its defaults list. Its blocks `full`, `small` and, for some, `short` are overrides, option -> value, in
-Hydra's own language, sweeps included; `expand` puts those of the chosen size into the command line, behind everything
-that the user wrote: what the user sets wins.
+shares with others it inherits, by its defaults list. Its blocks `full`, `small` and, for some, `short` are overrides,
+option -> value, in Hydra's own language, sweeps included; `expand` puts those of the chosen size into the command line,
+behind everything that the user wrote: what the user sets wins.
 """
 
 from __future__ import annotations
