@@ -40,6 +40,9 @@ ALGORITHMS = {
     "learned": "learned maps",
 }
 
+QUICK = {"ste_quick": "ste"}
+"""Shorter searches that stand in the column of the long one; the pair's name says so."""
+
 Found = dict[str, tuple[float, float, int]]
 """Algorithm -> barrier, seconds to align, how many pairs these are means of; "naive" among them."""
 
@@ -56,15 +59,15 @@ class Pair:
 def sweep(
     name: str, where: Mapping[str, Any], naive: str = "naive/barrier/heldout/loss"
 ) -> Callable[[], Found]:
-    """The runs of a stored sweep whose options are these, a mean for each algorithm."""
+    """The runs of a stored sweep whose options are these, a mean for each algorithm; none of one that is not stored."""
 
     def read() -> Found:
-        rows = [
-            row for row in load(LOGS / f"{name}.json").rows if all(row.get(k) == v for k, v in where.items())
-        ]
+        file = LOGS / f"{name}.json"
+        stored = load(file).rows if file.exists() else ()
+        rows = [row for row in stored if all(row.get(k) == v for k, v in where.items())]
         groups: dict[str, list[Any]] = {}
         for row in rows:
-            groups.setdefault(row["algo.name"], []).append(row)
+            groups.setdefault(QUICK.get(row["algo.name"], row["algo.name"]), []).append(row)
         found: Found = {}
         for algorithm, own in groups.items():
             barriers = [row["barrier/heldout/loss"] for row in own]
@@ -166,6 +169,22 @@ LEADERBOARD = (
         "python -m experiments.real_pairs --real FOLDER --mnist mnist.npz",
     ),
     Pair(
+        "ResNet20, CIFAR-10, two public trainings", real("cifar-resnet20"),
+        "python -m experiments.real_pairs --real FOLDER --cifar cifar10.npz",
+    ),
+    Pair(
+        "ResNet20 of width 1, CIFAR-10, 4 epochs (STE: 20 steps)", sweep("curves_resnet20-short", {}),
+        "python -m rebasin.run +experiment=curves_resnet20 size=short",
+    ),
+    Pair(
+        "VGG16 of width 16, CIFAR-10, 4 epochs (STE: 20 steps)", sweep("curves_vgg16-short", {}),
+        "python -m rebasin.run +experiment=curves_vgg16 size=short",
+    ),
+    Pair(
+        "ResNet18 of torchvision, CIFAR-10, 4 epochs", sweep("curves_resnet18-short", {}),
+        "python -m rebasin.run +experiment=curves_resnet18 size=short",
+    ),
+    Pair(
         "GPT, the language reference of Python", log("learned_gpt", {
             "weight_matching": "weights", "weight_alignment": "weights, maps",
             "learned": "whole line, from weights and maps",
@@ -178,10 +197,8 @@ def leaderboard() -> str:
     """Pair x algorithm: the barrier as a share of the naive one, and seconds to align."""
     head = ["pair", "naive barrier", *ALGORITHMS.values()]
     lines = [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
-    for pair in LEADERBOARD:
-        found = pair.figures()
-        if "naive" not in found:
-            continue
+    measured = [(pair, found) for pair in LEADERBOARD if "naive" in (found := pair.figures())]
+    for pair, found in measured:
         naive = found["naive"][0]
         shares = {name: found[name][0] / naive for name in ALGORITHMS if name in found and naive > 0}
         best = min(shares.values(), default=0.0)
@@ -196,7 +213,7 @@ def leaderboard() -> str:
                 strong = "**" if shares[name] <= best + 0.005 else ""
                 cells.append(f"{strong}{told}{strong} ({seconds(found[name][1])})")
         lines.append(f"| {' | '.join(cells)} |")
-    commands = [f"- {pair.name}: `{pair.command}`" for pair in LEADERBOARD if pair.command != "the same"]
+    commands = [f"- {pair.name}: `{pair.command}`" for pair, _ in measured if pair.command != "the same"]
     return "\n".join([*lines, "", *commands])
 
 
