@@ -153,7 +153,8 @@ def train(
         seconds = time.perf_counter() - started
         tell(progress, "train", epoch, recipe.epochs, loss=history[-1], seconds=seconds)
     late = history[len(history) // 2 :]
-    if len(history) >= 5 and late[-1] > guessing(y) - 1e-3 and late[-1] > late[0] - 1e-3:
+    long = len(history) >= 5 or len(history) * len(y) >= 1000 * recipe.batch_size
+    if long and late[-1] > guessing(y) - 1e-3 and late[-1] > late[0] - 1e-3:
         raise ConfigError(
             f"Training stayed where guessing is: after {recipe.epochs} epochs the loss is {history[-1]:.3f}; lower the"
             " learning rate, or clip the gradient (model.recipe.clip=1)."
@@ -163,7 +164,7 @@ def train(
         model.__dict__.pop("forward", None)
     if short:
         model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    if len(history) >= 5 and len(y) >= 500:  # of fewer, shares say little
+    if long and len(y) >= 500:  # of fewer, shares say little
         right, most = _known(model, x, y)
         if right <= most:
             raise ConfigError(
