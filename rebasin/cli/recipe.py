@@ -97,6 +97,11 @@ class Recipe:
 
 def require_there(file: File) -> None:
     """Raise `ConfigError` if a file that a recipe names is not there."""
+    if str(file.path).startswith("hf:/"):
+        raise ConfigError(
+            f"{file.where}: {file.path} is on the Hub, but a recipe names files of this machine; give it on the command"
+            " line in the place of the recipe's own, or write where it lies."
+        )
     if not file.path.exists():
         raise ConfigError(
             f"{file.where}: there is no {file.path}; paths are relative to the recipe, and models that are given on the"
@@ -190,7 +195,8 @@ def _file(one: Located, folder: Path, names: Sequence[str]) -> File:
         )
     if text in names:
         return File(Path(text), sha256, text, one.where)
-    return File(folder / Path(text).expanduser(), sha256 and sha256.lower(), None, one.where)
+    here = Path() if text.startswith("hf:/") else folder
+    return File(here / Path(text).expanduser(), sha256 and sha256.lower(), None, one.where)
 
 
 def _value(name: str, key: str, own: Located) -> Any:

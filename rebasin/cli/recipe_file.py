@@ -91,6 +91,7 @@ def _made(
     from ..checkpoints.provenance import understood
 
     told, files = dict(made["recipe"]), []
+    told.pop("output", None)  # ours has none, and where files go is not for a header to say
     command = told["command"]
     require_data(told, where)
     for one in made.get("inputs", ()):
@@ -123,7 +124,11 @@ def require_data(told: Mapping[str, Any], where: str) -> None:
         ConfigError: it names one.
     """
     options = told.get("options")
-    named = [f"score={options['score']}"] if isinstance(options, Mapping) and "score" in options else []
+    entries = (
+        [f"{name}={value}" for name, value in options.items()] if isinstance(options, Mapping) else options
+    )
+    entries = entries if isinstance(entries, list) else []  # of NAME=VALUE, as `pairs` reads both
+    named = [str(one) for one in entries if str(one).partition("=")[0] == "score"]
     given = told.get("learn")
     pairs = [str(one).partition("=") for one in given] if isinstance(given, list) else []
     named += [name + is_one + text for name, is_one, text in pairs if not NUMBER.fullmatch(text)]
