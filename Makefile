@@ -38,13 +38,12 @@ style: .venv/.installed-dev
 types: .venv/.installed-dev
 	$(PY) -m pyright --pythonpath $(PY)
 
-site: .venv/.installed ## build the site into site/, strictly (the extra `docs` is installed on first use)
-	@.venv/bin/python -c 'import mkdocs, material, mkdocstrings, mkdocs_jupyter' 2>/dev/null || $(PIP) -e '.[docs]'
-	$(PY) -m mkdocs build --strict --quiet
+site: .venv/.installed-docs ## build the site into site/, strictly (the extra `docs` is installed on first use)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "Open site/index.html"
 
 clean: ## remove .venv, outputs and caches
-	rm -rf .venv outputs multirun dist build site .pytest_cache .ruff_cache
+	rm -rf .venv outputs multirun dist build site .cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -69,3 +68,7 @@ clean: ## remove .venv, outputs and caches
 	$(PIP) --no-deps --target .venv/reward image-reward==1.5 timm==0.6.13 fairscale==0.4.13 & reward=$$!; \
 	$(PIP) -e '.[dev]' && wait $$vision && wait $$reward
 	@touch .venv/.installed $@
+
+.venv/.installed-docs: pyproject.toml | .venv/.installed
+	$(PIP) -e '.[docs]'
+	@touch $@

@@ -89,9 +89,9 @@ def _config(file: Path, title: str, level: int) -> str:
 
 
 def changes_page() -> str:
-    """CHANGELOG.md, with links as the site has them."""
+    """CHANGELOG.md, with links as from a page in docs/: what is none of its pages is then named, not linked."""
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    return text.replace("](docs/", "](")
+    return re.sub(r"\]\((?!https?:|#)", "](../", text).replace("](../docs/", "](")
 
 
 PAGES = {
