@@ -133,10 +133,10 @@ def test_what_an_interrupted_recipe_has_done_stays_and_other_files_too(
     recipe = written(folder, STEPS)
     whole = stages.write
 
-    def stopped(console: Any, request: Request, *rest: Any, **more: Any) -> None:
+    def stopped(console: Any, request: Request, *rest: Any, **more: Any) -> Any:
         if request.output.name == "final.safetensors":
             raise KeyboardInterrupt
-        whole(console, request, *rest, **more)
+        return whole(console, request, *rest, **more)
 
     monkeypatch.setattr(stages, "write", stopped)
     rebasin("merge", "--recipe", recipe, expect=130)
