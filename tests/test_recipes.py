@@ -218,7 +218,7 @@ def test_every_option_is_in_the_recipe_and_in_the_header_or_changes_nothing(
         ("models: [a.safetensors, b.safetensors]\nstart: here", "line 2: `start` is 'here', but it is one of"),
         ("models: [a.safetensors, b.safetensors]\nprune: 1", "line 2: `prune` is 1, but it is true or false"),
         ("models: [a.safetensors, b.safetensors]\nweights: true", "line 2: `weights` is True"),
-        ("models: [a.safetensors, hf://owner/name]", "line 2: hf:/owner/name is on the Hub, but a recipe"),
+        ("models:\n- a.safetensors\n- hf://owner/name\noutput: x.safetensors", "line 3: hf:/owner/name is on the Hub"),
         ("models: [a.safetensors, b.safetensors]\noptions: 3", "line 2: `options` is 3, but it is entries"),
         ("models: [a.safetensors, {file: b.safetensors, sha256: 12}]", "the sha256 of b.safetensors is 12"),
         ("models: [a.safetensors, 7]", "7 is no path"),

@@ -270,6 +270,8 @@ UNCHANGED = {
     "check": "it refuses or tells, and changes nothing",
     "overwrite": "whether an older file may go",
     "dry_run": "nothing is written",
+    "model_card": "a page beside the file",
+    "push_to_hub": "where the file is sent, too",
     "workers": "how many groups are matched at once, with one result",
     "sha256": "what a recipe has files checked for",
     "resume": "whether what was made before is looked for",
