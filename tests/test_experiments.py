@@ -187,7 +187,7 @@ def test_showing_a_configuration_takes_the_first_of_each_axis():
     [
         (["+experiment=widht"], "did you mean 'width'"),
         (["+experiment=_base"], "no experiment '_base'"),
-        (["+experiment=width", "size=tiny"], "sizes full and small"),
+        (["+experiment=width", "size=tiny"], "sizes full, small"),
     ],
 )
 def test_a_wrong_name_or_size_is_told(arguments, said):
