@@ -32,7 +32,6 @@ from rebasin.matching import (
 )
 from rebasin.matching.activations.hook_sites import find_hook_sites, sample_rows
 from rebasin.matching.activations.joint import balanced
-from rebasin.matching.activations.moments import Moments
 from rebasin.matching.activations.prompts import match_pipelines, prompt_activation_matching
 from rebasin.matching.weights.endpoints import Endpoints
 from rebasin.models import MLP, VGG, ResNet, tiny_sd
@@ -40,6 +39,7 @@ from rebasin.objectives import CrossEntropy, Denoising
 from rebasin.spec import Permutation, PermutationSpec
 from rebasin.tasks import load_task
 from rebasin.tensors.modules import call_model
+from rebasin.tensors.moments import Moments
 from rebasin.tracing.verify import _randomise
 
 

@@ -400,7 +400,7 @@ def test_batches_of_another_width_are_told() -> None:
 
 def test_a_fault_of_ours_is_no_fault_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a hook of the package raises, inside of torch or not, stays what it is."""
-    from rebasin.matching.activations.moments import Moments
+    from rebasin.tensors.moments import Moments
 
     model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6)
     spec = rebasin.trace(model, x)

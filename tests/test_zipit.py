@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -118,6 +119,16 @@ def test_dead_neurons_are_paired_with_each_other() -> None:
         made.append(torch.func.functional_call(a, found, (batches[0],)))
         assert int((found["0.weight"].abs().sum(1) == 0).sum()) == 2
     torch.testing.assert_close(*made)
+
+
+def test_groups_of_one_name_are_zipped_each_by_itself() -> None:
+    a, b = network("plain", 0), network("plain", 1)
+    spec = rebasin.trace(a, data()[0])
+    alike = replace(spec, groups=tuple(replace(group, name="same") for group in spec.groups))
+    ends = [a.state_dict(), b.state_dict()]
+    mean = rebasin.interpolate(*ends, 0.5)
+    found = [repair_zipit(one, a, mean, ends, data()).state for one in (spec, alike)]
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 def test_pairs_are_greedy_and_disjoint() -> None:

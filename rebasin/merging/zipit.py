@@ -31,6 +31,7 @@ from ..arguments import typed
 from ..errors import ConfigError, DataError
 from ..spec import Group, Leaf, PermutationSpec, Site, to_array
 from ..tensors.modules import Forward, call_model, computing, eval_mode, hooked, to_device
+from ..tensors.moments import Moments
 from ..tensors.places import Place, known_places, owner_of
 from ..types import State, is_finite
 from .neuron_moments import Repaired, member_weights, replaced, working_copy
@@ -58,8 +59,9 @@ class Watched:
 
 
 def zippable(spec: PermutationSpec, model: nn.Module) -> tuple[dict[str, Watched], list[str]]:
-    """Group -> where it is seen, of those that can be zipped; and the others: neurons in heads or blocks, or that a
-    module other than torch's own touches, so that nothing tells which of its axes are read and which are made.
+    """Cell -> where it is seen, of the groups that can be zipped; and the names of the others: neurons in heads or
+    blocks, or that a module other than torch's own touches, so that nothing tells which of its axes are read and which
+    are made.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, Watched] = {}
@@ -69,7 +71,7 @@ def zippable(spec: PermutationSpec, model: nn.Module) -> tuple[dict[str, Watched
         if seen is None:
             left.append(group.name)
         else:
-            found[group.name] = seen
+            found[group.cells[0].name] = seen  # groups may share a name, cells don't
     return found, left
 
 
@@ -140,29 +142,11 @@ def zipped(correlation: Tensor, shares: Sequence[float]) -> Zip:
     return Zip((into[:n], into[n:]), (share[:n], share[n:]))
 
 
-class _Correlation:
-    """Centred sums of 2n neurons, side by side, float64 (Chan's way to join the moments of two sets)."""
-
-    def __init__(self, size: int) -> None:
-        self.count, self.centre = 0.0, torch.zeros(size, dtype=torch.float64)
-        self.cross = torch.zeros(size, size, dtype=torch.float64)
-
-    def add(self, rows: Tensor) -> None:
-        rows = rows.double().cpu()
-        mean = rows.mean(0)
-        step, share = mean - self.centre, len(rows) / (self.count + len(rows))
-        rows = rows - mean
-        self.cross += rows.mT @ rows
-        self.cross.addr_(step, step, alpha=self.count * share)
-        self.centre += share * step
-        self.count += len(rows)
-
-    def result(self) -> Tensor:
-        """Pearson's; of what does not vary 1 with its like, where pairs cost nothing, and 0 with all others."""
-        root = self.cross.diagonal().clamp_min(0).sqrt()
-        dead = root <= 1e-6 * root.max()
-        inverse = torch.where(dead, 0.0, 1 / root)
-        return self.cross * inverse[:, None] * inverse + dead[:, None] * dead
+def correlations(moments: Moments) -> Tensor:
+    """Pearson's, [2n, 2n] float64; of what does not vary 1 with its like, where pairs cost nothing."""
+    found = moments.statistic("pearson").cpu()
+    dead = found.diagonal() == 0
+    return found + dead[:, None] * dead
 
 
 @typed
@@ -210,8 +194,8 @@ def repair_zipit(
         )
     copies = [working_copy(model, member, device) for member in members]
     where = copies[0][1]
-    sizes = {group.name: group.neurons for group in spec if group.name in places}
-    moments = {name: _Correlation(2 * size) for name, size in sizes.items()}
+    sizes = {cell: spec.cells[cell].size for cell in places}
+    moments = {name: Moments.zeros(2 * size, device=where) for name, size in sizes.items()}
     seen = 0
     for batch in batches:
         seen += 1
@@ -229,24 +213,28 @@ def repair_zipit(
                 call(copy, to_device(batch, where))
             sides.append({name: torch.cat(parts) for name, parts in rows.items()})
         for name in sides[0]:
-            moments[name].add(torch.cat([side[name] for side in sides], 1))
+            both = torch.cat([side[name] for side in sides], 1).double()
+            moments[name].add(both, both)
     if not seen:
         raise DataError("There are no batches to measure activations on.")
     zips: dict[str, Zip] = {}  # cell -> its pairs
     for group in spec:
-        if group.name not in moments:
+        cell = group.cells[0].name
+        if cell not in moments:
             continue
-        if not moments[group.name].count:
+        if not moments[cell].count:
             left.append(group.name)  # it did not run
             continue
-        found = moments[group.name].result()
+        found = correlations(moments[cell])
         if not is_finite(found):
             raise DataError(
                 f"The activations of {group.name!r} are not finite on these batches, so they can't be zipped."
             )
-        zips[group.cells[0].name] = zipped(found, shares)
+        zips[cell] = zipped(found, shares)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    states = [copy.state_dict() for copy, _ in copies]
     tensors = {
-        name: _tensor(spec, model, name, [copy.state_dict()[name] for copy, _ in copies], zips, shares)
+        name: _tensor(spec, modules, name, [state[name] for state in states], zips, shares)
         for name, axes in spec.axes.items()
         if any(cell in zips for sites in axes.values() for cell, _ in sites)
     }
@@ -263,14 +251,13 @@ def _rows(tensor: Tensor, place: Watched) -> Tensor:
 
 def _tensor(
     spec: PermutationSpec,
-    model: nn.Module,
+    modules: Mapping[str, nn.Module],
     name: str,
     values: Sequence[Tensor],
     zips: Mapping[str, Zip],
     shares: Sequence[float],
 ) -> Tensor:
     """M_A W_A U_A + M_B W_B U_B along all axes of one parameter; an axis that is not zipped has the members' mean."""
-    modules = dict(model.named_modules(remove_duplicate=False))
     total = torch.zeros_like(values[0], dtype=torch.float64)
     for j, value in enumerate(values):
         value, made = value.double(), False

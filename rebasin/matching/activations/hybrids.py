@@ -21,6 +21,7 @@ from ...errors import ConfigError
 from ...objectives import LossFunction, Objective
 from ...spec import PermutationSpec
 from ...tensors.modules import Forward
+from ...tensors.moments import Statistic
 from ...types import Progress, tell
 from ..result import MatchResult, Sweep
 from ..schedule import Order
@@ -28,7 +29,6 @@ from ..weights.endpoints import Endpoints, Normalize
 from ..weights.matching import weight_matching
 from .joint import Joint
 from .matching import activation_matching, match_statistics, require_seen
-from .moments import Statistic
 from .statistics import TOKENS, Reads, Sites, activation_statistics
 
 

@@ -33,12 +33,12 @@ from ...errors import ConfigError
 from ...objectives import LossFunction, Objective
 from ...spec import Permutation, PermutationSpec, displaced
 from ...tensors.modules import Forward
+from ...tensors.moments import Statistic
 from ...types import Progress, State, brief, tell
 from ..assignment.blocks import Assignment, assign
 from ..result import MatchResult, Sweep, Update
 from ..weights.endpoints import Endpoints
 from .joint import Joint
-from .moments import Statistic
 from .statistics import (
     TOKENS,
     ActivationState,

@@ -13,11 +13,11 @@ from ...data.prompts import captioned_images, read_prompts
 from ...data.sampled import DENOISERS, Placed, Points, encoded_batches, sampled_batches
 from ...errors import ConfigError
 from ...spec import PermutationSpec
+from ...tensors.moments import Statistic
 from ...types import Progress, within
 from ..result import MatchResult
 from ..weights.matching import weight_matching
 from .matching import ActivationResult, activation_matching
-from .moments import Statistic
 from .statistics import TOKENS, Reads, Sites
 
 

@@ -21,12 +21,12 @@ from ...objectives import LossFunction, Objective, checked
 from ...spec import Group, Leaf, Node, PermutationSpec
 from ...tensors.memory import duplicate
 from ...tensors.modules import Forward, call_model, computing, device_of, find_device, head, hooked, to_device
+from ...tensors.moments import Moments, Statistic
 from ...tracing.export import evaluation_mode
 from ...types import Progress, brief, tell
 from ..assignment.blocks import leaves
 from ..resume_state import ResumeState, digest_of
 from .hook_sites import HookSite, find_hook_sites, sample_rows, tensor_at
-from .moments import Moments, Statistic
 
 Precision = Literal["float32", "float64"]
 Reads = Literal["inputs", "outputs", "both"]

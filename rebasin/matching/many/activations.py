@@ -25,9 +25,9 @@ from ...arguments import check_choices, check_range, typed
 from ...objectives import LossFunction, Objective
 from ...spec import Permutation, PermutationSpec
 from ...tensors.modules import Forward, loaded
+from ...tensors.moments import Statistic
 from ...types import Progress, tell
 from ..activations.matching import require_seen
-from ..activations.moments import Statistic
 from ..activations.statistics import TOKENS, Reads, Sites, activation_statistics
 from ..assignment.blocks import assign_all
 from ..descent import coordinate_descent

@@ -38,10 +38,10 @@ from ...spec import (
 )
 from ...tensors.memory import duplicate
 from ...tensors.modules import Forward
+from ...tensors.moments import Moments
 from ...tensors.places import Place, known_places, owner_of
 from ...types import Progress
 from ..activations.matching import match_statistics
-from ..activations.moments import Moments
 from ..activations.statistics import TOKENS, ActivationStatistics, Precision, activation_statistics
 from ..result import Sweep
 from ..weights.costs import Choose
