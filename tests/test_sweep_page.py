@@ -6,6 +6,7 @@ import re
 
 from hydra import compose, initialize_config_dir
 
+import rebasin.jobs.configuration  # noqa: F401 (what resolves names in the configs)
 from rebasin.files import config_dir
 from rebasin.reporting.sweep import Run, Sweep
 from rebasin.reporting.sweep_figures import Plot, draw_plot
