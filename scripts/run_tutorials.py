@@ -19,9 +19,9 @@ NOISE = re.compile(r"\x1b\[[0-9;]*m")
 
 def execute(source: Path) -> Path:
     """Run a tutorial and store the notebook."""
-    import jupytext
-    import nbformat
-    from nbclient import NotebookClient
+    import jupytext  # pyright: ignore[reportMissingImports]
+    import nbformat  # pyright: ignore[reportMissingImports]
+    from nbclient import NotebookClient  # pyright: ignore[reportMissingImports]
 
     notebook = jupytext.read(source)
     for cell in notebook.cells:  # in the .py a shell's line is a comment

@@ -103,7 +103,7 @@ PAGES = {
 
 def on_files(files: Any, config: Any) -> Any:
     """mkdocs asks for further files."""
-    from mkdocs.structure.files import File
+    from mkdocs.structure.files import File  # pyright: ignore[reportMissingImports]
 
     for name, make in PAGES.items():
         files.append(File.generated(config, name, content=make()))

@@ -191,18 +191,17 @@ def test_two_trainings_and_two_files_run(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By a function and by files; the own data's name is told, options reach their functions, trainings are kept."""
-    launched(
-        monkeypatch,
-        *OWN,
-        TRAIN,
-        "model.options.width=6",
-        "data.options.count=30",
-        "model.train_options.steps=1",
-    )
+    trained = ("model.options.width=6", "data.options.count=30", "model.train_options.steps=1")
+    launched(monkeypatch, *OWN, TRAIN, *trained)
     found = results(place)
     assert found["data"] == "mine:load" and found["spec"]["neurons"] == 6 and found["model"] == "own"
-    assert len(list((place / "cache").glob("own-*"))) == 2
+    kept = {file: file.stat().st_mtime_ns for file in (place / "cache").glob("own-*")}
+    assert len(kept) == 2
     (place / "out").rename(place / "first")
+    launched(monkeypatch, *OWN, TRAIN, *trained)
+    assert {file: file.stat().st_mtime_ns for file in (place / "cache").glob("own-*")} == kept
+    assert results(place)["spec"] == found["spec"]
+    (place / "out").rename(place / "second")
     merged = next((place / "first").rglob("merged.safetensors"))
     torch.save(
         {"state_dict": {f"module.{n}": t for n, t in _net(6).state_dict().items()}, "epoch": 3}, "b.pt"

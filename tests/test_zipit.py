@@ -90,7 +90,7 @@ def test_repeated_neurons_make_room_for_both_members(weights: tuple[float, float
     spec = rebasin.trace(a, batches[0])
     ends = [a.state_dict(), b.state_dict()]
     shares = [w / sum(weights) for w in weights]
-    mean = rebasin.interpolate(*ends, shares[1])
+    mean = rebasin.interpolate(ends[0], ends[1], shares[1])
     found = rebasin.repair(spec, a, mean, ends, batches, how="zipit", weights=weights)
     x = torch.randn(40, 5)
     wanted = shares[0] * a(x) + shares[1] * b(x)
@@ -115,7 +115,7 @@ def test_dead_neurons_are_paired_with_each_other() -> None:
     made = []
     for end in (b.state_dict(), spec.random(1).apply(b.state_dict())):
         ends = [a.state_dict(), end]
-        found = repair_zipit(spec, a, rebasin.interpolate(*ends, 0.5), ends, batches).state
+        found = repair_zipit(spec, a, rebasin.interpolate(ends[0], ends[1], 0.5), ends, batches).state
         made.append(torch.func.functional_call(a, found, (batches[0],)))
         assert int((found["0.weight"].abs().sum(1) == 0).sum()) == 2
     torch.testing.assert_close(*made)
@@ -126,7 +126,7 @@ def test_groups_of_one_name_are_zipped_each_by_itself() -> None:
     spec = rebasin.trace(a, data()[0])
     alike = replace(spec, groups=tuple(replace(group, name="same") for group in spec.groups))
     ends = [a.state_dict(), b.state_dict()]
-    mean = rebasin.interpolate(*ends, 0.5)
+    mean = rebasin.interpolate(ends[0], ends[1], 0.5)
     found = [repair_zipit(one, a, mean, ends, data()).state for one in (spec, alike)]
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 

@@ -119,7 +119,7 @@ class Trainer:
         own = {k: v for k, v in asdict(recipe).items() if k != "checkpoint_every"}
         config = {"version": VERSION, **what, "recipe": own, "data": data.fingerprint}
         place = Place.of(config, self.device, cache_folder(self.cache), stem)
-        found = place.read(model)
+        found = place.read(model.state_dict().keys())
         if found is not None:
             return found[0]
         unfinished = None if place.path is None else place.path.with_suffix(".unfinished")

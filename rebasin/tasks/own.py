@@ -289,7 +289,7 @@ def _trained(
     sources = [_source(train), _source(type(network))]
     begun = {"start": digest(on_cpu(network)), "data": kept, "sources": sources, "seed": seed}
     place = Place.of({"version": VERSION, **what, **begun}, str(device), cache_folder(cache), "own")
-    if (found := place.read(network)) is not None:
+    if (found := place.read(network.state_dict().keys())) is not None:
         return found[0]
     began = time.perf_counter()
     told = f"model.train={what['train'][0]}"
