@@ -196,7 +196,12 @@ def test_what_is_no_weights_is_copied(pair, monkeypatch):
     assert "Not copied from A, as it can't be read (a link that leads nowhere?): tokenizer." in text
     new = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     ours = {path.relative_to(b).as_posix() for path in b.rglob("*") if path.is_file()}
-    assert new - ours == {"feature_extractor/preprocessor_config.json", "notes.txt", "unet/README.md", "README.md"}
+    assert new - ours == {
+        "feature_extractor/preprocessor_config.json",
+        "notes.txt",
+        "unet/README.md",
+        "README.md",
+    }
     written = json.loads((out / "model_index.json").read_text())
     assert written["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
     assert written["safety_checker"] == [None, None] and written["requires_safety_checker"] is False
