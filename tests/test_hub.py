@@ -141,6 +141,29 @@ def test_a_folder_has_its_name_and_goes_back_with_a_page(hub: Hub, tmp_path: Pat
     assert "# Of A" in (tmp_path / "plain" / "README.md").read_text()
 
 
+def test_recipes_name_models_on_the_hub(hub: Hub, tmp_path: Path) -> None:
+    places = [f"hf://someone/files/{n}.safetensors" for n in "ab"]
+    rebasin("merge", *places, "-o", "one.safetensors", "--no-align", "--save-recipe", "one.yaml")
+    text = (tmp_path / "one.yaml").read_text()
+    assert all(f"file: {place}\n" in text for place in places)
+    rebasin("merge", "--recipe", "one.yaml", "-o", "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+    (tmp_path / "kit.yaml").write_text(
+        "merge_method: linear\nmodels:\n- model: someone/gpt\n  parameters: {weight: 1}\n"
+        "- model: someone/gpt@old\n  parameters: {weight: 1}\n"
+    )
+    rebasin("merge", "--recipe", "kit.yaml", "-o", "kit", "--save-recipe", "kit2.yaml")
+    assert "hf://someone/gpt@old" in (tmp_path / "kit2.yaml").read_text()
+    rebasin("merge", "hf://someone/gpt", "hf://someone/gpt@old", "-o", "plain", "--no-align")
+    ours, plain = read(tmp_path / "kit/model.safetensors"), read(tmp_path / "plain/model.safetensors")
+    assert ours.keys() == plain.keys() and all(ours[n].equal(plain[n]) for n in ours)
+    (tmp_path / "kit.yaml").write_text("merge_method: linear\nmodels:\n- model: someone/none\n- model: x")
+    said = rebasin("merge", "--recipe", "kit.yaml", "-o", "none", expect=2)
+    assert (
+        "line 3: there is no 'someone/none' beside this file, and hf://someone/none is not on the Hub" in said
+    )
+
+
 def test_without_network_what_was_fetched_is_there(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     file, folder = local("hf://someone/files/a.safetensors"), local("hf://someone/gpt")
     hub.repos = {}

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..errors import listed, shown
+from ..errors import CheckpointError, listed, shown
 from .located import Located, located
 from .recipe import Recipe, Step, step_of
 
@@ -27,6 +27,9 @@ TOP = ("name", "merge_method", "models", "slices", "base_model", "parameters", "
 
 LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block_list)\.(\d+)\.")
 """The number of the layer that a tensor is in."""
+
+REPO = re.compile(r"[\w.-]+/[\w.-]+(?:@[^/]+)?")
+"""A model on the Hub, as mergekit names it."""
 
 TASK = ("weight", "density", "normalize", "rescale", "lambda", "int8_mask")
 
@@ -489,10 +492,18 @@ def _model(one: Located, folder: Path, known: Sequence[str]) -> str:
         return text
     if "+" in text:
         raise one.wrong(f"{shown(text)} is a model with a LoRA, which is not merged in here; do that first")
-    raise one.wrong(
-        f"there is no {shown(text)}: models are not downloaded here, so write the path of its folder (relative to this"
-        " file)"
-    )
+    if not REPO.fullmatch(text.removeprefix("hf://")):
+        raise one.wrong(
+            f"there is no {shown(text)}; give the path of its folder (relative to this file), or OWNER/NAME on the Hub"
+        )
+    from ..checkpoints.hub import local  # late: torch
+
+    try:
+        return str(local(f"hf://{text.removeprefix('hf://')}").absolute())
+    except CheckpointError as error:
+        raise one.wrong(
+            f"there is no {shown(text)} beside this file, and {str(error).rstrip('.')}"
+        ) from error
 
 
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")

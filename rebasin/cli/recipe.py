@@ -16,11 +16,11 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from ..errors import ConfigError, shown, unknown
+from ..errors import CheckpointError, ConfigError, shown, unknown
 from ..files import SchemaError, conform
 from . import align
 from .located import Located
@@ -37,12 +37,17 @@ ABOUT = ("rebasin", "command", "name", "output")
 PAIRS = ("options", "learn")
 """Fields that are NAME=VALUE, in a recipe entries NAME: VALUE."""
 
+ON_HUB = "hf:/"
+"""How the path of a model on the Hub begins."""
+
 Command = Literal["merge", "align"]
 
 
 @dataclass(frozen=True)
 class File:
-    """A file that a recipe names: its path, the sha256 that it must have, or the earlier step that makes it."""
+    """A file that a recipe names: its path, here or on the Hub, the sha256 that it must have, or the earlier step that
+    makes it.
+    """
 
     path: Path
     sha256: str | None = None
@@ -85,6 +90,24 @@ class Step:
             files[name] = paths if get_origin(kinds()[name]) is tuple else paths[0]
         return Request(**{**files, **self.given, "sha256": sha256, **more})
 
+    def fetched(self) -> Step:
+        """The same with files of this machine in place of those on the Hub, which are fetched.
+
+        Raises:
+            ConfigError: one can't be fetched; says where it is named, and why.
+        """
+        from ..checkpoints.hub import local  # late: torch
+
+        def here(file: File) -> File:
+            if file.step is not None or not str(file.path).startswith(ON_HUB):
+                return file
+            try:
+                return replace(file, path=local(file.path, self.given.get("variant")))
+            except CheckpointError as error:
+                raise ConfigError(f"{file.where}: {error}") from error
+
+        return replace(self, files={name: tuple(map(here, own)) for name, own in self.files.items()})
+
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
@@ -97,11 +120,6 @@ class Recipe:
 
 def require_there(file: File) -> None:
     """Raise `ConfigError` if a file that a recipe names is not there."""
-    if str(file.path).startswith("hf:/"):
-        raise ConfigError(
-            f"{file.where}: {file.path} is on the Hub, but a recipe names files of this machine; give it on the command"
-            " line in the place of the recipe's own, or write where it lies."
-        )
     if not file.path.exists():
         raise ConfigError(
             f"{file.where}: there is no {file.path}; paths are relative to the recipe, and models that are given on the"
@@ -195,7 +213,7 @@ def _file(one: Located, folder: Path, names: Sequence[str]) -> File:
         )
     if text in names:
         return File(Path(text), sha256, text, one.where)
-    here = Path() if text.startswith("hf:/") else folder
+    here = Path() if text.startswith(ON_HUB) else folder
     return File(here / Path(text).expanduser(), sha256 and sha256.lower(), None, one.where)
 
 

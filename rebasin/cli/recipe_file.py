@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ConfigError, shown
 from .located import located, read_yaml
 from .mergekit import translated
-from .recipe import COMMANDS, Recipe, Step, fields_of, require_format, step_of
+from .recipe import COMMANDS, ON_HUB, Recipe, Step, fields_of, require_format, step_of
 
 NUMBER = re.compile(r"[-+0-9.eE]+|true|false")
 """A value that names no function."""
@@ -29,7 +29,9 @@ def read_recipe(path: Path, alone: bool = False) -> Recipe:
     if path.is_dir() or path.suffix.lower() in (".safetensors", ".sft", ".gguf", ".ckpt"):
         return Recipe(path, _of_header(path, alone))
     documents = read_yaml(path)
-    first = documents[0] if documents else located(None, str(path))
+    if not documents or documents[0].plain is None:
+        raise ConfigError(f"{path} is empty; a recipe has entries such as `models: [A, B]`.")
+    first = documents[0]
     if isinstance(first.value, dict) and "merge_method" in first.value:
         return translated(path, documents)
     if len(documents) > 1:
@@ -96,6 +98,8 @@ def _made(
     require_data(told, where)
     for one in made.get("inputs", ()):
         file, sha256 = str(one.get("name")), str(one.get("sha256"))
+        if file.startswith(ON_HUB):
+            raise ConfigError(f"{where} names {shown(file)}, but a header does not say what is fetched.")
         own, before = file.removesuffix(".safetensors"), understood(one.get("made")) or {}
         makes = (before.get("recipe") or {}).get("command") in COMMANDS and own != file
         if steps is not None and makes and not (folder / file).exists():

@@ -55,16 +55,18 @@ def follow(console: Console, recipe: Recipe, given: Mapping[str, Any]) -> None:
     more = _allowed(recipe, given)
     steps = [*recipe.steps[:-1], replace(recipe.steps[-1], **_replaced(recipe, more))]
     final = steps[-1]
-    if final.output is None:
+    if (output := final.output) is None:
         raise ConfigError(
             f"{recipe.path} does not say where the result goes; give -o FILE, or write an `output`."
         )
+    steps = [step.fetched() for step in steps]
+    final = steps[-1]
     if len(steps) == 1:
-        request = final.request({}, {**more, "output": final.output})
+        request = final.request({}, {**more, "output": output})
         require_saving(request.save_recipe, [request])
         read = _do(final.command, request)
         return save(console, request.save_recipe, [Done(final.command, request, read or {})], request.dry_run)
-    folder = _folder(final.output, steps)
+    folder = _folder(output, steps)
     made = _results(steps, folder)
     requests = _requests(steps, made, folder, more)
     require_saving(more.get("save_recipe"), requests)
@@ -79,7 +81,7 @@ def follow(console: Console, recipe: Recipe, given: Mapping[str, Any]) -> None:
         read = _do(step.command, request)
         done.append(Done(step.command, request, read or {}, step.name, _made_by(step, made)))
     save(console, more.get("save_recipe"), done, False)
-    for one in (folder, *final.output.parent.glob(f".{glob.escape(final.output.name)}-*.steps")):
+    for one in (folder, *output.parent.glob(f".{glob.escape(output.name)}-*.steps")):
         shutil.rmtree(one, ignore_errors=True)
 
 

@@ -39,6 +39,7 @@ def recipe_text(done: Sequence[Done], folder: Path) -> str:
 
 
 def _entries(done: Done, folder: Path) -> dict[str, Any]:
+    from ..checkpoints.hub import came_from  # late: torch
     from ..checkpoints.provenance import sha256_of
     from .merge_weights import settled
 
@@ -47,7 +48,11 @@ def _entries(done: Done, folder: Path) -> dict[str, Any]:
     def of(path: Path) -> Any:
         if path in done.steps:
             return done.steps[path]
-        return {"file": beside(path, folder), "sha256": done.sha256.get(path) or sha256_of(path)}
+        place = came_from(path)
+        return {
+            "file": beside(path, folder) if place is None else str(place),
+            "sha256": done.sha256.get(path) or sha256_of(path),
+        }
 
     told: dict[str, Any] = {}
     for key, name in KEYS.items():
