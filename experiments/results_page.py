@@ -67,7 +67,8 @@ def sweep(
         rows = [row for row in stored if all(row.get(k) == v for k, v in where.items())]
         groups: dict[str, list[Any]] = {}
         for row in rows:
-            groups.setdefault(QUICK.get(row["algo.name"], row["algo.name"]), []).append(row)
+            algorithm = str(row["algo.name"])
+            groups.setdefault(QUICK.get(algorithm, algorithm), []).append(row)
         found: Found = {}
         for algorithm, own in groups.items():
             barriers = [row["barrier/heldout/loss"] for row in own]
