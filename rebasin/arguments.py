@@ -71,7 +71,7 @@ def typed(function: F) -> F:
     """Hold a function's arguments, or those of a class's constructor, against their annotations at each call.
 
     Scalars and arrays of numpy and torch that fit become Python's own; what isn't annotated, or by what is imported for
-    type checkers alone, is passed on.
+    type checkers alone, is passed on. Called in `torch.inference_mode`, the function itself runs outside it.
 
     Raises (when called):
         CheckpointError: something else was given where a state is wanted.
@@ -97,9 +97,23 @@ def _guarded(function: Callable[..., Any], owner: Callable[..., Any]) -> Callabl
         own = [places[min(i, last)] for i in range(len(args))]
         taken = [_taken(owner, name, kind, value) for (name, kind), value in zip(own, args, strict=True)]
         options = {n: _taken(owner, n, names.get(n, names["**"]), value) for n, value in kwargs.items()}
-        return function(*taken, **options)
+        return outside(*taken, **options)
 
+    outside = outside_inference_mode(function)
     return call
+
+
+def outside_inference_mode(function: F) -> F:
+    """A function that leaves `torch.inference_mode`, where no gradient flows and casts pass by whoever watches them."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    return cast(F, call)
 
 
 def _taken(function: Callable[..., Any], name: str, kind: Kind, value: Any) -> Any:

@@ -28,7 +28,12 @@ def execute(source: Path) -> Path:
         if cell.cell_type == "code":
             cell.source = re.sub(r"^# !", "!", cell.source, flags=re.M)
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    os.environ |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "COLUMNS": "110"}
+    os.environ |= {
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "COLUMNS": "110",
+        "TERM": "dumb",
+        "PYTHONWARNINGS": "ignore",
+    }
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": folder}}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..arguments import outside_inference_mode
 from ..errors import CheckpointError, VerificationError
 from ..files import SchemaError, cache_folder, conform, keep, parse, write_text
 from ..spec import UNREAD, PermutationSpec
@@ -53,6 +54,7 @@ class Proof:
     maps: int = 0
 
 
+@outside_inference_mode
 def component_spec(checkpoint: Checkpoint, component: str, prove: bool = True) -> PermutationSpec:
     """The spec of a component, in the names of `Checkpoint.component`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import traceback
@@ -43,6 +44,12 @@ def find_device(device: torch.device | str | int | None, option: str = "device")
         raise ConfigError(
             f"{option} is {str(device)!r}, but torch finds no such device; leave it out."
         ) from error
+
+
+def changeable(model: nn.Module) -> nn.Module:
+    """The model; a copy of one that was made in `torch.inference_mode`, whose tensors can't be changed outside it."""
+    own = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model) if any(t.is_inference() for t in own) else model
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import outside_inference_mode
 from ..errors import RebasinError, TraceError
 from ..spec import PermutationSpec
 from ..tensors.memory import sharing
+from ..tensors.modules import changeable
 from . import cache
 from .build import build
 from .export import compose, export
@@ -21,6 +23,7 @@ from .walk import walk
 __all__ = ["VerificationReport", "compose", "trace", "verify"]
 
 
+@outside_inference_mode
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> PermutationSpec:
     """The permutation symmetries of `model`, derived from what it computes on these example inputs.
 
@@ -43,6 +46,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> PermutationSpec:
         raise TraceError(
             "The model has parameters without a shape; call it once on an input before tracing it."
         )
+    model = changeable(model)
     key = cache.fingerprint(model, args, kwargs)
     state = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -20,7 +20,7 @@ from ..arguments import typed
 from ..errors import ConfigError, TraceError, VerificationError
 from ..spec import Alignment, Permutation, PermutationSpec
 from ..tensors.memory import on_copies, place, sharing
-from ..tensors.modules import device_of
+from ..tensors.modules import changeable, device_of
 from ..tensors.precision import full_precision
 from ..types import brief
 from . import cache
@@ -115,6 +115,7 @@ def verify(
         raise VerificationError(
             "A model on the meta device has no numbers to verify; build a small configuration of it, or real weights."
         )
+    model = changeable(model)
     types = {t.dtype.to_real() for t in own if t.is_floating_point() or t.is_complex()}
     if dtype not in (None, torch.float32, torch.float64):
         raise ConfigError(f"dtype is {dtype}, but verify computes in torch.float32 or torch.float64.")

@@ -169,8 +169,9 @@ def chart(found: Mapping[str, Any]) -> str:
             for way, size, told in sizes
         )
         stay = f"{100 * block['stay']:.0f}%" if block["neurons"] else ""
+        name = escape(block["name"]).replace(".", ".<wbr>")  # where a long name may be broken
         rows.append(
-            f"<tr><th>{escape(block['component'])} <small>{escape(block['name'])}</small></th>"
+            f"<tr><th>{escape(block['component'])} <small>{name}</small></th>"
             f'<td class="bars">{bars}</td><td class="n">{sizes[0][1]:.2g}</td><td class="n">{stay}</td></tr>'
         )
     more = f"{len(blocks) - BARS} more blocks are in `rebasin compare --json`." if len(blocks) > BARS else ""
