@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
 NOISE = re.compile(r"\x1b\[[0-9;]*m")
@@ -31,8 +32,8 @@ def execute(source: Path) -> Path:
     os.environ |= {
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "COLUMNS": "110",
-        "TERM": "dumb",
         "PYTHONWARNINGS": "ignore",
+        "TTY_COMPATIBLE": "0",  # commands show no bars
     }
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
@@ -48,7 +49,7 @@ def execute(source: Path) -> Path:
                 for o in cell.outputs
                 if not str(o.get("data", {}).get("text/plain", "")).startswith("(Text(")
             ]
-            cell.outputs = kept
+            cell.outputs = joined(kept)
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
                 output.text = NOISE.sub("", output.text)
@@ -56,6 +57,18 @@ def execute(source: Path) -> Path:
     target = source.with_suffix(".ipynb")
     nbformat.write(notebook, target)
     return target
+
+
+def joined(outputs: list[Any]) -> list[Any]:
+    """What was written to one stream in several pieces is one."""
+    found: list[Any] = []
+    for one in outputs:
+        last = found[-1] if found else {}
+        if one.output_type == "stream" and last.get("name") == one.name:
+            last["text"] += one.text
+        else:
+            found.append(one)
+    return found
 
 
 if __name__ == "__main__":

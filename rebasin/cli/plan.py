@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from ..spec import PermutationSpec
     from .request import Request
 
+LIBRARIES = 4.0
+"""Seconds until the models' classes are there."""
+
+SYMMETRIES = 0.01
+"""Seconds for each tensor of a model whose symmetries are derived and proved; a model that was seen before has them."""
+
 DISK = 4e8
 """Bytes a second, a middling solid-state disk; there is no telling how much of a file is in memory already."""
 
@@ -24,8 +30,8 @@ DISK = 4e8
 def rough_seconds(request: Request, models: Sequence[Checkpoint], components: Sequence[str]) -> float | None:
     """What a command will take, by the shapes of its tensors alone, which is known at once; None: nobody knows (maps).
 
-    Counts reading, hashing and writing, and for aligning what `matching_seconds` counts, as if each matrix had the
-    neurons of its rows and columns to place and all of them had to move.
+    Counts reading, hashing and writing, and for aligning the symmetries and what `matching_seconds` counts, as if each
+    matrix had the neurons of its rows and columns to place and all of them had to move.
     """
     from ..matching.weights.estimate import SWEEPS, matmul_rate
 
@@ -34,7 +40,9 @@ def rough_seconds(request: Request, models: Sequence[Checkpoint], components: Se
         return None
     if request.align and request.permutation is None:
         rate = matmul_rate()
-        shapes = [s for name in components for s in models[0].shapes(name).values() if len(s) > 1]
+        every = [s for name in components for s in models[0].shapes(name).values()]
+        seconds += LIBRARIES + SYMMETRIES * len(every)
+        shapes = [s for s in every if len(s) > 1]
         own = sum(prod(s) * (s[0] + s[1]) / rate + 1e-10 * s[0] ** 2.5 for s in shapes)
         seconds += SWEEPS * own * (1 if len(models) == 2 else 2 * (len(models) - 1))
     return seconds
