@@ -285,6 +285,18 @@ def test_an_incomplete_file_is_told(kind: str, tmp_path: Path) -> None:
         assert "incomplete" in told and FAMILY[kind] in told, name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_too_few_is_told(kind: str, tmp_path: Path) -> None:
+    """Of the tallest tensors of a block, and of those that are several of the class's in one."""
+    shapes = ORIGINAL[kind]()
+    tall = sorted((name for name in shapes if ".1." in name), key=lambda name: -shapes[name][0])
+    assert tall
+    for name in dict.fromkeys([*tall[:2], *(name for name in tall if "qkv" in name)]):
+        rows, *rest = shapes[name]
+        told = refused(written(tmp_path, {**shapes, name: (rows - 1, *rest)}))
+        assert FAMILY[kind] in told or name in told, name
+
+
 FAMILY = {family.kind: family.title for family in FAMILIES}
 
 

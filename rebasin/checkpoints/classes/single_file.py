@@ -446,7 +446,7 @@ def _keys(family: Family, shapes: Shapes) -> list[KeyMapping]:
     def converted(tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         tall = {name: _taller(tensor, times) for name, tensor in tensors.items()}
         return {
-            ALSO.get(str(name), str(name)): tensor[::times] if times > 1 else tensor
+            ALSO.get(str(name), str(name)): _shorter(str(name), tensor, times)
             for name, tensor in convert(checkpoint=tall).items()
         }
 
@@ -478,3 +478,16 @@ def _full(key: KeyMapping, shapes: Shapes, thin: Shapes) -> KeyMapping:
 def _taller(tensor: torch.Tensor, times: int) -> torch.Tensor:
     """Each row several times."""
     return tensor if times == 1 or not tensor.dim() else tensor.repeat_interleave(times, 0)
+
+
+def _shorter(name: str, tensor: torch.Tensor, times: int) -> torch.Tensor:
+    """The inverse of `_taller`.
+
+    Raises:
+        ValueError: the rows that one became were torn apart: their number is not what the converter takes for granted.
+    """
+    if times == 1 or not tensor.dim():
+        return tensor
+    if len(tensor) % times or not torch.equal(tensor, tensor[::times].repeat_interleave(times, 0)):
+        raise ValueError(f"{name} has another number of rows")
+    return tensor[::times]
