@@ -85,6 +85,10 @@ def loss(model, batch, smoothing: float = 0.0):
     return nn.functional.cross_entropy(model(batch[0]), batch[1], label_smoothing=smoothing)
 
 
+def lost_loss(model, batch):
+    return loss(model, batch) * float("nan")
+
+
 def elsewhere(model, batch):
     return model.one(batch[0]).square().mean()
 
@@ -429,6 +433,24 @@ def test_a_new_study_runs(
     with pytest.raises(SystemExit):
         launched(monkeypatch, "--config-dir", "conf", "model=my_study", "model.options.widht=8")
     assert "did you mean 'model.options.width'?" in capsys.readouterr().err
+    (place / "my_study/conf/model/my_study.yaml").rename("conf/model/mlp.yaml")
+    with pytest.raises(SystemExit):
+        launched(monkeypatch, "--config-dir", "conf", "model=mlp", *small[2:])
+    assert "mlp.yaml has the name of a config of this package" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_is_told_and_the_rest_is_there(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = (
+        "model.options.width=6",
+        "data.options.count=30",
+        "model.train_options.steps=1",
+        "evaluate.points=3",
+    )
+    launched(monkeypatch, *OWN, TRAIN, *few, "objective=mine:lost_loss", "algo=naive")
+    assert "Unclear. A loss on the line is not finite" in capsys.readouterr().out
+    assert list((place / "out").rglob("report.html"))
 
 
 def test_new_tells_what_it_wrote_and_overwrites_nothing(
@@ -440,9 +462,10 @@ def test_new_tells_what_it_wrote_and_overwrites_nothing(
     said = CliRunner().invoke(app, [str(tmp_path / "s"), "--kind", "gpt"])
     assert said.exit_code == 0 and "study.py" in said.output and "model=s" in said.output
     assert (tmp_path / "s" / "conf" / "model" / "s.yaml").is_file()
-    for folder, words in ((tmp_path / "s", "has something in it"), (tmp_path / "1 x", "can't be the name")):
+    wrong = {"s": "has something in it", "1 x": "can't be the name", "resnet20": "is a model of this package"}
+    for name, words in wrong.items():
         with pytest.raises(ConfigError, match=words):
-            create(folder)
+            create(tmp_path / name)
     assert callable(main)
 
 

@@ -299,6 +299,8 @@ def check_types(cfg: DictConfig, config: str = CONFIG) -> None:
     mine = {g: told for g, told in told_of.items() if g != "hydra" and not exists(g, choices[g])}
     ours = [told for g, told in told_of.items() if g not in ("hydra", EXPERIMENT, *mine)]
     folders = _folders(runtime)
+    for group in choices:
+        _require_seen(group, choices[group], folders)
     for group in mine:
         if group not in UNNAMED:
             name_of(cfg, group, runtime)
@@ -453,6 +455,20 @@ def own_folders(arguments: Sequence[str]) -> list[Path]:
         elif flag == "hydra.searchpath":
             found += re.findall(r"[^\[\],'\"]+", value)
     return [Path(folder.removeprefix("file://")).absolute() for folder in found]
+
+
+def _require_seen(group: str, choice: object, folders: Sequence[Path]) -> None:
+    """Raise `ConfigError` if a chosen config of the package hides one of the user's own that says something else."""
+    name = Path(group) / f"{choice}.yaml"
+    if not exists(group, choice):
+        return
+    for folder in folders:
+        own = folder / name
+        if own.is_file() and own.read_bytes() != (config_dir() / name).read_bytes():
+            raise ConfigError(
+                f"{own} has the name of a config of this package, which would be used in its place; give it another"
+                " name."
+            )
 
 
 def exists(group: object, choice: object, folder: Path | None = None) -> bool:

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..files import write_text
+from ..files import config_dir, write_text
 
 Kind = StrEnum("Kind", ["resnet", "vit", "gpt"])
 
@@ -57,6 +57,10 @@ def create(folder: Path, kind: Kind = Kind.resnet) -> list[Path]:
     if not re.fullmatch(r"[A-Za-z]\w*", name):
         raise ConfigError(
             f"{name!r} can't be the name of a study; give letters, digits and underscores, such as my_study."
+        )
+    if (config_dir() / "model" / f"{name}.yaml").is_file():
+        raise ConfigError(
+            f"model={name} is a model of this package, which would be used in the study's place; give it another name."
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} has something in it; give a folder that is new.")

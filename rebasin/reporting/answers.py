@@ -143,6 +143,8 @@ def _repaired(results: Results) -> str:
         how = results["merge"]["repair"]
         same = results["algorithm"] == "naive" or found["aligned"] == found["naive"]
         return f" With repair={how} the barrier is {after}{'' if same else f', naive {before}'}."
+    if naive["losses"][0] is None or naive["losses"][-1] is None:  # not finite
+        return ""
     ends = abs(naive["losses"][0] + naive["losses"][-1]) / 2
     if not results.get("batch_norms") or not (aligned["barrier"] or 0) > NEGLIGIBLE * ends:
         return ""
