@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -404,6 +404,14 @@ def test_weights_are_found_under_what_stands_before_them(tmp_path: Path) -> None
         save_safetensors(file, {**averages, **named}) if kind == "safetensors" else torch.save(named, file)
         found = weights_for(net, file)
         assert list(found) == list(state) and all(torch.equal(found[n], t) for n, t in state.items())
+    tied = nn.ModuleDict({"into": nn.Embedding(5, 3), "out": nn.Linear(3, 5, bias=False)})
+    cast(Any, tied["out"]).weight = tied["into"].weight
+    for name in ("into.weight", "out.weight"):  # what safetensors' own save_model leaves
+        save_safetensors(tmp_path / "tied.safetensors", {f"module.{name}": tied.state_dict()[name].clone()})
+        assert all(
+            torch.equal(t, tied.state_dict()[n])
+            for n, t in weights_for(tied, tmp_path / "tied.safetensors").items()
+        )
     torch.save({**state, "more": torch.ones(1)}, tmp_path / "more.pt")
     torch.save({n: t for n, t in state.items() if n != "1.bias"}, tmp_path / "less.pt")
     torch.save({**state, "0.weight": torch.ones(4, 2)}, tmp_path / "other.pt")

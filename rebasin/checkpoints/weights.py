@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, listed, shown
+from ..tensors.memory import sharing
 from ..types import LazyState
 from .hub import local
 from .pickled import load_tensors
@@ -23,7 +25,8 @@ def weights_for(network: nn.Module, path: str | Path) -> dict[str, Tensor]:
         CheckpointError: the file can't be read, lacks a tensor, has one of another shape, or has more than the network.
     """
     found, before = _understood(network, path)
-    return {name: found[before + name].clone() for name in _wanted(network)}
+    tied = _tied(network)
+    return {name: found[before + _there(name, tied, found, before)].clone() for name in _wanted(network)}
 
 
 def require_weights(network: nn.Module, path: str | Path) -> str | None:
@@ -52,15 +55,28 @@ def _wanted(network: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in network.state_dict().items() if isinstance(t, Tensor)}
 
 
+def _tied(network: nn.Module) -> dict[str, list[str]]:
+    """Name -> all names of the same tensor of the network, where these are several; a file may have one of them."""
+    groups: dict[str, list[str]] = {}
+    for alias, first in sharing(_wanted(network), {}).aliases.items():
+        groups.setdefault(first, [first]).append(alias)
+    return {name: group for group in groups.values() for name in group}
+
+
+def _there(name: str, tied: Mapping[str, list[str]], names: Container[str], before: str) -> str:
+    """The name under which a file with these names has a tensor of the network."""
+    return next((one for one in (name, *tied.get(name, ())) if before + one in names), name)
+
+
 def _understood(network: nn.Module, path: str | Path) -> tuple[LazyState, str]:
     """The tensors of a file, and what stands before the network's names there."""
     file = local(path)
     found = load_tensors(file)
-    wanted = _wanted(network)
+    wanted, tied = _wanted(network), _tied(network)
     names, shapes = list(found), {name: tuple(found.shape_of(name)) for name in found}
     before = _before(names, list(wanted), file)
     for name, tensor in wanted.items():
-        key = before + name
+        key = before + _there(name, tied, shapes, before)
         if shapes.get(key) != tuple(tensor.shape):
             shape = shapes.get(key, "nothing")
             raise CheckpointError(
@@ -90,11 +106,10 @@ def _before(names: list[str], wanted: list[str], file: Path) -> str:
     """What stands before the network's names in the file: of all that occur the one under which most are found, and of
     several the one that is no average's.
     """
-    known = set(names)
-    there = {name.removesuffix(wanted[0]) for name in names if wanted and name.endswith(wanted[0])}
-    count = {
-        one: sum(one + name in known for name in wanted) for one in there if not one or one.endswith(".")
-    }
+    known, own_names = set(names), set(wanted)
+    ends = ((name, at) for name in names for at in (0, *(m.end() for m in re.finditer(r"\.", name))))
+    there = {name[:at] for name, at in ends if name[at:] in own_names}
+    count = {one: sum(one + name in known for name in wanted) for one in there}
     most = [one for one, number in count.items() if number == max(count.values())]
     own = [one for one in most if not AVERAGES.search(one)] or most
     if len(own) > 1 and "" not in own:
