@@ -431,3 +431,12 @@ def test_a_copy_of_a_tied_tensor_is_told_with_a_way(tmp_path: Path) -> None:
     )
     text = rebasin("merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "out", expect=2)
     assert "has no tensor 'lm_head.weight'" in text and "save it again, without it" in text
+
+
+def test_what_a_merge_of_folders_writes_as_a_file_tells_how_it_was_made(root: Path, tmp_path: Path) -> None:
+    a, b = pair("GPT2LMHeadModel", root)
+    rebasin("merge", a, b, "-o", tmp_path / "one.safetensors", "--no-align")
+    said = rebasin("inspect", tmp_path / "one.safetensors")
+    assert "without the configuration" in said and "weighted_sum" in said and a.name in said
+    said = rebasin("inspect", next(a.glob("*.safetensors")), expect=2)
+    assert "a config.json lies beside it: give the folder" in said

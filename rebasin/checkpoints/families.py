@@ -183,6 +183,8 @@ def no_model(where: object, what: str | None) -> CheckpointError:
     instead = f"; {INSTEAD[what]}" if what in INSTEAD else ""
     if what is None and isinstance(where, Path) and (where / "config.json").is_file():
         instead = "; its config.json names no class (architectures, model_type or _class_name)"
+    elif what is None and isinstance(where, Path) and (where.parent / "config.json").is_file():
+        instead = "; a config.json lies beside it: give the folder"
     return CheckpointError(f"{where} is {what or 'no model that is known here'}, but {EXPECTED}{instead}.")
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import CheckpointError
+
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
 
@@ -82,7 +84,12 @@ def _model(file: Path, variant: str | None) -> dict[str, Any]:
     from ..checkpoints import provenance
     from .inputs import open_each
 
-    checkpoint = open_each([file], variant)[0]
+    try:
+        checkpoint = open_each([file], variant)[0]
+    except CheckpointError:
+        if (ours := _ours(file)) is None:
+            raise
+        return ours
     predicted = checkpoint.prediction
     has_unet = "unet" in checkpoint.components
     metadata = provenance.metadata_of(checkpoint)
@@ -95,6 +102,26 @@ def _model(file: Path, variant: str | None) -> dict[str, Any]:
         "metadata": sorted(k for k in metadata if k != provenance.KEY),
         "components": [_component(checkpoint, name) for name in checkpoint.components],
         "made": provenance.read(metadata),
+    }
+
+
+def _ours(file: Path) -> dict[str, Any] | None:
+    """What the header says of a file that we wrote, though its tensors are of no model that is known from them alone;
+    None of another.
+    """
+    from ..checkpoints import provenance
+    from ..checkpoints.pickled import load_tensors
+
+    if not file.is_file():
+        return None
+    found = load_tensors(file)
+    if (made := provenance.read(found.metadata)) is None:
+        return None
+    return {
+        "what": "tensors of a model, without the configuration that says of which class",
+        "tensors": len(found),
+        "metadata": sorted(key for key in found.metadata if key != provenance.KEY),
+        "made": made,
     }
 
 
