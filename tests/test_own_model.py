@@ -294,7 +294,7 @@ def test_faults_are_one_sentence(
 ) -> None:  # fmt: skip
     if options == (TRAIN, "data.options.count=2"):
         options = (TRAIN, "data.dataset=mine:x", "data.options.count=3")  # four are too few to hold one out
-        words = "has too little: of data without splits every fifth sample is held out"
+        words = "of data without splits every fifth is held out"
     with pytest.raises(SystemExit) as caught:
         launched(monkeypatch, *OWN, *options, "evaluate.points=3")
     told = capsys.readouterr().err.splitlines()[-1]

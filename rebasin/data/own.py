@@ -57,7 +57,9 @@ def splits(
     count, what = (len(every), "batch") if whole is None else (len(whole), "sample")  # type: ignore[arg-type]
     if count < HELD:
         raise DataError(
-            f"{name} has too little: of data without splits every fifth {what} is held out, so give at least {HELD}."
+            f"{name} has {count} {what}{'' if count == 1 else 's' if whole is not None else 'es'}"
+            f"{'' if whole is not None else f' of {size}'}: of data without splits every fifth is held out, so give at"
+            f" least {HELD}{'' if whole is not None else ', or a smaller data.batch_size'}."
         )
     held = range(HELD - 1, count, HELD)
     parts = {"train": [i for i in range(count) if i not in held], "heldout": list(held)}
@@ -105,6 +107,13 @@ def _samples(made: Any) -> Dataset[Any] | None:
             )
         tensors = tuple(torch.as_tensor(one) for one in arrays)
         return TensorDataset(*tensors) if isinstance(made, tuple) else _Single(tensors[0])
+    if isinstance(made, tuple) and any(isinstance(one, Tensor | np.ndarray) for one in made):
+        odd = [type(one).__name__ for one in made if not isinstance(one, Tensor | np.ndarray)]
+        if odd:
+            raise DataError(
+                f"The data's tuple has an entry of type {odd[0]} beside arrays; give arrays of equal length, or a"
+                " Dataset."
+            )
     if isinstance(made, DataLoader | IterableDataset | Mapping | str | bytes | tuple):
         return None
     if isinstance(made, list) and made and _is_batch(made[0]):
