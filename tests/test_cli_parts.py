@@ -114,7 +114,7 @@ def test_methods_weights_and_base(files: Files, tmp_path: Path) -> None:
         "merge", files.a, files.b, "-o", out, "--overwrite", "--no-align", "--weights", "vea=1", expect=2
     )
     assert "'vea'" in text
-    assert "needs a base" in rebasin(
+    assert "needs --base FILE" in rebasin(
         "merge", files.a, files.b, "-o", tmp_path / "x.safetensors", "--method", "ties_sum", expect=2
     )
     assert "no merge method" in rebasin(

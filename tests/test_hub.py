@@ -115,6 +115,10 @@ def test_a_merge_of_files_on_the_hub_is_that_of_the_same_files(
     assert here.keys() == there.keys() and all(here[n].equal(there[n]) for n in here)
     page = (tmp_path / "there.md").read_text()
     assert "base_model:\n- someone/files" in page and f"`{places[1]}`" in page and "weighted_sum" in page
+    assert "| align | `False` |" in page and "align False" in rebasin("inspect", "there.safetensors")
+    again = ("-o", "there.safetensors", "--no-align", "--model-card")
+    (tmp_path / "there.safetensors").unlink()
+    assert "there.md, where the model card would go, exists" in rebasin("merge", *places, *again, expect=2)
     before = len(hub.got)
     rebasin("inspect", places[0])
     fetched = [one for one in hub.got[before:] if one.startswith("GET") and "/resolve/" in one]
@@ -202,7 +206,7 @@ def test_a_hub_that_is_not_there_is_a_sentence(hub: Hub, monkeypatch: pytest.Mon
     hub.socket.close()
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries five times
     said = rebasin("inspect", "hf://someone/files/a.safetensors", expect=2)
-    assert "can't be fetched or sent" in said and "check the connection" in said and len(said) < 300
+    assert "can't be fetched" in said and "check the connection" in said and len(said) < 300
     hub.serve_forever = lambda: None  # type: ignore[method-assign]
 
 
@@ -220,18 +224,24 @@ def test_pushing_is_looked_at_before_the_work(
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     said = rebasin("merge", *models, "--no-align", "--push-to-hub", "me/x", expect=2)
     assert "log in with a token that may write" in said and (tmp_path / "ab.safetensors").exists()
+    assert "ab.safetensors is written, but not on the Hub" in said and "hf upload me/x ab.safetensors" in said
     said = rebasin("merge", *models[:2], "-o", "hf://me/x", expect=2)
     assert "to send it to the Hub, too, give --push-to-hub" in said
 
 
 def test_the_command_goes_to_the_hub_that_the_environment_names(hub: Hub, tmp_path: Path) -> None:
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.address,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_CACHE": str(tmp_path / "h"),
-    }
+    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(tmp_path / "h")}
+    del environment["HF_HUB_OFFLINE"]  # the libraries are kept from the Hub, and we are not
     command = [sys.executable, "-m", "rebasin", "inspect", "hf://someone/files/a.safetensors"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "text_encoder" in ran.stdout, ran.stderr
+    (tmp_path / "both.yaml").write_text(
+        "rebasin: 1\nmodels:\n- hf://someone/files/a.safetensors\n- hf://someone/files/b.safetensors\nalign: false\n"
+        "output: both.safetensors\n"
+    )
+    recipe = ("merge", "--recipe", "both.yaml", "--push-to-hub", "me/both")
+    ran = subprocess.run(
+        [*command[:3], *recipe], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert ran.returncode == 0 and hub.repos["me/both"]["main"]["both.safetensors"], ran.stderr
     assert cache_folder() == tmp_path / "cache"

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from ..errors import CheckpointError, ConfigError, first_line, unknown
 from ..files import cache_folder
+from ..integrations.huggingface import reaching
 from .folders import INDEX, weights_set
 
 PLACE = re.compile(r"hf:/{1,2}(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/]+))?(?:/(?P<file>.+?))?/?")
@@ -84,7 +85,7 @@ def local(path: str | Path, variant: str | None = None) -> Path:
     place = Place.of(path)
     if place is None:
         return Path(path).expanduser()
-    with told(place):
+    with told(place), reaching():
         found = _fetch(place, variant)
     _fetched[found] = place
     return found
@@ -187,7 +188,9 @@ def _named(folder: Path, place: Place) -> Path:
 
 @contextmanager
 def told(place: Place | str) -> Iterator[None]:
-    """What the Hub's client raises, as one sentence about this place."""
+    """What the Hub's client raises, as one sentence about this place, from where something is fetched; text: that of a
+    repository to which something is sent.
+    """
     from huggingface_hub import errors
 
     try:
@@ -215,9 +218,11 @@ def told(place: Place | str) -> Iterator[None]:
             f"{place} is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it, or give a file of this machine."
         ) from error
     except (errors.HTTPError, errors.LocalEntryNotFoundError, OSError, RuntimeError) as error:
+        what, instead = "fetched", ", or give a file of this machine"
+        if isinstance(place, str):
+            what, instead = "sent", ""
         raise CheckpointError(
-            f"{place} can't be fetched or sent ({first_line(error, 60).rstrip('.')}); check the connection to the Hub,"
-            " or give a file of this machine."
+            f"{place} can't be {what} ({first_line(error, 60).rstrip('.')}); check the connection to the Hub{instead}."
         ) from error
 
 
@@ -232,10 +237,11 @@ def require_repo(name: str) -> str:
     repo = name.removeprefix("hf://").strip("/")
     if not REPO.fullmatch(repo):
         raise ConfigError(f"--push-to-hub {name}: give the name of a repository, owner/name.")
-    if constants.HF_HUB_OFFLINE:
-        raise ConfigError(
-            "--push-to-hub needs the Hub, but HF_HUB_OFFLINE is set; unset it, or leave the option out."
-        )
+    with reaching():
+        if constants.HF_HUB_OFFLINE:
+            raise ConfigError(
+                "--push-to-hub needs the Hub, but HF_HUB_OFFLINE is set; unset it, or leave the option out."
+            )
     if not get_token():
         raise ConfigError("--push-to-hub needs your token; log in (hf auth login) or set HF_TOKEN.")
     return repo
@@ -264,6 +270,6 @@ def push(repo: str, files: Mapping[str, Path | bytes], message: str) -> str:
         else:
             sources[name] = source
     adds = [CommitOperationAdd(name, source) for name, source in sources.items()]
-    with told(f"hf://{repo}"):
+    with told(f"hf://{repo}"), reaching():
         api.create_repo(repo, private=True, exist_ok=True)
         return str(api.create_commit(repo, adds, commit_message=message).commit_url)

@@ -57,6 +57,16 @@ def metadata_of(checkpoint: Checkpoint) -> Mapping[str, str]:
     return {}
 
 
+def told(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a recipe in a header what says something: what is on, and that a merge was not aligned."""
+    return {
+        key: value
+        for key, value in recipe.items()
+        if not (value is None or value == "" or (value is False and key != "align"))
+        and not (isinstance(value, list | dict | tuple) and not value)
+    }
+
+
 def read(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """What a header of ours says; None if it is not ours or is damaged."""
     try:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..checkpoints import provenance
 from ..checkpoints.hub import came_from, push
+from ..checkpoints.output import is_file
+from ..errors import CheckpointError, ConfigError
 from ..files import write_text
 from .session import size
 
@@ -30,6 +32,19 @@ def wants_card(request: Request) -> bool:
     return request.output.is_dir() if request.model_card is None else request.model_card
 
 
+def require_card_place(request: Request) -> None:
+    """Refuse a page that would take the place of a file of the user's, before any work.
+
+    Raises:
+        ConfigError: its place has a file.
+    """
+    page = request.output.with_suffix(".md")  # beside a file; a new folder has none
+    if request.model_card and is_file(request.output) and page.exists() and not request.overwrite:
+        raise ConfigError(
+            f"{page}, where the model card would go, exists; add --overwrite to replace it, or leave --model-card out."
+        )
+
+
 def card(output: Path, metadata: Mapping[str, str], inputs: Sequence[Path], title: str) -> str:
     """The page, in Markdown with the Hub's fields on top, from what the result's own header says.
 
@@ -40,7 +55,7 @@ def card(output: Path, metadata: Mapping[str, str], inputs: Sequence[Path], titl
         title: what kind of model it is.
     """
     made = provenance.read(metadata) or {}
-    recipe = {k: v for k, v in made.get("recipe", {}).items() if v not in (None, False, [], {}, "", ())}
+    recipe = provenance.told(made.get("recipe", {}))
     places = [came_from(path) for path in inputs]
     rows = []
     for told, place in zip(
@@ -134,7 +149,13 @@ def leave(
         }
         files |= {path.name: path for path in beside if path.is_file()}
         with console.stage("push"):
-            address = push(request.push_to_hub, files, f"{output.name}, by git-rebasin {__version__}")
+            try:
+                address = push(request.push_to_hub, files, f"{output.name}, by git-rebasin {__version__}")
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{output} is written, but not on the Hub: {error} To send it later: hf upload"
+                    f" {request.push_to_hub} {output}"
+                ) from error
             console.say(address)
         told.append(address)
     return told

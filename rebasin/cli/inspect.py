@@ -226,9 +226,9 @@ def _text(value: Any) -> str:
 
 def _lineage(made: dict[str, Any], indent: str) -> list[str]:
     """The recipe and its inputs, and theirs, indented."""
-    from ..checkpoints.provenance import understood
+    from ..checkpoints.provenance import told, understood
 
-    recipe = {k: v for k, v in made.get("recipe", {}).items() if v not in (None, False, [], {}, "")}
+    recipe = told(made.get("recipe", {}))
     lines = [indent + ", ".join(f"{key} {_text(value)}" for key, value in recipe.items())]
     if made.get("rounding"):
         lines.append(f"{indent}rounding what maps moved has cost {made['rounding']}, relative")

@@ -38,6 +38,25 @@ def settled(weights: str | None) -> Any:
     return content(weights) if weights is not None and weights.strip()[:1] != "[" else weights
 
 
+def require_method(request: Request, method: Method) -> None:
+    """Whether the method can do with the models and the base that are given, before any work.
+
+    Raises:
+        ConfigError: it takes another number of models, lacks a base, or has no use for it.
+    """
+    what, models = f"--method {method.name}", len(request.inputs)
+    if isinstance(method.inputs, int) and models != method.inputs:
+        raise ConfigError(f"{what} takes {method.inputs} models, but got {models}; give so many.")
+    if models < method.least:
+        raise ConfigError(f"{what} takes {method.least} models or more, but got {models}; give so many.")
+    if method.needs_base and request.base is None:
+        raise ConfigError(
+            f"{what} needs --base FILE, the model that all were made from; give it, or choose a method without."
+        )
+    if request.base is not None and not method.takes_base:
+        raise ConfigError(f"{what} has no use for a base; leave --base out, or choose a method with one.")
+
+
 def method_options(method: Method, given: Sequence[str], models: int) -> dict[str, Any]:
     """NAME=VALUE pairs; values as JSON has them, else text or the function that is meant.
 

@@ -90,7 +90,7 @@ class Wanted:
         if not isinstance(levels[0].value, bool | int | float):
             raise levels[0].wrong(
                 f"`{name}` is not one number, which {self.method!r} takes here; give it one"
-                + (", or merge two models" if name == "weight" else "")
+                + (", or merge two models" if name == "weight" and len(self.sources) > 2 else "")
             )
         return levels[0].value
 

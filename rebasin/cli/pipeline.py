@@ -15,7 +15,7 @@ from .alignment import Aligning, Alignment
 from .base_order import placed
 from .companions import fisher_files, scored
 from .inputs import copies, left_out, open_all, open_each, parts
-from .merge_weights import merge_weights, method_options, method_texts, settled
+from .merge_weights import merge_weights, method_options, method_texts, require_method, settled
 from .plan import show_plan
 from .request import Request
 
@@ -84,6 +84,7 @@ def merge(console: Console, request: Request) -> Hashes:
     others = [*(path for path in (request.base, request.vae) if path is not None), *request.fisher]
     stages.require_output(request, [*request.inputs, *others])
     method = find_method(request.method)
+    require_method(request, method)
     options = method_options(method, request.options, len(request.inputs))
     dtype = output.dtype_of(request.dtype)
     with console.stage("read"):

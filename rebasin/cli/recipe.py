@@ -37,6 +37,8 @@ ABOUT = ("rebasin", "command", "name", "output")
 PAIRS = ("options", "learn")
 """Fields that are NAME=VALUE, in a recipe entries NAME: VALUE."""
 
+NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
 ON_HUB = "hf:/"
 """How the path of a model on the Hub begins."""
 
@@ -128,7 +130,7 @@ def require_there(file: File) -> None:
 
 
 def require_format(top: Mapping[str, Located]) -> None:
-    if "rebasin" in top and top["rebasin"].plain != FORMAT:
+    if "rebasin" in top and (top["rebasin"].plain != FORMAT or isinstance(top["rebasin"].plain, bool)):
         raise top["rebasin"].wrong(
             f"`rebasin` is {shown(top['rebasin'].plain)}, but this version reads recipes of the format {FORMAT}"
         )
@@ -224,6 +226,8 @@ def _value(name: str, key: str, own: Located) -> Any:
         return pairs(data, own, key)
     if name == "weights":
         return _weights(data, own)
+    if float in (kind, *get_args(kind)) and isinstance(data, str) and NUMBER.fullmatch(data):
+        data = float(data)  # 1e-1 is text to YAML
     if get_origin(kind) is tuple and isinstance(data, str):
         data = [data]
     try:

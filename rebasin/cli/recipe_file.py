@@ -49,6 +49,12 @@ def read_recipe(path: Path, alone: bool = False) -> Recipe:
         if step.name in [known.name for known in steps if known.name]:
             raise one.wrong(f"a second step has the name {shown(step.name)}")
         steps.append(step)
+    for number, step in enumerate(steps):
+        later = [one.name for one in steps[number:] if one.name]
+        for file in (file for files in step.files.values() for file in files if file.step is None):
+            if file.path.name in later and file.path.parent == path.parent and not file.path.exists():
+                what = "this step itself" if file.path.name == step.name else "a later step"
+                raise ConfigError(f"{file.where}: {file.path.name} is {what}; a step uses those before it.")
     if not steps:
         raise top["steps"].wrong("there are no steps; give one or more")
     used = {file.step for step in steps for files in step.files.values() for file in files if file.step}

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..files import write_text
 from . import pipeline, session
 from .inputs import check_output, require_place
-from .merge_weights import method_options
+from .merge_weights import method_options, require_method
 from .recipe import File, Recipe, Step
 from .recipe_text import Done, mecha_text, recipe_text, require_mecha
 from .request import KEYS, UNCHANGED, Request, flag, kinds
@@ -169,16 +169,22 @@ def _requests(
     """
     from ..merging.merged import find_method  # late: torch
 
-    found = []
+    found: list[Request] = []
     for step in steps:
         output = step.output or (made[step.name] if step.name else folder / "result")
         request = step.request(
             made, {**more, "output": output, "resume": True, "intermediate": step.output is None}
         )
         if step.output is not None:
+            if any(step.output.absolute() == other.output.absolute() for other in found):
+                raise ConfigError(
+                    f"{step.where}: an earlier step writes {step.output}, too; give each its own."
+                )
             check_output(output, [path for path in request.inputs if path.exists()], True, resume=True)
         if step.command == "merge":
-            method_options(find_method(request.method), request.options, len(request.inputs))
+            method = find_method(request.method)
+            require_method(request, method)
+            method_options(method, request.options, len(request.inputs))
         found.append(request)
     return found
 

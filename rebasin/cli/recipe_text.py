@@ -123,6 +123,9 @@ def mecha_text(done: Sequence[Done], folder: Path) -> str:
 
 def require_mecha(request: Request) -> None:
     """Raise `ConfigError` if sd-mecha can't do what is asked for, before any work."""
+    folder = next((path for path in request.inputs if path.is_dir()), None)
+    if folder is not None:
+        raise ConfigError(f"sd-mecha reads files, and {folder} is a folder; save the recipe as NAME.yaml.")
     if request.align or request.permutation is not None:
         raise ConfigError(
             "sd-mecha knows no alignment, so --save-recipe NAME.mecha needs --no-align: align first (rebasin align A B"

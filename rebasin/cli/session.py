@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from ..integrations.huggingface import keep_offline
 from ..tensors.writer import in_bytes as size
 
 __all__ = [
@@ -39,7 +40,7 @@ def begin(device: str = "cpu", threads: int = 0) -> Console:
     """
     # No advice from the libraries about image processors and schedulers, which are as they should be.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    keep_offline()
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|diffusers|transformers")
     import torch

@@ -108,6 +108,8 @@ def require_output(request: Request, inputs: Sequence[Path]) -> None:
     if not request.intermediate:  # which is in a folder of ours
         replaceable = request.overwrite or request.dry_run or request.resume
         check_output(request.output, inputs, replaceable, resume=request.resume)
+        if not replaceable:
+            card.require_card_place(request)
 
 
 def require_space(request: Request, like: Checkpoint) -> None:

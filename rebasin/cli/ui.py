@@ -20,12 +20,20 @@ if TYPE_CHECKING:
 KINDS = {bool: "flag", str: "text", float: "number", int: "whole", Path: "path"}
 
 
+def _folder(text: str) -> Path:
+    """A path; an empty text, as a shell makes it of a variable that is not set, would be the current folder."""
+    if not text:
+        raise typer.BadParameter("it is empty; give a folder.")
+    return Path(text).expanduser()
+
+
 def ui(
     root: Annotated[
         list[Path] | None,
         typer.Option(
             "--root",
             metavar="FOLDER",
+            parser=_folder,
             help="A folder that the page may read and write, with all in it; may be repeated. Results go to the first."
             " Default: the current folder.",
         ),

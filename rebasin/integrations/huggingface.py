@@ -4,7 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
+
+OFFLINE, OURS = "HF_HUB_OFFLINE", "REBASIN_KEEPS_OFFLINE"
+
+
+def keep_offline() -> None:
+    """The libraries fetch nothing by themselves; `reaching` allows it for what the user asks for. What the user says
+    by HF_HUB_OFFLINE stands.
+    """
+    if OFFLINE not in os.environ:
+        os.environ |= {OFFLINE: "1", OURS: "1"}  # processes that are started inherit both
+
+
+@contextlib.contextmanager
+def reaching() -> Iterator[None]:
+    """The Hub may be asked, unless the user has said that it must not."""
+    from huggingface_hub import constants  # late: takes a while
+
+    before = constants.HF_HUB_OFFLINE
+    if os.environ.get(OURS):
+        constants.HF_HUB_OFFLINE = False
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager

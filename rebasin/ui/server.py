@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..integrations.huggingface import keep_offline
 from .desk import Desk, Links
 from .job_list import JobList
 from .roots import Roots
@@ -52,7 +53,7 @@ def serve(
     folders = Roots.of(roots)
     print("Starting the page ...", flush=True)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    keep_offline()
     os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("NO_PROXY"), HOST)))  # Gradio asks itself
     gradio: Any = import_module("gradio")  # late: an extra
     from .page import LOOK, build
