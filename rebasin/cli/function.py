@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..errors import CheckpointError, RebasinError
+from ..tensors.free_memory import free_memory
 from ..types import DerivedState, LazyTensor, State, dtype_of, passed, shape_of
 from .inputs import numbers
 
@@ -97,10 +99,50 @@ def compute(
 ) -> dict[str, Tensor]:
     """The outputs of a component with these weights, float32, for an input drawn from `seed`.
 
-    `inputs` may replace what was drawn: (args, kwargs) -> (args, kwargs).
-    """
-    from accelerate import cpu_offload
+    `inputs` may replace what was drawn: (args, kwargs) -> (args, kwargs). A class whose layers read the weights of
+    others is computed with as a whole, if memory is enough.
 
+    Raises:
+        CheckpointError: the component does not fit its architecture, or can't be computed with.
+    """
+    try:
+        return _computed(checkpoint, component, state, seed, inputs, whole=False)
+    except RebasinError:
+        raise
+    except Exception as error:  # of the library's own code
+        needed = 4.0 * sum(prod(shape_of(state, name)) for name in state)
+        free = free_memory(torch.device("cpu"))
+        if free is not None and free < WHOLE * needed:
+            raise _uncomputable(checkpoint, component, error) from error
+    try:
+        return _computed(checkpoint, component, state, seed, inputs, whole=True)
+    except RebasinError:
+        raise
+    except Exception as error:
+        raise _uncomputable(checkpoint, component, error) from error
+
+
+WHOLE = 1.5
+"""How much memory computing with a component as a whole takes, as a multiple of its numbers in float32."""
+
+
+def _uncomputable(checkpoint: Checkpoint, component: str, error: Exception) -> CheckpointError:
+    words = next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "")
+    reason = f"{type(error).__name__}: {words}"[:100] if words else type(error).__name__
+    return CheckpointError(
+        f"What the {component} of {checkpoint.path} computes can't be checked here ({reason}); align and merge leave"
+        " that out with --no-check, and go on from an alignment that was kept."
+    )
+
+
+def _computed(
+    checkpoint: Checkpoint,
+    component: str,
+    state: State,
+    seed: int,
+    inputs: Callable[[Any, Any], tuple[Any, Any]] | None,
+    whole: bool,
+) -> dict[str, Tensor]:
     from ..checkpoints import architecture
     from ..tracing.export import named_outputs
 
@@ -121,13 +163,82 @@ def compute(
         for name, buffer in module.named_buffers():  # which the offloading leaves as they were built
             if name in wide and not buffer.is_meta:
                 buffer.copy_(wide[name])
-    if component in checkpoint.classes and "return_dict" in inspect.signature(module.forward).parameters:
-        kwargs = {**kwargs, "return_dict": False}  # hooks can't put every class of outputs together again
-    # Its parts are not called, but read.
-    whole = ["MultiheadAttention"]
-    cpu_offload(module, torch.device("cpu"), state_dict=wide, preload_module_classes=whole)
+    if whole:
+        _give([(wide, place) for place in _places(module, wide)])
+    else:
+        _read_in_turn(module, wide)
     with torch.no_grad():
         return named_outputs(module(*args, **kwargs))
+
+
+TOGETHER = ("MultiheadAttention",)
+"""Classes whose parts are not called, but read."""
+
+Place = tuple[nn.Module, str, str]
+"""A layer, the name that it has for a parameter, and the model's."""
+
+
+class _Absent(nn.Parameter):
+    """A parameter without numbers. Models may ask it where it will be, and send their inputs there."""
+
+    @property
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return torch.device("cpu")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+        if any(
+            isinstance(part, Tensor) for part in tree_leaves(found)
+        ):  # torch may take its numbers for zeros
+            raise RuntimeError("a weight is read where its layer does not compute")
+        return found
+
+
+def _places(module: nn.Module, state: State, path: str = "", parts: bool = True) -> list[Place]:
+    """The parameters of a module, and of its parts, that a state has."""
+    layers = module.named_modules(prefix=path) if parts else [(path, module)]
+    named = ((layer, own, f"{at}.{own}".lstrip(".")) for at, layer in layers for own in layer._parameters)
+    return [(layer, own, name) for layer, own, name in named if name in state]
+
+
+def _give(numbers: Sequence[tuple[State, Place]]) -> None:
+    for state, (layer, own, name) in numbers:
+        if (before := layer._parameters[own]) is not None:
+            layer._parameters[own] = nn.Parameter(state[name].to(before.dtype), requires_grad=False)
+
+
+def _take(places: Sequence[Place]) -> None:
+    for layer, own, _ in places:
+        if (before := layer._parameters[own]) is not None:
+            layer._parameters[own] = _Absent(torch.empty_like(before, device="meta"), requires_grad=False)
+
+
+def _read_in_turn(module: nn.Module, state: State) -> None:
+    """Let each layer have its parameters while it computes, and no longer."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class InTurn(ModelHook):
+        def __init__(self, places: Sequence[Place]) -> None:
+            self.places = places
+            _take(places)
+
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            _give([(state, place) for place in self.places])
+            return args, kwargs
+
+        def post_forward(self, module: nn.Module, output: Any) -> Any:
+            _take(self.places)
+            return output
+
+    known: set[nn.Module] = set()
+    for path, layer in list(module.named_modules()):
+        together = type(layer).__name__ in TOGETHER
+        places = _places(layer, state, path, together)
+        if layer not in known and places:
+            add_hook_to_module(layer, InTurn(places))
+        known |= set(layer.modules()) if together else {layer}
 
 
 def _drawn(module: nn.Module, args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:

@@ -349,6 +349,8 @@ def checked(
                 checks[name] = compare_functions(b, name, moved[name], request.seed)
         for name, difference in checks.items():
             if not difference < TOLERANCE:  # NaN is not, either
+                if alignment.file is not None and not (alignment.given or alignment.reused):
+                    alignment.file.unlink(missing_ok=True)
                 raise VerificationError(
                     f"Moving the neurons of the {name} of {b.path} changed what it computes (by"
                     f" {difference:.1e}), so nothing was written; please report this."
