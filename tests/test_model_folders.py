@@ -440,3 +440,19 @@ def test_what_a_merge_of_folders_writes_as_a_file_tells_how_it_was_made(root: Pa
     assert "without the configuration" in said and "weighted_sum" in said and a.name in said
     said = rebasin("inspect", next(a.glob("*.safetensors")), expect=2)
     assert "a config.json lies beside it: give the folder" in said
+
+
+def test_infinity_in_a_configuration_is_read_as_transformers_writes_it(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 1, "vocab_size": 32}
+    config = transformers.Mamba2Config(**sizes, num_hidden_layers=1, chunk_size=8)
+    for name in "ab":
+        transformers.Mamba2ForCausalLM(config).save_pretrained(tmp_path / name)
+    assert "__float__" in (tmp_path / "a" / "config.json").read_text()
+    _config(tmp_path / "b", lambda c: c.update(time_step_limit=[0.0, float("inf")]))  # as older ones do
+    text = rebasin("merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "m", "--no-align")
+    assert "differ" not in text
+    for name in ("m", "b"):
+        built = call(open_checkpoint(tmp_path / name).classes["model"], name)[0]
+        assert built.config.time_step_limit[1] == float("inf")  # pyright: ignore

@@ -235,7 +235,8 @@ def load_config(folder: Path, name: str = "config.json") -> dict[str, Any] | Non
     if not path.exists() and not path.is_symlink():
         return None
     try:
-        return dict(conform(Mapping[str, Any], parse(path.read_bytes())))
+        # Older configurations have constants that are no JSON (Mamba's largest step of time: Infinity).
+        return dict(conform(Mapping[str, Any], parse(path.read_bytes(), nan=True)))
     except (SchemaError, OSError) as error:
         fault = (error.strerror or error) if isinstance(error, OSError) else error
         raise CheckpointError(f"{path} is no readable configuration: {fault}; get it again.") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import CheckpointError, shown
 from ..folders import INDEX, load_config
-from .known import Known, known
+from .known import Config, Known, decoded, known
 
 MODEL, TRANSFORMER = "model", "transformer"
 """What the only model of a folder is called; one that makes pictures as in the folders of pipelines."""
@@ -78,6 +78,7 @@ STRUCTURE = re.compile(r"head|_act|activation|hidden_act|norm_type|layer_types|b
 def differences(a: Config, b: Config, before: str = "") -> dict[str, tuple[Any, Any]]:
     """Entry -> its values, of those that differ in two configurations and are no bookkeeping."""
     found: dict[str, tuple[Any, Any]] = {}
+    a, b = decoded(a), decoded(b)
     for key in dict.fromkeys([*a, *b]):
         one, other = a.get(key), b.get(key)
         if BOOKKEEPING.search(key) or one == other:
@@ -87,6 +88,3 @@ def differences(a: Config, b: Config, before: str = "") -> dict[str, tuple[Any, 
         else:
             found[before + key] = one, other
     return found
-
-
-Config = Mapping[str, Any]

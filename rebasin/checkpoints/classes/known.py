@@ -5,6 +5,7 @@ Only classes that the installed libraries have: code that comes with a folder is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,4 +125,19 @@ def _transformers_model(what: Known) -> nn.Module:
 
     kind = getattr(transformers, what.name)
     plain = {k: v for k, v in what.config.items() if k not in ("dtype", "torch_dtype", "quantization_config")}
-    return kind(kind.config_class.from_dict(plain))
+    return kind(kind.config_class.from_dict(decoded(plain)))
+
+
+def decoded(config: Config) -> dict[str, Any]:
+    """A configuration with the numbers that transformers writes as {"__float__": "Infinity"}, as JSON has none of these.
+
+    transformers reads them so as well, but only from a file.
+    """
+
+    def number(entry: dict[str, Any]) -> Any:
+        return float(entry["__float__"]) if entry.get("__float__") in FLOATS and len(entry) == 1 else entry
+
+    return json.loads(json.dumps(dict(config)), object_hook=number)
+
+
+FLOATS = ("Infinity", "-Infinity", "NaN")
