@@ -259,6 +259,18 @@ def test_added_words_are_named_and_can_be_taken_from_a(longer: str, root: Path, 
     with torch.no_grad():
         told = loaded(tmp_path / "aligned", name)(input_ids=ids).logits[..., :96]
         torch.testing.assert_close(told, models["b"](input_ids=ids).logits[..., :96], rtol=1e-4, atol=1e-5)
+    # B itself follows: no symmetry moves the axis of words.
+    kept = tmp_path / "aligned.permutation.safetensors"
+    rebasin("apply", kept, b, "-o", tmp_path / "b2")
+    with torch.no_grad():
+        told = loaded(tmp_path / "b2", name)(input_ids=ids).logits
+        torch.testing.assert_close(told, models["b"](input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(loaded(tmp_path / "b2", name).lm_head.weight, models["b"].lm_head.weight)  # pyright: ignore
+    rebasin("verify", kept, b)
+    text = rebasin("verify", b, tmp_path / "aligned", expect=2)
+    assert "--resize-vocabulary" in text
+    rebasin("verify", b, tmp_path / "aligned", "--resize-vocabulary")
+    rebasin("verify", b, a, "--resize-vocabulary", expect=1)
     rebasin("merge", a, b, "-o", tmp_path / "merged", "--resize-vocabulary")
     ours = read(a / "model.safetensors")["model.embed_tokens.weight"]
     assert loaded(tmp_path / "merged", name).get_input_embeddings().weight.shape == ours.shape  # pyright: ignore
@@ -445,7 +457,14 @@ def test_what_a_merge_of_folders_writes_as_a_file_tells_how_it_was_made(root: Pa
 def test_infinity_in_a_configuration_is_read_as_transformers_writes_it(tmp_path: Path) -> None:
     import transformers
 
-    sizes = {"hidden_size": 16, "num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 1, "vocab_size": 32}
+    sizes = {
+        "hidden_size": 16,
+        "num_heads": 4,
+        "head_dim": 8,
+        "state_size": 4,
+        "n_groups": 1,
+        "vocab_size": 32,
+    }
     config = transformers.Mamba2Config(**sizes, num_hidden_layers=1, chunk_size=8)
     for name in "ab":
         transformers.Mamba2ForCausalLM(config).save_pretrained(tmp_path / name)

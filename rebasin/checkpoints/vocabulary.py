@@ -45,6 +45,19 @@ def with_words_of(a: Checkpoint, b: Checkpoint, components: Sequence[str]) -> Ch
     return b
 
 
+def with_common_words(
+    a: Checkpoint, b: Checkpoint, components: Sequence[str]
+) -> tuple[Checkpoint, Checkpoint]:
+    """Two models without the words that only one of them has."""
+    for component in components:
+        if (pair := words_apart(a, b, component)) is not None:
+            if pair[0] > pair[1]:
+                a = _with_words(b, a, component, (pair[1], pair[0]))
+            else:
+                b = _with_words(a, b, component, pair)
+    return a, b
+
+
 def _with_words(a: Checkpoint, b: Checkpoint, component: str, pair: tuple[int, int]) -> Checkpoint:
     ours, theirs, shapes = a.component(component), b.component(component), a.shapes(component)
     wanted, words = pair
@@ -75,10 +88,8 @@ def vocabulary_sentence(
     pair = words_apart(a, b, component)
     if pair is None:
         return None
-    way = (
-        "takes the words that only A has from A" if pair[0] > pair[1] else "leaves out those that only B has"
-    )
+    way = "takes what only A has from A" if pair[0] > pair[1] else "leaves out what only B has"
     return (
-        f"The {component} of {b.path} has {pair[1]:,} words and that of {a.path} {pair[0]:,}; where two models are"
-        f" compared, aligned or merged {option} {way}, if the others are the same words in the same order."
+        f"The {component} of {b.path} has {pair[1]:,} words and that of {a.path} {pair[0]:,}; {option} {way} (rebasin"
+        " verify: looks at those that both have), if the others are the same words in the same order."
     )

@@ -19,7 +19,7 @@ from ..checkpoints.further_inputs import with_further_inputs
 from ..checkpoints.hub import came_from
 from ..checkpoints.output import FILES, is_file
 from ..checkpoints.pickled import load_tensors
-from ..checkpoints.vocabulary import with_words_of
+from ..checkpoints.vocabulary import with_common_words, with_words_of
 from ..errors import AdapterError, CheckpointError, ConfigError, shown
 from ..spec import Alignment, Permutation
 from ..spec.permutation import MAP, is_permutation
@@ -36,6 +36,7 @@ def open_all(
     without: str = "",
     resize_vocabulary: bool = False,
     further_inputs: bool = False,
+    common_words: bool = False,
 ) -> tuple[list[Checkpoint], tuple[str, ...]]:
     """The checkpoints of these paths, and the components that they share (see `common`), checked whole.
 
@@ -43,6 +44,7 @@ def open_all(
         variant: of the diffusers folders that have it.
         without: a component that does not matter.
         resize_vocabulary: give each further model the first's number of words.
+        common_words: of two models leave out the words that only one has.
         further_inputs: plain models may follow one with more inputs (see `checkpoints.further_inputs`).
 
     Raises:
@@ -59,6 +61,8 @@ def open_all(
     components = tuple(name for name in common(found, only) if name != without)
     if resize_vocabulary:
         found = [found[0], *(with_words_of(found[0], other, components) for other in found[1:])]
+    if common_words and len(found) == 2:
+        found = list(with_common_words(found[0], found[1], components))
     for other in found[1:]:
         require_fitting(found[0], other, components)
     return found, components

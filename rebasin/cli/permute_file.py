@@ -16,6 +16,7 @@ from ..adapters import (
     move_controlnet,
     of_component,
     part,
+    union,
 )
 from ..adapters.aligned import maps_at_work
 from ..adapters.embeddings import move_embeddings, moves, table_of
@@ -159,12 +160,15 @@ def _moved_model(
             f"{file} has {', '.join(checkpoint.components)}, but the permutation moves"
             f" {', '.join(component_of(member.spec)) or 'something else'}."
         )
+    carried: dict[str, Alignment] = {}
     for name in aligned if not is_joint(member.spec) else ():
         own = of_component(member, name)
         assert own is not None
         if name in checkpoint.classes:
             _require_same(own, checkpoint, name)
-        part(own, component_spec(checkpoint, name))  # legal for this file, too
+        carried[name] = part(own, component_spec(checkpoint, name))  # legal for this file, too
+    if checkpoint.classes and carried:
+        member = union(carried)
     roundings: dict[str, Rounding] = {}
     states = alignment.Alignment(member, {}, {}).views(
         parts(checkpoint, checkpoint.components), roundings=roundings, base=base
@@ -178,10 +182,22 @@ def _moved_model(
 
 
 def _require_same(own: Alignment, checkpoint: Checkpoint, component: str) -> None:
-    """Raise `SpecMismatchError` unless a model has the very tensors that a member was found for."""
+    """Raise `SpecMismatchError` unless a model has the very tensors that a member was found for; axes that no symmetry
+    moves may have other sizes, as those of words have where a fine-tune has added some.
+    """
+    names, acting = own.spec.aliases, {(n, axis) for n, axes in own.spec.axes.items() for axis in axes}
+    acting |= {(site.parameter, site.axis) for group in own.spec.continuous for site in group.sites}
     ours, theirs = dict(own.spec.shapes), checkpoint.shapes(component)
-    names = own.spec.aliases
-    other = next((n for n in theirs if n not in names and ours.get(n) != theirs[n]), None)
+
+    def apart(name: str) -> bool:
+        mine, others = ours.get(name), theirs[name]
+        if mine is None or len(mine) != len(others):
+            return True
+        return any(
+            m != n and (name, axis) in acting for axis, (m, n) in enumerate(zip(mine, others, strict=True))
+        )
+
+    other = next((n for n in theirs if n not in names and apart(n)), None)
     other = other or next((n for n in ours if n not in theirs and n not in names), None)
     if other is not None:
         raise SpecMismatchError(

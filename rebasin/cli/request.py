@@ -157,7 +157,8 @@ class Request:
         bool,
         typer.Option(
             "--resize-vocabulary",
-            help="Language models with added words: take what only A has from A, and leave out what only others have.",
+            help="Language models with added words: take what only A has from A, and leave out what only others have;"
+            " verify looks at what both have.",
         ),
     ] = False
     mix_predictions: Annotated[

@@ -11,10 +11,11 @@ import typer
 from .request import Request, command
 
 if TYPE_CHECKING:
+    from ..spec import Alignment as Member
     from ..types import State
 
 
-@command("a b components variant joint seed threads")
+@command("a b components variant resize_vocabulary joint seed threads")
 def verify(
     a: Annotated[
         Path,
@@ -47,7 +48,7 @@ def verify(
     Would this permutation be legal for that model?
         rebasin verify B_aligned.permutation.safetensors C.safetensors
     """
-    from ..adapters import is_joint, of_component, part
+    from ..adapters import is_joint, of_component, part, union
     from ..checkpoints import component_spec
     from ..checkpoints.joint import PARTS
     from ..errors import CheckpointError, RebasinError
@@ -61,6 +62,7 @@ def verify(
     console = session.begin(threads=request.threads)
     rows: list[tuple[str, str, str]] = []
     failures: list[str] = []
+    carried: dict[str, Member] = {}  # component -> what acts on it, by its own spec
 
     def check(name: str, difference: float) -> None:
         same = difference < tolerance
@@ -73,12 +75,16 @@ def verify(
         if member is None:
             return models[1].component(name)
         known = parts(models[0], models[0].components)
-        return Alignment(member, {}, {}).views({name: known[name]}, wide=True, base=known)[name]
+        return Alignment(carried.get(name, member), {}, {}).views({name: known[name]}, wide=True, base=known)[
+            name
+        ]
 
     with console.stage("read"):
         member = load_member(a) if kind_of_file(a) == "permutation" else None
         inputs = [a, b] if member is None else [b]
-        models, names = open_all(inputs, request.components, request.variant)
+        models, names = open_all(
+            inputs, request.components, request.variant, common_words=request.resize_vocabulary
+        )
         tolerance = max(TOLERANCE, STACKED * max(map(rounding_in, models)))
         console.say(f"{models[0].title}: {', '.join(names)}")
     whole = member is not None and is_joint(member.spec)
@@ -95,7 +101,7 @@ def verify(
                 if own is None:
                     continue
                 try:
-                    part(own, component_spec(models[0], name))
+                    carried[name] = union({name: part(own, component_spec(models[0], name))})
                 except RebasinError as error:
                     failures.append(f"{name}: {error}")
                     continue

@@ -129,7 +129,7 @@ def _transformers_model(what: Known) -> nn.Module:
 
 
 def decoded(config: Config) -> dict[str, Any]:
-    """A configuration with the numbers that transformers writes as {"__float__": "Infinity"}, as JSON has none of these.
+    """A configuration with the numbers that transformers writes as {"__float__": "Infinity"}, as JSON has no such.
 
     transformers reads them so as well, but only from a file.
     """
