@@ -743,3 +743,23 @@ def test_what_text_encoders_a_model_lacks_is_told_by_its_unet() -> None:
         else:
             assert _parameter(module, {"unet": unet}, "x") is None
     assert lacks == {"sd1": ["text_encoder_2"], "sdxl": [], "sdxl_refiner": ["text_encoder"]}
+
+
+@pytest.mark.parametrize(
+    ("module", "part"),
+    [
+        ("lora_unet_double_blocks_0_img_attn_qkv", "transformer"),
+        ("transformer.transformer_blocks.0.attn.to_q", "transformer"),
+        ("lora_transformer_transformer_blocks_0_attn_to_q", "transformer"),
+        ("diffusion_model.blocks.0.self_attn.q", "transformer"),
+        ("diffusion_model.layers.0.attention.qkv", "transformer"),
+        ("base_model.model.model.layers.0.self_attn.q_proj", "model"),
+        ("base_model.model.down_blocks.0.attentions.0.proj_in", "unet"),
+        ("lora_unet_input_blocks_4_1_proj_in", "unet"),
+        ("unet.mid_block.attentions.0.proj_in", "unet"),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "text_encoder"),
+    ],
+)
+def test_what_a_module_is_of_is_told_by_its_path(module: str, part: str) -> None:
+    state = {f"{module}.lora_A.weight": torch.ones(2, 4), f"{module}.lora_B.weight": torch.ones(4, 2)}
+    assert dict(describe_adapter(state).components) == {part: 1}

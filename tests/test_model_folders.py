@@ -14,6 +14,7 @@ import torch
 from cli_files import read, rebasin
 from torch import Tensor, nn
 
+from rebasin.adapters import union
 from rebasin.checkpoints import component_spec, open_checkpoint, save_safetensors
 from rebasin.checkpoints.classes.call import call
 from rebasin.checkpoints.classes.known import Known
@@ -475,3 +476,39 @@ def test_infinity_in_a_configuration_is_read_as_transformers_writes_it(tmp_path:
     for name in ("m", "b"):
         built = call(open_checkpoint(tmp_path / name).classes["model"], name)[0]
         assert built.config.time_step_limit[1] == float("inf")  # pyright: ignore
+
+
+def test_inputs_that_were_guessed_wrongly_are_named(tmp_path: Path) -> None:
+    """Siglip2's pictures come as patches, which its signature does not tell."""
+    import transformers
+
+    part = {**TEXT, "num_hidden_layers": 1}
+    config = transformers.Siglip2Config(
+        text_config=part, vision_config={**part, "num_patches": 16, "patch_size": 4}
+    )
+    for name in "ab":
+        transformers.Siglip2Model(config).save_pretrained(tmp_path / name)
+    text = rebasin("align", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "c", expect=2).replace("\n", " ")
+    assert "guessed for it (input_ids 1x7, pixel_values 1x3x32x32)" in text and "--no-align" in text, text
+    assert "control flow" not in text
+    assert "--no-check" in rebasin("verify", tmp_path / "a", tmp_path / "b", expect=2).replace("\n", " ")
+
+
+@pytest.mark.parametrize("command", ["merge", "inspect", "apply"])
+def test_the_folder_of_an_adapter_is_told(command: str, root: Path, tmp_path: Path) -> None:
+    a, _ = pair("LlamaForCausalLM", root)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    state = {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.ones(32, 2)}
+    save_safetensors(adapter / "adapter_model.safetensors", state)
+    if command == "apply":
+        spec = component_spec(open_checkpoint(a), "model", prove=False)
+        union({"model": spec.random(0)}).save(tmp_path / "p.safetensors")
+    given = {"merge": (a, adapter), "inspect": (adapter,), "apply": (tmp_path / "p.safetensors", adapter)}[
+        command
+    ]
+    out = () if command == "inspect" else ("-o", tmp_path / "out")
+    text = rebasin(command, *given, *out, expect=2).replace("\n", " ")
+    assert "is a LoRA or another adapter of PEFT" in text and "merge_and_unload" in text

@@ -78,7 +78,7 @@ def describe_adapter(state: State) -> AdapterInfo:
     kohya = any(module.name.startswith(("lora_", "lycoris_")) for module in modules)
     return AdapterInfo(
         kinds=Counter(kind_of(module.keys) for module in modules),
-        components=Counter(module.component or "unet" for module in modules),
+        components=Counter(names.part_of(module.component, module.path) for module in modules),
         ranks=tuple(sorted(ranks)),
         naming="kohya" if kohya else "diffusers",
     )

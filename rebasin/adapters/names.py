@@ -41,6 +41,30 @@ def split_prefix(module: str) -> tuple[str | None, str]:
     return component, module
 
 
+UNET = re.compile(
+    r"(down|up|input|output)_blocks_\d|(mid|middle)_block_|(time|add|label)_emb|conv_(in|norm_out|out)|out_\d"
+)
+TEXT = re.compile(r"(text_model_)?(encoder_layers|embeddings|final_layer_norm)_")
+TRANSFORMER = re.compile(
+    r"(lora_)?(transformer|diffusion_model)_|(single_)?transformer_blocks_\d|(double|single|joint)?_?blocks_\d"
+)
+"""How the paths of modules begin, flat."""
+
+
+def part_of(component: str | None, path: str) -> str:
+    """What a module is of, for a report: kohya's files say "unet" of newer families' transformers, too, and some
+    names say nothing.
+    """
+    own = path.replace(".", "_").removeprefix("model_diffusion_model_")
+    if component not in (None, "unet"):
+        return component
+    if UNET.match(own.removeprefix("diffusion_model_")):
+        return "unet"
+    if component is None and TEXT.match(own):
+        return "text_encoder"
+    return "transformer" if component == "unet" or TRANSFORMER.match(own) else "model"
+
+
 def flat(path: str) -> str:
     """`path` without what writers of adapters disagree on: dots or underscores, and CLIP's outer module."""
     return path.replace(".", "_").removeprefix("text_model_")

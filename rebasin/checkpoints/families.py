@@ -170,7 +170,8 @@ NO_MODEL = (ADAPTER, "a ControlNet", "a T2I or IP adapter", "a motion module (An
 """What belongs to a model and is none."""
 
 INSTEAD = {
-    ADAPTER: "rebasin apply PERMUTATION FILE moves it along with its model",
+    ADAPTER: "rebasin apply PERMUTATION FILE moves one of Stable Diffusion 1, 2 or XL along; merge any other into"
+    " its model",
     "a ControlNet": "rebasin apply PERMUTATION FILE moves it along with its model",
     EMBEDDING: "it fits an aligned model as it is, unless that was aligned with --joint",
     "a permutation that rebasin wrote": "--permutation FILE and rebasin apply take it",

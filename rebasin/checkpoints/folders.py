@@ -23,6 +23,9 @@ PARTS = (UNET, VAE, TEXT, TEXT_2)
 INDEX = "model_index.json"
 """What a pipeline's folder says of its parts."""
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""What PEFT has in an adapter's folder."""
+
 WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?"
     r"(?:-(?P<shard>\d{5})-of-(?P<shards>\d{5}))?(?:\.(?P<late>[\w-]+))?\.(?P<suffix>safetensors|bin)"
@@ -45,6 +48,12 @@ def load_folder(folder: Path, variant: str | None = None) -> State:
     """
     parts = [name for name in PARTS if (folder / name).is_dir()]
     if not parts:
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise CheckpointError(
+                f"{folder} is a LoRA or another adapter of PEFT, and no model: merge it into its model (PEFT:"
+                " merge_and_unload) and give that; of one for Stable Diffusion rebasin apply moves the file in it,"
+                " adapter_model.safetensors."
+            )
         if not (folder / "config.json").is_file():
             raise CheckpointError(
                 f"{folder} is no diffusers folder: it has neither a config.json nor one of {', '.join(PARTS)}."

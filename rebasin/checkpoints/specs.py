@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..arguments import outside_inference_mode
-from ..errors import CheckpointError, VerificationError
+from ..errors import CheckpointError, TraceError, VerificationError, first_line, listed
 from ..files import SchemaError, cache_folder, conform, keep, parse, write_text
 from ..spec import UNREAD, PermutationSpec
 from ..tracing import cache, trace, verify
@@ -66,16 +66,38 @@ def component_spec(checkpoint: Checkpoint, component: str, prove: bool = True) -
         VerificationError: the proof failed; nothing may be aligned with this spec.
     """
     model = architecture(checkpoint, component)
+    if component in checkpoint.classes:
+        try:
+            return _of_class(model, checkpoint, component, prove)
+        except TraceError as error:
+            if error.__cause__ is None:
+                raise
+            raise _uncalled(checkpoint, component, model, error.__cause__) from error
     if not prove:
         module, args, kwargs = model
         return trace(module, *args, **kwargs)
-    if component in checkpoint.classes:
-        _require_alone(checkpoint, component)
-        spec = proved(model, lambda spec: _class_proof(spec, checkpoint, component))
-        _require_reached(spec, checkpoint, component)
-        return spec
     config = component_config(checkpoint, component)
     return proved(model, lambda spec: proof(spec, config, checkpoint.family, component))
+
+
+def _of_class(model: Built, checkpoint: Checkpoint, component: str, prove: bool) -> PermutationSpec:
+    module, args, kwargs = model
+    if not prove:
+        return trace(module, *args, **kwargs)
+    _require_alone(checkpoint, component)
+    spec = proved(model, lambda spec: _class_proof(spec, checkpoint, component))
+    _require_reached(spec, checkpoint, component)
+    return spec
+
+
+def _uncalled(checkpoint: Checkpoint, component: str, model: Built, why: BaseException) -> CheckpointError:
+    """The error for a class that fails with the inputs that were made for it."""
+    given = {name: value for name, value in model[2].items() if isinstance(value, torch.Tensor)}
+    inputs = listed([f"{name} {'x'.join(map(str, t.shape))}" for name, t in given.items()], 100)
+    return CheckpointError(
+        f"{checkpoint.classes[component].title} fails with the inputs that were guessed for it ({inputs}), so its"
+        f" symmetries can't be found, and only rebasin merge --no-align takes it: {first_line(why, 60)}"
+    )
 
 
 def proved(model: Built, proof: Callable[[PermutationSpec], Any]) -> PermutationSpec:

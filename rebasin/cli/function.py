@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..errors import CheckpointError, RebasinError
+from ..errors import CheckpointError, RebasinError, first_line
 from ..tensors.free_memory import free_memory
 from ..types import DerivedState, LazyTensor, State, dtype_of, passed, shape_of
 from .inputs import numbers
@@ -127,11 +127,9 @@ WHOLE = 1.5
 
 
 def _uncomputable(checkpoint: Checkpoint, component: str, error: Exception) -> CheckpointError:
-    words = next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "")
-    reason = f"{type(error).__name__}: {words}"[:100] if words else type(error).__name__
     return CheckpointError(
-        f"What the {component} of {checkpoint.path} computes can't be checked here ({reason}); align and merge leave"
-        " that out with --no-check, and go on from an alignment that was kept."
+        f"What the {component} of {checkpoint.path} computes can't be checked here, so align and merge need --no-check"
+        f" (what they have kept is used then): {type(error).__name__}: {first_line(error, 100)}"
     )
 
 
