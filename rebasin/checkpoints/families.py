@@ -181,6 +181,8 @@ INSTEAD = {
 
 def no_model(where: object, what: str | None) -> CheckpointError:
     """The error for a file that is something else, or unknown (None)."""
+    if what == ADAPTER:
+        return CheckpointError(f"{where} is {what} and no model; {INSTEAD[what]}.")
     instead = f"; {INSTEAD[what]}" if what in INSTEAD else ""
     if what is None and isinstance(where, Path) and (where / "config.json").is_file():
         instead = "; its config.json names no class (architectures, model_type or _class_name)"
