@@ -444,6 +444,12 @@ def test_a_copy_of_a_tied_tensor_is_told_with_a_way(tmp_path: Path) -> None:
     )
     text = rebasin("merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "out", expect=2)
     assert "has no tensor 'lm_head.weight'" in text and "save it again, without it" in text
+    # Numbers of its own are no copy: saved without them it would be another model.
+    save_safetensors(
+        file, {**state, "lm_head.weight": state["model.embed_tokens.weight"] + 1}, {"format": "pt"}
+    )
+    text = rebasin("merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "out", expect=2)
+    assert "is not tied, whatever its configuration says" in text and "without it" not in text
 
 
 def test_what_a_merge_of_folders_writes_as_a_file_tells_how_it_was_made(root: Path, tmp_path: Path) -> None:

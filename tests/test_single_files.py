@@ -297,6 +297,17 @@ def test_a_row_too_few_is_told(kind: str, tmp_path: Path) -> None:
         assert FAMILY[kind] in told or name in told, name
 
 
+def test_what_is_missing_or_of_another_size_is_named(tmp_path: Path) -> None:
+    """Where diffusers' converter itself fails."""
+    shapes = ORIGINAL["FluxTransformer2DModel"]()
+    missing, split = "double_blocks.1.img_attn.proj.bias", "single_blocks.0.linear1.weight"
+    told = refused(written(tmp_path, {name: shape for name, shape in shapes.items() if name != missing}))
+    assert f"({missing!r} is missing)" in told
+    rows, columns = shapes[split]
+    told = refused(written(tmp_path, {**shapes, split: (rows - 1, columns)}))
+    assert f"(its {split!r} has the shape ({rows - 1}, {columns}))" in told
+
+
 FAMILY = {family.kind: family.title for family in FAMILIES}
 
 

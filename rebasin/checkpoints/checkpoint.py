@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from ..errors import CheckpointError, shown
 from ..files import PathLike
 from ..spec.permutation import is_permutation
@@ -449,7 +451,7 @@ def _parts_alone(whole: Checkpoint, part: Checkpoint) -> CheckpointError:
 
 
 def require_fitting(a: Checkpoint, b: Checkpoint, components: Sequence[str]) -> None:
-    """The same tensors in the same shapes, in all these components; nothing is read.
+    """The same tensors in the same shapes, in all these components; nothing is read but for a sentence.
 
     Raises:
         CheckpointError: names the first tensor that differs as the file has it, and the file.
@@ -497,9 +499,23 @@ def _apart_by(a: Checkpoint, b: Checkpoint, component: str, missing: str = "") -
         f"{key} {shown(one)} and {shown(other)}" for key, (one, other) in list(told.items())[:4]
     )
     instead = "; untie the one that is tied (transformers: tie_word_embeddings=False) and save it again"
-    copied = "; the other file has a copy of a tied tensor: load it with transformers and save it again, without it"
     both = tied[0] is True and tied[1] is True and missing.endswith("lm_head.weight")
-    return f" ({listed})" * bool(listed) + instead * apart + copied * both
+    copied = ""
+    if both and _has_a_copy(a if missing in a.component(component) else b, component, missing):
+        copied = "; the other file has a copy of a tied tensor: load it with transformers and save it again, without it"
+    elif both:
+        copied = (
+            "; it is no copy of the embeddings, so that model is not tied, whatever its configuration says: untie the"
+            " other one (transformers: tie_word_embeddings=False) and save it again"
+        )
+    return f" ({listed})" * bool(listed) + instead * apart + copied
+
+
+def _has_a_copy(model: Checkpoint, component: str, name: str) -> bool:
+    """Whether a component has the same numbers as this tensor's under another name, too."""
+    state = model.component(name=component)
+    alike = [other for other in state if other != name and state.shape_of(other) == state.shape_of(name)]
+    return any(torch.equal(state[other], state[name]) for other in alike)
 
 
 def require_same_prediction(checkpoints: Sequence[Checkpoint], option: str = "--mix-predictions") -> None:

@@ -15,6 +15,8 @@ from math import isqrt, prod
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ...errors import CheckpointError, shown
 from ...integrations.huggingface import quiet
@@ -391,8 +393,10 @@ def _understood(family: Family, prefix: str, raw: State, where: object, convert:
         known = Known("diffusers", family.kind, _whole(family.kind, config), family.title)
         model = without_numbers(known, where)
         wanted = {name for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
-    except (KeyError, ValueError, IndexError, RuntimeError, StopIteration, ZeroDivisionError) as error:
-        raise _unlike(family, where, f"{shown(str(error))}") from error
+    except KeyError as error:  # what a converter or a configuration asks for
+        raise _unlike(family, where, f"{shown(prefix + str(error.args[0]))} is missing") from error
+    except (ValueError, IndexError, RuntimeError, StopIteration, ZeroDivisionError) as error:
+        raise _unlike(family, where, shown(str(error))[1:-1]) from error
     keys = [key for key in keys if key.name in wanted]
     if missing := sorted(wanted - {key.name for key in keys}):
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
@@ -447,11 +451,37 @@ def _keys(family: Family, shapes: Shapes) -> list[KeyMapping]:
         tall = {name: _taller(tensor, times) for name, tensor in tensors.items()}
         return {
             ALSO.get(str(name), str(name)): _shorter(str(name), tensor, times)
-            for name, tensor in convert(checkpoint=tall).items()
+            for name, tensor in _converting(convert, tall, shapes).items()
         }
 
     thin = {name: (*shape[:1], *(min(n, FEW) for n in shape[1:])) for name, shape in shapes.items()}
     return [_full(key, shapes, thin) for key in key_mappings(converted, thin)]
+
+
+def _converting(
+    convert: Callable[..., Mapping[str, torch.Tensor]], tensors: dict[str, torch.Tensor], shapes: Shapes
+) -> Mapping[str, torch.Tensor]:
+    """What a converter makes of these tensors.
+
+    Raises:
+        ValueError: it fails with one of them; named, with the shape that the file has.
+    """
+    own = {
+        id(tensor): (name, tensor) for name, tensor in tensors.items()
+    }  # held: the converter takes them out
+
+    class Naming(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            try:
+                return func(*args, **(kwargs or {}))
+            except (RuntimeError, IndexError) as error:
+                name = next((own[id(one)][0] for one in tree_leaves((args, kwargs)) if id(one) in own), None)
+                if name is None:
+                    raise
+                raise ValueError(f"its {shown(name)} has the shape {tuple(shapes[name])}") from error
+
+    with Naming():
+        return convert(checkpoint=tensors)
 
 
 ALSO = {"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"}
