@@ -248,6 +248,11 @@ def test_what_a_recipe_can_not_ask_for_is_one_sentence_with_the_line(
     assert found.startswith("Error: ") and found.count("\n") == 1 and len(found) <= 302
 
 
+def test_a_number_with_an_exponent_is_one(folder: Path) -> None:
+    (step,) = read_recipe(written(folder, "models: [a.safetensors, b.safetensors]\nalpha: 1e-1")).steps
+    assert step.given["alpha"] == 0.1
+
+
 @pytest.mark.parametrize(
     "told",
     [

@@ -37,7 +37,8 @@ ABOUT = ("rebasin", "command", "name", "output")
 PAIRS = ("options", "learn")
 """Fields that are NAME=VALUE, in a recipe entries NAME: VALUE."""
 
-NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+"""1e-1, which YAML takes for text."""
 
 ON_HUB = "hf:/"
 """How the path of a model on the Hub begins."""
@@ -226,8 +227,8 @@ def _value(name: str, key: str, own: Located) -> Any:
         return pairs(data, own, key)
     if name == "weights":
         return _weights(data, own)
-    if float in (kind, *get_args(kind)) and isinstance(data, str) and NUMBER.fullmatch(data):
-        data = float(data)  # 1e-1 is text to YAML
+    if float in (kind, *get_args(kind)) and isinstance(data, str) and SCIENTIFIC.fullmatch(data):
+        data = float(data)
     if get_origin(kind) is tuple and isinstance(data, str):
         data = [data]
     try:
