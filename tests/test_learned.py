@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_maps import C, Residual
@@ -17,6 +18,7 @@ from rebasin.errors import ConfigError
 from rebasin.matching import LearnedResult, LearnedState, learned_matching, match_by_maps
 from rebasin.matching.maps.latents import Latents, matrices
 from rebasin.matching.maps.result import LearnedStep
+from rebasin.matching.maps.shares import STRETCHES, LamDraw, Shares
 from rebasin.spec import Alignment, PermutationSpec
 from rebasin.spec.mapped import MappedState
 from rebasin.types import ProgressEvent
@@ -78,8 +80,18 @@ def test_the_loss_between_the_ends_falls_and_the_ends_stay() -> None:
     assert all(torch.equal(t, state_b[n]) for n, t in b.state_dict().items())
 
 
-@pytest.mark.parametrize(("low", "high", "shares"), [(0.4, 0.6, [0.5]), (0.2, 1.0, [0.4, 0.6, 0.8])])
-def test_what_is_asked_for_is_what_is_selected_by(low: float, high: float, shares: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("low", "high", "how", "shares"),
+    [
+        (0.4, 0.6, "uniform", [0.5]),
+        (0.4, 0.6, "worst", [0.5]),
+        (0.2, 1.0, "uniform", [0.4, 0.6, 0.8]),
+        (0.0, 1.0, "worst", [k / 10 for k in range(1, 10)]),
+    ],
+)
+def test_what_is_asked_for_is_what_is_selected_by(
+    low: float, high: float, how: LamDraw, shares: list[float]
+) -> None:
     """The midpoint alone says little of a line that is learned as a whole."""
     spec, a, b, batches = planted()
     batches = [(x, 0.7 * y) for x, y in batches]  # the ends' losses are not 0
@@ -93,6 +105,7 @@ def test_what_is_asked_for_is_what_is_selected_by(low: float, high: float, share
         steps=20,
         lam_low=low,
         lam_high=high,
+        lam_draw=how,
         evaluate_every=5,
     )
 
@@ -109,6 +122,25 @@ def test_what_is_asked_for_is_what_is_selected_by(low: float, high: float, share
     assert found.initial_objective == pytest.approx(worst(b.state_dict()), rel=1e-4)
     told = {step.number: step.heldout for step in found.history if step.heldout is not None}
     assert found.objective == min(told.values()) == told[found.best_step] <= found.start_objective
+
+
+def test_the_highest_stretch_of_the_line_is_drawn_most_and_none_is_forgotten() -> None:
+    """As often as `shares` has it; the first draws, before anything was told, are uniform."""
+    worst, even = Shares(0.1, 0.9, "worst", 0), Shares(0.1, 0.9, "uniform", 0)
+    uniform = [
+        np.histogram([of.draw(n) for n in range(4000)], STRETCHES, (0.1, 0.9))[0] for of in (worst, even)
+    ]
+    assert all(count.max() < 1.25 * count.min() for count in uniform)
+    for _ in range(40):
+        for share in np.linspace(0.1, 0.9, 41):
+            worst.tell(float(share), 0.5 if 0.58 < share < 0.66 else 0.2)
+    found = [worst.draw(n) for n in range(4000)]
+    assert min(found) >= 0.1 and max(found) <= 0.9
+    rates = np.histogram(found, STRETCHES, (0.1, 0.9))[0] / 4000
+    likely = np.exp(4 * np.eye(STRETCHES)[6])
+    wanted = 0.85 * likely / likely.sum() + 0.015
+    assert np.abs(rates - wanted).max() < 0.02 and rates.min() > 0.02
+    assert Shares(0.5, 0.5, "worst", 0).draw(3) == 0.5
 
 
 def test_seeds_ends_and_kinds() -> None:
@@ -163,9 +195,9 @@ def test_moving_both_ends_is_moving_one() -> None:
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
-def test_what_was_interrupted_ends_as_if_it_had_not_been(stop: int, tmp_path: Path) -> None:
-    few = {"steps": 5, "evaluate_every": 2}
+@pytest.mark.parametrize(("stop", "how"), [(1, "uniform"), (3, "worst"), (5, "worst")])
+def test_what_was_interrupted_ends_as_if_it_had_not_been(stop: int, how: str, tmp_path: Path) -> None:
+    few = {"steps": 5, "evaluate_every": 2, "lam_low": 0.0, "lam_high": 1.0, "lam_draw": how}
     whole = learned(**few)
     states: list[LearnedState] = []
 
@@ -176,6 +208,7 @@ def test_what_was_interrupted_ends_as_if_it_had_not_been(stop: int, tmp_path: Pa
     learned(**few, checkpoint=keep)
     assert len(states) == 6
     again = learned(**few, resume_from=LearnedState.load(tmp_path / f"{stop}.safetensors"))
+    assert states[stop].heights != (0.0,) * STRETCHES
     assert figures(again) == figures(whole) and again.best_step == whole.best_step
     assert again.alignment.is_close(whole.alignment, 1e-12)
     with pytest.raises(ConfigError, match="its lr differed"):

@@ -47,11 +47,28 @@ class Convolves(nn.Module):
         return self.leave(self.batch(self.two(x)).relu().flatten(1))
 
 
+class Pads(nn.Module):
+    """A stream goes on in the middle of a wider one: what is new there stands on both sides, at no regular places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.wider, self.leave = nn.Linear(6, 5), nn.Linear(5, 9), nn.Linear(9, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).relu()
+        return self.leave((nn.functional.pad(x, (2, 2)) + self.wider(x)).relu())
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3))
 
 
-MODELS = {"mlp": (mlp, (6,)), "attention": (Attends, (5, 6)), "convolutions": (Convolves, (2, 2, 2))}
+MODELS = {
+    "mlp": (mlp, (6,)),
+    "attention": (Attends, (5, 6)),
+    "convolutions": (Convolves, (2, 2, 2)),
+    "pads": (Pads, (6,)),
+}
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -22,7 +22,20 @@ from .permutation import (
     Pin,
     displaced,
 )
-from .structure import Branch, Cell, Group, Indices, Leaf, Node, Site, admits, first_leaf, indices, to_array
+from .structure import (
+    Branch,
+    Cell,
+    Group,
+    Indices,
+    Leaf,
+    Node,
+    Site,
+    admits,
+    first_leaf,
+    indices,
+    is_whole,
+    to_array,
+)
 
 __all__ = [
     "DIAGONAL",
@@ -48,5 +61,6 @@ __all__ = [
     "displaced",
     "first_leaf",
     "indices",
+    "is_whole",
     "to_array",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import SpecMismatchError, shown
 from ..types import LazyState, State, origin_of, widened
 from .continuous import DIAGONAL, ContinuousGroup, GainSite, MapSite, power
-from .structure import to_array
+from .structure import is_whole, to_array
 
 TINY = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 0.06}
 """Gains below this share of their vector's median can't be divided by: what is rounded to the type afterwards would
@@ -151,7 +151,7 @@ class MappedState(LazyState):
             )
         dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         rows = tensor.movedim(site.axis, 0)
-        whole = isinstance(site.positions, range) and site.positions == range(rows.shape[0])
+        whole = is_whole(site.positions, rows.shape[0])
         positions = None if whole else torch.from_numpy(to_array(site.positions)).to(tensor.device)
         chosen = rows if positions is None else rows[positions]
         flat = chosen.to(dtype).reshape(len(site.positions), -1)

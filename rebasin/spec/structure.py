@@ -36,6 +36,11 @@ def to_array(values: Indices) -> np.ndarray:
     return np.arange(values.start, values.stop, values.step) if isinstance(values, range) else values
 
 
+def is_whole(values: Indices, size: int) -> bool:
+    """Whether they are 0, 1, ... size - 1. Never compare `Indices` by ==, which an array answers number by number."""
+    return isinstance(values, range) and values == range(size)
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """Neuron i of a cell sits at `positions[i]` of axis `axis` of `parameter`."""

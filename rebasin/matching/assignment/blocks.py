@@ -34,7 +34,18 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ...spec import Branch, Group, Indices, Leaf, Node, Permutation, PermutationSpec, indices, to_array
+from ...spec import (
+    Branch,
+    Group,
+    Indices,
+    Leaf,
+    Node,
+    Permutation,
+    PermutationSpec,
+    indices,
+    is_whole,
+    to_array,
+)
 from ...types import brief
 from .linear_assignment import TOLERANCE, linear_assignment, solved
 
@@ -79,7 +90,7 @@ class GivenCosts(Costs):
         if isinstance(given, Tensor | np.ndarray):
             matrix = torch.as_tensor(given)
             chosen = torch.from_numpy(to_array(neurons)).to(matrix.device)
-            whole = isinstance(neurons, range) and neurons == range(len(matrix))
+            whole = is_whole(neurons, len(matrix))
             return matrix if whole else matrix[chosen[:, None], chosen]
         return torch.as_tensor(given(neurons, neurons))
 

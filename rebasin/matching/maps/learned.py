@@ -3,7 +3,9 @@
 A rotation that brings two streams closest is not the one under which their mean computes well (docs/continuous.md). So
 the maps are learned: over the exact symmetries M of the architecture, minimise by gradient
 
-    loss((1 - lambda) A + lambda M pi(B)),      lambda ~ U(lam_low, lam_high).
+    loss((1 - lambda) A + lambda M pi(B)),      lambda ~ U(lam_low, lam_high),
+
+or, which is what a barrier asks for, its worst lambda (`shares`).
 
 B stays what it is, whatever is learned. A need not move: maps are linear on the weights, so the models between M_A A
 and M_B pi(B) compute what those between A and M_A^-1 M_B pi(B) do. That holds if both have the same norm gains, by
@@ -21,7 +23,6 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,21 +36,19 @@ from ...tensors.modules import device_of, find_device
 from ...types import Progress, tell
 from ..candidates import Start, start_of
 from ..straight_through.auxiliary import rate_of
-from ..straight_through.draws import Draws, few, mixed, split
+from ..straight_through.draws import Draws, few, split
 from ..straight_through.midpoint import Autocast, Ends
 from ..straight_through.state import fingerprint
 from .gauge import gain_vectors, is_gain
 from .latents import Latents, turned
 from .matching import weight_alignment
 from .result import Learned, LearnedResult, LearnedState, LearnedStep
+from .shares import LamDraw, Shares
 
 MapsStart = Start | Literal["weight_alignment"] | Alignment
 
 START = 500
 """So many samples are looked at for the permutation that learning starts from."""
-
-NARROW = 0.2
-"""A range of lambda that is no wider is judged at the midpoint alone."""
 
 RATIO = 100.0
 """Gains of B that differ from A's by more than this factor, or in sign, stay as they are."""
@@ -70,6 +69,7 @@ def learned_matching(
     lr: float = 4e-2,
     lam_low: float = 0.4,
     lam_high: float = 0.6,
+    lam_draw: LamDraw = "uniform",
     evaluate_every: int = 10,
     autocast: Autocast | None = None,
     checkpointing: bool = False,
@@ -90,16 +90,18 @@ def learned_matching(
         objective: what good means; see `rebasin.objectives`. A function (model, batch) -> loss will do.
         batches: of the objective; they are gone through in a random order, again and again.
         heldout: more of them, by which the best step is chosen: by the loss at the midpoint, or, where lambda is drawn
-            from a range wider than 0.2, by the worst at a quarter, half and three quarters of that range. Default: the
-            last fifth of `batches`, of a single one this one again. Data that results are reported on belongs in
-            neither.
+            from a range wider than 0.2, by the worst at a quarter, half and three quarters of that range, or at nine
+            shares of it if `lam_draw` is "worst". Default: the last fifth of `batches`, of a single one this one again.
+            Data that results are reported on belongs in neither.
         init: where it starts: a permutation by name (see `rebasin.straight_through`), "weight_alignment", a permutation
             or an alignment, so that what another search found can be gone on from, in turns.
         kinds: of the continuous groups, those to learn ("rotations", "rotations that keep ones", "invertible",
             "scales", "positive scales"); None: all.
         steps: gradient steps of Adam.
         lr: its learning rate, which falls to 0 along a cosine.
-        lam_low, lam_high: lambda, B's share, is drawn uniformly from between them at each step.
+        lam_low, lam_high: lambda, B's share, is drawn from between them at each step.
+        lam_draw: "uniform", or "worst": more often where the losses so far were furthest above the line between the
+            ends', which lowers the barrier rather than a mean over the line.
         evaluate_every: steps between looks at the held-out batches; the last step always has one.
         autocast: "bf16" computes losses and gradients in bfloat16 where torch deems that safe.
         checkpointing: keep only the activations between blocks, for a third more time.
@@ -116,7 +118,7 @@ def learned_matching(
         DataError: there are no batches, or a loss is not a finite number.
     """
     given = dict(locals())
-    check_choices(autocast=(autocast, Autocast))
+    check_choices(autocast=(autocast, Autocast), lam_draw=(lam_draw, LamDraw))
     check_range(1, steps=steps, evaluate_every=evaluate_every)
     check_range(0, lr=lr, seed=seed)
     check_range(0, 1, lam_low=lam_low, lam_high=lam_high)
@@ -143,6 +145,7 @@ def learned_matching(
         yield
         seconds[part] += perf_counter() - began
 
+    shares = Shares(lam_low, lam_high, lam_draw, seed, last.heights)
     with ends.ready(checkpointing):
         with clock("start"):
             if last.start is None:
@@ -167,7 +170,7 @@ def learned_matching(
         def excess(at: Callable[[float], Mapping[str, Tensor]], losses: tuple[float, float]) -> float:
             """By how much the held-out loss between the ends is above the line between theirs, where it is worst."""
             found = []
-            for share in shares_between(lam_low, lam_high):
+            for share in shares.judged:
                 line = (1 - share) * losses[0] + share * losses[1]
                 found.append(ends.evaluate(at(share), select) - line)
             return max(found) if all(map(math.isfinite, found)) else math.nan
@@ -187,6 +190,7 @@ def learned_matching(
                     latents.tensors,
                     kept,
                     draw.made,
+                    tuple(shares.heights.tolist()),
                     dict(seconds),
                 )
                 checkpoint(LearnedState(options, *now))
@@ -214,7 +218,7 @@ def learned_matching(
             before = sum(seconds.values())
             with clock("gradient"):
                 chosen = next(draw)
-                share = float(np.random.default_rng(mixed(seed, step)).uniform(lam_low, lam_high))
+                share = shares.draw(step)
                 loss, slopes = ends.gradient(between(share), chosen, by=latents.names)
                 latents.descend(slopes, share, rate_of("cosine", lr, step, steps))
             with clock("scoring"):
@@ -226,7 +230,9 @@ def learned_matching(
                         kept = latents.copy()
                     far = turned(latents.groups, latents.maps())
                     distance = sum(far.values()) / len(far)
-                train = loss - draw.endpoints_mean()
+                of_a, of_b = draw.endpoints()
+                train = loss - (of_a + of_b) / 2
+                shares.tell(share, loss - (1 - share) * of_a - share * of_b)
             took = sum(seconds.values()) - before
             now = LearnedStep(step, "step", train, told, seen.objective, distance, took)
             seen = replace(seen, history=(*seen.history, now))
@@ -280,12 +286,6 @@ def _learnable(
             "There is nothing to learn: the spec has no continuous group of these kinds that can act."
         )
     return found
-
-
-def shares_between(low: float, high: float) -> tuple[float, ...]:
-    """The shares of B at which a search that draws them from `low` to `high` is judged."""
-    width = high - low
-    return (0.5,) if width < NARROW + 1e-9 else tuple(low + part * width for part in (0.25, 0.5, 0.75))
 
 
 def _start(

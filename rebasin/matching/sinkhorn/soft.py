@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ...spec import Indices, Permutation, PermutationSpec, to_array
+from ...spec import Indices, Permutation, PermutationSpec, is_whole, to_array
 from ...types import State
 from ..assignment.blocks import assign_all
 from ..trained import Trained, through
@@ -83,7 +83,7 @@ class SoftMember:
 
 def mix(tensor: Tensor, matrix: Tensor, axis: int, positions: Indices) -> Tensor:
     """`tensor` with what stands at `positions` [n] of an axis mixed by `matrix` [n, n]."""
-    whole = positions == range(tensor.shape[axis])
+    whole = is_whole(positions, tensor.shape[axis])
     at = torch.from_numpy(to_array(positions)).to(tensor.device)
     own = tensor if whole else tensor.index_select(axis, at)
     made = (own.movedim(axis, -1) @ matrix.mT).movedim(-1, axis)

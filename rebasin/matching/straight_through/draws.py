@@ -51,7 +51,7 @@ class Draws(Iterator[Sequence[Any]]):
         self._numbers = _endless(len(batches), seed)
         for _ in range(made * count):
             next(self._numbers)
-        self._means: dict[int, float] = {}
+        self._losses: dict[int, tuple[float, float]] = {}
         self._drawn: list[int] = []
 
     def __next__(self) -> Sequence[Any]:
@@ -59,12 +59,17 @@ class Draws(Iterator[Sequence[Any]]):
         self.made += 1
         return [self._batches[number] for number in self._drawn]
 
-    def endpoints_mean(self) -> float:
-        """The mean of A's and B's losses on what was drawn last; each batch is evaluated once."""
+    def endpoints(self) -> tuple[float, float]:
+        """The mean losses of A and of B on what was drawn last; each batch is evaluated once."""
         for number in self._drawn:
-            if number not in self._means:
-                self._means[number] = sum(self._ends.endpoints([self._batches[number]])) / 2
-        return sum(self._means[number] for number in self._drawn) / self._count
+            if number not in self._losses:
+                self._losses[number] = self._ends.endpoints([self._batches[number]])
+        found = [self._losses[number] for number in self._drawn]
+        return sum(a for a, _ in found) / self._count, sum(b for _, b in found) / self._count
+
+    def endpoints_mean(self) -> float:
+        """The mean of the two."""
+        return sum(self.endpoints()) / 2
 
 
 def _endless(count: int, seed: int) -> Iterator[int]:
