@@ -1,7 +1,7 @@
 """What positive scales are worth on two real ResNet20 for CIFAR-10 that others trained, of the usual width.
 
     python -m experiments.learned_scales A.th B.th --data cifar10.npz
-    python -m experiments.learned_scales A.th B.th --data cifar10.npz --rows activations+filters --steps 600 --low 0 \
+    python -m experiments.learned_scales A.th B.th --data cifar10.npz --rows activations,activations+filters --low 0 \
         --high 1
 
 The files are those of `resnet20` with zero-padded shortcuts (He et al. 2016, option A), names as in
@@ -12,9 +12,10 @@ while they are learned, and with statistics collected anew at each point where t
 chosen on training images that are not learned from.
 
 A norm does not see the scale of what enters it, up to its eps. `ROW+norms` first gives B's filters the norms of A's,
-in the order that was found; `ROW+filters` learns a scale of each of B's filters on top of that. The latter can turn
-nearly the whole line into one of the ends and hide the barrier close to the other, and in 2,400 steps does: so all rows
-have the worst point of the line.
+in the order that was found; `ROW+filters` learns a scale of each of B's filters on top of that. Where shares are drawn
+uniformly from the inner part of the line, these can turn nearly all of it into one of the ends and hide the barrier
+close to the other. `--draw worst --low 0 --high 1` looks where the line is highest instead; all rows have the worst
+point of the line.
 
 Barriers are of the cross entropy on test images: the worst of 21 points above the line between the ends' losses.
 Seconds are those of this process' CPU time.
@@ -42,6 +43,7 @@ import rebasin
 from rebasin.data.classification import load
 from rebasin.files import write_text
 from rebasin.matching import activation_matching, learned_matching, weight_matching
+from rebasin.matching.maps.shares import LamDraw
 from rebasin.merging.repair import reset_statistics
 from rebasin.models.augment import AUGMENTATIONS
 from rebasin.spec import ContinuousGroup, MapSite
@@ -185,12 +187,13 @@ def main(
     lr: Annotated[float, typer.Option(help="of Adam")] = 1.5e-1,
     low: Annotated[float, typer.Option(help="the least share of B that is drawn")] = 0.1,
     high: Annotated[float, typer.Option(help="the largest")] = 0.9,
+    draw: Annotated[LamDraw, typer.Option(help="worst: where the line is highest; or uniform")] = "worst",
     size: Annotated[int, typer.Option(help="images in a batch")] = 64,
     batches: Annotated[int, typer.Option(help="training batches to learn from")] = 480,
     select: Annotated[int, typer.Option(help="further ones, by which the best step is chosen")] = 20,
     bf16: Annotated[bool, typer.Option(help="learn in bfloat16; what is measured is float32")] = True,
-    test: Annotated[int, typer.Option(help="test images")] = 2000,
-    fresh: Annotated[int, typer.Option(help="training images for the statistics of each point")] = 1000,
+    test: Annotated[int, typer.Option(help="test images")] = 10_000,
+    fresh: Annotated[int, typer.Option(help="training images for the statistics of each point")] = 2000,
     points: Annotated[int, typer.Option(help="points of the line")] = 21,
     rows: Annotated[
         str, typer.Option(help="what to start from, with , between")
@@ -215,6 +218,9 @@ def main(
     new = list(fast(x[used:]).split(500))
     learn = Augmented(x[: batches * size], y[: batches * size], size, random)
     heldout = list(Augmented(x[batches * size : used], y[batches * size : used], size, random))
+    plain = [
+        (fast(part), labels) for part, labels in zip(x[:2048].split(128), y[:2048].split(128), strict=True)
+    ]
     a, b = read(file_a), read(file_b)
     models = [PaddedResNet20(len(a["conv1.weight"])).eval() for _ in "ab"]
     models = [model.to(memory_format=torch.channels_last) for model in models]  # pyright: ignore[reportCallIssue]
@@ -246,6 +252,7 @@ def main(
                 "steps": steps,
                 "lr": lr,
                 "shares": [low, high],
+                "draw": draw,
                 "size": size,
                 "batches": batches,
                 "select": select,
@@ -267,7 +274,7 @@ def main(
             starts[name] = weight_matching(spec, a, b, seed=seed).permutation
         elif name not in starts and name == "activations":
             starts[name] = activation_matching(
-                spec, models[0], models[1], learn[: max(1, 2048 // size)], objective=classified, seed=seed
+                spec, models[0], models[1], plain, objective=classified, seed=seed
             ).permutation
         start = starts.get(name, spec.identity())
         end = start.apply(b)
@@ -279,8 +286,8 @@ def main(
             moved = loaded(copy.deepcopy(work), end).eval()
             found = learned_matching(
                 with_filters(work, spec) if more == "filters" else spec, models[0], moved, classified, learn,
-                heldout=heldout, init="identity", steps=steps, lr=lr, lam_low=low, lam_high=high, evaluate_every=100,
-                autocast="bf16" if bf16 else None, seed=seed, progress=say,
+                heldout=heldout, init="identity", steps=steps, lr=lr, lam_low=low, lam_high=high, lam_draw=draw,
+                evaluate_every=100, autocast="bf16" if bf16 else None, seed=seed, progress=say,
             )  # fmt: skip
             measure(f"{row}, scales", found.alignment.apply(end), time.process_time() - began)
     table = Table(

@@ -155,10 +155,14 @@ def test_seeds_ends_and_kinds() -> None:
 
 
 def test_a_search_that_only_loses_returns_its_start() -> None:
-    spec, a, b, _ = planted()
-    start = rebasin.weight_matching(spec, a.state_dict(), b.state_dict(), init="identity").permutation
-    found = learned(steps=3, lr=5.0, evaluate_every=1, init=start)
-    assert found.objective == found.start_objective and found.best_step == 0
+    """It starts with what was planted: nothing is lower than that, but rounding leaves a slope."""
+    spec, a, _, batches = planted()
+    b, moved = copy.deepcopy(a), spec.random_alignment(2)
+    b.load_state_dict(moved.apply(a.state_dict()))
+    given = {"steps": 3, "lr": 5.0, "evaluate_every": 1, "init": moved.invert()}
+    found = learned_matching(spec, a, b, loss, batches, **given)  # type: ignore[arg-type]
+    assert found.objective == found.start_objective < 1e-8 and found.best_step == 0
+    assert min(step.heldout or 0 for step in found.history[1:]) > 1e-3
     assert max(found.turned.values()) < 1e-12
 
 
@@ -246,6 +250,20 @@ def test_the_gradient_is_that_of_the_loss() -> None:
     found = latents.gradient(slopes)
     for name, x in wanted.items():
         torch.testing.assert_close(found[name], x.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_maps_stay_where_they_have_an_inverse() -> None:
+    """However long the step: scales within a factor of 30, and not all of them at the ends of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 3)).eval()
+    spec = rebasin.trace(model, torch.randn(2, 4))
+    tensors = {name: t.detach() for name, t in model.named_parameters()}
+    latents = Latents(spec, spec.continuous, tensors, torch.device("cpu"))
+    for rate in (1.0, 100.0):
+        latents.descend({name: torch.randn_like(tensors[name]) for name in latents.names}, 0.5, rate)
+        scales = torch.cat(list(latents.maps().values()))
+        assert scales.min() > 1 / 30.1 and scales.max() < 30.1
+        assert (scales.log().abs() > 3.4).any() == (rate == 100)
 
 
 def test_many_models_come_into_one_basis() -> None:

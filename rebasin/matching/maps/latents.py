@@ -21,7 +21,9 @@ from ...spec.mapped import MappedState
 from ..trained import Trained, through
 
 CONDITION = 30.0
-"""Invertible matrices beyond this condition number are drawn back half the way to the identity."""
+"""Invertible matrices beyond this condition number are drawn back half the way to the identity; scales stay within
+this factor of 1. Further out the one end is hardly there, and what is exact but for a norm's eps no longer is.
+"""
 
 
 def latent_shape(group: ContinuousGroup) -> tuple[int, ...]:
@@ -104,9 +106,12 @@ class Latents(Trained):
         return {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in latents.items()}
 
     def _guard(self) -> None:
-        """Draw matrices back that are about to have no inverse."""
+        """Draw matrices back that are about to have no inverse, and scales that are about to be 0 or infinite."""
+        most = math.log(CONDITION)
         for name, group in self.groups.items():
-            if group.kind == "invertible":
+            if group.kind in DIAGONAL:
+                self.values[name].clamp_(-most, most)
+            elif group.kind == "invertible":
                 x = self.values[name]
                 condition = torch.linalg.cond(matrices(group, x.double()))
                 x[~(condition < CONDITION)] *= 0.5
