@@ -22,20 +22,7 @@ from .permutation import (
     Pin,
     displaced,
 )
-from .structure import (
-    Branch,
-    Cell,
-    Group,
-    Indices,
-    Leaf,
-    Node,
-    Site,
-    admits,
-    first_leaf,
-    indices,
-    is_whole,
-    to_array,
-)
+from .structure import Branch, Cell, Group, Indices, Leaf, Node, Site, admits, first_leaf, indices, to_array
 
 __all__ = [
     "DIAGONAL",
@@ -61,6 +48,5 @@ __all__ = [
     "displaced",
     "first_leaf",
     "indices",
-    "is_whole",
     "to_array",
 ]

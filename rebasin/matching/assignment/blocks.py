@@ -34,18 +34,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ...spec import (
-    Branch,
-    Group,
-    Indices,
-    Leaf,
-    Node,
-    Permutation,
-    PermutationSpec,
-    indices,
-    is_whole,
-    to_array,
-)
+from ...spec import Branch, Group, Indices, Leaf, Node, Permutation, PermutationSpec, indices, to_array
+from ...spec.structure import is_whole
 from ...types import brief
 from .linear_assignment import TOLERANCE, linear_assignment, solved
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ...spec import Indices, Permutation, PermutationSpec, is_whole, to_array
+from ...spec import Indices, Permutation, PermutationSpec, to_array
+from ...spec.structure import is_whole
 from ...types import State
 from ..assignment.blocks import assign_all
 from ..trained import Trained, through
