@@ -107,13 +107,13 @@ def joined(*parts: Callable[[], Found]) -> Callable[[], Found]:
     return read
 
 
-def real(name: str) -> Callable[[], Found]:
-    """The rows of a pair of `experiments.real_pairs`."""
+def real(name: str, statistics: str = "plain") -> Callable[[], Found]:
+    """The rows of a pair of `experiments.real_pairs`; with "reset": BatchNorm's statistics anew at each point."""
 
     def read() -> Found:
         own = json.loads((LOGS / "real_pairs.json").read_text())["pairs"].get(name, {})
-        there = [a for a in ("naive", *ALGORITHMS) if "plain" in own.get(a, {})]
-        return {a: (own[a]["plain"]["barrier"], own[a]["seconds"], 1) for a in there}
+        there = [a for a in ("naive", *ALGORITHMS) if statistics in own.get(a, {})]
+        return {a: (own[a][statistics]["barrier"], own[a]["seconds"], 1) for a in there}
 
     return read
 
@@ -172,6 +172,12 @@ LEADERBOARD = (
     Pair(
         "ResNet20, CIFAR-10, two public trainings", real("cifar-resnet20"),
         "python -m experiments.real_pairs --real FOLDER --cifar cifar10.npz",
+    ),
+    Pair("the same, BatchNorm's statistics anew", real("cifar-resnet20", "reset"), "the same"),
+    Pair(
+        "the same, all test images, learned: 2,400 steps", log("learned_resnet20", {
+            "activation_matching": "activations", "learned": "activations, scales",
+        }), "python -m experiments.learned_scales",
     ),
     Pair(
         "ResNet20 of width 1, CIFAR-10, 4 epochs (STE: 20 steps)", sweep("curves_resnet20-short", {}),
