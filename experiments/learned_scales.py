@@ -12,10 +12,10 @@ while they are learned, and with statistics collected anew at each point where t
 chosen on training images that are not learned from.
 
 A norm does not see the scale of what enters it, up to its eps. `ROW+norms` first gives B's filters the norms of A's,
-in the order that was found; `ROW+filters` learns a scale of each of B's filters on top of that. Where shares are drawn
-uniformly from the inner part of the line, these can turn nearly all of it into one of the ends and hide the barrier
-close to the other. `--draw worst --low 0 --high 1` looks where the line is highest instead; all rows have the worst
-point of the line.
+in the order that was found; `ROW+filters` learns a scale of each of B's filters on top of that, of mean 1 in each
+layer (`--free`: of any mean). Where shares are drawn uniformly from the inner part of the line, free ones can turn
+nearly all of it into one of the ends and hide the barrier close to the other. `--draw worst --low 0 --high 1` looks
+where the line is highest instead; all rows have the worst point of the line.
 
 Barriers are of the cross entropy on test images: the worst of 21 points above the line between the ends' losses.
 Seconds are those of this process' CPU time.
@@ -192,6 +192,7 @@ def main(
     batches: Annotated[int, typer.Option(help="training batches to learn from")] = 480,
     select: Annotated[int, typer.Option(help="further ones, by which the best step is chosen")] = 20,
     bf16: Annotated[bool, typer.Option(help="learn in bfloat16; what is measured is float32")] = True,
+    free_mean: Annotated[bool, typer.Option("--free", help="filters' scales of any mean")] = False,
     test: Annotated[int, typer.Option(help="test images")] = 10_000,
     fresh: Annotated[int, typer.Option(help="training images for the statistics of each point")] = 2000,
     points: Annotated[int, typer.Option(help="points of the line")] = 21,
@@ -230,6 +231,7 @@ def main(
     work = copy.deepcopy(models[0])
     spec = rebasin.trace(work, x[:2])
     report = rebasin.verify(copy.deepcopy(work), spec, x[:2], dtype=torch.float64).require()
+    exact = {group.name for group in spec.continuous}
     free = sum(group.dimension for group in spec.continuous)
     console.print(f"{spec.neurons:,} neurons; {free:,} scales in {report.maps} continuous groups, proved")
     figures: dict[str, dict[str, Any]] = {}
@@ -253,6 +255,7 @@ def main(
                 "lr": lr,
                 "shares": [low, high],
                 "draw": draw,
+                "free": free_mean,
                 "size": size,
                 "batches": batches,
                 "select": select,
@@ -284,10 +287,12 @@ def main(
         if row in rows.split(","):
             began = time.process_time()
             moved = loaded(copy.deepcopy(work), end).eval()
+            wider = with_filters(work, spec) if more == "filters" else spec
             found = learned_matching(
-                with_filters(work, spec) if more == "filters" else spec, models[0], moved, classified, learn,
-                heldout=heldout, init="identity", steps=steps, lr=lr, lam_low=low, lam_high=high, lam_draw=draw,
-                evaluate_every=100, autocast="bf16" if bf16 else None, seed=seed, progress=say,
+                wider, models[0], moved, classified, learn, heldout=heldout, init="identity",
+                balanced=() if free_mean else [g.name for g in wider.continuous if g.name not in exact],
+                steps=steps, lr=lr, lam_low=low, lam_high=high, lam_draw=draw, evaluate_every=100,
+                autocast="bf16" if bf16 else None, seed=seed, progress=say,
             )  # fmt: skip
             measure(f"{row}, scales", found.alignment.apply(end), time.process_time() - began)
     table = Table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import rebasin
 from rebasin.errors import ConfigError
 from rebasin.matching import LearnedResult, LearnedState, learned_matching, match_by_maps
-from rebasin.matching.maps.latents import Latents, matrices
+from rebasin.matching.maps.latents import BALANCED, FACTOR, Latents, matrices
 from rebasin.matching.maps.result import LearnedStep
 from rebasin.matching.maps.shares import STRETCHES, LamDraw, Shares
 from rebasin.spec import Alignment, PermutationSpec
@@ -167,6 +168,8 @@ def test_what_can_not_be_learned_is_told() -> None:
         learned(kinds=["rotation"])
     with pytest.raises(ConfigError, match="lam_low is above lam_high"):
         learned(lam_low=0.7, lam_high=0.3)
+    with pytest.raises(ConfigError, match="balanced has 'enter', which is no group of scales"):
+        learned(balanced=["enter"])
     with pytest.raises(ConfigError, match="nothing to learn"):
         learned(kinds=["rotations"])
     assert learned_matching(spec, a, b, loss, batches, steps=1).left_out == {}
@@ -248,17 +251,21 @@ def test_the_gradient_is_that_of_the_loss() -> None:
 
 
 def test_maps_stay_where_they_have_an_inverse() -> None:
-    """However long the step: scales within a factor of 30, and not all of them at the ends of it."""
+    """However long the step: scales within their factor, balanced ones around 1, and not all of them at the ends."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 3)).eval()
     spec = rebasin.trace(model, torch.randn(2, 4))
     tensors = {name: t.detach() for name, t in model.named_parameters()}
-    latents = Latents(spec, spec.continuous, tensors, torch.device("cpu"))
-    for rate in (1.0, 100.0):
-        latents.descend({name: torch.randn_like(tensors[name]) for name in latents.names}, 0.5, rate)
-        scales = torch.cat(list(latents.maps().values()))
-        assert scales.min() > 1 / 30.1 and scales.max() < 30.1
-        assert (scales.log().abs() > 3.4).any() == (rate == 100)
+    (group,) = spec.continuous
+    for balanced, most in (((), FACTOR), ((group.name,), BALANCED)):
+        latents = Latents(spec, spec.continuous, tensors, torch.device("cpu"), balanced)
+        for rate in (1.0, 100.0):
+            latents.descend({name: torch.randn_like(tensors[name]) for name in latents.names}, 0.5, rate)
+            logs = torch.cat(list(latents.maps().values())).log()
+            assert logs.abs().max() < math.log(1.01 * most)
+            assert (logs.abs() > math.log(0.99 * most)).any() == (rate == 100)
+            if balanced and rate == 1:
+                assert logs.mean().abs() < 1e-6
 
 
 def test_many_models_come_into_one_basis() -> None:

@@ -10,7 +10,7 @@ The gradient goes through the maps tensor by tensor, so that no second copy of t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,13 @@ from ...spec.mapped import MappedState
 from ..trained import Trained, through
 
 CONDITION = 30.0
-"""Invertible matrices beyond this condition number are drawn back half the way to the identity; scales stay within
-this factor of 1. Further out the one end is hardly there, and what is exact but for a norm's eps no longer is.
-"""
+"""Invertible matrices beyond this condition number are drawn back half the way to the identity."""
+
+FACTOR = 1e4
+"""Scales stay within this factor of 1: further out they turn nothing down that is not down already."""
+
+BALANCED = 20.0
+"""Balanced scales stay within this factor of their mean, so that a norm's eps does not see them."""
 
 
 def latent_shape(group: ContinuousGroup) -> tuple[int, ...]:
@@ -53,6 +57,9 @@ class Latents(Trained):
     Attributes:
         values: group -> its latent.
         names: the tensors that some map acts on.
+
+    Args:
+        balanced: groups of scales that keep a geometric mean of 1.
     """
 
     def __init__(
@@ -61,7 +68,9 @@ class Latents(Trained):
         groups: Sequence[ContinuousGroup],
         tensors: Mapping[str, Tensor],
         device: torch.device,
+        balanced: Collection[str] = (),
     ) -> None:
+        self._balanced = set(balanced)
         self.groups = {group.name: group for group in groups}
         super().__init__({g.name: torch.zeros(latent_shape(g), device=device) for g in groups})
         sites = {site.parameter for group in groups for site in group.sites}
@@ -107,10 +116,13 @@ class Latents(Trained):
 
     def _guard(self) -> None:
         """Draw matrices back that are about to have no inverse, and scales that are about to be 0 or infinite."""
-        most = math.log(CONDITION)
         for name, group in self.groups.items():
             if group.kind in DIAGONAL:
-                self.values[name].clamp_(-most, most)
+                x = self.values[name]
+                if name in self._balanced:
+                    x -= x.mean()
+                most = math.log(BALANCED if name in self._balanced else FACTOR)
+                x.clamp_(-most, most)
             elif group.kind == "invertible":
                 x = self.values[name]
                 condition = torch.linalg.cond(matrices(group, x.double()))

@@ -30,7 +30,7 @@ from ...arguments import check_choices, check_range, typed
 from ...errors import ConfigError, DataError, SpecMismatchError
 from ...merging.interpolate import interpolate_tensor
 from ...objectives import LossFunction, Objective
-from ...spec import Alignment, ContinuousGroup, PermutationSpec, to_array
+from ...spec import DIAGONAL, Alignment, ContinuousGroup, PermutationSpec, to_array
 from ...spec.continuous import KINDS
 from ...tensors.modules import device_of, find_device
 from ...types import Progress, tell
@@ -65,6 +65,7 @@ def learned_matching(
     heldout: Sequence[Any] | None = None,
     init: MapsStart = "activation_and_weight",
     kinds: Sequence[str] | None = None,
+    balanced: Sequence[str] | None = None,
     steps: int = 250,
     lr: float = 4e-2,
     lam_low: float = 0.4,
@@ -97,6 +98,8 @@ def learned_matching(
             or an alignment, so that what another search found can be gone on from, in turns.
         kinds: of the continuous groups, those to learn ("rotations", "rotations that keep ones", "invertible",
             "scales", "positive scales"); None: all.
+        balanced: names of groups of scales that keep a geometric mean of 1 and stay within a factor of 20: for scales
+            of what a norm reads, which it does not see, so that they can turn the whole line into one of the ends.
         steps: gradient steps of Adam.
         lr: its learning rate, which falls to 0 along a cosine.
         lam_low, lam_high: lambda, B's share, is drawn from between them at each step.
@@ -124,6 +127,8 @@ def learned_matching(
     check_range(0, 1, lam_low=lam_low, lam_high=lam_high)
     if unknown := sorted(set(kinds or ()) - set(KINDS)):
         raise ConfigError(f"kinds has {unknown[0]!r}; choose of {', '.join(KINDS)}.")
+    if unknown := sorted(set(balanced or ()) - {g.name for g in spec.continuous if g.kind in DIAGONAL}):
+        raise ConfigError(f"balanced has {unknown[0]!r}, which is no group of scales of this spec.")
     if lam_low > lam_high:
         raise ConfigError("lam_low is above lam_high.")
     learn, select = split(batches, heldout)
@@ -156,7 +161,7 @@ def learned_matching(
                 gauge = Alignment(last.start, dict(last.gauge))
                 found, same = Alignment(last.start, dict(last.given)), last.gauge
             b = {**ends.a, **gauge.apply(ends.b)}
-            latents = Latents(spec, groups, b, where)
+            latents = Latents(spec, groups, b, where, balanced or ())
             latents.restore(last.latents)
 
         def between(share: float) -> dict[str, Tensor]:
