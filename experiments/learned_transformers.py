@@ -198,11 +198,13 @@ class Learned:
 
 START = "activations"
 LINE = {"lam_low": 0.1, "lam_high": 0.9}
+WORST = {"lam_low": 0.0, "lam_high": 1.0, "lam_draw": "worst"}
 LEARNED = {
     "learned rotation": Learned(START, ROTATION, 0.5),
     "learned maps": Learned(START),
     "learned maps, whole line": Learned(START, options=LINE),
     "whole line, from weights and maps": Learned("weights, maps", options=LINE),
+    "worst point, from weights and maps": Learned("weights, maps", options=WORST),
     "maps again": Learned("STE behind the maps"),
     # What each part is worth, in a quarter of the steps.
     "all": Learned(START, None, 0.25),
@@ -226,9 +228,10 @@ SETS = {
     "table": [
         "naive", "weights", "activations", "both costs", "STE", "weights, maps", "activations, maps",
         "learned rotation", "learned maps", "learned maps, whole line", "whole line, from weights and maps",
+        "worst point, from weights and maps",
     ],
     "turns": ["STE behind the maps", "maps again"],
-    "ablation": list(LEARNED)[5:],
+    "ablation": list(LEARNED)[6:],
 }  # fmt: skip
 
 

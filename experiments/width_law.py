@@ -1,4 +1,4 @@
-"""The barrier of diffusion UNets against their width: naive, the best permutation, learned maps; and a DiT beside them.
+"""The barrier of diffusion UNets against their width: naive, a permutation, learned maps; and a DiT beside them.
 
     python -m experiments.width_law        # docs/experiments/width_law.png and the table of docs/results.md
 
@@ -35,7 +35,7 @@ PERMUTED = (
 )  # fmt: skip
 """Rows of permutations that are found without following the loss."""
 
-LINES, KEYS = ("naive", "best permutation", "learned maps"), ("naive", "permuted", "learned")
+LINES, KEYS = ("naive", "permutation by both costs", "learned maps"), ("naive", "permuted", "learned")
 
 
 def points() -> list[Point]:

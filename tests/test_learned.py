@@ -15,7 +15,7 @@ from test_maps import C, Residual
 from torch import Tensor, nn
 
 import rebasin
-from rebasin.errors import ConfigError
+from rebasin.errors import ConfigError, DataError
 from rebasin.matching import LearnedResult, LearnedState, learned_matching, match_by_maps
 from rebasin.matching.maps.latents import BALANCED, FACTOR, Latents, matrices
 from rebasin.matching.maps.result import LearnedStep
@@ -85,6 +85,7 @@ def test_the_loss_between_the_ends_falls_and_the_ends_stay() -> None:
     ("low", "high", "how", "shares"),
     [
         (0.4, 0.6, "uniform", [0.5]),
+        (0.2, 0.4, "uniform", [0.3]),
         (0.4, 0.6, "worst", [0.5]),
         (0.2, 1.0, "uniform", [0.4, 0.6, 0.8]),
         (0.0, 1.0, "worst", [k / 10 for k in range(1, 10)]),
@@ -144,6 +145,17 @@ def test_the_highest_stretch_of_the_line_is_drawn_most_and_none_is_forgotten() -
     assert Shares(0.5, 0.5, "worst", 0).draw(3) == 0.5
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_highest_stretch_is_found_by_drawing(seed: int) -> None:
+    """In the steps that a search has by default, from what it draws itself."""
+    shares, count = Shares(0.0, 1.0, "worst", seed), np.zeros(STRETCHES, dtype=int)
+    for step in range(250):
+        share = shares.draw(step)
+        count[int(share * STRETCHES)] += 1
+        shares.tell(share, 1.0 if int(share * STRETCHES) == 3 else 0.5)
+    assert count.argmax() == 3 and count[3] > 0.6 * 250 and count.min() > 0
+
+
 def test_seeds_ends_and_kinds() -> None:
     few = {"steps": 4, "evaluate_every": 2}
     one, same, other = learned(**few), learned(**few), learned(**few, seed=1)
@@ -168,8 +180,31 @@ def test_what_can_not_be_learned_is_told() -> None:
         learned(kinds=["rotation"])
     with pytest.raises(ConfigError, match="lam_low is above lam_high"):
         learned(lam_low=0.7, lam_high=0.3)
-    with pytest.raises(ConfigError, match="balanced has 'enter', which is no group of scales"):
-        learned(balanced=["enter"])
+    gains, rotations = "norms.0.weight[0]", ["rotations that keep ones"]
+    for of, kinds in (
+        ("enter", None),
+        ("parts.1.up.weight[0]", rotations),
+        (gains, None),
+        ("enter.weight[0]", None),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"balanced has {of!r}, which is no group of scales".replace("[", ".")
+        ):
+            learned(balanced=[of], kinds=kinds)
+    for nothing in ({"lr": 0.0}, {"lam_low": 0.0, "lam_high": 0.0}):
+        with pytest.raises(ConfigError, match="is 0.* so nothing can be learned"):
+            learned(**nothing)
+    for size in (1e30, float("inf")):
+        with pytest.raises((ConfigError, DataError), match="too large or not finite|must be finite"):
+            learned_matching(
+                spec, a, b, lambda model, batch, size=size: size * loss(model, batch), batches, steps=2
+            )
+    for how in ("uniform", "worst"):
+        bad = [(x.clone().fill_(torch.inf), y) if k == 1 else (x, y) for k, (x, y) in enumerate(batches)]
+        with pytest.raises(
+            (ConfigError, DataError), match="not finite|not a finite number: leave that batch out"
+        ):
+            learned_matching(spec, a, b, loss, bad, steps=20, lam_draw=how, init="identity")
     with pytest.raises(ConfigError, match="nothing to learn"):
         learned(kinds=["rotations"])
     assert learned_matching(spec, a, b, loss, batches, steps=1).left_out == {}
@@ -210,7 +245,7 @@ def test_what_was_interrupted_ends_as_if_it_had_not_been(stop: int, how: str, tm
     learned(**few, checkpoint=keep)
     assert len(states) == 6
     again = learned(**few, resume_from=LearnedState.load(tmp_path / f"{stop}.safetensors"))
-    assert states[stop].heights != (0.0,) * STRETCHES
+    assert any(states[stop].told)
     assert figures(again) == figures(whole) and again.best_step == whole.best_step
     assert again.alignment.is_close(whole.alignment, 1e-12)
     with pytest.raises(ConfigError, match="its lr differed"):
@@ -264,8 +299,7 @@ def test_maps_stay_where_they_have_an_inverse() -> None:
             logs = torch.cat(list(latents.maps().values())).log()
             assert logs.abs().max() < math.log(1.01 * most)
             assert (logs.abs() > math.log(0.99 * most)).any() == (rate == 100)
-            if balanced and rate == 1:
-                assert logs.mean().abs() < 1e-6
+            assert not balanced or logs.mean().abs() < 1e-5
 
 
 def test_many_models_come_into_one_basis() -> None:

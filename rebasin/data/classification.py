@@ -194,8 +194,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     except DataError:
         raise
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        why = "" if "pickle" in str(error) else f" ({error})"  # numpy's advice is to load it unsafely
         raise DataError(
-            f"{path} is not a readable .npz file of plain arrays ({error}): fetch it again."
+            f"{path} is not a readable .npz file of plain arrays{why}: fetch it again."
         ) from error
 
 

@@ -26,11 +26,12 @@ class Trained:
         """One step against the gradients.
 
         Raises:
-            ConfigError: one is not finite.
+            ConfigError: one is not finite, or so large that its square is not.
         """
-        if not all(map(is_finite, gradients.values())):
+        if not all(is_finite(gradient.square()) for gradient in gradients.values()):
             raise ConfigError(
-                "The gradient of the objective is not finite: compute in float32 or bfloat16, or lower lr."
+                "The gradient of the objective is too large or not finite: compute in float32 or bfloat16, lower lr, "
+                "or divide the loss by its size."
             )
         for name, x in self.values.items():
             x.grad = gradients[name]

@@ -121,8 +121,8 @@ class Latents(Trained):
                 x = self.values[name]
                 if name in self._balanced:
                     x -= x.mean()
-                most = math.log(BALANCED if name in self._balanced else FACTOR)
-                x.clamp_(-most, most)
+                    x *= min(1.0, math.log(BALANCED) / float(x.abs().max().clamp_min(1e-30)))
+                x.clamp_(-math.log(FACTOR), math.log(FACTOR))
             elif group.kind == "invertible":
                 x = self.values[name]
                 condition = torch.linalg.cond(matrices(group, x.double()))

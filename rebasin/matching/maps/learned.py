@@ -90,10 +90,10 @@ def learned_matching(
         model_a, model_b: the endpoints, of one architecture.
         objective: what good means; see `rebasin.objectives`. A function (model, batch) -> loss will do.
         batches: of the objective; they are gone through in a random order, again and again.
-        heldout: more of them, by which the best step is chosen: by the loss at the midpoint, or, where lambda is drawn
-            from a range wider than 0.2, by the worst at a quarter, half and three quarters of that range, or at nine
-            shares of it if `lam_draw` is "worst". Default: the last fifth of `batches`, of a single one this one again.
-            Data that results are reported on belongs in neither.
+        heldout: more of them, by which the best step is chosen: by the loss in the middle of the range that lambda is
+            drawn from, or, where that is wider than 0.2, by the worst at a quarter, half and three quarters of it, or
+            at nine shares of it if `lam_draw` is "worst". Default: the last fifth of `batches`, of a single one this
+            one again. Data that results are reported on belongs in neither.
         init: where it starts: a permutation by name (see `rebasin.straight_through`), "weight_alignment", a permutation
             or an alignment, so that what another search found can be gone on from, in turns.
         kinds: of the continuous groups, those to learn ("rotations", "rotations that keep ones", "invertible",
@@ -127,15 +127,22 @@ def learned_matching(
     check_range(0, 1, lam_low=lam_low, lam_high=lam_high)
     if unknown := sorted(set(kinds or ()) - set(KINDS)):
         raise ConfigError(f"kinds has {unknown[0]!r}; choose of {', '.join(KINDS)}.")
-    if unknown := sorted(set(balanced or ()) - {g.name for g in spec.continuous if g.kind in DIAGONAL}):
-        raise ConfigError(f"balanced has {unknown[0]!r}, which is no group of scales of this spec.")
     if lam_low > lam_high:
         raise ConfigError("lam_low is above lam_high.")
+    if lam_high == 0 or lr == 0:
+        raise ConfigError(
+            "lam_high is 0, where there is nothing of B, so nothing can be learned."
+            if lam_high == 0
+            else "lr is 0, so nothing can be learned."
+        )
     learn, select = split(batches, heldout)
     where = device_of(model_a) if device is None else find_device(device)
     ends = Ends(spec, model_a, model_b, objective, where, autocast)
     left_out = {**spec.stuck(ends.a), **spec.stuck(ends.b)}
     groups = _learnable(spec, left_out, kinds)
+    scales = {group.name for group in groups if group.kind in DIAGONAL}
+    if unknown := sorted(set(balanced or ()) - scales):
+        raise ConfigError(f"balanced has {unknown[0]!r}, which is no group of scales that is learned here.")
 
     options: dict[str, str] = {}
     if checkpoint is not None or resume_from is not None:
@@ -150,7 +157,7 @@ def learned_matching(
         yield
         seconds[part] += perf_counter() - began
 
-    shares = Shares(lam_low, lam_high, lam_draw, seed, last.heights)
+    shares = Shares(lam_low, lam_high, lam_draw, seed, last.told)
     with ends.ready(checkpointing):
         with clock("start"):
             if last.start is None:
@@ -195,7 +202,7 @@ def learned_matching(
                     latents.tensors,
                     kept,
                     draw.made,
-                    tuple(shares.heights.tolist()),
+                    shares.told,
                     dict(seconds),
                 )
                 checkpoint(LearnedState(options, *now))

@@ -45,9 +45,9 @@ class LearnedStep:
 class LearnedResult(Found):
     """What was learned: `alignment.apply(state_b)` is B brought to A; A stays where it is.
 
-    Losses are on the held-out batches, at the midpoint, minus the mean of A's and B's; lower is better. Where lambda
-    was drawn from a range wider than 0.2: the worst at a quarter, half and three quarters of it (at nine shares of it
-    where the worst was learned), minus the line between A's and B's.
+    Losses are on the held-out batches, in the middle of the range that lambda was drawn from, by default the midpoint,
+    minus the line between A's and B's; lower is better. Of a range wider than 0.2: the worst at a quarter, half and
+    three quarters of it (at nine shares of it where the worst was learned).
 
     Attributes:
         alignment: what moves B; it changes nothing of what B computes.
@@ -157,7 +157,7 @@ class LearnedState(ResumeState):
         latents: what is learned, and the moments of its optimiser (see `Latents.tensors`).
         kept: group -> what was learned at the best step.
         draws: how many batches were drawn.
-        heights: where the line was how high (see `Shares`).
+        told: where the line was how high (`Shares.told`).
         seconds: wall time by part.
     """
 
@@ -170,5 +170,5 @@ class LearnedState(ResumeState):
     latents: Mapping[str, Tensor] = field(default_factory=dict)
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     draws: int = 0
-    heights: tuple[float, ...] = ()
+    told: tuple[float, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -6,7 +6,8 @@ is cut into stretches, and lambda is drawn from stretch k with probability
 
     p_k = (1 - EVEN) e_k + EVEN / n,    e_k proportional to exp(SHARP (h_k - min h) / (max h - min h)),
 
-where h_k is a running mean of how far losses in stretch k were above the line between the ends'.
+where h_k is a running mean of how far losses in stretch k were above the line between the ends', each loss with
+MEMORY times the weight of the next. Stretches that were not seen yet count as the highest.
 """
 
 from __future__ import annotations
@@ -30,32 +31,31 @@ EVEN = 0.15
 """but this part of all draws is uniform, so that no stretch is forgotten."""
 
 MEMORY = 0.85
-"""What a running mean keeps of itself when a loss is added."""
+"""The weight of a loss beside that of the next in the same stretch."""
 
 NARROW = 0.2
-"""A range of lambda that is no wider is judged at the midpoint alone."""
+"""A range of lambda that is no wider is judged at its middle alone."""
 
 
 class Shares:
-    """Shares of B between `low` and `high`, drawn uniformly or where the line is highest.
+    """Shares of B between `low` and `high`, drawn uniformly or where the line is highest."""
 
-    Attributes:
-        heights: by how much each stretch is above the line between the ends; what a search must remember.
-    """
-
-    def __init__(
-        self, low: float, high: float, how: LamDraw, seed: int, heights: Sequence[float] = ()
-    ) -> None:
+    def __init__(self, low: float, high: float, how: LamDraw, seed: int, told: Sequence[float] = ()) -> None:
         self._low, self._width, self._how, self._seed = low, high - low, how, seed
-        self.heights = np.array(heights or [0.0] * STRETCHES)
+        self._sums, self._weights = np.array(told or np.zeros(2 * STRETCHES)).reshape(2, STRETCHES)
+
+    @property
+    def told(self) -> tuple[float, ...]:
+        """Sums of the heights of all stretches, and of their weights: what a search must remember."""
+        return (*self._sums.tolist(), *self._weights.tolist())
 
     @property
     def judged(self) -> tuple[float, ...]:
-        """Where the best step is chosen: the midpoint of a narrow range; a quarter, half and three quarters of a wider
+        """Where the best step is chosen: the middle of a narrow range; a quarter, half and three quarters of a wider
         one; and all inner ends of stretches where the worst point is what is learned.
         """
         if self._width < NARROW + 1e-9:
-            return (0.5,)
+            return (self._low + self._width / 2,)
         count = STRETCHES if self._how == "worst" else 4
         return tuple(self._low + self._width * part / count for part in range(1, count))
 
@@ -64,8 +64,10 @@ class Shares:
         random = np.random.default_rng(mixed(self._seed, step))
         if self._how == "uniform":
             return float(random.uniform(self._low, self._low + self._width))
-        spread = np.ptp(self.heights)
-        likely = np.exp(SHARP * (self.heights - self.heights.max()) / (spread or 1.0))
+        heights = np.divide(self._sums, self._weights, out=np.zeros(STRETCHES), where=self._weights > 0)
+        highest = heights[self._weights > 0].max(initial=-np.inf)
+        heights[self._weights == 0] = highest if np.isfinite(highest) else 0.0
+        likely = np.exp(SHARP * (heights - heights.max()) / (np.ptp(heights) or 1.0))
         likely = (1 - EVEN) * likely / likely.sum() + EVEN / STRETCHES
         stretch = random.choice(STRETCHES, p=likely / likely.sum())
         return self._low + self._width * (stretch + float(random.uniform())) / STRETCHES
@@ -74,4 +76,5 @@ class Shares:
         """The loss at a share was so far above the line between the ends' on the same batches."""
         place = (share - self._low) / self._width * STRETCHES if self._width else 0
         k = min(int(place), STRETCHES - 1)
-        self.heights[k] = MEMORY * self.heights[k] + (1 - MEMORY) * height
+        self._sums[k] = MEMORY * self._sums[k] + height
+        self._weights[k] = MEMORY * self._weights[k] + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -60,10 +61,20 @@ class Draws(Iterator[Sequence[Any]]):
         return [self._batches[number] for number in self._drawn]
 
     def endpoints(self) -> tuple[float, float]:
-        """The mean losses of A and of B on what was drawn last; each batch is evaluated once."""
+        """The mean losses of A and of B on what was drawn last; each batch is evaluated once.
+
+        Raises:
+            DataError: one of them is not a finite number.
+        """
         for number in self._drawn:
             if number not in self._losses:
-                self._losses[number] = self._ends.endpoints([self._batches[number]])
+                found = self._ends.endpoints([self._batches[number]])
+                if not all(map(math.isfinite, found)):
+                    bad = "A" if not math.isfinite(found[0]) else "B"
+                    raise DataError(
+                        f"The loss of {bad} on batch {number} is not a finite number: leave that batch out."
+                    )
+                self._losses[number] = found
         found = [self._losses[number] for number in self._drawn]
         return sum(a for a, _ in found) / self._count, sum(b for _, b in found) / self._count
 
