@@ -35,7 +35,7 @@ PERMUTED = (
 )  # fmt: skip
 """Rows of permutations that are found without following the loss."""
 
-LINES, KEYS = ("naive", "permutation by both costs", "learned maps"), ("naive", "permuted", "learned")
+LINES, KEYS = ("naive", "permutation, loss not followed", "learned maps"), ("naive", "permuted", "learned")
 
 
 def points() -> list[Point]:
