@@ -129,12 +129,10 @@ def learned_matching(
         raise ConfigError(f"kinds has {unknown[0]!r}; choose of {', '.join(KINDS)}.")
     if lam_low > lam_high:
         raise ConfigError("lam_low is above lam_high.")
-    if lam_high == 0 or lr == 0:
-        raise ConfigError(
-            "lam_high is 0, where there is nothing of B, so nothing can be learned."
-            if lam_high == 0
-            else "lr is 0, so nothing can be learned."
-        )
+    if lam_high == 0:
+        raise ConfigError("lam_high is 0, where there is nothing of B, so nothing can be learned.")
+    if lr == 0:
+        raise ConfigError("lr is 0, so nothing can be learned.")
     learn, select = split(batches, heldout)
     where = device_of(model_a) if device is None else find_device(device)
     ends = Ends(spec, model_a, model_b, objective, where, autocast)
