@@ -8,10 +8,10 @@ import os
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence, ValuesView
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, wraps
 from numbers import Integral
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -27,6 +27,44 @@ LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True)
+class Within:
+    """In `Annotated[float, Within(0, 1)]`: numbers from `low` to `high`, never NaN nor infinite.
+
+    Both are among them, but for `low` with `above`, and `high` with `below`.
+    """
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def complaint(self, name: str, value: float) -> str:
+        """What is wrong with the value, a sentence; "" where it fits."""
+        high_enough = value > self.low if self.above else value >= self.low
+        low_enough = value < self.high if self.below else value <= self.high
+        if high_enough and low_enough and math.isfinite(value):
+            return ""
+        wanted = [f"{'above' if self.above else 'at least'} {self.low}"] if self.low > -math.inf else []
+        if self.high < math.inf:
+            wanted.append(f"{'below' if self.below else 'at most'} {self.high}")
+        told = " and ".join(wanted)
+        if not wanted or not math.isfinite(value):
+            told = f"a finite number{', ' if told else ''}{told}"
+        return f"{name} is {shown(value)}, but it must be {told}."
+
+
+Count = Annotated[int, Within(1)]
+NonNegativeInt = Annotated[int, Within(0)]
+Seed = Annotated[int, Within(0)]
+Finite = Annotated[float, Within(-math.inf)]
+NonNegative = Annotated[float, Within(0)]
+Positive = Annotated[float, Within(0, above=True)]
+Share = Annotated[float, Within(0, 1)]
+Momentum = Annotated[float, Within(0, 0.9999)]
+ShareBelowOne = Annotated[float, Within(0, 1, below=True)]
+
+
+@dataclass(frozen=True)
 class Kind:
     """What an annotation lets in.
 
@@ -37,6 +75,7 @@ class Kind:
         entries: of what kind the entries of a list or mapping are.
         parts: of a union.
         plain: a scalar or an array of numpy or torch that fits as Python's own number or list.
+        complaint: of the argument's name and a value of this kind: why this one does not fit, a sentence, else "".
     """
 
     called: str
@@ -45,9 +84,12 @@ class Kind:
     entries: Kind | None = None
     parts: tuple[Kind, ...] = ()
     plain: Callable[[Any], Any] = lambda value: value
+    complaint: Callable[[str, Any], str] = lambda name, value: ""
 
     def error(self, where: str, name: str, value: Any) -> RebasinError:
         """The sentence about a value that does not fit: `where` takes something else as `name`."""
+        if complaint := self.complaint(name, value):
+            return self.mistake(complaint)
         for kind in self.parts or (self,):  # the entry that is to blame, if it is one
             if kind.entries is not None and isinstance(value, list | tuple | dict):
                 items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -141,7 +183,7 @@ def _kinds(
 def kinds_of(function: Callable[..., Any]) -> dict[str, Kind]:
     """The kind of each annotated argument of a function, or of each field of a class."""
     try:
-        hints = get_type_hints(function)
+        hints = get_type_hints(function, include_extras=True)
     except (NameError, TypeError):  # imported for type checkers alone
         return {}
     return {name: _known(hint) for name, hint in hints.items() if name != "return"}
@@ -167,12 +209,13 @@ def kind_of(hint: Any) -> Kind:
     if origin in (Union, types.UnionType):
         return _union(tuple(kind_of(one) for one in inside))
     if origin is Literal:
-        own = tuple({type(choice) for choice in inside})
-        return Kind(f"one of {', '.join(map(str, inside))}", lambda value: type(value) in own)
+        return _one_of(inside)
+    if origin is Annotated:
+        return _limited(kind_of(inside[0]), [limit for limit in inside[1:] if isinstance(limit, Within)])
     if hint == State:
         return Kind("a state", lambda value: isinstance(value, Mapping), CheckpointError)
     if origin is not None and issubclass(origin, Callable):
-        return Kind("a function", callable)
+        return FUNCTION
     if origin is not None and issubclass(origin, Mapping):
         entries = kind_of(inside[1])
         return Kind(
@@ -204,6 +247,32 @@ def kind_of(hint: Any) -> Kind:
     return Kind(f"{article} {hint.__name__}", lambda value: isinstance(value, hint), mistake)
 
 
+def _one_of(choices: tuple[Any, ...]) -> Kind:
+    types_of = {type(choice) for choice in choices}
+    told = ", ".join(map(str, choices))
+
+    def fits(value: Any) -> bool:
+        return type(value) in types_of and value in choices
+
+    def complaint(name: str, value: Any) -> str:
+        if type(value) not in types_of or value in choices:
+            return ""
+        return f"{name} is {shown(value)}; choose one of {told}."
+
+    return Kind(f"one of {told}", fits, complaint=complaint)
+
+
+def _limited(kind: Kind, limits: Sequence[Within]) -> Kind:
+    def complaint(name: str, value: Any) -> str:
+        told = (limit.complaint(name, kind.plain(value)) for limit in limits if kind.fits(value))
+        return next(filter(None, told), "")
+
+    def fits(value: Any) -> bool:
+        return kind.fits(value) and not complaint("", value)
+
+    return replace(kind, fits=fits, complaint=complaint)
+
+
 def _union(parts: tuple[Kind, ...]) -> Kind:
     if ANYTHING in parts:
         return ANYTHING
@@ -214,12 +283,15 @@ def _union(parts: tuple[Kind, ...]) -> Kind:
     mistake = mistakes.pop() if len(mistakes) == 1 else mistake
     called = [kind.called for kind in kinds]
     told = " or ".join([", ".join(called[:-1]), called[-1]])
+    others = [kind for kind in kinds if kind is not NONE]
+    alone = {"complaint": others[0].complaint} if len(others) == 1 else {}  # else the sentence tells of all
     return Kind(
         told,
         lambda value: any(test(value) for test in tests),
         mistake,
         parts=kinds,
         plain=lambda value: next(kind for kind in kinds if kind.fits(value)).plain(value),
+        **alone,
     )
 
 
@@ -262,6 +334,7 @@ def _is_iterable(value: Any) -> bool:
 
 ANYTHING = Kind("", lambda value: True)
 NONE = Kind("None", lambda value: value is None)
+FUNCTION = Kind("a function", callable)
 
 KINDS: Mapping[Any, Kind] = {
     Any: ANYTHING,
@@ -272,7 +345,7 @@ KINDS: Mapping[Any, Kind] = {
     bool: Kind("True or False", lambda value: isinstance(value, bool | np.bool_), plain=bool),
     str: Kind("text", lambda value: isinstance(value, str)),
     os.PathLike[str]: Kind("a path", lambda value: isinstance(value, os.PathLike)),
-    Callable: Kind("a function", callable),
+    Callable: FUNCTION,
     nn.Module: Kind("a model (torch.nn.Module)", lambda value: isinstance(value, nn.Module)),
     Tensor: Kind("a tensor", lambda value: isinstance(value, Tensor)),
     np.ndarray: Kind("an array", lambda value: isinstance(value, np.ndarray)),
@@ -283,16 +356,17 @@ KINDS: Mapping[Any, Kind] = {
 """Kinds that have words of their own; other classes go by their names."""
 
 
-def check_choices(**given: tuple[str | None, Any]) -> None:
-    """Raise `ConfigError` unless each option, given with its Literal type, is one of its choices, or None."""
-    for name, (value, kind) in given.items():
-        if value is not None and value not in get_args(kind):
-            raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(get_args(kind))}.")
+def check_values(
+    function: Callable[..., Any], options: Mapping[str, Any], what: str, prefix: str = ""
+) -> None:
+    """Hold options against the annotations of the function of ours that will get them, before any work is done for it;
+    others' functions may not keep to theirs, and an option that is a function itself may be made later.
 
-
-def check_range(low: float, high: float = math.inf, **given: float | None) -> None:
-    """Raise `ConfigError` unless each option is a number from `low` to `high`, or None."""
-    for name, value in given.items():
-        if value is not None and not (low <= value <= high and value != math.inf):
-            most = f" and at most {high}" if high < math.inf else ""
-            raise ConfigError(f"{name} is {shown(value)}, but it must be at least {low}{most}.")
+    Raises:
+        ConfigError: names `what` takes the option, and the option with the prefix before it.
+    """
+    if not function.__module__.startswith("rebasin."):
+        return
+    for name, kind in kinds_of(function).items():
+        if name in options and kind is not FUNCTION and not kind.fits(options[name]):
+            raise kind.error(what, prefix + name, options[name])

@@ -296,7 +296,7 @@ def test_sites_of_a_residual_stream_can_be_chosen():
     assert set(read) < set(places(reads="both"))
     with pytest.raises(ConfigError, match=r"'blocks.1.first.con' .* did you mean 'blocks.1.first.conv'"):
         places(sites=["blocks.1.first.con"])
-    with pytest.raises(ConfigError, match="sites 'first' are unknown"):
+    with pytest.raises(ConfigError, match="one of all, last, a list or None as sites, not 'first'"):
         places(sites="first")
 
 

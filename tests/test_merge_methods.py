@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rebasin.errors import ConfigError
-from rebasin.merging import METHODS
+from rebasin.merging import METHODS, merge
 from rebasin.merging.lazy import generator
 
 Array = NDArray[np.float64]
@@ -359,8 +359,10 @@ def test_dropout_keeps_the_mean_and_drops_the_share() -> None:
     ],
 )
 def test_impossible_options_are_named(name: str, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(options)) if name != "tensor_sum" else "share"):
-        call(name, [A, B, D], C, **options)
+    method, (option, value) = METHODS[name], next(iter(options.items()))
+    states = [{"w": tensor} for tensor in [A, B, D][: None if method.inputs == "N" else 2]]
+    with pytest.raises(ConfigError, match=rf"{option} (?:of .* )?is '?{value}"):
+        merge(name, states, base={"w": C} if method.takes_base else None, **options)
 
 
 def test_the_documentation_has_every_method_as_it_is() -> None:

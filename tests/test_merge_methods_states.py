@@ -336,7 +336,7 @@ def test_greedy_soup_keeps_what_helps() -> None:
     assert calls == pytest.approx([5.0, 1.0, -1.1, -0.05, 4.9 / 3], rel=1e-5)
     best = merge("greedy_soup", models, score=score, mode="max")
     assert best.weights == [1.0, 0.0, 0.0]
-    with pytest.raises(ConfigError, match="min or max"):
+    with pytest.raises(ConfigError, match="choose one of min, max"):
         merge("greedy_soup", models, score=score, mode="median")
 
 

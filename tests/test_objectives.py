@@ -150,7 +150,7 @@ def test_denoising_misuse(scheduler):
         Denoising("epsilon")
     with pytest.raises(ConfigError, match="min_snr_gamma"):
         Denoising("flow", min_snr_gamma=5.0)
-    with pytest.raises(ConfigError, match="positive"):
+    with pytest.raises(ConfigError, match="must be above 0"):
         Denoising("epsilon", alphas, min_snr_gamma=0.0)
     with pytest.raises(DataError, match="0 to 999"):
         Denoising("epsilon", alphas).loss(Denoiser(), {**batch(), "timesteps": torch.full((6,), 1000)})

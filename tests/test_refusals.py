@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli_files import rebasin
-from omegaconf import OmegaConf
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
 from test_run import TINY, configured, execute
 from test_search import configured as searched
 
+from rebasin.arguments import Kind, kinds_of
 from rebasin.compare_methods import compare_methods
 from rebasin.errors import ConfigError
 from rebasin.files import config_dir
+from rebasin.integrations.signatures import composed
 from rebasin.jobs.commands import RUN
 from rebasin.jobs.refusals import ALWAYS, RULES
 from rebasin.jobs.search import search
+from rebasin.jobs.skeleton import LIMITS
 from rebasin.jobs.studies import run_study
+from rebasin.merging.merged import find_method
+from rebasin.models import tiny_sd_training, train
 from rebasin.reporting.console import Console
 from rebasin.tasks import Task, load_task
 
@@ -110,6 +118,68 @@ def test_numbers_that_torch_can_not_take_are_refused_alike_by_runs_and_commands(
             told = rebasin(command, "a.safetensors", "b.safetensors", f"--{name}", value, expect=2)
             assert f"Invalid value for '--{name}'" in told and "Traceback" not in told
     execute(tmp_path, *TINY, f"{name}=0", "dry_run=true")
+
+
+GROUPS = ("algo", "model", "data", "objective", "evaluate", "merge")
+ANY_NUMBER = {"algo.anchor", "algo.pivot"}  # models, which are counted when they are there
+
+
+def numbers(config: Any, prefix: str) -> Iterator[tuple[str, int | float]]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value
+
+
+def declared(option: str, config: DictConfig) -> Kind | None:
+    """The kind that the signature with this option gives it."""
+    where, _, name = option.rpartition(".")
+    functions: list[Any] = [train.Recipe, tiny_sd_training.Recipe] if where.endswith("recipe") else []
+    if option.startswith("merge."):
+        method = find_method(str(config.merge.method))
+        functions = [method.function, method.plan]
+    for key in ("_target_", "many", "with_maps"):
+        path = OmegaConf.select(config, f"{where}.{key}")
+        functions += [get_object(path)] if isinstance(path, str) else []
+    return next((kinds_of(f)[name] for f in functions if f is not None and name in kinds_of(f)), None)
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"),
+    [(group, file.stem) for group in GROUPS for file in sorted((config_dir() / group).glob("[!_]*.yaml"))],
+)
+def test_every_number_has_its_limits(group: str, choice: str) -> None:
+    config = composed([f"{group}={choice}"])
+    for option, value in numbers(OmegaConf.to_container(config[group]), f"{group}."):
+        bad = math.nan if isinstance(value, float) else -(2**62)
+        if limit := LIMITS.get(option):
+            assert limit.complaint(option, bad), option
+        elif option not in ANY_NUMBER:
+            kind = declared(option, config)
+            assert kind is not None and not kind.fits(bad), option
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["algo=learned", "algo.lam_draw=best"], "algo.lam_draw is 'best'; choose one of uniform, worst."),
+        (["algo=ste", "algo.steps=-1"], "algo.steps is -1, but it must be at least 1."),
+        (["algo=weight_matching", "algo.init=best"],
+         "algo=weight_matching takes one of identity, forward, random or a Permutation as algo.init, not 'best'."),
+        (["lam=nan"], "lam is nan, but it must be a finite number."),
+        (["evaluate.points=1"], "evaluate.points is 1, but it must be at least 2."),
+        (["data.batch_size=0"], "data.batch_size is 0, but it must be at least 1."),
+        (["model.recipe.weight_decay=nan"],
+         "model.recipe.weight_decay is nan, but it must be a finite number, at least 0."),
+        (["model.recipe.optimizer=lion"], "model.recipe.optimizer is 'lion'; choose one of adam, sgd."),
+        (["merge=geometric_median", "merge.options.iterations=-4"], "iterations is -4, but it must be at least 1."),
+    ],
+)  # fmt: skip
+def test_an_impossible_value_is_refused_by_a_dry_run(overrides: list[str], told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        execute(tmp_path, *TINY, *overrides, "dry_run=true")
+    assert str(caught.value) == told
 
 
 @pytest.mark.parametrize("override", ["objective=distillation", "data=mnist", "device=meta"])

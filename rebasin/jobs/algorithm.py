@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ..arguments import kinds_of
+from ..arguments import check_values
 from ..errors import ConfigError, SpecMismatchError
 from ..integrations.hydra import function_of, resolved
 from ..matching import LearnedResult, ManyMapsResult, MapsResult
@@ -186,12 +186,7 @@ def load_algorithm(algo: DictConfig, several: bool = False) -> Algorithm:
     check_options(f"algo={algo.name}", options, known)
     if options.get("device") in (None, known.get("device")):
         options.pop("device", None)  # that of the run, if there is one
-    if function.__module__.startswith(
-        "rebasin."
-    ):  # whose hints are kept to: better now than when models are loaded
-        for name, kind in kinds_of(function).items():
-            if name in options and not kind.fits(options[name]):
-                raise kind.error(f"algo={algo.name}", f"algo.{name}", options[name])
+    check_values(function, options, f"algo={algo.name}", "algo.")
     return Algorithm(algo.name, function, options, resolved(algo).get("reward"))
 
 

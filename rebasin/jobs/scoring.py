@@ -60,8 +60,6 @@ def load_scoring(cfg: DictConfig, task: Task) -> Scoring | None:
         raise ConfigError(
             f"evaluate={options.name} scores images of prompts, but model={cfg.model.name} makes none; leave it out."
         )
-    if options.seeds < 1:
-        raise ConfigError(f"evaluate.seeds is {options.seeds}, but it must be at least 1.")
     prompts = maker.chosen(options.prompts)[: PROMPTS if options.prompts is None else None]
     batches = [
         # Noise that no search has seen.

@@ -6,7 +6,8 @@ A job is three functions: `prepare` looks at everything that could be wrong and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ..arguments import check_range
+from ..arguments import Within
 from ..errors import ConfigError, RebasinError
 from ..evaluation.samples import Samples
 from ..files import LARGEST_SEED, MOST_THREADS, prepare_folder
@@ -33,6 +34,31 @@ SPLITS = ("train", "heldout")
 
 NONE = "none"
 """The merge is not repaired."""
+
+LIMITS: Mapping[str, Within] = {
+    option: limit
+    for limit, options in {
+        Within(0, LARGEST_SEED): "seed",
+        Within(0, MOST_THREADS): "threads",
+        Within(-math.inf): "lam algo.reward.guidance evaluate.guidance model.guidance objective.guidance",
+        Within(2): "evaluate.points",  # the ends
+        Within(0, 1): "data.share",
+        Within(0, above=True): "model.width",
+        Within(
+            0
+        ): "evaluate.guidance model.guidance objective.guidance model.batches model.samples sample_every",
+        Within(1): (
+            "data.batch_size data.draws data.heldout data.train data.matching_samples merge.samples"
+            " evaluate.batch_size evaluate.seeds evaluate.steps"
+            " model.blocks model.depth model.groups model.seeds_shown model.steps"
+            " objective.batch_size objective.grad_steps objective.heldout objective.samples objective.steps"
+            " objective.train algo.reward.batch_size algo.reward.grad_steps algo.reward.steps algo.reward.train"
+            " algo.match.max_sweeps algo.match.restarts algo.match.steps"
+        ),
+    }.items()
+    for option in options.split()
+}
+"""Numbers of the configuration that no signature declares; those of algorithms, merges and recipes stand there."""
 
 Prepared = TypeVar("Prepared")
 
@@ -169,12 +195,10 @@ def settle(cfg: DictConfig) -> None:
         )
     if cfg.repair not in (NONE, *REPAIRS):
         raise ConfigError(f"repair is {cfg.repair!r}; it takes {NONE}, {', '.join(REPAIRS)}.")
-    if cfg.evaluate.points < 2:
-        raise ConfigError(
-            f"evaluate.points is {cfg.evaluate.points}, but a line has at least 2 points, its ends."
-        )
-    check_range(0, LARGEST_SEED, seed=cfg.seed)
-    check_range(0, MOST_THREADS, threads=cfg.threads)
+    for option, limit in LIMITS.items():
+        value = OmegaConf.select(cfg, option)
+        if isinstance(value, int | float) and (complaint := limit.complaint(option, value)):
+            raise ConfigError(complaint)
     for option in ("device", "algo.device"):
         if (device := OmegaConf.select(cfg, option)) is not None:
             find_device(device, option)

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..arguments import check_range, typed
+from ..arguments import Count, Seed, typed
 from ..errors import DataError
 from ..objectives import LossFunction, Objective
 from ..spec import Alignment, Permutation, PermutationSpec
@@ -64,7 +64,7 @@ class AutoResult(MatchResult):
 
     chosen: str = field(kw_only=True)
     tried: tuple[Tried, ...] = field(kw_only=True)
-    points: int = field(kw_only=True)
+    points: Count = field(kw_only=True)
     endpoints: tuple[float, float] = field(default=(math.nan, math.nan), kw_only=True)
 
 
@@ -105,11 +105,11 @@ def auto_matching(
     batches: Sequence[Any] = (),
     *,
     heldout: Sequence[Any] | None = None,
-    points: int = 3,
-    samples: int = 4000,
+    points: Count = 3,
+    samples: Count = 4000,
     ste: bool = False,
-    search_steps: int | None = None,
-    seed: int = 0,
+    search_steps: Count | None = None,
+    seed: Seed = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     checkpoint: Callable[[AutoState], None] | None = None,
@@ -158,11 +158,11 @@ def auto_alignment(
     batches: Sequence[Any] = (),
     *,
     heldout: Sequence[Any] | None = None,
-    points: int = 3,
-    samples: int = 4000,
+    points: Count = 3,
+    samples: Count = 4000,
     ste: bool = False,
-    search_steps: int | None = None,
-    seed: int = 0,
+    search_steps: Count | None = None,
+    seed: Seed = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     checkpoint: Callable[[AutoState], None] | None = None,
@@ -200,8 +200,6 @@ def _best(
 ) -> dict[str, Any]:
     """The fields of the result."""
     given, began = dict(locals()), perf_counter()
-    check_range(1, points=points, samples=samples, search_steps=search_steps)
-    check_range(0, seed=seed)
     where = device_of(model_a) if device is None else find_device(device)
     if objective is None or not batches:
         return _unseen(learned, spec, model_a, model_b, seed, where, progress)

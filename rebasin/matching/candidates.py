@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from ..errors import ConfigError, RebasinError, SpecMismatchError
+from ..errors import RebasinError, SpecMismatchError
 from ..objectives import LossFunction, Objective
 from ..spec import Alignment, Permutation, PermutationSpec
 from ..types import brief
@@ -86,10 +86,6 @@ def candidate(
         return weight_matching(
             spec, model_a.state_dict(), model_b.state_dict(), seed=seed, device=device
         ).permutation
-    if name not in ACTIVATIONS:
-        raise ConfigError(
-            f"There is no start {name!r}: init takes {', '.join(get_args(Named))} or a permutation."
-        )
     function, options = ACTIVATIONS[name]
     more = {"fallback_to_weights": True} if function is activation_matching else {}
     found = function(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_range, typed
+from ..arguments import NonNegative, typed
 from ..errors import DataError
 from ..spec import PermutationSpec
 from ..tensors.modules import Forward, call_model, computing, eval_mode, hooked, to_device
@@ -101,7 +101,7 @@ def repair_least_squares(
     batches: Iterable[Any],
     *,
     weights: Sequence[float] | None = None,
-    ridge: float = 1e-3,
+    ridge: NonNegative = 1e-3,
     forward: Forward | None = None,
     device: torch.device | str | None = None,
 ) -> Repaired:
@@ -127,7 +127,6 @@ def repair_least_squares(
     """
     began = perf_counter()
     raw = member_weights(members, weights)
-    check_range(0, ridge=ridge)
     call = forward or call_model
     work, where = working_copy(model, merged, device)
     copies = [working_copy(model, member, where)[0] for member in members]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import typed
+from ..arguments import Seed, typed
 from ..errors import ConfigError, RebasinError, shown
 from ..tensors.modules import find_device
 from ..types import Progress, State
@@ -24,7 +24,7 @@ def merge(
     *,
     base: State | None = None,
     weights: Weights = None,
-    seed: int = 0,
+    seed: Seed = 0,
     companions: Sequence[State] | None = None,
     labels: Sequence[str] | None = None,
     device: torch.device | str | None = None,

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..arguments import check_values
 from ..errors import ConfigError
 from ..types import REQUIRED, arguments_of, check_options
 
@@ -85,8 +86,12 @@ class Method:
         Raises:
             ConfigError: an option that the method does not have, or one that it needs is missing.
         """
-        known = {**self.options, **plan_options(self.plan)}
-        return check_options(f"The merge method {self.name!r}", options, known)
+        what, known = f"The merge method {self.name!r}", {**self.options, **plan_options(self.plan)}
+        filled = check_options(what, options, known)
+        for function in (self.function, self.plan):
+            if function is not None:
+                check_values(function, filled, what)
+        return filled
 
     def fit_weights(self, given: Any, models: int, name: str = "") -> float | list[float] | None:
         """What the method gets as its weight for one tensor, from what the user gave.

@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_choices, typed
+from ..arguments import typed
 from ..errors import ConfigError, DataError
 from ..spec import PermutationSpec
 from ..tensors.modules import Forward, call_model, computing, eval_mode, to_device
@@ -162,7 +162,6 @@ def repair(
         ConfigError: the weights do not fit, there are no members, or the network has nothing that this changes.
     """
     began = perf_counter()
-    check_choices(how=(how, How))
     raw = member_weights(members, weights)
     if (reason := unfit(spec, model, how)) is not None:
         raise ConfigError(

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from ..arguments import check_values
 from ..data import captioned_digits as digits
 from ..data import classification
 from ..errors import ConfigError
@@ -132,20 +133,17 @@ class Trainer:
         return state
 
 
-def recipe(options: Mapping[str, Any]) -> Recipe:
-    """The recipe that a configuration describes.
+def recipe(options: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe that a configuration describes at `where`.
 
     Raises:
         ConfigError: an unknown field, or a number that makes no training.
     """
+    check_values(Recipe, options, "A training", f"{where}.")
     try:
         found = Recipe(**{"seed": 0, **options})
     except TypeError as error:
         raise ConfigError(f"The recipe {json.dumps(dict(options))} does not fit: {error}.") from error
-    if min(found.steps, found.batch_size) < 1:
-        raise ConfigError(
-            f"The recipe has {found.steps} steps of {found.batch_size} images, but both must be at least 1."
-        )
     return found
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from ..arguments import Count, NonNegative, Positive, Seed, ShareBelowOne, typed
 from ..data import captioned_digits as digits
 from ..errors import ConfigError
 from ..files import keep
@@ -32,19 +33,20 @@ from . import tiny_sd
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names
 
 
+@typed
 @dataclass(frozen=True)
 class Recipe:
     """What one stage of training does. The learning rate rises over the first tenth and then falls to zero as
     a cosine.
     """
 
-    steps: int
-    batch_size: int
-    learning_rate: float
-    seed: int
-    weight_decay: float = 0.01
-    ema: float = 0.0  # decay of the averaged weights; 0: no averaging
-    checkpoint_every: int = 250
+    steps: Count
+    batch_size: Count
+    learning_rate: Positive
+    seed: Seed
+    weight_decay: NonNegative = 0.01
+    ema: ShareBelowOne = 0.0  # decay of the averaged weights; 0: no averaging
+    checkpoint_every: Count = 250
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

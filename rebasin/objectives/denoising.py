@@ -15,13 +15,13 @@ two models are comparable to the last digit.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..arguments import typed
+from ..arguments import Count, Positive, typed
 from ..data.batches import batched, length
 from ..errors import ConfigError, DataError
 from .base import mean_over_batches
@@ -61,14 +61,10 @@ class Denoising:
 
     prediction: Prediction = "epsilon"
     alphas_cumprod: Tensor | None = None
-    min_snr_gamma: float | None = None
-    flow_timesteps: int = 1000
+    min_snr_gamma: Positive | None = None
+    flow_timesteps: Count = 1000
 
     def __post_init__(self) -> None:
-        if self.prediction not in get_args(Prediction):
-            raise ConfigError(
-                f"Unknown prediction '{self.prediction}': choose one of {', '.join(get_args(Prediction))}."
-            )
         if self.prediction == "flow":
             if self.min_snr_gamma is not None:
                 raise ConfigError(
@@ -78,8 +74,6 @@ class Denoising:
             raise ConfigError(
                 f"Prediction '{self.prediction}' needs the scheduler's alphas_cumprod, a vector of length T."
             )
-        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
-            raise ConfigError(f"min_snr_gamma is {self.min_snr_gamma}, but it must be positive.")
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean (weighted) squared error of the batch, a differentiable scalar in float32."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import typed
+from ..arguments import Count, Finite, Seed, typed
 from ..data.batches import length, rows
 from ..tensors.modules import computing, device_of, eval_mode, to_device
 from .denoising import Batch, Condition, Denoising, predict, stratified
@@ -43,9 +43,9 @@ def teach(
     shape: tuple[int, ...],
     *,
     unconditional: Condition | None = None,
-    guidance: float = 1.0,
-    steps: int = 20,
-    seed: int = 0,
+    guidance: Finite = 1.0,
+    steps: Count = 20,
+    seed: Seed = 0,
 ) -> list[dict[str, Any]]:
     """Batches for `Distillation`, one for each of `conditions`: what n samples are told, or, for models without a
     condition, their number n.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import typed
+from ..arguments import Count, Finite, typed
 from ..data.batches import batched, first
 from ..errors import ConfigError
 from .base import imported, mean_over_batches
@@ -55,15 +55,15 @@ class Reward:
     scorer: Scorer | str
     decode: Callable[[Tensor], Tensor]
     problem: Denoising
-    steps: int = 10
-    grad_steps: int = 1
-    guidance: float = 3.0
+    steps: Count = 10
+    grad_steps: Count = 1
+    guidance: Finite = 3.0
 
     def __post_init__(self) -> None:
         if isinstance(self.scorer, str):
             object.__setattr__(self, "scorer", imported("scorer", self.scorer))
         timesteps(self.problem, self.steps)
-        if not 1 <= self.grad_steps <= self.steps:
+        if self.grad_steps > self.steps:
             raise ConfigError(f"grad_steps is {self.grad_steps}, but it must be 1 to steps, {self.steps}.")
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

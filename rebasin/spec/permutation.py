@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import check_range, typed
+from ..arguments import Seed, typed
 from ..errors import CheckpointError, RebasinError, SpecMismatchError, shown
 from ..files import PathLike, SchemaError, conform, parse
 from ..tensors import SafetensorsState, load_safetensors, save_safetensors
@@ -117,9 +117,8 @@ class PermutationSpec:
         return Permutation.trusted(self, {name: np.arange(cell.size) for name, cell in self.cells.items()})
 
     @typed
-    def random(self, seed: int = 0) -> Permutation:
+    def random(self, seed: Seed = 0) -> Permutation:
         """A uniformly drawn member of the group."""
-        check_range(0, seed=seed)
         rng = np.random.default_rng(seed)
         index = {name: np.arange(cell.size) for name, cell in self.cells.items()}
         for group in self.groups:
@@ -127,9 +126,8 @@ class PermutationSpec:
         return Permutation.trusted(self, index)
 
     @typed
-    def random_alignment(self, seed: int = 0) -> Alignment:
+    def random_alignment(self, seed: Seed = 0) -> Alignment:
         """A random member of the whole group: a permutation, and a matrix for each continuous group."""
-        check_range(0, seed=seed)
         return Alignment.random(self, seed)
 
     @typed

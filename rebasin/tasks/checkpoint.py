@@ -198,10 +198,6 @@ def _check_numbers(cfg: DictConfig) -> None:
     if "pipeline" in takes:
         algo = {**takes, **(cfg.get("algo") or {})}
         check_sampling(algo["points"], algo["steps"], algo["batch_size"], "algo.")
-        if algo["count"] is not None and algo["count"] < 0:
-            raise ConfigError(
-                f"algo.count is {algo['count']}, but it must be at least 1, or null for all prompts."
-            )
 
 
 def _check_files(cfg: DictConfig) -> list[str]:

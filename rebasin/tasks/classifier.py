@@ -9,6 +9,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from ..arguments import check_values
 from ..checkpoints.weights import weights_for
 from ..data import classification
 from ..data.parts import half, split
@@ -34,7 +35,9 @@ def load(cfg: DictConfig) -> Task:
     data = classification.load(cfg.data.name, cfg.data.path, download=cfg.data.download)
     model = resolved(cfg.model)
     own = {name: value for name, value in model.items() if name not in OWN}
-    options, recipe = fitting_options(model["architecture"], data, own), Recipe(**model["recipe"])
+    options = fitting_options(model["architecture"], data, own)
+    check_values(Recipe, model["recipe"], "A training", "model.recipe.")
+    recipe = Recipe(**model["recipe"])
     device = find_device(cfg.device)
     network = build(model["architecture"], **options).eval().to(device)
     seeds = seeds_of(model["seeds"], cfg.seed)

@@ -129,10 +129,6 @@ def objective_of(
     if options.kind == "distillation":
         prompts = maker.chosen(options.prompts)
         count, size = options.samples, options.batch_size
-        if count < 1 or size < 1:
-            raise ConfigError(
-                f"objective.samples is {count} and objective.batch_size {size}, but both must be at least 1."
-            )
         models = endpoints()
 
         def taught(count: int, seed: int) -> Batches:

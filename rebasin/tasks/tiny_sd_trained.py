@@ -38,10 +38,8 @@ def load(cfg: DictConfig) -> Task:
         raise ConfigError(f"model.text is {cfg.model.text!r}; choose {' or '.join(TEXTS)}.")
     seeds = _seeds(cfg.model.seeds, cfg.seed)
     options = resolved(cfg.model)
-    trainer = Trainer(
-        cfg.model.width, recipe(options["recipe"]), recipe(options["text_recipe"]), cfg.data.path, cfg.path.cache,
-        str(find_device(cfg.device)),
-    )  # fmt: skip
+    recipes = (recipe(options[name], f"model.{name}") for name in ("recipe", "text_recipe"))
+    trainer = Trainer(cfg.model.width, *recipes, cfg.data.path, cfg.path.cache, str(find_device(cfg.device)))
     unet = tiny_sd.new_unet(0, cfg.model.width).eval()
     around = digits_pipeline(unet, device=find_device(cfg.device))
     shared = around.pipeline.text_encoder

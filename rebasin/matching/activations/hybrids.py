@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...arguments import check_choices, typed
-from ...errors import ConfigError
+from ...arguments import Count, NonNegativeInt, Seed, Share, typed
 from ...objectives import LossFunction, Objective
 from ...spec import PermutationSpec
 from ...tensors.modules import Forward
@@ -42,13 +41,13 @@ def activation_then_weight(
     statistic: Statistic = "pearson",
     reads: Reads = "inputs",
     sites: Sites = None,
-    tokens: int | None = TOKENS,
+    tokens: NonNegativeInt | None = TOKENS,
     objective: Objective | LossFunction | None = None,
     forward: Forward | None = None,
     order: Order = "random",
-    max_sweeps: int = 100,
+    max_sweeps: Count = 100,
     normalize: Normalize = "repeats",
-    seed: int = 0,
+    seed: Seed = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> MatchResult:
@@ -79,16 +78,16 @@ def activation_and_weight(
     model_b: nn.Module,
     batches: Iterable[Any],
     *,
-    weight: float = 0.5,
+    weight: Share = 0.5,
     statistic: Statistic = "pearson",
     reads: Reads = "inputs",
     sites: Sites = None,
-    tokens: int | None = TOKENS,
+    tokens: NonNegativeInt | None = TOKENS,
     objective: Objective | LossFunction | None = None,
     forward: Forward | None = None,
     order: Order = "random",
-    max_sweeps: int = 100,
-    seed: int = 0,
+    max_sweeps: Count = 100,
+    seed: Seed = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> MatchResult:
@@ -110,9 +109,6 @@ def activation_and_weight(
         ConfigError: `weight` is not between 0 and 1. Else what `activation_matching` raises.
     """
     began = perf_counter()
-    check_choices(statistic=(statistic, Statistic))
-    if not 0 <= weight <= 1:
-        raise ConfigError(f"weight is {weight}, but the share of the weights must be between 0 and 1.")
     statistics = activation_statistics(
         spec, model_a, model_b, batches, objective=objective, forward=forward, reads=reads, sites=sites, tokens=tokens,
         seed=seed, device=device, progress=progress,

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...arguments import check_choices, typed
+from ...arguments import NonNegativeInt, Seed, typed
 from ...errors import ConfigError
 from ...objectives import LossFunction, Objective
 from ...spec import Permutation, PermutationSpec, displaced
@@ -89,11 +89,11 @@ def activation_matching(
     statistic: Statistic = "pearson",
     reads: Reads = "inputs",
     sites: Sites = None,
-    tokens: int | None = TOKENS,
+    tokens: NonNegativeInt | None = TOKENS,
     objective: Objective | LossFunction | None = None,
     forward: Forward | None = None,
     fallback_to_weights: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     precision: Precision | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
@@ -134,7 +134,6 @@ def activation_matching(
         DataError: there are no batches, or one gives NaN or infinite activations.
         ConfigError: an option does not fit, or a group can't be seen at any module and there is to be no fallback.
     """
-    check_choices(statistic=(statistic, Statistic))
     statistics = activation_statistics(
         spec, model_a, model_b, batches, objective=objective, forward=forward, reads=reads, sites=sites, tokens=tokens,
         seed=seed, precision=precision, device=device, progress=progress, checkpoint=checkpoint,
@@ -157,7 +156,6 @@ def match_statistics(
 
     The states are the two models' weights: for the distances, and for what the statistics leave open.
     """
-    check_choices(statistic=(statistic, Statistic))
     return _finish(_solve(statistics, statistic), state_a, state_b)
 
 

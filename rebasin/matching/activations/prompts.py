@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...arguments import typed
+from ...arguments import Count, Finite, NonNegativeInt, Seed, typed
 from ...data.prompts import captioned_images, read_prompts
 from ...data.sampled import DENOISERS, Placed, Points, encoded_batches, sampled_batches
 from ...errors import ConfigError
@@ -28,12 +28,12 @@ def match_pipelines(
     pipeline_b: Any,
     prompts: Sequence[str],
     *,
-    steps: int = 25,
+    steps: Count = 25,
     points: Points = 5,
-    guidance: float = 7.5,
-    batch_size: int = 4,
+    guidance: Finite = 7.5,
+    batch_size: Count = 4,
     options: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: Progress | None = None,
     **matching: Any,
 ) -> dict[str, ActivationResult]:
@@ -77,17 +77,17 @@ def prompt_activation_matching(
     *,
     prompts: str | Path | Sequence[str] | None = None,
     encode_images: bool = False,
-    count: int | None = 40,
-    steps: int = 25,
+    count: Count | None = 40,
+    steps: Count = 25,
     points: Points = 5,
-    guidance: float = 3.0,
-    batch_size: int = 10,
+    guidance: Finite = 3.0,
+    batch_size: Count = 10,
     statistic: Statistic = "pearson",
     reads: Reads = "inputs",
     sites: Sites = None,
-    tokens: int | None = TOKENS,
+    tokens: NonNegativeInt | None = TOKENS,
     then_weight: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: Progress | None = None,
 ) -> MatchResult:
     """Activation matching of two denoisers, text encoders or VAEs on prompts instead of the data of a task.

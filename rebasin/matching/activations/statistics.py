@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...arguments import check_choices, check_range, typed
+from ...arguments import NonNegativeInt, Seed, typed
 from ...errors import ConfigError, DataError, SpecMismatchError
 from ...objectives import LossFunction, Objective, checked
 from ...spec import Group, Leaf, Node, PermutationSpec
@@ -118,8 +118,8 @@ def activation_statistics(
     forward: Forward | None = None,
     reads: Reads = "inputs",
     sites: Sites = None,
-    tokens: int | None = TOKENS,
-    seed: int = 0,
+    tokens: NonNegativeInt | None = TOKENS,
+    seed: Seed = 0,
     precision: Precision | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
@@ -134,9 +134,7 @@ def activation_statistics(
         ConfigError: an option, a module name, or the state to continue from, does not fit.
     """
     began = perf_counter() - (resume_from.seconds if resume_from is not None else 0.0)
-    check_range(0, tokens=tokens, seed=seed)
     tokens = tokens or None
-    check_choices(reads=(reads, Reads), precision=(precision, Precision))
     for model, what in ((model_a, "A"), (model_b, "B")):
         spec.check(model.state_dict(), what)
     if device is not None:
@@ -208,10 +206,8 @@ def choose(
     """The hook_sites of each cell that are to be used; `reads` and `sites` as `activation_matching` has them.
 
     Raises:
-        ConfigError: `sites` names a module that shows no neurons, or is something else.
+        ConfigError: `sites` names a module that shows no neurons.
     """
-    if isinstance(sites, str) and sites not in ("all", "last"):
-        raise ConfigError(f"The sites {sites!r} are unknown: give 'all', 'last' or a list of module names.")
     named = None if sites is None or isinstance(sites, str) else set(sites)
     modules = {site.module for site in hook_sites}
     for name in sorted((named or set()) - modules):

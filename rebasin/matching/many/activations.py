@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...arguments import check_choices, check_range, typed
+from ...arguments import Count, NonNegativeInt, Seed, typed
 from ...objectives import LossFunction, Objective
 from ...spec import Permutation, PermutationSpec
 from ...tensors.modules import Forward, loaded
@@ -52,13 +52,13 @@ def match_many_activations(
     statistic: Statistic = "pearson",
     reads: Reads = "inputs",
     sites: Sites = None,
-    tokens: int | None = TOKENS,
+    tokens: NonNegativeInt | None = TOKENS,
     objective: Objective | LossFunction | None = None,
     forward: Forward | None = None,
     order: Order = "random",
     anchor: int | None = 0,
-    max_passes: int = 100,
-    seed: int = 0,
+    max_passes: Count = 100,
+    seed: Seed = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> ManyResult:
@@ -79,9 +79,6 @@ def match_many_activations(
         DataError: there are no batches, or one gives NaN or infinite activations.
         ConfigError: an option does not fit, or a group can't be seen at any module.
     """
-    check_choices(statistic=(statistic, Statistic))
-    check_range(1, max_passes=max_passes)
-    check_range(0, seed=seed)
     models = Models(spec, states, weights)
     models.check_anchor(anchor)
     n, before = len(models), first_distance(models)

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...arguments import check_range, typed
+from ...arguments import Count, NonNegative, Seed, typed
 from ...spec import Permutation, PermutationSpec, Site, to_array
 from ...types import Progress, State, tell, widened
 from ..assignment.blocks import assign_all
@@ -64,10 +64,10 @@ def match_cycle_consistently(
     *,
     weights: Sequence[float] | None = None,
     init: Init = "identity",
-    max_steps: int = 100,
-    tolerance: float = 1e-6,
+    max_steps: Count = 100,
+    tolerance: NonNegative = 1e-6,
     polish: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: Progress | None = None,
 ) -> ManyResult:
     """Bring N models into one arrangement by maximising the inner products of all pairs at once, and average them.
@@ -84,8 +84,6 @@ def match_cycle_consistently(
         polish: go on with MergeMany from the result, which ends where no single model can be improved.
         seed: of the matchings of "pivot" and `polish`; the method itself has no chance in it.
     """
-    check_range(1, max_steps=max_steps)
-    check_range(0, tolerance=tolerance, seed=seed)
     models = Models(spec, states, weights)
     n = len(models)
     mean = RunningMean(models)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ...arguments import check_choices, check_range, typed
+from ...arguments import Seed, typed
 from ...errors import ConfigError
 from ...objectives import LossFunction, Objective
 from ...spec import Alignment, Permutation, PermutationSpec
@@ -61,7 +61,7 @@ def match_by_maps(
     heldout: Sequence[Any] | None = None,
     weights: Sequence[float] | None = None,
     match: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> ManyMapsResult:
@@ -75,8 +75,6 @@ def match_by_maps(
         by: "loss" learns the maps; "weights" takes those that are closest.
         match: options of `learned_matching` (`steps`, `kinds`, `init`, ...) or of `weight_alignment`.
     """
-    check_choices(by=(by, By))
-    check_range(0, seed=seed)
     models = Models(spec, states, weights)
     before = first_distance(models)
     work = learned_matching if by == "loss" else weight_alignment

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 
-from ...arguments import check_choices, check_range, typed
+from ...arguments import Count, Seed, typed
 from ...errors import ConfigError, shown
 from ...spec import Permutation, PermutationSpec
 from ...types import Progress, check_options, tell
@@ -62,8 +62,8 @@ def match_to_mean(
     keep: bool = False,
     order: Order = "random",
     anchor: int | None = 0,
-    seed: int = 0,
-    max_passes: int = 100,
+    seed: Seed = 0,
+    max_passes: Count = 100,
     match: Mapping[str, Any] = MATCH,
     scratch: str | os.PathLike[str] | None = None,
     workers: Workers | None = None,
@@ -107,8 +107,6 @@ def match_to_mean(
             NaN or infinite values. All models are checked before any work starts; the message names the one.
         ConfigError: an option, or the state to continue from, does not fit.
     """
-    check_range(1, max_passes=max_passes)
-    check_range(0, seed=seed)
     models = Models(spec, states, weights)
     models.check_anchor(anchor)
     if workers is not None and not isinstance(getattr(workers, "count", None), int):
@@ -355,7 +353,6 @@ class _Run:
 def _begin(spec: PermutationSpec, init: Start, n: int) -> list[Permutation | None]:
     """Each model's permutation, None for those that are to join in the first pass."""
     if isinstance(init, str):
-        check_choices(init=(init, Named))
         return [spec.identity() if init == "identity" else None] * n
     if len(init) > n:
         raise ConfigError(f"There are {len(init)} permutations to start from, but only {n} models.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...arguments import typed
+from ...arguments import Seed, typed
 from ...errors import ConfigError
 from ...spec import PermutationSpec
 from ...types import Progress, supply
@@ -38,7 +38,7 @@ def merge_many(
     *,
     method: str = "mean",
     weights: Sequence[float] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: Progress | None = None,
     **options: Any,
 ) -> ManyResult:

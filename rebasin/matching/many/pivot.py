@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ...arguments import check_range, typed
+from ...arguments import Seed, typed
 from ...errors import ConfigError
 from ...spec import Permutation, PermutationSpec
 from ...types import Progress, tell
@@ -29,7 +29,7 @@ def match_to_pivot(
     *,
     pivot: int | Literal["best"] = 0,
     weights: Sequence[float] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     match: Mapping[str, Any] = MATCH,
     progress: Progress | None = None,
 ) -> ManyResult:
@@ -66,7 +66,7 @@ def match_by_tree(
     states: Sequence[Source],
     *,
     weights: Sequence[float] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     match: Mapping[str, Any] = MATCH,
     progress: Progress | None = None,
 ) -> ManyResult:
@@ -121,7 +121,6 @@ class _Run:
     converged: bool = True
 
     def __post_init__(self, match: Mapping[str, Any]) -> None:
-        check_range(0, seed=self.seed)
         self.options = {**match_options(match), "normalize": "paper"}
         self.models = Models(self.spec, self.states, self.weights)
 

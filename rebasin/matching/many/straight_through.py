@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...arguments import check_choices, check_range, typed
+from ...arguments import Count, Momentum, NonNegative, Seed, typed
 from ...errors import DataError
 from ...objectives import LossFunction, Objective
 from ...spec import Permutation, PermutationSpec
@@ -59,17 +59,17 @@ def straight_through_many(
     heldout: Sequence[Any] | None = None,
     weights: Sequence[float] | None = None,
     init: Init = "pivot",
-    steps: int = 200,
-    lr: float = 1e-3,
-    momentum: float = 0.9,
+    steps: Count = 200,
+    lr: NonNegative = 1e-3,
+    momentum: Momentum = 0.9,
     schedule: Schedule = "cosine",
     lambdas: Lambdas = "random",
-    project_every: int = 1,
-    projection_sweeps: int = 100,
-    evaluate_every: int = 5,
+    project_every: Count = 1,
+    projection_sweeps: Count = 100,
+    evaluate_every: Count = 5,
     autocast: Autocast | None = None,
     checkpointing: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> ManyResult:
@@ -95,11 +95,6 @@ def straight_through_many(
         ConfigError: an option has an impossible value, or the search diverged.
         DataError: there are no batches, or a loss is not a finite number.
     """
-    check_range(1, steps=steps, project_every=project_every, projection_sweeps=projection_sweeps)
-    check_range(1, evaluate_every=evaluate_every)
-    check_range(0, lr=lr, seed=seed)
-    check_range(0, 0.9999, momentum=momentum)
-    check_choices(lambdas=(lambdas, Lambdas), schedule=(schedule, Schedule), autocast=(autocast, Autocast))
     models = Models(spec, states, weights)
     n = len(models)
     batches, heldout = split(batches, heldout)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...arguments import typed
+from ...arguments import Seed, typed
 from ...objectives import LossFunction, Objective
 from ...spec import (
     DIAGONAL,
@@ -69,7 +69,7 @@ def activation_alignment(
     tokens: int | None = TOKENS,
     objective: Objective | LossFunction | None = None,
     forward: Forward | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     precision: Precision | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,

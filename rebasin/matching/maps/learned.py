@@ -21,17 +21,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ...arguments import check_choices, check_range, typed
+from ...arguments import Count, Positive, Seed, Share, Within, typed
 from ...errors import ConfigError, DataError, SpecMismatchError
 from ...merging.interpolate import interpolate_tensor
 from ...objectives import LossFunction, Objective
 from ...spec import DIAGONAL, Alignment, ContinuousGroup, PermutationSpec, to_array
-from ...spec.continuous import KINDS
+from ...spec.continuous import Kind
 from ...tensors.modules import device_of, find_device
 from ...types import Progress, tell
 from ..candidates import Start, start_of
@@ -46,6 +46,7 @@ from .result import Learned, LearnedResult, LearnedState, LearnedStep
 from .shares import LamDraw, Shares
 
 MapsStart = Start | Literal["weight_alignment"] | Alignment
+PositiveShare = Annotated[float, Within(0, 1, above=True)]
 
 START = 500
 """So many samples are looked at for the permutation that learning starts from."""
@@ -64,17 +65,17 @@ def learned_matching(
     *,
     heldout: Sequence[Any] | None = None,
     init: MapsStart = "activation_and_weight",
-    kinds: Sequence[str] | None = None,
+    kinds: Sequence[Kind] | None = None,
     balanced: Sequence[str] | None = None,
-    steps: int = 250,
-    lr: float = 4e-2,
-    lam_low: float = 0.4,
-    lam_high: float = 0.6,
+    steps: Count = 250,
+    lr: Positive = 4e-2,
+    lam_low: Share = 0.4,
+    lam_high: PositiveShare = 0.6,
     lam_draw: LamDraw = "uniform",
-    evaluate_every: int = 10,
+    evaluate_every: Count = 10,
     autocast: Autocast | None = None,
     checkpointing: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     checkpoint: Callable[[LearnedState], None] | None = None,
@@ -121,18 +122,8 @@ def learned_matching(
         DataError: there are no batches, or a loss is not a finite number.
     """
     given = dict(locals())
-    check_choices(autocast=(autocast, Autocast), lam_draw=(lam_draw, LamDraw))
-    check_range(1, steps=steps, evaluate_every=evaluate_every)
-    check_range(0, lr=lr, seed=seed)
-    check_range(0, 1, lam_low=lam_low, lam_high=lam_high)
-    if unknown := sorted(set(kinds or ()) - set(KINDS)):
-        raise ConfigError(f"kinds has {unknown[0]!r}; choose of {', '.join(KINDS)}.")
     if lam_low > lam_high:
         raise ConfigError("lam_low is above lam_high.")
-    if lam_high == 0:
-        raise ConfigError("lam_high is 0, where there is nothing of B, so nothing can be learned.")
-    if lr == 0:
-        raise ConfigError("lr is 0, so nothing can be learned.")
     learn, select = split(batches, heldout)
     where = device_of(model_a) if device is None else find_device(device)
     ends = Ends(spec, model_a, model_b, objective, where, autocast)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...arguments import check_range, typed
+from ...arguments import Count, Seed, typed
 from ...errors import CheckpointError, shown
 from ...spec import (
     DIAGONAL,
@@ -90,8 +90,8 @@ def weight_alignment(
     state_a: State,
     state_b: State,
     *,
-    seed: int = 0,
-    max_sweeps: int = 100,
+    seed: Seed = 0,
+    max_sweeps: Count = 100,
     progress: Progress | None = None,
 ) -> MapsResult:
     """Find the permutation and the maps that bring B to A, from the weights alone.
@@ -110,8 +110,6 @@ def weight_alignment(
         CheckpointError: a tensor is not floating point or has NaN or infinite values.
     """
     began = perf_counter()
-    check_range(1, max_sweeps=max_sweeps)
-    check_range(0, seed=seed)
     names = touched_by(spec)
     a, b = (read(spec, state, names) for state in (state_a, state_b))
     before = distance(spec, a, b)

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...arguments import check_choices, check_range, typed
+from ...arguments import Count, NonNegative, Seed, Within, typed
 from ...merging.interpolate import interpolate_tensor
 from ...objectives import LossFunction, Objective
 from ...spec import PermutationSpec
@@ -38,6 +38,7 @@ from .result import SinkhornResult, SinkhornState
 from .soft import SoftMember
 
 Cost = Literal["weights", "midpoint", "line"]
+Temperature = Annotated[float, Within(1e-6)]
 
 
 @typed
@@ -51,16 +52,16 @@ def sinkhorn_matching(
     heldout: Sequence[Any] | None = None,
     init: Start = "identity",
     cost: Cost = "line",
-    steps: int = 200,
-    lr: float = 0.1,
-    tau: float = 1.0,
-    iterations: int = 20,
-    noise: float = 0.1,
-    decay: float = 0.01,
-    evaluate_every: int = 10,
+    steps: Count = 200,
+    lr: NonNegative = 0.1,
+    tau: Temperature = 1.0,
+    iterations: Count = 20,
+    noise: NonNegative = 0.1,
+    decay: NonNegative = 0.01,
+    evaluate_every: Count = 10,
     autocast: Autocast | None = None,
     checkpointing: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     checkpoint: Callable[[SinkhornState], None] | None = None,
@@ -101,10 +102,6 @@ def sinkhorn_matching(
         DataError: there are no batches, or a loss is not a finite number.
     """
     given, began = dict(locals()), perf_counter()
-    check_choices(cost=(cost, Cost), autocast=(autocast, Autocast))
-    check_range(1, steps=steps, iterations=iterations, evaluate_every=evaluate_every)
-    check_range(0, lr=lr, noise=noise, decay=decay, seed=seed)
-    check_range(1e-6, tau=tau)
     learn, select = split(batches, heldout)
     where = device_of(model_a) if device is None else find_device(device)
     ends = Ends(spec, model_a, model_b, objective, where, autocast)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ...arguments import check_choices, check_range, typed
+from ...arguments import Count, Momentum, NonNegative, NonNegativeInt, Seed, typed
 from ...objectives import LossFunction, Objective
 from ...spec import PermutationSpec
 from ...tensors.modules import device_of, find_device
@@ -55,22 +55,22 @@ def straight_through(
     *,
     heldout: Sequence[Any] | None = None,
     init: Start = "best",
-    steps: int = 100,
+    steps: Count = 100,
     optimizer: Optimizer = "adam",
-    lr: float = 2e-3,
-    momentum: float = 0.9,
+    lr: NonNegative = 2e-3,
+    momentum: Momentum = 0.9,
     schedule: Schedule = "constant",
-    project_every: int = 1,
-    projection_sweeps: int = 100,
+    project_every: Count = 1,
+    projection_sweeps: Count = 100,
     represents: Represents = "b_endpoint",
     projection: Projection = "inner_product",
-    clip: float | None = None,
-    accumulate: int = 1,
-    evaluate_every: int = 4,
-    refine: int = 12,
+    clip: NonNegative | None = None,
+    accumulate: Count = 1,
+    evaluate_every: Count = 4,
+    refine: NonNegativeInt = 12,
     autocast: Autocast | None = None,
     checkpointing: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     checkpoint: Callable[[StraightThroughState], None] | None = None,
@@ -129,14 +129,6 @@ def straight_through(
         DataError: there are no batches, or a loss is not a finite number.
     """
     given, began = dict(locals()), perf_counter()
-    check_choices(
-        optimizer=(optimizer, Optimizer), schedule=(schedule, Schedule), autocast=(autocast, Autocast)
-    )
-    check_choices(represents=(represents, Represents), projection=(projection, Projection))
-    check_range(1, steps=steps, project_every=project_every, projection_sweeps=projection_sweeps)
-    check_range(1, accumulate=accumulate, evaluate_every=evaluate_every)
-    check_range(0, lr=lr, clip=clip, refine=refine, seed=seed)
-    check_range(0, 0.9999, momentum=momentum)
     learn, select = split(batches, heldout)
     where = device_of(model_a) if device is None else find_device(device)
     ends = Ends(spec, model_a, model_b, objective, where, autocast)

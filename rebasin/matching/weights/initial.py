@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from ...errors import ConfigError, SpecMismatchError
+from ...errors import SpecMismatchError
 from ...spec import Group, Permutation, displaced
 from ...types import Progress, tell
 from ..schedule import sharing
@@ -51,7 +51,6 @@ def start(costs: WeightCosts, init: Init, seed: int, restart: int, visits: Visit
     """Bring the costs' pair to its start.
 
     Raises:
-        ConfigError: `init` is no start.
         SpecMismatchError: a given permutation belongs to another spec, or its own does not allow it.
     """
     pair, spec = costs.pair, costs.pair.spec
@@ -70,14 +69,10 @@ def start(costs: WeightCosts, init: Init, seed: int, restart: int, visits: Visit
     elif init == "random":
         drawn = np.random.SeedSequence([seed, restart]).generate_state(1)[0]
         pair.set(spec.random(int(drawn) if restart else seed))
-    elif init == "forward":
+    else:
         pair.set(spec.identity())
         visits.begin("first guess")
         forward(costs, visits.done)
-    else:
-        raise ConfigError(
-            f"The init {init!r} is unknown: give 'identity', 'forward', 'random' or a permutation."
-        )
 
 
 def forward(costs: WeightCosts, done: Callable[[int], None] = lambda moved: None) -> None:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...arguments import check_choices, check_range, typed
+from ...arguments import Count, Seed, typed
 from ...spec import Group, Indices, Node, PermutationSpec, displaced
 from ...tensors.free_memory import keep_freed_memory, return_freed_memory
 from ...tensors.modules import find_device
@@ -58,12 +58,12 @@ def weight_matching(
     *,
     init: Init = "forward",
     order: Order = "random",
-    seed: int = 0,
-    max_sweeps: int = 100,
-    restarts: int = 1,
+    seed: Seed = 0,
+    max_sweeps: Count = 100,
+    restarts: Count = 1,
     normalize: Normalize = "repeats",
     device: torch.device | str = "cpu",
-    workers: int | None = None,
+    workers: Count | None = None,
     tf32: bool = False,
     progress: Progress | None = None,
     checkpoint: Callable[[MatchState], None] | None = None,
@@ -108,9 +108,6 @@ def weight_matching(
         ConfigError: an option, or the state to continue from, does not fit.
     """
     began = perf_counter()
-    check_range(1, max_sweeps=max_sweeps, restarts=restarts, workers=workers)
-    check_range(0, seed=seed)
-    check_choices(normalize=(normalize, Normalize))
     device = where_quicker(spec, find_device(device))
     workers = workers or workers_for(device)
     pair = Endpoints(spec, state_a, state_b, normalize=normalize, device=device)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...arguments import Count, NonNegative, Positive
 from ..registry import method
 from .linear import average
 
@@ -45,9 +46,9 @@ def model_stock(models: Sequence[Tensor], base: Tensor, rows: bool = False) -> T
 def geometric_median(
     models: Sequence[Tensor],
     weights: Sequence[float],
-    iterations: int = 100,
-    tolerance: float = 1e-8,
-    eps: float = 1e-12,
+    iterations: Count = 100,
+    tolerance: NonNegative = 1e-8,
+    eps: Positive = 1e-12,
 ) -> Tensor:
     """The point with the smallest sum of distances to the models: one outlier among many can't pull it far.
 
@@ -76,7 +77,10 @@ def geometric_median(
     bounded=True,
 )
 def fisher(
-    models: Sequence[Tensor], weights: Sequence[float], companions: Sequence[Tensor], floor: float = 1e-6
+    models: Sequence[Tensor],
+    weights: Sequence[float],
+    companions: Sequence[Tensor],
+    floor: NonNegative = 1e-6,
 ) -> Tensor:
     """Average the models, each value weighted by how much its model's loss depends on it (its Fisher information).
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...arguments import Share
 from ..registry import method
 
 
@@ -18,7 +18,7 @@ from ..registry import method
     default=0.5,
     bounded=True,
 )
-def crossover(a: Tensor, b: Tensor, alpha: float, tilt: float = 0.0) -> Tensor:
+def crossover(a: Tensor, b: Tensor, alpha: float, tilt: Share = 0.0) -> Tensor:
     """Take the low frequencies of each tensor from A and the high ones from B.
 
     Neurons have no natural order, so a frequency means little: the method is here because people use it, and it
@@ -27,7 +27,6 @@ def crossover(a: Tensor, b: Tensor, alpha: float, tilt: float = 0.0) -> Tensor:
     Options:
         tilt: from 0 (a hard cut) to 1 (the weighted sum).
     """
-    _check(tilt)
     if a.ndim == 0 or tilt == 1:
         return torch.lerp(a, b, alpha)
     share = _filter(_frequencies(a), alpha, tilt)
@@ -46,7 +45,7 @@ def crossover(a: Tensor, b: Tensor, alpha: float, tilt: float = 0.0) -> Tensor:
     default=0.5,
     bounded=True,
 )
-def distribution_crossover(a: Tensor, b: Tensor, base: Tensor, alpha: float, tilt: float = 0.0) -> Tensor:
+def distribution_crossover(a: Tensor, b: Tensor, base: Tensor, alpha: float, tilt: Share = 0.0) -> Tensor:
     """A crossover of the values as a sequence that is sorted by the base's: coarse distribution of A, detail of B.
 
     alpha is the share of frequencies that come from B, the highest; 0 and 1 are A and B, whatever the tilt.
@@ -54,7 +53,6 @@ def distribution_crossover(a: Tensor, b: Tensor, base: Tensor, alpha: float, til
     Options:
         tilt: from 0 (a hard cut) to 1 (a ramp over all).
     """
-    _check(tilt)
     if a.ndim == 0:
         return torch.lerp(a, b, alpha)
     order = base.flatten().argsort(stable=True)
@@ -85,8 +83,3 @@ def _filter(frequency: Tensor, alpha: float, tilt: float) -> Tensor:
     # The ramp goes through the point (1 - alpha, alpha) and gets flatter with tilt.
     slope = 1 / math.tan(math.pi * tilt / 2)
     return (alpha + (frequency - (1 - alpha)) * slope).clamp(0, 1)
-
-
-def _check(tilt: float) -> None:
-    if not 0 <= tilt <= 1:
-        raise ConfigError(f"The option tilt is {tilt}, but it is a number from 0 to 1.")

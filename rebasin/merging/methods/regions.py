@@ -6,6 +6,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from ...arguments import Share
 from ...errors import ConfigError
 from ..registry import method
 
@@ -18,7 +19,7 @@ from ..registry import method
     default=0.5,
     bounded=True,
 )
-def tensor_sum(a: Tensor, b: Tensor, alpha: float, offset: float = 0.0) -> Tensor:
+def tensor_sum(a: Tensor, b: Tensor, alpha: float, offset: Share = 0.0) -> Tensor:
     """Take the share alpha of each tensor's rows, its output neurons, from B.
 
     Options:
@@ -37,7 +38,7 @@ def tensor_sum(a: Tensor, b: Tensor, alpha: float, offset: float = 0.0) -> Tenso
     default=0.5,
     bounded=True,
 )
-def top_k_tensor_sum(a: Tensor, b: Tensor, alpha: float, offset: float = 0.0) -> Tensor:
+def top_k_tensor_sum(a: Tensor, b: Tensor, alpha: float, offset: Share = 0.0) -> Tensor:
     """Put A's values in the order that B's have: the distribution stays A's, the arrangement becomes B's.
 
     Options:
@@ -59,7 +60,7 @@ def top_k_tensor_sum(a: Tensor, b: Tensor, alpha: float, offset: float = 0.0) ->
     "sd-mecha, clamp (ljleb 2023)",
     least=3,
 )
-def clip(models: Sequence[Tensor], stiffness: float = 0.0) -> Tensor:
+def clip(models: Sequence[Tensor], stiffness: Share = 0.0) -> Tensor:
     """Keep the first model's values between those of the other models, element by element.
 
     The first model usually is a merge itself: give the result of another `merge`.
@@ -67,8 +68,6 @@ def clip(models: Sequence[Tensor], stiffness: float = 0.0) -> Tensor:
     Options:
         stiffness: 0 to 1, how far the bounds move inwards, to the next models. Two bounds can't move.
     """
-    if not 0 <= stiffness <= 1:
-        raise ConfigError(f"The option stiffness of 'clip' is {stiffness}, but it is a number from 0 to 1.")
     first, bounds = models[0], models[1:]
     low, high = reduce(torch.minimum, bounds), reduce(torch.maximum, bounds)
     if stiffness:

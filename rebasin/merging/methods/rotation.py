@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...arguments import Finite
 from ..registry import method
 
 
@@ -18,8 +19,8 @@ def rotate(
     b: Tensor,
     alpha: float,
     base: Tensor | None = None,
-    alignment: float = 1.0,
-    centralization: float = 1.0,
+    alignment: Finite = 1.0,
+    centralization: Finite = 1.0,
 ) -> Tensor:
     """Rotate A's weights towards B's; with a base, its differences towards B's differences.
 

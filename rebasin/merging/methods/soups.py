@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import count
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ...arguments import NonNegativeInt, ShareBelowOne
 from ...errors import ConfigError
 from ...types import Progress, State, tell
 from ..registry import method
@@ -25,7 +27,7 @@ def uniform_soup(models: Sequence[Tensor]) -> Tensor:
 def greedy_plan(
     states: Sequence[State],
     score: Callable[[State], float],
-    mode: str = "min",
+    mode: Literal["min", "max"] = "min",
     progress: Progress | None = None,
 ) -> list[float]:
     """The weights of the greedy soup: models from best to worst, each kept if the mean with it scores no worse.
@@ -38,8 +40,6 @@ def greedy_plan(
     """
     from ..merged import merge
 
-    if mode not in ("min", "max"):
-        raise ConfigError(f"The option mode of 'greedy_soup' is '{mode}'; it takes min or max.")
     sign, total, steps = (1 if mode == "min" else -1), 2 * len(states) - 1, count(1)
 
     def measure(state: State, kept: Sequence[int]) -> float:
@@ -68,14 +68,12 @@ def _kept(models: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     "e_1 = m_1, e_i = decay e_{i-1} + (1 - decay) m_i, in the order of training",
     "Polyak and Juditsky 1992; Tarvainen and Valpola 2017, Mean teachers, 1703.01780",
 )
-def ema(models: Sequence[Tensor], decay: float = 0.9) -> Tensor:
+def ema(models: Sequence[Tensor], decay: ShareBelowOne = 0.9) -> Tensor:
     """The exponential moving average of the checkpoints of one run, given from first to last.
 
     Options:
         decay: from 0 (the last checkpoint only) to below 1.
     """
-    if not 0 <= decay < 1:
-        raise ConfigError(f"The option decay of 'ema' is {decay}, but it is from 0 to below 1.")
     result = models[0]
     for tensor in models[1:]:
         result = torch.lerp(result, tensor, 1 - decay)
@@ -86,13 +84,13 @@ def ema(models: Sequence[Tensor], decay: float = 0.9) -> Tensor:
     "the mean of the last `last` of m_1 ... m_n",
     "Polyak and Juditsky 1992; Izmailov et al. 2018, SWA, 1803.05407",
 )
-def polyak(models: Sequence[Tensor], last: int = 0) -> Tensor:
+def polyak(models: Sequence[Tensor], last: NonNegativeInt = 0) -> Tensor:
     """The mean of the last checkpoints of one run, given from first to last.
 
     Options:
         last: how many of them; 0 takes all.
     """
-    if last < 0 or last > len(models):
+    if last > len(models):
         raise ConfigError(f"The option last of 'polyak' is {last}, but there are {len(models)} checkpoints.")
     tail = models[-last:] if last else models
     return average(tail, [1 / len(tail)] * len(tail))

@@ -1,12 +1,15 @@
 """Differences from a base that agree in sign, and random subsets of them."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...arguments import Finite, Share, ShareBelowOne
 from ..registry import method
+
+Vote = Literal["mass", "count"]
 
 
 @method(
@@ -18,7 +21,7 @@ from ..registry import method
     self_any_base=False,
 )
 def ties_sum(
-    models: Sequence[Tensor], base: Tensor, alpha: float, k: float = 0.2, vote: str = "mass"
+    models: Sequence[Tensor], base: Tensor, alpha: float, k: Share = 0.2, vote: Vote = "mass"
 ) -> Tensor:
     """Trim small differences, elect a sign for each value, and average the differences that have it.
 
@@ -27,8 +30,6 @@ def ties_sum(
         vote: how the sign is elected, by "mass" (sum of the differences: the paper's, and what sd-mecha's users call
             TIES-SOUP) or "count" (majority, sd-mecha's default).
     """
-    if vote not in ("mass", "count"):
-        raise ConfigError(f"The option vote of 'ties_sum' is '{vote}'; it takes mass or count.")
     # In place and model by model: tensors of embeddings are large, and beside the inputs there are at most four.
     votes = torch.zeros_like(base)
     for model in models:
@@ -46,8 +47,6 @@ def ties_sum(
 
 def largest(delta: Tensor, k: float) -> Tensor:
     """Set all but the share k of the values to 0, in place: the largest magnitudes stay (ties all do)."""
-    if not 0 <= k <= 1:
-        raise ConfigError(f"The option k is {k}, but it is a share between 0 and 1.")
     kept = round(k * delta.numel())
     if kept == 0:
         return delta.zero_()
@@ -79,8 +78,8 @@ def dropout(
     base: Tensor,
     alpha: float,
     generator: torch.Generator,
-    probability: float = 0.9,
-    window: float = 0.0,
+    probability: ShareBelowOne = 0.9,
+    window: Finite = 0.0,
     rescale: bool = True,
 ) -> Tensor:
     """Drop most differences from the base at random and enlarge the others, so that the mean stays.
@@ -91,10 +90,6 @@ def dropout(
             smallest with probability + window / 2.
         rescale: enlarge what stays; false leaves it as it is.
     """
-    if not 0 <= probability < 1:
-        raise ConfigError(
-            f"The option probability of 'dropout' is {probability}, but it is from 0 to below 1."
-        )
     total = torch.zeros_like(base)
     for model in models:
         delta = model - base
