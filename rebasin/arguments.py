@@ -284,14 +284,14 @@ def _union(parts: tuple[Kind, ...]) -> Kind:
     called = [kind.called for kind in kinds]
     told = " or ".join([", ".join(called[:-1]), called[-1]])
     others = [kind for kind in kinds if kind is not NONE]
-    alone = {"complaint": others[0].complaint} if len(others) == 1 else {}  # else the sentence tells of all
+    alone = len(others) == 1  # else the sentence tells of all
     return Kind(
         told,
         lambda value: any(test(value) for test in tests),
         mistake,
         parts=kinds,
         plain=lambda value: next(kind for kind in kinds if kind.fits(value)).plain(value),
-        **alone,
+        complaint=others[0].complaint if alone else lambda name, value: "",
     )
 
 

@@ -38,8 +38,9 @@ def load(cfg: DictConfig) -> Task:
         raise ConfigError(f"model.text is {cfg.model.text!r}; choose {' or '.join(TEXTS)}.")
     seeds = _seeds(cfg.model.seeds, cfg.seed)
     options = resolved(cfg.model)
-    recipes = (recipe(options[name], f"model.{name}") for name in ("recipe", "text_recipe"))
-    trainer = Trainer(cfg.model.width, *recipes, cfg.data.path, cfg.path.cache, str(find_device(cfg.device)))
+    unets, texts = (recipe(options[name], f"model.{name}") for name in ("recipe", "text_recipe"))
+    device = str(find_device(cfg.device))
+    trainer = Trainer(cfg.model.width, unets, texts, cfg.data.path, cfg.path.cache, device)
     unet = tiny_sd.new_unet(0, cfg.model.width).eval()
     around = digits_pipeline(unet, device=find_device(cfg.device))
     shared = around.pipeline.text_encoder
