@@ -147,6 +147,27 @@ def test_long_prompts_names_and_large_images_leave_the_grid_as_it_is() -> None:
     assert [int(np.asarray(image)[0, 0, 0]) for image in shown] == [0, 50, 1, 51]
 
 
+def test_a_log_gets_a_line_of_progress_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(seldom: float, terminal: bool = False) -> list[str]:
+        monkeypatch.setattr("rebasin.reporting.console.SELDOM", seldom)
+        file = io.StringIO()
+        shown = Console(RichConsole(file=file, force_terminal=terminal, highlight=False, width=200))
+        with shown.stage("endpoints"):
+            for step in range(1, 4):
+                shown.progress({"stage": "epoch of seed 0", "step": step, "total": 3, "loss": 0.5})
+        return file.getvalue().splitlines()
+
+    assert told(0.0) == [
+        "endpoints 0 s: epoch of seed 0 1/3, loss 0.500000",
+        "endpoints 0 s: epoch of seed 0 2/3, loss 0.500000, 0 s left",
+        "endpoints 0 s: epoch of seed 0 3/3, loss 0.500000, 0 s left",
+        "endpoints    0.0 s",
+    ]
+    assert len(told(60.0)) == 1 and not [
+        line for line in told(0.0, terminal=True) if line.startswith("endpoints 0 s:")
+    ]
+
+
 def test_what_an_earlier_run_left_in_the_folder_is_not_shown(tmp_path):
     stale = ("search.png", "samples.png", "steps.png", "blocks.png", "reliability.png", "methods.png")
     for name in stale:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ a line: {"kind": "stage", "name"}, {"kind": "progress", "step", "total", "text"}
 
 OFTEN = 0.2
 """Seconds between two progress events there."""
+
+SELDOM = 60.0
+"""Seconds between two lines of progress where there is no bar: in a log."""
 
 TONES = {"good": "green", "mixed": "yellow", "bad": "red", "neutral": "default"}
 
@@ -77,12 +81,22 @@ class _Remaining(ProgressColumn):
         return Text(self._told.remaining(), style="dim")
 
 
+@dataclass
+class _Stage:
+    """The stage that runs: since when, and when it last wrote a line into a log."""
+
+    name: str
+    began: float
+    line: float
+
+
 class Console:
     """Shows the stages of a run; `progress` is the callback that algorithms and evaluation report to."""
 
     def __init__(self, console: RichConsole | None = None):
         self.console = console or RichConsole(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
+        self._stage: _Stage | None = None
         self._details = ""
         self._first: tuple[str, float, float] | None = None  # stage, step and time of its first event
         self._end: float | None = None  # of the whole job, as `expect` was told
@@ -118,6 +132,7 @@ class Console:
         """Show `name`, a bar and the seconds while the block runs; one line remains."""
         self._details = ""
         started = time.perf_counter()
+        self._stage = _Stage(name, started, started)
         self.tell("stage", name=name)
         with Progress(
             TextColumn("{task.description:<9}", markup=False),
@@ -133,7 +148,7 @@ class Console:
             try:
                 yield
             finally:
-                self._bar = None
+                self._bar = self._stage = None
                 self.seconds[name] = time.perf_counter() - started
         self.tell("done", name=name, seconds=self.seconds[name], text=self._details)
         self.console.print(
@@ -168,9 +183,14 @@ class Console:
         if left is not None:
             parts.append(f"{duration(left)} left")
         self._show(completed=event["step"], total=event.get("total"), details=", ".join(parts))
-        if self._events and (now := time.perf_counter()) - self._told > OFTEN:
+        now = time.perf_counter()
+        if self._events and now - self._told > OFTEN:
             self._told = now
             self.tell("progress", step=event["step"], total=event.get("total"), text=", ".join(parts))
+        if not self.console.is_terminal and self._stage is not None and now - self._stage.line > SELDOM:
+            self._stage.line = now
+            elapsed = duration(now - self._stage.began)
+            self.console.print(f"{self._stage.name:<9} {elapsed}: {', '.join(parts)}", markup=False)
 
     def _left(self, event: ProgressEvent) -> float | None:
         """The seconds that remain, if a step takes what it took so far; None where there is no telling."""
