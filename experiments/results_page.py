@@ -57,7 +57,10 @@ class Pair:
 
 
 def sweep(
-    name: str, where: Mapping[str, Any], naive: str = "naive/barrier/heldout/loss"
+    name: str,
+    where: Mapping[str, Any],
+    naive: str = "naive/barrier/heldout/loss",
+    aligned: str = "barrier/heldout/loss",
 ) -> Callable[[], Found]:
     """The runs of a stored sweep whose options are these, a mean for each algorithm; none of one that is not stored."""
 
@@ -71,7 +74,7 @@ def sweep(
             groups.setdefault(QUICK.get(algorithm, algorithm), []).append(row)
         found: Found = {}
         for algorithm, own in groups.items():
-            barriers = [row["barrier/heldout/loss"] for row in own]
+            barriers = [row[aligned] for row in own]
             seconds = [row["seconds/align"] for row in own]
             found[algorithm] = statistics.fmean(barriers), statistics.fmean(seconds), len(own)
         every = [row[naive] for row in next(iter(groups.values()))] if groups else []
@@ -190,6 +193,13 @@ LEADERBOARD = (
     Pair(
         "ResNet18 of torchvision, CIFAR-10, 4 epochs", sweep("curves_resnet18-short", {}),
         "python -m rebasin.run +experiment=curves_resnet18 size=short",
+    ),
+    Pair(
+        "the same ResNet18, BatchNorm's statistics anew",
+        sweep(
+            "curves_resnet18-short", {}, "naive_repaired/barrier/heldout/loss", "aligned_repaired/barrier/heldout/loss"
+        ),
+        "the same",
     ),
     Pair(
         "GPT, the language reference of Python", log("learned_gpt", {
