@@ -142,11 +142,7 @@ def test_the_results_are_those_of_the_stored_logs() -> None:
 
 def test_auto_is_above_naive_in_no_line_of_the_leaderboard() -> None:
     lines = (ROOT / "docs" / "results.md").read_text().split("<!-- table: leaderboard -->")[1]
-    table = [
-        line.strip("| ").split(" | ")
-        for line in lines.split("<!-- /table -->")[0].splitlines()
-        if "|" in line
-    ]
+    table = [line.split("|")[1:-1] for line in lines.split("<!-- /table -->")[0].splitlines() if "|" in line]
     place = [name.strip() for name in table[0]].index("auto")
     shares = [
         float(share[1]) for row in table[2:] if (share := re.match(r"\W*([\d.]+)%? \(", row[place].strip()))
