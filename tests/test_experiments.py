@@ -228,6 +228,9 @@ def test_a_finished_run_is_known_again(swept):
     cfg = configured(*first_job("width", "small", *TINY, "model.width=4"))
     assert experiments.finished(resolved(cfg), swept / "w4")
     assert not experiments.finished(resolved(cfg), swept / "w8"), "another configuration"
+    assert not experiments.finished(
+        {**resolved(cfg), "tensors": not cfg.tensors} | {"tensors": True}, swept / "w4"
+    )
     assert not experiments.finished(resolved(cfg), swept), "no results here"
     (damaged := swept.parent / "damaged").mkdir(exist_ok=True)
     (damaged / "results.json").write_text((swept / "w4" / "results.json").read_text()[:-100])
@@ -257,6 +260,26 @@ def test_a_sweep_is_a_table_of_what_varied_and_what_was_measured(swept):
     assert line.y == [row["barrier/heldout/loss"] for row in sweep.rows]
     found = list(csv.DictReader(io.StringIO(sweeps.csv_text(sweep))))
     assert [float(row["barrier/heldout/loss"]) for row in found] == line.y
+
+
+def test_runs_of_a_sweep_that_was_continued_with_another_option_are_not_averaged(swept, tmp_path):
+    for name, changes in {"w4": {}, "w4 longer": {"epochs": 3}, "w4 other seed": {"seed": 1}}.items():
+        stored = json.loads((swept / "w4" / "results.json").read_text())
+        stored["config"]["seed"] = changes.get("seed", 0)
+        stored["config"]["model"]["recipe"]["epochs"] = changes.get("epochs", 2)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(stored))
+    sweep = sweeps.collect(tmp_path)
+    found = table(sweep)
+    assert found is not None
+    assert [line[:2] for line in found.lines] == [
+        ("2", "naive"),
+        ("2", "weights"),
+        ("3", "naive"),
+        ("3", "weights"),
+    ]
+    assert Plot.declared(sweep.declaration["figures"][0]).panel == "model.recipe.epochs"
+    assert all("epochs" not in word for word in table(sweeps.collect(swept)).head)
 
 
 @pytest.mark.usefixtures("real_pictures")

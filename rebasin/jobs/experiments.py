@@ -70,10 +70,12 @@ def _first(override: Override) -> str:
 
 
 def finished(config: Mapping[str, Any], folder: Path) -> bool:
-    """Whether `folder` has the results of a run with this configuration."""
+    """Whether `folder` has the results of a run with this configuration, and its tensors, if these are wanted."""
     try:
         found = load_results(folder)["config"]
     except RebasinError:
+        return False
+    if config.get("tensors") and not found.get("tensors"):
         return False
     return fingerprint(relevant(config), 64) == fingerprint(relevant(found), 64)
 

@@ -86,6 +86,10 @@ class Sweep:
         return sorted(found) if all(isinstance(value, (int, float)) for value in found) else found
 
 
+SEEDS = ("seed", "model.seeds")
+"""Options over which a sweep averages."""
+
+
 def collect(folder: Path) -> Sweep:
     """The finished runs below `folder`, in the order of the recipe's axes; figures and table are those that the
     experiment's file declares today, so that they can be changed without running anything again.
@@ -116,7 +120,7 @@ def collect(folder: Path) -> Sweep:
         head = {**own, "varied": sorted(own), "run": name}
         rows += [{**head, **measured} for measured in measurements(results)]
         runs.append(Run(name, str(results.get("command", "")), float(results["seconds"]["total"])))
-    declaration = declaration or _undeclared(folder, rows)
+    declaration = _told_apart(declaration, size, rows) if declaration else _undeclared(folder, rows)
     return Sweep(declaration, size, common, tuple(rows), tuple(runs), found[0][1]["environment"])
 
 
@@ -217,6 +221,46 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif not str(key).startswith("_"):
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _told_apart(declaration: Mapping[str, Any], size: str, rows: Sequence[Row]) -> Mapping[str, Any]:
+    """The declaration, with lines of their own for runs that differ in an option that the recipe gives one value, which
+    a sweep has that was continued with another: what is averaged differs in its seeds alone.
+    """
+    plan = [one for one in map(experiments.parsed, experiments.recipe(declaration, size)) if one is not None]
+    axes = {experiments.option_of(one) for one in plan if one.is_sweep_override()}
+    axes |= {f"{axis}.name" for axis in axes} | set(SEEDS)
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(json.dumps(row.get(axis)) for axis in sorted(axes)), []).append(row)
+    varied = sorted({key for row in rows for key in row["varied"]} - axes)
+    own = [
+        key
+        for key in varied
+        if any(len({json.dumps(row[key]) for row in group if key in row}) > 1 for group in groups.values())
+    ]
+    if not own:
+        return declaration
+
+    table, figures = declaration.get("table"), declaration.get("figures") or ()
+    return {
+        **declaration,
+        "figures": [_panelled(figure, own) for figure in figures],
+        "table": {**table, "rows": [*own, *(key for key in table.get("rows") or () if key not in own)]}
+        if table
+        else table,
+    }
+
+
+def _panelled(figure: Mapping[str, Any], own: Sequence[str]) -> Mapping[str, Any]:
+    """A panel of its own for each value of one option, lines of their own for the others'."""
+    series = figure.get("series") or ()
+    there = [series] if isinstance(series, str) else [*series]
+    more = [key for key in own if key not in (figure["x"], figure.get("panel"), *there)]
+    if figure.get("kind", "lines") not in ("lines", "bars") or not more:
+        return figure
+    panel = figure.get("panel") or more.pop(0)
+    return {**figure, "panel": panel, "series": [*there, *more]}
 
 
 def _undeclared(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
