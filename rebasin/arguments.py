@@ -307,7 +307,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_too_large(value: Any) -> bool:
-    return isinstance(value, int) and not -LARGEST <= value <= LARGEST
+    return isinstance(value, Integral) and not -LARGEST <= int(value) <= LARGEST
 
 
 def _is_number(value: Any) -> bool:

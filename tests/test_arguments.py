@@ -231,6 +231,8 @@ api: Any = rebasin  # mistakes that a type checker would find, too
         (lambda: api.weight_matching(SPEC, W, V, seed="a"), ConfigError,
          "weight_matching takes a whole number as seed, not 'a'."),
         (lambda: api.weight_matching(SPEC, W, V, seed=-1), ConfigError, "seed is -1, but it must be at least 0."),
+        (lambda: api.weight_matching(SPEC, W, V, seed=np.uint64(2**64 - 1)), ConfigError,
+         "weight_matching takes a whole number as seed, not a number so large."),
         (lambda: api.weight_matching(SPEC, W, V, workers=0), ConfigError,
          "workers is 0, but it must be at least 1."),
         (lambda: api.weight_matching(SPEC, W, V, max_sweeps=True), ConfigError,

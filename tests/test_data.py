@@ -274,6 +274,23 @@ def test_cifar_finds_its_place_and_tells_what_is_wrong(tmp_path, monkeypatch):
         load("cifar10")
 
 
+def test_a_damaged_archive_is_never_read_wrongly(tmp_path):
+    write_cifar("cifar10", tmp_path / "batches", "binary")
+    path = tmp_path / "archive.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(tmp_path / "batches", "batches")
+    good = path.read_bytes()
+    load("cifar10", path)
+    names = 40  # the first bytes are gzip's own: a name and a time
+    for place in range(names, len(good), (len(good) - names) // 24):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0x55]) + good[place + 1 :])
+        with pytest.raises(DataError, match=r"archive.tar.gz is no .tar.gz that can be read to its end"):
+            load("cifar10", path)
+    path.write_bytes(b"text")
+    with pytest.raises(DataError, match=r"archive.tar.gz is no .tar.gz that can be read to its end \(\S"):
+        load("cifar10", path)
+
+
 def test_a_pickle_that_would_run_something_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -238,6 +238,10 @@ def test_a_killed_training_goes_on_where_it_stood(optimizer, small, tmp_path, mo
     assert seen == [3, 4] and again.history == whole.history
     assert all(tensor.equal(again.state[name]) for name, tensor in whole.state.items())
     assert get("killed", epoch=1).cached
+    with pytest.raises(Killed):
+        get("later", 3)
+    early = get("later", epoch=1)  # which it went past without keeping it
+    assert all(tensor.equal(early.state[name]) for name, tensor in get("killed", epoch=1).state.items())
     assert not [path for path in (tmp_path / "killed").iterdir() if "unfinished" in path.name]
 
 

@@ -44,6 +44,8 @@ FILES = ["+model.files=[a.safetensors,b.safetensors]"]
         (["sample_every=5", "model=tiny_sd", "algo=weight_matching"], "algo=weight_matching has no steps to show"),
         (["repair=reset"], "repair=reset has no effect here: it has no BatchNorm whose statistics could be collected"),
         (["repair=rescale", "lam=1.5"], "repair=rescale has no effect here: lam is 1.5"),
+        (["repair=zipit", "lam=0"], "repair=zipit has no effect here: lam is 0"),
+        (["repair=least_squares", "merge.weights=-0.5"], "here: merge.weights is -0.5, and the goals are"),
         (["repair=reset", *MANY], "repair=reset has no effect here: algo.repair says it for many models"),
         (["lam=0.3", "merge.weights=0.4"], "lam=0.3 has no effect here: merge.weights says it"),
         (["lam=0.3", "merge=uniform_soup"], "has no share of B"),

@@ -136,6 +136,37 @@ def test_statistics_are_averages_over_all_batches() -> None:
     assert all(reset_statistics(network(), plain, [])[name] is plain[name] for name in plain)
 
 
+@pytest.mark.parametrize("size", [47, 32, 23])
+def test_a_short_last_batch_counts_by_its_numbers(size: int) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)).eval()
+    x = torch.randn(48, 4, generator=torch.Generator().manual_seed(0))
+    batches = x.split(size)  # the last of 1, 16 and 2
+    counted = torch.cat([batch for batch in batches if len(batch) > 1])
+    found = reset_statistics(net, net.state_dict(), batches)
+    with torch.no_grad():
+        outputs = net[0](counted)
+    torch.testing.assert_close(found["1.running_mean"], outputs.mean(0))
+    spread = sum(len(b) * net[0](b).var(0) for b in batches if len(b) > 1) / len(counted)
+    torch.testing.assert_close(found["1.running_var"], spread)
+
+
+def test_a_batch_norm_that_sees_one_number_is_told_and_one_that_sees_nothing_stays() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)).eval()
+    with pytest.raises(DataError, match="No batch gives '1' two numbers for each channel"):
+        reset_statistics(net, net.state_dict(), torch.randn(3, 4).split(1))
+    unused = nn.BatchNorm1d(3)
+    assert unused.running_mean is not None
+    unused.running_mean += 5
+    net.unused = unused
+
+    def call(model: nn.Module, batch: Tensor) -> Tensor:
+        assert isinstance(model, nn.Sequential)
+        return model[1](model[0](batch))
+
+    found = reset_statistics(net, net.state_dict(), [torch.randn(3, 4)], forward=call)
+    assert found["unused.running_mean"].tolist() == [5, 5, 5]
+
+
 def test_a_dead_neuron_is_not_blown_up() -> None:
     spec, a, b = spec_of(), state_of(0), state_of(1)
     merged = mean_of([a, b])

@@ -6,9 +6,11 @@ arrays and nothing else, so a file can't run anything.
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
@@ -103,14 +105,20 @@ def _source(path: Path, layout: Layout) -> tuple[Path, Read]:
     if not path.is_file():
         raise DataError(f"There is no file or folder {path}.")
     try:
-        with tarfile.open(path) as archive:
+        whole = path.read_bytes()
+        if whole.startswith(b"\x1f\x8b"):
+            whole = gzip.decompress(whole)  # to its end, where the checksum is
+        with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
             content = {}
             for member in archive:
                 file = archive.extractfile(member) if member.isfile() else None
                 if file is not None:
                     content[Path(member.name).name] = file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{path} is not a readable .tar.gz ({error}): fetch it again.") from error
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(
+            f"{path} is no .tar.gz that can be read to its end ({first_line(error).rstrip('.')}); give the publisher's"
+            " archive, its unpacked folder, or an .npz file."
+        ) from error
     return path, content.get
 
 

@@ -108,15 +108,15 @@ def load(job: Session, several: bool = False) -> Material:
         specs = {name: spec_of(job.cfg, task, name) for name in task.parts}
         spec = specs[task.aligned]
         job.say(f"{task.aligned}: {spec.neurons:,} neurons in {len(spec)} groups")
-    if job.kind is None:
-        require_repair(job.cfg, task, spec)
     combination = load_combination(job.cfg, task)
+    if job.kind is None:
+        require_repair(job.cfg, task, spec, combination.share)
     job.remark([combination.remark] if combination.remark else [])
     return Material(task, algorithm, specs, combination)
 
 
-def require_repair(cfg: DictConfig, task: Task, spec: PermutationSpec) -> None:
-    """Refuse a repair that changes nothing of this network, or of a merge that is no mean.
+def require_repair(cfg: DictConfig, task: Task, spec: PermutationSpec, share: float) -> None:
+    """Refuse a repair that changes nothing of this network, or that has no two members, of B's share `share`.
 
     Raises:
         ConfigError: tells which, and why.
@@ -124,8 +124,9 @@ def require_repair(cfg: DictConfig, task: Task, spec: PermutationSpec) -> None:
     if cfg.repair == NONE:
         return
     reason = unfit(spec, task.model, cfg.repair)
-    if reason is None and cfg.repair != "reset" and not 0 <= cfg.lam <= 1:
-        reason = f"lam is {cfg.lam}, and the goals are those of a mean, with lam between 0 and 1"
+    if reason is None and cfg.repair != "reset" and not 0 < share < 1:
+        given = f"lam is {cfg.lam}" if cfg.merge.weights is None else f"merge.weights is {cfg.merge.weights}"
+        reason = f"{given}, and the goals are those of a mean of A and B"
     if reason is not None:
         raise ConfigError(f"repair={cfg.repair} has no effect here: {reason}; leave it out.")
 

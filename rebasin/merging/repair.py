@@ -20,7 +20,7 @@ network, and are collected anew.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal, get_args
 
@@ -65,8 +65,9 @@ def reset_statistics(
 ) -> dict[str, Tensor]:
     """`state` with the running statistics of all its BatchNorms collected anew: averages over all batches.
 
-    Batches count alike, so they should be of one size, and large. The other layers run as in evaluation. Without
-    BatchNorm the state is returned as it is. `model` is left as it was.
+    Batches count by their numbers, and should be large; one with a single number for each channel has no variance and
+    is left out. The other layers run as in evaluation. Without BatchNorm the state is returned as it is. `model` is
+    left as it was.
 
     Args:
         model: the architecture. Its weights do not matter.
@@ -86,16 +87,24 @@ def reset_statistics(
     with torch.no_grad(), eval_mode(work):
         for norm in norms.values():
             norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches, not a moving one
-            norm.train()
+        counts = {name: _Counted() for name in norms}
+        for name, norm in norms.items():
+            norm.register_forward_pre_hook(counts[name])  # of a copy
         for batch in batches:
             with computing(batch):
                 (forward or call_model)(work, to_device(batch, where))
             seen += 1
     if not seen:
         raise DataError("There are no batches to collect the statistics of BatchNorm from.")
+    if alone := [name for name, count in counts.items() if count.calls and not count.numbers]:
+        raise DataError(
+            f"No batch gives {alone[0]!r} two numbers for each channel, so it has no variance; use larger batches."
+        )
     fresh = {
-        f"{name}.{kind}": buffer for name, norm in norms.items() for kind, buffer in norm.named_buffers()
+        f"{name}.{kind}": buffer
+        for name, norm in norms.items()
+        if counts[name].calls  # others lie in parts that are not used
+        for kind, buffer in norm.named_buffers()
     }
     for name, buffer in fresh.items():
         if not is_finite(buffer):
@@ -103,6 +112,24 @@ def reset_statistics(
                 f"The statistics {name!r} are not finite on these batches, so they can't be reset."
             )
     return replaced(state, fresh)
+
+
+@dataclass
+class _Counted:
+    """Before a BatchNorm's forward pass: its running statistics become the mean over all batches so far, each by how
+    many numbers it has for a channel.
+    """
+
+    calls: int = 0
+    numbers: int = 0
+
+    def __call__(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        count = inputs[0].numel() // inputs[0].shape[1]
+        self.calls += 1
+        norm.train(count > 1)
+        if count > 1:
+            self.numbers += count
+            norm.momentum = count / self.numbers  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def unfit(spec: PermutationSpec, model: nn.Module, how: How) -> str | None:

@@ -124,6 +124,12 @@ def trained(
     x, y = dataset.train_x.to(device), dataset.train_y.to(device)
     unfinished = place(last).unfinished()
     standing, states, before = _interrupted(unfinished, model)
+    if standing is not None and {e for e in {*kept, wanted} if e <= len(standing.history)} - states.keys():
+        standing, states, before = (
+            None,
+            {},
+            0.0,
+        )  # it went past an epoch that is wanted now without keeping it
     started = written = time.perf_counter()
 
     def keep(done: int, stand: Callable[[], Standing]) -> None:
