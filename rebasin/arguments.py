@@ -42,8 +42,11 @@ class Within:
         """What is wrong with the value, a sentence; "" where it fits."""
         high_enough = value > self.low if self.above else value >= self.low
         low_enough = value < self.high if self.below else value <= self.high
-        if high_enough and low_enough and math.isfinite(value):
+        too_large = isinstance(value, Integral) and abs(int(value)) > LARGEST
+        if high_enough and low_enough and math.isfinite(value) and not too_large:
             return ""
+        if too_large and self.high == math.inf:
+            return f"{name} is a number so large that nothing can take it; give a smaller one."
         wanted = [f"{'above' if self.above else 'at least'} {self.low}"] if self.low > -math.inf else []
         if self.high < math.inf:
             wanted.append(f"{'below' if self.below else 'at most'} {self.high}")
@@ -358,15 +361,21 @@ KINDS: Mapping[Any, Kind] = {
 
 def check_values(
     function: Callable[..., Any], options: Mapping[str, Any], what: str, prefix: str = ""
-) -> None:
+) -> dict[str, Any]:
     """Hold options against the annotations of the function of ours that will get them, before any work is done for it;
-    others' functions may not keep to theirs, and an option that is a function itself may be made later.
+    others' functions may not keep to theirs, and an option that is a function itself may be made later. Returns them,
+    with Python's own numbers for those of numpy and torch.
 
     Raises:
         ConfigError: names `what` takes the option, and the option with the prefix before it.
     """
     if not function.__module__.startswith("rebasin."):
-        return
+        return dict(options)
+    made = dict(options)
     for name, kind in kinds_of(function).items():
-        if name in options and kind is not FUNCTION and not kind.fits(options[name]):
-            raise kind.error(what, prefix + name, options[name])
+        if name in options and kind is not FUNCTION:
+            if not kind.fits(options[name]):
+                raise kind.error(what, prefix + name, options[name])
+            if isinstance(options[name], Tensor | np.ndarray | np.generic):
+                made[name] = kind.plain(options[name])
+    return made

@@ -365,6 +365,25 @@ def test_impossible_options_are_named(name: str, options: dict[str, Any]) -> Non
         merge(name, states, base={"w": C} if method.takes_base else None, **options)
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.float32, np.array])
+def test_options_may_be_scalars_of_torch_and_numpy(kind: Callable[[float], Any]) -> None:
+    states, base = [{"w": A}, {"w": B}], {"w": C}
+    plain = merge("ties_sum", states, base=base, k=0.25)["w"]
+    assert merge("ties_sum", states, base=base, k=kind(0.25))["w"].equal(plain)
+
+
+def test_what_can_not_be_merged_so_is_told() -> None:
+    states = [{"w": A}, {"w": B}]
+    with pytest.raises(ConfigError, match=r"A weight is 1e\+39, so large that nothing else would be left"):
+        merge("weighted_sum", states, weights=1e39)
+    for score, told in (
+        (None, "takes a function as score, not None"),
+        (lambda state: float("nan"), "is nan, but it"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            merge("greedy_soup", states, score=score)
+
+
 def test_the_documentation_has_every_method_as_it_is() -> None:
     page = (
         (Path(__file__).parents[1] / "docs" / "merge_methods.md")

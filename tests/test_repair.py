@@ -167,6 +167,14 @@ def test_a_batch_norm_that_sees_one_number_is_told_and_one_that_sees_nothing_sta
     assert found["unused.running_mean"].tolist() == [5, 5, 5]
 
 
+@pytest.mark.parametrize("how", ["rescale", "closed_form", "least_squares", "zipit"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_empty_batches_are_told(how: Any, norm: bool) -> None:
+    spec, states = spec_of(norm), [state_of(0, norm), state_of(1, norm)]
+    with pytest.raises(DataError):
+        rebasin.repair(spec, network(norm), states[0], states, [X[:0]], how=how)
+
+
 def test_a_dead_neuron_is_not_blown_up() -> None:
     spec, a, b = spec_of(), state_of(0), state_of(1)
     merged = mean_of([a, b])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -101,6 +102,19 @@ def found(name: str, **options: object) -> SinkhornResult:
 
 @pytest.mark.parametrize("cost", ["weights", "midpoint", "line"])
 @pytest.mark.parametrize("name", MODELS)
+def test_a_soft_permutation_that_is_hard_has_a_slope() -> None:
+    x = torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 3.0]], requires_grad=True)
+    hard = sinkhorn(x, tau=1e-6)
+    assert hard.equal(torch.eye(3))
+    (hard * torch.arange(9.0).reshape(3, 3)).sum().backward()
+    assert x.grad is not None and float(x.grad.abs().max()) < 1e-6
+    broken = torch.full((3, 3), math.inf, requires_grad=True)
+    with pytest.raises(
+        ConfigError, match="The soft permutation is not finite: lower lr or noise, or raise tau"
+    ):
+        sinkhorn(broken).sum().backward()
+
+
 def test_a_planted_permutation_is_found(name: str, cost: str) -> None:
     spec, _, b, there, _ = planted(name)
     state = {n: t.clone() for n, t in b.state_dict().items()}

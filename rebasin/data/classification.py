@@ -128,6 +128,8 @@ def load(name: str, path: str | Path | None = None, *, download: bool = False) -
                 "The digits come with scikit-learn and take no path: choose mnist or fashion_mnist for files."
             )
         return _digits()
+    if path is not None and not str(path):
+        raise DataError(f"The path of {name} is empty: name a file or a folder, or leave it out.")
     path = _known_place(name) if path is None else Path(path).expanduser()
     if path is None:
         files = (

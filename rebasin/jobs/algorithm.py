@@ -29,6 +29,9 @@ SUPPLY = (
 )  # fmt: skip
 """What a job can give an algorithm, by the name of the argument; the last two to one that can be continued."""
 
+PYTHONS = ("heldout", "forward")
+"""Arguments that are no options of a job: what they take can only be made in Python."""
+
 OWN = ("_target_", "name", "many", "reward", "maps", "with_maps")
 """Fields of an algorithm's config that are no options of its function."""
 
@@ -179,7 +182,7 @@ def load_algorithm(algo: DictConfig, several: bool = False) -> Algorithm:
         )
     own = (*OWN, "repair") if _of_many(function) else OWN
     options = {name: value for name, value in resolved(algo).items() if name not in own}
-    known = arguments_of(function, SUPPLY)
+    known = arguments_of(function, (*SUPPLY, *PYTHONS))
     if function is not _function(algo):
         where = "for several models" if several else "with maps"
         options = _common(algo.name, options, arguments_of(_function(algo), SUPPLY), known, where)

@@ -8,8 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from ..arguments import kind_of
 from ..checkpoints.hub import local
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..integrations.hydra import resolved
 from ..merging import BlockWeights, MergedState, Method, block_weights, diagonal_fisher, merge
 from ..merging.merged import find_method, try_options
@@ -17,6 +18,8 @@ from ..merging.registry import plan_options
 from ..tasks import Task
 from ..tensors.modules import loaded
 from ..types import Progress, State
+
+NUMBERS = kind_of(float | list[float] | None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +131,10 @@ def load_combination(cfg: DictConfig, task: Task) -> Combination:
         takes = method.inputs if isinstance(method.inputs, int) else f"{method.least} or more"
         raise ConfigError(f"merge.method={method.name} takes {takes} models, but this run has {models}.")
     weights = config["weights"]
+    if not NUMBERS.fits(weights):
+        raise ConfigError(
+            f"merge.weights is {shown(weights)}, but it takes a number, a list of numbers, or null."
+        )
     if weights is None and method.one == "b" and method.plan is None and models == 2:
         weights = cfg.lam
     if method.needs_base and config["base"] is None:

@@ -374,9 +374,8 @@ def _typed(node: Any) -> Any:
 def _compare(default: Any, value: Any, path: str, of: str = "") -> None:
     if isinstance(default, DictConfig):
         if not isinstance(value, DictConfig):
-            raise ConfigError(
-                f"{path}{of} is {value!r}, but it has options of its own: {', '.join(map(str, default))}."
-            )
+            own = f"options of its own: {', '.join(map(str, default))}" if default else "options, {} for none"
+            raise ConfigError(f"{path}{of} is {value!r}, but it has {own}.")
         for key in default:
             _compare(default[key], value.get(key), f"{path}.{key}" if path else str(key), of)
     elif default is not None and not isinstance(value, FURTHER.get(path, ())):

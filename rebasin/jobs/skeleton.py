@@ -44,9 +44,7 @@ LIMITS: Mapping[str, Within] = {
         Within(2): "evaluate.points",  # the ends
         Within(0, 1): "data.share",
         Within(0, above=True): "model.width",
-        Within(
-            0
-        ): "evaluate.guidance model.guidance objective.guidance model.batches model.samples sample_every",
+        Within(0): "model.batches model.samples sample_every",
         Within(1): (
             "data.batch_size data.draws data.heldout data.train data.matching_samples merge.samples"
             " evaluate.batch_size evaluate.seeds evaluate.steps"
@@ -188,11 +186,9 @@ def settle(cfg: DictConfig) -> None:
     Raises:
         ConfigError: names the option and what it takes.
     """
-    unknown = [split for split in cfg.evaluate.splits if split not in SPLITS]
-    if unknown or not cfg.evaluate.splits:
-        raise ConfigError(
-            f"evaluate.splits is {list(cfg.evaluate.splits)}; it takes some of {', '.join(SPLITS)}."
-        )
+    chosen = [*cfg.evaluate.splits]
+    if not chosen or set(chosen) - set(SPLITS) or len(set(chosen)) < len(chosen):
+        raise ConfigError(f"evaluate.splits is {chosen}; it takes some of {', '.join(SPLITS)}, each once.")
     if cfg.repair not in (NONE, *REPAIRS):
         raise ConfigError(f"repair is {cfg.repair!r}; it takes {NONE}, {', '.join(REPAIRS)}.")
     for option, limit in LIMITS.items():

@@ -27,7 +27,7 @@ from ..errors import DataError
 from ..spec import PermutationSpec
 from ..tensors.modules import Forward, call_model, computing, eval_mode, hooked, to_device
 from ..types import State, is_finite
-from .neuron_moments import Repaired, member_weights, replaced, working_copy
+from .neuron_moments import NO_SAMPLES, Repaired, member_weights, replaced, working_copy
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -129,12 +129,11 @@ def repair_least_squares(
     raw = member_weights(members, weights)
     call = forward or call_model
     work, where = working_copy(model, merged, device)
-    copies = [working_copy(model, member, where)[0] for member in members]
+    copies = [working_copy(model, member, where, "a member")[0] for member in members]
     layers, left = solvable(work)
     moments = {name: _Moments() for name in layers}
     seen = 0
     for batch in batches:
-        seen += 1
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
         for share, copy in zip((w / fsum(raw) for w in raw), copies, strict=True):
@@ -155,8 +154,9 @@ def repair_least_squares(
                 outputs[name] = outputs[name] + y if name in outputs else y
         for name, x in inputs.items():
             moments[name].add(x, outputs[name])
-    if not seen:
-        raise DataError("There are no batches to measure activations on.")
+            seen += len(x)
+    if layers and not seen:
+        raise DataError(NO_SAMPLES)
     tensors: dict[str, Tensor] = {}
     for name, module in layers.items():
         if moments[name].own.ndim == 0:

@@ -33,6 +33,7 @@ CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 CHANNELS_SECOND = (nn.Conv1d, nn.Conv2d, nn.Conv3d, _BatchNorm, nn.GroupNorm)
 DEAD = 1e-6
 """A neuron that varies by less than this share of its layer's most lively one is shifted, but not scaled."""
+NO_SAMPLES = "There are no batches to measure activations on, or all of them are empty."
 
 
 @brief
@@ -97,6 +98,8 @@ class NeuronMoments:
 
     def add(self, rows: Tensor) -> None:
         """Take in samples [samples, neurons] (Chan's way to join the moments of two sets)."""
+        if not len(rows):
+            return
         rows = rows.double()
         count, mean = float(len(rows)), torch.mean(rows, dim=0)
         spread = (rows - mean).square().sum(dim=0)
@@ -111,6 +114,8 @@ class NeuronMoments:
         Raises:
             DataError: they are not finite; names the module `name`.
         """
+        if not self.count:
+            raise DataError(f"The batches are empty: {name!r} has no outputs to measure.")
         if not is_finite(self.centre + self.spread):
             raise DataError(
                 f"The outputs of {name!r} are not finite on these batches, so they can't be repaired."
@@ -135,7 +140,7 @@ def measure(
             with computing(batch):
                 call(model, to_device(batch, device))
     if not batches:
-        raise DataError("There are no batches to measure activations on.")
+        raise DataError(NO_SAMPLES)
     return {name: moments.result(name) for name, moments in found.items()}
 
 
@@ -224,14 +229,14 @@ def replaced(state: State, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def working_copy(
-    model: nn.Module, state: State, device: torch.device | str | None
+    model: nn.Module, state: State, device: torch.device | str | None, what: str = "the merge"
 ) -> tuple[nn.Module, torch.device]:
     """A copy of `model` with the weights of `state`, in at least float32; and where it is."""
     where = device_of(model) if device is None else find_device(device)
     work = duplicate(model)
-    require_state(state, "the merge")
+    require_state(state, what)
     tensors = dict(state)
     half = any(t.is_floating_point() and t.dtype.itemsize < 4 for t in tensors.values())
     work = work.float() if half else work
-    give_weights(work, tensors, "the merge")
+    give_weights(work, tensors, what)
     return work.to(where).eval(), where

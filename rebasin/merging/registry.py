@@ -90,7 +90,7 @@ class Method:
         filled = check_options(what, options, known)
         for function in (self.function, self.plan):
             if function is not None:
-                check_values(function, filled, what)
+                filled = check_values(function, filled, what)
         return filled
 
     def fit_weights(self, given: Any, models: int, name: str = "") -> float | list[float] | None:
@@ -110,6 +110,8 @@ class Method:
         for number in numbers:
             if not math.isfinite(number):
                 raise ConfigError(f"A weight{where} is {number}, but weights must be finite numbers.")
+            if abs(number) > LARGEST_WEIGHT:
+                raise ConfigError(f"A weight{where} is {number:g}, so large that nothing else would be left.")
             if self.bounded and not many and not 0 <= number <= 1:
                 raise ConfigError(f"'{self.name}' takes a weight from 0 to 1, not {number:g}{where}.")
         if self.weight == "alpha":
@@ -152,6 +154,9 @@ class Method:
         )
         return f"The weight {worst:g} is outside 0 to 1: with '{self.name}' {meaning}."
 
+
+LARGEST_WEIGHT = 1e6
+"""Beyond it 1 - weight has no digits of the 1 that float32 could hold."""
 
 METHODS: dict[str, Method] = {}
 """All methods by name, in the order of the documentation."""

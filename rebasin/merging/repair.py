@@ -212,7 +212,9 @@ def repair(
         return Repaired(dict(start), {}, (), True, perf_counter() - began)
     work, _ = working_copy(model, start, where)
     sites, left_out = hidden_sites(spec, work)
-    found = [measure(working_copy(model, m, where)[0], sites, batches, call, where) for m in members]
+    found = [
+        measure(working_copy(model, m, where, "a member")[0], sites, batches, call, where) for m in members
+    ]
     rescaling = Rescaling(work)
     for name in found[0]:  # in the order in which they run
         now = measure(work, {name: sites[name]}, batches, call, where)[name]

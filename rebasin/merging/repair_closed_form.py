@@ -45,6 +45,7 @@ from ..tensors.modules import Forward, call_model, computing, eval_mode, give_we
 from ..types import State
 from .methods.linear import average
 from .neuron_moments import (
+    NO_SAMPLES,
     NeuronMoments,
     Repaired,
     Rescaling,
@@ -104,7 +105,7 @@ def repair_closed_form(
                     (forward or call_model)(member, to_device(batch, where))
             watched.end_batch()
     if not seen:
-        raise DataError("There are no batches to measure activations on.")
+        raise DataError(NO_SAMPLES)
     rescaling = Rescaling(work)
     for name in watched.order:
         moments, goal = watched.mixed[name].result(name), watched.goals(name, raw)

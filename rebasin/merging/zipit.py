@@ -34,7 +34,7 @@ from ..tensors.modules import Forward, call_model, computing, eval_mode, hooked,
 from ..tensors.moments import Moments
 from ..tensors.places import Place, known_places, owner_of
 from ..types import State, is_finite
-from .neuron_moments import Repaired, member_weights, replaced, working_copy
+from .neuron_moments import NO_SAMPLES, Repaired, member_weights, replaced, working_copy
 
 OWN = 1e-9
 """What a neuron's counterpart in the other member has in advance: it decides among those that nothing tells apart."""
@@ -192,13 +192,12 @@ def repair_zipit(
         raise ConfigError(
             "No group of this network can be zipped: all lie in heads, blocks or modules of its own."
         )
-    copies = [working_copy(model, member, device) for member in members]
+    copies = [working_copy(model, member, device, "a member") for member in members]
     where = copies[0][1]
     sizes = {cell: spec.cells[cell].size for cell in places}
     moments = {name: Moments.zeros(2 * size, device=where) for name, size in sizes.items()}
     seen = 0
     for batch in batches:
-        seen += 1
         sides: list[dict[str, Tensor]] = []
         for copy, _ in copies:
             rows: dict[str, list[Tensor]] = {}
@@ -215,8 +214,9 @@ def repair_zipit(
         for name in sides[0]:
             both = torch.cat([side[name] for side in sides], 1).double()
             moments[name].add(both, both)
-    if not seen:
-        raise DataError("There are no batches to measure activations on.")
+            seen += len(both)
+    if places and not seen:
+        raise DataError(NO_SAMPLES)
     zips: dict[str, Zip] = {}  # cell -> its pairs
     for group in spec:
         cell = group.cells[0].name

@@ -9,11 +9,11 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from ..arguments import check_values
+from ..arguments import Count, NonNegativeInt, Seed, check_values, kind_of
 from ..checkpoints.weights import weights_for
 from ..data import classification
 from ..data.parts import half, split
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..integrations.hydra import function_of, resolved
 from ..models import build, fitting_options
 from ..models.cache import trained
@@ -21,6 +21,8 @@ from ..models.train import Recipe
 from ..tensors.modules import find_device
 from ..types import Progress, State
 from .base import Part, Task, require
+
+COUNT, SEED, EPOCH = kind_of(Count), kind_of(Seed), kind_of(NonNegativeInt)
 
 OWN = ("name", "task", "architecture", "seeds", "recipe", "epoch", "kept", "files")
 """The fields of a model config that are no options of the network."""
@@ -38,6 +40,13 @@ def load(cfg: DictConfig) -> Task:
     options = fitting_options(model["architecture"], data, own)
     check_values(Recipe, model["recipe"], "A training", "model.recipe.")
     recipe = Recipe(**model["recipe"])
+    for name, kept in (("epoch", [model["epoch"]]), ("kept", model["kept"])):
+        epochs = [one for one in kept if one is not None] if isinstance(kept, list) else [kept]
+        if not all(EPOCH.fits(one) and one <= recipe.epochs for one in epochs):
+            takes = "an epoch" if name == "epoch" else "a list of epochs"
+            raise ConfigError(
+                f"model.{name} is {shown(model[name])}, but it takes {takes} from 0 to {recipe.epochs}."
+            )
     device = find_device(cfg.device)
     network = build(model["architecture"], **options).eval().to(device)
     seeds = seeds_of(model["seeds"], cfg.seed)
@@ -66,7 +75,7 @@ def load(cfg: DictConfig) -> Task:
     size = cfg.data.batch_size
     few = cfg.data.matching_samples
     if few is not None:
-        if not isinstance(few, int) or few < 1:
+        if not COUNT.fits(few):
             raise ConfigError(
                 f"data.matching_samples is {few}, but it takes a number of training images, 1 or more, or null for all."
             )
@@ -93,7 +102,7 @@ def seeds_of(chosen: Any, seed: int) -> tuple[int, ...]:
     """The seeds of the trainings: `chosen`, or two that go with the run's `seed`."""
     if chosen is None:
         return 2 * seed, 2 * seed + 1
-    if not isinstance(chosen, list) or not chosen or not all(isinstance(s, int) for s in chosen):
+    if not isinstance(chosen, list) or not chosen or not all(map(SEED.fits, chosen)):
         raise ConfigError(
             f"model.seeds is {chosen}, but it takes whole numbers, two to align (model.seeds=[0,1]) or more to"
             f" merge (algo=merge_many model.seeds=[0,1,2,3])."

@@ -29,7 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import ConfigError
 from ...spec import Branch, Group, Leaf, Node, to_array
+from ...types import is_finite
 
 Blocks = list[tuple[int, Tensor, Tensor, Tensor]]
 """Cell, its neurons [n, k] at the places and [n, k] at the sources, and how they are mixed, [n, k, k]."""
@@ -53,7 +55,13 @@ class _Sinkhorn(torch.autograd.Function):
         rows, columns = torch.diag_embed(s.sum(-1)), torch.diag_embed(s.sum(-2))
         system = torch.cat([torch.cat([rows, s], -1), torch.cat([s.mT, columns], -1)], -2)[..., :-1, :-1]
         sums = torch.cat([weighted.sum(-1), weighted.sum(-2)[..., :-1]], -1)
-        found = torch.linalg.solve(system.double(), sums.double()).to(s)
+        system, sums = system.double(), sums.double()
+        found, info = torch.linalg.solve_ex(system, sums)
+        if bool(info.any()):  # S is hard to the last bit: any solution gives the same slope
+            if not is_finite(system):
+                raise ConfigError("The soft permutation is not finite: lower lr or noise, or raise tau.")
+            found = (torch.linalg.pinv(system, hermitian=True) @ sums[..., None])[..., 0]
+        found = found.to(s)
         a, b = found[..., :n], torch.nn.functional.pad(found[..., n:], (0, 1))
         return (weighted - s * (a[..., :, None] + b[..., None, :])) / ctx.tau, None, None
 

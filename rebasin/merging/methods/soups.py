@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...arguments import NonNegativeInt, ShareBelowOne
+from ...arguments import NonNegativeInt, ShareBelowOne, typed
 from ...errors import ConfigError
 from ...types import Progress, State, tell
 from ..registry import method
@@ -24,6 +25,7 @@ def uniform_soup(models: Sequence[Tensor]) -> Tensor:
     return average(models, [1 / len(models)] * len(models))
 
 
+@typed
 def greedy_plan(
     states: Sequence[State],
     score: Callable[[State], float],
@@ -44,6 +46,10 @@ def greedy_plan(
 
     def measure(state: State, kept: Sequence[int]) -> float:
         value = float(score(state))
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"The score of the mean of {len(kept)} models is {value}, but it must be a finite number."
+            )
         tell(progress, "soup", next(steps), total, score=value, kept=list(kept))
         return sign * value
 
