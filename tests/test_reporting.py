@@ -154,7 +154,7 @@ def test_a_log_gets_a_line_of_progress_now_and_then(monkeypatch: pytest.MonkeyPa
         shown = Console(RichConsole(file=file, force_terminal=terminal, highlight=False, width=200))
         with shown.stage("endpoints"):
             for step in range(1, 4):
-                shown.progress({"stage": "epoch of seed 0", "step": step, "total": 3, "loss": 0.5})
+                shown.progress(ProgressEvent(stage="epoch of seed 0", step=step, total=3, loss=0.5))
         return file.getvalue().splitlines()
 
     assert told(0.0) == [

@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..arguments import typed
 from ..errors import ConfigError, DataError
@@ -124,12 +125,13 @@ class _Counted:
     numbers: int = 0
 
     def __call__(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, _BatchNorm)
         count = inputs[0].numel() // inputs[0].shape[1]
         self.calls += 1
         norm.train(count > 1)
         if count > 1:
             self.numbers += count
-            norm.momentum = count / self.numbers  # pyright: ignore[reportAttributeAccessIssue]
+            norm.momentum = count / self.numbers
 
 
 def unfit(spec: PermutationSpec, model: nn.Module, how: How) -> str | None:
