@@ -183,7 +183,7 @@ LEADERBOARD = (
         }), "python -m experiments.learned_scales",
     ),
     Pair(
-        "ResNet20 of width 1, CIFAR-10, 4 epochs (STE: 20 steps)", sweep("curves_resnet20-short", {}),
+        "ResNet20 of width 1, CIFAR-10, 10 epochs (STE: 20 steps)", sweep("curves_resnet20-short", {}),
         "python -m rebasin.run +experiment=curves_resnet20 size=short",
     ),
     Pair(
