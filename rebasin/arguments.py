@@ -306,6 +306,8 @@ def _all(values: Any, kind: Kind) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
+    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_meta:  # a scalar is a number
+        return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     return isinstance(value, Integral) and not isinstance(value, bool) and not _is_too_large(value)
 
 
@@ -372,6 +374,12 @@ def check_values(
     if not function.__module__.startswith("rebasin."):
         return dict(options)
     made = dict(options)
+    for name, low in options.items():
+        high = options.get(f"{name.removesuffix('_low')}_high") if name.endswith("_low") else None
+        if _is_number(low) and _is_number(high) and low > high:
+            raise ConfigError(
+                f"{prefix}{name} is {low}, above {prefix}{name.removesuffix('_low')}_high, {high}."
+            )
     for name, kind in kinds_of(function).items():
         if name in options and kind is not FUNCTION:
             if not kind.fits(options[name]):

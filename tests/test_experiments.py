@@ -278,7 +278,12 @@ def test_runs_of_a_sweep_that_was_continued_with_another_option_are_not_averaged
         ("3", "naive"),
         ("3", "weights"),
     ]
-    assert Plot.declared(sweep.declaration["figures"][0]).panel == "model.recipe.epochs"
+    figures = sweep.declaration["figures"]
+    first, second = Plot.declared(figures[0]), Plot.declared(figures[len(figures) // 2])
+    assert first.where == {"model.recipe.epochs": 2} and second.where == {"model.recipe.epochs": 3}
+    assert second.name == f"{first.name}-2" and second.title.endswith("(model.recipe.epochs 3)")
+    for plot, n in ((first, 2), (second, 1)):
+        assert len(sweep.where(plot.where)) == n
     before = table(sweeps.collect(swept))
     assert before is not None and all("epochs" not in word for word in before.head)
 

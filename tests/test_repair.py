@@ -150,6 +150,28 @@ def test_a_short_last_batch_counts_by_its_numbers(size: int) -> None:
     torch.testing.assert_close(found["1.running_var"], spread)
 
 
+class Called(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.bn, self.b = how, nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, bn = self.a(x), self.bn
+        if self.how == "functional":
+            given = bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, 0.1, bn.eps
+            h = nn.functional.batch_norm(h, *given)
+        else:
+            h = bn(input=h) if self.how == "by keyword" else bn.forward(h)
+        return self.b(torch.relu(h))
+
+
+@pytest.mark.parametrize("how", ["by keyword", "functional", "its forward"])
+def test_statistics_are_collected_however_a_norm_is_called(how: str) -> None:
+    net = Called(how).eval()
+    found = reset_statistics(net, net.state_dict(), (3 * torch.randn(200, 4) + 1).split(50))
+    assert not found["bn.running_mean"].equal(net.bn.running_mean)  # pyright: ignore[reportArgumentType]
+
+
 def test_a_batch_norm_that_sees_one_number_is_told_and_one_that_sees_nothing_stays() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)).eval()
     with pytest.raises(DataError, match="No batch gives '1' two numbers for each channel"):

@@ -31,8 +31,8 @@ def split(data: Dataset, kind: Split, share: float = 0.8) -> tuple[Dataset, Data
     """
     if kind not in get_args(Split) or not 0 <= share <= 1:
         raise ConfigError(
-            f"data.split is {kind!r} and data.share {share}, but they take {' or '.join(get_args(Split))} and a"
-            " number from 0 to 1."
+            f"data.split is {kind!r} and data.share {share}, but they take {', '.join(get_args(Split))} (or a"
+            " run's random) and a number from 0 to 1."
         )
     order = torch.randperm(len(data.train_y), generator=torch.Generator().manual_seed(SEED))
     first = torch.zeros(len(order), dtype=torch.bool)

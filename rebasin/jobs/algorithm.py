@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from ..arguments import check_values
 from ..errors import ConfigError, SpecMismatchError
 from ..integrations.hydra import function_of, resolved
 from ..matching import LearnedResult, ManyMapsResult, MapsResult
+from ..matching.many.maps import check_maps_options
+from ..matching.many.mean import match_options
 from ..matching.many.result import ManyResult
 from ..matching.naive import measured
 from ..matching.result import Found
@@ -190,7 +193,29 @@ def load_algorithm(algo: DictConfig, several: bool = False) -> Algorithm:
     if options.get("device") in (None, known.get("device")):
         options.pop("device", None)  # that of the run, if there is one
     check_values(function, options, f"algo={algo.name}", "algo.")
+    if isinstance(match := options.get("match"), Mapping):
+        if "by" in options:
+            check_maps_options(options["by"], match)
+        elif function.__module__.startswith("rebasin."):
+            match_options(match)
     return Algorithm(algo.name, function, options, resolved(algo).get("reward"))
+
+
+def require_models(algorithm: Algorithm, models: int) -> None:
+    """Refuse options of an algorithm for so many models that name others, or not as many.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    weights = algorithm.options.get("weights")
+    if weights is not None and (len(weights) != models or not all(0 < w < math.inf for w in weights)):
+        raise ConfigError(
+            f"algo.weights is {weights}, but it takes {models} positive numbers, one for each model."
+        )
+    for name in ("anchor", "pivot"):
+        value = algorithm.options.get(name)
+        if isinstance(value, int) and not 0 <= value < models:
+            raise ConfigError(f"algo.{name} is {value}, but the models are 0 to {models - 1}.")
 
 
 def _common(

@@ -30,7 +30,7 @@ from ..tensors.modules import loaded
 from ..tensors.writer import in_bytes
 from ..tracing import verify
 from ..types import Progress, ProgressEvent, State, within
-from .algorithm import Algorithm, load_algorithm
+from .algorithm import Algorithm, load_algorithm, require_models
 from .combination import Combination, load_combination
 from .refusals import brought, refuse
 from .resume import load_resume
@@ -104,6 +104,8 @@ def load(job: Session, several: bool = False) -> Material:
         if job.cfg.tensors:
             require_space(job.folder, task.room)
         job.remark(task.remarks)
+    if several and algorithm.function.__module__.startswith("rebasin."):
+        require_models(algorithm, len(task.labels))
     with job.stage("spec"):
         specs = {name: spec_of(job.cfg, task, name) for name in task.parts}
         spec = specs[task.aligned]

@@ -19,7 +19,7 @@ network, and are collected anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal, get_args
@@ -88,9 +88,11 @@ def reset_statistics(
     with torch.no_grad(), eval_mode(work):
         for norm in norms.values():
             norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches, where a norm is not called as a module
+            norm.train()
         counts = {name: _Counted() for name in norms}
         for name, norm in norms.items():
-            norm.register_forward_pre_hook(counts[name])  # of a copy
+            norm.register_forward_pre_hook(counts[name], with_kwargs=True)  # of a copy
         for batch in batches:
             with computing(batch):
                 (forward or call_model)(work, to_device(batch, where))
@@ -101,10 +103,13 @@ def reset_statistics(
         raise DataError(
             f"No batch gives {alone[0]!r} two numbers for each channel, so it has no variance; use larger batches."
         )
+    ran = {name for name, norm in norms.items() if counts[name].calls or not _untouched(norm)}
+    if not ran:
+        raise DataError("No BatchNorm of the model runs on these batches, so there is nothing to collect.")
     fresh = {
         f"{name}.{kind}": buffer
         for name, norm in norms.items()
-        if counts[name].calls  # others lie in parts that are not used
+        if name in ran  # others lie in parts that are not used
         for kind, buffer in norm.named_buffers()
     }
     for name, buffer in fresh.items():
@@ -113,6 +118,12 @@ def reset_statistics(
                 f"The statistics {name!r} are not finite on these batches, so they can't be reset."
             )
     return replaced(state, fresh)
+
+
+def _untouched(norm: _BatchNorm) -> bool:
+    """Whether its statistics are those of a reset."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    return not bool(norm.running_mean.any()) and bool((norm.running_var == 1).all())
 
 
 @dataclass
@@ -124,9 +135,10 @@ class _Counted:
     calls: int = 0
     numbers: int = 0
 
-    def __call__(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def __call__(self, norm: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
         assert isinstance(norm, _BatchNorm)
-        count = inputs[0].numel() // inputs[0].shape[1]
+        x = inputs[0] if inputs else named["input"]
+        count = x.numel() // x.shape[1]
         self.calls += 1
         norm.train(count > 1)
         if count > 1:

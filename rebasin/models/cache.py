@@ -125,11 +125,13 @@ def trained(
     unfinished = place(last).unfinished()
     standing, states, before = _interrupted(unfinished, model)
     if standing is not None and {e for e in {*kept, wanted} if e <= len(standing.history)} - states.keys():
-        standing, states, before = (
-            None,
-            {},
-            0.0,
-        )  # it went past an epoch that is wanted now without keeping it
+        lost = len(standing.history)
+        warnings.warn(
+            f"The training of {name} that stopped after epoch {lost} has not kept an epoch that is wanted now, so it"
+            " begins anew.",
+            stacklevel=2,
+        )
+        standing, states, before = None, {}, 0.0
     started = written = time.perf_counter()
 
     def keep(done: int, stand: Callable[[], Standing]) -> None:

@@ -237,30 +237,32 @@ def _told_apart(declaration: Mapping[str, Any], size: str, rows: Sequence[Row]) 
     own = [
         key
         for key in varied
-        if any(len({json.dumps(row[key]) for row in group if key in row}) > 1 for group in groups.values())
+        if any(len({json.dumps(row.get(key)) for row in group}) > 1 for group in groups.values())
     ]
     if not own:
         return declaration
 
     table, figures = declaration.get("table"), declaration.get("figures") or ()
+    settings = list(
+        {json.dumps([row.get(key) for key in own]): [row.get(key) for key in own] for row in rows}.values()
+    )
     return {
         **declaration,
-        "figures": [_panelled(figure, own) for figure in figures],
-        "table": {**table, "rows": [*own, *(key for key in table.get("rows") or () if key not in own)]}
-        if table
-        else table,
+        "figures": [_of(figure, own, values, n) for n, values in enumerate(settings) for figure in figures],
+        "table": table
+        and {**table, "rows": [*own, *(key for key in table.get("rows") or () if key not in own)]},
     }
 
 
-def _panelled(figure: Mapping[str, Any], own: Sequence[str]) -> Mapping[str, Any]:
-    """A panel of its own for each value of one option, lines of their own for the others'."""
-    series = figure.get("series") or ()
-    there = [series] if isinstance(series, str) else [*series]
-    more = [key for key in own if key not in (figure["x"], figure.get("panel"), *there)]
-    if figure.get("kind", "lines") not in ("lines", "bars") or not more:
-        return figure
-    panel = figure.get("panel") or more.pop(0)
-    return {**figure, "panel": panel, "series": [*there, *more]}
+def _of(figure: Mapping[str, Any], own: Sequence[str], values: Sequence[Any], number: int) -> dict[str, Any]:
+    """A figure of the runs with these values of these options alone."""
+    told = ", ".join(f"{key} {json.dumps(value)}" for key, value in zip(own, values, strict=True))
+    return {
+        **figure,
+        "name": figure["name"] if number == 0 else f"{figure['name']}-{number + 1}",
+        "title": f"{figure.get('title', '')} ({told})".strip(),
+        "where": {**(figure.get("where") or {}), **dict(zip(own, values, strict=True))},
+    }
 
 
 def _undeclared(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:

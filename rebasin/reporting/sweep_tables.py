@@ -68,7 +68,7 @@ def _shown(sweep: Sweep, rows: Sequence[Row], column: str, percent: bool) -> str
     if not numbers:
         return ", ".join(dict.fromkeys(words(v) for v in found if v is not None))
     mean = fmean(numbers)
-    if len(set(numbers)) == 1:
+    if max(numbers) - min(numbers) <= 1e-6 * abs(mean):  # equal, or by rounding alone
         return _number(mean, percent)
     return f"{_number(mean, percent)} ± {_number(stdev(numbers), percent, 2)} ({len(numbers)})"
 

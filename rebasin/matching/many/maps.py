@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ...arguments import Seed, typed
+from ...arguments import Seed, check_values, typed
 from ...errors import ConfigError
 from ...objectives import LossFunction, Objective
 from ...spec import Alignment, Permutation, PermutationSpec
@@ -77,10 +77,7 @@ def match_by_maps(
     """
     models = Models(spec, states, weights)
     before = first_distance(models)
-    work = learned_matching if by == "loss" else weight_alignment
-    own = ("lam_low", "lam_high", "seed", "progress", "heldout", "device", "checkpoint", "resume_from")
-    known = arguments_of(work, (*own, *_GIVEN))
-    check_options(f"The matching by {by}", match or {}, known)
+    check_maps_options(by, match)
     if by == "loss" and (model is None or objective is None or batches is None):
         raise ConfigError("Maps are learned by a loss: give model, objective and batches, or by='weights'.")
     moved = [dict(models.open(0))]
@@ -124,6 +121,19 @@ def match_by_maps(
     told |= {"permutations": permutations, "distance_before": before, "seconds": models.seconds}
     told |= {"moved": sum(p.moved() for p in permutations)}
     return ManyMapsResult(**told, alignments=tuple(alignments))
+
+
+def check_maps_options(by: By, match: Mapping[str, Any] | None) -> None:
+    """Look at the options of the matchings of two models that `match_by_maps` makes.
+
+    Raises:
+        ConfigError: there is no such option, or it can't be had here, or not this value.
+    """
+    work = learned_matching if by == "loss" else weight_alignment
+    own = ("lam_low", "lam_high", "seed", "progress", "heldout", "device", "checkpoint", "resume_from")
+    what = f"The matching by {by}"
+    check_options(what, match or {}, arguments_of(work, (*own, *_GIVEN)))
+    check_values(work, match or {}, what, "match.")
 
 
 _GIVEN = ("spec", "state_a", "state_b", "model_a", "model_b", "objective", "batches")

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 
-from ...arguments import Count, Seed, typed
+from ...arguments import Count, Seed, check_values, typed
 from ...errors import ConfigError, shown
 from ...spec import Permutation, PermutationSpec
 from ...types import Progress, check_options, tell
@@ -36,6 +36,7 @@ from ..descent import coordinate_descent
 from ..result import MatchResult, moved_between
 from ..resume_state import told
 from ..schedule import Order, order_of
+from ..weights.matching import weight_matching
 from .ends import check_given, conclude
 from .models import Models, Source
 from .result import ManyResult, ManyState, Pass, Step, anchored
@@ -149,6 +150,7 @@ def match_options(match: Mapping[str, Any] | None) -> dict[str, Any]:
     """
     options = {**MATCH, **(match or {})}
     check_options("The matching of many models", options, dict.fromkeys(OPTIONS))
+    check_values(weight_matching, options, "The matching of many models", "match.")
     if options["init"] not in ("identity", "forward"):
         raise ConfigError(
             f"A matching among many starts at 'identity' or 'forward', not {options['init']!r}."
