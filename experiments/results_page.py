@@ -98,6 +98,16 @@ def log(name: str, rows: Mapping[str, str]) -> Callable[[], Found]:
     return read
 
 
+def single(name: str, algorithm: str) -> Callable[[], Found]:
+    """The results of one run, by this algorithm."""
+
+    def read() -> Found:
+        own = json.loads((LOGS / f"{name}.json").read_text())
+        return {algorithm: (own["curves"]["heldout"]["aligned"]["barrier"], own["seconds"]["align"], 1)}
+
+    return read
+
+
 def joined(*parts: Callable[[], Found]) -> Callable[[], Found]:
     """One pair's figures from several logs: of an algorithm, and of naive, the first that has it."""
 
@@ -183,11 +193,13 @@ LEADERBOARD = (
         }), "python -m experiments.learned_scales",
     ),
     Pair(
-        "ResNet20 of width 1, CIFAR-10, 10 epochs (STE: 20 steps)", sweep("curves_resnet20-short", {}),
+        "ResNet20 of width 1, CIFAR-10, 10 epochs (STE: 20 steps)",
+        joined(sweep("curves_resnet20-short", {}), single("learned_cifar_resnet20_10", "learned")),
         "python -m rebasin.run +experiment=curves_resnet20 size=short",
     ),
     Pair(
-        "VGG16 of width 16, CIFAR-10, 4 epochs (STE: 20 steps)", sweep("curves_vgg16-short", {}),
+        "VGG16 of width 16, CIFAR-10, 4 epochs (STE: 20 steps)",
+        joined(sweep("curves_vgg16-short", {}), single("learned_cifar_vgg16", "learned")),
         "python -m rebasin.run +experiment=curves_vgg16 size=short",
     ),
     Pair(
