@@ -47,6 +47,7 @@ from rebasin.matching import (
     weight_matching,
 )
 from rebasin.spec import Alignment
+from rebasin.spec.continuous import Kind
 from rebasin.tensors import load_safetensors, save_safetensors
 from rebasin.tensors.modules import loaded
 from rebasin.types import ProgressEvent
@@ -190,7 +191,7 @@ class Learned:
     """
 
     start: str
-    kinds: Sequence[str] | None = None
+    kinds: Sequence[Kind] | None = None
     share: float = 1.0
     batches: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)

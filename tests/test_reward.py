@@ -180,7 +180,7 @@ def test_scorers_by_path_and_what_they_may_do_wrong(pipeline: Any, batch: dict[s
         wrong.scores(pipeline.unet, batch)
     with pytest.raises(ConfigError, match="grad_steps is 9"):
         reward(pipeline, grad_steps=9)
-    with pytest.raises(ConfigError, match="1 to 1000 steps"):
+    with pytest.raises(ConfigError, match="steps is 0, but it must be at least 1"):
         reward(pipeline, steps=0)
 
 

@@ -18,6 +18,7 @@ from wandb.sdk.wandb_run import Run
 from rebasin.errors import ConfigError, DataError
 from rebasin.evaluation.rewards import Estimate, score_models
 from rebasin.jobs.scoring import load_scoring
+from rebasin.jobs.skeleton import settle
 from rebasin.objectives import Distillation, Reward
 from rebasin.reporting.console import Console
 from rebasin.reporting.kinds import draw
@@ -157,6 +158,7 @@ def test_mistakes_end_before_anything_is_searched(tmp_path: Path):
     ):
         with pytest.raises(error, match=words):
             cfg = configured(*overrides, "data.heldout=20" if "model=mlp" not in overrides else "seed=0")
+            settle(cfg)
             load_scoring(cfg, load_task(cfg))
     with pytest.raises(ConfigError, match="sample_every=5 .* needs a model that makes images"):
         execute(tmp_path, "model=mlp", "model.width=8", "model.recipe.epochs=1", "sample_every=5")

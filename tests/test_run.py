@@ -461,7 +461,10 @@ def test_configs_of_ones_own_are_checked_by_the_functions_that_they_name(
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["evaluate.splits=[test]"], "evaluate.splits is ['test']; it takes some of train, heldout."),
+        (
+            ["evaluate.splits=[test]"],
+            "evaluate.splits is ['test']; it takes some of train, heldout, each once.",
+        ),
         (["evaluate.points=1"], "evaluate.points is 1"),
         (["seed=-1"], "seed is -1"),
         (["threads=-1"], "threads is -1"),

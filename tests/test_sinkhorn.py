@@ -100,8 +100,6 @@ def found(name: str, **options: object) -> SinkhornResult:
     return sinkhorn_matching(spec, a, b, loss, batches, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("cost", ["weights", "midpoint", "line"])
-@pytest.mark.parametrize("name", MODELS)
 def test_a_soft_permutation_that_is_hard_has_a_slope() -> None:
     x = torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 3.0]], requires_grad=True)
     hard = sinkhorn(x, tau=1e-6)
@@ -115,6 +113,8 @@ def test_a_soft_permutation_that_is_hard_has_a_slope() -> None:
         sinkhorn(broken).sum().backward()
 
 
+@pytest.mark.parametrize("cost", ["weights", "midpoint", "line"])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_planted_permutation_is_found(name: str, cost: str) -> None:
     spec, _, b, there, _ = planted(name)
     state = {n: t.clone() for n, t in b.state_dict().items()}

@@ -597,7 +597,7 @@ def test_only_the_same_search_can_be_continued(digits: Pair, small: Pair, tmp_pa
         ({"lr": -1.0}, ConfigError, "lr is -1.0"),
         ({"lr": math.nan}, ConfigError, "lr is nan"),
         ({"momentum": 1.5}, ConfigError, "momentum is 1.5"),
-        ({"optimizer": "lion"}, ConfigError, "choose one of sgd, adam"),
+        ({"optimizer": "lion"}, ConfigError, "choose one of adam, sgd"),
         ({"schedule": "step"}, ConfigError, "constant, cosine"),
         ({"represents": "a"}, ConfigError, "b_endpoint, midpoint"),
         ({"projection": "cosine"}, ConfigError, "inner_product, l2"),

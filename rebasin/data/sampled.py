@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..arguments import Count
 from ..errors import ConfigError, DataError
 from ..integrations.huggingface import quiet
 from ..tensors.modules import device_of, visiting
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
-Points = Count | Sequence[float]
+Points = int | Sequence[float]
 
 Given = Callable[[Batch, Sequence[str]], Batch]
 """A record of a part, and the texts of its rows (those of an image, and "" for guidance) -> a call of a model."""

@@ -51,7 +51,7 @@ LIMITS: Mapping[str, Within] = {
             " model.blocks model.depth model.groups model.seeds_shown model.steps"
             " objective.batch_size objective.grad_steps objective.heldout objective.samples objective.steps"
             " objective.train algo.reward.batch_size algo.reward.grad_steps algo.reward.steps algo.reward.train"
-            " algo.match.max_sweeps algo.match.restarts algo.match.steps"
+            " algo.points algo.match.max_sweeps algo.match.restarts algo.match.steps"
         ),
     }.items()
     for option in options.split()

@@ -80,16 +80,20 @@ class Method:
     bounded: bool = False
     takes: frozenset[str] = field(default_factory=frozenset)
 
-    def check_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def check_options(self, options: Mapping[str, Any], values: bool = True) -> dict[str, Any]:
         """The options with their defaults filled in.
 
+        Args:
+            values: whether these are values; a search has what they are drawn from in their place.
+
         Raises:
-            ConfigError: an option that the method does not have, or one that it needs is missing.
+            ConfigError: an option that the method does not have, or can't have this value, or one that it needs is
+                missing.
         """
         what, known = f"The merge method {self.name!r}", {**self.options, **plan_options(self.plan)}
         filled = check_options(what, options, known)
         for function in (self.function, self.plan):
-            if function is not None:
+            if function is not None and values:
                 filled = check_values(function, filled, what)
         return filled
 

@@ -258,7 +258,7 @@ def _options(given: Any, methods: Sequence[Method]) -> dict[str, dict[str, Any]]
                 continue  # a method that is not tried here; its options do no harm
             raise ConfigError(f"space.options names {name!r}, but there is no such merge method.")
         method = find_method(name)
-        method.check_options(options)
+        method.check_options(options, values=False)
         found[name] = {key: _choice(value, f"space.options.{name}.{key}") for key, value in options.items()}
     return found
 

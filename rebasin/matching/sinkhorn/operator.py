@@ -57,7 +57,9 @@ class _Sinkhorn(torch.autograd.Function):
         sums = torch.cat([weighted.sum(-1), weighted.sum(-2)[..., :-1]], -1)
         system, sums = system.double(), sums.double()
         found, info = torch.linalg.solve_ex(system, sums)
-        if bool(info.any()):  # S is hard to the last bit: any solution gives the same slope
+        if bool(info.any()) or not is_finite(
+            found
+        ):  # S is hard to the last bit: any solution gives the same slope
             if not is_finite(system):
                 raise ConfigError("The soft permutation is not finite: lower lr or noise, or raise tau.")
             found = (torch.linalg.pinv(system, hermitian=True) @ sums[..., None])[..., 0]
