@@ -56,8 +56,8 @@ prepare_torchvision()
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification  # noqa: E402
 
 Batch = tuple[Tensor, Tensor]
-ROTATION = ["rotations", "rotations that keep ones"]
-HEADS = ["invertible"]
+ROTATION: tuple[Kind, ...] = ("rotations", "rotations that keep ones")
+HEADS: tuple[Kind, ...] = ("invertible",)
 SELECT = 8
 """Batches by which the best step is chosen."""
 
