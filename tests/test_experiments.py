@@ -284,6 +284,9 @@ def test_runs_of_a_sweep_that_was_continued_with_another_option_are_not_averaged
     assert second.name == f"{first.name}-2" and second.title.endswith("(model.recipe.epochs 3)")
     for plot, n in ((first, 2), (second, 1)):
         assert len(sweep.where(plot.where)) == n
+    assert len(sweeps.collect(swept).declaration["figures"]) == len(figures) // 2, (
+        "the figure's own x is no other option"
+    )
     before = table(sweeps.collect(swept))
     assert before is not None and all("epochs" not in word for word in before.head)
 

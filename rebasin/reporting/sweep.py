@@ -230,13 +230,18 @@ def _told_apart(declaration: Mapping[str, Any], size: str, rows: Sequence[Row]) 
     plan = [one for one in map(experiments.parsed, experiments.recipe(declaration, size)) if one is not None]
     axes = {experiments.option_of(one) for one in plan if one.is_sweep_override()}
     axes |= {f"{axis}.name" for axis in axes} | set(SEEDS)
+    varied = {key for row in rows for key in row["varied"]}
+    blocks = [*(declaration.get("figures") or ()), declaration.get("table") or {}]
+    fields = [block.get(name) for block in blocks for name in ("x", "panel", "series", "columns", "rows")]
+    axes |= varied & {
+        key for one in fields for key in ([one] if isinstance(one, str) else one or ())
+    }  # told apart
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(json.dumps(row.get(axis)) for axis in sorted(axes)), []).append(row)
-    varied = sorted({key for row in rows for key in row["varied"]} - axes)
     own = [
         key
-        for key in varied
+        for key in sorted(varied - axes)
         if any(len({json.dumps(row.get(key)) for row in group}) > 1 for group in groups.values())
     ]
     if not own:
